@@ -1,0 +1,357 @@
+"""An argument table becomes a command line, config files and checks.
+
+Knows no argument by name and imports no torch, so that every mistake is told, all at once and by flag, before the slow imports.
+A table is {group title: [Row, ...]}. Values come in layers, the later the stronger: the table's defaults, a layer beneath
+(the run that is resumed), config files from left to right, the command line.
+
+A config file is `.py` (plain assignments of literals and arithmetic, read with `ast` and never executed), `.json` or `.yaml`.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import math
+import operator
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parts.mistakes import Mistake, did_you_mean
+
+
+class Needs(NamedTuple):
+    """When an argument has an effect: told as `words`, tested by `holds(arguments)`."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One argument. Its type is that of its default; a tuple default means a list of `item` values, a dict JSON text."""
+
+    name: str
+    default: Any
+    help: str
+    choices: tuple = ()
+    low: float = -math.inf  # smallest value allowed
+    above: float = -math.inf  # every value must be larger than this
+    high: float = math.inf
+    item: type = str  # of a list's items
+    needs: Needs | None = None
+    shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
+    once: bool = False  # meant for this command alone: a resumed run does not inherit it
+
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one value
+
+
+def number(text: Any, kind: type) -> int | float:
+    """An int or a float from text such as 3500, 1e6 or 3e-4. Raises ValueError."""
+    if isinstance(text, bool):
+        raise ValueError
+    value = float(text) if not isinstance(text, int) else text
+    if not math.isfinite(value) or (kind is int and value != int(value)):
+        raise ValueError
+    return kind(value) if not (kind is int and isinstance(text, str) and text.strip().lstrip("+-").isdigit()) else int(text)
+
+
+def convert(row: Row, given: Any) -> Any:
+    """The row's value from what a command line (text) or a file (anything) gave. Raises Mistake with the reason."""
+    kind = type(row.default)
+    if kind is tuple:
+        items = given if isinstance(given, list | tuple) else [given]
+        words = [word for item in items for word in (item.replace(",", " ").split() if isinstance(item, str) else [item])]
+        one = dataclasses.replace(row, default=row.item())
+        return tuple(convert(one, word) for word in words)
+    if kind is dict:
+        try:
+            value = json.loads(given) if isinstance(given, str) else given
+        except json.JSONDecodeError as error:
+            raise Mistake(f"not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise Mistake('must be a JSON object such as {"eps": 1e-10}')
+        return value
+    if kind is bool:
+        word = str(given).lower()
+        if word not in TRUE + FALSE:
+            raise Mistake("must be true or false")
+        return word in TRUE
+    if kind in (int, float):
+        try:
+            value = number(given, kind)
+        except (ValueError, TypeError, OverflowError):
+            raise Mistake("must be a whole number" if kind is int else "must be a number") from None
+        if value < row.low:
+            raise Mistake(f"must be at least {row.low:g}")
+        if value <= row.above:
+            raise Mistake(f"must be above {row.above:g}")
+        if value > row.high:
+            raise Mistake(f"must be at most {row.high:g}")
+        return value
+    if isinstance(given, list | tuple | dict | bool) or given is None:
+        raise Mistake("must be text")
+    value = str(given)
+    if row.choices and value not in row.choices:
+        raise Mistake(f"must be one of {', '.join(row.choices)}{did_you_mean(value, row.choices)}")
+    return value
+
+
+def show(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config files
+
+ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
+}  # fmt: skip
+
+
+def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
+    """The value of a literal, of arithmetic, of an earlier name, or of str(...) and time.time(). Raises ValueError."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name(name) if name in names:
+            return names[name]
+        case ast.List(items) | ast.Tuple(items):
+            return [evaluate(item, names) for item in items]
+        case ast.Dict(keys, values) if all(keys):
+            return {evaluate(key, names): evaluate(value, names) for key, value in zip(keys, values, strict=True)}
+        case ast.UnaryOp(op, operand) if type(op) in ARITHMETIC:
+            return ARITHMETIC[type(op)](evaluate(operand, names))
+        case ast.BinOp(left, ast.Pow(), right):
+            base, power = evaluate(left, names), evaluate(right, names)
+            if not all(isinstance(x, int | float) for x in (base, power)) or abs(power) > 64 or abs(base) > 2**32:
+                raise ValueError("a power this large is not taken")
+            return base**power
+        case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
+            sides = evaluate(left, names), evaluate(right, names)
+            texts = [isinstance(side, str) for side in sides]
+            if any(texts) and not (all(texts) and type(op) is ast.Add):
+                raise ValueError("text can only be added to text")
+            return ARITHMETIC[type(op)](*sides)
+        case ast.Call(ast.Name("str"), [argument], []):
+            return str(evaluate(argument, names))
+        case ast.Call(ast.Attribute(ast.Name("time"), "time"), [], []):
+            return time.time()  # nanoGPT's finetune config names its run so
+    raise ValueError("only literals and arithmetic are read, nothing is executed")
+
+
+def read_python(text: str, path: str) -> dict[str, Any]:
+    """The assignments of a Python config, in order. Raises Mistake with the line."""
+    values: dict[str, Any] = {}
+    try:
+        body = ast.parse(text, path).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Mistake(f"{path}: not a Python config ({error})") from None
+    for statement in body:
+        try:
+            match statement:
+                case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
+                    continue  # the docstring
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value) if value is not None:
+                    values[name] = evaluate(value, values)
+                case ast.Assign([ast.Tuple(targets)], ast.Tuple(items)) if len(targets) == len(items):
+                    values |= {target.id: evaluate(item, values) for target, item in zip(targets, items, strict=True)}
+                case _:
+                    raise ValueError("only `name = value` lines are read")
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise Mistake(f"{path}:{statement.lineno}: {error}") from None
+    return values
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The values of one config file; names that begin with an underscore are remarks. Raises Mistake."""
+    kind = Path(path).suffix
+    if kind not in (".py", ".json", ".yaml", ".yml"):
+        raise Mistake(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path}: can't be read ({error})") from None
+    if kind == ".py":
+        values = read_python(text, path)
+    elif kind == ".json":
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise Mistake(f"{path}: not JSON ({error})") from None
+    else:
+        try:
+            import yaml
+        except ModuleNotFoundError:
+            raise Mistake(f"{path}: reading YAML needs a package: pip install pyyaml") from None
+        try:
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise Mistake(f"{path}: not YAML ({error})".replace("\n", " ")) from None
+    if not isinstance(values, dict):
+        raise Mistake(f"{path}: must hold names with values")
+    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Mistake(message)
+
+
+def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
+    """argparse for the table: it knows the grammar and the help; values stay text, for `convert`."""
+    parser = Parser(
+        usage="%(prog)s [CONFIG ...] [--key=value | --key value | --flag | --no-flag ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)  # also -1e-4
+    parser.add_argument("--print_config", action="store_true", help="print every argument, its value and where it came from, and stop")
+    for title, rows in table.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            kind = type(row.default)
+            says = f"{row.help} (default: {show(row.default) or 'none'})".replace("%", "%%")
+            common: dict[str, Any] = {"dest": row.name, "default": argparse.SUPPRESS}
+            if kind is bool:
+                group.add_argument(f"--{row.name}", nargs="?", const="true", metavar="BOOL", help=says, **common)
+                group.add_argument(f"--no-{row.name}", action="store_const", const="false", help=argparse.SUPPRESS, **common)
+            else:
+                metavar = "{" + ",".join(row.choices) + "}" if row.choices else (row.item if kind is tuple else kind).__name__.upper()
+                group.add_argument(f"--{row.name}", nargs="*" if kind is tuple else "?", metavar=metavar, help=says, **common)
+    return parser
+
+
+def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> tuple[dict, list[str], bool, list[str]]:
+    """(values as given, config files, whether to print the config, mistakes)."""
+    joined = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        bare = word.startswith("--") and isinstance(getattr(rows.get(word[2:]), "default", None), bool)
+        # a bare flag takes the next word only if that is a boolean: in `--compile configs/a.py` it is not
+        joined.append(f"{word}=true" if bare and following.lower() not in TRUE + FALSE else word)
+    mistakes = []
+    given, rest = parser.parse_known_args(joined)
+    given = vars(given)
+    print_config = given.pop("print_config")
+    for name in [name for name, value in given.items() if value is None or value == []]:
+        mistakes.append(f"--{name}: needs a value")
+        del given[name]
+    files = [word for word in rest if not word.startswith("-")]
+    for word in (word for word in rest if word.startswith("-")):
+        flag = word.split("=")[0]
+        known = [f"--{name}" for name in rows] + [f"--no-{name}" for name in rows]
+        mistakes.append(f"{flag}: no such argument{did_you_mean(flag, known)}")
+    return given, files, print_config, mistakes
+
+
+def parse(
+    table: dict[str, list[Row]],
+    argv: list[str],
+    description: str,
+    base: type = object,
+    beneath: Callable[[Any], str | None] = lambda arguments: None,
+    check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
+) -> Any:
+    """Frozen arguments from a table and a command line; tells all mistakes at once and exits with status 2.
+
+    `base` gives the arguments their derived properties; `beneath(arguments)` names a config file that lies under the given
+    ones; `check(arguments, source)` returns further mistakes, `source` telling for each argument where its value came from.
+    """
+    rows = {row.name: row for group in table.values() for row in group}
+    fields = [(name, type(row.default), dataclasses.field(default=None)) for name, row in rows.items()]
+    arguments_class = dataclasses.make_dataclass("Arguments", fields, bases=(base,), frozen=True)
+    prog = os.path.basename(sys.argv[0])
+    mistakes: list[str] = []
+    values = {name: row.default for name, row in rows.items()}
+    source = dict.fromkeys(rows, "default")
+
+    def lay(origin: str, layer: dict[str, Any]) -> None:
+        label = "" if origin == "command line" else f"{origin}: "
+        for name, given in layer.items():
+            if name not in rows:
+                mistakes.append(f"{label}{name}: no such argument{did_you_mean(name, rows)}")
+                continue
+            try:
+                values[name] = convert(rows[name], given)
+                source[name] = origin
+            except Mistake as mistake:
+                mistakes.append(f"{label}--{name}={show(given) if isinstance(given, tuple) else given}: {mistake}")
+
+    parser = build_parser(table, description)
+    try:
+        given, files, print_config, mistakes_of_grammar = read_command_line(parser, rows, argv)
+    except Mistake as mistake:
+        tell(prog, [str(mistake)])
+    mistakes += mistakes_of_grammar
+    layers = []
+    for path in files:
+        try:
+            layers.append((path, read_file(path)))
+        except Mistake as mistake:
+            mistakes.append(str(mistake))
+    layers.append(("command line", given))
+    for origin, layer in layers:
+        lay(origin, layer)
+    lower = None if mistakes else beneath(arguments_class(**values))
+    if lower:
+        try:
+            inherited = {name: value for name, value in read_file(lower).items() if name not in rows or not rows[name].once}
+        except Mistake as mistake:
+            tell(prog, [str(mistake)])
+        stronger = {name: (values[name], source[name]) for name in rows if source[name] != "default"}
+        lay(lower, inherited)
+        for name, (value, origin) in stronger.items():
+            if rows[name].shape and value != values[name]:
+                mistakes.append(f"--{name}={show(value)}: the run in {lower} has {show(values[name])}, and its shape can't change on resume")
+            values[name], source[name] = value, origin
+
+    arguments = arguments_class(**values)
+    if not mistakes:
+        for name, row in rows.items():
+            if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments):
+                if source[name] == "command line":
+                    mistakes.append(f"--{name}: has an effect only with {row.needs.words}")
+                elif os.environ.get("RANK", "0") == "0":
+                    print(f"{source[name]}: {name} is not used here; it has an effect only with {row.needs.words}", file=sys.stderr)
+        mistakes += check(arguments, source)
+    if mistakes:
+        tell(prog, mistakes)
+    if print_config:
+        for name, value in values.items():
+            print(f"{name:40} {show(value):30} {source[name]}")
+        raise SystemExit(0)
+    return arguments
+
+
+def tell(prog: str, mistakes: list[str]) -> None:
+    """Print the mistakes (once, under torchrun) and exit with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        head = f"{prog}: " if len(mistakes) == 1 else f"{prog}: {len(mistakes)} mistakes\n  "
+        print(head + "\n  ".join(mistakes), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main: Callable[[Any], Any], arguments: Any) -> None:
+    """Run a command; a Mistake that only the data or the weights could show is told like the others."""
+    try:
+        main(arguments)
+    except Mistake as mistake:
+        tell(os.path.basename(sys.argv[0]), [str(mistake)])

@@ -1,0 +1,278 @@
+"""Token bins to batches: the batch of a step is a pure function of the arguments and the step.
+
+A source is a mixture of datasets, each of K aligned streams (one, unless it is a multicontext one). Sequence c of a run, c = step *
+rows + row, is told its dataset and its window by hashes of (seed, c), so resuming needs no state, a prefetching thread can corrupt
+nothing, and every number of ranks sees the same global batch, of which each gathers its own rows.
+
+Knows nothing of the model; knows of ranks only which rows are asked for.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from parts.bins import Bin
+from parts.mistakes import Mistake
+
+# Streams of random numbers: what is drawn, so that no two draws share one.
+DATASET, WINDOW, ORDER, OFFSET, EVALUATION, NOISE = range(6)
+
+
+def mix(seed: int, *counters: int | np.ndarray) -> np.ndarray:
+    """Hash (seed, counters) to uint64: the finaliser of SplitMix64 (Steele et al. 2014), once a word."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(seed, dtype=np.uint64)
+        for counter in counters:
+            z = (z ^ np.asarray(counter).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+        return z
+
+
+def uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
+    """Floats in [0, 1) from `mix`."""
+    return (mix(seed, *counters) >> np.uint64(11)) * 2.0**-53
+
+
+def permute(index: np.ndarray, n: int, *key: int | np.ndarray) -> np.ndarray:
+    """A bijection of [0, n), another for each key, without a stored permutation.
+
+    A Feistel network over the smallest 4^b >= n, walked along its cycles until it is below n (Black and Rogaway 2002).
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = np.uint64(2**half - 1)
+    out = np.asarray(index, dtype=np.uint64).copy()
+    walking = np.ones(out.shape, dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> np.uint64(half), out[walking] & low
+        keys = [np.broadcast_to(k, out.shape)[walking] for k in key]
+        for turn in range(6):
+            left, right = right, left ^ (mix(turn, *keys, right) & low)
+        out[walking] = left << np.uint64(half) | right
+        walking = out >= n
+    return out.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which window of a dataset
+
+
+class Dataset:
+    """Aligned streams of one split, cut into windows of block_size + 1 tokens; the targets are the inputs' successors.
+
+    windows: how many make one epoch. `window(c)` places sequence number c of this dataset: (stream-independent) shard and start.
+    """
+
+    def __init__(self, streams: Sequence[Bin], block_size: int, method: str, seed: int, number: int, firsts: Sequence[int]):
+        self.streams, self.T, self.method, self.seed, self.number, self.firsts = streams, block_size, method, seed, number, firsts
+        sizes = [[len(shard) for shard in stream.shards] for stream in streams]
+        for stream, size in zip(streams, sizes, strict=True):
+            if size != sizes[0]:
+                raise Mistake(f"{stream.paths[0]}: {stream.tokens:,} tokens, but {streams[0].paths[0]} has {streams[0].tokens:,}; contexts must be aligned token by token")
+        self.sizes = np.array(sizes[0])
+        if (short := int(self.sizes.min())) < block_size + 1:
+            path = streams[0].paths[int(self.sizes.argmin())]
+            raise Mistake(f"{path}: {short} tokens are less than one window of --block_size={block_size} and its targets; lower it or prepare more text")
+        if method == "without_replacement":  # another offset of the grid each epoch, any of block_size where there is room
+            self.per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
+        else:
+            self.per_shard = (self.sizes - 1) // block_size
+        self.windows = int(self.per_shard.sum())
+        self.name = streams[0].name if len(streams) == 1 else "+".join(stream.name for stream in streams)
+
+    def place(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, start) of sequences, by their numbers in this dataset: int64 arrays of the same shape."""
+        if self.method == "random":
+            ends = np.cumsum(self.sizes - self.T)  # places where a window may start
+            at = (mix(self.seed, WINDOW, self.number, sequence) % np.uint64(ends[-1])).astype(np.int64)
+            shard = np.searchsorted(ends, at, side="right")
+            return shard, at - (ends - (self.sizes - self.T))[shard]
+        epoch, index = np.divmod(sequence, self.windows)
+        if self.method == "without_replacement":
+            index = permute(index, self.windows, self.seed, ORDER, self.number, epoch)
+        ends = np.cumsum(self.per_shard)
+        shard = np.searchsorted(ends, index, side="right")
+        start = (index - (ends - self.per_shard)[shard]) * self.T
+        if self.method == "without_replacement":
+            room = np.minimum(self.T, self.sizes - self.per_shard * self.T)[shard]  # offsets the grid may take
+            start += (mix(self.seed, OFFSET, self.number, epoch, shard) % room.astype(np.uint64)).astype(np.int64)
+        return shard, start
+
+    def gather(self, sequence: np.ndarray) -> np.ndarray:
+        """(len(sequence), K, block_size + 1) int64 ids in the model's rows."""
+        shard, start = self.place(sequence)
+        out = np.empty((len(sequence), len(self.streams), self.T + 1), dtype=np.int64)
+        for k, (stream, first) in enumerate(zip(self.streams, self.firsts, strict=True)):
+            for s in np.unique(shard):
+                here = shard == s
+                out[here, k] = stream.windows(stream.shards[s], start[here], self.T + 1)
+            out[:, k] += first
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which dataset
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights of the datasets, and how they are drawn.
+
+    Either in turn, each `counts` times, or at random with weights that go from `first` to `final` over `steps`.
+    Drawn once a batch or once a sequence (`per`).
+    """
+
+    first: np.ndarray
+    final: np.ndarray
+    transition: str = "linear"  # or cosine, exponential
+    steps: int = 1
+    per: str = "batch"  # or sequence
+    counts: tuple[int, ...] = ()
+
+    def weights(self, step: np.ndarray | int) -> np.ndarray:
+        """Probabilities at steps: (*step.shape, datasets)."""
+        part = np.clip(np.asarray(step, dtype=float) / max(1, self.steps), 0, 1)[..., None]
+        if self.transition == "cosine":
+            part = (1 - np.cos(np.pi * part)) / 2
+        if self.transition == "exponential" and (self.first != self.final).any():
+            mixed = self.first ** (1 - part) * self.final**part
+        else:
+            mixed = (1 - part) * self.first + part * self.final
+        return mixed / mixed.sum(-1, keepdims=True)
+
+    def draw(self, seed: int, step: np.ndarray, rows: int) -> np.ndarray:
+        """The dataset of each sequence of these steps, (len(step), rows), or of each whole batch, (len(step), 1)."""
+        turn = step[:, None] * rows + np.arange(rows) if self.per == "sequence" else step[:, None]
+        if self.counts:
+            return np.searchsorted(np.cumsum(self.counts), turn % sum(self.counts), side="right")
+        bounds = np.cumsum(self.weights(step), axis=-1)[:, None, :-1]  # (steps, 1, datasets - 1)
+        return (uniform(seed, DATASET, turn)[..., None] >= bounds).sum(-1)
+
+
+def mixture(n: int, probs: Sequence[float] = (), final: Sequence[float] = (), transition: str = "linear", steps: int = 1, per: str = "batch", interleave: bool = False) -> Mixture:
+    """A mixture of n datasets from the arguments: weights of any positive scale, none meaning equal ones."""
+    first = np.array(probs or [1.0] * n, dtype=float)
+    counts = tuple(int(count) for count in first) if interleave else ()
+    last = np.array(final, dtype=float) if final else first
+    return Mixture(first / first.sum(), last / last.sum(), transition, steps, per, counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one micro-batch: ids (B, T), or (B, K, T) of K contexts."""
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """On the device; from pinned memory the copy is asynchronous."""
+        return Batch(self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+
+
+def as_batch(windows: np.ndarray, pin: bool) -> Batch:
+    """(B, K, T + 1) windows to a batch; a single context has no dimension of its own."""
+    tokens = torch.from_numpy(windows if windows.shape[1] > 1 else windows[:, 0])
+    idx, targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
+    return Batch(idx.pin_memory(), targets.pin_memory()) if pin else Batch(idx, targets)
+
+
+class Tally:
+    """Sequences drawn from each dataset before a step. A running count: to go on from the last step asked for is quick,
+    an earlier one is counted from the start of the run."""
+
+    def __init__(self, mixture: Mixture, rows: int, seed: int):
+        self.mixture, self.rows, self.seed = mixture, rows, seed
+        self.step, self.counts = 0, np.zeros(len(mixture.first), dtype=np.int64)
+
+    def before(self, step: int) -> np.ndarray:
+        if step < self.step:
+            self.step, self.counts = 0, np.zeros_like(self.counts)
+        chunk = max(1, 2**20 // self.rows)
+        for first in range(self.step, step, chunk):
+            which = self.mixture.draw(self.seed, np.arange(first, min(step, first + chunk)), self.rows)
+            self.counts = self.counts + np.bincount(which.ravel(), minlength=len(self.counts)) * (self.rows // which.shape[1])
+        self.step = step
+        return self.counts
+
+
+class Source:
+    """Training batches of `rows` sequences a step, drawn from datasets by a mixture."""
+
+    def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
+        self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
+        self.windows = sum(dataset.windows for dataset in datasets)
+        self.tally = Tally(mixture, rows, seed)
+
+    def rows_of(self, step: int, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids."""
+        which = np.broadcast_to(self.mixture.draw(self.seed, np.array([step]), self.rows)[0], self.rows)
+        before = self.tally.before(step)
+        parts = {}
+        for d, dataset in enumerate(self.datasets):
+            here = np.flatnonzero(which[first:last] == d)
+            if len(here):
+                number = before[d] + np.cumsum(which == d) - 1  # of each row, among its dataset's sequences
+                parts[d] = here, dataset.gather(number[first:last][here])
+        windows = np.empty((last - first, *next(iter(parts.values()))[1].shape[1:]), dtype=np.int64)
+        for here, gathered in parts.values():
+            windows[here] = gathered
+        return windows
+
+    def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool, ahead: int = 2) -> Iterator[tuple[list[Batch], int]]:
+        """From step `start` on: (micro-batches of rows [first, last) on the device, hash of these rows).
+
+        A thread gathers `ahead` steps in advance, into pinned memory where the device is a GPU. The hashes of all ranks' rows add
+        up (mod 2^64) to the same number for any split of the rows; 0 unless `hashed`.
+        """
+        pin = device.type == "cuda"
+        ready: queue.Queue = queue.Queue(ahead)
+        closed = threading.Event()
+
+        def put(item) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def gather() -> None:
+            step = start
+            try:
+                while not closed.is_set():
+                    windows = self.rows_of(step, first, last)
+                    batches = [as_batch(part, pin) for part in np.split(windows, range(micro_batch, len(windows), micro_batch))]
+                    put((batches, row_hash(windows, first) if hashed else 0))
+                    step += 1
+            except BaseException as error:  # told by the thread that trains
+                put(error)
+
+        thread = threading.Thread(target=gather, name="batches", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                batches, digest = item
+                yield [batch.to(device) for batch in batches], digest
+        finally:
+            closed.set()
+            thread.join()
+
+
+def row_hash(windows: np.ndarray, first: int) -> int:
+    """Sum mod 2^64 of a hash of each row with its place in the global batch."""
+    total = 0
+    for row, window in enumerate(windows, start=first):
+        total += int.from_bytes(hashlib.blake2b(window.tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
+    return total % 2**64

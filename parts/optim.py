@@ -1,0 +1,187 @@
+"""Optimizers: parameter groups, a registry, and one object that drives whichever were built.
+
+Matrices are decayed, vectors are not. With muon, matrices of the blocks go to Muon and everything else to AdamW; a weight that holds
+several matrices one above the other (a fused qkv) is given to Muon as that many.
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parts.mistakes import Mistake
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023, algorithm 2)."""
+
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                momentum = self.state[p]["exp_avg"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(torch.lerp(p.grad, momentum, beta1).sign_(), alpha=-group["lr"])
+                momentum.lerp_(p.grad, 1 - beta2)
+        return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the registry's entries take from the arguments."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    momentum: float = 0.9
+    muon_lr: float = 0.02
+    muon_weight_decay: float = 0.0
+    muon_momentum: float = 0.95
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+# Of each optimizer: its class, and which settings its class knows besides lr and weight_decay.
+OPTIMIZERS: dict[str, tuple[type, Callable[[Settings], dict[str, Any]]]] = {
+    "adamw": (torch.optim.AdamW, lambda s: {"betas": s.betas, "fused": True}),
+    "adam": (torch.optim.Adam, lambda s: {"betas": s.betas, "fused": True}),
+    "sgd": (torch.optim.SGD, lambda s: {"momentum": s.momentum}),
+    "nadam": (torch.optim.NAdam, lambda s: {"betas": s.betas}),
+    "radam": (torch.optim.RAdam, lambda s: {"betas": s.betas}),
+    "rmsprop": (torch.optim.RMSprop, lambda s: {"momentum": s.momentum}),
+    "adagrad": (torch.optim.Adagrad, lambda s: {}),
+    "adafactor": (torch.optim.Adafactor, lambda s: {}),
+    "lion": (Lion, lambda s: {"betas": s.betas}),
+}
+
+
+def named_class(name: str) -> type:
+    """The class that package:Class names. Raises Mistake."""
+    package, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Mistake(f"--optimizer={name}: {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise Mistake(f"--optimizer={name}: not a torch.optim.Optimizer")
+    return found
+
+
+class Optimizer:
+    """One or more torch optimizers over a model's parameters, driven together.
+
+    Every group's rate is its own largest one times a factor that the schedule gives. State is saved under the parameters' names.
+    """
+
+    def __init__(self, name: str, model: nn.Module, settings: Settings, fused_rows: dict[str, list[int]]):
+        """Raises Mistake for a class that doesn't take the arguments."""
+        parameters = dict(model.named_parameters())
+        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []  # (weight, its matrices, sharing its memory)
+        self.names: dict[int, str] = {}  # id of a parameter or of such a matrix -> name
+        hidden = {n: p for n, p in parameters.items() if name == "muon" and p.dim() == 2 and n.startswith("blocks.")}
+        rest = {n: p for n, p in parameters.items() if n not in hidden}
+        covered = [id(p) for p in [*hidden.values(), *rest.values()]]
+        assert sorted(covered) == sorted(map(id, parameters.values())), "every parameter is in exactly one group"
+        self.names |= {id(p): n for n, p in rest.items()}
+
+        cls, choose = OPTIMIZERS.get("adamw" if name == "muon" else name) or (named_class(name), lambda s: {})
+        kwargs = choose(settings) | ({} if name == "muon" else settings.kwargs)
+        groups = [
+            {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizers = [self.build(cls, [g for g in groups if g["params"]], settings.lr, kwargs, name)]
+        if hidden:
+            matrices = [matrix for n, p in hidden.items() for matrix in self.matrices(n, p, fused_rows.get(n, [p.size(0)]))]
+            kwargs = {"momentum": settings.muon_momentum, **settings.kwargs}
+            group = {"params": matrices, "weight_decay": settings.muon_weight_decay}
+            self.optimizers.append(self.build(torch.optim.Muon, [group], settings.muon_lr, kwargs, name))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    @staticmethod
+    def build(cls: type, groups: list[dict], lr: float, kwargs: dict[str, Any], name: str) -> torch.optim.Optimizer:
+        try:
+            return cls(groups, lr=lr, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise Mistake(f"--optimizer={name} --optimizer_kwargs={kwargs}: {error}") from None
+
+    def matrices(self, name: str, weight: nn.Parameter, rows: list[int]) -> list[nn.Parameter]:
+        """The matrices in a weight, as parameters that share its memory; the weight itself if it is one."""
+        if len(rows) == 1:
+            self.names[id(weight)] = name
+            return [weight]
+        parts = [nn.Parameter(part) for part in weight.detach().split(rows)]
+        self.slices.append((weight, parts))
+        self.names |= {id(part): f"{name}[{i}]" for i, part in enumerate(parts)}
+        return parts
+
+    def set_rate(self, factor: float) -> None:
+        """Set every group's rate to its largest one times the factor."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+
+    def clip(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
+        """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
+        for weight, parts in self.slices:
+            for part, grad in zip(parts, weight.grad.split([p.size(0) for p in parts]), strict=True):
+                part.grad = grad  # a view, so that unscaling and clipping reach it
+        for optimizer in self.optimizers:
+            scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters, bound or math.inf)
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        """Update the parameters and forget the gradients; a float16 step that overflowed is skipped by the scaler."""
+        for optimizer in self.optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for weight, _ in self.slices:
+            weight.grad = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, other values) of the state, keyed "optimizer/parameter/what"."""
+        tensors, others = {}, {}
+        for i, optimizer in enumerate(self.optimizers):
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    (tensors if isinstance(value, Tensor) else others)[f"{i}/{self.names[id(parameter)]}/{key}"] = value
+        return tensors, others
+
+    def load_state(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
+        """Take up a saved state; rates, betas and decay stay those of the arguments. Raises Mistake when it doesn't fit."""
+        merged = {**tensors, **others}
+        for i, optimizer in enumerate(self.optimizers):
+            names = [self.names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            numbers = {name: number for number, name in enumerate(names)}
+            state: dict[int, dict[str, Any]] = {}
+            for key in [key for key in merged if key.startswith(f"{i}/")]:
+                _, name, what = key.split("/")
+                if name not in numbers:
+                    raise Mistake(f"the checkpoint's optimizer has state for {name}, this one has no such parameter; resume with the --optimizer of the run")
+                state.setdefault(numbers[name], {})[what] = merged.pop(key)
+            try:
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            except (ValueError, KeyError) as error:
+                raise Mistake(f"the checkpoint's optimizer does not fit --optimizer: {error}") from None
+        if merged:
+            raise Mistake(f"the checkpoint has state of another optimizer ({next(iter(merged))}); resume with the --optimizer of the run")

@@ -1,0 +1,112 @@
+"""Ranks: who we are, one process or several under torchrun, and what they agree on.
+
+Collectives on CPU tensors go through gloo, on GPU tensors through NCCL; with one process all of them are the identity.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from parts.mistakes import Mistake
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers; goes through the host and waits for no device."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs on rank 0 first, then on the others. If it fails on rank 0 the others fail too."""
+        failed = False
+        try:
+            if self.main:
+                yield
+        except Exception:
+            failed = True
+            raise
+        finally:
+            if self.largest(failed) and not self.main:
+                raise Mistake("rank 0 could not go on")
+        if not self.main:
+            yield
+
+
+def find_device(name: str) -> torch.device:
+    """auto: the local rank's GPU, else Apple's, else the CPU. Raises Mistake for a device that is not there."""
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Mistake(f"--device={name}: this machine has no CUDA GPU, or this torch was built without CUDA")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise Mistake(f"--device={name}: this machine has no Apple GPU")
+    if kind != "cuda":
+        return torch.device(kind)
+    number = int(index or os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise Mistake(f"--device={name}: GPU {number} is not there, only {torch.cuda.device_count()}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+@contextmanager
+def ranks(device_name: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun made, if it did, and leave it at the end."""
+    device = find_device(device_name)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Ranks(0, 1, device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    try:
+        yield Ranks(dist.get_rank(), world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks) -> tuple[int, int, int]:
+    """(first row, last row, rows of a micro-batch) of this rank's share of a global batch of batch_size x accumulation rows.
+
+    Micro-batches are equal, as large as possible, at most batch_size. Raises Mistake when the ranks don't divide the rows.
+    """
+    rows = batch_size * accumulation
+    if rows % ranks.world:
+        fit = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
+        raise Mistake(f"{ranks.world} ranks don't divide the {rows} sequences of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}")
+    share = rows // ranks.world
+    micro = max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
+    return ranks.rank * share, (ranks.rank + 1) * share, micro
+
+
+def replicate(model: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
+    """The model under DDP, which averages the gradients over the ranks; itself with one process."""
+    if ranks.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)

@@ -1,0 +1,152 @@
+"""Weights from elsewhere: GPT-2 from the hub or a local folder, nanoGPT's ckpt.pt, and this program's own runs.
+
+All come as `Pretrained`: the model's shape by the argument table's names, weights by the model's names, and tokenizers.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from parts import checkpoint, text
+from parts.mistakes import Mistake
+
+GPT2_VOCABULARY = 50257
+NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing")  # of a model's configuration
+
+
+class Pretrained(NamedTuple):
+    shape: dict  # by the names of the argument table, with vocab_sizes and vocabulary
+    weights: dict[str, Tensor]
+    tokenizers: dict[str, text.Tokenizer] | None  # None: not known
+
+
+def load(source: str, say=print) -> Pretrained:
+    """Weights from `gpt2`, `gpt2-medium`, ... of the hub, or from a path. Raises Mistake."""
+    path = Path(source)
+    if not path.exists():
+        return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))
+    if path.suffix == ".pt":
+        return load_nanogpt(path)
+    if (path / "checkpoints").is_dir():
+        return load_own(checkpoint.chosen(path, "best", say))
+    if (path / "manifest.json").exists():
+        if wrong := checkpoint.damage(path):
+            raise Mistake(wrong)
+        return load_own(path)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if weights.suffix != ".safetensors" or not weights.exists():
+        raise Mistake(f"--init_from={source}: neither a run nor a checkpoint, and it has no model.safetensors")
+    return load_gpt2(weights.with_name("config.json"), weights)
+
+
+def download(name: str, file: str) -> Path:
+    """A file of a model of the hub, from the cache or the network. Raises Mistake."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError:
+        raise Mistake(f"--init_from={name}: downloading needs a package: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(f"openai-community/{name}", file))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise Mistake(
+            f"--init_from={name}: {file} can't be downloaded ({type(error).__name__}); offline, give the path of a folder with GPT-2's config.json and model.safetensors"
+        ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise Mistake(f"{path}: not a safetensors file ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's and nanoGPT's names
+
+RENAMED = (
+    (r"^(_orig_mod\.)?(transformer\.)?", ""),
+    (r"^wpe\.", "position."),
+    (r"^ln_f\.", "norm."),
+    (r"^h\.(\d+)\.", r"blocks.\1."),
+    (r"\.ln_(\d)\.", r".norm_\1."),
+    (r"\.attn\.c_attn\.", ".attn.qkv."),
+    (r"\.mlp\.c_fc\.", ".mlp.up."),
+    (r"\.c_proj\.", ".proj."),
+    (r"^lm_head\.", "head."),
+)
+
+
+def renamed(weights: dict[str, Tensor], transposed: bool) -> dict[str, Tensor]:
+    """Weights by the model's names; GPT-2's own files hold its linear layers transposed (Conv1D), nanoGPT's don't."""
+    out = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r"\.attn\.(masked_)?bias$", name):
+            continue  # the causal mask, which older files keep
+        linear = transposed and re.search(r"\.(qkv|proj|up)\.weight$", name)
+        out[name] = (tensor.t() if linear else tensor).float().contiguous()
+    if "head.weight" in out and torch.equal(out["head.weight"], out["wte.weight"]):
+        del out["head.weight"]  # tied
+    return out
+
+
+def shape_of(weights: dict[str, Tensor], n_head: int, activation: str) -> dict:
+    """The shape that renamed weights have. Raises Mistake when they are no GPT-2's."""
+    try:
+        (V, C), (block_size, _) = weights["wte.weight"].shape, weights["position.weight"].shape
+        hidden = weights["blocks.0.mlp.up.weight"].size(0)
+    except KeyError as error:
+        raise Mistake(f"--init_from: these are no weights of a GPT-2 ({error} is missing)") from None
+    return {
+        "vocab_sizes": (V,), "vocabulary": "one", "vocab_size": V, "block_size": block_size, "n_head": n_head, "n_embd": C,
+        "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "n_kv_head": 0, "bias": "norm.bias" in weights, "norm": "layernorm", "position": "learned", "activation": activation,
+        "mlp": "plain", "mlp_ratio": hidden / C, "qk_norm": False, "window": "L", "window_size": 0, "logit_softcap": 0.0,
+        "tie_weights": "head.weight" not in weights,
+    }  # fmt: skip
+
+
+def gpt2_tokenizers(vocab_size: int) -> dict[str, text.Tokenizer] | None:
+    return {"gpt2": text.TiktokenTokenizer.named("gpt2")} if vocab_size == GPT2_VOCABULARY else None
+
+
+def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
+    """Hugging Face's GPT-2: config.json (heads, activation) and model.safetensors. Without a config heads are 64 wide."""
+    weights = renamed(read_safetensors(weights_path), transposed=True)
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+    odd = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+    for name, usual in odd.items():
+        if config.get(name, usual) != usual:
+            raise Mistake(f"{config_path}: {name}={config[name]} is a variant this model has not")
+    activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(name := config.get("activation_function", "gelu_new"), name)
+    shape = shape_of(weights, config.get("n_head") or max(1, weights["wte.weight"].size(1) // 64) if "wte.weight" in weights else 1, activation)
+    return Pretrained(shape, weights, gpt2_tokenizers(shape["vocab_size"]))
+
+
+def load_nanogpt(path: Path) -> Pretrained:
+    """nanoGPT's ckpt.pt, read with weights_only=True: nothing in it is executed."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        weights, args = saved["model"], saved["model_args"]
+        n_head = args["n_head"]
+    except Exception as error:  # torch.load raises nearly anything on a broken file
+        raise Mistake(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    weights = renamed(weights, transposed=False)
+    shape = shape_of(weights, n_head, "gelu")
+    return Pretrained(shape, weights, gpt2_tokenizers(shape["vocab_size"]))
+
+
+def load_own(folder: Path) -> Pretrained:
+    """A checkpoint of this program."""
+    model = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["_model"]
+    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items() if name not in NOT_SHAPE}
+    weights = read_safetensors(folder / "model.safetensors")
+    return Pretrained(shape | {"vocab_size": sum(shape["vocab_sizes"])}, weights, text.load(folder / "tokenizer.json"))

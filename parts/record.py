@@ -1,0 +1,150 @@
+"""What a run tells: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
+
+Only the main rank has a Record that writes; the others' are silent. wandb and tensorboard are imported only when they are asked for.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from parts.mistakes import Mistake
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 41s, 2m05s or 3h20m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that are later than a step, or broken: a resumed run will tell them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+class Record:
+    """Tells events of a run. `silent` ranks do nothing."""
+
+    def __init__(self, out_dir: Path, silent: bool, start_step: int, seconds: float, total_steps: int):
+        self.silent, self.out_dir, self.metrics = silent, out_dir, out_dir / "metrics.jsonl"
+        self.began = time.perf_counter() - seconds
+        self.file = self.bar = self.wandb = self.tensorboard = None
+        if silent:
+            return
+        keep_until(self.metrics, start_step)
+        self.file = self.metrics.open("a", encoding="utf-8")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return time.perf_counter() - self.began
+
+    def track_wandb(self, project: str, name: str, config: dict) -> None:
+        """Log to wandb from now on: to the run that this out_dir began, if it did."""
+        if self.silent:
+            return
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise Mistake("--wandb_log: needs a package: pip install wandb") from None
+        path = self.out_dir / "wandb_id"
+        if not path.exists():
+            path.write_text(wandb.util.generate_id())
+        self.wandb = wandb.init(project=project, name=name, id=path.read_text().strip(), resume="allow", config=config, dir=str(self.out_dir))
+
+    def track_tensorboard(self) -> None:
+        """Log to out_dir/tensorboard from now on."""
+        if self.silent:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise Mistake("--tensorboard_log: needs a package: pip install tensorboard") from None
+        self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"))
+
+    def say(self, words: str) -> None:
+        """A line on the console."""
+        if not self.silent:
+            tqdm.write(words) if self.bar is not None else print(words, flush=True)
+
+    def advance(self) -> None:
+        """One more step on the progress bar, if there is one."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def event(self, event: str, step: int, words: str, **values: Any) -> None:
+        """A line on the console and one in metrics.jsonl, flushed at once; numbers also go to the trackers."""
+        if self.silent:
+            return
+        self.say(words)
+        line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        if self.wandb is not None and numbers:
+            self.wandb.log(numbers, step=step)
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        for thing in (self.bar, self.file, self.tensorboard):
+            if thing is not None:
+                thing.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+# Dense bfloat16 matrix products a second, from the makers' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's peak, where it is known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name.replace("-", " ").split()), None)
+
+
+def draw_loss(metrics: Path, picture: Path) -> None:
+    """The loss curve of a run: training and validation loss against steps, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise Mistake("--plot_loss: needs a package: pip install matplotlib") from None
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    train = [(line["step"], line["loss"]) for line in lines if line["event"] == "train" and math.isfinite(line["loss"])]
+    evals = [line for line in lines if line["event"] == "eval"]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training batches")
+    for key, color in (("train_loss", "#3182bd"), ("val_loss", "#e6550d")):
+        points = [(line["step"], line[key]) for line in evals if math.isfinite(line[key])]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=key)
+    best = min(evals, key=lambda line: line["val_loss"], default=None)
+    if best:
+        axes.annotate(f"{best['val_loss']:.3f}", (best["step"], best["val_loss"]), xytext=(0, -14), textcoords="offset points", ha="center", color="#e6550d")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics.parent.name)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)

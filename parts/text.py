@@ -1,0 +1,223 @@
+"""Tokenizers: text to token ids and back, each stored whole as JSON.
+
+A run's tokenizer.json is {"tokenizers": [{"name": dataset, "kind": ..., ...}, ...]}: one for each vocabulary of its model. Nothing
+else is needed to read it: a tiktoken encoding is stored with all of its ranks.
+
+A kind is a class with: `vocab_size`; `eot`, the id that ends a document, or None; `encode(text)` to an integer array;
+`decode(ids)`; `to_json()` and `of_json(spec)`, each other's inverse.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from parts.mistakes import Mistake, did_you_mean
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class CharTokenizer:
+    """One id a character; ids follow the characters' order. With `ends` one more id ends a document."""
+
+    kind = "char"
+
+    def __init__(self, chars: Iterable[str], ends: bool = False):
+        self.chars = list(chars)
+        self.eot = len(self.chars) if ends else None
+        self.vocab_size = len(self.chars) + ends
+        points = np.array([ord(char) for char in self.chars], dtype=np.uint32)
+        self.table = np.full(int(points.max(initial=0)) + 1, -1, dtype=np.int32)  # code point -> id
+        self.table[points] = np.arange(len(points))
+
+    def encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self.table[np.minimum(points, len(self.table) - 1)]
+        unknown = (ids < 0) | (points >= len(self.table))
+        if unknown.any():
+            strange = sorted({chr(point) for point in points[unknown]})
+            raise Mistake(f"the tokenizer knows no {', '.join(map(repr, strange[:10]))}: its characters are {''.join(self.chars)!r}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        chars = [*self.chars, END_OF_TEXT]
+        return "".join(chars[i] for i in ids)
+
+    def to_json(self) -> dict:
+        return {"chars": "".join(self.chars), "ends": self.eot is not None}
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "CharTokenizer":
+        return cls(spec["chars"], spec.get("ends", False))
+
+
+class ByteTokenizer:
+    """UTF-8: 256 bytes and the end of text."""
+
+    kind, vocab_size, eot = "byte", 257, 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids).decode("utf-8", "replace")
+
+    def to_json(self) -> dict:
+        return {}
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "ByteTokenizer":
+        return cls()
+
+
+class TiktokenTokenizer:
+    """Any encoding of tiktoken, GPT-2's among them."""
+
+    kind = "tiktoken"
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode(list(ids))
+
+    def to_json(self) -> dict:
+        ranks = self.encoding._mergeable_ranks
+        words = [""] * (max(ranks.values()) + 1)  # by rank; p50k_base leaves gaps
+        for token, rank in ranks.items():
+            words[rank] = base64.b64encode(token).decode()
+        return {
+            "encoding": self.encoding.name,
+            "pattern": self.encoding._pat_str,
+            "special_tokens": self.encoding._special_tokens,
+            "ranks": " ".join(words),
+        }
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "TiktokenTokenizer":
+        import tiktoken
+
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split(" ")) if token}
+        return cls(tiktoken.Encoding(spec["encoding"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special_tokens"]))
+
+    @classmethod
+    def named(cls, name: str) -> "TiktokenTokenizer":
+        """From tiktoken's own files: downloaded once, or found in TIKTOKEN_CACHE_DIR. Raises Mistake."""
+        import tiktoken
+
+        if name not in tiktoken.list_encoding_names():
+            raise Mistake(f"--tokenizer={name}: tiktoken has no such encoding{did_you_mean(name, tiktoken.list_encoding_names())}")
+        try:
+            return cls(tiktoken.get_encoding(name))
+        except Exception as error:  # requests' many kinds of network trouble
+            raise Mistake(f"tiktoken's {name} can't be downloaded ({type(error).__name__}); offline, point TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+
+
+class BPETokenizer:
+    """A byte-level BPE of the `tokenizers` library, trained on the data or read from a file of that library."""
+
+    kind = "bpe"
+
+    def __init__(self, spec: dict):
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError:
+            raise Mistake("this tokenizer needs a package: pip install tokenizers") from None
+        self.tokenizer = Tokenizer.from_str(json.dumps(spec))
+        self.vocab_size, self.eot = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> dict:
+        return {"tokenizer": json.loads(self.tokenizer.to_str())}
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "BPETokenizer":
+        return cls(spec["tokenizer"])
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """A byte-level BPE (Sennrich et al. 2016) of vocab_size ids, the end of text among them."""
+        try:
+            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        except ModuleNotFoundError:
+            raise Mistake("--tokenizer=bpe: needs a package: pip install tokenizers") from None
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(json.loads(tokenizer.to_str()))
+
+
+class NumberTokenizer:
+    """Ids whose tokenizer is not known: text is their numbers, separated by spaces."""
+
+    kind, eot = "numbers", None
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            ids = np.array([int(word) for word in text.split()], dtype=np.int32)
+        except ValueError:
+            raise Mistake("the dataset's tokenizer is not known: text must be token ids separated by spaces") from None
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise Mistake(f"token ids must lie below {self.vocab_size}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def to_json(self) -> dict:
+        return {"vocab_size": self.vocab_size}
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "NumberTokenizer":
+        return cls(spec["vocab_size"])
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer | BPETokenizer | NumberTokenizer
+KINDS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer)}
+
+
+def to_json(tokenizer: Tokenizer) -> dict:
+    """The tokenizer in full."""
+    return {"kind": tokenizer.kind, **tokenizer.to_json()}
+
+
+def of_json(spec: dict, where: str) -> Tokenizer:
+    """The tokenizer that `to_json` told; `{"kind": "tiktoken", "encoding": name}` names one. Raises Mistake."""
+    try:
+        if spec["kind"] == "tiktoken" and "ranks" not in spec:
+            return TiktokenTokenizer.named(spec["encoding"])
+        return KINDS[spec["kind"]].of_json(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Mistake(f"{where}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
+
+
+def save(path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+    """Write a run's tokenizer.json: one tokenizer for each vocabulary, by the dataset's name."""
+    specs = [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]
+    path.write_text(json.dumps({"tokenizers": specs}, ensure_ascii=False), encoding="utf-8")
+
+
+def load(path: Path) -> dict[str, Tokenizer]:
+    """Read a run's tokenizer.json. Raises Mistake."""
+    try:
+        specs = json.loads(path.read_text(encoding="utf-8"))["tokenizers"]
+        return {spec["name"]: of_json(spec, str(path)) for spec in specs}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise Mistake(f"{path}: can't be read ({type(error).__name__}: {error})") from None

@@ -1,0 +1,490 @@
+"""Train a GPT: build, resume, loop, save.
+
+    python train.py configs/quickstart.py                       one process
+    python train.py --dataset=shakespeare_char --out_dir=out/a
+    python train.py --init_from=resume --out_dir=out/a          continue
+    torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
+
+Which batches, which model and which optimizer is chosen before the loop; the loop asks for no mode. The arguments are in
+train_args.py, the model in model.py, everything else in parts/.
+"""
+
+import sys
+
+import train_args
+
+if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that torch takes to import
+    ARGUMENTS = train_args.parse()
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import configurator
+from model import GPT, GPTConfig
+from parts import batches, bins, checkpoint, optim, parallel, pretrained, record, schedules, text
+from parts.mistakes import Mistake
+
+
+@dataclass
+class Progress:
+    """Where a run stands. All of it is saved with a checkpoint."""
+
+    step: int = 0  # optimizer steps made
+    tokens: int = 0
+    seconds: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = -1
+    worse_evaluations: int = 0  # since the best one
+    evaluated_at: int = -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
+    source: batches.Source
+    evaluated: dict[str, list[batches.Dataset]]  # split -> datasets, with random windows that are the same at every evaluation
+    weights: np.ndarray  # of the datasets in val_loss
+
+
+def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]:
+    """The tokenizer of each vocabulary that the model needs, by the name of its (first) dataset. Raises Mistake."""
+    tokenizers = {name: meta.tokenizer for name, meta in metas.items()}
+    if args.vocabulary != "one":
+        return tokenizers
+    specs = {name: text.to_json(tokenizer) for name, tokenizer in tokenizers.items()}
+    first = next(iter(specs))
+    if other := next((name for name in specs if specs[name] != specs[first]), None):
+        raise Mistake(
+            f"--dataset_list: {first} ({specs[first]['kind']}, {metas[first].vocab_size} ids) and {other} ({specs[other]['kind']}, {metas[other].vocab_size} ids) "
+            "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
+        )
+    return {first: tokenizers[first]}
+
+
+def open_data(args, metas: dict[str, bins.Meta]) -> Data:
+    """The mixture that the arguments name. Raises Mistake."""
+    tokenizers = vocabularies(args, metas)
+    sizes = [meta.vocab_size for meta in metas.values()]
+    firsts = {name: 0 if args.vocabulary == "one" else sum(sizes[:i]) for i, name in enumerate(metas)}  # in the model's rows
+
+    def datasets(split: str, method: str, seed: int) -> list[batches.Dataset]:
+        return [
+            batches.Dataset([opened[split, name] for name in names], args.block_size, method, seed, number, [firsts[name] for name in names])
+            for number, names in enumerate(args.mixture)
+        ]
+
+    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta) for split in bins.SPLITS for name, meta in metas.items()}
+    evaluation_seed = int(batches.mix(args.seed, batches.EVALUATION))
+    mixture = batches.mixture(
+        len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final, args.dataset_sampling_probs_transition_method,
+        args.max_iters, args.dataset_mixing, args.dataset_interleaving,
+    )  # fmt: skip
+    source = batches.Source(datasets("train", args.sampling_method, args.seed), mixture, args.batch_size * args.gradient_accumulation_steps, args.seed)
+    return Data(tokenizers, source, {split: datasets(split, "random", evaluation_seed) for split in bins.SPLITS}, mixture.final)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The precision of activations, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"the default on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU computes in it"
+    return torch.float16, "this GPU has no bfloat16"
+
+
+def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, dict]:
+    """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises Mistake."""
+    sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
+    torch.manual_seed(args.seed)
+    if args.init_from in ("scratch", "resume"):
+        if args.vocab_size and args.vocab_size < sizes[0]:
+            raise Mistake(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
+        sizes = (args.vocab_size,) if args.vocab_size else sizes
+        return GPT(GPTConfig.of(args, vocab_sizes=sizes, vocabulary=args.vocabulary)), {}
+    loaded = pretrained.load(args.weights_source, say)
+    told = lambda of: [text.to_json(tokenizer) for tokenizer in of.values()]  # noqa: E731
+    if loaded.tokenizers is not None and told(loaded.tokenizers) != told(tokenizers):
+        raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
+    if sum(sizes) > sum(loaded.shape["vocab_sizes"]):
+        raise Mistake(f"--init_from={args.init_from}: the weights know {sum(loaded.shape['vocab_sizes'])} tokens, the data has {sum(sizes)}")
+    shape = loaded.shape | {"block_size": min(args.block_size, loaded.shape["block_size"])}
+    model = GPT(GPTConfig.of(args, **{name: value for name, value in shape.items() if name != "vocab_size"}))
+    model.load_weights(loaded.weights, f"--init_from={args.init_from}")
+    return model, {name: value for name, value in shape.items() if hasattr(args, name) and name != "vocabulary"}
+
+
+def settings(args) -> optim.Settings:
+    return optim.Settings(
+        args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,
+        args.muon_learning_rate, args.muon_weight_decay, args.muon_momentum, args.optimizer_kwargs,
+    )  # fmt: skip
+
+
+def rate_factor(args):
+    """step -> learning rate over the largest one."""
+    floor = min(1.0, args.min_lr / args.learning_rate) if args.learning_rate else 0.0
+    plan = schedules.Plan(1.0, floor, args.warmup_iters, args.lr_decay_iters, args.lr_step_size, args.lr_step_gamma, args.wsd_decay_fraction)
+    return lambda step: schedules.learning_rate(args.schedule, plan, step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run's folder
+
+
+def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer]) -> None:
+    """Write what the run is: its tokenizers, arguments, versions and commit."""
+    if args.init_from != "resume":
+        checkpoint.claim(out_dir, args.overwrite)
+        text.save(out_dir / "tokenizer.json", tokenizers)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    about = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git_commit": git.stdout.strip()}
+    checkpoint.write_json(out_dir / "train_config.json", dataclasses.asdict(args) | {"_model": dataclasses.asdict(model.config), "_about": about})
+
+
+def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, tokenizers: dict, say) -> Progress:
+    """Take up the newest whole checkpoint. Raises Mistake when there is none or it does not fit."""
+    loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
+    ours = {name: text.to_json(tokenizer) for name, tokenizer in tokenizers.items()}
+    if {name: text.to_json(tokenizer) for name, tokenizer in text.load(loaded.folder / "tokenizer.json").items()} != ours:
+        raise Mistake(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
+    model.load_weights(loaded.weights, str(loaded.folder))
+    state = dict(loaded.progress)
+    optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
+    if scaler.is_enabled() and (saved := state.pop("scaler")):
+        scaler.load_state_dict(saved)
+    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    progress.best_val_loss = math.inf if progress.best_val_loss is None else progress.best_val_loss
+    say(f"resuming {loaded.folder}")
+    return progress
+
+
+class Signals:
+    """SIGINT and SIGTERM ask the run to save and end; a second one ends it at once."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def take(self, number: int, frame) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs."""
+
+    args: object
+    ranks: parallel.Ranks
+    data: Data
+    model: GPT  # the parameters
+    net: torch.nn.Module  # the same, perhaps compiled
+    optimizer: optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    tally: batches.Tally  # of the sequences drawn from each dataset
+    rows: tuple[int, int, int]  # first and last of this rank, and those of a micro-batch
+    dtype_reason: str
+    peak_flops: float | None  # of one device, where it is known
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.args.out_dir)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.source.rows * self.args.block_size
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the first bound that can be told beforehand."""
+        a, source = self.args, self.data.source
+        bounds = [a.max_iters]
+        bounds += [math.ceil(a.max_tokens / self.tokens_per_step)] if a.max_tokens else []
+        bounds += [math.ceil(a.max_epochs * source.windows / source.rows)] if a.max_epochs else []
+        return min(bounds)
+
+    def finished(self, out_of_time: bool) -> str | None:
+        """Why the run is over, or None."""
+        a, p = self.args, self.progress
+        if p.step >= self.total_steps:
+            return f"{p.step:,} steps"
+        if out_of_time:
+            return f"{a.max_seconds:g} seconds"
+        if a.early_stop_patience and p.worse_evaluations >= a.early_stop_patience:
+            return f"{p.worse_evaluations} evaluations without a better val_loss than {p.best_val_loss:.4f}"
+        return None
+
+    def summary(self) -> str:
+        """What this run is, in a few lines."""
+        a, source, config, world = self.args, self.data.source, self.model.config, self.ranks.world
+        chip = torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
+        val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
+        epochs = self.total_steps * source.rows / source.windows
+        share = f"{source.rows // world // self.rows[2]} x {self.rows[2]} on each of {world} rank{'s' * (world > 1)}"
+        dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        return "\n".join((
+            f"run      {a.out_dir} (from {a.init_from})",
+            f"model    {self.model.count_parameters() / 1e6:.2f} M parameters: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
+            f"context {config.block_size}, vocabulary {' + '.join(map(str, config.vocab_sizes))}",
+            f"data     {train} tokens; to validate {val}",
+            f"a step   {self.tokens_per_step:,} tokens: {source.rows} sequences of {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
+            f"length   {self.total_steps:,} steps, {self.total_steps * self.tokens_per_step:,} tokens, {epochs:.2f} epochs",
+            f"device   {self.ranks.device} ({chip}), {dtype} ({self.dtype_reason}){', compiled' if a.compile else ''}",
+        ))  # fmt: skip
+
+
+def build(args, ranks: parallel.Ranks, say) -> Run:
+    """Everything from the arguments, resumed if asked. Raises Mistake before anything of an older run is touched."""
+    names = [name for names in args.mixture for name in names]
+    with ranks.main_first():
+        for name in names:
+            bins.prepare_if_missing(Path(args.data_dir) / name)
+    metas = {name: bins.read_meta(Path(args.data_dir) / name) for name in names}
+    rows = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
+    model, shape = build_model(args, vocabularies(args, metas), say)
+    args = dataclasses.replace(args, **shape)
+    data = open_data(args, metas)
+    model.to(ranks.device)
+    model.compute_dtype, reason = choose_dtype(args.dtype, ranks.device)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
+    optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
+    progress = resume(Path(args.out_dir), model, optimizer, scaler, data.tokenizers, say) if args.init_from == "resume" else Progress()
+    net = torch.compile(model, dynamic=False) if args.compile else model
+    tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
+    peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    return Run(args, ranks, data, model, net, optimizer, scaler, progress, tally, rows, reason, peak)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluating and saving
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Mean loss of each split over eval_iters batches of each dataset, the ranks sharing the rows of every batch."""
+    a, ranks, evaluated = run.args, run.ranks, run.data.evaluated
+    rows = np.arange(ranks.rank * a.batch_size // ranks.world, (ranks.rank + 1) * a.batch_size // ranks.world)
+    losses: dict[str, dict[str, float]] = {split: {} for split in evaluated}
+    run.net.eval()
+    for split, dataset in ((split, dataset) for split in evaluated for dataset in evaluated[split]):
+        total = torch.zeros(len(dataset.streams), device=ranks.device)
+        for i in range(a.eval_iters if len(rows) else 0):
+            batch = batches.as_batch(dataset.gather(i * a.batch_size + rows), ranks.device.type == "cuda").to(ranks.device)
+            each = run.net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
+            total += each.view(len(rows), -1, a.block_size).mean(2).sum(0)
+        means = ranks.sum(total) / (a.eval_iters * a.batch_size)
+        losses[split] |= {stream.name: mean for stream, mean in zip(dataset.streams, means.tolist(), strict=True)}
+    run.net.train()
+
+    def weighted(by_name: dict[str, float]) -> float:
+        by_dataset = [np.mean([by_name[stream.name] for stream in dataset.streams]) for dataset in evaluated["val"]]
+        return float(run.data.weights @ np.array(by_dataset))
+
+    told = {"train_loss": weighted(losses["train"]), "val_loss": weighted(losses["val"])}
+    streams = [stream for dataset in evaluated["val"] for stream in dataset.streams]
+    if all(stream.bytes for stream in streams):
+        told["bits_per_byte"] = weighted({s.name: losses["val"][s.name] / math.log(2) * s.tokens / s.bytes for s in streams})
+    if len(streams) > 1:
+        told |= {f"val_loss/{name}": loss for name, loss in losses["val"].items()}
+    return told
+
+
+def save(run: Run, log: record.Record) -> None:
+    """Save a checkpoint; the last and the best are kept."""
+    if not run.ranks.main:
+        return
+    progress, checkpoints = run.progress, run.out_dir / "checkpoints"
+    progress.seconds = log.seconds
+    tensors, others = run.optimizer.state()
+    state = dataclasses.asdict(progress) | {"optimizer": others, "scaler": run.scaler.state_dict()}
+    state["best_val_loss"] = progress.best_val_loss if progress.best_step >= 0 else None
+    copied = [run.out_dir / "train_config.json", run.out_dir / "tokenizer.json"]
+    folder = checkpoint.save(checkpoints, progress.step, dict(run.model.named_parameters()), tensors, state, copied)
+    if progress.best_step == progress.step:
+        checkpoint.write_json(run.out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
+    checkpoint.prune(checkpoints, keep={progress.step, progress.best_step})
+    log.event("save", progress.step, f"saved {folder}")
+
+
+def evaluate_and_save(run: Run, log: record.Record, final: bool) -> None:
+    """Evaluate, tell it, and save if the arguments ask for it; the weights that a run begins with are not saved."""
+    a, p = run.args, run.progress
+    losses = evaluate(run)
+    told = dict(losses)
+    refuse_nonfinite(losses["val_loss"], "val_loss", run)
+    p.evaluated_at = p.step
+    sequences = run.tally.before(p.step)
+    told["epochs"] = float(sequences.sum() / run.data.source.windows)
+    if len(sequences) > 1:
+        for dataset, count in zip(run.data.source.datasets, sequences.tolist(), strict=True):
+            told |= {f"tokens/{dataset.name}": count * a.block_size, f"epochs/{dataset.name}": count / dataset.windows}
+    words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    better = losses["val_loss"] < p.best_val_loss
+    log.event("eval", p.step, f"step {p.step}: {words}{' (best so far)' if better and p.step else ''}", **told)
+    if p.step or final:
+        p.worse_evaluations = 0 if better else p.worse_evaluations + 1
+        if better:
+            p.best_val_loss, p.best_step = losses["val_loss"], p.step
+        if better or final or a.always_save_checkpoint:
+            save(run, log)
+    if a.plot_loss and run.ranks.main:
+        record.draw_loss(log.metrics, run.out_dir / "loss.png")
+
+
+def refuse_nonfinite(value: float, name: str, run: Run) -> None:
+    """End the run rather than save or go on with numbers that mean nothing."""
+    if not math.isfinite(value):
+        raise SystemExit(f"{name} is {value} at step {run.progress.step}: stopped, nothing was saved. A lower --learning_rate, a longer --warmup_iters or --grad_clip may help")
+
+
+class Meter:
+    """Reads the training metrics back from the device, and the time between two readings."""
+
+    def __init__(self, run: Run, log: record.Record):
+        self.run, self.log, self.estimated = run, log, False
+        self.restart()
+
+    def restart(self) -> None:
+        self.time, self.step = time.perf_counter(), self.run.progress.step
+
+    def tell(self, loss: torch.Tensor, norm: torch.Tensor, digest: int, lr: float) -> None:
+        """Tell the step just made; loss is this rank's, norm that of the whole gradient."""
+        run, p = self.run, self.run.progress
+        loss_now = float(run.ranks.sum(loss.clone())) / run.ranks.world  # waits for the device
+        refuse_nonfinite(loss_now, "loss", run)
+        steps = p.step - self.step
+        seconds = (time.perf_counter() - self.time) / steps
+        speed = run.tokens_per_step / seconds
+        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed}
+        if run.peak_flops:
+            told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world)
+        if run.args.log_data_hash:
+            signed = digest - 2**64 if digest >= 2**63 else digest
+            told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
+        mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
+        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}", **told)
+        if steps > 1 and not self.estimated:
+            self.estimated = True
+            left = run.total_steps - p.step
+            self.log.say(f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart")
+        self.restart()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+OUT_OF_TIME = 1000  # larger than the number of any signal
+
+
+def loop(run: Run, log: record.Record, signals: Signals) -> None:
+    """Train until the run is finished or a signal ends it."""
+    a, progress, optimizer, scaler, device = run.args, run.progress, run.optimizer, run.scaler, run.ranks.device
+    model = parallel.replicate(run.net, run.ranks)
+    parameters, factor = list(run.model.parameters()), rate_factor(a)
+    stream = run.data.source.stream(progress.step, *run.rows, device, a.log_data_hash)
+    meter = Meter(run, log)
+    loss = norm = torch.zeros((), device=device)
+    model.train()
+    while True:
+        # evaluate, save, stop: the ranks agree on what one of them wishes
+        wish = run.ranks.largest(signals.number or OUT_OF_TIME * (0 < a.max_seconds <= log.seconds))
+        finished = run.finished(wish == OUT_OF_TIME)
+        if progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished):
+            evaluate_and_save(run, log, final=bool(finished))
+            finished = run.finished(wish == OUT_OF_TIME)  # perhaps by the patience
+            meter.restart()
+        if finished:
+            return log.say(f"finished: {finished} in {record.duration(log.seconds)}")
+        if wish:
+            refuse_nonfinite(float(loss + norm), "loss or gradient", run)
+            save(run, log)
+            log.say(f"stopped by {signal.Signals(wish).name}; --init_from=resume --out_dir={a.out_dir} goes on")
+            raise SystemExit(128 + wish)
+
+        # one step
+        micro_batches, digest = next(stream)
+        optimizer.set_rate(factor(progress.step))
+        torch.manual_seed(int(batches.mix(a.seed, batches.NOISE, progress.step, run.ranks.rank)) >> 1)
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(micro_batches):
+            model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP averages the gradients in the last one
+            part = model(batch.idx, batch.targets).mean() / len(micro_batches)
+            scaler.scale(part).backward()
+            loss += part.detach()
+        norm = optimizer.clip(parameters, scaler, a.grad_clip)
+        optimizer.step(scaler)
+        progress.step += 1
+        progress.tokens += run.tokens_per_step
+        log.advance()
+        if progress.step == 1 or progress.step % a.log_interval == 0:
+            meter.tell(loss, norm, digest, a.learning_rate * factor(progress.step - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args) -> Progress:
+    """One run, from the arguments to its end; its progress. Raises Mistake."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with parallel.ranks(args.device) as ranks:
+        say = print if ranks.main else lambda words: None
+        run = build(args, ranks, say)
+        say(run.summary())
+        if args.eval_only:
+            say(", ".join(f"{name} {value:.4f}" for name, value in evaluate(run).items()))
+            return run.progress
+        with ranks.main_first():
+            if ranks.main:
+                begin_run(run.args, run.out_dir, run.model, run.data.tokenizers)
+        log = record.Record(run.out_dir, not ranks.main, run.progress.step, run.progress.seconds, run.total_steps)
+        try:
+            if args.wandb_log:
+                log.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args))
+            if args.tensorboard_log:
+                log.track_tensorboard()
+            with Signals() as signals:
+                loop(run, log, signals)
+        finally:
+            log.close()
+        return run.progress
+
+
+if __name__ == "__main__":
+    configurator.run(main, ARGUMENTS)
