@@ -243,7 +243,7 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
 def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> tuple[dict, list[str], bool, list[str]]:
     """(values as given, config files, whether to print the config, mistakes)."""
     joined = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""][: len(argv)], strict=True):
         bare = word.startswith("--") and isinstance(getattr(rows.get(word[2:]), "default", None), bool)
         # a bare flag takes the next word only if that is a boolean: in `--compile configs/a.py` it is not
         joined.append(f"{word}=true" if bare and following.lower() not in TRUE + FALSE else word)

@@ -1,0 +1,48 @@
+"""The source of the running Python's standard library, by characters: real text wherever Python is.
+
+Of the modules at the top of the library, in alphabetical order, those in ASCII that `tokenize` reads, up to 3 MB. Every tenth one is
+for validation. data/stdlib_class has the same characters' lexical classes.
+"""
+
+import io
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import configurator
+from configurator import Row
+from parts import corpus
+from parts.mistakes import Mistake
+
+BYTES = 3_000_000
+TABLE = {"prepare": [Row("out_dir", str(Path(__file__).parent), "folder to write to")]}
+
+
+def documents() -> Iterator[str]:
+    """The modules' sources. Raises Mistake where Python came without them."""
+    size = 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            source = path.read_bytes().decode("ascii").replace("\r\n", "\n")
+            list(tokenize.generate_tokens(io.StringIO(source).readline))
+        except (UnicodeDecodeError, tokenize.TokenError, SyntaxError):
+            continue
+        if source and size + len(source) <= BYTES:
+            size += len(source)
+            yield source
+    if not size:
+        raise Mistake(f"{sysconfig.get_path('stdlib')}: this Python came without the source of its library")
+
+
+def main(a) -> None:
+    found = list(documents())
+    print(f"{len(found)} modules of Python {sys.version.split()[0]}'s standard library, {sum(map(len, found)):,} characters")
+    corpus.write_dataset(Path(a.out_dir), lambda: corpus.split_documents(([source] for source in found), 0.1), "char")
+
+
+if __name__ == "__main__":
+    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))
