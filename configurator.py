@@ -43,6 +43,7 @@ class Row:
     above: float = -math.inf  # every value must be larger than this
     high: float = math.inf
     item: type = str  # of a list's items
+    split: bool = True  # whether a list's words are split at spaces and commas
     needs: Needs | None = None
     shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
     once: bool = False  # meant for this command alone: a resumed run does not inherit it
@@ -70,7 +71,7 @@ def convert(row: Row, given: Any) -> Any:
     kind = type(row.default)
     if kind is tuple:
         items = given if isinstance(given, list | tuple) else [given]
-        words = [word for item in items for word in (item.replace(",", " ").split() if isinstance(item, str) else [item])]
+        words = [word for item in items for word in (item.replace(",", " ").split() if isinstance(item, str) and row.split else [item])]
         one = dataclasses.replace(row, default=row.item())
         return tuple(convert(one, word) for word in words)
     if kind is dict:

@@ -9,15 +9,12 @@ Which batches, which model and which optimizer is chosen before the loop; the lo
 train_args.py, the model in model.py, everything else in parts/.
 """
 
-import sys
-
 import train_args
 
 if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that torch takes to import
     ARGUMENTS = train_args.parse()
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -100,17 +97,6 @@ def open_data(args, metas: dict[str, bins.Meta]) -> Data:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of activations, and why."""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type != "cuda":
-        return torch.float32, f"the default on {device.type}"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "this GPU computes in it"
-    return torch.float16, "this GPU has no bfloat16"
 
 
 def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, dict]:
@@ -280,7 +266,7 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     args = dataclasses.replace(args, **shape)
     data = open_data(args, metas)
     model.to(ranks.device)
-    model.compute_dtype, reason = choose_dtype(args.dtype, ranks.device)
+    model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
     progress = resume(Path(args.out_dir), model, optimizer, scaler, data.tokenizers, say) if args.init_from == "resume" else Progress()
@@ -301,7 +287,7 @@ def evaluate(run: Run) -> dict[str, float]:
     rows = np.arange(ranks.rank * a.batch_size // ranks.world, (ranks.rank + 1) * a.batch_size // ranks.world)
     losses: dict[str, dict[str, float]] = {split: {} for split in evaluated}
     run.net.eval()
-    for split, dataset in ((split, dataset) for split in evaluated for dataset in evaluated[split]):
+    for split, dataset in [(split, dataset) for split, datasets in evaluated.items() for dataset in datasets]:
         total = torch.zeros(len(dataset.streams), device=ranks.device)
         for i in range(a.eval_iters if len(rows) else 0):
             batch = batches.as_batch(dataset.gather(i * a.batch_size + rows), ranks.device.type == "cuda").to(ranks.device)

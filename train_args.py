@@ -213,7 +213,7 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(len(a.multicontext_datasets) >= 1, "--multicontext_datasets: --training_mode=multicontext needs it")
         must(len(set(a.multicontext_datasets)) == len(a.multicontext_datasets), "--multicontext_datasets: a dataset is named twice")
         must(not a.vocab_size, "--vocab_size: with --training_mode=multicontext each context brings its own")
-    if a.training_mode != "single" and loads or a.training_mode != "single" and a.init_from in GPT2_TYPES:
+    if loads or a.init_from in GPT2_TYPES:
         must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
 
     must(a.optimizer in OPTIMIZERS or ":" in a.optimizer, f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class" + did_you_mean(a.optimizer, OPTIMIZERS))
@@ -224,7 +224,7 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(a.warmup_iters <= a.lr_decay_iters, f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}")
     must(not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"), f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}")
     kind, _, index = a.device.partition(":")
-    must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or kind == "cuda" and index.isdigit()), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
+    must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
     return wrong
 
 

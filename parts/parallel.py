@@ -76,6 +76,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The precision of activations, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"the default on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU computes in it"
+    return torch.float16, "this GPU has no bfloat16"
+
+
 @contextmanager
 def ranks(device_name: str) -> Iterator[Ranks]:
     """Join the process group that torchrun made, if it did, and leave it at the end."""
