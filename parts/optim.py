@@ -159,29 +159,27 @@ class Optimizer:
             weight.grad = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, other values) of the state, keyed "optimizer/parameter/what"."""
-        tensors, others = {}, {}
+        """(tensors, the rest) of the state, keyed "optimizer/parameter/what"; the rest also names the classes."""
+        tensors: dict[str, Tensor] = {}
+        rest: dict[str, Any] = {"classes": self.classes()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
-                    (tensors if isinstance(value, Tensor) else others)[f"{i}/{self.names[id(parameter)]}/{key}"] = value
-        return tensors, others
+                    (tensors if isinstance(value, Tensor) else rest)[f"{i}/{self.names[id(parameter)]}/{key}"] = value
+        return tensors, rest
 
-    def load_state(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
+    def classes(self) -> list[str]:
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
+    def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take up a saved state; rates, betas and decay stay those of the arguments. Raises Mistake when it doesn't fit."""
-        merged = {**tensors, **others}
-        for i, optimizer in enumerate(self.optimizers):
-            names = [self.names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-            numbers = {name: number for number, name in enumerate(names)}
-            state: dict[int, dict[str, Any]] = {}
-            for key in [key for key in merged if key.startswith(f"{i}/")]:
-                _, name, what = key.split("/")
-                if name not in numbers:
-                    raise Mistake(f"the checkpoint's optimizer has state for {name}, this one has no such parameter; resume with the --optimizer of the run")
-                state.setdefault(numbers[name], {})[what] = merged.pop(key)
-            try:
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-            except (ValueError, KeyError) as error:
-                raise Mistake(f"the checkpoint's optimizer does not fit --optimizer: {error}") from None
-        if merged:
-            raise Mistake(f"the checkpoint has state of another optimizer ({next(iter(merged))}); resume with the --optimizer of the run")
+        rest = dict(rest)
+        if (saved := rest.pop("classes")) != self.classes():
+            raise Mistake(f"--optimizer: the checkpoint's state is that of {' and '.join(saved)}, not of {' and '.join(self.classes())}; resume with the run's own optimizer")
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
+        numbers = [{self.names[id(p)]: n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])} for optimizer in self.optimizers]
+        for key, value in {**tensors, **rest}.items():
+            i, name, what = key.split("/")
+            states[int(i)].setdefault(numbers[int(i)][name], {})[what] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

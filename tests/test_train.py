@@ -1,0 +1,274 @@
+"""The run as a whole: resumed equals uninterrupted, two ranks equal one, and nothing is lost or overwritten."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, equal_tensors, read_run
+
+import train
+import train_args
+from parts import checkpoint
+from parts.mistakes import Mistake
+
+HARD = ["--dropout=0.1", "--gradient_accumulation_steps=3", "--optimizer=muon", "--training_mode=multidataset", "--dataset_list", "a", "b",
+        "--dataset_sampling_probs", "3", "1", "--dataset_mixing=sequence", "--sampling_method=without_replacement", "--lr_scheduler=cosine",
+        "--lr_decay_iters=8", "--max_iters=8", "--eval_interval=4", "--log_data_hash"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "adamw", "lion", "bfloat16"])
+def test_resumed_run_is_bit_identical(run, how):
+    """N steps = N/2 steps, resume, N/2 steps: weights, optimizer state, losses and data hashes."""
+    flags = HARD + {"eager": [], "compiled": ["--compile", "--deterministic", "--n_layer=1"], "adamw": ["--optimizer=adamw"], "lion": ["--optimizer=lion"], "bfloat16": ["--dtype=bfloat16"]}[how]
+    whole = run(*flags, name="whole")
+    run(*flags, "--max_iters=4", "--lr_decay_iters=8", name="parts")
+    parts = run("--init_from=resume", "--max_iters=8", name="parts")
+    assert [line["step"] for line in parts.train] == list(range(1, 9))
+    assert parts.losses == whole.losses
+    assert [line["data_hash"] for line in parts.train] == [line["data_hash"] for line in whole.train]
+    assert equal_tensors(parts.last.weights, whole.last.weights)
+    assert equal_tensors(parts.last.optimizer, whole.last.optimizer)
+    assert parts.last.progress["optimizer"] == whole.last.progress["optimizer"]
+    assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
+    torch.use_deterministic_algorithms(False)
+
+
+def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
+    first, again, other = run("--dropout=0.2", name="1"), run("--dropout=0.2", name="2"), run("--dropout=0.2", "--seed=7", name="3")
+    assert first.losses == again.losses and equal_tensors(first.last.weights, again.last.weights)
+    assert first.losses != other.losses
+
+
+def test_evaluating_and_logging_change_nothing_learned(run):
+    often = run("--eval_interval=1", "--log_interval=1", "--dropout=0.2", name="often")
+    rarely = run("--eval_interval=4", "--log_interval=4", "--dropout=0.2", name="rarely")
+    assert equal_tensors(often.last.weights, rarely.last.weights)
+
+
+@pytest.mark.parametrize("shape", [["--batch_size=64"], ["--batch_size=6", "--gradient_accumulation_steps=3"], ["--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=muon"]])
+def test_two_ranks_train_the_same_run(data_dir, tmp_path, shape):
+    """The same global batches, losses within 1e-5: averaged gradients are those of the whole batch."""
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--log_data_hash", "--max_iters=6", *shape]
+    command(*flags, f"--out_dir={tmp_path / 'one'}")
+    command(*flags, f"--out_dir={tmp_path / 'two'}", ranks=2)
+    one, two = read_run(tmp_path / "one"), read_run(tmp_path / "two")
+    assert [line["data_hash"] for line in one.train] == [line["data_hash"] for line in two.train]
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert [line["val_loss"] for line in two.evals] == pytest.approx([line["val_loss"] for line in one.evals], rel=1e-5)
+    assert [line["grad_norm"] for line in two.train] == pytest.approx([line["grad_norm"] for line in one.train], rel=1e-4)
+    assert one.last.progress["tokens"] == two.last.progress["tokens"]
+
+
+def test_ranks_that_dont_divide_the_batch_are_told_which_do(data_dir, tmp_path):
+    done = command(*TINY, f"--data_dir={data_dir}", "--dataset=a", "--batch_size=9", f"--out_dir={tmp_path / 'x'}", ranks=2, check=False)
+    assert done.returncode != 0 and "2 ranks don't divide the 9 sequences" in done.stderr and "1, 3, 9" in done.stderr
+    assert done.stderr.count("don't divide") == 1 and not (tmp_path / "x").exists()
+
+
+def test_accumulation_equals_a_large_batch(run):
+    large = run("--batch_size=8", name="large")
+    small = run("--batch_size=2", "--gradient_accumulation_steps=4", name="small")
+    assert small.losses == pytest.approx(large.losses, rel=1e-6)
+
+
+def test_activation_checkpointing_changes_no_number(run):
+    plain, checkpointed = run("--dropout=0.3", name="plain"), run("--dropout=0.3", "--activation_checkpointing", name="checkpointed")
+    assert equal_tensors(plain.last.weights, checkpointed.last.weights)
+
+
+def test_max_iters_are_updates(run):
+    """AdamW's own counter witnesses the number of updates."""
+    done = run("--max_iters=5")
+    assert done.progress.step == 5 and done.steps[-1] == 5
+    assert {int(value) for name, value in done.last.optimizer.items() if name.endswith("/step")} == {5}
+    assert [line["step"] for line in done.evals] == [0, 2, 4, 5]
+
+
+def test_out_dir_that_holds_a_run_is_not_overwritten(run):
+    first = run()
+    before = {path: path.read_bytes() for path in first.out_dir.rglob("*") if path.is_file()}
+    with pytest.raises(Mistake, match="already holds a run"):
+        run()
+    assert before == {path: path.read_bytes() for path in first.out_dir.rglob("*") if path.is_file()}
+    again = run("--overwrite", "--max_iters=2")
+    assert again.steps == [2] and len(again.train) == 2
+
+
+def test_resume_drops_what_was_told_after_the_checkpoint(run):
+    first = run()
+    with (first.out_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "train", "step": 5, "seconds": 1.0, "loss": 0.5}) + '\n{"event": "tra')
+    resumed = run("--init_from=resume", "--max_iters=6")
+    assert [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in resumed.evals] == [0, 2, 4, 6]
+    assert all(line["loss"] != 0.5 for line in resumed.train)
+    seconds = [line["seconds"] for line in resumed.train]
+    assert seconds == sorted(seconds)
+
+
+def test_resume_keeps_the_runs_arguments_unless_told(run):
+    run("--learning_rate=0.005", "--n_layer=3")
+    resumed = run("--init_from=resume", "--max_iters=5", "--weight_decay=0.3")
+    assert resumed.config["learning_rate"] == 0.005 and resumed.config["n_layer"] == 3 and resumed.config["weight_decay"] == 0.3
+    assert resumed.train[-1]["lr"] == 0.005
+
+
+def test_resume_refuses_another_shape(run, capsys):
+    done = run()
+    with pytest.raises(SystemExit) as end:
+        train_args.parse(["--init_from=resume", f"--out_dir={done.out_dir}", "--n_layer=5", "--n_embd=18"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "--n_layer=5" in told and "has 2" in told and "--n_embd=18" in told
+
+
+def test_resume_refuses_another_optimizer(run):
+    run()
+    with pytest.raises(Mistake, match="optimizer"):
+        run("--init_from=resume", "--optimizer=sgd", "--max_iters=6")
+
+
+def test_resume_passes_over_a_damaged_checkpoint(run):
+    done = run("--max_iters=6", "--eval_interval=2", "--learning_rate=0")  # nothing improves: step 2 is the best, 6 the last
+    assert done.steps == [2, 6]
+    path = done.out_dir / "checkpoints/000006/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    resumed = run("--init_from=resume")
+    assert "passing over" in resumed.console and "resuming" in resumed.console and "000002" in resumed.console
+    assert [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'x'}"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 20:"):
+            break
+    process.send_signal(number)
+    process.stdout.read()
+    assert process.wait(30) == 128 + number
+    stopped = read_run(tmp_path / "x")
+    assert stopped.steps and stopped.steps[-1] >= 20 and stopped.last.progress["step"] == stopped.steps[-1]
+
+
+def test_two_ranks_save_together_on_a_signal(data_dir, tmp_path):
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10", f"--out_dir={tmp_path / 'x'}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    process = subprocess.Popen([*start, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 20:"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    assert process.wait(40) != 0
+    assert read_run(tmp_path / "x").steps[-1] >= 20
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run):
+    with pytest.raises(SystemExit) as end:
+        run("--learning_rate=1e30", "--grad_clip=0", "--max_iters=50", "--optimizer=sgd")
+    assert "nothing was saved" in str(end.value.code)
+
+
+def test_an_untracked_run_never_imports_wandb(data_dir, tmp_path):
+    code = f"import sys; sys.argv = ['train.py']; import train, train_args; train.main(train_args.parse({[*TINY, f'--data_dir={data_dir}', '--dataset=a', f'--out_dir={tmp_path}/x']!r})); print([m for m in ('wandb', 'tensorboard', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_help_is_quick_and_imports_no_torch():
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        told = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - begin)
+    assert told.returncode == 0 and "--learning_rate" in told.stdout and "torch" not in told.stderr
+    assert min(seconds) < 0.5
+
+
+def test_best_checkpoint_outlives_later_worse_ones(run):
+    """A rate that ruins the model after step 2: best.json stays with the better step."""
+    done = run("--max_iters=8", "--eval_interval=2", "--lr_scheduler=none", "--learning_rate=3e-2", "--warmup_iters=0", "--weight_decay=0")
+    best = json.loads((done.out_dir / "best.json").read_text())
+    losses = {line["step"]: line["val_loss"] for line in done.evals if line["step"]}
+    assert best["val_loss"] == min(losses.values()) and losses[best["step"]] == best["val_loss"]
+    assert done.steps == sorted({best["step"], 8})
+
+
+def test_val_loss_of_a_mixture_is_the_weighted_mean(run):
+    done = run("--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "30", "10")
+    line = done.evals[-1]
+    assert line["val_loss"] == pytest.approx(0.75 * line["val_loss/a"] + 0.25 * line["val_loss/b"], rel=1e-6)
+    assert line["tokens/a"] + line["tokens/b"] == done.progress.tokens
+    assert line["epochs/a"] == pytest.approx(line["tokens/a"] / 8 / ((1548 - 1) // 8))
+
+
+def test_multicontext_loss_is_the_mean_of_the_contexts(run):
+    done = run("--training_mode=multicontext", "--multicontext_datasets", "a", "upper", "--max_iters=30", "--learning_rate=1e-2", "--eval_interval=30")
+    line = done.evals[-1]
+    assert line["val_loss"] == pytest.approx((line["val_loss/a"] + line["val_loss/upper"]) / 2, rel=1e-6)
+    assert line["val_loss/upper"] < math.log(2) < line["val_loss/a"]
+
+
+def test_separate_embeddings_for_datasets_with_other_tokenizers(run):
+    with pytest.raises(Mistake, match="different tokenizers"):
+        run("--training_mode=multidataset", "--dataset_list", "a", "c")
+    done = run("--training_mode=multidataset", "--dataset_list", "a", "c", "--multidataset_wte", "--max_iters=2")
+    line = done.evals[0]
+    assert line["val_loss/c"] == pytest.approx(math.log(11), abs=0.1), "a softmax over c's own 11 characters alone"
+    assert done.last.weights["wte.weight"].shape[0] == done.config["_model"]["vocab_sizes"][0] + 11
+
+
+def test_fine_tuning_starts_from_another_runs_weights(run):
+    first = run(name="first")
+    best = checkpoint.chosen(first.out_dir, "best")
+    tuned = run(f"--init_from={first.out_dir}", "--max_iters=0", name="tuned")
+    assert equal_tensors(tuned.last.weights, checkpoint.load(best).weights)
+    with pytest.raises(Mistake, match="tokenizer"):
+        run(f"--init_from={first.out_dir}", "--dataset=c", name="other")
+
+
+def test_a_run_folder_is_whole(run):
+    done = run()
+    assert {path.name for path in done.out_dir.iterdir()} == {"train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "checkpoints"}
+    files = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json", "manifest.json"}
+    assert {path.name for path in (done.out_dir / "checkpoints" / "000004").iterdir()} == files
+    assert {row.name for group in train_args.TABLE.values() for row in group} <= done.config.keys()
+    for line in done.train:
+        assert {"event", "step", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms"} <= line.keys()
+    for line in done.evals:
+        assert {"event", "step", "seconds", "train_loss", "val_loss", "bits_per_byte"} <= line.keys()
+        assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte is a character here
+
+
+def test_float16_keeps_its_scaler(run):
+    half = run("--dtype=float16", name="half")
+    scaler = half.last.progress["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 4
+    resumed = run("--init_from=resume", "--max_iters=6", name="half")
+    assert resumed.last.progress["scaler"]["_growth_tracker"] == 6
+
+
+def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
+    folder = tmp_path / "data/made"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom conftest import WORDS, write_text\nwrite_text(Path(__file__).parent, WORDS * 9)\n"
+    )
+    done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=made", "--max_iters=1")
+    assert "no bins yet; running" in done.console and len(done.train) == 1
+
+
+def test_model_flops_per_token():
+    """6 N + 12 layers x width x context, by hand, for GPT-2's shape."""
+    model = train.GPT(train.GPTConfig(vocab_sizes=(100,), n_layer=3, n_head=2, n_embd=32, block_size=16, bias=False))
+    products = 3 * (12 * 32 * 32) + 100 * 32
+    assert model.flops_per_token() == 6 * products + 12 * 3 * 32 * 16
