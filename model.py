@@ -305,7 +305,7 @@ class SeparateVocabularies(OneVocabulary):
     def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
         ends = torch.tensor(self.firsts[1:], device=ids.device)
         owner = torch.bucketize(torch.arange(sum(self.sizes), device=ids.device), ends, right=True)  # (V,)
-        return logits.masked_fill(torch.bucketize(ids, ends, right=True)[..., None] != owner, -math.inf)
+        return logits.masked_fill(torch.bucketize(ids.contiguous(), ends, right=True)[..., None] != owner, -math.inf)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         return super().losses(self.masked(logits, targets), targets)

@@ -23,21 +23,21 @@ from parts.mistakes import Mistake
 DATASET, WINDOW, ORDER, OFFSET, EVALUATION, NOISE = range(6)
 
 
-def mix(seed: int, *counters: int | np.ndarray) -> np.ndarray:
-    """Hash (seed, counters) to uint64: the finaliser of SplitMix64 (Steele et al. 2014), once a word."""
+def mix(*words: int | np.ndarray) -> np.ndarray:
+    """Hash words, a seed first, to uint64: a step of SplitMix64 (Steele et al. 2014) for each of them in turn."""
+    z = np.uint64(0)
     with np.errstate(over="ignore"):
-        z = np.asarray(seed, dtype=np.uint64)
-        for counter in counters:
-            z = (z ^ np.asarray(counter).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        for word in words:
+            z = (z ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
-        return z
+    return z
 
 
-def uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
+def uniform(*words: int | np.ndarray) -> np.ndarray:
     """Floats in [0, 1) from `mix`."""
-    return (mix(seed, *counters) >> np.uint64(11)) * 2.0**-53
+    return (mix(*words) >> np.uint64(11)) * 2.0**-53
 
 
 def permute(index: np.ndarray, n: int, *key: int | np.ndarray) -> np.ndarray:

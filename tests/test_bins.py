@@ -1,0 +1,143 @@
+"""Bins and meta files: nanoGPT's, ReaLLM-Forge's and llm.c's formats, and everything that can be wrong with them."""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SHARED, command, needs_shared
+
+from parts import bins, text
+from parts.mistakes import Mistake
+
+CHARS = sorted(set("hello world\n"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What nanoGPT's prepare.py leaves: uint16 bins and a pickled meta."""
+    ids = np.array([CHARS.index(char) for char in "hello world\n" * 40], dtype=np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    ids[:200].tofile(tmp_path / "val.bin")
+    meta = {"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": {char: i for i, char in enumerate(CHARS)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return tmp_path
+
+
+def test_nanogpts_folder_is_read_as_it_is(folder):
+    meta = bins.read_meta(folder)
+    train = bins.Bin(folder, "train", meta)
+    assert meta.vocab_size == len(CHARS) and train.tokens == 480
+    assert meta.tokenizer.decode(train.shards[0][:12].tolist()) == "hello world\n"
+    assert meta.tokenizer.encode("low").tolist() == [CHARS.index(char) for char in "low"]
+
+
+@needs_shared
+def test_nanogpts_shakespeare_trains_unchanged(tmp_path, run):
+    """Bins and meta.pkl as its data/shakespeare_char/prepare.py writes them."""
+    words = (SHARED / "tinyshakespeare/input.txt").read_text()
+    chars = sorted(set(words))
+    stoi = {char: i for i, char in enumerate(chars)}
+    folder = tmp_path / "data/shakespeare_char"
+    folder.mkdir(parents=True)
+    cut = int(len(words) * 0.9)
+    np.array([stoi[c] for c in words[:cut]], dtype=np.uint16).tofile(folder / "train.bin")
+    np.array([stoi[c] for c in words[cut:]], dtype=np.uint16).tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}))
+    done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=shakespeare_char", "--max_iters=20", "--eval_interval=20", "--learning_rate=1e-2")
+    assert done.evals[-1]["val_loss"] < done.evals[0]["val_loss"] and done.last.weights["wte.weight"].shape[0] == 65
+
+
+def test_a_pickle_with_code_is_refused_unexecuted(folder):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(folder / "executed"), "w"))
+
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "stoi": Evil()}))
+    with pytest.raises(Mistake, match="only plain containers"):
+        bins.read_meta(folder)
+    assert not (folder / "executed").exists()
+
+
+@needs_shared
+def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    (folder / "meta.pkl").unlink()
+    assert bins.read_meta(folder).vocab_size == 50257
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50257, "tokenizer": "tiktoken", "tiktoken_encoding": "gpt2"}))
+    assert bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
+
+
+def test_unknown_tokenizers_are_numbers(folder):
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 99, "tokenizer": "sentencepiece"}))
+    meta = bins.read_meta(folder)
+    assert meta.tokenizer.decode([1, 98]) == "1 98 " and meta.tokenizer.encode("5 6").tolist() == [5, 6]
+
+
+def test_vocabularies_above_65536_take_uint32(folder):
+    assert (bins.dtype_for(65536), bins.dtype_for(65537)) == ("uint16", "uint32")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100277}))
+    np.array([1, 100_000, 70_000], dtype=np.uint32).tofile(folder / "train.bin")
+    assert bins.Bin(folder, "train", bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
+
+
+def test_shards_with_llm_c_headers(folder):
+    (folder / "train.bin").unlink()
+    meta = bins.read_meta(folder)
+    for i, size in enumerate((100, 50)):
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, size
+        with (folder / f"edu_train_{i:06d}.bin").open("wb") as file:
+            file.write(header.tobytes() + np.full(size, i, dtype=np.uint16).tobytes())
+    train = bins.Bin(folder, "train", meta)
+    assert [len(shard) for shard in train.shards] == [100, 50] and train.shards[1].max() == 1 and train.tokens == 150
+
+
+@pytest.mark.parametrize("name, break_it, told", [
+    ("missing", lambda f: (f / "val.bin").unlink(), r"val\.bin not there"),
+    ("empty", lambda f: (f / "train.bin").write_bytes(b""), r"train\.bin: empty"),
+    ("odd", lambda f: (f / "train.bin").write_bytes(b"\0" * 801), r"801 bytes are no whole number"),
+    ("short", lambda f: (f / "val.bin").write_bytes(b"\0" * 16), r"8 tokens are less than one window"),
+    ("beyond", lambda f: np.full(400, 4000, dtype=np.uint16).tofile(f / "train.bin"), r"token 4000 at 0 is beyond the vocabulary of 9"),
+    ("meta", lambda f: (f / "meta.json").write_text("{"), r"meta\.json: broken"),
+    ("pickle", lambda f: (f / "meta.pkl").write_bytes(b"no"), r"not a meta\.pkl"),
+    ("folder", lambda f: shutil.rmtree(f), r"no such dataset"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line_with_status_2(folder, name, break_it, told, tmp_path_factory):
+    break_it(folder)
+    out_dir = tmp_path_factory.mktemp("out") / "x"
+    done = command(f"--data_dir={folder.parent}", f"--dataset={folder.name}", "--block_size=8", f"--out_dir={out_dir}", "--n_layer=1", check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert re.search(told, done.stderr), done.stderr
+    assert not out_dir.exists()
+
+
+def test_counts_that_differ_from_the_meta_are_told(folder):
+    meta = bins.read_meta(folder)
+    (folder / "meta.pkl").unlink()
+    bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
+    with pytest.raises(Mistake, match="meta.json counts 479"):
+        bins.Bin(folder, "train", bins.read_meta(folder))
+
+
+def test_writer_leaves_a_whole_file_or_none(tmp_path):
+    writer = bins.BinWriter(tmp_path, "train.bin", "uint16")
+    writer.write(np.arange(5), 7)
+    assert not (tmp_path / "train.bin").exists()
+    told = writer.close()
+    data = (tmp_path / "train.bin").read_bytes()
+    assert told == {"tokens": 5, "bytes": 7, "sha256": hashlib.sha256(data).hexdigest()} and list(tmp_path.iterdir()) == [tmp_path / "train.bin"]
+    writer = bins.BinWriter(tmp_path, "val.bin", "uint16")
+    writer.write(np.arange(5), 7)
+    writer.discard()
+    assert list(tmp_path.iterdir()) == [tmp_path / "train.bin"]
+
+
+def test_meta_is_read_back(folder):
+    meta = bins.read_meta(folder)
+    bins.write_meta(folder, meta.tokenizer, {})
+    again = bins.read_meta(folder)
+    assert json.loads((folder / "meta.json").read_text())["dtype"] == "uint16" and text.to_json(again.tokenizer) == text.to_json(meta.tokenizer)

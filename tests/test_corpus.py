@@ -1,0 +1,194 @@
+"""Preparing data: the same bins as nanoGPT's, every kind of input, the split, and whole files or none."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, WORDS, command, needs_shared
+
+from parts import bins, corpus, text
+from parts.mistakes import Mistake
+
+DOCS = [f"document {i}: " + WORDS for i in range(25)]
+
+
+def prepare(*argv, check=True, **more):
+    return command(*argv, script="data/prepare.py", check=check, **more)
+
+
+def tokens(folder, split="train"):
+    return bins.Bin(folder, split, bins.read_meta(folder)).shards[0].tolist()
+
+
+@needs_shared
+@pytest.mark.parametrize("name, counts", [("shakespeare_char", (1003854, 111540)), ("shakespeare", (301966, 36059))])
+def test_shakespeare_is_nanogpts(tmp_path, name, counts):
+    """Its prepare.py by hand: sorted characters or tiktoken's gpt2 over the first nine tenths."""
+    env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+    path = SHARED / "tinyshakespeare/input.txt"
+    command(f"--input={path}", f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
+    words = path.read_text()
+    if name == "shakespeare_char":
+        stoi = {char: i for i, char in enumerate(sorted(set(words)))}
+        expected = [stoi[char] for char in words[: int(len(words) * 0.9)]]
+    else:
+        import os
+
+        import tiktoken
+
+        os.environ |= env
+        expected = tiktoken.get_encoding("gpt2").encode_ordinary(words[: int(len(words) * 0.9)])
+    assert tokens(tmp_path / name) == expected and (len(expected), len(tokens(tmp_path / name, "val"))) == counts
+
+
+def test_offline_download_says_what_to_do(tmp_path):
+    done = command(f"--data_dir={tmp_path}", script="data/shakespeare_char/prepare.py", check=False, env={"https_proxy": "http://127.0.0.1:9", "no_proxy": ""})
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--input FILE" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
+def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
+    path = tmp_path / f"docs.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"body": doc, "n": 1}) for doc in DOCS))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["n", "body"], *([1, doc] for doc in DOCS)])
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"body": DOCS}), path)
+    else:
+        path = tmp_path / "folder"
+        path.mkdir()
+        for i, doc in enumerate(DOCS):
+            (path / f"{i:03d}.txt").write_text(doc)
+    prepare(f"--input={path}", "--name=mine", f"--data_dir={tmp_path}", "--tokenizer=byte", *([] if kind == "folder" else ["--field=body"]))
+    expected = {"train": [], "val": []}
+    for i, doc in enumerate(DOCS):
+        expected["val" if i % 10 == 9 else "train"] += [*doc.encode(), 256]
+    assert tokens(tmp_path / "mine") == expected["train"] and tokens(tmp_path / "mine", "val") == expected["val"]
+    meta = json.loads((tmp_path / "mine/meta.json").read_text())
+    assert meta["files"]["val.bin"]["bytes"] == sum(len(doc.encode()) for doc in DOCS[9::10])
+
+
+def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    path = tmp_path / "one.txt"
+    path.write_text(WORDS * 30)
+    pieces = list(corpus.pieces_of([str(path)], "text", 0.25))
+    assert max(len(piece.text) for piece in pieces) <= 100 and not any(piece.ends for piece in pieces)
+    whole = WORDS * 30
+    assert "".join(p.text for p in pieces if p.split == "train") == whole[: int(len(whole) * 0.75)]
+    assert "".join(p.text for p in pieces) == whole
+    corpus.write_dataset(tmp_path / "d", lambda: corpus.pieces_of([str(path)], "text", 0.25), "char")
+    assert bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
+    for name in ("x", "y"):
+        prepare(f"--input={path}", f"--name={name}", f"--data_dir={tmp_path}", "--tokenizer=bpe", "--vocab_size=320")
+    for file in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
+    assert bins.read_meta(tmp_path / "x").vocab_size <= 320
+
+
+def test_threads_keep_the_order():
+    import time
+
+    slow_first = lambda i: (time.sleep(0.02 * (i % 3 == 0)), i)[1]  # noqa: E731
+    assert list(corpus.in_order(slow_first, range(50), 4)) == list(range(50))
+
+
+@pytest.mark.parametrize("flags, told", [
+    ([], "--input: is needed"),
+    (["--input=/nowhere"], "no such file or folder"),
+    (["--input=x.pdf"], "must be one of .txt"),
+    (["--input=bad.jsonl"], "row 2 has no text"),
+    (["--input=docs.jsonl", "--field=title"], "--field"),
+    (["--input=latin.txt"], "not UTF-8"),
+    (["--input=one.jsonl"], "no text for val.bin"),
+    (["--input=docs.jsonl", "--tokenizer=gtp2"], "did you mean gpt2"),
+    (["--input=docs.jsonl", "--vocab_size=500"], "only with --tokenizer=bpe"),
+    (["--input=hf:x"], "hf:x"),
+])  # fmt: skip
+def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
+    (tmp_path / "x.pdf").write_text("")
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    done = prepare(*flags, "--name=mine", check=False, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list((tmp_path / "data").rglob("*.*")) if (tmp_path / "data").exists() else True
+
+
+def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
+    corpus.write_dataset(tmp_path / "d", lambda: corpus.split_documents([[doc] for doc in DOCS], 0.1), "char")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
+
+    def broken():
+        yield corpus.Piece("train", "fine")
+        raise Mistake("the disk is gone")
+
+    with pytest.raises(Mistake, match="disk"):
+        corpus.write_dataset(tmp_path / "d", broken, text.ByteTokenizer())
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the shipped datasets
+
+
+def test_standard_library_and_its_classes_are_aligned(tmp_path):
+    for name in ("stdlib_char", "stdlib_class"):
+        told = command(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
+    assert "tokens" in told
+    char, kind = (bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000]) for name in ("stdlib_char", "stdlib_class"))
+    assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > 1_000_000
+    assert len(char) == len(kind) and all((a == "\n") == (b == "\n") for a, b in zip(char, kind, strict=True))
+    words = [match.span() for match in re.finditer(r"^def (?=\w+\()", char, re.M)]
+    assert words and all(kind[first : last - 1] == "kkk" for first, last in words)
+
+
+def test_classes_of_a_line():
+    sys.path.insert(0, str(ROOT))
+    from data.stdlib_class.prepare import classes
+
+    assert classes("if x1 == 30: # no\n  s = 'a b'\n") == "kk nn oo 00o ####\n  n o sssss\n"
+    assert classes('"""two\nlines"""\n') == "ssssss\nssssssss\n"
+
+
+def test_arithmetic_is_right_and_held_out(tmp_path):
+    command(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
+    tokenizer = bins.read_meta(tmp_path).tokenizer
+    train, val = (tokenizer.decode(tokens(tmp_path, split)).splitlines() for split in ("train", "val"))
+    assert len(set(train) | set(val)) == 10_000 == len(train) + len(val) and len(val) == 1000
+    assert all(eval(line.replace("=", "==")) for line in [*train, *val])
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
+    """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
+    (tmp_path / "datasets.py").write_text(
+        "def load_dataset(*args, **kwargs):\n    print('asked', args, kwargs)\n    return [{'text': f'document {i}'} for i in range(4001)]\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+    if not SHARED.exists():
+        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
+    done = command(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
+    assert "'streaming': True" in done.stdout and {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu', 'sample-10BT'"}[name] in done.stdout
+    train = np.array(tokens(tmp_path / name))
+    assert (train == 50256).sum() == 4001 - {"openwebtext": 2, "fineweb_edu": 4}[name] and train[-1] == 50256
+
+
+def test_prepare_shows_its_help():
+    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--tokenizer" in done.stdout

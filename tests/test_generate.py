@@ -1,0 +1,102 @@
+"""Generation: cached equals uncached, filters against their definitions, and no token that may not be drawn."""
+
+import pytest
+import torch
+from test_model import build, ids
+
+from parts.generate import Cache, choose, generate
+
+
+def draw(model, idx, n, seed=0, **more):
+    return generate(model.eval(), idx, n, torch.Generator().manual_seed(seed), **more)
+
+
+@pytest.mark.parametrize("variant", [{}, {"position": "rope", "n_kv_head": 2}, {"position": "rope", "window": "SL", "window_size": 3}, {"position": "none", "qk_norm": True}])
+@pytest.mark.parametrize("prompt", [1, 5, 12, 20])
+def test_cached_equals_uncached(variant, prompt):
+    """Inside the block and far beyond it, greedy and drawn."""
+    model = build(**variant)
+    for temperature in (0.0, 1.0):
+        cached = draw(model, ids(3, prompt), 40, temperature=temperature)
+        assert torch.equal(cached, draw(model, ids(3, prompt), 40, temperature=temperature, cached=False))
+        assert cached.shape == (3, prompt + 40)
+
+
+def test_cached_logits_equal_uncached_logits():
+    model = build(position="rope", n_kv_head=2, window="SL", window_size=5).eval()
+    idx = ids(2, 12)
+    cache = Cache(2, 2, 2, 12, 8, idx.device, torch.float32)
+    rows = []
+    for part in (idx[:, :4], idx[:, 4:5], idx[:, 5:9], idx[:, 9:]):  # prefill, one token, chunks
+        rows.append(model(part, cache=cache))
+        cache.length += part.size(1)
+    torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from model import GPT, GPTConfig
+    from parts import pretrained
+
+    torch.manual_seed(3)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=31, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None)).eval()
+    theirs.save_pretrained(tmp_path)
+    loaded = pretrained.load(str(tmp_path))
+    ours = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"}))
+    ours.load_weights(loaded.weights, "")
+    reference = theirs.generate(ids(2, 4), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(draw(ours, ids(2, 4), 40, temperature=0.0), reference)
+
+
+def frequencies(logits, n=20000, **filters):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    return torch.bincount(choose(logits.expand(n, -1), generator=generator, **settings), minlength=logits.numel()) / n
+
+
+def test_draws_follow_the_tempered_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    for temperature in (0.5, 1.0, 2.0):
+        torch.testing.assert_close(frequencies(logits, temperature=temperature), (logits / temperature).softmax(-1), atol=0.012, rtol=0)
+
+
+def test_filters_keep_what_their_definition_says():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]]  # in another order
+    kept = lambda **filters: (frequencies(logits, **filters) > 0).tolist()  # noqa: E731
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_p=0.5) == [False, True, False, False]
+    assert kept(top_p=0.51) == [False, True, False, True]
+    assert kept(top_p=0.81) == [True, True, False, True]
+    assert kept(min_p=0.25) == [True, True, False, True]
+    assert kept(min_p=0.7) == [False, True, False, False]
+    torch.testing.assert_close(frequencies(logits, top_k=2)[[1, 3]], torch.tensor([0.625, 0.375]), atol=0.012, rtol=0)
+
+
+def test_temperature_zero_is_greedy_and_seeds_matter():
+    model = build()
+    assert torch.equal(draw(model, ids(2, 3), 20, seed=1, temperature=0.0), draw(model, ids(2, 3), 20, seed=2, temperature=0.0))
+    assert torch.equal(draw(model, ids(2, 3), 20, seed=1), draw(model, ids(2, 3), 20, seed=1))
+    assert not torch.equal(draw(model, ids(2, 3), 20, seed=1), draw(model, ids(2, 3), 20, seed=2))
+
+
+def test_padding_rows_are_never_drawn():
+    model = build()
+    assert draw(model, ids(4, 3, high=5), 200, known=[5], temperature=5.0).max() < 5
+
+
+def test_contexts_go_on_together_in_their_own_rows():
+    model = build(vocab_sizes=(31, 7), vocabulary="contexts")
+    idx = torch.stack((ids(2, 4), 31 + ids(2, 4, high=7)), 1)
+    out = draw(model, idx, 30, temperature=3.0)
+    assert out.shape == (2, 2, 34) and out[:, 0].max() < 31 <= out[:, 1].min() and torch.equal(out, draw(model, idx, 30, temperature=3.0, cached=False))
+
+
+def test_a_dataset_with_its_own_vocabulary_stays_in_it():
+    model = build(vocab_sizes=(31, 7), vocabulary="separate")
+    assert draw(model, ids(2, 4), 50, temperature=5.0).max() < 31 <= draw(model, 31 + ids(2, 4, high=7), 50, temperature=5.0).min()
+
+
+def test_every_token_is_told_as_it_is_drawn():
+    told = []
+    out = draw(build(), ids(2, 4), 20, on_token=lambda new: told.append(new))
+    assert torch.equal(torch.stack(told, 1), out[:, 4:])

@@ -1,0 +1,288 @@
+"""The model against Hugging Face's GPT-2, torch's own layers, and identities."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import ACTIVATIONS, GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition, activation, softcap
+from parts import pretrained
+from parts.mistakes import Mistake
+
+TINY = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_embd=32, bias=False)
+
+
+def build(seed: int = 0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(dataclasses.replace(TINY, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the special values of initialisation
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A small GPT-2 of random weights in transformers, and its folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+@pytest.mark.parametrize("bare_file", [False, True])
+def test_logits_equal_transformers(hugging_face, bare_file):
+    theirs, folder = hugging_face
+    loaded = pretrained.load(str(folder / "model.safetensors" if bare_file else folder))
+    model = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"})).eval()
+    model.load_weights(loaded.weights, "gpt2")
+    idx = ids(3, 24, high=97)
+    with torch.no_grad():
+        assert (model(idx) - theirs(idx).logits).abs().max() < 1e-5
+    assert model.count_parameters() == sum(p.numel() for p in theirs.parameters())
+
+
+def test_losses_and_gradients_equal_transformers(hugging_face):
+    theirs, folder = hugging_face
+    loaded = pretrained.load(str(folder))
+    model = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"})).eval()
+    model.load_weights(loaded.weights, "gpt2")
+    idx = ids(2, 25, high=97)
+    ours = model(idx[:, :-1], idx[:, 1:]).mean()
+    reference = theirs(idx[:, :-1]).logits
+    reference = F.cross_entropy(reference.flatten(0, 1), idx[:, 1:].flatten())
+    assert ours.item() == pytest.approx(reference.item(), rel=1e-6)
+    ours.backward()
+    reference.backward()
+    assert (model.wte.weight.grad - theirs.transformer.wte.weight.grad).abs().max() < 1e-6
+    assert (model.blocks[1].attn.qkv.weight.grad.t() - theirs.transformer.h[1].attn.c_attn.weight.grad).abs().max() < 1e-6
+
+
+def test_grouped_heads_equal_repeated_keys_and_values():
+    """Llama's attention with 2 of 4 heads equals full attention whose k and v rows are repeated."""
+    grouped, full = build(n_kv_head=2), build()
+    weights = {name: parameter.detach().clone() for name, parameter in grouped.named_parameters()}
+    for name in [name for name in weights if "qkv" in name]:
+        q, k, v = weights[name].split([32, 16, 16])
+        repeat = lambda rows: rows.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)  # noqa: E731
+        weights[name] = torch.cat((q, repeat(k), repeat(v)))
+    full.load_weights(weights, "test")
+    torch.testing.assert_close(grouped(ids(2, 12)), full(ids(2, 12)), atol=1e-5, rtol=1e-5)
+
+
+def test_modern_block_equals_transformers_llama():
+    """RMSNorm, rotary positions, gated SiLU and grouped heads, against LlamaForCausalLM."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=12, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours = build(n_kv_head=2, norm="rmsnorm", position="rope", activation="silu", mlp="gated", mlp_ratio=2.0, tie_weights=False)
+    w, state = {name: p.detach() for name, p in ours.named_parameters()}, {}
+    for i in range(2):
+        q, k, v = w[f"blocks.{i}.attn.qkv.weight"].split([32, 16, 16])
+        names = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": w[f"blocks.{i}.attn.proj.weight"],
+                 "mlp.gate_proj": w[f"blocks.{i}.mlp.gate.weight"], "mlp.up_proj": w[f"blocks.{i}.mlp.up.weight"], "mlp.down_proj": w[f"blocks.{i}.mlp.proj.weight"],
+                 "input_layernorm": w[f"blocks.{i}.norm_1.weight"], "post_attention_layernorm": w[f"blocks.{i}.norm_2.weight"]}  # fmt: skip
+        state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
+    state |= {"model.embed_tokens.weight": w["wte.weight"], "model.norm.weight": w["norm.weight"], "lm_head.weight": w["head.weight"]}
+    theirs.load_state_dict(state)
+    with torch.no_grad():
+        assert (ours(ids(3, 12)) - theirs(ids(3, 12)).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_variant_is_causal(norm, position):
+    model = build(norm=norm, position=position, qk_norm=True, window="SL", window_size=3, logit_softcap=15.0, tie_weights=False).eval()
+    idx = ids(1, 12)
+    changed = idx.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 31
+    before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_norms_equal_torchs_own():
+    x = torch.randn(3, 5, 32)
+    torch.testing.assert_close(NORMS["layernorm"](32, True)(x), torch.nn.LayerNorm(32)(x))
+    torch.testing.assert_close(NORMS["rmsnorm"](32, False)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
+    torch.testing.assert_close(NORMS["rmsnorm_nogain"](32, False)(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    assert not list(RMSNorm(32, gain=False).parameters())
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    rotary = RotaryPosition(dataclasses.replace(TINY, block_size=64))
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    score = lambda i, j: (rotary.rotate(q, i) * rotary.rotate(k, j)).sum().item()  # noqa: E731
+    assert score(5, 2) == pytest.approx(score(43, 40), abs=1e-5) and score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
+    assert rotary.rotate(q, 17).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    angle = rotary.rotate(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8), 1)
+    assert angle[0, 0, 0, 0].item() == pytest.approx(math.cos(1)) and angle[0, 0, 0, 4].item() == pytest.approx(math.sin(1))
+
+
+def test_window_sees_its_last_tokens_alone():
+    """One layer, window 3: a change 3 tokens back has no effect, 2 back it has; without a window it has."""
+    for window, back, same in (("S", 3, True), ("S", 2, False), ("L", 11, False)):
+        model = build(n_layer=1, window=window, window_size=3, position="rope").eval()
+        idx = ids(1, 12)
+        changed = idx.clone()
+        changed[0, 11 - back] = (changed[0, 11 - back] + 1) % 31
+        assert torch.equal(model(idx)[:, -1], model(changed)[:, -1]) is same
+
+
+def test_window_pattern_repeats_over_the_layers():
+    model = build(n_layer=5, window="SSL", window_size=4)
+    assert [block.attn.span for block in model.blocks] == [4, 4, 12, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu", "mish", "tanh", "hardswish", "softplus"])
+def test_activations_of_torch_go_by_their_names(name):
+    x = torch.randn(50)
+    assert torch.equal(activation(name)(x), getattr(F, name)(x))
+
+
+def test_own_activations():
+    x = torch.randn(50)
+    torch.testing.assert_close(ACTIVATIONS["relu2"](x), x.clamp(min=0) ** 2)
+    cubic = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), cubic)
+    for wrong in ("no_such", "cross_entropy", "_in_projection", "siluu"):
+        with pytest.raises(Mistake, match="--activation"):
+            activation(wrong)
+    with pytest.raises(Mistake, match="did you mean silu"):
+        activation("siluu")
+
+
+def test_gated_mlp_by_hand():
+    mlp = MLPS["gated"](dataclasses.replace(TINY, activation="silu", mlp_ratio=2.0, bias=True))
+    x = torch.randn(4, 32)
+    by_hand = (F.silu(x @ mlp.gate.weight.t() + mlp.gate.bias) * (x @ mlp.up.weight.t() + mlp.up.bias)) @ mlp.proj.weight.t() + mlp.proj.bias
+    torch.testing.assert_close(mlp(x), by_hand)
+    assert mlp.up.weight.shape == (64, 32)
+
+
+def test_softcap_is_bounded_with_slope_one():
+    z = torch.tensor([-1e4, -1e-3, 0.0, 1e-3, 15.0, 1e4], dtype=torch.float64)
+    capped = softcap(15.0)(z.float())
+    assert capped.abs().max() < 15 + 1e-4 and capped[3].item() == pytest.approx(1e-3, rel=1e-5)
+    assert capped[4].item() == pytest.approx(15 / math.sqrt(2))
+
+
+def test_qk_norm_bounds_the_scores():
+    """Queries and keys scaled by a thousand change nothing once they are normalised."""
+    model = build(qk_norm=True).eval()
+    before = model(ids(2, 12))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:64] *= 1000
+    torch.testing.assert_close(model(ids(2, 12)), before, atol=1e-3, rtol=1e-3)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, n_embd=256, n_layer=8, vocab_sizes=(4000,), bias=True))
+    std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    assert std["wte.weight"] == pytest.approx(0.02, rel=0.02) and std["blocks.3.mlp.up.weight"] == pytest.approx(0.02, rel=0.02)
+    assert std["blocks.3.mlp.proj.weight"] == pytest.approx(0.02 / 4, rel=0.02)
+    assert model(ids(2, 12), ids(2, 12, seed=2)).mean().item() == pytest.approx(math.log(4000), rel=0.02)
+    zero = GPT(dataclasses.replace(TINY, zero_init=True, tie_weights=False))
+    assert zero(ids(2, 12)).abs().max() == 0 and zero.wte.weight.abs().max() > 0
+
+
+def test_tied_head_is_the_embedding_and_untied_is_not():
+    tied, untied = build(), build(tie_weights=False)
+    assert tied.head.weight is tied.wte.weight and "head.weight" not in dict(tied.named_parameters())
+    assert untied.count_parameters() - tied.count_parameters() == 31 * 32
+
+
+def test_one_context_equals_the_plain_model():
+    plain, contexts = build(), build(vocabulary="contexts")
+    idx, targets = ids(2, 12), ids(2, 12, seed=2)
+    assert torch.equal(plain(idx), contexts(idx[:, None])) and torch.equal(plain(idx, targets), contexts(idx[:, None], targets[:, None])[:, 0])
+
+
+def test_contexts_have_their_own_softmax():
+    model = build(vocab_sizes=(31, 7), vocabulary="contexts")
+    idx = torch.stack((ids(2, 12), 31 + ids(2, 12, high=7)), 1)
+    losses, logits = model(idx, idx), model(idx)
+    first = F.cross_entropy(logits[..., :31].flatten(0, 1), idx[:, 0].flatten(), reduction="none").view(2, 12)
+    second = F.cross_entropy(logits[..., 31:].flatten(0, 1), idx[:, 1].flatten() - 31, reduction="none").view(2, 12)
+    torch.testing.assert_close(losses, torch.stack((first, second), 1))
+
+
+def test_separate_vocabularies_ignore_each_others_rows():
+    model = build(vocab_sizes=(31, 7), vocabulary="separate")
+    idx = torch.stack((ids(12), 31 + ids(12, high=7)))
+    losses, logits = model(idx, idx), model(idx)
+    torch.testing.assert_close(losses[0], F.cross_entropy(logits[0, :, :31], idx[0], reduction="none"))
+    torch.testing.assert_close(losses[1], F.cross_entropy(logits[1, :, 31:], idx[1] - 31, reduction="none"))
+
+
+def test_bfloat16_activations_stay_near_float32():
+    model = build(tie_weights=False, norm="rmsnorm", position="rope").eval()
+    exact = model(ids(2, 12))
+    model.compute_dtype = torch.bfloat16
+    rough = model(ids(2, 12))
+    assert rough.dtype == torch.bfloat16 and (rough.float() - exact).norm() / exact.norm() < 0.02
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compiled_equals_eager():
+    model = build()
+    compiled = torch.compile(model, dynamic=False)
+    torch.testing.assert_close(compiled(ids(2, 12), ids(2, 12, seed=3)), model(ids(2, 12), ids(2, 12, seed=3)), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_dont_fit_are_named():
+    model = build()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with pytest.raises(Mistake, match=r"norm.weight is \(3,\) there and \(32,\)"):
+        model.load_weights(weights | {"norm.weight": torch.ones(3)}, "here")
+    with pytest.raises(Mistake, match="the weights have no norm.weight"):
+        model.load_weights({name: tensor for name, tensor in weights.items() if name != "norm.weight"}, "here")
+
+
+def test_longer_positions_are_cropped():
+    model, short = build(), build(seed=5, block_size=6)
+    short.load_weights({name: parameter.detach() for name, parameter in model.named_parameters()}, "here")
+    torch.testing.assert_close(short(ids(2, 12)[:, :6]), model(ids(2, 12))[:, :6])
+
+
+def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
+    """Names and layout of nanoGPT's ckpt.pt, compiled prefix included; a pickle with code is refused."""
+    model = build(bias=True)
+    back = {"position.": "wpe.", "norm.": "ln_f."}
+    theirs = {}
+    for name, parameter in model.named_parameters():
+        old = name.replace("blocks.", "h.").replace(".norm_", ".ln_").replace(".attn.qkv.", ".attn.c_attn.").replace(".mlp.up.", ".mlp.c_fc.").replace(".proj.", ".c_proj.")
+        for ours, nano in back.items():
+            old = nano + old.removeprefix(ours) if old.startswith(ours) else old
+        theirs[f"_orig_mod.transformer.{old}"] = parameter.detach()
+    theirs["_orig_mod.lm_head.weight"] = model.wte.weight.detach()
+    torch.save({"model": theirs, "model_args": {"n_head": 4, "n_layer": 2}}, tmp_path / "ckpt.pt")
+    loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
+    again = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"}))
+    again.load_weights(loaded.weights, "ckpt.pt")
+    assert torch.equal(again(ids(2, 12)), model(ids(2, 12)))
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"model": Evil(), "model_args": {}}, tmp_path / "evil.pt")
+    with pytest.raises(Mistake, match="not a checkpoint of nanoGPT"):
+        pretrained.load(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "executed").exists()
