@@ -1,0 +1,186 @@
+"""Optimizers against torch's own, driven by hand, and schedules against closed forms and torch's schedulers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_model import build, ids
+
+from parts import optim
+from parts.mistakes import Mistake
+from parts.optim import Lion, Optimizer, Settings
+from parts.schedules import SCHEDULES, Plan, learning_rate
+
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def train(model, optimizer, steps: int = 3) -> None:
+    for step in range(steps):
+        model(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
+        optimizer.clip(list(model.parameters()), OFF, 0.0)
+        optimizer.step(OFF)
+
+
+def by_hand(model, optimizers, steps: int = 3) -> None:
+    for step in range(steps):
+        model(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def assert_same(a, b, **tolerance) -> None:
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "torch.optim:Adamax"])
+def test_each_optimizer_is_the_class_it_names(name):
+    """Same updates as that class, built by hand with decay on matrices alone."""
+    settings = Settings(lr=2e-3, weight_decay=0.1, betas=(0.8, 0.95), momentum=0.7)
+    ours, theirs = build(bias=True), build(bias=True)
+    optimizer = Optimizer(name, ours, settings, ours.fused_rows())
+    cls = optim.OPTIMIZERS[name][0] if name in optim.OPTIMIZERS else torch.optim.Adamax
+    known = {"adamw": {"betas": (0.8, 0.95), "fused": True}, "adam": {"betas": (0.8, 0.95), "fused": True}, "nadam": {"betas": (0.8, 0.95)}, "radam": {"betas": (0.8, 0.95)}, "lion": {"betas": (0.8, 0.95)},
+             "sgd": {"momentum": 0.7}, "rmsprop": {"momentum": 0.7}}.get(name, {})  # fmt: skip
+    matrices, vectors = [p for p in theirs.parameters() if p.dim() > 1], [p for p in theirs.parameters() if p.dim() < 2]
+    train(ours, optimizer)
+    by_hand(theirs, [cls([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, **known)])
+    assert_same(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
+    """With no gradient AdamW only decays: matrices shrink by 1 - lr x decay, vectors stay."""
+    model = build(bias=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer("adamw", model, Settings(lr=0.1, weight_decay=0.5), model.fused_rows())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(OFF)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (0.95 if p.dim() > 1 else 1.0))
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = build(bias=True, tie_weights=False)
+    for name in (*optim.OPTIMIZERS, "muon"):
+        optimizer = Optimizer(name, model, Settings(), model.fused_rows())
+        held = [p for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
+        assert sum(p.numel() for p in held) == model.count_parameters() and len({p.data_ptr() for p in held}) == len(held)
+
+
+def test_lion_by_its_formula():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    lion = Lion([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.2)
+    x, m = p.detach().clone(), torch.zeros(3)
+    for gradient in (torch.tensor([0.5, -0.1, 0.0]), torch.tensor([-3.0, 0.2, 1.0])):
+        p.grad = gradient.clone()
+        lion.step()
+        x = x - 0.1 * ((0.9 * m + 0.1 * gradient).sign() + 0.2 * x)
+        m = 0.99 * m + 0.01 * gradient
+        torch.testing.assert_close(p.detach(), x)
+
+
+def test_muon_is_torchs_with_q_k_v_apart():
+    """A model whose q, k and v are separate parameters, under torch.optim.Muon itself."""
+    ours, theirs = build(n_kv_head=2), build(n_kv_head=2)
+    settings = Settings(lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9)
+    train(ours, Optimizer("muon", ours, settings, ours.fused_rows()))
+    hidden, rest = [], []
+    for name, p in theirs.named_parameters():
+        (hidden if name.startswith("blocks.") and p.dim() == 2 else rest).append((name, p))
+    for step in range(3):
+        theirs(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
+        if step == 0:
+            pieces = [torch.nn.Parameter(part) for name, p in hidden for part in p.detach().split([32, 16, 16] if "qkv" in name else [p.size(0)])]
+            muon = torch.optim.Muon(pieces, lr=0.05, weight_decay=0.02, momentum=0.9)
+            adam = torch.optim.AdamW([{"params": [p for _, p in rest if p.dim() > 1], "weight_decay": 0.1}, {"params": [p for _, p in rest if p.dim() < 2], "weight_decay": 0.0}], lr=3e-3, betas=(0.8, 0.95), fused=True)
+        gradients = [part for name, p in hidden for part in p.grad.split([32, 16, 16] if "qkv" in name else [p.size(0)])]
+        for piece, gradient in zip(pieces, gradients, strict=True):
+            piece.grad = gradient
+        muon.step()
+        adam.step()
+        theirs.zero_grad()
+    assert_same(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_clipping_is_torchs_and_reaches_the_slices():
+    for name in ("adamw", "muon"):
+        ours, theirs = build(), build()
+        optimizer = Optimizer(name, ours, Settings(), ours.fused_rows())
+        for model in (ours, theirs):
+            model(ids(4, 12), ids(4, 12, seed=2)).mean().backward()
+        norm = optimizer.clip(list(ours.parameters()), OFF, 0.01)
+        assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01).item(), rel=1e-6)
+        held = [p.grad for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
+        assert math.sqrt(sum(g.square().sum().item() for g in held)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "muon"])
+def test_saved_state_goes_on_as_if_never_stopped(name):
+    whole, parts = build(), build()
+    settings = Settings(lr=1e-2)
+    first, second = Optimizer(name, whole, settings, whole.fused_rows()), Optimizer(name, parts, settings, parts.fused_rows())
+    train(whole, first, 4)
+    train(parts, second, 2)
+    tensors, rest = copy.deepcopy(second.state())
+    again = Optimizer(name, parts, settings, parts.fused_rows())
+    again.load_state(tensors, rest)
+    for step in (2, 3):
+        parts(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
+        again.clip(list(parts.parameters()), OFF, 0.0)
+        again.step(OFF)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_classes_by_name_are_checked():
+    model = build()
+    for name, told in (("no_such_package:X", "no_such_package"), ("torch.optim:Adm", "Adm"), ("torch.nn:Linear", "not a torch.optim.Optimizer")):
+        with pytest.raises(Mistake, match=told):
+            Optimizer(name, model, Settings(), {})
+    with pytest.raises(Mistake, match="optimizer_kwargs"):
+        Optimizer("adamw", model, Settings(kwargs={"no_such": 1}), {})
+    assert Optimizer("adamw", model, Settings(kwargs={"eps": 1e-3}), {}).optimizers[0].param_groups[0]["eps"] == 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAN = Plan(peak=1e-3, floor=1e-4, warmup=10, steps=110, step_size=30, gamma=0.5, decay_fraction=0.4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warm_up_works_with_every_schedule(name):
+    """nanoGPT's: (step + 1) / (warmup + 1) of the peak."""
+    rates = [learning_rate(name, PLAN, step) for step in range(11)]
+    assert rates[:10] == pytest.approx([1e-3 * (i + 1) / 11 for i in range(10)]) and rates[10] == pytest.approx(1e-3)
+    assert all(1e-4 <= learning_rate(name, PLAN, step) <= 1e-3 for step in range(10, 500))
+    assert learning_rate(name, Plan(peak=1e-3, steps=100, floor=1e-4), 0) == pytest.approx(1e-3)
+
+
+def test_schedules_by_their_closed_forms():
+    at = lambda name, step: learning_rate(name, PLAN, step)  # noqa: E731
+    assert at("none", 400) == 1e-3
+    assert at("linear", 60) == pytest.approx(5.5e-4) and at("linear", 110) == pytest.approx(1e-4) == at("linear", 300)
+    assert at("exponential", 60) == pytest.approx(math.sqrt(1e-3 * 1e-4)) and at("exponential", 110) == pytest.approx(1e-4)
+    assert at("step", 39) == 1e-3 and at("step", 40) == 5e-4 and at("step", 70) == 2.5e-4 and at("step", 300) == 1e-4
+    assert at("inverse_sqrt", 40) == pytest.approx(5e-4) and at("inverse_sqrt", 10**6) == 1e-4
+    assert at("wsd", 66) == 1e-3 and at("wsd", 88) == pytest.approx(5.5e-4) and at("wsd", 110) == pytest.approx(1e-4) == at("wsd", 200)
+
+
+def test_cosine_is_torchs_and_nanogpts():
+    p = torch.nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([p], lr=1e-3)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=100, eta_min=1e-4)
+    for step in range(10, 111):
+        assert learning_rate("cosine", PLAN, step) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-6)
+        sgd.step()
+        reference.step()
+
+
+def test_rates_follow_the_schedule_in_every_group():
+    model = build()
+    optimizer = Optimizer("muon", model, Settings(lr=1e-3, muon_lr=0.02), model.fused_rows())
+    optimizer.set_rate(0.25)
+    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx([2.5e-4, 2.5e-4, 5e-3])
