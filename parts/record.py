@@ -6,6 +6,7 @@ Only the main rank has a Record that writes; the others' are silent. wandb and t
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ class Record:
             raise Mistake("--wandb_log: needs a package: pip install wandb") from None
         path = self.out_dir / "wandb_id"
         if not path.exists():
-            path.write_text(wandb.util.generate_id())
+            path.write_text(secrets.token_hex(4))
         self.wandb = wandb.init(project=project, name=name, id=path.read_text().strip(), resume="allow", config=config, dir=str(self.out_dir))
 
     def track_tensorboard(self) -> None:

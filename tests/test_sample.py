@@ -1,0 +1,105 @@
+"""sample.py as a user calls it: prompts of every kind, what is printed, and what is told when something is wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, WORDS, command
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    """Runs of the three modes, long enough to have learned something."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("runs")
+    import train
+    import train_args
+
+    longer = [*TINY, "--n_embd=32", "--block_size=16", "--batch_size=16", "--max_iters=150", "--eval_interval=50", "--log_interval=150", "--learning_rate=1e-2", f"--data_dir={data_dir}"]
+    modes = {
+        "single": ["--dataset=a"],
+        "contexts": ["--training_mode=multicontext", "--multicontext_datasets", "a", "upper"],
+        "separate": ["--training_mode=multidataset", "--dataset_list", "a", "c", "--multidataset_wte"],
+    }
+    for name, flags in modes.items():
+        train.main(train_args.parse([*longer, *flags, f"--out_dir={folder / name}"]))
+    return folder
+
+
+def sample(*argv, **more) -> str:
+    return command(*argv, script="sample.py", **more).stdout
+
+
+def refuse(*argv, **more) -> str:
+    done = command(*argv, script="sample.py", check=False, **more)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout, done.stderr
+    return done.stderr
+
+
+def test_samples_resemble_the_text(trained):
+    told = sample(f"--out_dir={trained}/single", "--start=the quick", "--num_samples=2", "--max_new_tokens=200", "--temperature=0.5")
+    samples = told.split("\n---------------\n")
+    assert len(samples) == 3 and samples[2] == "" and all(s.startswith("the quick") and len(s) == 209 for s in samples[:2]) and samples[0] != samples[1]
+    words = set(re.findall(r"\w+", WORDS))
+    assert sum(word in words for word in re.findall(r"\w+", told)) > 20
+
+
+def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
+    flags = [f"--out_dir={trained}/single", "--start=pack", "--max_new_tokens=60", "--num_samples=2"]
+    assert sample(*flags) == sample(*flags) == sample(*flags, "--no-stream") != sample(*flags, "--seed=2")
+
+
+def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
+    flags = [f"--out_dir={trained}/single", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
+    (tmp_path / "p.txt").write_text("five dozen")
+    assert sample(*flags, f"--start=FILE:{tmp_path / 'p.txt'}") == sample(*flags, "--start=-", input="five dozen") == sample(*flags, "--start=five dozen")
+
+
+def test_checkpoints_are_chosen(trained):
+    flags = [f"--out_dir={trained}/single", "--max_new_tokens=50", "--num_samples=1"]
+    assert sample(*flags, "--checkpoint=last") == sample(*flags, "--checkpoint=150")
+    assert "has those of steps" in refuse(*flags, "--checkpoint=77") and "best, last or a step" in refuse(*flags, "--checkpoint=first")
+
+
+def test_contexts_are_printed_aligned(trained):
+    told = sample(f"--out_dir={trained}/contexts", "--num_samples=1", "--max_new_tokens=80", "--start", "the ", "UUU.", "--temperature=0.3")
+    lines = told.splitlines()[:-1]
+    a, upper = "".join(line[8:] for line in lines if line.startswith("a     |")), "".join(line[8:] for line in lines if line.startswith("upper |"))
+    assert a.startswith("the ") and upper.startswith("UUU.") and set(upper) <= set("U. ") and len(a) == len(upper)
+    agree = [char.isalpha() == (kind == "U") for char, kind in zip(a, upper, strict=True)]
+    assert sum(agree) > 0.8 * len(agree), "the contexts are continued together"
+    assert "one for each context (a, upper)" in refuse(f"--out_dir={trained}/contexts", "--start=the ")
+    assert "equally long" in refuse(f"--out_dir={trained}/contexts", "--start", "the ", "U")
+
+
+def test_a_dataset_of_several_is_chosen(trained):
+    told = sample(f"--out_dir={trained}/separate", "--dataset=c", "--start=0123", "--num_samples=1", "--max_new_tokens=40")
+    assert set(told.splitlines()[0]) <= set("0123456789 ")
+    assert "vocabularies of a, c" in refuse(f"--out_dir={trained}/separate", "--dataset=x")
+
+
+def test_mistakes_are_one_line(trained, tmp_path):
+    assert "knows no '€'" in refuse(f"--out_dir={trained}/single", "--start=1 €")
+    assert "holds no checkpoints" in refuse(f"--out_dir={tmp_path}")
+    assert "--start: empty" in refuse(f"--out_dir={trained}/single", "--start=-", input="")
+    assert "can't be read" in refuse(f"--out_dir={trained}/single", "--start=FILE:/nowhere")
+    assert "no such argument; did you mean --top_k?" in refuse("--topk=3")
+    assert "must be at least 0" in refuse("--temperature=-1")
+
+
+def test_gpt2_of_a_local_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if not SHARED.exists():
+        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    told = sample(f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env={"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")})
+    assert told.count("Hello<|endoftext|>") == 2
+
+
+def test_help_is_quick():
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"], capture_output=True, text=True)
+    assert "--top_p" in done.stdout and "torch" not in done.stderr
