@@ -19,7 +19,7 @@ zero_init = True
 tie_weights = False
 
 batch_size = 16
-max_iters = 450
+max_iters = 400
 optimizer = "muon"
 muon_learning_rate = 0.02
 learning_rate = 3e-3
@@ -32,6 +32,6 @@ wsd_decay_fraction = 0.5
 warmup_iters = 10
 min_lr = 0.0
 
-eval_interval = 90
+eval_interval = 80
 eval_iters = 20
 log_interval = 10

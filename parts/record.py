@@ -144,7 +144,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=key)
     best = min(evals, key=lambda line: line["val_loss"], default=None)
     if best:
-        axes.annotate(f"{best['val_loss']:.3f}", (best["step"], best["val_loss"]), xytext=(0, -14), textcoords="offset points", ha="center", color="#e6550d")
+        axes.annotate(f"{best['val_loss']:.3f}", (best["step"], best["val_loss"]), xytext=(0, 8), textcoords="offset points", ha="center", color="#e6550d")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics.parent.name)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
