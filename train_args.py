@@ -6,6 +6,7 @@ What the rows mean to each other is told by their `needs` and in `check`.
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import configurator
@@ -223,6 +224,8 @@ def check(a, source: dict[str, str]) -> list[str]:
     if a.schedule in ("linear", "cosine", "exponential", "wsd"):
         must(a.warmup_iters <= a.lr_decay_iters, f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}")
     must(not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"), f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}")
+    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
+        must(not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}")
     kind, _, index = a.device.partition(":")
     must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
     return wrong

@@ -103,7 +103,7 @@ def newest(checkpoints: Path, say=print) -> Path:
         if wrong is None:
             return folder
         say(f"passing over {folder}: {wrong}")
-    raise Mistake(f"{checkpoints}: holds no whole checkpoint")
+    raise Mistake(f"{checkpoints}: holds no whole checkpoint to go on from; begin the run anew with --overwrite")
 
 
 def best_step(out_dir: Path) -> int | None:

@@ -47,11 +47,11 @@ def load(source: str, say=print) -> Pretrained:
 
 def download(name: str, file: str) -> Path:
     """A file of a model of the hub, from the cache or the network. Raises Mistake."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ModuleNotFoundError:
-        raise Mistake(f"--init_from={name}: downloading needs a package: pip install huggingface_hub") from None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it tells each of its retries
     try:
         return Path(hf_hub_download(f"openai-community/{name}", file))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -14,8 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from parts.mistakes import Mistake
-
 
 def duration(seconds: float) -> str:
     """Seconds as 41s, 2m05s or 3h20m."""
@@ -64,10 +62,8 @@ class Record:
         """Log to wandb from now on: to the run that this out_dir began, if it did."""
         if self.silent:
             return
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise Mistake("--wandb_log: needs a package: pip install wandb") from None
+        import wandb
+
         path = self.out_dir / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(4))
@@ -77,10 +73,8 @@ class Record:
         """Log to out_dir/tensorboard from now on."""
         if self.silent:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            raise Mistake("--tensorboard_log: needs a package: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"))
 
     def say(self, words: str) -> None:
@@ -127,10 +121,8 @@ def peak_flops(device_name: str) -> float | None:
 
 def draw_loss(metrics: Path, picture: Path) -> None:
     """The loss curve of a run: training and validation loss against steps, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise Mistake("--plot_loss: needs a package: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -1,5 +1,6 @@
 """Every argument of the table has a test that sees its effect: a function here, named after it. A new row without one fails."""
 
+import itertools
 import math
 import shutil
 import sys
@@ -143,7 +144,7 @@ def dataset_sampling_probs(run):
 def dataset_sampling_probs_final(run):
     done = run(*MIX, "--dataset_sampling_probs", "1", "0", "--dataset_sampling_probs_final", "0", "1", "--max_iters=40", "--dataset_mixing=sequence", "--batch_size=16", "--eval_interval=10")
     tokens = [line["tokens/b"] for line in done.evals]
-    parts = [(b - a) / (10 * 16 * 8) for a, b in zip(tokens, tokens[1:], strict=False)]
+    parts = [(b - a) / (10 * 16 * 8) for a, b in itertools.pairwise(tokens)]
     assert parts == sorted(parts) and parts[0] < 0.25 and parts[-1] > 0.75
     assert done.evals[-1]["val_loss"] == pytest.approx(done.evals[-1]["val_loss/b"]), "the final weights make val_loss"
 
@@ -205,7 +206,7 @@ def block_size(run):
 
 @effect
 def n_layer(run):
-    assert "blocks.2.attn.qkv.weight" in shapes(run("--n_layer=3")) and "blocks.3.attn.qkv.weight" not in shapes(run(name="tiny", *["--n_layer=3"]))
+    assert "blocks.2.attn.qkv.weight" in shapes(run("--n_layer=3")) and "blocks.2.attn.qkv.weight" not in shapes(run(name="two"))
 
 
 @effect

@@ -119,7 +119,7 @@ def test_counts_that_differ_from_the_meta_are_told(folder):
     meta = bins.read_meta(folder)
     (folder / "meta.pkl").unlink()
     bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
-    with pytest.raises(Mistake, match="meta.json counts 479"):
+    with pytest.raises(Mistake, match=r"meta\.json counts 479"):
         bins.Bin(folder, "train", bins.read_meta(folder))
 
 

@@ -1,11 +1,17 @@
 """The model against Hugging Face's GPT-2, torch's own layers, and identities."""
 
 import dataclasses
+import http.server
 import math
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, command
 
 from model import ACTIVATIONS, GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition, activation, softcap
 from parts import pretrained
@@ -251,7 +257,7 @@ def test_weights_that_dont_fit_are_named():
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with pytest.raises(Mistake, match=r"norm.weight is \(3,\) there and \(32,\)"):
         model.load_weights(weights | {"norm.weight": torch.ones(3)}, "here")
-    with pytest.raises(Mistake, match="the weights have no norm.weight"):
+    with pytest.raises(Mistake, match=r"the weights have no norm\.weight"):
         model.load_weights({name: tensor for name, tensor in weights.items() if name != "norm.weight"}, "here")
 
 
@@ -286,3 +292,36 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     with pytest.raises(Mistake, match="not a checkpoint of nanoGPT"):
         pretrained.load(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "executed").exists()
+
+
+def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
+    """A local server that speaks the hub's protocol is asked by the real client; unreachable, one line says what to do."""
+    _, folder = hugging_face
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            path = folder / self.path.rsplit("/", 1)[1]
+            found = self.path.startswith("/openai-community/gpt2-medium/resolve/main/") and path.exists()
+            self.send_response(200 if found else 404)
+            if found:
+                for name, value in {"ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40, "Content-Length": str(path.stat().st_size), "Accept-Ranges": "bytes"}.items():
+                    self.send_header(name, value)
+            self.end_headers()
+            return path if found else None
+
+        def do_GET(self):
+            if path := self.do_HEAD():
+                self.wfile.write(path.read_bytes())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = "import sys; from parts import pretrained; print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+        server.shutdown()
+    assert done.stdout.split() == ["3", "False"], done.stderr
+    done = command("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "offline, give the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -267,6 +267,26 @@ def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
     assert "no bins yet; running" in done.console and len(done.train) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_hot_loop_reads_nothing_back(run, optimizer):
+    """Tensors read on the host (aten::_local_scalar_dense) are as many for 40 steps as for 10 when neither logs in between."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (10, 40):
+        with Reads() as reads:
+            run(f"--optimizer={optimizer}", f"--max_iters={steps}", "--log_interval=1000", "--eval_interval=1000", "--dropout=0.1", name=f"{steps}")
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
 def test_model_flops_per_token():
     """6 N + 12 layers x width x context, by hand, for GPT-2's shape."""
     model = train.GPT(train.GPTConfig(vocab_sizes=(100,), n_layer=3, n_head=2, n_embd=32, block_size=16, bias=False))
