@@ -63,29 +63,27 @@ def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]
     tokenizers = {name: meta.tokenizer for name, meta in metas.items()}
     if args.vocabulary != "one":
         return tokenizers
-    specs = {name: text.to_json(tokenizer) for name, tokenizer in tokenizers.items()}
-    first = next(iter(specs))
-    if other := next((name for name in specs if specs[name] != specs[first]), None):
-        raise Mistake(
-            f"--dataset_list: {first} ({specs[first]['kind']}, {metas[first].vocab_size} ids) and {other} ({specs[other]['kind']}, {metas[other].vocab_size} ids) "
-            "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
-        )
+    first = next(iter(tokenizers))
+    for name, tokenizer in tokenizers.items():
+        if not text.same(tokenizer, tokenizers[first]):
+            raise Mistake(
+                f"--dataset_list: {first} ({tokenizers[first].kind}, {metas[first].vocab_size} ids) and {name} ({tokenizer.kind}, {metas[name].vocab_size} ids) "
+                "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
+            )
     return {first: tokenizers[first]}
 
 
-def open_data(args, metas: dict[str, bins.Meta]) -> Data:
-    """The mixture that the arguments name. Raises Mistake."""
-    tokenizers = vocabularies(args, metas)
-    sizes = [meta.vocab_size for meta in metas.values()]
-    firsts = {name: 0 if args.vocabulary == "one" else sum(sizes[:i]) for i, name in enumerate(metas)}  # in the model's rows
+def open_data(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], firsts: list[int]) -> Data:
+    """The mixture that the arguments name; firsts: the first row of each tokenizer's ids in the model. Raises Mistake."""
+    first = dict(zip(tokenizers, firsts, strict=True))
+    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta) for split in bins.SPLITS for name, meta in metas.items()}
 
     def datasets(split: str, method: str, seed: int) -> list[batches.Dataset]:
         return [
-            batches.Dataset([opened[split, name] for name in names], args.block_size, method, seed, number, [firsts[name] for name in names])
+            batches.Dataset([opened[split, name] for name in names], args.block_size, method, seed, number, [first.get(name, 0) for name in names])
             for number, names in enumerate(args.mixture)
         ]
 
-    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta) for split in bins.SPLITS for name, meta in metas.items()}
     evaluation_seed = int(batches.mix(args.seed, batches.EVALUATION))
     mixture = batches.mixture(
         len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final, args.dataset_sampling_probs_transition_method,
@@ -109,8 +107,7 @@ def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, 
         sizes = (args.vocab_size,) if args.vocab_size else sizes
         return GPT(GPTConfig.of(args, vocab_sizes=sizes, vocabulary=args.vocabulary)), {}
     loaded = pretrained.load(args.weights_source, say)
-    told = lambda of: [text.to_json(tokenizer) for tokenizer in of.values()]  # noqa: E731
-    if loaded.tokenizers is not None and told(loaded.tokenizers) != told(tokenizers):
+    if loaded.tokenizers is not None and not (len(loaded.tokenizers) == len(tokenizers) == 1 and text.same(*loaded.tokenizers.values(), *tokenizers.values())):
         raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
     if sum(sizes) > sum(loaded.shape["vocab_sizes"]):
         raise Mistake(f"--init_from={args.init_from}: the weights know {sum(loaded.shape['vocab_sizes'])} tokens, the data has {sum(sizes)}")
@@ -121,6 +118,7 @@ def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, 
 
 
 def settings(args) -> optim.Settings:
+    """The arguments that optimizers take."""
     return optim.Settings(
         args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,
         args.muon_learning_rate, args.muon_weight_decay, args.muon_momentum, args.optimizer_kwargs,
@@ -138,27 +136,33 @@ def rate_factor(args):
 # the run's folder
 
 
-def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer]) -> None:
+def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress) -> None:
     """Write what the run is: its tokenizers, arguments, versions and commit."""
     if args.init_from != "resume":
         checkpoint.claim(out_dir, args.overwrite)
-        text.save(out_dir / "tokenizer.json", tokenizers)
+    text.save(out_dir / "tokenizer.json", tokenizers)
+    if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
+        write_best(out_dir, progress)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     about = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git_commit": git.stdout.strip()}
     checkpoint.write_json(out_dir / "train_config.json", dataclasses.asdict(args) | {"_model": dataclasses.asdict(model.config), "_about": about})
 
 
+def write_best(out_dir: Path, progress: Progress) -> None:
+    checkpoint.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
+
+
 def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, tokenizers: dict, say) -> Progress:
     """Take up the newest whole checkpoint. Raises Mistake when there is none or it does not fit."""
     loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
-    ours = {name: text.to_json(tokenizer) for name, tokenizer in tokenizers.items()}
-    if {name: text.to_json(tokenizer) for name, tokenizer in text.load(loaded.folder / "tokenizer.json").items()} != ours:
+    saved = text.load(loaded.folder / "tokenizer.json")
+    if len(saved) != len(tokenizers) or not all(map(text.same, saved.values(), tokenizers.values())):
         raise Mistake(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
     model.load_weights(loaded.weights, str(loaded.folder))
     state = dict(loaded.progress)
     optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
-    if scaler.is_enabled() and (saved := state.pop("scaler")):
-        scaler.load_state_dict(saved)
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
     progress.best_val_loss = math.inf if progress.best_val_loss is None else progress.best_val_loss
     say(f"resuming {loaded.folder}")
@@ -262,14 +266,15 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
             bins.prepare_if_missing(Path(args.data_dir) / name)
     metas = {name: bins.read_meta(Path(args.data_dir) / name) for name in names}
     rows = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
-    model, shape = build_model(args, vocabularies(args, metas), say)
+    tokenizers = vocabularies(args, metas)
+    model, shape = build_model(args, tokenizers, say)
     args = dataclasses.replace(args, **shape)
-    data = open_data(args, metas)
+    data = open_data(args, metas, tokenizers, model.vocabulary.firsts)
     model.to(ranks.device)
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
-    progress = resume(Path(args.out_dir), model, optimizer, scaler, data.tokenizers, say) if args.init_from == "resume" else Progress()
+    progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
     net = torch.compile(model, dynamic=False) if args.compile else model
     tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
@@ -322,7 +327,7 @@ def save(run: Run, log: record.Record) -> None:
     copied = [run.out_dir / "train_config.json", run.out_dir / "tokenizer.json"]
     folder = checkpoint.save(checkpoints, progress.step, dict(run.model.named_parameters()), tensors, state, copied)
     if progress.best_step == progress.step:
-        checkpoint.write_json(run.out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
+        write_best(run.out_dir, progress)
     checkpoint.prune(checkpoints, keep={progress.step, progress.best_step})
     log.event("save", progress.step, f"saved {folder}")
 
@@ -458,7 +463,7 @@ def main(args) -> Progress:
             return run.progress
         with ranks.main_first():
             if ranks.main:
-                begin_run(run.args, run.out_dir, run.model, run.data.tokenizers)
+                begin_run(run.args, run.out_dir, run.model, run.data.tokenizers, run.progress)
         log = record.Record(run.out_dir, not ranks.main, run.progress.step, run.progress.seconds, run.total_steps)
         try:
             if args.wandb_log:

@@ -198,6 +198,12 @@ def to_json(tokenizer: Tokenizer) -> dict:
     return {"kind": tokenizer.kind, **tokenizer.to_json()}
 
 
+def same(*tokenizers: Tokenizer) -> bool:
+    """Whether they give the same ids for the same text."""
+    specs = [to_json(tokenizer) for tokenizer in tokenizers]
+    return all(spec == specs[0] for spec in specs)
+
+
 def of_json(spec: dict, where: str) -> Tokenizer:
     """The tokenizer that `to_json` told; `{"kind": "tiktoken", "encoding": name}` names one. Raises Mistake."""
     try:
