@@ -214,6 +214,7 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
     tokenizer: char, byte, bpe (trained to vocab_size ids), a name of tiktoken's, or one that is ready. Raises Mistake, and then
     leaves what was there before.
     """
+    stream = pieces()  # tells missing files before a tokenizer is made
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, vocab_size, pieces)
@@ -225,7 +226,7 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
     writers = {split: BinWriter(folder, f"{split}.bin", dtype_for(tokenizer.vocab_size)) for split in SPLITS}
     progress = Progress(f"preparing {folder.name}")
     try:
-        for group in in_order(encode, grouped(pieces()), os.cpu_count() or 1):
+        for group in in_order(encode, grouped(stream), os.cpu_count() or 1):
             for split, ids, size, characters in group:
                 writers[split].write(ids, size)
                 progress.add(characters)

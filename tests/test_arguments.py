@@ -1,5 +1,6 @@
 """Every argument of the table has a test that sees its effect: a function here, named after it. A new row without one fails."""
 
+import importlib.machinery
 import itertools
 import math
 import shutil
@@ -504,6 +505,7 @@ def given_to_wandb(run, monkeypatch, *flags) -> dict:
     """What wandb.init is called with, seen by a stand-in."""
     seen = {}
     stand_in = types.ModuleType("wandb")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stand_in.init = lambda **given: seen.update(given) or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run("--wandb_log", *flags)

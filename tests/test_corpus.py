@@ -125,7 +125,7 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    done = prepare(*flags, "--name=mine", check=False, cwd=tmp_path)
+    done = prepare("--tokenizer=byte", *flags, "--name=mine", check=False, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list((tmp_path / "data").rglob("*.*")) if (tmp_path / "data").exists() else True
 
