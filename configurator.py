@@ -10,6 +10,7 @@ A config file is `.py` (plain assignments of literals and arithmetic, read with 
 import argparse
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -60,10 +61,15 @@ def number(text: Any, kind: type) -> int | float:
     """An int or a float from text such as 3500, 1e6 or 3e-4. Raises ValueError."""
     if isinstance(text, bool):
         raise ValueError
-    value = float(text) if not isinstance(text, int) else text
+    if kind is int:
+        try:
+            return int(text) if isinstance(text, str) else operator.index(text)
+        except (ValueError, TypeError):
+            pass  # 1e6 is a whole number too
+    value = float(text)
     if not math.isfinite(value) or (kind is int and value != int(value)):
         raise ValueError
-    return kind(value) if not (kind is int and isinstance(text, str) and text.strip().lstrip("+-").isdigit()) else int(text)
+    return kind(value)
 
 
 def convert(row: Row, given: Any) -> Any:
@@ -165,7 +171,7 @@ def read_python(text: str, path: str) -> dict[str, Any]:
         try:
             match statement:
                 case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
-                    continue  # the docstring
+                    continue  # the docstring, and what time.time() needs
                 case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value) if value is not None:
                     values[name] = evaluate(value, values)
                 case ast.Assign([ast.Tuple(targets)], ast.Tuple(items)) if len(targets) == len(items):
@@ -244,7 +250,7 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
 def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> tuple[dict, list[str], bool, list[str]]:
     """(values as given, config files, whether to print the config, mistakes)."""
     joined = []
-    for word, following in zip(argv, [*argv[1:], ""][: len(argv)], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         bare = word.startswith("--") and isinstance(getattr(rows.get(word[2:]), "default", None), bool)
         # a bare flag takes the next word only if that is a boolean: in `--compile configs/a.py` it is not
         joined.append(f"{word}=true" if bare and following.lower() not in TRUE + FALSE else word)
@@ -330,7 +336,7 @@ def parse(
             if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments):
                 if source[name] == "command line":
                     mistakes.append(f"--{name}: has an effect only with {row.needs.words}")
-                elif os.environ.get("RANK", "0") == "0":
+                elif values[name] != row.default and os.environ.get("RANK", "0") == "0":
                     print(f"{source[name]}: {name} is not used here; it has an effect only with {row.needs.words}", file=sys.stderr)
         mistakes += check(arguments, source)
     if mistakes:

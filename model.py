@@ -52,7 +52,7 @@ class GPTConfig:
     @classmethod
     def of(cls, values: object, **more) -> "GPTConfig":
         """The fields that an arguments object has by the same names, and `more`."""
-        names = {field.name for field in fields(cls)} - {"vocabulary"}
+        names = {field.name for field in fields(cls)}
         return cls(**{name: getattr(values, name) for name in names if hasattr(values, name)} | more)
 
 
@@ -108,7 +108,9 @@ NORMS = {
 # positions: `embed` adds to the token embeddings, `rotate` turns queries and keys
 
 
-class NoPosition(nn.Module):
+class Position(nn.Module):
+    """None at all; the others override what they do."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
 
@@ -119,7 +121,7 @@ class NoPosition(nn.Module):
         return q
 
 
-class LearnedPosition(NoPosition):
+class LearnedPosition(Position):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
@@ -128,7 +130,7 @@ class LearnedPosition(NoPosition):
         return x + self.weight[start : start + x.size(1)].to(x.dtype)
 
 
-class RotaryPosition(NoPosition):
+class RotaryPosition(Position):
     """Rotary embedding (Su et al. 2021); the halves of a head are the pairs, as in GPT-NeoX and Llama."""
 
     def __init__(self, config: GPTConfig):
@@ -146,7 +148,7 @@ class RotaryPosition(NoPosition):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": NoPosition}
+POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": Position}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention and MLP
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         distance = key[start:, None] - key[None, :]
         return (distance >= 0) & (distance < self.span)
 
-    def forward(self, x: Tensor, position: NoPosition, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
         B, T, C = x.shape
         start = 0 if cache is None else cache.length
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.fused, dim=-1))  # (B, heads, T, D)
@@ -215,7 +217,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        hidden = int(config.mlp_ratio * config.n_embd)
+        hidden = round(config.mlp_ratio * config.n_embd)
         self.up = Linear(config.n_embd, hidden, bias=config.bias)
         self.proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.activation = activation(config.activation)
@@ -249,7 +251,7 @@ class Block(nn.Module):
         self.norm_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: Tensor, position: NoPosition, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
         x = x + self.attn(self.norm_1(x), position, cache)
         return x + self.mlp(self.norm_2(x))
 
@@ -257,7 +259,7 @@ class Block(nn.Module):
 class CheckpointedBlock(Block):
     """Keeps its input alone and computes the rest again in backward (Chen et al. 2016)."""
 
-    def forward(self, x: Tensor, position: NoPosition, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
         return checkpoint(super().forward, x, position, cache, use_reentrant=False)
 
 
@@ -303,9 +305,9 @@ class SeparateVocabularies(OneVocabulary):
     """Each dataset has rows and a softmax of its own: the rows of other datasets are masked. ids: (B, T)."""
 
     def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
-        ends = torch.tensor(self.firsts[1:], device=ids.device)
-        owner = torch.bucketize(torch.arange(sum(self.sizes), device=ids.device), ends, right=True)  # (V,)
-        return logits.masked_fill(torch.bucketize(ids.contiguous(), ends, right=True)[..., None] != owner, -math.inf)
+        row = torch.arange(logits.size(-1), device=logits.device)
+        owner_of_row, owner = (sum((x >= first).long() for first in self.firsts[1:]) for x in (row, ids))  # which dataset's
+        return logits.masked_fill(owner[..., None] != owner_of_row, -math.inf)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         return super().losses(self.masked(logits, targets), targets)

@@ -12,6 +12,8 @@ import sys
 import configurator
 from configurator import Needs, Row
 
+DRAWN = Needs("--temperature above 0", lambda a: a.temperature > 0)
+
 TABLE = {
     "model": [
         Row("out_dir", "out", "the run", needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
@@ -27,10 +29,10 @@ TABLE = {
     ],
     "choice of the next token": [
         Row("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", low=0),
-        Row("top_k", 200, "only the k likeliest (0: all)", low=0),
-        Row("top_p", 1.0, "only the likeliest that together reach p (1: all)", above=0, high=1),
-        Row("min_p", 0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1),
-        Row("seed", 1337, "of the draws", low=0, high=2**32 - 1),
+        Row("top_k", 200, "only the k likeliest (0: all)", low=0, needs=DRAWN),
+        Row("top_p", 1.0, "only the likeliest that together reach p (1: all)", above=0, high=1, needs=DRAWN),
+        Row("min_p", 0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN),
+        Row("seed", 1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN),
     ],
     "system": [
         Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
@@ -92,18 +94,20 @@ class Stream:
 
     def put(self, token: int) -> None:
         self.waiting.append(token)
-        words = self.tokenizer.decode(self.waiting)
-        if not words.endswith("\ufffd") or len(self.waiting) > 8:
-            print(words, end="", flush=True)
-            self.waiting = []
+        if not self.tokenizer.decode(self.waiting).endswith("\ufffd") or len(self.waiting) > 8:
+            self.flush()
+
+    def flush(self) -> None:
+        """Print what is waiting, whole or not."""
+        print(self.tokenizer.decode(self.waiting), end="", flush=True)
+        self.waiting = []
 
 
 def load(a, say) -> tuple[GPT, dict[str, text.Tokenizer]]:
     """The model and its tokenizers. Raises Mistake."""
     source = str(checkpoint.chosen(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
     loaded = pretrained.load(source, say)
-    shape = {name: value for name, value in loaded.shape.items() if name != "vocab_size"}
-    model = GPT(GPTConfig(**shape))
+    model = GPT(GPTConfig(**loaded.shape))
     model.load_weights(loaded.weights, source)
     return model.eval(), loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(model.config.vocab_sizes))}
 
@@ -132,7 +136,8 @@ def main(a) -> None:
         raise Mistake(f"--start: the contexts' prompts must be equally long, not {', '.join(str(len(ids)) for ids in prompts)} tokens")
 
     rows = np.stack([ids + first for ids, first in zip(prompts, firsts, strict=True)])  # (contexts, T)
-    idx = torch.from_numpy(rows if contexts else rows[0]).to(device).expand(a.num_samples, *rows.shape[0 if contexts else 1 :]).contiguous()
+    idx = torch.from_numpy(rows if contexts else rows[0]).to(device)
+    idx = idx.expand(a.num_samples, *idx.shape)
     known = [tokenizers[names[0]].vocab_size] if model.config.vocabulary == "one" else None
     stream = Stream(tokenizers[chosen[0]]) if a.stream and not contexts else None
     if stream:
@@ -142,6 +147,8 @@ def main(a) -> None:
         model, idx, a.max_new_tokens, torch.Generator(device).manual_seed(a.seed), a.temperature, a.top_k, a.top_p, a.min_p, known,
         on_token=lambda ids: stream.put(int(ids[0]) - firsts[0]) if stream else None,
     ).cpu()  # fmt: skip
+    if stream:
+        stream.flush()
     for number, row in enumerate(out):
         if number or not stream:
             streams = [(tokenizers[name], (ids - first).tolist()) for name, ids, first in zip(chosen, row.view(len(chosen), -1), firsts, strict=True)]

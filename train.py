@@ -18,6 +18,7 @@ import dataclasses
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -105,16 +106,17 @@ def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, 
         if args.vocab_size and args.vocab_size < sizes[0]:
             raise Mistake(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
         sizes = (args.vocab_size,) if args.vocab_size else sizes
-        return GPT(GPTConfig.of(args, vocab_sizes=sizes, vocabulary=args.vocabulary)), {}
+        return GPT(GPTConfig.of(args, vocab_sizes=sizes)), {}
     loaded = pretrained.load(args.weights_source, say)
     if loaded.tokenizers is not None and not (len(loaded.tokenizers) == len(tokenizers) == 1 and text.same(*loaded.tokenizers.values(), *tokenizers.values())):
         raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
     if sum(sizes) > sum(loaded.shape["vocab_sizes"]):
         raise Mistake(f"--init_from={args.init_from}: the weights know {sum(loaded.shape['vocab_sizes'])} tokens, the data has {sum(sizes)}")
     shape = loaded.shape | {"block_size": min(args.block_size, loaded.shape["block_size"])}
-    model = GPT(GPTConfig.of(args, **{name: value for name, value in shape.items() if name != "vocab_size"}))
+    model = GPT(GPTConfig.of(args, **shape))
     model.load_weights(loaded.weights, f"--init_from={args.init_from}")
-    return model, {name: value for name, value in shape.items() if hasattr(args, name) and name != "vocabulary"}
+    names = {field.name for field in dataclasses.fields(args)}
+    return model, {name: value for name, value in shape.items() if name in names} | {"vocab_size": sum(shape["vocab_sizes"])}
 
 
 def settings(args) -> optim.Settings:
@@ -137,15 +139,20 @@ def rate_factor(args):
 
 
 def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress) -> None:
-    """Write what the run is: its tokenizers, arguments, versions and commit."""
-    if args.init_from != "resume":
+    """Write what the run is: its tokenizers, arguments, versions and commit. A resumed run keeps where it came from."""
+    config, about = out_dir / "train_config.json", {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        about["git_commit"] = git.stdout.strip()
+    values = dataclasses.asdict(args) | {"overwrite": False}  # whoever takes this file as a config deletes nothing
+    if args.init_from == "resume":
+        values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type")}
+    else:
         checkpoint.claim(out_dir, args.overwrite)
-    text.save(out_dir / "tokenizer.json", tokenizers)
+    checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
+    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_about": about})
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
         write_best(out_dir, progress)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    about = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git_commit": git.stdout.strip()}
-    checkpoint.write_json(out_dir / "train_config.json", dataclasses.asdict(args) | {"_model": dataclasses.asdict(model.config), "_about": about})
 
 
 def write_best(out_dir: Path, progress: Progress) -> None:
@@ -170,23 +177,28 @@ def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.
 
 
 class Signals:
-    """SIGINT and SIGTERM ask the run to save and end; a second one ends it at once."""
+    """SIGINT and SIGTERM ask the run to save and end; another one, a second later or more, ends it at once.
+
+    Sooner it is the same wish once more: a scheduler signals every process, and torchrun passes its own signal on.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def take(self, number: int, frame) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 1:
             os._exit(128 + number)
-        self.number = number
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        if not self.number:  # else a signal that comes twice finds the process on its way out
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: Progress
     tally: batches.Tally  # of the sequences drawn from each dataset
-    rows: tuple[int, int, int]  # first and last of this rank, and those of a micro-batch
+    share: parallel.Share  # of this rank in the rows of a step
     dtype_reason: str
     peak_flops: float | None  # of one device, where it is known
 
@@ -245,7 +257,7 @@ class Run:
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
         val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
         epochs = self.total_steps * source.rows / source.windows
-        share = f"{source.rows // world // self.rows[2]} x {self.rows[2]} on each of {world} rank{'s' * (world > 1)}"
+        share = f"{source.rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         return "\n".join((
             f"run      {a.out_dir} (from {a.init_from})",
@@ -265,7 +277,7 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         for name in names:
             bins.prepare_if_missing(Path(args.data_dir) / name)
     metas = {name: bins.read_meta(Path(args.data_dir) / name) for name in names}
-    rows = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
+    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
     tokenizers = vocabularies(args, metas)
     model, shape = build_model(args, tokenizers, say)
     args = dataclasses.replace(args, **shape)
@@ -277,8 +289,8 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
     net = torch.compile(model, dynamic=False) if args.compile else model
     tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
-    peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    return Run(args, ranks, data, model, net, optimizer, scaler, progress, tally, rows, reason, peak)
+    peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
+    return Run(args, ranks, data, model, net, optimizer, scaler, progress, tally, share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,15 +298,21 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
-    """Mean loss of each split over eval_iters batches of each dataset, the ranks sharing the rows of every batch."""
+def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
+    """Mean loss of each split over eval_iters batches of each dataset, the ranks sharing the rows of every batch; None if a
+    signal came in between."""
     a, ranks, evaluated = run.args, run.ranks, run.data.evaluated
     rows = np.arange(ranks.rank * a.batch_size // ranks.world, (ranks.rank + 1) * a.batch_size // ranks.world)
     losses: dict[str, dict[str, float]] = {split: {} for split in evaluated}
     run.net.eval()
     for split, dataset in [(split, dataset) for split, datasets in evaluated.items() for dataset in datasets]:
         total = torch.zeros(len(dataset.streams), device=ranks.device)
-        for i in range(a.eval_iters if len(rows) else 0):
+        for i in range(a.eval_iters):
+            if ranks.largest(signals.number):
+                run.net.train()
+                return None
+            if not len(rows):
+                continue
             batch = batches.as_batch(dataset.gather(i * a.batch_size + rows), ranks.device.type == "cuda").to(ranks.device)
             each = run.net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
             total += each.view(len(rows), -1, a.block_size).mean(2).sum(0)
@@ -332,10 +350,12 @@ def save(run: Run, log: record.Record) -> None:
     log.event("save", progress.step, f"saved {folder}")
 
 
-def evaluate_and_save(run: Run, log: record.Record, final: bool) -> None:
+def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: bool) -> None:
     """Evaluate, tell it, and save if the arguments ask for it; the weights that a run begins with are not saved."""
     a, p = run.args, run.progress
-    losses = evaluate(run)
+    losses = evaluate(run, signals)
+    if losses is None:
+        return
     told = dict(losses)
     refuse_nonfinite(losses["val_loss"], "val_loss", run)
     p.evaluated_at = p.step
@@ -399,33 +419,32 @@ class Meter:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-OUT_OF_TIME = 1000  # larger than the number of any signal
-
-
 def loop(run: Run, log: record.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
     a, progress, optimizer, scaler, device = run.args, run.progress, run.optimizer, run.scaler, run.ranks.device
     model = parallel.replicate(run.net, run.ranks)
     parameters, factor = list(run.model.parameters()), rate_factor(a)
-    stream = run.data.source.stream(progress.step, *run.rows, device, a.log_data_hash)
+    stream = run.data.source.stream(progress.step, *run.share, device, a.log_data_hash)
     meter = Meter(run, log)
     loss = norm = torch.zeros((), device=device)
     model.train()
     while True:
-        # evaluate, save, stop: the ranks agree on what one of them wishes
-        wish = run.ranks.largest(signals.number or OUT_OF_TIME * (0 < a.max_seconds <= log.seconds))
-        finished = run.finished(wish == OUT_OF_TIME)
-        if progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished):
-            evaluate_and_save(run, log, final=bool(finished))
-            finished = run.finished(wish == OUT_OF_TIME)  # perhaps by the patience
+        # evaluate, save, stop; the ranks agree on what came to one of them
+        out_of_time = bool(run.ranks.largest(0 < a.max_seconds <= log.seconds))
+        finished = run.finished(out_of_time)
+        due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
+        if due and not run.ranks.largest(signals.number):
+            evaluate_and_save(run, log, signals, final=bool(finished))
+            finished = run.finished(out_of_time)  # perhaps by the patience
+            due = progress.evaluated_at < progress.step
             meter.restart()
-        if finished:
-            return log.say(f"finished: {finished} in {record.duration(log.seconds)}")
-        if wish:
-            refuse_nonfinite(float(loss + norm), "loss or gradient", run)
+        if finished and not due:
+            return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
+        if number := run.ranks.largest(signals.number):
+            refuse_nonfinite(float(loss) + (0.0 if scaler.is_enabled() else float(norm)), "loss or gradient", run)
             save(run, log)
-            log.say(f"stopped by {signal.Signals(wish).name}; --init_from=resume --out_dir={a.out_dir} goes on")
-            raise SystemExit(128 + wish)
+            log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
+            raise SystemExit(128 + number)
 
         # one step
         micro_batches, digest = next(stream)
@@ -438,7 +457,7 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
             scaler.scale(part).backward()
             loss += part.detach()
         norm = optimizer.clip(parameters, scaler, a.grad_clip)
-        optimizer.step(scaler)
+        optimizer.update(scaler)
         progress.step += 1
         progress.tokens += run.tokens_per_step
         log.advance()
@@ -455,16 +474,23 @@ def main(args) -> Progress:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with parallel.ranks(args.device) as ranks:
-        say = print if ranks.main else lambda words: None
-        run = build(args, ranks, say)
-        say(run.summary())
+        notes: list[str] = []
+        run = build(args, ranks, notes.append)
+        if ranks.main:
+            print(*notes, run.summary(), sep="\n", flush=True)
         if args.eval_only:
-            say(", ".join(f"{name} {value:.4f}" for name, value in evaluate(run).items()))
+            losses = evaluate(run, Signals())
+            if ranks.main:
+                print(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             return run.progress
+        ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():
             if ranks.main:
                 begin_run(run.args, run.out_dir, run.model, run.data.tokenizers, run.progress)
-        log = record.Record(run.out_dir, not ranks.main, run.progress.step, run.progress.seconds, run.total_steps)
+        p = run.progress
+        log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)
+        for words in notes:
+            log.event("note", p.step, "", text=words)
         try:
             if args.wandb_log:
                 log.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args))

@@ -12,7 +12,9 @@ from pathlib import Path
 import configurator
 from configurator import Needs, Row
 from parts.mistakes import did_you_mean
+from parts.schedules import SCHEDULES
 
+OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ TABLE: dict[str, list[Row]] = {
         Row("dataset_list", (), "the datasets of a mixture", needs=MULTIDATASET),
         Row("dataset_sampling_probs", (), "weight of each dataset, of any positive scale (none: equal); with --dataset_interleaving whole numbers: how many in a row",
             item=float, needs=MULTIDATASET),
-        Row("dataset_sampling_probs_final", (), "weights reached at the end of the run", item=float, needs=DRAWN),
+        Row("dataset_sampling_probs_final", (), "weights reached at max_iters", item=float, needs=DRAWN),
         Row("dataset_sampling_probs_transition_method", "linear", "how weights go from first to final", choices=("linear", "cosine", "exponential"), needs=FINAL_PROBS),
         Row("dataset_mixing", "batch", "draw a dataset for each whole batch or for each sequence", choices=("batch", "sequence"), needs=MULTIDATASET),
         Row("dataset_interleaving", False, "take the datasets in turn instead of at random", needs=MULTIDATASET),
@@ -105,7 +107,7 @@ TABLE: dict[str, list[Row]] = {
         Row("grad_clip", 1.0, "largest norm of the gradient (0: not clipped)", low=0),
     ],
     "schedule": [
-        Row("lr_scheduler", "none", "how the learning rate goes on after the warm-up", choices=("none", "linear", "cosine", "exponential", "step", "inverse_sqrt", "wsd")),
+        Row("lr_scheduler", "none", "how the learning rate goes on after the warm-up", choices=tuple(SCHEDULES)),
         Row("decay_lr", False, "with --lr_scheduler=none: cosine, as in nanoGPT"),
         Row("warmup_iters", 100, "steps of linear warm-up, with every schedule", low=0),
         Row("lr_decay_iters", 3500, "step at which the decay is over", low=1, needs=DECAY_HORIZON),
@@ -224,14 +226,13 @@ def check(a, source: dict[str, str]) -> list[str]:
     if a.schedule in ("linear", "cosine", "exponential", "wsd"):
         must(a.warmup_iters <= a.lr_decay_iters, f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}")
     must(not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"), f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}")
+    for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
+        must(not (a.eval_only and source[flag] == "command line" and getattr(a, flag)), f"--{flag}: has no effect with --eval_only, which writes nothing")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
         must(not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}")
     kind, _, index = a.device.partition(":")
     must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
     return wrong
-
-
-OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 
 
 def parse(argv: list[str] | None = None):

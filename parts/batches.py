@@ -175,8 +175,9 @@ class Batch:
     targets: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; from pinned memory the copy is asynchronous."""
-        return Batch(self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        """On the device; from pinned memory, and only from there, the copy is asynchronous."""
+        pinned = self.idx.is_pinned()
+        return Batch(self.idx.to(device, non_blocking=pinned), self.targets.to(device, non_blocking=pinned))
 
 
 def as_batch(windows: np.ndarray, pin: bool) -> Batch:
@@ -211,7 +212,7 @@ class Source:
     def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
         self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
         self.windows = sum(dataset.windows for dataset in datasets)
-        self.tally = Tally(mixture, rows, seed)
+        self.tally = Tally(mixture, rows, seed)  # of the thread that gathers; others must take one of their own
 
     def rows_of(self, step: int, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids."""

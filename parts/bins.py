@@ -82,7 +82,11 @@ def read_meta(folder: Path) -> Meta:
         return Meta(vocab_size, dtype, text.of_json(tokenizer, str(path)), files)
     if (folder / "meta.pkl").exists():
         return read_pickled_meta(folder / "meta.pkl")
-    gpt2 = text.TiktokenTokenizer.named("gpt2")
+    try:
+        gpt2 = text.TiktokenTokenizer.named("gpt2")
+    except Mistake as mistake:
+        print(f"{folder}: no meta file, so taken as GPT-2's tokens; they are shown as numbers, because {mistake}")
+        gpt2 = text.NumberTokenizer(50257)
     return Meta(gpt2.vocab_size, "uint16", gpt2, {})
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parts.mistakes import Mistake
 
-LEFTOVER = ".tmp"
+LEFTOVER, REPLACED = ".tmp", ".old"
 
 
 class Checkpoint(NamedTuple):
@@ -66,10 +66,12 @@ def save(checkpoints: Path, step: int, weights: dict[str, Tensor], optimizer: di
     write_json(beside / "manifest.json", {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
     sync(beside / "manifest.json")
     sync(beside)
+    replaced = checkpoints / f"{step:06d}{REPLACED}"
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, replaced)  # `newest` brings it back if this process ends here
     os.rename(beside, final)
     sync(checkpoints)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -97,6 +99,9 @@ def steps(checkpoints: Path) -> list[int]:
 
 def newest(checkpoints: Path, say=print) -> Path:
     """The newest undamaged checkpoint; says which ones it passes over. Raises Mistake when there is none."""
+    for path in checkpoints.glob(f"*{REPLACED}"):
+        if not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))
     for step in reversed(steps(checkpoints)):
         folder = checkpoints / f"{step:06d}"
         wrong = damage(folder)
@@ -120,14 +125,16 @@ def chosen(out_dir: Path, which: str, say=print) -> Path:
     if not steps(checkpoints):
         raise Mistake(f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir")
     step = best_step(out_dir) if which == "best" else int(which) if which.isdigit() else None
-    if step is None or (which == "best" and step not in steps(checkpoints)):
+    if step is None:
         return newest(checkpoints, say)
     folder = checkpoints / f"{step:06d}"
-    if step not in steps(checkpoints):
-        raise Mistake(f"--checkpoint={which}: {out_dir} has those of steps {', '.join(map(str, steps(checkpoints)))}")
-    if wrong := damage(folder):
-        raise Mistake(f"--checkpoint={which}: {wrong}; take another one")
-    return folder
+    wrong = damage(folder) if folder.exists() else f"the run has those of steps {', '.join(map(str, steps(checkpoints)))}"
+    if wrong is None:
+        return folder
+    if which == "best":
+        say(f"passing over the best checkpoint, {folder}: {wrong}")
+        return newest(checkpoints, say)
+    raise Mistake(f"--checkpoint={which}: {wrong}; take another one")
 
 
 def load(folder: Path) -> Checkpoint:
@@ -139,7 +146,7 @@ def load(folder: Path) -> Checkpoint:
 def prune(checkpoints: Path, keep: set[int]) -> None:
     """Delete all checkpoints but those of the steps to keep, and what an interrupted save left."""
     for path in checkpoints.glob("*"):
-        if path.name.endswith(LEFTOVER) or (path.name.isdigit() and int(path.name) not in keep):
+        if path.suffix in (LEFTOVER, REPLACED) or (path.name.isdigit() and int(path.name) not in keep):
             shutil.rmtree(path, ignore_errors=True)
 
 

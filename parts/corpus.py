@@ -83,14 +83,17 @@ def read_rows(path: Path, field: str) -> Iterator[str]:
     with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(file) if path.suffix == ".csv" else (line for line in file if line.strip())
-        for number, row in enumerate(rows, start=1):
-            try:
+        number = 0
+        try:
+            for row in rows:
+                number += 1
                 value = (row if isinstance(row, dict) else json.loads(row))[field]
-                if not isinstance(value, str):
-                    raise TypeError(f"{field} is no text")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise Mistake(f"{path}: row {number} has no text in {field} ({type(error).__name__}: {error}); name the right field with --field") from None
-            yield value
+                value.encode("utf-8")
+                yield value
+        except UnicodeError as error:
+            raise Mistake(f"{path}: not UTF-8 after row {number} ({error.reason}); convert it first") from None
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise Mistake(f"{path}: row {number} has no text in {field} ({type(error).__name__}: {error}); name the right field with --field") from None
 
 
 def read_hub(name: str, field: str) -> Iterator[str]:
@@ -188,7 +191,7 @@ def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
             waiting.extend(pool.submit(function, item) for item in islice(items, 1))
 
 
-class Progress:
+class Counter:
     """Characters done: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self, title: str):
@@ -224,12 +227,12 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
         return [(p.split, np.concatenate((tokenizer.encode(p.text), end)) if p.ends else tokenizer.encode(p.text), len(p.text.encode()), len(p.text)) for p in group]
 
     writers = {split: BinWriter(folder, f"{split}.bin", dtype_for(tokenizer.vocab_size)) for split in SPLITS}
-    progress = Progress(f"preparing {folder.name}")
+    counter = Counter(f"preparing {folder.name}")
     try:
         for group in in_order(encode, grouped(stream), os.cpu_count() or 1):
             for split, ids, size, characters in group:
                 writers[split].write(ids, size)
-                progress.add(characters)
+                counter.add(characters)
         for split, writer in writers.items():
             if not writer.tokens:
                 raise Mistake(f"no text for {split}.bin; give more documents, or another --val_fraction")
@@ -238,7 +241,7 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
             writer.discard()
         raise
     finally:
-        progress.close()
+        counter.close()
     (folder / "meta.json").unlink(missing_ok=True)  # until its bins are there
     write_meta(folder, tokenizer, {f"{split}.bin": writer.close() for split, writer in writers.items()})
     told = ", ".join(f"{split}.bin {writer.tokens:,} tokens" for split, writer in writers.items())

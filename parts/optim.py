@@ -86,7 +86,8 @@ def named_class(name: str) -> type:
 class Optimizer:
     """One or more torch optimizers over a model's parameters, driven together.
 
-    Every group's rate is its own largest one times a factor that the schedule gives. State is saved under the parameters' names.
+    Every group's rate is its own largest one times a factor that the schedule gives. State is saved under the parameters' names. To
+    a GradScaler it is one optimizer, with `param_groups` and `step`: an overflow anywhere skips the step everywhere.
     """
 
     def __init__(self, name: str, model: nn.Module, settings: Settings, fused_rows: dict[str, list[int]]):
@@ -112,15 +113,18 @@ class Optimizer:
             kwargs = {"momentum": settings.muon_momentum, **settings.kwargs}
             group = {"params": matrices, "weight_decay": settings.muon_weight_decay}
             self.optimizers.append(self.build(torch.optim.Muon, [group], settings.muon_lr, kwargs, name))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @staticmethod
     def build(cls: type, groups: list[dict], lr: float, kwargs: dict[str, Any], name: str) -> torch.optim.Optimizer:
         try:
             return cls(groups, lr=lr, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise Mistake(f"--optimizer={name} --optimizer_kwargs={kwargs}: {error}") from None
 
     def matrices(self, name: str, weight: nn.Parameter, rows: list[int]) -> list[nn.Parameter]:
@@ -135,23 +139,25 @@ class Optimizer:
 
     def set_rate(self, factor: float) -> None:
         """Set every group's rate to its largest one times the factor."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
     def clip(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
         """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
         for weight, parts in self.slices:
             for part, grad in zip(parts, weight.grad.split([p.size(0) for p in parts]), strict=True):
                 part.grad = grad  # a view, so that unscaling and clipping reach it
-        for optimizer in self.optimizers:
-            scaler.unscale_(optimizer)
+        scaler.unscale_(self)
         return nn.utils.clip_grad_norm_(parameters, bound or math.inf)
 
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update the parameters and forget the gradients; a float16 step that overflowed is skipped by the scaler."""
+    def step(self) -> None:
+        """Update the parameters by their gradients."""
         for optimizer in self.optimizers:
-            scaler.step(optimizer)
+            optimizer.step()
+
+    def update(self, scaler: torch.amp.GradScaler) -> None:
+        """Step and forget the gradients; a float16 step that overflowed is skipped by the scaler."""
+        scaler.step(self)
         scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

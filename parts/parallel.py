@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,10 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.largest(0)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The block runs on rank 0 first, then on the others. If it fails on rank 0 the others fail too."""
@@ -67,11 +72,14 @@ def find_device(name: str) -> torch.device:
         raise Mistake(f"--device={name}: this machine has no CUDA GPU, or this torch was built without CUDA")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise Mistake(f"--device={name}: this machine has no Apple GPU")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (index or kind == "mps"):
+        raise Mistake(f"--device={name}: several ranks can't share one device; take --device=cuda, which gives each its own, or cpu")
     if kind != "cuda":
         return torch.device(kind)
     number = int(index or os.environ.get("LOCAL_RANK", 0))
-    if number >= torch.cuda.device_count():
-        raise Mistake(f"--device={name}: GPU {number} is not there, only {torch.cuda.device_count()}")
+    needed = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the same on all ranks, so that the main one tells it
+    if needed > torch.cuda.device_count():
+        raise Mistake(f"--device={name}: {needed} GPUs are needed on this machine, {torch.cuda.device_count()} are there")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -102,8 +110,16 @@ def ranks(device_name: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks) -> tuple[int, int, int]:
-    """(first row, last row, rows of a micro-batch) of this rank's share of a global batch of batch_size x accumulation rows.
+class Share(NamedTuple):
+    """Rows [first, last) of a global batch, in micro-batches of `micro` rows."""
+
+    first: int
+    last: int
+    micro: int
+
+
+def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks) -> Share:
+    """This rank's share of a global batch of batch_size x accumulation rows.
 
     Micro-batches are equal, as large as possible, at most batch_size. Raises Mistake when the ranks don't divide the rows.
     """
@@ -113,11 +129,11 @@ def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks) -> tuple[int
         raise Mistake(f"{ranks.world} ranks don't divide the {rows} sequences of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}")
     share = rows // ranks.world
     micro = max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
-    return ranks.rank * share, (ranks.rank + 1) * share, micro
+    return Share(ranks.rank * share, (ranks.rank + 1) * share, micro)
 
 
 def replicate(model: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """The model under DDP, which averages the gradients over the ranks; itself with one process."""
+    """The model under DDP, which averages the gradients over the ranks; itself with one process. Its buffers are constants."""
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, broadcast_buffers=False)

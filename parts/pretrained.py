@@ -16,12 +16,11 @@ from torch import Tensor
 from parts import checkpoint, text
 from parts.mistakes import Mistake
 
-GPT2_VOCABULARY = 50257
 NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing")  # of a model's configuration
 
 
 class Pretrained(NamedTuple):
-    shape: dict  # by the names of the argument table, with vocab_sizes and vocabulary
+    shape: dict  # fields of the model's configuration
     weights: dict[str, Tensor]
     tokenizers: dict[str, text.Tokenizer] | None  # None: not known
 
@@ -98,15 +97,15 @@ def renamed(weights: dict[str, Tensor], transposed: bool) -> dict[str, Tensor]:
     return out
 
 
-def shape_of(weights: dict[str, Tensor], n_head: int, activation: str) -> dict:
-    """The shape that renamed weights have. Raises Mistake when they are no GPT-2's."""
+def shape_of(weights: dict[str, Tensor], n_head: int | None, activation: str) -> dict:
+    """The shape that renamed weights have; without n_head heads are 64 wide. Raises Mistake when they are no GPT-2's."""
     try:
         (V, C), (block_size, _) = weights["wte.weight"].shape, weights["position.weight"].shape
         hidden = weights["blocks.0.mlp.up.weight"].size(0)
     except KeyError as error:
         raise Mistake(f"--init_from: these are no weights of a GPT-2 ({error} is missing)") from None
     return {
-        "vocab_sizes": (V,), "vocabulary": "one", "vocab_size": V, "block_size": block_size, "n_head": n_head, "n_embd": C,
+        "vocab_sizes": (V,), "vocabulary": "one", "block_size": block_size, "n_head": n_head or max(1, C // 64), "n_embd": C,
         "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "n_kv_head": 0, "bias": "norm.bias" in weights, "norm": "layernorm", "position": "learned", "activation": activation,
         "mlp": "plain", "mlp_ratio": hidden / C, "qk_norm": False, "window": "L", "window_size": 0, "logit_softcap": 0.0,
@@ -114,8 +113,9 @@ def shape_of(weights: dict[str, Tensor], n_head: int, activation: str) -> dict:
     }  # fmt: skip
 
 
-def gpt2_tokenizers(vocab_size: int) -> dict[str, text.Tokenizer] | None:
-    return {"gpt2": text.TiktokenTokenizer.named("gpt2")} if vocab_size == GPT2_VOCABULARY else None
+def gpt2_tokenizers(shape: dict) -> dict[str, text.Tokenizer] | None:
+    """GPT-2's where the vocabulary has its size, which nanoGPT pads."""
+    return {"gpt2": text.TiktokenTokenizer.named("gpt2")} if shape["vocab_sizes"][0] in (50257, 50304) else None
 
 
 def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
@@ -127,8 +127,8 @@ def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
         if config.get(name, usual) != usual:
             raise Mistake(f"{config_path}: {name}={config[name]} is a variant this model has not")
     activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(name := config.get("activation_function", "gelu_new"), name)
-    shape = shape_of(weights, config.get("n_head") or max(1, weights["wte.weight"].size(1) // 64) if "wte.weight" in weights else 1, activation)
-    return Pretrained(shape, weights, gpt2_tokenizers(shape["vocab_size"]))
+    shape = shape_of(weights, config.get("n_head"), activation)
+    return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
 
 def load_nanogpt(path: Path) -> Pretrained:
@@ -141,7 +141,7 @@ def load_nanogpt(path: Path) -> Pretrained:
         raise Mistake(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     weights = renamed(weights, transposed=False)
     shape = shape_of(weights, n_head, "gelu")
-    return Pretrained(shape, weights, gpt2_tokenizers(shape["vocab_size"]))
+    return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
 
 def load_own(folder: Path) -> Pretrained:
@@ -149,4 +149,4 @@ def load_own(folder: Path) -> Pretrained:
     model = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["_model"]
     shape = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items() if name not in NOT_SHAPE}
     weights = read_safetensors(folder / "model.safetensors")
-    return Pretrained(shape | {"vocab_size": sum(shape["vocab_sizes"])}, weights, text.load(folder / "tokenizer.json"))
+    return Pretrained(shape, weights, text.load(folder / "tokenizer.json"))

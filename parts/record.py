@@ -23,17 +23,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that are later than a step, or broken: a resumed run will tell them again."""
+def keep_until(path: Path, step: int, evaluated: bool) -> None:
+    """Drop what a resumed run will tell again from metrics.jsonl: lines later than its step, that of an evaluation which the
+    checkpoint doesn't know of, and the broken last line of a killed run."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            told = json.loads(line)
+            if told["step"] < step or (told["step"] == step and (told["event"] != "eval" or evaluated)):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run
+            continue
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
@@ -42,13 +44,13 @@ def keep_until(path: Path, step: int) -> None:
 class Record:
     """Tells events of a run. `silent` ranks do nothing."""
 
-    def __init__(self, out_dir: Path, silent: bool, start_step: int, seconds: float, total_steps: int):
-        self.silent, self.out_dir, self.metrics = silent, out_dir, out_dir / "metrics.jsonl"
+    def __init__(self, out_dir: Path, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int):
+        self.silent, self.start_step, self.out_dir, self.metrics = silent, start_step, out_dir, out_dir / "metrics.jsonl"
         self.began = time.perf_counter() - seconds
         self.file = self.bar = self.wandb = self.tensorboard = None
         if silent:
             return
-        keep_until(self.metrics, start_step)
+        keep_until(self.metrics, start_step, evaluated)
         self.file = self.metrics.open("a", encoding="utf-8")
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -75,11 +77,11 @@ class Record:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"))
+        self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=self.start_step + 1)
 
     def say(self, words: str) -> None:
         """A line on the console."""
-        if not self.silent:
+        if words and not self.silent:
             tqdm.write(words) if self.bar is not None else print(words, flush=True)
 
     def advance(self) -> None:
@@ -92,8 +94,9 @@ class Record:
         if self.silent:
             return
         self.say(words)
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
         numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         if self.wandb is not None and numbers:
@@ -101,6 +104,10 @@ class Record:
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
+
+    def note(self, step: int, words: str) -> None:
+        """A remark, on the console and in metrics.jsonl."""
+        self.event("note", step, words, text=words)
 
     def close(self) -> None:
         for thing in (self.bar, self.file, self.tensorboard):
@@ -110,13 +117,14 @@ class Record:
             self.wandb.finish()
 
 
-# Dense bfloat16 matrix products a second, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+# Dense half-precision FLOPs a second, from the makers' data sheets; the more exact names first.
+PEAK_FLOPS = {"H100 PCIE": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The device's peak, where it is known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name.replace("-", " ").split()), None)
+    """The device's peak in bfloat16 or float16, where it is known."""
+    words = f" {device_name.replace('-', ' ').upper()} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:

@@ -214,14 +214,13 @@ def of_json(spec: dict, where: str) -> Tokenizer:
         raise Mistake(f"{where}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
 
 
-def save(path: Path, tokenizers: dict[str, Tokenizer]) -> None:
-    """Write a run's tokenizer.json: one tokenizer for each vocabulary, by the dataset's name."""
-    specs = [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]
-    path.write_text(json.dumps({"tokenizers": specs}, ensure_ascii=False), encoding="utf-8")
+def run_json(tokenizers: dict[str, Tokenizer]) -> dict:
+    """What a run's tokenizer.json holds: one tokenizer for each vocabulary, by the dataset's name."""
+    return {"tokenizers": [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]}
 
 
 def load(path: Path) -> dict[str, Tokenizer]:
-    """Read a run's tokenizer.json. Raises Mistake."""
+    """The tokenizers of a run's tokenizer.json. Raises Mistake."""
     try:
         specs = json.loads(path.read_text(encoding="utf-8"))["tokenizers"]
         return {spec["name"]: of_json(spec, str(path)) for spec in specs}

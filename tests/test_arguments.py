@@ -154,7 +154,8 @@ def dataset_sampling_probs_final(run):
 def dataset_sampling_probs_transition_method(run):
     flags = [*MIX, "--dataset_sampling_probs", "9", "1", "--dataset_sampling_probs_final", "1", "9", "--max_iters=40", "--dataset_mixing=sequence", "--batch_size=16", "--eval_interval=10"]
     early = {method: run(*flags, f"--dataset_sampling_probs_transition_method={method}", name=method).evals[1]["tokens/b"] for method in ("linear", "cosine", "exponential")}
-    assert early["linear"] > early["cosine"], "a cosine begins slowly" and early["exponential"] != early["linear"]
+    assert early["linear"] > early["cosine"], "a cosine begins slowly"
+    assert early["exponential"] not in (early["linear"], early["cosine"])
 
 
 @effect
@@ -328,7 +329,7 @@ def max_epochs(run):
 @effect
 def max_seconds(run):
     done = run("--max_seconds=1", "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000000")
-    assert 10 < done.progress.step < 1000000 and done.steps == [done.progress.step] and "finished: 1 seconds" in done.console
+    assert 1 <= done.progress.step < 1000000 and done.steps == [done.progress.step] and "finished: 1 seconds" in done.console
     assert done.evals[-1]["step"] == done.progress.step
 
 
@@ -461,8 +462,10 @@ def eval_interval(run):
 
 @effect
 def eval_iters(run):
-    """The mean over more windows is another number, and is that of the same first windows."""
-    assert run("--eval_iters=1", name="1").evals[0]["val_loss"] != run("--eval_iters=3", name="3").evals[0]["val_loss"]
+    """Three batches of 4 windows are the same windows as one batch of 12."""
+    three, one = run("--eval_iters=3", name="3"), run("--eval_iters=1", "--batch_size=12", name="1")
+    assert three.evals[0]["val_loss"] == pytest.approx(one.evals[0]["val_loss"], rel=1e-6)
+    assert three.evals[0]["val_loss"] != run("--eval_iters=1", name="less").evals[0]["val_loss"]
 
 
 @effect

@@ -71,6 +71,15 @@ def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
     assert bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
 
 
+def test_without_a_meta_file_and_offline_tokens_are_numbers(folder, monkeypatch, capsys):
+    def offline(name):
+        raise Mistake("offline")
+
+    monkeypatch.setattr(text.TiktokenTokenizer, "named", offline)
+    (folder / "meta.pkl").unlink()
+    assert bins.read_meta(folder).tokenizer.kind == "numbers" and "shown as numbers, because offline" in capsys.readouterr().out
+
+
 def test_unknown_tokenizers_are_numbers(folder):
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 99, "tokenizer": "sentencepiece"}))
     meta = bins.read_meta(folder)

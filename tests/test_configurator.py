@@ -89,7 +89,7 @@ def test_nanogpts_own_config_files_load(tmp_path, capsys):
     )
     a = parse(str(tmp_path / "train_shakespeare_char.py"))
     assert a.dropout == 0.2 and a.always_save_checkpoint is False
-    assert "min_lr is not used here" in capsys.readouterr().err
+    assert "lr_decay_iters is not used here" in capsys.readouterr().err
     assert parse(str(tmp_path / "train_gpt2.py")).gradient_accumulation_steps == 40
     assert parse(str(tmp_path / "finetune_shakespeare.py"), "--wandb_log").wandb_run_name.startswith("ft-1")
 

@@ -114,6 +114,8 @@ def test_threads_keep_the_order():
     (["--input=bad.jsonl"], "row 2 has no text"),
     (["--input=docs.jsonl", "--field=title"], "--field"),
     (["--input=latin.txt"], "not UTF-8"),
+    (["--input=latin.jsonl"], "not UTF-8"),
+    (["--input=surrogate.jsonl"], "not UTF-8"),
     (["--input=one.jsonl"], "no text for val.bin"),
     (["--input=docs.jsonl", "--tokenizer=gtp2"], "did you mean gpt2"),
     (["--input=docs.jsonl", "--vocab_size=500"], "only with --tokenizer=bpe"),
@@ -124,6 +126,8 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     done = prepare("--tokenizer=byte", *flags, "--name=mine", check=False, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr

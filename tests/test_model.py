@@ -52,7 +52,7 @@ def hugging_face(tmp_path_factory):
 def test_logits_equal_transformers(hugging_face, bare_file):
     theirs, folder = hugging_face
     loaded = pretrained.load(str(folder / "model.safetensors" if bare_file else folder))
-    model = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"})).eval()
+    model = GPT(GPTConfig(**loaded.shape)).eval()
     model.load_weights(loaded.weights, "gpt2")
     idx = ids(3, 24, high=97)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_logits_equal_transformers(hugging_face, bare_file):
 def test_losses_and_gradients_equal_transformers(hugging_face):
     theirs, folder = hugging_face
     loaded = pretrained.load(str(folder))
-    model = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"})).eval()
+    model = GPT(GPTConfig(**loaded.shape)).eval()
     model.load_weights(loaded.weights, "gpt2")
     idx = ids(2, 25, high=97)
     ours = model(idx[:, :-1], idx[:, 1:]).mean()
@@ -280,7 +280,7 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     theirs["_orig_mod.lm_head.weight"] = model.wte.weight.detach()
     torch.save({"model": theirs, "model_args": {"n_head": 4, "n_layer": 2}}, tmp_path / "ckpt.pt")
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
-    again = GPT(GPTConfig(**{name: value for name, value in loaded.shape.items() if name != "vocab_size"}))
+    again = GPT(GPTConfig(**loaded.shape))
     again.load_weights(loaded.weights, "ckpt.pt")
     assert torch.equal(again(ids(2, 12)), model(ids(2, 12)))
 

@@ -19,7 +19,7 @@ def train(model, optimizer, steps: int = 3) -> None:
     for step in range(steps):
         model(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
         optimizer.clip(list(model.parameters()), OFF, 0.0)
-        optimizer.step(OFF)
+        optimizer.update(OFF)
 
 
 def by_hand(model, optimizers, steps: int = 3) -> None:
@@ -57,7 +57,7 @@ def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
     optimizer = Optimizer("adamw", model, Settings(lr=0.1, weight_decay=0.5), model.fused_rows())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizer.step(OFF)
+    optimizer.update(OFF)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, before[name] * (0.95 if p.dim() > 1 else 1.0))
 
@@ -130,7 +130,7 @@ def test_saved_state_goes_on_as_if_never_stopped(name):
     for step in (2, 3):
         parts(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
         again.clip(list(parts.parameters()), OFF, 0.0)
-        again.step(OFF)
+        again.update(OFF)
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(p, q)
 

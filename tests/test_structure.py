@@ -62,13 +62,26 @@ def test_the_configurator_knows_no_argument_by_name():
 
 
 def test_every_row_of_the_table_is_used():
-    """Its name stands in the code that trains, as an attribute of the arguments or a field of the model's configuration."""
+    """Its name stands in the code that trains, as an attribute of the arguments or a field of the model's configuration; being checked is no use."""
     import dataclasses
 
     import train_args
     from model import GPTConfig
 
     used = {field.name for field in dataclasses.fields(GPTConfig)}
-    for name in ("train.py", "train_args.py"):
-        used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.Attribute)}
+    derived = next(node for node in ast.parse((ROOT / "train_args.py").read_text()).body if getattr(node, "name", "") == "Derived")
+    for tree in (ast.parse((ROOT / "train.py").read_text()), derived):
+        used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {row.name for group in train_args.TABLE.values() for row in group} <= used
+
+
+def test_choices_of_the_table_are_the_entries_of_the_registries():
+    import model
+    import train_args
+    from parts import optim, schedules
+
+    rows = {row.name: row for group in train_args.TABLE.values() for row in group}
+    for name, registry in {"norm": model.NORMS, "position": model.POSITIONS, "mlp": model.MLPS, "lr_scheduler": schedules.SCHEDULES}.items():
+        assert set(rows[name].choices) == set(registry)
+    assert set(train_args.OPTIMIZERS) == {*optim.OPTIMIZERS, "muon"}
+    assert all(name in rows["activation"].help for name in model.ACTIVATIONS)

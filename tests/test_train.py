@@ -36,7 +36,6 @@ def test_resumed_run_is_bit_identical(run, how):
     assert equal_tensors(parts.last.optimizer, whole.last.optimizer)
     assert parts.last.progress["optimizer"] == whole.last.progress["optimizer"]
     assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
-    torch.use_deterministic_algorithms(False)
 
 
 def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
@@ -159,6 +158,35 @@ def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
     assert stopped.steps and stopped.steps[-1] >= 20 and stopped.last.progress["step"] == stopped.steps[-1]
 
 
+def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
+    """An evaluation of minutes is left at once, and made by the resumed run: as if nothing had happened."""
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=20", "--eval_interval=20", "--eval_iters=200000", f"--out_dir={tmp_path / 'x'}"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--log_interval=20"], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(6)  # the evaluation before the first step lasts
+    began = time.monotonic()
+    for _ in range(3):  # a scheduler signals the processes, and torchrun passes its own on
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    process.stdout.read()
+    assert process.wait(20) == 128 + signal.SIGTERM and time.monotonic() - began < 5
+    assert read_run(tmp_path / "x").steps == [0]
+    command("--init_from=resume", f"--out_dir={tmp_path / 'x'}", "--eval_iters=1")
+    command(*flags, "--eval_iters=1", f"--out_dir={tmp_path / 'whole'}")
+    resumed, whole = read_run(tmp_path / "x"), read_run(tmp_path / "whole")
+    assert equal_tensors(resumed.last.weights, whole.last.weights) and [line["step"] for line in resumed.evals] == [0, 20]
+
+
+def test_a_second_signal_ends_at_once(data_dir, tmp_path):
+    code = "import signal, sys, time; import train; s = train.Signals(); s.__enter__(); print('ready', flush=True); time.sleep(9); print(s.number); time.sleep(9)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(3) == 130
+
+
 def test_two_ranks_save_together_on_a_signal(data_dir, tmp_path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10", f"--out_dir={tmp_path / 'x'}"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
@@ -192,6 +220,46 @@ def test_help_is_quick_and_imports_no_torch():
         seconds.append(time.perf_counter() - begin)
     assert told.returncode == 0 and "--learning_rate" in told.stdout and "torch" not in told.stderr
     assert min(seconds) < 0.5
+
+
+def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path):
+    """Also after --overwrite and after a resume, which keeps telling where the run came from."""
+    run()
+    first = run("--overwrite")
+    run("--init_from=resume", "--max_iters=5")
+    config = json.loads((first.out_dir / "train_config.json").read_text())
+    assert config["init_from"] == "scratch" and config["overwrite"] is False and config["max_iters"] == 5
+    with pytest.raises(Mistake, match="already holds a run"):
+        train.main(train_args.parse([str(first.out_dir / "train_config.json")]))
+    train.main(train_args.parse([str(first.out_dir / "train_config.json"), f"--out_dir={tmp_path / 'again'}"]))
+    assert read_run(tmp_path / "again").losses == read_run(first.out_dir).losses
+
+
+def test_runs_without_git(run, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "git_commit" not in run().config["_about"]
+
+
+def test_remarks_are_told_in_the_metrics_too(run):
+    done = run()
+    notes = [json.loads(line) for line in (done.out_dir / "metrics.jsonl").read_text().splitlines() if '"note"' in line]
+    assert [note["text"].split(":")[0] for note in notes] == ["finished"] and notes[0]["step"] == 4
+
+
+def test_a_checkpoint_that_was_being_replaced_is_not_lost(run):
+    """Killed between the two renames of a save: the old one is there again."""
+    done = run()
+    last = done.out_dir / "checkpoints/000004"
+    last.rename(last.with_suffix(".old"))
+    resumed = run("--init_from=resume", "--max_iters=5")
+    assert "resuming" in resumed.console and "000004" in resumed.console and [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
+    done = run("--learning_rate=0", "--max_iters=6")  # step 2 stays the best
+    (done.out_dir / "checkpoints/000002/progress.json").write_text("{}")
+    told = command(f"--out_dir={done.out_dir}", "--max_new_tokens=5", script="sample.py")
+    assert "passing over the best checkpoint" in told.stderr and told.stdout
 
 
 def test_best_checkpoint_outlives_later_worse_ones(run):
@@ -247,6 +315,28 @@ def test_a_run_folder_is_whole(run):
     for line in done.evals:
         assert {"event", "step", "seconds", "train_loss", "val_loss", "bits_per_byte"} <= line.keys()
         assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte is a character here
+
+
+@pytest.fixture(autouse=True)
+def nondeterministic_again():
+    """--deterministic holds for a process; these tests share theirs."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
+    """One infinite gradient in one matrix that Muon trains: no parameter of AdamW moves either, and the scale is halved."""
+    original = train.optim.Optimizer.clip
+
+    def poisoned(self, parameters, scaler, bound):
+        parameters[3].grad[0] = math.inf
+        return original(self, parameters, scaler, bound)
+
+    monkeypatch.setattr(train.optim.Optimizer, "clip", poisoned)
+    start = run("--dtype=float16", "--max_iters=0", "--optimizer=muon", name="start")
+    done = run("--dtype=float16", "--max_iters=3", "--optimizer=muon", name="overflow")
+    assert equal_tensors(start.last.weights, done.last.weights) and done.last.progress["scaler"]["scale"] == 2.0**13
+    assert [line["grad_norm"] for line in done.train] == [None] * 3, "strict JSON has no Infinity"
 
 
 def test_float16_keeps_its_scaler(run):

@@ -1,0 +1,13 @@
+"""Llama's architecture, to put before a size: python train.py configs/llama.py --n_layer=12 --n_embd=768 --n_head=12 --n_kv_head=4
+
+RMSNorm with gain, rotary positions, SwiGLU with as many parameters as a plain MLP, two query heads to a key and value head, an untied head.
+"""
+
+norm = "rmsnorm"
+position = "rope"
+mlp = "gated"
+activation = "silu"
+mlp_ratio = 8 / 3
+n_head = 6
+n_kv_head = 3
+tie_weights = False
