@@ -50,6 +50,7 @@ class Row:
     once: bool = False  # meant for this command alone: a resumed run does not inherit it
 
 
+CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -132,14 +133,14 @@ ARITHMETIC = {
 def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     """The value of a literal, of arithmetic, of an earlier name, or of str(...) and time.time(). Raises ValueError."""
     match node:
-        case ast.Constant(value):
+        case ast.Constant(str() | int() | float() | None as value):  # True and False are ints
             return value
         case ast.Name(name) if name in names:
             return names[name]
         case ast.List(items) | ast.Tuple(items):
             return [evaluate(item, names) for item in items]
         case ast.Dict(keys, values) if all(keys):
-            return {evaluate(key, names): evaluate(value, names) for key, value in zip(keys, values, strict=True)}
+            return {str(evaluate(key, names)): evaluate(value, names) for key, value in zip(keys, values, strict=True)}
         case ast.UnaryOp(op, operand) if type(op) in ARITHMETIC:
             return ARITHMETIC[type(op)](evaluate(operand, names))
         case ast.BinOp(left, ast.Pow(), right):
@@ -149,9 +150,8 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
             return base**power
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
             sides = evaluate(left, names), evaluate(right, names)
-            texts = [isinstance(side, str) for side in sides]
-            if any(texts) and not (all(texts) and type(op) is ast.Add):
-                raise ValueError("text can only be added to text")
+            if not all(isinstance(side, int | float) for side in sides) and not (type(op) is ast.Add and all(isinstance(side, str) for side in sides)):
+                raise ValueError("only numbers are computed with, and text added to text")
             return ARITHMETIC[type(op)](*sides)
         case ast.Call(ast.Name("str"), [argument], []):
             return str(evaluate(argument, names))
@@ -186,7 +186,7 @@ def read_python(text: str, path: str) -> dict[str, Any]:
 def read_file(path: str) -> dict[str, Any]:
     """The values of one config file; names that begin with an underscore are remarks. Raises Mistake."""
     kind = Path(path).suffix
-    if kind not in (".py", ".json", ".yaml", ".yml"):
+    if kind not in CONFIG_SUFFIXES:
         raise Mistake(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -258,10 +258,14 @@ def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> 
     given, rest = parser.parse_known_args(joined)
     given = vars(given)
     print_config = given.pop("print_config")
+    files = [word for word in rest if not word.startswith("-")]
+    for name, words in given.items():  # a config file behind a list is not part of it
+        if isinstance(words, list) and rows[name].split:
+            files += [word for word in words if word.endswith(CONFIG_SUFFIXES)]
+            given[name] = [word for word in words if not word.endswith(CONFIG_SUFFIXES)]
     for name in [name for name, value in given.items() if value is None or value == []]:
         mistakes.append(f"--{name}: needs a value")
         del given[name]
-    files = [word for word in rest if not word.startswith("-")]
     for word in (word for word in rest if word.startswith("-")):
         flag = word.split("=")[0]
         known = [f"--{name}" for name in rows] + [f"--no-{name}" for name in rows]
@@ -317,12 +321,12 @@ def parse(
     layers.append(("command line", given))
     for origin, layer in layers:
         lay(origin, layer)
-    lower = None if mistakes else beneath(arguments_class(**values))
+    try:
+        lower = beneath(arguments_class(**values))
+        inherited = {name: value for name, value in read_file(lower).items() if name not in rows or not rows[name].once} if lower else {}
+    except Mistake as mistake:
+        tell(prog, [*mistakes, str(mistake)])
     if lower:
-        try:
-            inherited = {name: value for name, value in read_file(lower).items() if name not in rows or not rows[name].once}
-        except Mistake as mistake:
-            tell(prog, [str(mistake)])
         stronger = {name: (values[name], source[name]) for name in rows if source[name] != "default"}
         lay(lower, inherited)
         for name, (value, origin) in stronger.items():
@@ -331,19 +335,16 @@ def parse(
             values[name], source[name] = value, origin
 
     arguments = arguments_class(**values)
-    if not mistakes:
-        for name, row in rows.items():
-            if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments):
-                if source[name] == "command line":
-                    mistakes.append(f"--{name}: has an effect only with {row.needs.words}")
-                elif values[name] != row.default and os.environ.get("RANK", "0") == "0":
-                    print(f"{source[name]}: {name} is not used here; it has an effect only with {row.needs.words}", file=sys.stderr)
-        mistakes += check(arguments, source)
+    unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments)]
+    mistakes += [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == "command line"]
+    mistakes += check(arguments, source)
     if mistakes:
         tell(prog, mistakes)
+    for name in unused:
+        if values[name] != rows[name].default and os.environ.get("RANK", "0") == "0":
+            print(f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}", file=sys.stderr)
     if print_config:
-        for name, value in values.items():
-            print(f"{name:40} {show(value):30} {source[name]}")
+        run(lambda _: print("\n".join(f"{name:40} {show(value):30} {source[name]}" for name, value in values.items()), flush=True), None)
         raise SystemExit(0)
     return arguments
 
@@ -357,8 +358,15 @@ def tell(prog: str, mistakes: list[str]) -> None:
 
 
 def run(main: Callable[[Any], Any], arguments: Any) -> None:
-    """Run a command; a Mistake that only the data or the weights could show is told like the others."""
+    """Run a command; a Mistake that only the data or the weights could show is told like the others. Ctrl-C ends it without a
+    traceback, and so does a reader of its output that went away."""
     try:
         main(arguments)
+        sys.stdout.flush()
     except Mistake as mistake:
         tell(os.path.basename(sys.argv[0]), [str(mistake)])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

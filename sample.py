@@ -42,7 +42,7 @@ TABLE = {
 
 
 def check(a, source: dict[str, str]) -> list[str]:
-    wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdigit() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
+    wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
     return wrong + ["--start: empty; a model needs at least one token to go on from"] * (not a.start or "" in a.start)
 
 
@@ -78,8 +78,8 @@ def encode(tokenizer: text.Tokenizer, words: str) -> np.ndarray:
         ids = [tokenizer.encode(parts[0])]
         for part in parts[1:]:
             ids += [[tokenizer.eot], tokenizer.encode(part)]
-    except Mistake as mistake:
-        raise Mistake(f"--start: {mistake}") from None
+    except (Mistake, UnicodeError) as error:
+        raise Mistake(f"--start: {error}") from None
     ids = np.concatenate(ids).astype(np.int64)
     if not len(ids):
         raise Mistake("--start: empty; a model needs at least one token to go on from")

@@ -77,7 +77,7 @@ def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]
 def open_data(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], firsts: list[int]) -> Data:
     """The mixture that the arguments name; firsts: the first row of each tokenizer's ids in the model. Raises Mistake."""
     first = dict(zip(tokenizers, firsts, strict=True))
-    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta) for split in bins.SPLITS for name, meta in metas.items()}
+    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta, name) for split in bins.SPLITS for name, meta in metas.items()}
 
     def datasets(split: str, method: str, seed: int) -> list[batches.Dataset]:
         return [
@@ -165,6 +165,8 @@ def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.
     saved = text.load(loaded.folder / "tokenizer.json")
     if len(saved) != len(tokenizers) or not all(map(text.same, saved.values(), tokenizers.values())):
         raise Mistake(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
+    if len(saved) > 1 and list(saved) != list(tokenizers):
+        raise Mistake(f"--init_from=resume: {loaded.folder} was trained on {', '.join(saved)}, in this order, which the model's vocabularies follow")
     model.load_weights(loaded.weights, str(loaded.folder))
     state = dict(loaded.progress)
     optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
@@ -196,9 +198,8 @@ class Signals:
             os._exit(128 + number)
 
     def __exit__(self, *_) -> None:
-        if not self.number:  # else a signal that comes twice finds the process on its way out
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if self.number else handler)  # the same wish may still come twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ class Run:
         """Steps until the first bound that can be told beforehand."""
         a, source = self.args, self.data.source
         bounds = [a.max_iters]
-        bounds += [math.ceil(a.max_tokens / self.tokens_per_step)] if a.max_tokens else []
+        bounds += [self.progress.step + max(0, math.ceil((a.max_tokens - self.progress.tokens) / self.tokens_per_step))] if a.max_tokens else []
         bounds += [math.ceil(a.max_epochs * source.windows / source.rows)] if a.max_epochs else []
         return min(bounds)
 
@@ -288,6 +289,8 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
     progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
     net = torch.compile(model, dynamic=False) if args.compile else model
+    if progress.tokens != progress.step * data.source.rows * args.block_size:
+        say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
     return Run(args, ranks, data, model, net, optimizer, scaler, progress, tally, share, reason, peak)
@@ -334,7 +337,7 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
 
 
 def save(run: Run, log: record.Record) -> None:
-    """Save a checkpoint; the last and the best are kept."""
+    """Save a checkpoint; the last two and the best are kept."""
     if not run.ranks.main:
         return
     progress, checkpoints = run.progress, run.out_dir / "checkpoints"
@@ -344,9 +347,9 @@ def save(run: Run, log: record.Record) -> None:
     state["best_val_loss"] = progress.best_val_loss if progress.best_step >= 0 else None
     copied = [run.out_dir / "train_config.json", run.out_dir / "tokenizer.json"]
     folder = checkpoint.save(checkpoints, progress.step, dict(run.model.named_parameters()), tensors, state, copied)
-    if progress.best_step == progress.step:
+    if progress.best_step >= 0:
         write_best(run.out_dir, progress)
-    checkpoint.prune(checkpoints, keep={progress.step, progress.best_step})
+    checkpoint.prune(checkpoints, keep={progress.best_step, *checkpoint.steps(checkpoints)[-2:]})
     log.event("save", progress.step, f"saved {folder}")
 
 
@@ -441,7 +444,7 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
         if finished and not due:
             return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
         if number := run.ranks.largest(signals.number):
-            refuse_nonfinite(float(loss) + (0.0 if scaler.is_enabled() else float(norm)), "loss or gradient", run)
+            refuse_nonfinite(float(run.ranks.sum(loss.clone())) + (0.0 if scaler.is_enabled() else float(norm)), "loss or gradient", run)
             save(run, log)
             log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
             raise SystemExit(128 + number)
@@ -477,11 +480,11 @@ def main(args) -> Progress:
         notes: list[str] = []
         run = build(args, ranks, notes.append)
         if ranks.main:
-            print(*notes, run.summary(), sep="\n", flush=True)
+            record.say("\n".join((*notes, run.summary())))
         if args.eval_only:
             losses = evaluate(run, Signals())
             if ranks.main:
-                print(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+                record.say(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             return run.progress
         ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():

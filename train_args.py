@@ -11,7 +11,7 @@ from pathlib import Path
 
 import configurator
 from configurator import Needs, Row
-from parts.mistakes import did_you_mean
+from parts.mistakes import Mistake, did_you_mean
 from parts.schedules import SCHEDULES
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
@@ -159,7 +159,7 @@ class Derived:
     def vocabulary(self) -> str:
         """How the streams' vocabularies meet in the model: an entry of model.VOCABULARIES."""
         if self.training_mode == "multicontext":
-            return "contexts"
+            return "contexts" if len(self.multicontext_datasets) > 1 else "one"
         return "separate" if self.multidataset_wte else "one"
 
     @property
@@ -174,7 +174,7 @@ def run_config(arguments) -> str | None:
         return None
     path = os.path.join(arguments.out_dir, "train_config.json")
     if not os.path.exists(path):
-        configurator.tell(os.path.basename(sys.argv[0]), [f"--init_from=resume: no run in {arguments.out_dir} (no {path}); name its folder with --out_dir"])
+        raise Mistake(f"--init_from=resume: no run in {arguments.out_dir} (no {path}); name its folder with --out_dir")
     return path
 
 

@@ -22,7 +22,7 @@ from parts.download import fetch
 
 TABLE = {
     "prepare": [
-        Row("input", (), "files, folders and https addresses, or hf:NAME[:CONFIG]"),
+        Row("input", (), "files, folders and https addresses, or hf:NAME[:CONFIG]", split=False),
         Row("name", "", "name of the dataset: train.py --dataset=NAME trains on it"),
         Row("data_dir", "data", "folder that holds the dataset folders"),
         Row("tokenizer", "gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken"),

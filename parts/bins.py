@@ -96,8 +96,8 @@ class Bin:
     A window never crosses shards. Raises Mistake when a file is missing, empty, odd-sized, or holds ids beyond the vocabulary.
     """
 
-    def __init__(self, folder: Path, split: str, meta: Meta):
-        self.name, self.split, self.meta = folder.name, split, meta
+    def __init__(self, folder: Path, split: str, meta: Meta, name: str | None = None):
+        self.name, self.split, self.meta = name or folder.name, split, meta
         whole = folder / f"{split}.bin"
         self.paths = [whole] if whole.exists() else sorted(folder.glob(f"*{split}_*.bin"))
         if not self.paths:
@@ -142,7 +142,7 @@ def prepare_if_missing(folder: Path) -> None:
     script = folder / "prepare.py"
     if not folder.is_dir():
         known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)} (make one: python data/prepare.py --input FILE --name={folder.name})")
+        raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)} ; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
     if all((folder / f"{split}.bin").exists() or any(folder.glob(f"*{split}_*.bin")) for split in SPLITS):
         return
     if not script.exists():

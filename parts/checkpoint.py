@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from parts.mistakes import Mistake
 
 LEFTOVER, REPLACED = ".tmp", ".old"
+NEEDED = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json"}
 
 
 class Checkpoint(NamedTuple):
@@ -79,6 +81,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if missing := NEEDED - manifest.keys():
+            return f"{folder / 'manifest.json'} does not list {', '.join(sorted(missing))}"
         for name, known in manifest.items():
             path = folder / name
             if not path.is_file():
@@ -114,8 +118,8 @@ def newest(checkpoints: Path, say=print) -> Path:
 def best_step(out_dir: Path) -> int | None:
     """The step that best.json names, or None."""
     try:
-        return json.loads((out_dir / "best.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        return int(json.loads((out_dir / "best.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -124,8 +128,10 @@ def chosen(out_dir: Path, which: str, say=print) -> Path:
     checkpoints = out_dir / "checkpoints"
     if not steps(checkpoints):
         raise Mistake(f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir")
-    step = best_step(out_dir) if which == "best" else int(which) if which.isdigit() else None
+    step = best_step(out_dir) if which == "best" else None if which == "last" else int(which)
     if step is None:
+        if which == "best":
+            say(f"{out_dir / 'best.json'} names no best checkpoint; taking the newest")
         return newest(checkpoints, say)
     folder = checkpoints / f"{step:06d}"
     wrong = damage(folder) if folder.exists() else f"the run has those of steps {', '.join(map(str, steps(checkpoints)))}"
@@ -138,9 +144,10 @@ def chosen(out_dir: Path, which: str, say=print) -> Path:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` or `chosen` found whole."""
+    """Read a checkpoint that `newest` or `chosen` found whole, into memory of its own: safetensors only maps the file."""
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Checkpoint(folder, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), progress)
+    weights, optimizer = ({k: v.clone() for k, v in load_file(folder / f"{name}.safetensors").items()} for name in ("model", "optimizer"))
+    return Checkpoint(folder, weights, optimizer, progress)
 
 
 def prune(checkpoints: Path, keep: set[int]) -> None:
@@ -158,9 +165,22 @@ def claim(out_dir: Path, overwrite: bool) -> None:
     held = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
     if held and not overwrite:
         raise Mistake(f"{out_dir}: already holds a run ({held[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir")
-    for path in held:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass  # it can be written to
+        for path in held:
+            remove(path)
     except OSError as error:
-        raise Mistake(f"--out_dir={out_dir}: {error.strerror}") from None
+        raise Mistake(f"--out_dir={out_dir}: can't be written ({error.strerror})") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; a link to a folder stays, and what is in there goes."""
+    if path.is_symlink() and path.is_dir():
+        for inner in path.iterdir():
+            remove(inner)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +62,7 @@ def input_files(inputs: Iterable[str]) -> list[Path]:
 def read_text(path: Path) -> Iterator[str]:
     """A text file in pieces. Raises Mistake when it isn't UTF-8."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(PIECE):
                 yield piece
     except UnicodeDecodeError as error:
@@ -74,13 +76,16 @@ def read_rows(path: Path, field: str) -> Iterator[str]:
             from pyarrow import parquet
         except ModuleNotFoundError:
             raise Mistake(f"{path}: reading parquet needs a package: pip install pyarrow") from None
-        file = parquet.ParquetFile(path)
+        try:
+            file = parquet.ParquetFile(path)
+        except (ValueError, OSError) as error:
+            raise Mistake(f"{path}: not a parquet file ({error})") from None
         if field not in file.schema_arrow.names:
             raise Mistake(f"{path}: no column {field} but {', '.join(file.schema_arrow.names)}; name it with --field")
         for batch in file.iter_batches(batch_size=1024, columns=[field]):
             yield from (value or "" for value in batch.column(0).to_pylist())
         return
-    with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(file) if path.suffix == ".csv" else (line for line in file if line.strip())
         number = 0
@@ -115,10 +120,10 @@ def read_hub(name: str, field: str) -> Iterator[str]:
 
 
 def split_documents(documents: Iterable[Iterable[str]], val_fraction: float) -> Iterator[Piece]:
-    """Documents, each in pieces, to splits: every n-th one is for validation, where n = 1 / val_fraction."""
-    every = max(2, round(1 / val_fraction))
+    """Documents, each in pieces, to splits: spread evenly, val_fraction of them are for validation (every tenth, with 0.1)."""
+    part = Fraction(val_fraction).limit_denominator(10**6)
     for number, pieces in enumerate(documents):
-        split = "val" if number % every == every - 1 else "train"
+        split = "val" if int((number + 1) * part) > int(number * part) else "train"
         for piece in pieces:
             yield Piece(split, piece)
         yield Piece(split, "", ends=True)
@@ -218,15 +223,18 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
     leaves what was there before.
     """
     stream = pieces()  # tells missing files before a tokenizer is made
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, vocab_size, pieces)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writers = {split: BinWriter(folder, f"{split}.bin", dtype_for(tokenizer.vocab_size)) for split in SPLITS}
+    except OSError as error:
+        raise Mistake(f"{folder}: can't be written ({error.strerror})") from None
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
 
     def encode(group: list[Piece]) -> list[tuple[str, np.ndarray, int, int]]:
         return [(p.split, np.concatenate((tokenizer.encode(p.text), end)) if p.ends else tokenizer.encode(p.text), len(p.text.encode()), len(p.text)) for p in group]
 
-    writers = {split: BinWriter(folder, f"{split}.bin", dtype_for(tokenizer.vocab_size)) for split in SPLITS}
     counter = Counter(f"preparing {folder.name}")
     try:
         for group in in_order(encode, grouped(stream), os.cpu_count() or 1):
@@ -239,6 +247,8 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
     except BaseException:
         for writer in writers.values():
             writer.discard()
+        with suppress(OSError):
+            folder.rmdir()  # if nothing else is in it
         raise
     finally:
         counter.close()

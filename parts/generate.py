@@ -33,7 +33,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if top_k:
         kept = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))

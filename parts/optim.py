@@ -76,7 +76,7 @@ def named_class(name: str) -> type:
     package, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise Mistake(f"--optimizer={name}: {error}") from None
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise Mistake(f"--optimizer={name}: not a torch.optim.Optimizer")
@@ -102,6 +102,10 @@ class Optimizer:
         self.names |= {id(p): n for n, p in rest.items()}
 
         cls, choose = OPTIMIZERS.get("adamw" if name == "muon" else name) or (named_class(name), lambda s: {})
+        own = {"lr", "params", "weight_decay", *choose(settings)} - {"fused"} if name != "muon" else {"lr", "params", "weight_decay", "momentum"}
+        if taken := own & settings.kwargs.keys():
+            raise Mistake(f"--optimizer_kwargs: {', '.join(sorted(taken))} follow from arguments of their own")
+        self.kind = {"kwargs": settings.kwargs, "momentum": settings.momentum > 0}  # decide which state there is
         kwargs = choose(settings) | ({} if name == "muon" else settings.kwargs)
         groups = [
             {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -125,7 +129,7 @@ class Optimizer:
         try:
             return cls(groups, lr=lr, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise Mistake(f"--optimizer={name} --optimizer_kwargs={kwargs}: {error}") from None
+            raise Mistake(f"--optimizer={name} --optimizer_kwargs: {error}") from None
 
     def matrices(self, name: str, weight: nn.Parameter, rows: list[int]) -> list[nn.Parameter]:
         """The matrices in a weight, as parameters that share its memory; the weight itself if it is one."""
@@ -167,7 +171,7 @@ class Optimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, the rest) of the state, keyed "optimizer/parameter/what"; the rest also names the classes."""
         tensors: dict[str, Tensor] = {}
-        rest: dict[str, Any] = {"classes": self.classes()}
+        rest: dict[str, Any] = {"classes": self.classes(), "kind": self.kind}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
@@ -182,6 +186,8 @@ class Optimizer:
         rest = dict(rest)
         if (saved := rest.pop("classes")) != self.classes():
             raise Mistake(f"--optimizer: the checkpoint's state is that of {' and '.join(saved)}, not of {' and '.join(self.classes())}; resume with the run's own optimizer")
+        if (kind := rest.pop("kind")) != self.kind:
+            raise Mistake(f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {kind}, not {self.kind}; resume with the run's own")
         states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
         numbers = [{self.names[id(p)]: n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])} for optimizer in self.optimizers]
         for key, value in {**tensors, **rest}.items():

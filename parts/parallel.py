@@ -66,6 +66,8 @@ class Ranks:
 def find_device(name: str) -> torch.device:
     """auto: the local rank's GPU, else Apple's, else the CPU. Raises Mistake for a device that is not there."""
     kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise Mistake(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():

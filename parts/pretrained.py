@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from parts import checkpoint, text
-from parts.mistakes import Mistake
+from parts.mistakes import Mistake, did_you_mean
 
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing")  # of a model's configuration
 
 
@@ -28,6 +29,8 @@ class Pretrained(NamedTuple):
 def load(source: str, say=print) -> Pretrained:
     """Weights from `gpt2`, `gpt2-medium`, ... of the hub, or from a path. Raises Mistake."""
     path = Path(source)
+    if not path.exists() and source not in HUB:
+        raise Mistake(f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB)}{did_you_mean(source, HUB)}")
     if not path.exists():
         return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))
     if path.suffix == ".pt":

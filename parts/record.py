@@ -24,21 +24,29 @@ def duration(seconds: float) -> str:
 
 
 def keep_until(path: Path, step: int, evaluated: bool) -> None:
-    """Drop what a resumed run will tell again from metrics.jsonl: lines later than its step, that of an evaluation which the
+    """Drop what a resumed run will tell again from metrics.jsonl: lines later than its step, those of an evaluation which the
     checkpoint doesn't know of, and the broken last line of a killed run."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             told = json.loads(line)
-            if told["step"] < step or (told["step"] == step and (told["event"] != "eval" or evaluated)):
+            if told["step"] < step or (told["step"] == step and (told["event"] not in ("eval", "save") or evaluated)):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
+
+
+def say(words: str) -> None:
+    """A line on the console; a run goes on when nobody reads it any more."""
+    try:
+        tqdm.write(words) if sys.stderr.isatty() else print(words, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class Record:
@@ -82,7 +90,7 @@ class Record:
     def say(self, words: str) -> None:
         """A line on the console."""
         if words and not self.silent:
-            tqdm.write(words) if self.bar is not None else print(words, flush=True)
+            say(words)
 
     def advance(self) -> None:
         """One more step on the progress bar, if there is one."""

@@ -62,6 +62,8 @@ def test_precedence_is_default_files_left_to_right_command_line(tmp_path):
         assert (a.n_layer, a.n_embd, a.batch_size, a.n_head) == (3, 96, 5, 6)
     a = parse("--compile", str(tmp_path / "a.py"))
     assert a.compile is True and a.n_layer == 3, "a bare flag does not swallow a file"
+    a = parse("--training_mode=multidataset", "--dataset_list", "x", "y", str(tmp_path / "a.py"))
+    assert a.dataset_list == ("x", "y") and a.n_layer == 3, "nor does a list"
 
 
 def test_print_config_tells_where_values_come_from(tmp_path, capsys):
@@ -98,6 +100,7 @@ def test_nanogpts_own_config_files_load(tmp_path, capsys):
     "__import__('os').system('touch {}')", "x = open('{}', 'w')", "import os", "n_layer = [].append(open('{}', 'w'))", "n_layer = (lambda: open('{}', 'w'))()",
     "exec('1')", "if True:\n    n_layer = 3", "n_layer = 9**9**9", "n_layer = 10**10**10", "n_layer = 'a' * 10**9", "n_layer = 1 / 0", "n_layer = undefined", "n_layer = f'{{1}}'",
     "del n_layer", "n_layer += 1", "time.sleep(9)", "n_layer = (1, 2, 3", "n_layer, n_head = 3",
+    "n_layer = [0] * 10**11", "n_layer = 3j", "n_layer = b'3'",
 ])  # fmt: skip
 def test_configs_are_never_executed(tmp_path, capsys, line):
     path, target = tmp_path / "c.py", tmp_path / "executed"

@@ -52,7 +52,7 @@ def test_offline_download_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
 def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
-    path = tmp_path / f"docs.{kind}"
+    path = tmp_path / f"my docs, new.{kind}"
     if kind == "jsonl":
         path.write_text("\n".join(json.dumps({"body": doc, "n": 1}) for doc in DOCS))
     elif kind == "csv":
@@ -98,6 +98,12 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     for file in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
     assert bins.read_meta(tmp_path / "x").vocab_size <= 320
+
+
+@pytest.mark.parametrize("fraction, count", [(0.1, 10), (0.4, 40), (0.25, 25), (0.0005, 0)])
+def test_the_validation_part_is_what_was_asked_for(fraction, count):
+    pieces = list(corpus.split_documents([["x"]] * 100, fraction))
+    assert sum(piece.split == "val" for piece in pieces if piece.ends) == count
 
 
 def test_threads_keep_the_order():

@@ -142,6 +142,14 @@ def test_classes_by_name_are_checked():
             Optimizer(name, model, Settings(), {})
     with pytest.raises(Mistake, match="optimizer_kwargs"):
         Optimizer("adamw", model, Settings(kwargs={"no_such": 1}), {})
+    for name, kwargs in (("adamw", {"weight_decay": 1}), ("sgd", {"momentum": 0.5}), ("muon", {"momentum": 0.5})):
+        with pytest.raises(Mistake, match="arguments of their own"):
+            Optimizer(name, model, Settings(kwargs=kwargs), model.fused_rows())
+    with pytest.raises(Mistake, match="fused"):
+        Optimizer("adamw", model, Settings(kwargs={"foreach": True}), {})
+    tensors, rest = Optimizer("adamw", model, Settings(), {}).state()
+    with pytest.raises(Mistake, match="resume with the run's own"):
+        Optimizer("adamw", model, Settings(kwargs={"amsgrad": True}), {}).load_state(tensors, rest)
     assert Optimizer("adamw", model, Settings(kwargs={"eps": 1e-3}), {}).optimizers[0].param_groups[0]["eps"] == 1e-3
 
 

@@ -88,6 +88,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "can't be read" in refuse(f"--out_dir={trained}/single", "--start=FILE:/nowhere")
     assert "no such argument; did you mean --top_k?" in refuse("--topk=3")
     assert "must be at least 0" in refuse("--temperature=-1")
+    assert "must be auto, cpu" in refuse(f"--out_dir={trained}/single", "--device=gpu") and "did you mean gpt2-xl" in refuse("--init_from=gpt2-xxl")
     assert "--top_k: has an effect only with --temperature above 0" in refuse("--temperature=0", "--top_k=3")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,14 +134,14 @@ def test_resume_refuses_another_optimizer(run):
 
 
 def test_resume_passes_over_a_damaged_checkpoint(run):
-    done = run("--max_iters=6", "--eval_interval=2", "--learning_rate=0")  # nothing improves: step 2 is the best, 6 the last
-    assert done.steps == [2, 6]
+    done = run("--max_iters=6")
     path = done.out_dir / "checkpoints/000006/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     resumed = run("--init_from=resume")
-    assert "passing over" in resumed.console and "resuming" in resumed.console and "000002" in resumed.console
+    assert "passing over" in resumed.console and "its sha256 differs" in resumed.console and "resuming" in resumed.console and "000004" in resumed.console
+    assert equal_tensors(resumed.last.weights, done.last.weights)
     assert [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5, 6]
 
 
@@ -256,10 +257,72 @@ def test_a_checkpoint_that_was_being_replaced_is_not_lost(run):
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
-    done = run("--learning_rate=0", "--max_iters=6")  # step 2 stays the best
+    done = run("--learning_rate=0", "--max_iters=8")  # step 2 stays the best
+    assert done.steps == [2, 6, 8]
     (done.out_dir / "checkpoints/000002/progress.json").write_text("{}")
     told = command(f"--out_dir={done.out_dir}", "--max_new_tokens=5", script="sample.py")
     assert "passing over the best checkpoint" in told.stderr and told.stdout
+
+
+def test_resume_refuses_vocabularies_in_another_order(run):
+    """Each dataset's rows in the model follow from the order."""
+    for name, flags, turned in (
+        ("wte", ["--training_mode=multidataset", "--multidataset_wte", "--dataset_list", "a", "b"], ["--dataset_list", "b", "a"]),
+        ("contexts", ["--training_mode=multicontext", "--multicontext_datasets", "a", "upper"], ["--multicontext_datasets", "upper", "a"]),
+    ):
+        run(*flags, name=name)
+        with pytest.raises(Mistake, match=r"in this order|another tokenizer"):
+            run("--init_from=resume", *turned, "--max_iters=6", name=name)
+
+
+def test_resume_with_another_batch_size_counts_on(run):
+    first = run("--max_tokens=96", "--max_iters=100")
+    resumed = run("--init_from=resume", "--batch_size=8", "--max_tokens=256")
+    assert first.progress.step == 3 and resumed.progress.step == 3 + math.ceil((256 - 96) / 64) and resumed.progress.tokens == 96 + 3 * 64
+    assert "another number of sequences before" in resumed.console
+
+
+def test_resume_restores_a_lost_tokenizer_and_best_json(run):
+    done = run()
+    (done.out_dir / "tokenizer.json").unlink()
+    (done.out_dir / "best.json").unlink()
+    resumed = run("--init_from=resume", "--max_iters=6", "--learning_rate=0")
+    assert resumed.steps[-1] == 6 and (done.out_dir / "tokenizer.json").exists()
+    assert json.loads((done.out_dir / "best.json").read_text())["val_loss"] == min(line["val_loss"] for line in resumed.evals if line["step"])
+
+
+def test_one_context_is_a_plain_run(run):
+    assert run("--training_mode=multicontext", "--multicontext_datasets", "a", name="one").losses == run(name="plain").losses
+
+
+def test_datasets_of_one_folder_name_are_told_apart(run, tmp_path, data_dir):
+    for parent, name in (("x", "a"), ("y", "b")):
+        shutil.copytree(data_dir / name, tmp_path / f"data/{parent}/same")
+    line = run(f"--data_dir={tmp_path / 'data'}", "--training_mode=multidataset", "--dataset_list", "x/same", "y/same").evals[-1]
+    assert line["val_loss"] == pytest.approx((line["val_loss/x/same"] + line["val_loss/y/same"]) / 2)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(data_dir, tmp_path):
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=40", f"--out_dir={tmp_path / 'x'}"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in told and read_run(tmp_path / "x").steps[-1] == 40
+
+
+def test_overwrite_keeps_a_linked_folder(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    again = run("--overwrite", "--max_iters=2")
+    assert again.steps == [2] and (tmp_path / "disk/000002").is_dir()
+
+
+def test_an_out_dir_that_cant_be_written_is_told(run, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(Mistake, match="can't be written"):
+        run()
 
 
 def test_best_checkpoint_outlives_later_worse_ones(run):
@@ -268,7 +331,7 @@ def test_best_checkpoint_outlives_later_worse_ones(run):
     best = json.loads((done.out_dir / "best.json").read_text())
     losses = {line["step"]: line["val_loss"] for line in done.evals if line["step"]}
     assert best["val_loss"] == min(losses.values()) and losses[best["step"]] == best["val_loss"]
-    assert done.steps == sorted({best["step"], 8})
+    assert done.steps == sorted({best["step"], 6, 8})
 
 
 def test_val_loss_of_a_mixture_is_the_weighted_mean(run):
