@@ -50,6 +50,7 @@ class Row:
     once: bool = False  # meant for this command alone: a resumed run does not inherit it
 
 
+COMMAND_LINE = "command line"  # where a value came from
 CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -273,6 +274,36 @@ def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> 
     return given, files, print_config, mistakes
 
 
+class Layers:
+    """Values laid over each other, where each came from, and what is wrong with them."""
+
+    def __init__(self, rows: dict[str, Row]):
+        self.rows, self.mistakes = rows, []
+        self.values = {name: row.default for name, row in rows.items()}
+        self.source = dict.fromkeys(rows, "default")
+
+    def lay(self, origin: str, layer: dict[str, Any]) -> None:
+        """Lay values, as given, over those there are."""
+        label = "" if origin == COMMAND_LINE else f"{origin}: "
+        for name, given in layer.items():
+            if name not in self.rows:
+                self.mistakes.append(f"{label}{name}: no such argument{did_you_mean(name, self.rows)}")
+                continue
+            try:
+                self.values[name], self.source[name] = convert(self.rows[name], given), origin
+            except Mistake as mistake:
+                self.mistakes.append(f"{label}--{name}={given}: {mistake}")
+
+    def lay_beneath(self, origin: str, layer: dict[str, Any]) -> None:
+        """Lay a resumed run's values between the defaults and what was given, which must keep the model's shape."""
+        stronger = {name: (self.values[name], self.source[name]) for name in self.rows if self.source[name] != "default"}
+        self.lay(origin, {name: value for name, value in layer.items() if name not in self.rows or not self.rows[name].once})
+        for name, (value, source) in stronger.items():
+            if self.rows[name].shape and value != self.values[name]:
+                self.mistakes.append(f"--{name}={show(value)}: the run in {origin} has {show(self.values[name])}, and its shape can't change on resume")
+            self.values[name], self.source[name] = value, source
+
+
 def parse(
     table: dict[str, list[Row]],
     argv: list[str],
@@ -289,57 +320,33 @@ def parse(
     rows = {row.name: row for group in table.values() for row in group}
     fields = [(name, type(row.default), dataclasses.field(default=None)) for name, row in rows.items()]
     arguments_class = dataclasses.make_dataclass("Arguments", fields, bases=(base,), frozen=True)
-    prog = os.path.basename(sys.argv[0])
-    mistakes: list[str] = []
-    values = {name: row.default for name, row in rows.items()}
-    source = dict.fromkeys(rows, "default")
+    layers = Layers(rows)
+    mistakes, values, source = layers.mistakes, layers.values, layers.source
 
-    def lay(origin: str, layer: dict[str, Any]) -> None:
-        label = "" if origin == "command line" else f"{origin}: "
-        for name, given in layer.items():
-            if name not in rows:
-                mistakes.append(f"{label}{name}: no such argument{did_you_mean(name, rows)}")
-                continue
-            try:
-                values[name] = convert(rows[name], given)
-                source[name] = origin
-            except Mistake as mistake:
-                mistakes.append(f"{label}--{name}={show(given) if isinstance(given, tuple) else given}: {mistake}")
-
-    parser = build_parser(table, description)
     try:
-        given, files, print_config, mistakes_of_grammar = read_command_line(parser, rows, argv)
+        given, files, print_config, wrong = read_command_line(build_parser(table, description), rows, argv)
     except Mistake as mistake:
-        tell(prog, [str(mistake)])
-    mistakes += mistakes_of_grammar
-    layers = []
+        tell([str(mistake)])
+    mistakes += wrong
     for path in files:
         try:
-            layers.append((path, read_file(path)))
+            layers.lay(path, read_file(path))
         except Mistake as mistake:
             mistakes.append(str(mistake))
-    layers.append(("command line", given))
-    for origin, layer in layers:
-        lay(origin, layer)
+    layers.lay(COMMAND_LINE, given)
     try:
         lower = beneath(arguments_class(**values))
-        inherited = {name: value for name, value in read_file(lower).items() if name not in rows or not rows[name].once} if lower else {}
+        if lower:
+            layers.lay_beneath(lower, read_file(lower))
     except Mistake as mistake:
-        tell(prog, [*mistakes, str(mistake)])
-    if lower:
-        stronger = {name: (values[name], source[name]) for name in rows if source[name] != "default"}
-        lay(lower, inherited)
-        for name, (value, origin) in stronger.items():
-            if rows[name].shape and value != values[name]:
-                mistakes.append(f"--{name}={show(value)}: the run in {lower} has {show(values[name])}, and its shape can't change on resume")
-            values[name], source[name] = value, origin
+        tell([*mistakes, str(mistake)])
 
     arguments = arguments_class(**values)
     unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments)]
-    mistakes += [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == "command line"]
+    mistakes += [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE]
     mistakes += check(arguments, source)
     if mistakes:
-        tell(prog, mistakes)
+        tell(mistakes)
     for name in unused:
         if values[name] != rows[name].default and os.environ.get("RANK", "0") == "0":
             print(f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}", file=sys.stderr)
@@ -349,8 +356,9 @@ def parse(
     return arguments
 
 
-def tell(prog: str, mistakes: list[str]) -> None:
+def tell(mistakes: list[str]) -> None:
     """Print the mistakes (once, under torchrun) and exit with status 2."""
+    prog = os.path.basename(sys.argv[0])
     if os.environ.get("RANK", "0") == "0":
         head = f"{prog}: " if len(mistakes) == 1 else f"{prog}: {len(mistakes)} mistakes\n  "
         print(head + "\n  ".join(mistakes), file=sys.stderr)
@@ -364,7 +372,7 @@ def run(main: Callable[[Any], Any], arguments: Any) -> None:
         main(arguments)
         sys.stdout.flush()
     except Mistake as mistake:
-        tell(os.path.basename(sys.argv[0]), [str(mistake)])
+        tell([str(mistake)])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -32,6 +32,7 @@ import configurator
 from model import GPT, GPTConfig
 from parts import batches, bins, checkpoint, optim, parallel, pretrained, record, schedules, text
 from parts.mistakes import Mistake
+from parts.signals import Signals
 
 
 @dataclass
@@ -48,15 +49,7 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-@dataclass(frozen=True)
-class Data:
-    tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
-    source: batches.Source
-    evaluated: dict[str, list[batches.Dataset]]  # split -> datasets, with random windows that are the same at every evaluation
-    weights: np.ndarray  # of the datasets in val_loss
+# data and model
 
 
 def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]:
@@ -72,30 +65,6 @@ def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]
                 "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
             )
     return {first: tokenizers[first]}
-
-
-def open_data(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], firsts: list[int]) -> Data:
-    """The mixture that the arguments name; firsts: the first row of each tokenizer's ids in the model. Raises Mistake."""
-    first = dict(zip(tokenizers, firsts, strict=True))
-    opened = {(split, name): bins.Bin(Path(args.data_dir) / name, split, meta, name) for split in bins.SPLITS for name, meta in metas.items()}
-
-    def datasets(split: str, method: str, seed: int) -> list[batches.Dataset]:
-        return [
-            batches.Dataset([opened[split, name] for name in names], args.block_size, method, seed, number, [first.get(name, 0) for name in names])
-            for number, names in enumerate(args.mixture)
-        ]
-
-    evaluation_seed = int(batches.mix(args.seed, batches.EVALUATION))
-    mixture = batches.mixture(
-        len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final, args.dataset_sampling_probs_transition_method,
-        args.max_iters, args.dataset_mixing, args.dataset_interleaving,
-    )  # fmt: skip
-    source = batches.Source(datasets("train", args.sampling_method, args.seed), mixture, args.batch_size * args.gradient_accumulation_steps, args.seed)
-    return Data(tokenizers, source, {split: datasets(split, "random", evaluation_seed) for split in bins.SPLITS}, mixture.final)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model
 
 
 def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, dict]:
@@ -178,30 +147,6 @@ def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.
     return progress
 
 
-class Signals:
-    """SIGINT and SIGTERM ask the run to save and end; another one, a second later or more, ends it at once.
-
-    Sooner it is the same wish once more: a scheduler signals every process, and torchrun passes its own signal on.
-    """
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
-
-    def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def take(self, number: int, frame) -> None:
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 1:
-            os._exit(128 + number)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if self.number else handler)  # the same wish may still come twice
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
@@ -212,7 +157,8 @@ class Run:
 
     args: object
     ranks: parallel.Ranks
-    data: Data
+    tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
+    data: batches.Data
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
     optimizer: optim.Optimizer
@@ -282,7 +228,13 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     tokenizers = vocabularies(args, metas)
     model, shape = build_model(args, tokenizers, say)
     args = dataclasses.replace(args, **shape)
-    data = open_data(args, metas, tokenizers, model.vocabulary.firsts)
+    mixture = batches.mixture(
+        len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final, args.dataset_sampling_probs_transition_method,
+        args.max_iters, args.dataset_mixing, args.dataset_interleaving,
+    )  # fmt: skip
+    firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
+    rows = args.batch_size * args.gradient_accumulation_steps
+    data = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
     model.to(ranks.device)
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
@@ -293,7 +245,7 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
-    return Run(args, ranks, data, model, net, optimizer, scaler, progress, tally, share, reason, peak)
+    return Run(args, ranks, tokenizers, data, model, net, optimizer, scaler, progress, tally, share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +441,7 @@ def main(args) -> Progress:
         ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():
             if ranks.main:
-                begin_run(run.args, run.out_dir, run.model, run.data.tokenizers, run.progress)
+                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress)
         p = run.progress
         log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)
         for words in notes:

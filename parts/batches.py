@@ -12,11 +12,12 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from parts.bins import Bin
+from parts.bins import SPLITS, Bin, Meta
 from parts.mistakes import Mistake
 
 # Streams of random numbers: what is drawn, so that no two draws share one.
@@ -277,3 +278,31 @@ def row_hash(windows: np.ndarray, first: int) -> int:
     for row, window in enumerate(windows, start=first):
         total += int.from_bytes(hashlib.blake2b(window.tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
     return total % 2**64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all of a run's data
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Source
+    evaluated: dict[str, list[Dataset]]  # split -> datasets, with random windows that are the same at every evaluation
+    weights: np.ndarray  # of the datasets in the validation loss
+
+
+def open_data(
+    root: Path, names: Sequence[Sequence[str]], metas: dict[str, Meta], firsts: dict[str, int], mixture: Mixture, block_size: int, rows: int, method: str, seed: int
+) -> Data:
+    """The datasets in root, each named by its aligned streams.
+
+    metas: of each stream; firsts: of streams that don't begin at the model's row 0, the first of theirs; rows: sequences of a step.
+    Raises Mistake.
+    """
+    opened = {(split, name): Bin(root / name, split, meta, name) for split in SPLITS for name, meta in metas.items()}
+
+    def datasets(split: str, method: str, seed: int) -> list[Dataset]:
+        return [Dataset([opened[split, s] for s in streams], block_size, method, seed, i, [firsts.get(s, 0) for s in streams]) for i, streams in enumerate(names)]
+
+    evaluation = {split: datasets(split, "random", int(mix(seed, EVALUATION))) for split in SPLITS}
+    return Data(Source(datasets("train", method, seed), mixture, rows, seed), evaluation, mixture.final)

@@ -179,7 +179,7 @@ def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(data_dir, tmp_path):
-    code = "import signal, sys, time; import train; s = train.Signals(); s.__enter__(); print('ready', flush=True); time.sleep(9); print(s.number); time.sleep(9)"
+    code = "import signal, sys, time; from parts.signals import Signals; s = Signals(); s.__enter__(); print('ready', flush=True); time.sleep(9); print(s.number); time.sleep(9)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
