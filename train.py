@@ -117,7 +117,7 @@ def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokeni
     if args.init_from == "resume":
         values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type")}
     else:
-        checkpoint.claim(out_dir, args.overwrite)
+        checkpoint.claim(out_dir)
     checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
     checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_about": about})
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
@@ -219,6 +219,8 @@ class Run:
 
 def build(args, ranks: parallel.Ranks, say) -> Run:
     """Everything from the arguments, resumed if asked. Raises Mistake before anything of an older run is touched."""
+    if not (args.init_from == "resume" or args.overwrite or args.eval_only):
+        checkpoint.refuse_held(Path(args.out_dir))
     names = [name for names in args.mixture for name in names]
     with ranks.main_first():
         for name in names:
@@ -342,7 +344,7 @@ class Meter:
     """Reads the training metrics back from the device, and the time between two readings."""
 
     def __init__(self, run: Run, log: record.Record):
-        self.run, self.log, self.estimated = run, log, False
+        self.run, self.log, self.readings = run, log, 0
         self.restart()
 
     def restart(self) -> None:
@@ -364,8 +366,8 @@ class Meter:
             told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
         self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}", **told)
-        if steps > 1 and not self.estimated:
-            self.estimated = True
+        self.readings += 1
+        if self.readings == 2:  # the first one includes what is made at the first step
             left = run.total_steps - p.step
             self.log.say(f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart")
         self.restart()

@@ -142,7 +142,7 @@ def prepare_if_missing(folder: Path) -> None:
     script = folder / "prepare.py"
     if not folder.is_dir():
         known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)} ; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
+        raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
     if all((folder / f"{split}.bin").exists() or any(folder.glob(f"*{split}_*.bin")) for split in SPLITS):
         return
     if not script.exists():

@@ -160,16 +160,24 @@ def prune(checkpoints: Path, keep: set[int]) -> None:
 RUN_FILES = ("train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "loss.png", "wandb_id", "checkpoints", "tensorboard")
 
 
-def claim(out_dir: Path, overwrite: bool) -> None:
-    """Make the folder of a new run. One that holds a run is refused, or with overwrite emptied of it. Raises Mistake."""
-    held = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
-    if held and not overwrite:
-        raise Mistake(f"{out_dir}: already holds a run ({held[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir")
+def held(out_dir: Path) -> list[Path]:
+    """What a folder holds of a run."""
+    return [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
+
+
+def refuse_held(out_dir: Path) -> None:
+    """Raises Mistake when the folder holds a run."""
+    if found := held(out_dir):
+        raise Mistake(f"{out_dir}: already holds a run ({found[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir")
+
+
+def claim(out_dir: Path) -> None:
+    """Make the folder of a new run, or empty it of an old one. Raises Mistake when it can't be written."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass  # it can be written to
-        for path in held:
+        for path in held(out_dir):
             remove(path)
     except OSError as error:
         raise Mistake(f"--out_dir={out_dir}: can't be written ({error.strerror})") from None

@@ -3,6 +3,7 @@
 Collectives on CPU tensors go through gloo, on GPU tensors through NCCL; with one process all of them are the identity.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,4 +139,6 @@ def replicate(model: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     """The model under DDP, which averages the gradients over the ranks; itself with one process. Its buffers are constants."""
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before torch 2.13
+    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, **{unsynced: False})
