@@ -245,9 +245,8 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     net = torch.compile(model, dynamic=False) if args.compile else model
     if progress.tokens != progress.step * data.source.rows * args.block_size:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
-    tally = batches.Tally(data.source.mixture, data.source.rows, args.seed)
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
-    return Run(args, ranks, tokenizers, data, model, net, optimizer, scaler, progress, tally, share, reason, peak)
+    return Run(args, ranks, tokenizers, data, model, net, optimizer, scaler, progress, data.source.tally(), share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

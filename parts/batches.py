@@ -213,12 +213,15 @@ class Source:
     def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
         self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
         self.windows = sum(dataset.windows for dataset in datasets)
-        self.tally = Tally(mixture, rows, seed)  # of the thread that gathers; others must take one of their own
 
-    def rows_of(self, step: int, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids."""
+    def tally(self) -> Tally:
+        """A count of one's own: a thread may not use another's."""
+        return Tally(self.mixture, self.rows, self.seed)
+
+    def rows_of(self, step: int, first: int, last: int, tally: Tally) -> np.ndarray:
+        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids; the tally only saves counting."""
         which = np.broadcast_to(self.mixture.draw(self.seed, np.array([step]), self.rows)[0], self.rows)
-        before = self.tally.before(step)
+        before = tally.before(step)
         parts = {}
         for d, dataset in enumerate(self.datasets):
             here = np.flatnonzero(which[first:last] == d)
@@ -248,10 +251,10 @@ class Source:
                     continue
 
         def gather() -> None:
-            step = start
+            step, tally = start, self.tally()
             try:
                 while not closed.is_set():
-                    windows = self.rows_of(step, first, last)
+                    windows = self.rows_of(step, first, last, tally)
                     batches = [as_batch(part, pin) for part in np.split(windows, range(micro_batch, len(windows), micro_batch))]
                     put((batches, row_hash(windows, first) if hashed else 0))
                     step += 1
