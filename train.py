@@ -206,6 +206,8 @@ class Run:
         epochs = self.total_steps * source.rows / source.windows
         share = f"{source.rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        left = max(0, self.total_steps - self.progress.step) * self.tokens_per_step * self.model.flops_per_token() / world
+        fastest = left / parallel.product_flops(self.ranks.device, self.model.compute_dtype)
         return "\n".join((
             f"run      {a.out_dir} (from {a.init_from})",
             f"model    {self.model.count_parameters() / 1e6:.2f} M parameters: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
@@ -214,6 +216,7 @@ class Run:
             f"a step   {self.tokens_per_step:,} tokens: {source.rows} sequences of {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
             f"length   {self.total_steps:,} steps, {self.total_steps * self.tokens_per_step:,} tokens, {epochs:.2f} epochs",
             f"device   {self.ranks.device} ({chip}), {dtype} ({self.dtype_reason}){', compiled' if a.compile else ''}",
+            f"time     at least {record.duration(fastest)}, by the speed of matrix products here; an estimate follows from the first steps",
         ))  # fmt: skip
 
 
