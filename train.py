@@ -389,7 +389,7 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
     model.train()
     while True:
         # evaluate, save, stop; the ranks agree on what came to one of them
-        out_of_time = bool(run.ranks.largest(0 < a.max_seconds <= log.seconds))
+        out_of_time = a.max_seconds > 0 and bool(run.ranks.largest(log.seconds >= a.max_seconds))
         finished = run.finished(out_of_time)
         due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
         if due and not run.ranks.largest(signals.number):

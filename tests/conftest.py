@@ -88,4 +88,11 @@ def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> boo
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def skip_without_gpt2() -> dict[str, str]:
+    """The environment in which tiktoken finds its gpt2 offline; skips the test where that is not there."""
+    if not (SHARED / "tiktoken_cache").exists():
+        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
+    return {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+
+
 needs_shared = pytest.mark.skipif(not (SHARED / "tinyshakespeare").exists(), reason="the real texts of ../shared are not here")

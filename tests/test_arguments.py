@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import SHARED, WORDS, equal_tensors
+from conftest import WORDS, equal_tensors, skip_without_gpt2
 
 import train_args
 from parts import pretrained
@@ -75,9 +75,7 @@ def init_from(run):
 def gpt2_type(run, tmp_path, monkeypatch):
     """The hub's answer is a small GPT-2 on the disk; what is asked for is seen."""
     transformers = pytest.importorskip("transformers")
-    if not SHARED.exists():
-        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    monkeypatch.setenv(*next(iter(skip_without_gpt2().items())))
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "hub")
     from parts import corpus
 

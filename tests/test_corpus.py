@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, WORDS, command, needs_shared
+from conftest import ROOT, SHARED, WORDS, command, needs_shared, skip_without_gpt2
 
 from parts import bins, corpus, text
 from parts.mistakes import Mistake
@@ -190,9 +190,7 @@ def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     (tmp_path / "datasets.py").write_text(
         "def load_dataset(*args, **kwargs):\n    print('asked', args, kwargs)\n    return [{'text': f'document {i}'} for i in range(4001)]\n"
     )
-    env = {"PYTHONPATH": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
-    if not SHARED.exists():
-        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
+    env = {"PYTHONPATH": str(tmp_path), **skip_without_gpt2()}
     done = command(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
     assert "'streaming': True" in done.stdout and {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu', 'sample-10BT'"}[name] in done.stdout
     train = np.array(tokens(tmp_path / name))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, WORDS, command
+from conftest import ROOT, WORDS, command, skip_without_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,10 @@ def test_mistakes_are_one_line(trained, tmp_path):
 
 def test_gpt2_of_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    if not SHARED.exists():
-        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
+    env = skip_without_gpt2()
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    told = sample(f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env={"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")})
+    told = sample(f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env=env)
     assert told.count("Hello<|endoftext|>") == 2
 
 
