@@ -3,7 +3,9 @@
 Everything streams: memory holds a few pieces of text, whatever the size of the corpus. Results depend on the input alone.
 """
 
+import codecs
 import csv
+import io
 import json
 import os
 import sys
@@ -18,13 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from parts import text
 from parts.bins import SPLITS, BinWriter, dtype_for, write_meta
 from parts.mistakes import Mistake
 
-PIECE = 2**22  # characters of a text file read at once
+PIECE = 2**17  # bytes of a text file read at once: few enough that the pieces under way stay in the processor's cache
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
@@ -59,14 +60,29 @@ def input_files(inputs: Iterable[str]) -> list[Path]:
     return found
 
 
+def word_end(words: str) -> int:
+    """The last place where a word ends and a space follows, else the end: no tokenizer has a token that goes over it."""
+    cut = words.rfind(" ")
+    while cut > 0 and words[cut - 1].isspace():
+        cut = words.rfind(" ", 0, cut)
+    return cut if cut > 0 else len(words)
+
+
 def read_text(path: Path) -> Iterator[str]:
-    """A text file in pieces. Raises Mistake when it isn't UTF-8."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while piece := file.read(PIECE):
-                yield piece
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+    """A text file in pieces, which end with words. Raises Mistake when it isn't UTF-8."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    rest = ""
+    with path.open("rb", buffering=0) as file:
+        try:
+            while data := file.read(PIECE - len(rest)):
+                words = rest + decoder.decode(data)
+                cut = word_end(words)
+                rest = words[cut:]
+                yield words[:cut]
+            yield rest + decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            at = file.tell() - len(error.object) + error.start
+            raise Mistake(f"{path}: not UTF-8 ({error.reason} at byte {at}); convert it first") from None
 
 
 def read_rows(path: Path, field: str) -> Iterator[str]:
@@ -164,9 +180,10 @@ def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[Pie
     if name == "char":
         chars: set[str] = set()
         ends = False
-        for piece in pieces():
-            chars.update(piece.text)
-            ends |= piece.ends
+        for group in grouped(pieces()):
+            known = "".join(filter(str.isascii, chars)).encode()  # nearly all of most texts, and deleted from UTF-8 in no time
+            chars.update("".join(piece.text for piece in group).encode().translate(None, known).decode())
+            ends |= any(piece.ends for piece in group)
         return text.CharTokenizer(sorted(chars), ends)
     if name == "bpe":
         return text.BPETokenizer.train((piece.text for piece in pieces() if piece.split == "train"), vocab_size)
@@ -174,12 +191,12 @@ def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[Pie
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of at least a quarter of PIECE characters, so that a thread has enough to do."""
+    """Pieces in lists of at least half of PIECE characters, so that a thread has enough to do."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
         size += len(piece.text) + 1
-        if size >= PIECE // 4:
+        if size >= PIECE // 2:
             yield group
             group, size = [], 0
     if group:
@@ -201,7 +218,11 @@ class Counter:
 
     def __init__(self, title: str):
         self.title, self.done, self.told = title, 0, time.monotonic()
-        self.bar = tqdm(desc=title, unit="char", unit_scale=True) if sys.stderr.isatty() else None
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(desc=title, unit="char", unit_scale=True)
 
     def add(self, characters: int) -> None:
         self.done += characters

@@ -19,6 +19,13 @@ from parts.mistakes import Mistake, did_you_mean
 END_OF_TEXT = "<|endoftext|>"
 
 
+def code_points(text: str) -> np.ndarray:
+    """The number of each character: uint8 of an ASCII text, which costs a copy, uint32 of any other."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
 class CharTokenizer:
     """One id a character; ids follow the characters' order. With `ends` one more id ends a document."""
 
@@ -29,15 +36,15 @@ class CharTokenizer:
         self.eot = len(self.chars) if ends else None
         self.vocab_size = len(self.chars) + ends
         points = np.array([ord(char) for char in self.chars], dtype=np.uint32)
-        self.table = np.full(int(points.max(initial=0)) + 1, -1, dtype=np.int32)  # code point -> id
+        # Code point -> id; vocab_size for those without one, as the last entry is, in whose place all points beyond are looked up.
+        self.table = np.full(max(128, int(points.max(initial=0)) + 1) + 1, self.vocab_size, dtype=np.uint16 if self.vocab_size < 2**16 else np.int32)
         self.table[points] = np.arange(len(points))
 
     def encode(self, text: str) -> np.ndarray:
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        ids = self.table[np.minimum(points, len(self.table) - 1)]
-        unknown = (ids < 0) | (points >= len(self.table))
-        if unknown.any():
-            strange = sorted({chr(point) for point in points[unknown]})
+        points = code_points(text)
+        ids = self.table.take(points, mode="clip")
+        if ids.max(initial=0) == self.vocab_size:
+            strange = [chr(point) for point in np.unique(points[ids == self.vocab_size])]
             raise Mistake(f"the tokenizer knows no {', '.join(map(repr, strange[:10]))}: its characters are {''.join(self.chars)!r}")
         return ids
 

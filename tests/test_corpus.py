@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,69 @@ def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
     assert "".join(p.text for p in pieces) == whole
     corpus.write_dataset(tmp_path / "d", lambda: corpus.pieces_of([str(path)], "text", 0.25), "char")
     assert bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
+
+
+@pytest.mark.parametrize("piece", [7, 100, 2**17])
+def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, piece):
+    """Any Unicode, a byte order mark and every kind of line end, cut anywhere."""
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    path = tmp_path / "one.txt"
+    for words in ("\ufeffnaïve café\r\n日本 👩‍🚀\r\r\n\n x" * 50, "no\r", "", "\ufeff", "   \u3000 " * 30, "日本語" * 100):
+        path.write_bytes(words.encode())
+        assert "".join(corpus.read_text(path)) == path.read_text(encoding="utf-8-sig")
+
+
+def test_bytes_that_are_not_utf_8_are_told_by_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 10)
+    path = tmp_path / "one.txt"
+    for broken in (b"\xef\xbb\xbf" + b"words " * 20 + "é".encode("latin-1") + b" more", "日本".encode()[:-1]):
+        path.write_bytes(broken)
+        with pytest.raises(UnicodeDecodeError) as told:
+            broken.decode()
+        with pytest.raises(Mistake, match=rf"at byte {told.value.start}\)"):
+            list(corpus.read_text(path))
+
+
+@needs_shared
+def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
+    """tiktoken, given the text at once, is the witness; pieces end where no token goes on."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", skip_without_gpt2()["TIKTOKEN_CACHE_DIR"])
+    monkeypatch.setattr(corpus, "PIECE", 200)
+    import tiktoken
+
+    words = (SHARED / "tinyshakespeare/input.txt").read_text()[:20_000] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
+    (tmp_path / "one.txt").write_text(words)
+    tokenizer = text.TiktokenTokenizer.named("gpt2")
+    pieces = list(corpus.read_text(tmp_path / "one.txt"))
+    assert len(pieces) > 100 and np.concatenate([tokenizer.encode(piece) for piece in pieces]).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(words)
+
+
+@pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
+def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
+    """Python's sorted set and dict, as nanoGPT's prepare.py has them, are the witness; 70,000 characters take uint32."""
+    chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
+    words = (chars * 3)[::-1]
+    corpus.write_dataset(tmp_path / "d", lambda: corpus.split_one(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1), "char")
+    stoi = {char: i for i, char in enumerate(sorted(set(words)))}
+    cut = int(len(words) * 0.9)
+    assert tokens(tmp_path / "d") == [stoi[char] for char in words[:cut]] and tokens(tmp_path / "d", "val") == [stoi[char] for char in words[cut:]]
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    assert meta["files"]["val.bin"]["bytes"] == len(words[cut:].encode()) and meta["dtype"] == ("uint16" if len(stoi) <= 2**16 else "uint32")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is not Linux")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """The peak of a whole process, as the kernel counts it, with 1 MB of text and with 30."""
+    peaks = []
+    for megabytes in (1, 30):
+        path = tmp_path / "one.txt"
+        path.write_text(WORDS * (megabytes * 10**6 // len(WORDS)))
+        code = f"import runpy, sys; sys.argv = ['prepare.py', '--input={path}', '--name=d', '--data_dir={tmp_path}', '--tokenizer=char']; " \
+               f"runpy.run_path('{ROOT / 'data/prepare.py'}', run_name='__main__'); print('torch' in sys.modules, open('/proc/self/status').read())"  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "False Name" in done.stdout, "torch takes a second to import"
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]))
+    assert peaks[1] - peaks[0] < 10_000, peaks  # kB
 
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path):
