@@ -7,7 +7,9 @@ nothing, and every number of ranks sees the same global batch, of which each gat
 Knows nothing of the model; knows of ranks only which rows are asked for.
 """
 
+import functools
 import hashlib
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,16 +26,18 @@ from parts.mistakes import Mistake
 DATASET, WINDOW, ORDER, OFFSET, EVALUATION, NOISE = range(6)
 
 
-def mix(*words: int | np.ndarray) -> np.ndarray:
-    """Hash words, a seed first, to uint64: a step of SplitMix64 (Steele et al. 2014) for each of them in turn."""
-    z = np.uint64(0)
+def stir(z: np.ndarray, word: int | np.ndarray) -> np.ndarray:
+    """A step of SplitMix64 (Steele et al. 2014), from the state z and a word to uint64."""
     with np.errstate(over="ignore"):
-        for word in words:
-            z = (z ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return z
+        z = (z ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def mix(*words: int | np.ndarray) -> np.ndarray:
+    """Hash words, a seed first, to uint64: a step for each of them in turn."""
+    return functools.reduce(stir, words, np.uint64(0))
 
 
 def uniform(*words: int | np.ndarray) -> np.ndarray:
@@ -49,12 +53,12 @@ def permute(index: np.ndarray, n: int, *key: int | np.ndarray) -> np.ndarray:
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64(2**half - 1)
     out = np.asarray(index, dtype=np.uint64).copy()
+    turns = [np.broadcast_to(mix(turn, *key), out.shape) for turn in range(6)]
     walking = np.ones(out.shape, dtype=bool)
     while walking.any():
         left, right = out[walking] >> np.uint64(half), out[walking] & low
-        keys = [np.broadcast_to(k, out.shape)[walking] for k in key]
-        for turn in range(6):
-            left, right = right, left ^ (mix(turn, *keys, right) & low)
+        for state in turns:
+            left, right = right, left ^ (stir(state[walking], right) & low)
         out[walking] = left << np.uint64(half) | right
         walking = out >= n
     return out.astype(np.int64)
@@ -85,6 +89,8 @@ class Dataset:
         else:
             self.per_shard = (self.sizes - 1) // block_size
         self.windows = int(self.per_shard.sum())
+        largest = max(first + stream.meta.vocab_size for stream, first in zip(streams, firsts, strict=True))
+        self.dtype = np.dtype(np.uint16 if largest <= 2**16 else np.int32)  # torch takes no uint32
         self.name = streams[0].name if len(streams) == 1 else "+".join(stream.name for stream in streams)
 
     def place(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,15 +112,16 @@ class Dataset:
         return shard, start
 
     def gather(self, sequence: np.ndarray) -> np.ndarray:
-        """(len(sequence), K, block_size + 1) int64 ids in the model's rows."""
-        shard, start = self.place(sequence)
-        out = np.empty((len(sequence), len(self.streams), self.T + 1), dtype=np.int64)
-        for k, (stream, first) in enumerate(zip(self.streams, self.firsts, strict=True)):
-            for s in np.unique(shard):
-                here = shard == s
-                out[here, k] = stream.windows(stream.shards[s], start[here], self.T + 1)
-            out[:, k] += first
-        return out
+        """(len(sequence), K, block_size + 1) ids in the model's rows, of `dtype`."""
+        return self.windows_at(*self.place(sequence))
+
+    def windows_at(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The windows, as `gather` gives them, at places that `place` told."""
+        rows = [stream.windows(shard, start, self.T + 1).astype(self.dtype, copy=False) for stream in self.streams]
+        for row, first in zip(rows, self.firsts, strict=True):
+            if first:
+                row += first
+        return np.stack(rows, axis=1) if len(rows) > 1 else rows[0][:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,22 +177,27 @@ def mixture(n: int, probs: Sequence[float] = (), final: Sequence[float] = (), tr
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one micro-batch: ids (B, T), or (B, K, T) of K contexts."""
+    """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts: int64, but in pinned memory as narrow as the bins'."""
 
-    idx: torch.Tensor
-    targets: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def idx(self) -> torch.Tensor:
+        return self.tokens[..., :-1]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return self.tokens[..., 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; from pinned memory, and only from there, the copy is asynchronous."""
-        pinned = self.idx.is_pinned()
-        return Batch(self.idx.to(device, non_blocking=pinned), self.targets.to(device, non_blocking=pinned))
+        """On the device, as int64; from pinned memory, and only from there, the copy is asynchronous."""
+        return Batch(self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long())
 
 
 def as_batch(windows: np.ndarray, pin: bool) -> Batch:
     """(B, K, T + 1) windows to a batch; a single context has no dimension of its own."""
     tokens = torch.from_numpy(windows if windows.shape[1] > 1 else windows[:, 0])
-    idx, targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
-    return Batch(idx.pin_memory(), targets.pin_memory()) if pin else Batch(idx, targets)
+    return Batch(tokens.pin_memory() if pin else tokens.long())
 
 
 class Tally:
@@ -218,20 +230,33 @@ class Source:
         """A count of one's own: a thread may not use another's."""
         return Tally(self.mixture, self.rows, self.seed)
 
-    def rows_of(self, step: int, first: int, last: int, tally: Tally) -> np.ndarray:
-        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids; the tally only saves counting."""
-        which = np.broadcast_to(self.mixture.draw(self.seed, np.array([step]), self.rows)[0], self.rows)
-        before = tally.before(step)
-        parts = {}
+    def places(self, steps: np.ndarray, first: int, last: int, tally: Tally) -> np.ndarray:
+        """(len(steps), 3, last - first): dataset, shard and start of rows [first, last) of the global batches of steps that follow
+        each other; the tally only saves counting."""
+        which = np.broadcast_to(self.mixture.draw(self.seed, steps, self.rows), (len(steps), self.rows))
+        before, here = tally.before(int(steps[0])), which[:, first:last]
+        found = np.empty((len(steps), 3, last - first), dtype=np.int64)
+        found[:, 0] = here
         for d, dataset in enumerate(self.datasets):
-            here = np.flatnonzero(which[first:last] == d)
-            if len(here):
-                number = before[d] + np.cumsum(which == d) - 1  # of each row, among its dataset's sequences
-                parts[d] = here, dataset.gather(number[first:last][here])
-        windows = np.empty((last - first, *next(iter(parts.values()))[1].shape[1:]), dtype=np.int64)
-        for here, gathered in parts.values():
-            windows[here] = gathered
+            number = before[d] + np.cumsum(which == d).reshape(which.shape) - 1  # of each row, among its dataset's sequences
+            found[:, 1][here == d], found[:, 2][here == d] = dataset.place(number[:, first:last][here == d])
+        return found
+
+    def windows_at(self, place: np.ndarray) -> np.ndarray:
+        """(rows, K, T + 1) ids of the rows of a step, from their (3, rows) place."""
+        drawn = set(place[0].tolist())
+        if len(drawn) == 1:
+            return self.datasets[drawn.pop()].windows_at(*place[1:])
+        shape = (place.shape[1], len(self.datasets[0].streams), self.datasets[0].T + 1)
+        windows = np.empty(shape, dtype=np.result_type(*(self.datasets[d].dtype for d in drawn)))
+        for d in drawn:
+            here = place[0] == d
+            windows[here] = self.datasets[d].windows_at(*place[1:, here])
         return windows
+
+    def rows_of(self, step: int, first: int, last: int, tally: Tally) -> np.ndarray:
+        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids."""
+        return self.windows_at(self.places(np.array([step]), first, last, tally)[0])
 
     def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool, ahead: int = 2) -> Iterator[tuple[list[Batch], int]]:
         """From step `start` on: (micro-batches of rows [first, last) on the device, hash of these rows).
@@ -251,13 +276,15 @@ class Source:
                     continue
 
         def gather() -> None:
-            step, tally = start, self.tally()
+            tally, chunk = self.tally(), max(1, 4096 // self.rows)  # a call of numpy's takes longer than hashing the few rows of a step
             try:
-                while not closed.is_set():
-                    windows = self.rows_of(step, first, last, tally)
-                    batches = [as_batch(part, pin) for part in np.split(windows, range(micro_batch, len(windows), micro_batch))]
-                    put((batches, row_hash(windows, first) if hashed else 0))
-                    step += 1
+                for step in itertools.count(start, chunk):
+                    for place in self.places(np.arange(step, step + chunk), first, last, tally):
+                        if closed.is_set():
+                            return
+                        windows = self.windows_at(place)
+                        batches = [as_batch(windows[row : row + micro_batch], pin) for row in range(0, len(windows), micro_batch)]
+                        put((batches, row_hash(windows, first) if hashed else 0))
             except BaseException as error:  # told by the thread that trains
                 put(error)
 
@@ -278,7 +305,7 @@ class Source:
 def row_hash(windows: np.ndarray, first: int) -> int:
     """Sum mod 2^64 of a hash of each row with its place in the global batch."""
     total = 0
-    for row, window in enumerate(windows, start=first):
+    for row, window in enumerate(windows.astype(np.int64), start=first):
         total += int.from_bytes(hashlib.blake2b(window.tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
     return total % 2**64
 

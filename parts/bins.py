@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def read_meta(folder: Path) -> Meta:
 
 
 class Bin:
-    """One split of one dataset: memory-mapped shards of token ids, read in windows.
+    """One split of one dataset: memory-mapped shards of token ids, and windows read from them.
 
     A window never crosses shards. Raises Mistake when a file is missing, empty, odd-sized, or holds ids beyond the vocabulary.
     """
@@ -103,6 +104,11 @@ class Bin:
         if not self.paths:
             raise Mistake(f"{whole}: not there; {folder / 'prepare.py'} or data/prepare.py makes it")
         self.shards = [self.open(path) for path in self.paths]
+        self.dtype = self.shards[0].dtype
+        if any(shard.dtype != self.dtype for shard in self.shards):
+            raise Mistake(f"{folder}: shards of {split} are of uint16 and of uint32; prepare the dataset again")
+        self.files, self.offsets = [os.open(path, os.O_RDONLY) for path in self.paths], np.array([shard.offset for shard in self.shards])
+        weakref.finalize(self, lambda files: [os.close(file) for file in files], self.files)
         self.tokens = sum(map(len, self.shards))
         files = [meta.files.get(path.name, {}) for path in self.paths]
         self.bytes = sum(file["bytes"] for file in files) if all("bytes" in file for file in files) else None  # of text
@@ -132,9 +138,16 @@ class Bin:
                 raise Mistake(f"{path}: token {largest} at {where} is beyond the vocabulary of {self.meta.vocab_size}; is the meta file that of these bins?")
         return tokens
 
-    def windows(self, shard: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """(len(starts), length) ids of one shard, gathered in one read."""
-        return np.lib.stride_tricks.sliding_window_view(shard, length)[starts]
+    def windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
+        """(len(start), length) ids from these places of these shards.
+
+        Read by pread: through the map, every window would fault in up to a megabyte around it, and the process would grow to the
+        size of the data.
+        """
+        width = self.dtype.itemsize
+        offset = self.offsets[shard] + start * width
+        rows = [os.pread(self.files[s], length * width, at) for s, at in zip(shard.tolist(), offset.tolist(), strict=True)]
+        return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
 
 
 def prepare_if_missing(folder: Path) -> None:

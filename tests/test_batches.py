@@ -1,5 +1,6 @@
 """Batches: what is drawn, from where, by whom. Witnesses: counting, closed forms, and the pure function of the step."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,41 @@ def test_contexts_are_read_at_the_same_places(tmp_path):
         rows = Dataset(streams, 8, method, 3, 0, [0, 5000]).gather(np.arange(10))
         assert rows.shape == (10, 2, 9) and (rows[:, 1] - rows[:, 0] == 6000).all()
     assert batches.as_batch(rows, pin=False).idx.shape == (10, 2, 8)
+
+
+@pytest.mark.parametrize("dtype, vocab_size, first", [("uint16", 2**16, 0), ("uint16", 2**16, 7), ("uint32", 100_000, 0)])
+def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size, first):
+    """Forty shards, some with llm.c's header, and a stream whose ids begin at another row of the model."""
+    folder, drawn = tmp_path / "many", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(40):
+        ids = drawn.integers(0, vocab_size, 50 + i, dtype=dtype)
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = {"uint16": 20240520, "uint32": 20240801}[dtype], 1, len(ids)
+        (folder / f"train_{i:06d}.bin").write_bytes((header.tobytes() if i % 3 == 0 else b"") + ids.tobytes())
+    d = Dataset([bins.Bin(folder, "train", bins.Meta(vocab_size, dtype, text.NumberTokenizer(vocab_size), {}))], 8, "random", 1, 0, [first])
+    shard, start = d.place(np.arange(500))
+    assert len(set(shard.tolist())) == 40
+    rows, shards = d.gather(np.arange(500)), [np.fromfile(path, dtype, offset=1024 * (i % 3 == 0)) for i, path in enumerate(sorted(folder.iterdir()))]
+    assert rows.dtype == (np.uint16 if vocab_size + first <= 2**16 else np.int32)
+    assert np.array_equal(rows[:, 0], [shards[s][at : at + 9].astype(np.int64) + first for s, at in zip(shard, start, strict=True)])
+    batch = batches.Batch(torch.from_numpy(rows[:, 0])).to(torch.device("cpu"))  # as it is widened on a GPU
+    assert batch.idx.dtype == torch.int64 and np.array_equal(batch.idx, rows[:, 0, :-1]) and np.array_equal(batch.targets, rows[:, 0, 1:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel is not Linux")
+def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
+    """256 MB of zeros, which take no place on the disk, are read at 6,400 places; the kernel tells what the process holds."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    with (folder / "train.bin").open("wb") as file:
+        file.truncate(2**28)
+    d = Dataset([bins.Bin(folder, "train", bins.Meta(256, "uint16", text.NumberTokenizer(256), {}))], 1024, "random", 1, 0, [0])
+    resident = []
+    for i in range(100):
+        d.gather(np.arange(64) + 64 * i)
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert max(resident) - resident[0] < 2**23, "grows with what was read"
 
 
 def test_unequal_contexts_and_short_bins_are_told(tmp_path):
@@ -203,9 +239,22 @@ def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
         stream.close()
 
 
+def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
+    """Places are told for several steps at once, here four, which is not seen."""
+    s = source(tmp_path, rows=1024)
+    stream = s.stream(0, 3, 7, 4, torch.device("cpu"), hashed=True)
+    for step in range(10):
+        (batch,), digest = next(stream)
+        rows = s.rows_of(step, 3, 7, s.tally()).astype(np.int64)
+        assert np.array_equal(batch.tokens, rows[:, 0])
+        words = [hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest() for i, row in enumerate(rows)]
+        assert digest == sum(int.from_bytes(word, "little") for word in words) % 2**64, "of int64 ids, however narrow the bins"
+    stream.close()
+
+
 def test_an_error_of_the_gathering_thread_is_raised_where_batches_are_taken(tmp_path):
     s = source(tmp_path)
-    s.datasets[1].streams[0].shards = []
+    s.datasets[1].streams[0].files = []
     stream = s.stream(0, 0, 12, 4, torch.device("cpu"), hashed=False)
     with pytest.raises(IndexError):
         for _ in range(10):

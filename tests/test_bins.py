@@ -105,6 +105,16 @@ def test_shards_with_llm_c_headers(folder):
     assert [len(shard) for shard in train.shards] == [100, 50] and train.shards[1].max() == 1 and train.tokens == 150
 
 
+def test_shards_of_two_widths_are_told(folder):
+    meta = bins.read_meta(folder)
+    (folder / "train.bin").rename(folder / "train_000000.bin")
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 1, 50
+    (folder / "train_000001.bin").write_bytes(header.tobytes() + np.zeros(50, dtype=np.uint32).tobytes())
+    with pytest.raises(Mistake, match="of uint16 and of uint32"):
+        bins.Bin(folder, "train", meta)
+
+
 @pytest.mark.parametrize("name, break_it, told", [
     ("missing", lambda f: (f / "val.bin").unlink(), r"val\.bin not there"),
     ("empty", lambda f: (f / "train.bin").write_bytes(b""), r"train\.bin: empty"),
