@@ -44,10 +44,14 @@ class GPTConfig:
     window: str = "L"
     window_size: int = 0
     logit_softcap: float = 0.0
+    embedding_norm: bool = False
+    value_residual: bool = False
+    residual_scalars: bool = False
     tie_weights: bool = True
     zero_init: bool = False
     dropout: float = 0.0
     activation_checkpointing: bool = False
+    loss_chunk: int = 0
 
     @classmethod
     def of(cls, values: object, **more) -> "GPTConfig":
@@ -59,10 +63,10 @@ class GPTConfig:
 class KeyValueCache(Protocol):
     """What attention asks of a cache (parts/generate.py has one)."""
 
-    length: int  # tokens cached so far, the same for all layers and sequences
+    where: slice | Tensor  # positions of the tokens that are read now, the same for all layers and sequences
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v of shape (B, H_kv, T, D) to a layer's; all of them, (B, H_kv, length + T, D), come back."""
+        """Put k, v of shape (B, H_kv, T, D) into a layer's; these, (B, H_kv, S, D), come back, up to `where` or with room beyond it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +118,10 @@ class Position(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
 
-    def embed(self, x: Tensor, start: int) -> Tensor:  # x: (B, T, C), whose first token stands at position `start`
+    def embed(self, x: Tensor, where: slice | Tensor) -> Tensor:  # x: (B, T, C), at positions `where`
         return x
 
-    def rotate(self, q: Tensor, start: int) -> Tensor:  # q: (B, heads, T, D)
+    def rotate(self, q: Tensor, where: slice | Tensor) -> Tensor:  # q: (B, heads, T, D)
         return q
 
 
@@ -126,8 +130,8 @@ class LearnedPosition(Position):
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
-        return x + self.weight[start : start + x.size(1)].to(x.dtype)
+    def embed(self, x: Tensor, where: slice | Tensor) -> Tensor:
+        return x + self.weight[where].to(x.dtype)
 
 
 class RotaryPosition(Position):
@@ -141,9 +145,8 @@ class RotaryPosition(Position):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def rotate(self, q: Tensor, start: int) -> Tensor:
-        T = q.size(2)
-        cos, sin = self.cos[start : start + T].to(q.dtype), self.sin[start : start + T].to(q.dtype)  # (T, D / 2)
+    def rotate(self, q: Tensor, where: slice | Tensor) -> Tensor:
+        cos, sin = self.cos[where].to(q.dtype), self.sin[where].to(q.dtype)  # (T, D / 2)
         a, b = q.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -170,6 +173,26 @@ def activation(name: str):
     return function
 
 
+def seen(queries: Tensor, keys: Tensor, span: int) -> Tensor:
+    """Which keys queries see, by their positions: those of the last `span`, their own included; (queries, keys)."""
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < span)
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
+    """Causal attention of q (B, H, T, D) to the last `span` of k, v (B, H_kv, T, D): each chunk of queries against just the keys that
+    it reaches. The probabilities are kept for backward, so memory grows with T x span."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    q, T, places = q * q.size(-1) ** -0.5, q.size(2), torch.arange(q.size(2), device=q.device)
+    out = []
+    for first in range(0, T, chunk):
+        last, start = min(T, first + chunk), max(0, first - span + 1)
+        hidden = q.new_zeros(()).where(seen(places[first:last], places[start:last], span), -math.inf)
+        scores = q[:, :, first:last] @ k[:, :, start:last].mT + hidden  # (B, H, queries, keys)
+        out.append(F.dropout(scores.softmax(-1), dropout, dropout > 0) @ v[:, :, start:last])
+    return torch.cat(out, dim=2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped heads, sliding window and cache."""
 
@@ -183,35 +206,34 @@ class Attention(nn.Module):
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.normalise = RMSNorm(self.head_dim, gain=False) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
+        self.first_values = nn.Parameter(torch.empty(())) if config.value_residual and layer else None  # their part in this layer's
 
         short = config.window[layer % len(config.window)] == "S"
         self.span = min(config.block_size, config.window_size or max(1, config.block_size // 2)) if short else config.block_size
         self.full = self.span == config.block_size
 
-    def mask(self, start: int, end: int, device: torch.device) -> Tensor:
-        """Which keys [0, end) the queries [start, end) see: those of the last `span` positions, (queries, keys)."""
-        key = torch.arange(end, device=device)
-        distance = key[start:, None] - key[None, :]
-        return (distance >= 0) & (distance < self.span)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, where: slice | Tensor) -> Tensor:
+        """Of queries at positions `where` to keys from 0 on: (B, heads, T, D)."""
+        T, S, dropout = q.size(2), k.size(2), self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T == S and T * self.span <= 2**20:
+            return chunked_attention(q, k, v, self.span, dropout)  # scaled_dot_product_attention's backward is 2 to 4 times as slow there
+        plain = self.full and isinstance(where, slice) and T in (1, S)  # a whole square is causal, one new token sees every key
+        keys = torch.arange(S, device=q.device)
+        mask = None if plain else seen(keys[where], keys, self.span)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain and T > 1, enable_gqa=self.n_kv_head != self.n_head)
 
-    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+        """first: the first layer's values, None in that layer itself; they come back beside the output."""
         B, T, C = x.shape
-        start = 0 if cache is None else cache.length
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.fused, dim=-1))  # (B, heads, T, D)
-        q, k = position.rotate(self.normalise(q), start), position.rotate(self.normalise(k), start)
+        q, k = position.rotate(self.normalise(q), where), position.rotate(self.normalise(k), where)
+        if self.first_values is not None:  # Zhou et al. 2024
+            v = torch.lerp(v, first, self.first_values.to(v.dtype))
+        first = v if first is None else first
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        S = start + T  # keys
-        plain = self.full and T in (1, S)  # a whole square is causal, one new token sees every key: no mask is needed
-        y = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=None if plain else self.mask(start, S, x.device),
-            is_causal=plain and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )  # fmt: skip
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        y = self.proj(self.attend(q, k, v, where).transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training), first
 
 
 class MLP(nn.Module):
@@ -250,17 +272,22 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MLPS[config.mlp](config)
+        self.scales = nn.Parameter(torch.empty(2)) if config.residual_scalars else None  # of the stream and of the embedding
 
-    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.attn(self.norm_1(x), position, cache)
-        return x + self.mlp(self.norm_2(x))
+    def forward(self, x: Tensor, x0: Tensor, first: Tensor | None, *place) -> tuple[Tensor, Tensor]:
+        """The stream x (B, T, C) and the first layer's values, from the stream, the embedding x0, and these values; `place` is the attention's."""
+        if self.scales is not None:
+            x = self.scales[0].to(x.dtype) * x + self.scales[1].to(x.dtype) * x0
+        y, first = self.attn(self.norm_1(x), first, *place)
+        x = x + y
+        return x + self.mlp(self.norm_2(x)), first
 
 
 class CheckpointedBlock(Block):
     """Keeps its input alone and computes the rest again in backward (Chen et al. 2016)."""
 
-    def forward(self, x: Tensor, position: Position, cache: KeyValueCache | None) -> Tensor:
-        return checkpoint(super().forward, x, position, cache, use_reentrant=False)
+    def forward(self, *inputs) -> tuple[Tensor, Tensor]:
+        return checkpoint(super().forward, *inputs, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,6 +346,50 @@ class SeparateVocabularies(OneVocabulary):
 VOCABULARIES = {"one": OneVocabulary, "contexts": ContextVocabularies, "separate": SeparateVocabularies}
 
 # ---------------------------------------------------------------------------------------------------------------------
+# bounded logits, and a loss that never holds all logits
+
+
+def softcap(bound: float):
+    """z -> c z / sqrt(z^2 + c^2): smooth, within (-c, c), slope 1 at 0."""
+    return lambda z: bound * z.float() * torch.rsqrt(z.float().square() + bound**2)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy of each target (B, T), float32, from x (B, T, C) and the head (V, C): the logits of `chunk` tokens at a time, made
+    once more in backward, so that memory grows with chunk x V instead of B x T x V. bound: of the softcap, 0 for none."""
+
+    @staticmethod
+    def logits(x: Tensor, head: Tensor, bound: float) -> tuple[Tensor, Tensor | float]:
+        """(logits, their slope by the products), float32."""
+        z = (x @ head.T).float()
+        if not bound:
+            return z, 1.0
+        shrink = torch.rsqrt(z.square() + bound**2)
+        return bound * z * shrink, bound**3 * shrink**3
+
+    @staticmethod
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, bound: float, chunk: int) -> Tensor:
+        ctx.save_for_backward(x, head, targets)
+        ctx.bound, ctx.chunk = bound, chunk
+        rows = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        weight = head.to(x.dtype)
+        return torch.cat([F.cross_entropy(ChunkedLoss.logits(part, weight, bound)[0], target, reduction="none") for part, target in rows]).view_as(targets)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, head, targets = ctx.saved_tensors
+        weight, into_x, into_head = head.to(x.dtype), [], torch.zeros_like(head)
+        for part, target, g in zip(*(t.split(ctx.chunk) for t in (x.flatten(0, 1), targets.flatten(), grad.flatten())), strict=True):
+            logits, slope = ChunkedLoss.logits(part, weight, ctx.bound)
+            error = logits.softmax(-1)
+            error[torch.arange(len(target), device=target.device), target] -= 1.0
+            error = (error * slope * g[:, None]).to(x.dtype)  # (chunk, V)
+            into_x.append(error @ weight)
+            into_head += error.T @ part
+        return torch.cat(into_x).view_as(x), into_head, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the model
 
 
@@ -333,6 +404,7 @@ class GPT(nn.Module):
         self.vocabulary = VOCABULARIES[config.vocabulary](config.vocab_sizes)
         self.wte = nn.Embedding(V, config.n_embd)
         self.position = POSITIONS[config.position](config)
+        self.embedding_norm = RMSNorm(config.n_embd, gain=False) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
         self.norm = NORMS[config.norm](config.n_embd, config.bias)
         self.head = Linear(config.n_embd, V, bias=False)
@@ -352,11 +424,17 @@ class GPT(nn.Module):
         | output projections of attention, MLP  | N(0, 0.02 / sqrt(2 n_layer)), or 0 with zero_init   |
         | untied head                           | N(0, 0.02), or 0 with zero_init                     |
         | biases; gains of norms                | 0; 1                                                |
+        | scales of the stream; of the embedding| 1; 0                                                |
+        | the first layer's part in the values  | 1/2                                                 |
         """
         scale = 0.0 if self.config.zero_init else 1.0
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+            elif name.endswith("scales"):
+                parameter.copy_(torch.tensor([1.0, 0.0]))
+            elif name.endswith("first_values"):
+                parameter.fill_(0.5)
             elif parameter.dim() < 2:
                 parameter.fill_(1.0)
             elif name.endswith("proj.weight"):
@@ -367,15 +445,19 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, V), or with targets the loss of each of them, float32 and in their shape.
 
-        idx, targets: ids, (B, T), or (B, K, T) of K contexts; T plus the cache's length is at most block_size. A cache is
-        read and extended.
+        idx, targets: ids, (B, T), or (B, K, T) of K contexts, at positions below block_size: from 0 on, or where the cache says, which
+        is then read and extended.
         """
-        start = 0 if cache is None else cache.length
+        where = slice(0, idx.size(-1)) if cache is None else cache.where
         x = self.vocabulary.embed(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
-        x = F.dropout(self.position.embed(x, start), self.config.dropout, self.training)
+        x = x0 = F.dropout(self.embedding_norm(self.position.embed(x, where)), self.config.dropout, self.training)
+        first = None
         for block in self.blocks:
-            x = block(x, self.position, cache)
-        logits = self.softcap(self.head(self.norm(x)))
+            x, first = block(x, x0, first, self.position, where, cache)
+        x = self.norm(x)
+        if targets is not None and self.config.loss_chunk:
+            return ChunkedLoss.apply(x, self.head.weight, targets, self.config.logit_softcap, self.config.loss_chunk)
+        logits = self.softcap(self.head(x))
         return logits if targets is None else self.vocabulary.losses(logits, targets)
 
     @torch.no_grad()
@@ -406,8 +488,3 @@ class GPT(nn.Module):
         weights += self.wte.weight.numel() * self.config.tie_weights
         spans = sum(block.attn.span for block in self.blocks)
         return 6.0 * weights + 12.0 * spans * self.config.n_embd
-
-
-def softcap(bound: float):
-    """z -> c z / sqrt(z^2 + c^2): smooth, within (-c, c), slope 1 at 0."""
-    return lambda z: bound * z.float() * torch.rsqrt(z.float().square() + bound**2)

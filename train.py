@@ -93,6 +93,7 @@ def settings(args) -> optim.Settings:
     return optim.Settings(
         args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,
         args.muon_learning_rate, args.muon_weight_decay, args.muon_momentum, args.optimizer_kwargs,
+        args.embedding_learning_rate, args.head_learning_rate,
     )  # fmt: skip
 
 
@@ -242,6 +243,9 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     data = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
     model.to(ranks.device)
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
+    if ranks.largest(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
+        model.compute_dtype = torch.bfloat16
+    args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
     progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
@@ -432,6 +436,7 @@ def main(args) -> Progress:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    parallel.keep_freed_memory()
     with parallel.ranks(args.device) as ranks:
         notes: list[str] = []
         run = build(args, ranks, notes.append)

@@ -82,6 +82,9 @@ TABLE: dict[str, list[Row]] = {
         Row("window", "L", "attention of the layers, repeated: L long (all of the block), S short (window_size)", shape=True, needs=FROM_SCRATCH),
         Row("window_size", 0, "tokens that a short layer sees, itself included (0: half of block_size)", low=0, shape=True, needs=Needs("an S in --window", lambda a: "S" in a.window)),
         Row("logit_softcap", 0.0, "bound c on the logits: c z / sqrt(z^2 + c^2) (0: none)", low=0, shape=True, needs=FROM_SCRATCH),
+        Row("embedding_norm", False, "RMS-normalise the embedding, before the first block", shape=True, needs=FROM_SCRATCH),
+        Row("value_residual", False, "mix each layer's values with the first layer's, in learned parts", shape=True, needs=FROM_SCRATCH),
+        Row("residual_scalars", False, "each block sees r x + a x0, of the stream x and the embedding x0, with learned r and a", shape=True, needs=FROM_SCRATCH),
         Row("tie_weights", True, "the head is the token embedding", shape=True, needs=FROM_SCRATCH),
         Row("zero_init", False, "output projections of attention and MLP (and an untied head) start at zero", needs=Needs("--init_from=scratch", lambda a: a.init_from == "scratch")),
         Row("dropout", 0.0, "chance that an activation is dropped in training", low=0, high=0.999),
@@ -96,6 +99,8 @@ TABLE: dict[str, list[Row]] = {
     "optimizer": [
         Row("optimizer", "adamw", "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, muon (Muon for hidden matrices, AdamW for the rest), or package:Class"),
         Row("learning_rate", 1e-3, "largest learning rate", low=0),
+        Row("embedding_learning_rate", 0.0, "largest learning rate of the token embedding (0: learning_rate)", low=0),
+        Row("head_learning_rate", 0.0, "largest learning rate of an untied head (0: learning_rate)", low=0, needs=Needs("--no-tie_weights", lambda a: not a.tie_weights)),
         Row("weight_decay", 0.1, "of matrices (embeddings included); vectors are never decayed", low=0),
         Row("beta1", 0.9, "first beta of Adam's kind", low=0, high=0.9999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
         Row("beta2", 0.99, "second beta of Adam's kind", low=0, high=0.99999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
@@ -135,6 +140,7 @@ TABLE: dict[str, list[Row]] = {
         Row("dtype", "auto", "precision of activations and matrix products; weights stay float32", choices=("auto", "float32", "bfloat16", "float16")),
         Row("compile", False, "torch.compile the model, with static shapes"),
         Row("activation_checkpointing", False, "keep only the blocks' inputs and compute the rest again in backward: less memory, more time"),
+        Row("loss_chunk", 0, "make the logits of so many tokens at a time, and again in backward: less memory where the vocabulary is large (0: all at once)", low=0),
         Row("deterministic", False, "deterministic algorithms: bit-identical runs, compiled ones too"),
     ],
 }  # fmt: skip
@@ -216,6 +222,7 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(len(a.multicontext_datasets) >= 1, "--multicontext_datasets: --training_mode=multicontext needs it")
         must(len(set(a.multicontext_datasets)) == len(a.multicontext_datasets), "--multicontext_datasets: a dataset is named twice")
         must(not a.vocab_size, "--vocab_size: with --training_mode=multicontext each context brings its own")
+    must(not a.loss_chunk or a.vocabulary == "one", "--loss_chunk: needs one vocabulary, not one for each context or dataset")
     if loads or a.init_from in GPT2_TYPES:
         must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
 

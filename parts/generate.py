@@ -11,17 +11,28 @@ from torch import Tensor
 
 
 class Cache:
-    """Keys and values of all layers, room for block_size tokens allocated once (the model's KeyValueCache)."""
+    """Keys and values of all layers, room for block_size tokens allocated once (the model's KeyValueCache).
+
+    Read in slices, attention sees just what is there; read at `spot`, a tensor, all of the room behind a mask, in shapes that
+    never change, as a compiled step needs them.
+    """
 
     def __init__(self, layers: int, batch: int, heads: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype):
-        self.keys = torch.empty(layers, batch, heads, size, head_dim, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        self.keys = torch.zeros(layers, batch, heads, size, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.spot = torch.zeros(1, device=device, dtype=torch.long)
         self.length = 0
+        self.where: slice | Tensor = slice(0, 0)
+
+    def read(self, tokens: int, still: bool) -> None:
+        """The next forward reads so many more tokens, at the spot if `still`."""
+        self.where = self.spot.fill_(self.length) if still else slice(self.length, self.length + tokens)
+        self.length += tokens
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        self.keys[layer][:, :, self.where] = k
+        self.values[layer][:, :, self.where] = v
+        end = self.where.stop if isinstance(self.where, slice) else self.keys.size(3)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
@@ -60,28 +71,34 @@ def generate(
     known: list[int] | None = None,
     on_token: Callable[[Tensor], None] = lambda ids: None,
     cached: bool = True,
+    compiled: bool = False,
 ) -> Tensor:
     """Continue idx, (B, T) or (B, K, T) of K contexts, by max_new_tokens ids drawn with `choose`.
 
     known: of each vocabulary, how many of its first ids may be drawn (padding rows may not); on_token is called with each step's
-    new ids, (B,) or (B, K). cached=False computes every step anew: the yardstick of the cache.
+    new ids, (B,) or (B, K). cached=False computes every step anew: the yardstick of the cache. compiled: the step of one token is
+    compiled, and on a GPU replayed as a CUDA graph.
     """
     config = model.config
     block = config.block_size
     dtype, heads = model.compute_dtype, config.n_kv_head or config.n_head
 
-    def fresh() -> Cache:
-        return Cache(config.n_layer, idx.size(0), heads, block, config.n_embd // config.n_head, idx.device, dtype)
-
-    cache, context = fresh(), idx[..., -block:]
+    cache = Cache(config.n_layer, idx.size(0), heads, block, config.n_embd // config.n_head, idx.device, dtype)
+    step = model
+    if compiled:
+        for tensor in (cache.keys, cache.values, cache.spot):
+            torch._dynamo.mark_static_address(tensor)
+        step = torch.compile(model, dynamic=False, mode="reduce-overhead" if idx.is_cuda else None)
+    context = idx[..., -block:]
     unread = context  # tokens of the context that are not in the cache yet
     for _ in range(max_new_tokens):
         if context.size(-1) > block:
-            context = context[..., -max(1, block // 2) :]
-            cache, unread = fresh(), context
+            context = unread = context[..., -max(1, block // 2) :]
+            cache.length = 0
         if cached:
-            logits = model(unread, cache=cache)[:, -1]  # (B, V)
-            cache.length += unread.size(-1)
+            still = compiled and unread.size(-1) == 1
+            cache.read(unread.size(-1), still)
+            logits = (step if still else model)(unread, cache=cache)[:, -1]  # (B, V)
         else:
             logits = model(context)[:, -1]
         drawn = []

@@ -43,6 +43,47 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Nearly orthogonal matrices of the same singular vectors: (N, rows, cols), rows <= cols (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with one batched Newton-Schulz iteration for all matrices of a shape, or of its transpose."""
+
+    orthogonalise = staticmethod(newton_schulz)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params, grads, momenta = [], [], []
+            self._init_group(group, params, grads, momenta)
+            if not params:
+                continue
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+            by_shape: dict[tuple[int, ...], list[int]] = {}
+            for i, update in enumerate(updates):
+                by_shape.setdefault(tuple(sorted(update.shape)), []).append(i)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for shape, members in by_shape.items():
+                stacked = torch.stack([updates[i] if updates[i].shape == shape else updates[i].T for i in members]).bfloat16()
+                for i, update in zip(members, self.orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]), strict=True):
+                    rows, cols = params[i].shape
+                    scale = 0.2 * math.sqrt(max(rows, cols)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / cols))
+                    params[i].add_(update if rows <= cols else update.T, alpha=-group["lr"] * scale)
+        return loss
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the registry's entries take from the arguments."""
@@ -55,6 +96,8 @@ class Settings:
     muon_weight_decay: float = 0.0
     muon_momentum: float = 0.95
     kwargs: dict[str, Any] = field(default_factory=dict)
+    embedding_lr: float = 0.0  # of the token embedding; 0: lr
+    head_lr: float = 0.0  # of an untied head; 0: lr
 
 
 # Of each optimizer: its class, and which settings its class knows besides lr and weight_decay.
@@ -107,7 +150,9 @@ class Optimizer:
             raise Mistake(f"--optimizer_kwargs: {', '.join(sorted(taken))} follow from arguments of their own")
         self.kind = {"kwargs": settings.kwargs, "momentum": settings.momentum > 0}  # decide which state there is
         kwargs = choose(settings) | ({} if name == "muon" else settings.kwargs)
+        rates = {"wte.weight": settings.embedding_lr or settings.lr, "head.weight": settings.head_lr or settings.lr}
         groups = [
+            *({"params": [rest.pop(n)], "weight_decay": settings.weight_decay, "lr": lr} for n, lr in rates.items() if n in rest),
             {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
@@ -116,7 +161,7 @@ class Optimizer:
             matrices = [matrix for n, p in hidden.items() for matrix in self.matrices(n, p, fused_rows.get(n, [p.size(0)]))]
             kwargs = {"momentum": settings.muon_momentum, **settings.kwargs}
             group = {"params": matrices, "weight_decay": settings.muon_weight_decay}
-            self.optimizers.append(self.build(torch.optim.Muon, [group], settings.muon_lr, kwargs, name))
+            self.optimizers.append(self.build(Muon, [group], settings.muon_lr, kwargs, name))
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 

@@ -289,6 +289,24 @@ def logit_softcap(run):
 
 
 @effect
+def embedding_norm(run):
+    """What a position is, can't be told from the embedding's length any more: the first step's loss differs, the shapes don't."""
+    done, plain = run("--embedding_norm"), run(name="plain")
+    assert done.losses[0] != plain.losses[0] and shapes(done) == shapes(plain)
+
+
+@effect
+def value_residual(run):
+    assert shapes(run("--value_residual")).keys() - shapes(run(name="plain")).keys() == {"blocks.1.attn.first_values"}
+
+
+@effect
+def residual_scalars(run):
+    done = run("--residual_scalars", "--learning_rate=0.1")
+    assert done.last.weights["blocks.1.scales"].tolist() != [1.0, 0.0] and done.losses[0] == run("--learning_rate=0.1", name="plain").losses[0]
+
+
+@effect
 def tie_weights(run):
     assert "head.weight" in shapes(run("--no-tie_weights")) and "head.weight" not in shapes(run(name="tied"))
 
@@ -378,6 +396,19 @@ def muon_learning_rate(run):
     """At 0 the hidden matrices stay, the embedding does not."""
     start, done = run("--max_iters=0", name="start").last.weights, run("--optimizer=muon", "--muon_learning_rate=0").last.weights
     assert torch.equal(start["blocks.0.mlp.up.weight"], done["blocks.0.mlp.up.weight"]) and not torch.equal(start["wte.weight"], done["wte.weight"])
+
+
+@effect
+def embedding_learning_rate(run):
+    """All rates are 0 but this one: the embedding alone learns."""
+    start, done = run("--max_iters=0", name="start").last.weights, run("--learning_rate=0", "--embedding_learning_rate=0.1").last.weights
+    assert {name for name in start if not torch.equal(start[name], done[name])} == {"wte.weight"}
+
+
+@effect
+def head_learning_rate(run):
+    start, done = (run("--no-tie_weights", *flags, name=flags[0].strip("-")).last.weights for flags in (["--max_iters=0"], ["--learning_rate=0", "--head_learning_rate=0.1"]))
+    assert {name for name in start if not torch.equal(start[name], done[name])} == {"head.weight"}
 
 
 @effect
@@ -569,6 +600,17 @@ def activation_checkpointing(run):
     finally:
         model.checkpoint = original
     assert seen
+
+
+@effect
+def loss_chunk(run, monkeypatch):
+    """The same losses, with the logits of no more than 5 tokens at once."""
+    import model
+
+    rows = []
+    original = model.ChunkedLoss.logits
+    monkeypatch.setattr(model.ChunkedLoss, "logits", lambda x, *given: rows.append(len(x)) or original(x, *given))
+    assert run("--loss_chunk=5").losses == pytest.approx(run(name="plain").losses, rel=1e-5) and max(rows) == 5
 
 
 @effect

@@ -27,10 +27,17 @@ def test_cached_logits_equal_uncached_logits():
     idx = ids(2, 12)
     cache = Cache(2, 2, 2, 12, 8, idx.device, torch.float32)
     rows = []
-    for part in (idx[:, :4], idx[:, 4:5], idx[:, 5:9], idx[:, 9:]):  # prefill, one token, chunks
+    for part, still in ((idx[:, :4], False), (idx[:, 4:5], False), (idx[:, 5:9], False), (idx[:, 9:10], True), (idx[:, 10:], False)):  # prefill, a token, chunks
+        cache.read(part.size(1), still)
         rows.append(model(part, cache=cache))
-        cache.length += part.size(1)
     torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_compiled_steps_draw_what_eager_ones_draw(position):
+    """Through the end of the block, where the context is cut and read again."""
+    model = build(position=position, window="SL", window_size=5, value_residual=True)
+    assert torch.equal(draw(model, ids(3, 5), 20, compiled=True), draw(model, ids(3, 5), 20))
 
 
 def test_greedy_equals_transformers(tmp_path):

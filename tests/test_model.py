@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, command
 
-from model import ACTIVATIONS, GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition, activation, softcap
+from model import ACTIVATIONS, GPT, MLPS, NORMS, POSITIONS, ChunkedLoss, GPTConfig, RMSNorm, RotaryPosition, activation, chunked_attention, softcap
 from parts import pretrained
 from parts.mistakes import Mistake
 
@@ -132,10 +132,10 @@ def test_norms_equal_torchs_own():
 def test_rotary_scores_depend_on_distance_alone():
     rotary = RotaryPosition(dataclasses.replace(TINY, block_size=64))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    score = lambda i, j: (rotary.rotate(q, i) * rotary.rotate(k, j)).sum().item()  # noqa: E731
+    score = lambda i, j: (rotary.rotate(q, slice(i, i + 1)) * rotary.rotate(k, torch.tensor([j]))).sum().item()  # noqa: E731
     assert score(5, 2) == pytest.approx(score(43, 40), abs=1e-5) and score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
-    assert rotary.rotate(q, 17).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
-    angle = rotary.rotate(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8), 1)
+    assert rotary.rotate(q, slice(17, 18)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    angle = rotary.rotate(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8), slice(1, 2))
     assert angle[0, 0, 0, 0].item() == pytest.approx(math.cos(1)) and angle[0, 0, 0, 4].item() == pytest.approx(math.sin(1))
 
 
@@ -244,6 +244,86 @@ def test_bfloat16_activations_stay_near_float32():
     rough = model(ids(2, 12))
     assert rough.dtype == torch.bfloat16 and (rough.float() - exact).norm() / exact.norm() < 0.02
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("T", "span", "chunk", "kv"), [(12, 12, 128, 4), (12, 12, 5, 2), (37, 8, 10, 4), (64, 64, 16, 1), (9, 1, 4, 4)])
+def test_chunked_attention_equals_torchs_own(T, span, chunk, kv):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv, kv))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    theirs = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < span), enable_gqa=True)
+    upstream = torch.randn_like(theirs)
+    expected = torch.autograd.grad(theirs, (q, k, v), upstream)
+    ours = chunked_attention(q, k, v, span, dropout=0.0, chunk=chunk)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), expected)
+
+
+def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch):
+    """The fast path is taken, and is as near to float32 as torch's own."""
+    import model as module
+
+    calls = []
+    monkeypatch.setattr(module, "chunked_attention", lambda *given: calls.append(given) or chunked_attention(*given))
+    model = build(position="rope", window="SL", window_size=4, n_kv_head=2)
+    exact = model(ids(2, 12))
+    assert not calls
+    model.compute_dtype = torch.bfloat16
+    assert (model(ids(2, 12)).float() - exact).norm() / exact.norm() < 0.02 and len(calls) == 2
+
+
+@pytest.mark.parametrize(("bound", "chunk"), [(0.0, 7), (0.0, 1000), (3.0, 5), (15.0, 24)])
+def test_chunked_loss_equals_the_plain_one(bound, chunk):
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    plain = lambda: F.cross_entropy((softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none")  # noqa: E731
+    upstream = torch.rand(2, 12, dtype=torch.float64)
+    expected = torch.autograd.grad(plain(), (x, head), upstream.flatten())
+    ours = ChunkedLoss.apply(x, head, ids(2, 12), bound, chunk)
+    torch.testing.assert_close(ours.flatten(), plain(), check_dtype=False, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, head), upstream), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_model_with_chunked_loss_learns_the_same():
+    for changes in ({}, {"tie_weights": False, "logit_softcap": 4.0}):
+        gradients = []
+        for chunk in (0, 5):
+            model = build(loss_chunk=chunk, **changes)
+            model(ids(2, 12), ids(2, 12, seed=3)).mean().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_value_residual_mixes_in_the_first_layers_values():
+    """With no part the model is the plain one; with the whole part a later layer's own values don't matter, the first one's do."""
+    plain, mixed = build(), build(value_residual=True)
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    values = mixed.blocks[1].attn.qkv.weight[64:]
+    for part, same in ((0.0, True), (1.0, False)):
+        mixed.blocks[1].attn.first_values.data.fill_(part)
+        assert torch.allclose(mixed(ids(2, 12)), plain(ids(2, 12)), atol=1e-6) is same
+    before = mixed(ids(2, 12))
+    values.data.mul_(3.0)
+    assert torch.equal(mixed(ids(2, 12)), before)
+
+
+def test_residual_scalars_scale_the_stream_and_the_embedding():
+    """(1, 0) is the plain block; (0, 1) in the second one makes it the only one."""
+    plain, scaled, second = build(), build(residual_scalars=True), build(n_layer=1)
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    second.load_state_dict({name.replace("blocks.1.", "blocks.0."): value for name, value in plain.state_dict().items() if "blocks.0." not in name})
+    for scales, other in (((1.0, 0.0), plain), ((0.0, 1.0), second)):
+        scaled.blocks[0].scales.data.copy_(torch.tensor([1.0, 0.0]))
+        scaled.blocks[1].scales.data.copy_(torch.tensor(scales))
+        torch.testing.assert_close(scaled(ids(2, 12)), other(ids(2, 12)))
+
+
+def test_embedding_norm_forgets_the_embeddings_size():
+    model = build(embedding_norm=True, position="rope", tie_weights=False)
+    before = model(ids(2, 12))
+    model.wte.weight.data.mul_(100)
+    torch.testing.assert_close(model(ids(2, 12)), before, atol=1e-3, rtol=1e-3)
 
 
 def test_compiled_equals_eager():

@@ -191,4 +191,4 @@ def test_rates_follow_the_schedule_in_every_group():
     model = build()
     optimizer = Optimizer("muon", model, Settings(lr=1e-3, muon_lr=0.02), model.fused_rows())
     optimizer.set_rate(0.25)
-    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx([2.5e-4, 2.5e-4, 5e-3])
+    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx([2.5e-4, 2.5e-4, 2.5e-4, 5e-3])

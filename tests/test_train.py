@@ -23,6 +23,28 @@ HARD = ["--dropout=0.1", "--gradient_accumulation_steps=3", "--optimizer=muon", 
         "--lr_decay_iters=8", "--max_iters=8", "--eval_interval=4", "--log_data_hash"]  # fmt: skip
 
 
+def test_automatic_precision_is_measured_told_and_kept(run, monkeypatch):
+    """On CPU the faster of float32 and bfloat16; a resumed run goes on in it."""
+    from parts import parallel
+
+    cpu = torch.device("cpu")
+    chosen, reason = parallel.choose_dtype("auto", cpu)
+    assert (chosen == torch.bfloat16) == (parallel.product_flops(cpu, torch.bfloat16, 256) > 1.5 * parallel.product_flops(cpu, torch.float32, 256))
+    done = run("--dtype=auto", "--max_iters=1")
+    assert done.config["dtype"] == str(chosen).removeprefix("torch.") and f"{done.config['dtype']} (" in done.console and "matrix products" in reason
+    monkeypatch.setattr(parallel, "product_flops", lambda device, dtype, n=0: 1e12 if (dtype == torch.bfloat16) != (chosen == torch.bfloat16) else 1e9)
+    assert run("--init_from=resume", "--max_iters=2").config["dtype"] == done.config["dtype"]
+
+
+def test_bfloat16_learns_as_float32_does(run):
+    """The loss curve within the noise between seeds, which is measured here too."""
+    curves = {}
+    for name, flags in {"float32": [], "bfloat16": ["--dtype=bfloat16"], "seed": ["--seed=7"]}.items():
+        curves[name] = run("--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", *flags, name=name).losses
+    gap = lambda a, b: max(abs(x - y) for x, y in zip(curves[a], curves[b], strict=True))  # noqa: E731
+    assert gap("float32", "bfloat16") < 0.5 * gap("float32", "seed") and curves["bfloat16"][-1] < curves["bfloat16"][0] - 0.5
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled", "adamw", "lion", "bfloat16"])
 def test_resumed_run_is_bit_identical(run, how):
     """N steps = N/2 steps, resume, N/2 steps: weights, optimizer state, losses and data hashes."""
