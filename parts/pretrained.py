@@ -17,7 +17,7 @@ from parts import checkpoint, text
 from parts.mistakes import Mistake, did_you_mean
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing")  # of a model's configuration
+NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of a model's configuration
 
 
 class Pretrained(NamedTuple):
