@@ -129,6 +129,18 @@ def test_norms_equal_torchs_own():
     assert not list(RMSNorm(32, gain=False).parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rms_norm_of_few_passes_equals_torchs(dtype):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(3, 5, 16).to(dtype).requires_grad_(), torch.randn(3, 5, 16).to(dtype)
+    theirs = F.rms_norm(x, (16,), eps=1e-5)
+    expected = torch.autograd.grad(theirs, x, upstream)[0]
+    ours = RMSNorm(16, gain=False)(x)
+    tolerance = {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, upstream)[0], expected, **tolerance)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     rotary = RotaryPosition(dataclasses.replace(TINY, block_size=64))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)

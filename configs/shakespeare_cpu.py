@@ -1,0 +1,42 @@
+"""Characters of Shakespeare on a CPU: a lower loss than nanoGPT's CPU recipe at no more parameters, in a tenth of its steps.
+
+    python train.py configs/shakespeare_cpu.py
+
+The modern architecture and optimizer; chosen on the last 100,000 characters of the training text. benchmarks/cpu.json has the race.
+"""
+
+dataset = "shakespeare_char"
+out_dir = "out/shakespeare_cpu"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+norm = "rmsnorm_nogain"
+position = "rope"
+qk_norm = True
+activation = "relu2"
+embedding_norm = True
+residual_scalars = True
+zero_init = True
+tie_weights = False
+
+batch_size = 32
+sampling_method = "without_replacement"
+max_iters = 200
+optimizer = "muon"
+muon_learning_rate = 0.03
+muon_momentum = 0.9
+learning_rate = 0.015
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.0
+lr_scheduler = "wsd"
+lr_decay_iters = max_iters
+wsd_decay_fraction = 0.9
+warmup_iters = 5
+min_lr = 0.0
+
+eval_interval = 50
+eval_iters = 50
+log_interval = 10
