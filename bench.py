@@ -350,8 +350,8 @@ def sample_section(bench: Bench) -> dict:
     situations = {"inside the block": (8, block - 56, 1), "past the block": (block, 500, 1), "batch of 16": (8, block // 2, 16)}
     for title, (prompt, new, samples) in situations.items():
         letters, numbers = bench.folder / "letters.txt", bench.folder / "numbers.txt"  # the peer's checkpoint doesn't say what its ids mean
-        letters.write_text("A" * prompt)
-        numbers.write_text(" ".join(["13"] * prompt))
+        letters.write_text("\n" * prompt)
+        numbers.write_text(" ".join(["0"] * prompt))
         common = flags(num_samples=samples, max_new_tokens=new, temperature=0.8, top_k=200, device=bench.device.type)
 
         def timed(folder: Path, module: str, function: str, more: list[str], common=common, tokens=new * samples) -> dict:

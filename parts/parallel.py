@@ -95,8 +95,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, name), "as asked"
     if device.type == "cpu":
         faster = product_flops(device, torch.bfloat16, 256) / product_flops(device, torch.float32, 256)
-        found = f"its matrix products take {1 / faster:.2g} of float32's time here" if faster > 1.5 else f"bfloat16's matrix products take {1 / faster:.2g} of its time here"
-        return (torch.bfloat16 if faster > 1.5 else torch.float32), found
+        found = f"its matrix products take {1 / faster:.2g} of float32's time here" if faster > 1.2 else f"bfloat16's matrix products take {1 / faster:.2g} of its time here"
+        return (torch.bfloat16 if faster > 1.2 else torch.float32), found
     if device.type != "cuda":
         return torch.float32, f"the default on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -105,10 +105,10 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """FLOPs a second of a product of n x n matrices here (0: large ones), the best of five: no training step is faster."""
+    """FLOPs a second of a product of n x n matrices here (0: large ones), the best of ten: no training step is faster."""
     n = n or (4096 if device.type == "cuda" else 512)
     square, seconds = torch.ones(n, n, device=device, dtype=dtype), []
-    for _ in range(5):
+    for _ in range(10):
         begin = time.perf_counter()
         float((square @ square)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - begin)
