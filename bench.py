@@ -49,6 +49,7 @@ def check(a, source: dict[str, str]) -> list[str]:
 import ast
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -406,7 +407,7 @@ def resident_mb() -> float:
 
 
 def batches_figures(bench: Bench) -> dict:
-    """ms a batch of 64 x 1024, int64 on the CPU, ours as train.py takes them and the peer's get_batch, in turns of 50."""
+    """ms to make a batch of 64 x 1024, int64 on the CPU, ours without the thread that makes it in advance, and the peer's get_batch."""
     import numpy as np
     import torch
 
@@ -423,8 +424,8 @@ def batches_figures(bench: Bench) -> dict:
                 draw.integers(0, 50257, min(10**7, tokens - first), dtype=np.uint16).tofile(file)
     metas = {"large": Meta(50257, "uint16", text.NumberTokenizer(50257), {})}
     data = batches.open_data(folder.parent, [("large",)], metas, {}, batches.mixture(1), T, B, "random", 0)
-    stream = data.source.stream(0, 0, B, B, torch.device("cpu"), False)
-    sides = {"ours": lambda: next(stream)}
+    cpu, tally, step = torch.device("cpu"), data.source.tally(), itertools.count()
+    sides = {"ours": lambda: batches.as_batch(data.source.rows_of(next(step), 0, B, tally), pin=False).to(cpu)}
     if bench.peer:
         tree = ast.parse((bench.peer / "train.py").read_text())
         (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_batch"]
@@ -442,7 +443,7 @@ def batches_figures(bench: Bench) -> dict:
         turn(call)
     figures = {"ms": compare(in_turn(4 * a.pairs, {name: lambda call=call: turn(call) for name, call in sides.items()}), "ms", True)}
     show("batches, ms", figures["ms"])
-    held = []
+    stream, held = data.source.stream(0, 0, B, B, cpu, False), []
     for batch in range(a.batches):
         next(stream)
         if batch % (a.batches // 10) == 0:
