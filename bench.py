@@ -83,23 +83,33 @@ def figure(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
+# A child's peak memory counts from the fork, as large as the process that started it: this one, small, starts and measures it.
+METER = """
+import resource, subprocess, sys, time
+begin = time.perf_counter()
+status = subprocess.call(sys.argv[1:])
+print("meter", time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+sys.exit(status)
+"""
+
+
 def shell(argv: list[str], cwd: Path = ROOT, until: str = "", **env: str) -> dict:
-    """Run a process: {"output", "seconds", "peak_bytes", "reached"}; `reached`: seconds until a line of its output held `until`.
-    Raises Mistake with its last words if it fails."""
+    """Run a process: {"output", "seconds", "peak_bytes", "reached"}; `reached`: seconds until a line of its output held `until`;
+    `peak_bytes`: of the largest process among it and its children. Raises Mistake with its last words if it fails."""
     from parts.mistakes import Mistake
 
     begin, reached, lines = time.perf_counter(), None, []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
-    process = subprocess.Popen(argv, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    for line in process.stdout:
-        lines.append(line)
-        if until and reached is None and until in line:
-            reached = time.perf_counter() - begin
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise Mistake(f"{' '.join(argv[-6:])}: failed\n{''.join(lines[-8:])}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"output": "".join(lines), "seconds": time.perf_counter() - begin, "peak_bytes": used.ru_maxrss * unit, "reached": reached}
+    with subprocess.Popen([sys.executable, "-ISc", METER, *argv], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        for line in process.stdout:
+            lines.append(line)
+            if until and reached is None and until in line:
+                reached = time.perf_counter() - begin
+    output, _, metered = "".join(lines).rpartition("meter ")
+    if process.returncode:
+        raise Mistake(f"{' '.join(argv[-6:])}: failed\n" + "\n".join(output.splitlines()[-8:]))
+    seconds, peak = metered.split()
+    return {"output": output, "seconds": float(seconds), "peak_bytes": int(peak) * (1 if sys.platform == "darwin" else 1024), "reached": reached}
 
 
 def in_turn(pairs: int, sides: dict) -> dict[str, list[dict]]:

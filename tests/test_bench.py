@@ -1,6 +1,7 @@
 """bench.py: its arithmetic against closed forms, and its sections end to end with tiny shapes and a peer made of a few lines."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def test_sides_take_turns():
     order = []
     bench.in_turn(3, {"a": lambda: order.append("a") or {}, "b": lambda: order.append("b") or {}})
     assert order == list("ababab")
+
+
+def test_the_memory_of_a_process_is_its_own():
+    """Not that of the one which measures, nor less than what it holds."""
+    here = bytearray(300 * 2**20)
+    empty, full = (bench.shell([sys.executable, "-c", f"held = bytearray({mb} * 2**20)"])["peak_bytes"] / 2**20 for mb in (0, 100))
+    assert 0 < empty < 60 and 100 < full < 160 and len(here)
 
 
 def test_held_out_loss_reads_every_token_once(tmp_path):
