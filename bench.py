@@ -49,7 +49,6 @@ def check(a, source: dict[str, str]) -> list[str]:
 import ast
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -434,8 +433,8 @@ def batches_figures(bench: Bench) -> dict:
                 draw.integers(0, 50257, min(10**7, tokens - first), dtype=np.uint16).tofile(file)
     metas = {"large": Meta(50257, "uint16", text.NumberTokenizer(50257), {})}
     data = batches.open_data(folder.parent, [("large",)], metas, {}, batches.mixture(1), T, B, "random", 0)
-    cpu, tally, step = torch.device("cpu"), data.source.tally(), itertools.count()
-    sides = {"ours": lambda: batches.as_batch(data.source.rows_of(next(step), 0, B, tally), pin=False).to(cpu)}
+    cpu, rows = torch.device("cpu"), data.source.rows_from(0, 0, B)
+    sides = {"ours": lambda: batches.as_batch(next(rows), pin=False).to(cpu)}
     if bench.peer:
         tree = ast.parse((bench.peer / "train.py").read_text())
         (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_batch"]

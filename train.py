@@ -9,10 +9,13 @@ Which batches, which model and which optimizer is chosen before the loop; the lo
 train_args.py, the model in model.py, everything else in parts/.
 """
 
+import gc
+
 import train_args
 
 if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that torch takes to import
     ARGUMENTS = train_args.parse()
+    gc.disable()  # a sixth of these seconds; until the first step is told
 
 import dataclasses
 import math
@@ -373,6 +376,9 @@ class Meter:
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
         self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}", **told)
         self.readings += 1
+        if self.readings == 1:  # the collector need not look again and again at the modules and the model, which stay
+            gc.freeze()
+            gc.enable()
         if self.readings == 2:  # the first one includes what is made at the first step
             left = run.total_steps - p.step
             self.log.say(f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart")

@@ -254,9 +254,11 @@ class Source:
             windows[here] = self.datasets[d].windows_at(*place[1:, here])
         return windows
 
-    def rows_of(self, step: int, first: int, last: int, tally: Tally) -> np.ndarray:
-        """Rows [first, last) of the global batch of a step: (last - first, K, T + 1) ids."""
-        return self.windows_at(self.places(np.array([step]), first, last, tally)[0])
+    def rows_from(self, start: int, first: int, last: int) -> Iterator[np.ndarray]:
+        """Rows [first, last) of the global batches of step `start` and of all after it: (last - first, K, T + 1) ids each."""
+        tally, chunk = self.tally(), max(1, 4096 // self.rows)  # a call of numpy's takes longer than hashing the few rows of a step
+        for step in itertools.count(start, chunk):
+            yield from map(self.windows_at, self.places(np.arange(step, step + chunk), first, last, tally))
 
     def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool, ahead: int = 2) -> Iterator[tuple[list[Batch], int]]:
         """From step `start` on: (micro-batches of rows [first, last) on the device, hash of these rows).
@@ -276,15 +278,12 @@ class Source:
                     continue
 
         def gather() -> None:
-            tally, chunk = self.tally(), max(1, 4096 // self.rows)  # a call of numpy's takes longer than hashing the few rows of a step
             try:
-                for step in itertools.count(start, chunk):
-                    for place in self.places(np.arange(step, step + chunk), first, last, tally):
-                        if closed.is_set():
-                            return
-                        windows = self.windows_at(place)
-                        batches = [as_batch(windows[row : row + micro_batch], pin) for row in range(0, len(windows), micro_batch)]
-                        put((batches, row_hash(windows, first) if hashed else 0))
+                for windows in self.rows_from(start, first, last):
+                    if closed.is_set():
+                        return
+                    batches = [as_batch(windows[row : row + micro_batch], pin) for row in range(0, len(windows), micro_batch)]
+                    put((batches, row_hash(windows, first) if hashed else 0))
             except BaseException as error:  # told by the thread that trains
                 put(error)
 

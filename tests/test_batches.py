@@ -192,12 +192,12 @@ def source(tmp_path, per="sequence", method="without_replacement", rows=12) -> S
 @pytest.mark.parametrize("method", ["random", "without_replacement", "sequential"])
 def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
     s = source(tmp_path, per, method)
-    forward = [s.rows_of(step, 0, 12, s.tally()) for step in range(20)]
+    forward = [next(s.rows_from(step, 0, 12)) for step in range(20)]
     for step in (19, 3, 11, 0):
-        assert np.array_equal(s.rows_of(step, 0, 12, s.tally()), forward[step])
+        assert np.array_equal(next(s.rows_from(step, 0, 12)), forward[step])
     for ranks in (2, 3, 4):
         share = 12 // ranks
-        assert np.array_equal(np.concatenate([s.rows_of(7, r * share, (r + 1) * share, s.tally()) for r in range(ranks)]), forward[7])
+        assert np.array_equal(np.concatenate([next(s.rows_from(7, r * share, (r + 1) * share)) for r in range(ranks)]), forward[7])
 
 
 def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_path):
@@ -205,7 +205,7 @@ def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_pat
     windows = s.datasets[0].windows
     firsts, step = [], 0
     while len(firsts) < windows:
-        firsts += [row[0, 0] for row in s.rows_of(step, 0, 12, s.tally()) if row[0, 0] < 1000]
+        firsts += [row[0, 0] for row in next(s.rows_from(step, 0, 12)) if row[0, 0] < 1000]
         step += 1
     assert len(set(firsts[:windows])) == windows
 
@@ -215,7 +215,7 @@ def test_tally_counts_what_was_drawn(tmp_path):
     drawn, going_on = np.zeros(2, dtype=int), s.tally()
     for step in range(30):
         assert np.array_equal(Tally(s.mixture, 12, 5).before(step), drawn) and np.array_equal(going_on.before(step), drawn)
-        drawn += np.bincount((s.rows_of(step, 0, 12, s.tally())[:, 0, 0] >= 1000).astype(int), minlength=2)
+        drawn += np.bincount((next(s.rows_from(step, 0, 12))[:, 0, 0] >= 1000).astype(int), minlength=2)
     per_batch = Tally(Mixture(np.array([0.5, 0.5]), np.array([0.5, 0.5])), 12, 5)
     assert per_batch.before(100).sum() == 1200 and (per_batch.before(100) % 12 == 0).all()
 
@@ -228,12 +228,12 @@ def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
     for step in range(3, 8):
         micro, digest = next(whole)
         assert [len(batch.idx) for batch in micro] == [4, 4, 4]
-        assert np.array_equal(torch.cat([batch.idx for batch in micro]).numpy(), s.rows_of(step, 0, 12, s.tally())[:, 0, :-1])
+        assert np.array_equal(torch.cat([batch.idx for batch in micro]).numpy(), next(s.rows_from(step, 0, 12))[:, 0, :-1])
         parts = [next(half) for half in halves]
         assert digest == sum(part[1] for part in parts) % 2**64
         seen.add(digest)
     assert len(seen) == 5
-    rows = s.rows_of(0, 0, 12, s.tally())
+    rows = next(s.rows_from(0, 0, 12))
     assert batches.row_hash(rows, 0) != batches.row_hash(rows[::-1], 0), "the order counts"
     for stream in (whole, *halves):
         stream.close()
@@ -245,7 +245,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
     stream = s.stream(0, 3, 7, 4, torch.device("cpu"), hashed=True)
     for step in range(10):
         (batch,), digest = next(stream)
-        rows = s.rows_of(step, 3, 7, s.tally()).astype(np.int64)
+        rows = next(s.rows_from(step, 3, 7)).astype(np.int64)
         assert np.array_equal(batch.tokens, rows[:, 0])
         words = [hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest() for i, row in enumerate(rows)]
         assert digest == sum(int.from_bytes(word, "little") for word in words) % 2**64, "of int64 ids, however narrow the bins"
