@@ -253,6 +253,8 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
     progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
     net = torch.compile(model, dynamic=False) if args.compile else model
+    if args.compile:
+        optimizer.compile()
     if progress.tokens != progress.step * data.source.rows * args.block_size:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
@@ -444,6 +446,7 @@ def main(args) -> Progress:
         torch.use_deterministic_algorithms(True)
     parallel.keep_freed_memory()
     with parallel.ranks(args.device) as ranks:
+        parallel.choose_attention_kernel(args.attention_kernel, ranks.device)
         notes: list[str] = []
         run = build(args, ranks, notes.append)
         if ranks.main:

@@ -139,6 +139,7 @@ TABLE: dict[str, list[Row]] = {
         Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
         Row("dtype", "auto", "precision of activations and matrix products; weights stay float32", choices=("auto", "float32", "bfloat16", "float16")),
         Row("compile", False, "torch.compile the model, with static shapes"),
+        Row("attention_kernel", "auto", "on a CUDA GPU: which of scaled_dot_product_attention's kernels (auto: torch's choice)", choices=("auto", "flash", "cudnn", "efficient", "math")),
         Row("activation_checkpointing", False, "keep only the blocks' inputs and compute the rest again in backward: less memory, more time"),
         Row("loss_chunk", 0, "make the logits of so many tokens at a time, and again in backward: less memory where the vocabulary is large (0: all at once)", low=0),
         Row("deterministic", False, "deterministic algorithms: bit-identical runs, compiled ones too"),

@@ -186,6 +186,12 @@ class Optimizer:
         self.names |= {id(part): f"{name}[{i}]" for i, part in enumerate(parts)}
         return parts
 
+    def compile(self) -> None:
+        """Compile what Muon iterates."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.orthogonalise = torch.compile(newton_schulz, dynamic=False)
+
     def set_rate(self, factor: float) -> None:
         """Set every group's rate to its largest one times the factor."""
         for group in self.param_groups:

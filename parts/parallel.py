@@ -115,6 +115,22 @@ def product_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -> float
     return 2 * n**3 / min(seconds)
 
 
+ATTENTION_KERNELS = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+}
+
+
+def choose_attention_kernel(name: str, device: torch.device) -> None:
+    """Allow scaled_dot_product_attention only this one of its CUDA kernels (auto: all). Raises Mistake where there is no choice."""
+    if name != "auto" and device.type != "cuda":
+        raise Mistake(f"--attention_kernel={name}: only a CUDA GPU has a choice, not {device.type}")
+    for kernel, enable in ATTENTION_KERNELS.items():
+        enable(name in ("auto", kernel))
+
+
 def keep_freed_memory() -> None:
     """Tell glibc's malloc, where that is the one, to keep what is freed: otherwise every step's large tensors are mapped, and their
     pages zeroed and faulted in, anew (mallopt(3))."""

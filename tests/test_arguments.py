@@ -12,7 +12,7 @@ import torch
 from conftest import WORDS, equal_tensors, skip_without_gpt2
 
 import train_args
-from parts import pretrained
+from parts import parallel, pretrained
 from parts.mistakes import Mistake
 
 MIX = ["--training_mode=multidataset", "--dataset_list", "a", "b"]
@@ -581,11 +581,23 @@ def dtype(run):
 
 
 @effect
+def attention_kernel(run, monkeypatch):
+    with pytest.raises(Mistake, match="only a CUDA GPU"):
+        run("--attention_kernel=flash")
+    given = {}
+    monkeypatch.setattr(parallel, "ATTENTION_KERNELS", {name: lambda on, name=name: given.update({name: on}) for name in parallel.ATTENTION_KERNELS})
+    parallel.choose_attention_kernel("cudnn", torch.device("cuda"))
+    assert given == {"flash": False, "cudnn": True, "efficient": False, "math": False}
+
+
+@effect
 def compile(run, monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: (given.append(options), model)[1])  # what it computes is in test_model.py
     run("--compile")
-    assert given == [{"dynamic": False}]
+    assert given == [{"dynamic": False}], "the model alone"
+    run("--compile", "--optimizer=muon", name="muon")
+    assert given[1:] == [{"dynamic": False}] * 2, "the model, and Muon's iteration"
 
 
 @effect
