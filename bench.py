@@ -68,11 +68,11 @@ CASES = {  # shapes, in arguments that both sides have by the same names
     "small": SMALL,
     "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2},
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12},
-    "124M x 32": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
-    "124M x 64": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 64},
+    "124Mx32": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
+    "124Mx64": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 64},
     "shakespeare_char": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "dropout": 0.2},
 }
-DEFAULT_CASES = {"cpu": ("10.6M", "small"), "cuda": ("124M", "124M x 32", "124M x 64", "shakespeare_char")}
+DEFAULT_CASES = {"cpu": ("10.6M", "small"), "cuda": ("124M", "124Mx32", "124Mx64", "shakespeare_char")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # running things in turn
@@ -170,7 +170,7 @@ class Bench:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        about = {"cores": cores, "python": platform.python_version(), **versions, "commit": commit, "command": " ".join(["bench.py", *(word if not word.startswith("--peer=") else "--peer=nanoGPT" for word in sys.argv[1:])])}
+        about = {"cores": cores, "python": platform.python_version(), **versions, "commit": commit, "command": " ".join(["bench.py", *(re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", word) for word in sys.argv[1:])])}
         key = section if self.a.peer_kind == "nanogpt" else f"{section} ({self.a.peer_kind})"
         self.results = {"device": self.name, **self.results, key: {"about": about, **figures}}
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +357,8 @@ def sample_section(bench: Bench) -> dict:
         weights = Path(bench.ours(case, "float32", 1)["out"])
         source = flags(out_dir=weights)
     source += ["--no-stream", *([] if cpu else ["--compile"])]
-    situations = {"inside the block": (8, block - 56, 1), "past the block": (block, 500, 1), "batch of 16": (8, block // 2, 16)}
+    situations = {"inside the block": (8, max(1, block - 56), 1), "past the block": (block, 500, 1), "batch of 16": (8, block // 2, 16)}
+    situations |= {} if cpu else {"batch of 256": (8, block // 2, 256)}
     for title, (prompt, new, samples) in situations.items():
         letters, numbers = bench.folder / "letters.txt", bench.folder / "numbers.txt"  # the peer's checkpoint doesn't say what its ids mean
         letters.write_text("\n" * prompt)

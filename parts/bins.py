@@ -132,7 +132,7 @@ class Bin:
         # All of a small file, of a large one 64 stretches: a wrong vocabulary shows anywhere.
         stretch = len(tokens) if len(tokens) <= 2**24 else 2**16
         for first in np.linspace(0, len(tokens) - stretch, 1 if stretch == len(tokens) else 64).astype(np.int64):
-            part = tokens[first : first + stretch]
+            part = np.fromfile(path, tokens.dtype, stretch, offset=start + int(first) * width)  # the map would keep megabytes around each
             if (largest := int(part.max())) >= self.meta.vocab_size:
                 where = int(first) + int(part.argmax())
                 raise Mistake(f"{path}: token {largest} at {where} is beyond the vocabulary of {self.meta.vocab_size}; is the meta file that of these bins?")
