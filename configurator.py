@@ -48,6 +48,7 @@ class Row:
     needs: Needs | None = None
     shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
     once: bool = False  # meant for this command alone: a resumed run does not inherit it
+    alias: str = ""  # another name, on the command line and in config files
 
 
 COMMAND_LINE = "command line"  # where a value came from
@@ -232,6 +233,7 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
         allow_abbrev=False,
     )
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)  # also -1e-4
+    parser.add_argument("--config_path", action="append", metavar="CONFIG", default=argparse.SUPPRESS, help="a config file, as without this word")
     parser.add_argument("--print_config", action="store_true", help="print every argument, its value and where it came from, and stop")
     for title, rows in table.items():
         group = parser.add_argument_group(title)
@@ -244,7 +246,7 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
                 group.add_argument(f"--no-{row.name}", action="store_const", const="false", help=argparse.SUPPRESS, **common)
             else:
                 metavar = "{" + ",".join(row.choices) + "}" if row.choices else (row.item if kind is tuple else kind).__name__.upper()
-                group.add_argument(f"--{row.name}", nargs="*" if kind is tuple else "?", metavar=metavar, help=says, **common)
+                group.add_argument(f"--{row.name}", *([f"--{row.alias}"] if row.alias else []), nargs="*" if kind is tuple else "?", metavar=metavar, help=says, **common)
     return parser
 
 
@@ -259,7 +261,7 @@ def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> 
     given, rest = parser.parse_known_args(joined)
     given = vars(given)
     print_config = given.pop("print_config")
-    files = [word for word in rest if not word.startswith("-")]
+    files = [*given.pop("config_path", []), *(word for word in rest if not word.startswith("-"))]
     for name, words in given.items():  # a config file behind a list is not part of it
         if isinstance(words, list) and rows[name].split:
             files += [word for word in words if word.endswith(CONFIG_SUFFIXES)]
@@ -279,6 +281,7 @@ class Layers:
 
     def __init__(self, rows: dict[str, Row]):
         self.rows, self.mistakes = rows, []
+        self.aliases = {row.alias: row.name for row in rows.values() if row.alias}
         self.values = {name: row.default for name, row in rows.items()}
         self.source = dict.fromkeys(rows, "default")
 
@@ -286,6 +289,7 @@ class Layers:
         """Lay values, as given, over those there are."""
         label = "" if origin == COMMAND_LINE else f"{origin}: "
         for name, given in layer.items():
+            name = self.aliases.get(name, name)
             if name not in self.rows:
                 self.mistakes.append(f"{label}{name}: no such argument{did_you_mean(name, self.rows)}")
                 continue

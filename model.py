@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from parts.mistakes import Mistake, did_you_mean
+from parts.parallel import sharded_like
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Attention(nn.Module):
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.normalise = RMSNorm(self.head_dim, gain=False) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
-        self.first_values = nn.Parameter(torch.empty(())) if config.value_residual and layer else None  # their part in this layer's
+        self.first_values = nn.Parameter(torch.empty(1)) if config.value_residual and layer else None  # their part in this layer's
 
         short = config.window[layer % len(config.window)] == "S"
         self.span = min(config.block_size, config.window_size or max(1, config.block_size // 2)) if short else config.block_size
@@ -488,7 +489,7 @@ class GPT(nn.Module):
             given = weights[name][: self.config.block_size] if name == "position.weight" else weights[name]
             if given.shape != parameter.shape:
                 raise Mistake(f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model")
-            parameter.copy_(given)
+            parameter.copy_(sharded_like(given, parameter))
 
     def fused_rows(self) -> dict[str, list[int]]:
         """Names of the weights that hold several matrices one above the other, with the rows of each."""

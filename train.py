@@ -18,6 +18,7 @@ if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that
     gc.disable()  # a sixth of these seconds; until the first step is told
 
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -34,6 +35,7 @@ import torch
 import configurator
 from model import GPT, GPTConfig
 from parts import batches, bins, checkpoint, optim, parallel, pretrained, record, schedules, text
+from parts.guard import Guard
 from parts.mistakes import Mistake
 from parts.signals import Signals
 
@@ -49,6 +51,7 @@ class Progress:
     best_step: int = -1
     worse_evaluations: int = 0  # since the best one
     evaluated_at: int = -1
+    rollbacks: int = 0  # to a checkpoint, because gradients were not finite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,8 +114,8 @@ def rate_factor(args):
 # the run's folder
 
 
-def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress) -> None:
-    """Write what the run is: its tokenizers, arguments, versions and commit. A resumed run keeps where it came from."""
+def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress, fingerprints: dict, lock: checkpoint.Lock) -> None:
+    """Write what the run is: its tokenizers, arguments, data, versions and commit. A resumed run keeps where it came from."""
     config, about = out_dir / "train_config.json", {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -121,9 +124,9 @@ def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokeni
     if args.init_from == "resume":
         values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type")}
     else:
-        checkpoint.claim(out_dir)
+        checkpoint.claim(out_dir, lock)
     checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
-    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_about": about})
+    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_about": about})
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
         write_best(out_dir, progress)
 
@@ -132,7 +135,18 @@ def write_best(out_dir: Path, progress: Progress) -> None:
     checkpoint.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
 
 
-def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, tokenizers: dict, say) -> Progress:
+def refuse_changed_data(out_dir: Path, fingerprints: dict[str, dict], allowed: bool, say) -> None:
+    """Compare the bins with those that the run began with. Raises Mistake when they differ, unless that is allowed."""
+    before = json.loads((out_dir / "train_config.json").read_text(encoding="utf-8")).get("_data", {})
+    changed = [f"{name}/{file}" for name in fingerprints.keys() & before.keys() for file in fingerprints[name].keys() | before[name].keys() if fingerprints[name].get(file) != before[name].get(file)]
+    if changed:
+        words = f"{', '.join(sorted(changed))}: not what this run began with"
+        if not allowed:
+            raise Mistake(f"--init_from=resume: {words}; restore the data, or go on with the new with --allow_data_change")
+        say(f"{words}; going on, as --allow_data_change says")
+
+
+def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, guard: Guard, tokenizers: dict, say) -> Progress:
     """Take up the newest whole checkpoint. Raises Mistake when there is none or it does not fit."""
     loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
     saved = text.load(loaded.folder / "tokenizer.json")
@@ -145,7 +159,8 @@ def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.
     optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    guard.load_state(state.pop("guard", {"skipped": 0, "norms": []}))  # older checkpoints have none
+    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state})
     progress.best_val_loss = math.inf if progress.best_val_loss is None else progress.best_val_loss
     say(f"resuming {loaded.folder}")
     return progress
@@ -165,8 +180,12 @@ class Run:
     data: batches.Data
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
+    replica: torch.nn.Module  # the same under DDP, where there are several ranks
     optimizer: optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: Guard
+    saver: checkpoint.Saver
+    fingerprints: dict[str, dict]  # of the bins
     progress: Progress
     tally: batches.Tally  # of the sequences drawn from each dataset
     share: parallel.Share  # of this rank in the rows of a step
@@ -233,6 +252,9 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         for name in names:
             bins.prepare_if_missing(Path(args.data_dir) / name)
     metas = {name: bins.read_meta(Path(args.data_dir) / name) for name in names}
+    fingerprints = {name: bins.fingerprint(Path(args.data_dir) / name) for name in names}
+    if args.init_from == "resume" and not args.eval_only:
+        refuse_changed_data(Path(args.out_dir), fingerprints, args.allow_data_change, say)
     share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
     tokenizers = vocabularies(args, metas)
     model, shape = build_model(args, tokenizers, say)
@@ -250,15 +272,26 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         model.compute_dtype = torch.bfloat16
     args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
+    if args.parallel == "fsdp" and ranks.world == 1:
+        say("--parallel=fsdp: one process holds all, nothing is sharded")
+    elif args.parallel == "fsdp":
+        parallel.shard(model, model.blocks, ranks, model.compute_dtype, args.fsdp_reshard, args.fsdp_offload)
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
-    progress = resume(Path(args.out_dir), model, optimizer, scaler, tokenizers, say) if args.init_from == "resume" else Progress()
-    net = torch.compile(model, dynamic=False) if args.compile else model
+    guard = Guard(args.spike_skip, ranks.device)
+    progress = resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say) if args.init_from == "resume" else Progress()
+    net = model
+    if args.compile and parallel.is_sharded(model):
+        model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
+    elif args.compile:
+        net = torch.compile(model, dynamic=False)
     if args.compile:
         optimizer.compile()
     if progress.tokens != progress.step * data.source.rows * args.block_size:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
-    return Run(args, ranks, tokenizers, data, model, net, optimizer, scaler, progress, data.source.tally(), share, reason, peak)
+    saver = checkpoint.Saver()
+    replica = net if parallel.is_sharded(model) else parallel.replicate(net, ranks)
+    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, progress, data.source.tally(), share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,11 +312,9 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
             if ranks.largest(signals.number):
                 run.net.train()
                 return None
-            if not len(rows):
-                continue
-            batch = batches.as_batch(dataset.gather(i * a.batch_size + rows), ranks.device.type == "cuda").to(ranks.device)
+            batch = batches.as_batch(dataset.gather(i * a.batch_size + (rows if len(rows) else np.zeros(1, np.int64))), ranks.device.type == "cuda").to(ranks.device)
             each = run.net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
-            total += each.view(len(rows), -1, a.block_size).mean(2).sum(0)
+            total += each.view(max(1, len(rows)), -1, a.block_size).mean(2).sum(0) * (len(rows) > 0)  # a rank without rows reads one with the others
         means = ranks.sum(total) / (a.eval_iters * a.batch_size)
         losses[split] |= {stream.name: mean for stream, mean in zip(dataset.streams, means.tolist(), strict=True)}
     run.net.train()
@@ -302,20 +333,43 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
 
 
 def save(run: Run, log: record.Record) -> None:
-    """Save a checkpoint; the last two and the best are kept."""
-    if not run.ranks.main:
+    """Begin to save a checkpoint: a snapshot now, the files in a thread. Waits for the save before."""
+    sharded, main = parallel.is_sharded(run.model), run.ranks.main
+    if not main and not sharded:
         return
-    progress, checkpoints = run.progress, run.out_dir / "checkpoints"
+    tell_saved(run, log, wait=True)
+    begin, progress, checkpoints, a = time.perf_counter(), dataclasses.replace(run.progress), run.out_dir / "checkpoints", run.args
     progress.seconds = log.seconds
     tensors, others = run.optimizer.state()
-    state = dataclasses.asdict(progress) | {"optimizer": others, "scaler": run.scaler.state_dict()}
+    weights, tensors = ({name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (dict(run.model.named_parameters()), tensors))
+    if strange := [name for name, tensor in {**weights, **tensors}.items() if tensor.is_floating_point() and not parallel.local(tensor).isfinite().all()]:
+        raise SystemExit(f"{strange[0]} is not finite at step {progress.step}: stopped, nothing was saved")
+    state = dataclasses.asdict(progress) | {"optimizer": others, "scaler": run.scaler.state_dict(), "guard": run.guard.state()}
     state["best_val_loss"] = progress.best_val_loss if progress.best_step >= 0 else None
-    copied = [run.out_dir / "train_config.json", run.out_dir / "tokenizer.json"]
-    folder = checkpoint.save(checkpoints, progress.step, dict(run.model.named_parameters()), tensors, state, copied)
-    if progress.best_step >= 0:
-        write_best(run.out_dir, progress)
-    checkpoint.prune(checkpoints, keep={progress.best_step, *checkpoint.steps(checkpoints)[-2:]})
-    log.event("save", progress.step, f"saved {folder}")
+    copied = {name: (run.out_dir / name).read_bytes() for name in ("train_config.json", "tokenizer.json")}
+
+    def work() -> Path:
+        folder = checkpoint.save(checkpoints, progress.step, weights, tensors, state, copied, run.ranks.saving if sharded else None, main)
+        if not main:
+            return folder
+        there = checkpoint.steps(checkpoints)
+        if progress.best_step in there:
+            write_best(run.out_dir, progress)
+        checkpoint.prune(checkpoints, checkpoint.kept(there, checkpoint.best_step(run.out_dir), a.keep_last, a.keep_every))
+        return folder
+
+    run.saver.begin(progress.step, work, since=begin)
+
+
+def tell_saved(run: Run, log: record.Record, wait: bool) -> None:
+    """Tell what became of the save that was begun, if it is over. Without room for it training goes on."""
+    outcome = run.saver.outcome(wait)
+    if outcome is None:
+        return
+    if outcome.error is not None:
+        log.note(run.progress.step, f"could not save step {outcome.step}: {outcome.error}; older checkpoints are as they were, and the next save tries again")
+    else:
+        log.event("save", outcome.step, f"saved {outcome.folder}", blocked_ms=outcome.blocked_ms, written_ms=outcome.written_ms)
 
 
 def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: bool) -> None:
@@ -345,6 +399,13 @@ def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: boo
         record.draw_loss(log.metrics, run.out_dir / "loss.png")
 
 
+def end_saves(run: Run, log: record.Record) -> None:
+    """Wait for the last save; the run fails if that one did."""
+    tell_saved(run, log, wait=True)
+    if run.saver.failed:
+        raise SystemExit(f"the last save, of step {run.saver.step}, failed; the newest checkpoint is older")
+
+
 def refuse_nonfinite(value: float, name: str, run: Run) -> None:
     """End the run rather than save or go on with numbers that mean nothing."""
     if not math.isfinite(value):
@@ -365,18 +426,18 @@ class Meter:
         """Tell the step just made; loss is this rank's, norm that of the whole gradient."""
         run, p = self.run, self.run.progress
         loss_now = float(run.ranks.sum(loss.clone())) / run.ranks.world  # waits for the device
-        refuse_nonfinite(loss_now, "loss", run)
+        skipped = int(run.guard.skipped)
         steps = p.step - self.step
         seconds = (time.perf_counter() - self.time) / steps
         speed = run.tokens_per_step / seconds
-        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed}
+        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed, "skipped": skipped}
         if run.peak_flops:
             told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world)
         if run.args.log_data_hash:
             signed = digest - 2**64 if digest >= 2**63 else digest
             told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
-        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}", **told)
+        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}{f', {skipped} skipped' if skipped else ''}", **told)
         self.readings += 1
         if self.readings == 1:  # the collector need not look again and again at the modules and the model, which stay
             gc.freeze()
@@ -390,16 +451,20 @@ class Meter:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
+
+class Diverged(Exception):
+    """Too many steps in a row were skipped."""
+
+
 def loop(run: Run, log: record.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
     a, progress, optimizer, scaler, device = run.args, run.progress, run.optimizer, run.scaler, run.ranks.device
-    model = parallel.replicate(run.net, run.ranks)
     parameters, factor = list(run.model.parameters()), rate_factor(a)
     stream = run.data.source.stream(progress.step, *run.share, device, a.log_data_hash)
     meter = Meter(run, log)
-    loss = norm = torch.zeros((), device=device)
-    model.train()
+    model = run.replica.train()
     while True:
+        tell_saved(run, log, wait=False)
         # evaluate, save, stop; the ranks agree on what came to one of them
         out_of_time = a.max_seconds > 0 and bool(run.ranks.largest(log.seconds >= a.max_seconds))
         finished = run.finished(out_of_time)
@@ -409,11 +474,15 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
             finished = run.finished(out_of_time)  # perhaps by the patience
             due = progress.evaluated_at < progress.step
             meter.restart()
+        if a.checkpoint_interval and progress.step % a.checkpoint_interval == 0 and progress.step not in (0, run.saver.step):
+            save(run, log)
+            meter.restart()
         if finished and not due:
+            end_saves(run, log)
             return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
         if number := run.ranks.largest(signals.number):
-            refuse_nonfinite(float(run.ranks.sum(loss.clone())) + (0.0 if scaler.is_enabled() else float(norm)), "loss or gradient", run)
             save(run, log)
+            end_saves(run, log)
             log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
             raise SystemExit(128 + number)
 
@@ -423,17 +492,34 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
         torch.manual_seed(int(batches.mix(a.seed, batches.NOISE, progress.step, run.ranks.rank)) >> 1)
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(micro_batches):
-            model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP averages the gradients in the last one
+            parallel.sync_gradients(model, i == len(micro_batches) - 1)  # averaged over the ranks in the last one
             part = model(batch.idx, batch.targets).mean() / len(micro_batches)
             scaler.scale(part).backward()
             loss += part.detach()
         norm = optimizer.clip(parameters, scaler, a.grad_clip)
-        optimizer.update(scaler)
+        optimizer.update(scaler, skip=run.guard.judge(norm))
         progress.step += 1
         progress.tokens += run.tokens_per_step
         log.advance()
         if progress.step == 1 or progress.step % a.log_interval == 0:
             meter.tell(loss, norm, digest, a.learning_rate * factor(progress.step - 1))
+            if int(run.guard.most_in_a_row) >= a.skip_patience:
+                stream.close()
+                raise Diverged
+
+
+def go_back(run: Run, log: record.Record) -> Run:
+    """The run at its newest whole checkpoint, once; ends it the second time, or where there is none."""
+    words = f"{run.args.skip_patience} steps in a row were skipped until step {run.progress.step}, their gradients not finite or outliers"
+    advice = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
+    tell_saved(run, log, wait=True)
+    run.ranks.wait()
+    if run.progress.rollbacks or not checkpoint.steps(run.out_dir / "checkpoints"):
+        raise SystemExit(f"{words}{', again' if run.progress.rollbacks else ', and there is no checkpoint to go back to'}: stopped; {advice}")
+    log.note(run.progress.step, f"{words}: going back to the newest checkpoint")
+    progress = resume(run.out_dir, run.model, run.optimizer, run.scaler, run.guard, run.tokenizers, log.say)
+    progress.rollbacks += 1
+    return dataclasses.replace(run, progress=progress, tally=run.data.source.tally())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,9 +531,12 @@ def main(args) -> Progress:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     parallel.keep_freed_memory()
-    with parallel.ranks(args.device) as ranks:
+    with parallel.ranks(args.device, args.rank_timeout) as ranks, checkpoint.Lock(Path(args.out_dir)) as lock:
         parallel.choose_attention_kernel(args.attention_kernel, ranks.device)
         notes: list[str] = []
+        with ranks.main_first():
+            if ranks.main and args.init_from == "resume" and not args.eval_only:
+                lock.take()
         run = build(args, ranks, notes.append)
         if ranks.main:
             record.say("\n".join((*notes, run.summary())))
@@ -459,21 +548,25 @@ def main(args) -> Progress:
         ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():
             if ranks.main:
-                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress)
-        p = run.progress
-        log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)
-        for words in notes:
-            log.event("note", p.step, "", text=words)
-        try:
-            if args.wandb_log:
-                log.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args))
-            if args.tensorboard_log:
-                log.track_tensorboard()
-            with Signals() as signals:
-                loop(run, log, signals)
-        finally:
-            log.close()
-        return run.progress
+                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, lock)
+        while True:
+            p = run.progress
+            log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)
+            for words in notes:
+                log.event("note", p.step, "", text=words)
+            try:
+                if args.wandb_log:
+                    log.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args))
+                if args.tensorboard_log:
+                    log.track_tensorboard()
+                with Signals() as signals:
+                    loop(run, log, signals)
+                return run.progress
+            except Diverged:
+                run, notes = go_back(run, log), []
+            finally:
+                run.saver.outcome(wait=True)
+                log.close()
 
 
 if __name__ == "__main__":

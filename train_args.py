@@ -4,6 +4,7 @@
 What the rows mean to each other is told by their `needs` and in `check`.
 """
 
+import dataclasses
 import os
 import sys
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ DRAWN = Needs("--training_mode=multidataset without --dataset_interleaving", lam
 FINAL_PROBS = Needs("--dataset_sampling_probs_final", lambda a: bool(a.dataset_sampling_probs_final))
 DECAYING = Needs("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
 DECAY_HORIZON = Needs("--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr", lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"))
+FSDP = Needs("--parallel=fsdp", lambda a: a.parallel == "fsdp")
 FROM_SCRATCH = Needs("--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume"))
 
 
@@ -37,11 +39,12 @@ def optimizer_in(*names: str) -> Needs:
 
 TABLE: dict[str, list[Row]] = {
     "run": [
-        Row("out_dir", "out", "folder of the run: checkpoints, metrics.jsonl, train_config.json", once=True),
+        Row("out_dir", "out", "folder of the run: checkpoints, metrics.jsonl, train_config.json", once=True, alias="output_dir"),
         Row("overwrite", False, "start anew in an out_dir that already holds a run, deleting that run", once=True),
         Row("init_from", "scratch", "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
             "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt", once=True),
         Row("gpt2_type", "gpt2", "which GPT-2 --init_from=gpt2 loads", choices=GPT2_TYPES, needs=Needs("--init_from=gpt2", lambda a: a.init_from == "gpt2"), once=True),
+        Row("allow_data_change", False, "resume on bins that differ from those that the run began with", once=True, needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
         Row("eval_only", False, "evaluate once, write no checkpoint, and stop", once=True),
         Row("seed", 1337, "all randomness follows from it: weights, data order, dropout", low=0, high=2**32 - 1),
     ],
@@ -90,7 +93,7 @@ TABLE: dict[str, list[Row]] = {
         Row("dropout", 0.0, "chance that an activation is dropped in training", low=0, high=0.999),
     ],
     "how long": [
-        Row("max_iters", 3500, "optimizer steps, counted from the start of the run", low=0),
+        Row("max_iters", 3500, "optimizer steps, counted from the start of the run", low=0, alias="steps"),
         Row("max_tokens", 0, "stop after so many training tokens (0: no bound)", low=0),
         Row("max_epochs", 0.0, "stop after so many passes over the training data (0: no bound)", low=0),
         Row("max_seconds", 0.0, "stop after so many seconds of training, resumed parts together (0: no bound)", low=0),
@@ -109,6 +112,8 @@ TABLE: dict[str, list[Row]] = {
         Row("muon_weight_decay", 0.0, "of the matrices that Muon trains", low=0, needs=optimizer_in("muon")),
         Row("muon_momentum", 0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=optimizer_in("muon")),
         Row("optimizer_kwargs", {}, 'further arguments of the optimizer (of Muon, with muon), as JSON: {"eps": 1e-10}'),
+        Row("spike_skip", 0.0, "skip steps whose gradient norm is so many standard deviations, robustly estimated, above the median of the last 128 (0: none)", low=0),
+        Row("skip_patience", 10, "so many steps skipped in a row, for outlying or non-finite gradients: back to the newest checkpoint once, then the end", low=1),
         Row("grad_clip", 1.0, "largest norm of the gradient (0: not clipped)", low=0),
     ],
     "schedule": [
@@ -124,10 +129,13 @@ TABLE: dict[str, list[Row]] = {
     "evaluation and checkpoints": [
         Row("eval_interval", 250, "steps between evaluations; each is followed by a checkpoint", low=1),
         Row("eval_iters", 200, "batches of batch_size an evaluation reads from each split; the same ones every time", low=1),
+        Row("checkpoint_interval", 0, "steps between checkpoints besides those of evaluations (0: only those)", low=0, alias="save_freq"),
+        Row("keep_last", 2, "how many of the newest checkpoints are kept, besides the best", low=1),
+        Row("keep_every", 0, "keep also each checkpoint of a step that this divides (0: none)", low=0),
         Row("always_save_checkpoint", True, "save at every evaluation; otherwise only when val_loss improves, and at the end"),
     ],
     "logging": [
-        Row("log_interval", 10, "steps between lines of training metrics", low=1),
+        Row("log_interval", 10, "steps between lines of training metrics", low=1, alias="log_freq"),
         Row("log_data_hash", False, "add data_hash, a hash of the step's global batch, to the training metrics"),
         Row("plot_loss", False, "draw the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)"),
         Row("wandb_log", False, "log to Weights & Biases; a resumed run continues the same one there"),
@@ -137,6 +145,10 @@ TABLE: dict[str, list[Row]] = {
     ],
     "system": [
         Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
+        Row("parallel", "ddp", "several ranks: each holds all (ddp), or its shards of weights, gradients and optimizer state (fsdp: FSDP2)", choices=("ddp", "fsdp")),
+        Row("fsdp_reshard", True, "forget a block's gathered weights after its forward: less memory, one more gathering", needs=FSDP),
+        Row("fsdp_offload", False, "keep shards, gradients and optimizer state in host memory", needs=FSDP),
+        Row("rank_timeout", 600, "seconds that a rank waits for another before it ends the run", low=1),
         Row("dtype", "auto", "precision of activations and matrix products; weights stay float32", choices=("auto", "float32", "bfloat16", "float16")),
         Row("compile", False, "torch.compile the model, with static shapes"),
         Row("attention_kernel", "auto", "on a CUDA GPU: which of scaled_dot_product_attention's kernels (auto: torch's choice)", choices=("auto", "flash", "cudnn", "efficient", "math")),
@@ -238,11 +250,29 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(not (a.eval_only and source[flag] == "command line" and getattr(a, flag)), f"--{flag}: has no effect with --eval_only, which writes nothing")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
         must(not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}")
+    must(not (a.parallel == "fsdp" and a.dtype == "float16"), "--dtype=float16: its loss scaling does not go with --parallel=fsdp; take bfloat16")
     kind, _, index = a.device.partition(":")
     must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
     return wrong
 
 
+RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
+
+
 def parse(argv: list[str] | None = None):
-    """The frozen arguments of a run; tells all mistakes at once and exits with status 2."""
-    return configurator.parse(TABLE, sys.argv[1:] if argv is None else argv, "Train a GPT: see README.md.", Derived, run_config, check)
+    """The frozen arguments of a run; tells all mistakes at once and exits with status 2.
+
+    Started again by torchrun or Slurm, with the command that began the run, they are those with which the run goes on.
+    """
+
+    def read(words: list[str]):
+        return configurator.parse(TABLE, [RESUME.get(word, word) for word in words], "Train a GPT: see README.md.", Derived, run_config, check)
+
+    arguments = read(sys.argv[1:] if argv is None else argv)
+    again = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if not again or arguments.init_from == "resume" or arguments.eval_only:
+        return arguments
+    checkpoints = Path(arguments.out_dir) / "checkpoints"
+    if any(path.name.isdigit() for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())):
+        return read(["--init_from=resume", f"--out_dir={arguments.out_dir}"])
+    return dataclasses.replace(arguments, overwrite=True)

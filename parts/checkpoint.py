@@ -3,19 +3,31 @@
     checkpoints/000040/  model.safetensors  optimizer.safetensors  progress.json  train_config.json  tokenizer.json
                          manifest.json: size and sha256 of every other file, written last
 
-A checkpoint is written beside, synced, then renamed. No pickle is written or read.
+A sharded run has folders model/ and optimizer/ instead, which torch.distributed.checkpoint fills with one safetensors file a rank.
+
+A checkpoint is written beside, synced, then renamed. No pickle is written or read. A `Saver` does so in a thread, from a snapshot.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from parts.mistakes import Mistake
 
@@ -25,8 +37,8 @@ NEEDED = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_
 
 class Checkpoint(NamedTuple):
     folder: Path
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     progress: dict
 
 
@@ -51,23 +63,47 @@ def write_json(path: Path, value: object) -> None:
     os.replace(beside, path)
 
 
-def save(checkpoints: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], progress: dict, copied: list[Path]) -> Path:
-    """Write checkpoints/<step>, with copies of the files `copied`; an older one of the same step is replaced."""
+def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Write tensors of which each rank holds its shards (DTensors; others are the same on all ranks), a safetensors file a rank. All ranks of the
+    group must call it; when it is over on one, all files are whole. Raises OSError on all ranks if it failed on one."""
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+    except CheckpointException as error:  # which is no Exception
+        raise OSError("; ".join(f"rank {rank}: {told[0]}" for rank, told in error.failures.items())) from None
+
+
+def save(checkpoints: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], progress: dict, copied: dict[str, bytes], group: dist.ProcessGroup | None = None, main: bool = True) -> Path:
+    """Write checkpoints/<step>, tensors on the CPU and the files `copied` as they are; an older one of the same step is replaced.
+
+    With a group the tensors are sharded over its ranks: all of them call this, and the main one writes all but their shards.
+    """
     final = checkpoints / f"{step:06d}"
     beside = checkpoints / f"{step:06d}{LEFTOVER}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, beside / "optimizer.safetensors")
+    failed = None
+    try:
+        if main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    except OSError as error:
+        failed = error
+    if group is not None:  # none writes before the folder is there, or waits for one that can't be made
+        told = torch.tensor(int(failed is not None))
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+        failed = failed or (OSError("the main rank could not make the folder") if told else None)
+    if failed:
+        raise failed
+    if group is None:
+        save_file(weights, beside / "model.safetensors")
+        save_file(optimizer, beside / "optimizer.safetensors")
+    else:
+        save_shards(beside / "model", weights, group)
+        save_shards(beside / "optimizer", optimizer, group)
+    if not main:
+        return final
     write_json(beside / "progress.json", progress)
-    for path in copied:
-        shutil.copyfile(path, beside / path.name)
-    files = sorted(beside.iterdir())
-    for path in files:
-        sync(path)
-    write_json(beside / "manifest.json", {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
-    sync(beside / "manifest.json")
-    sync(beside)
+    for name, content in copied.items():
+        (beside / name).write_bytes(content)
+    write_manifest(beside)
     replaced = checkpoints / f"{step:06d}{REPLACED}"
     if final.exists():
         os.rename(final, replaced)  # `newest` brings it back if this process ends here
@@ -77,11 +113,73 @@ def save(checkpoints: Path, step: int, weights: dict[str, Tensor], optimizer: di
     return final
 
 
+def write_manifest(folder: Path) -> None:
+    """Have all files of a checkpoint on the disk, and then their sizes and hashes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    for path in {*files, *(path.parent for path in files)} - {folder}:
+        sync(path)
+    write_json(folder / "manifest.json", {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
+    sync(folder / "manifest.json")
+    sync(folder)
+
+
+class Outcome(NamedTuple):
+    """Of a save: the folder, or the error that kept it from being; ms that training stood still for it, and that its thread took."""
+
+    step: int
+    folder: Path | None
+    error: Exception | None
+    blocked_ms: float
+    written_ms: float
+
+
+class Saver:
+    """Runs one save at a time in a thread. An error of the disk is an outcome; any other is raised by `outcome`."""
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.ended: Outcome | None = None
+        self.step = 0  # of the save begun last
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save that ended failed."""
+        return self.ended is not None and self.ended.error is not None
+
+    def begin(self, step: int, work: Callable[[], Path], since: float) -> None:
+        """Start a save, for which training has stood still since that time; the one before must be over and its outcome taken."""
+        assert self.thread is None
+        begin = time.perf_counter()
+        self.step = step
+
+        def run() -> None:
+            folder, error = None, None
+            try:
+                folder = work()
+            except Exception as raised:
+                error = raised
+            self.ended = Outcome(step, folder, error, 1e3 * (begin - since), 1e3 * (time.perf_counter() - begin))
+
+        self.thread = threading.Thread(target=run, name="save")  # not a daemon: the process does not end in the middle of it
+        self.thread.start()
+
+    def outcome(self, wait: bool) -> Outcome | None:
+        """The outcome of the save that was begun, once; None when there is none, or it is not over and is not waited for."""
+        if self.thread is None or (self.thread.is_alive() and not wait):
+            return None
+        self.thread.join()
+        self.thread = None
+        if self.ended.error is not None and not isinstance(self.ended.error, OSError | SafetensorError):
+            raise self.ended.error
+        return self.ended
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if missing := NEEDED - manifest.keys():
+        whole = {f"{name.split('/')[0]}.safetensors" if "/" in name else name for name in manifest}  # of shards too
+        if missing := NEEDED - whole:
             return f"{folder / 'manifest.json'} does not list {', '.join(sorted(missing))}"
         for name, known in manifest.items():
             path = folder / name
@@ -146,8 +244,49 @@ def chosen(out_dir: Path, which: str, say=print) -> Path:
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint that `newest` or `chosen` found whole, into memory of its own: safetensors only maps the file."""
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    weights, optimizer = ({k: v.clone() for k, v in load_file(folder / f"{name}.safetensors").items()} for name in ("model", "optimizer"))
-    return Checkpoint(folder, weights, optimizer, progress)
+    return Checkpoint(folder, tensors(folder, "model"), tensors(folder, "optimizer"), progress)
+
+
+def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint's "model" or "optimizer", in memory of their own; those of shards are read when they are asked for."""
+    if (folder / name).is_dir():
+        return Shards(folder / name)
+    return {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+
+
+class Shards(Mapping[str, Tensor]):
+    """Whole tensors from a folder that `save_shards` wrote, each put together when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.parts: dict[str, list[tuple[Path, list[int]]]] = {}  # name -> (file, place in the whole) of each part
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+                for key in file.keys():  # noqa: SIM118
+                    self.parts.setdefault(key, []).append((path, places[key]["saved_offsets"]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = []
+        for path, place in self.parts[name]:
+            with safe_open(path, framework="pt") as file:
+                parts.append((place, file.get_tensor(name)))
+        if not parts[0][0]:
+            return parts[0][1]  # a scalar
+        whole = parts[0][1].new_empty([max(place[d] + part.size(d) for place, part in parts) for d in range(parts[0][1].dim())])
+        for place, part in parts:
+            whole[tuple(slice(first, first + size) for first, size in zip(place, part.shape, strict=True))] = part
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def kept(all_steps: list[int], best: int | None, last: int, every: int) -> set[int]:
+    """Steps to keep: the best, the `last` ones, and the multiples of `every` (0: none)."""
+    return {best, *all_steps[-last:], *(step for step in all_steps if every and step % every == 0)} - {None}
 
 
 def prune(checkpoints: Path, keep: set[int]) -> None:
@@ -155,6 +294,37 @@ def prune(checkpoints: Path, keep: set[int]) -> None:
     for path in checkpoints.glob("*"):
         if path.suffix in (LEFTOVER, REPLACED) or (path.name.isdigit() and int(path.name) not in keep):
             shutil.rmtree(path, ignore_errors=True)
+
+
+class Lock:
+    """Held by the process that trains in a folder, and gone with that process however it ends (flock(2))."""
+
+    def __init__(self, out_dir: Path):
+        self.path, self.file = out_dir / ".lock", None
+
+    def take(self) -> None:
+        """Raises Mistake when another process has it."""
+        if self.file is not None:
+            return
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            file.close()
+            raise Mistake(f"{self.path.parent}: {who} is training there; wait for it or take another --out_dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self.file = file
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 RUN_FILES = ("train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "loss.png", "wandb_id", "checkpoints", "tensorboard")
@@ -171,12 +341,13 @@ def refuse_held(out_dir: Path) -> None:
         raise Mistake(f"{out_dir}: already holds a run ({found[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir")
 
 
-def claim(out_dir: Path) -> None:
-    """Make the folder of a new run, or empty it of an old one. Raises Mistake when it can't be written."""
+def claim(out_dir: Path, lock: Lock) -> None:
+    """Make the folder of a new run, or empty it of an old one. Raises Mistake when it can't be written or another process trains there."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass  # it can be written to
+        lock.take()
         for path in held(out_dir):
             remove(path)
     except OSError as error:

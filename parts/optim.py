@@ -13,11 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parts.mistakes import Mistake
+from parts.parallel import sharded_like, whole
 
 
-class Lion(torch.optim.Optimizer):
+class Skipping(torch.optim.Optimizer):
+    """An optimizer that, like torch's fused ones, does nothing where the tensor `found_inf` is 1; no host need know."""
+
+    found_inf: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor | float:
+        """What to multiply updates with: 0 in a step to skip, else 1."""
+        return 1.0 if self.found_inf is None else 1.0 - self.found_inf
+
+    def sound(self, grad: Tensor, momentum: Tensor) -> Tensor:
+        """The gradient; in a step to skip the momentum, which mixed with itself stays as it is."""
+        return grad if self.found_inf is None else torch.where(self.found_inf > 0, momentum, grad)
+
+
+class Lion(Skipping):
     """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023, algorithm 2)."""
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
@@ -37,9 +54,10 @@ class Lion(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                 momentum = self.state[p]["exp_avg"]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(torch.lerp(p.grad, momentum, beta1).sign_(), alpha=-group["lr"])
-                momentum.lerp_(p.grad, 1 - beta2)
+                grad = self.sound(p.grad, momentum)
+                p.mul_(1 - group["lr"] * group["weight_decay"] * self.kept)
+                p.add_(torch.lerp(grad, momentum, beta1).sign_() * self.kept, alpha=-group["lr"])
+                momentum.lerp_(grad, 1 - beta2)
         return loss
 
 
@@ -53,10 +71,18 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
     return x
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with one batched Newton-Schulz iteration for all matrices of a shape, or of its transpose."""
+class Muon(Skipping, torch.optim.Muon):
+    """torch.optim.Muon with one batched Newton-Schulz iteration for all matrices of a shape, or of its transpose.
+
+    rows: of a weight that holds several matrices one above the other, none higher than wide, the rows of each. A weight sharded over ranks is gathered
+    whole, and every rank iterates on it and keeps its own rows: the momentum stays sharded.
+    """
 
     orthogonalise = staticmethod(newton_schulz)
+
+    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **kwargs):
+        super().__init__(params, **kwargs)
+        self.rows = rows
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -69,18 +95,24 @@ class Muon(torch.optim.Muon):
             self._init_group(group, params, grads, momenta)
             if not params:
                 continue
+            kept, grads = self.kept, list(map(self.sound, grads, momenta))
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+            matrices = [piece for p, update in zip(params, updates, strict=True) for piece in whole(update).split(self.rows.get(p, p.size(0)))]
             by_shape: dict[tuple[int, ...], list[int]] = {}
-            for i, update in enumerate(updates):
-                by_shape.setdefault(tuple(sorted(update.shape)), []).append(i)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for i, matrix in enumerate(matrices):
+                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
             for shape, members in by_shape.items():
-                stacked = torch.stack([updates[i] if updates[i].shape == shape else updates[i].T for i in members]).bfloat16()
+                stacked = torch.stack([matrices[i] if matrices[i].shape == shape else matrices[i].T for i in members]).bfloat16()
                 for i, update in zip(members, self.orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]), strict=True):
-                    rows, cols = params[i].shape
-                    scale = 0.2 * math.sqrt(max(rows, cols)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / cols))
-                    params[i].add_(update if rows <= cols else update.T, alpha=-group["lr"] * scale)
+                    matrices[i] = update if matrices[i].shape == shape else update.T
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * kept)
+            done = iter(matrices)
+            for p in params:
+                parts = [next(done) for _ in self.rows.get(p, [p.size(0)])]
+                (rows, cols), update = parts[0].shape, parts[0] if len(parts) == 1 else torch.cat(parts)
+                scale = 0.2 * math.sqrt(max(rows, cols)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / cols))
+                p.add_(sharded_like(update * kept, p), alpha=-group["lr"] * scale)
         return loss
 
 
@@ -114,6 +146,9 @@ OPTIMIZERS: dict[str, tuple[type, Callable[[Settings], dict[str, Any]]]] = {
 }
 
 
+ELEMENTWISE = {*OPTIMIZERS, "muon"} - {"adafactor"}  # or, Muon, able to gather: the others step on whole parameters, of which each rank keeps its rows
+
+
 def named_class(name: str) -> type:
     """The class that package:Class names. Raises Mistake."""
     package, _, attribute = name.partition(":")
@@ -136,13 +171,14 @@ class Optimizer:
     def __init__(self, name: str, model: nn.Module, settings: Settings, fused_rows: dict[str, list[int]]):
         """Raises Mistake for a class that doesn't take the arguments."""
         parameters = dict(model.named_parameters())
-        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []  # (weight, its matrices, sharing its memory)
-        self.names: dict[int, str] = {}  # id of a parameter or of such a matrix -> name
+        self.skip: Tensor | None = None
+        self.parameters = list(parameters.values())
+        self.gathered: dict[nn.Parameter, nn.Parameter] = {}  # a sharded parameter -> all of it, while an optimizer steps that needs that
+        self.names = {id(p): n for n, p in parameters.items()}
         hidden = {n: p for n, p in parameters.items() if name == "muon" and p.dim() == 2 and n.startswith("blocks.")}
         rest = {n: p for n, p in parameters.items() if n not in hidden}
         covered = [id(p) for p in [*hidden.values(), *rest.values()]]
         assert sorted(covered) == sorted(map(id, parameters.values())), "every parameter is in exactly one group"
-        self.names |= {id(p): n for n, p in rest.items()}
 
         cls, choose = OPTIMIZERS.get("adamw" if name == "muon" else name) or (named_class(name), lambda s: {})
         own = {"lr", "params", "weight_decay", *choose(settings)} - {"fused"} if name != "muon" else {"lr", "params", "weight_decay", "momentum"}
@@ -156,11 +192,15 @@ class Optimizer:
             {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
+        if name not in ELEMENTWISE and any(isinstance(p, DTensor) for p in parameters.values()):
+            self.gathered = {p: nn.Parameter(torch.zeros(p.shape, device=p.device)) for p in parameters.values()}
+            self.names |= {id(all_of_it): self.names[id(p)] for p, all_of_it in self.gathered.items()}
+            groups = [group | {"params": [self.gathered[p] for p in group["params"]]} for group in groups]
         self.optimizers = [self.build(cls, [g for g in groups if g["params"]], settings.lr, kwargs, name)]
+        self.forget_gathered()
         if hidden:
-            matrices = [matrix for n, p in hidden.items() for matrix in self.matrices(n, p, fused_rows.get(n, [p.size(0)]))]
-            kwargs = {"momentum": settings.muon_momentum, **settings.kwargs}
-            group = {"params": matrices, "weight_decay": settings.muon_weight_decay}
+            kwargs = {"momentum": settings.muon_momentum, **settings.kwargs, "rows": {p: fused_rows[n] for n, p in hidden.items() if n in fused_rows}}
+            group = {"params": list(hidden.values()), "weight_decay": settings.muon_weight_decay}
             self.optimizers.append(self.build(Muon, [group], settings.muon_lr, kwargs, name))
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
@@ -176,16 +216,6 @@ class Optimizer:
         except (TypeError, ValueError, RuntimeError) as error:
             raise Mistake(f"--optimizer={name} --optimizer_kwargs: {error}") from None
 
-    def matrices(self, name: str, weight: nn.Parameter, rows: list[int]) -> list[nn.Parameter]:
-        """The matrices in a weight, as parameters that share its memory; the weight itself if it is one."""
-        if len(rows) == 1:
-            self.names[id(weight)] = name
-            return [weight]
-        parts = [nn.Parameter(part) for part in weight.detach().split(rows)]
-        self.slices.append((weight, parts))
-        self.names |= {id(part): f"{name}[{i}]" for i, part in enumerate(parts)}
-        return parts
-
     def compile(self) -> None:
         """Compile what Muon iterates."""
         for optimizer in self.optimizers:
@@ -199,25 +229,37 @@ class Optimizer:
 
     def clip(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
         """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
-        for weight, parts in self.slices:
-            for part, grad in zip(parts, weight.grad.split([p.size(0) for p in parts]), strict=True):
-                part.grad = grad  # a view, so that unscaling and clipping reach it
         scaler.unscale_(self)
-        return nn.utils.clip_grad_norm_(parameters, bound or math.inf)
+        return whole(nn.utils.clip_grad_norm_(parameters, bound or math.inf))
 
     def step(self) -> None:
-        """Update the parameters by their gradients."""
+        """Update the parameters by their gradients, unless `skip` is 1: then neither parameters nor state change. Those that can't be told
+        by a tensor (all but adamw, adam, lion, muon) wait for the device to know."""
         for optimizer in self.optimizers:
-            optimizer.step()
+            if isinstance(optimizer, Skipping) or optimizer.defaults.get("fused"):
+                optimizer.found_inf = None if self.skip is None else self.skip.to(self.parameters[0].device)
+                optimizer.step()
+            elif self.skip is None or not self.skip:
+                for p, all_of_it in self.gathered.items():
+                    all_of_it.data, all_of_it.grad = whole(p.detach()), whole(p.grad)
+                optimizer.step()
+                with torch.no_grad():
+                    for p, all_of_it in self.gathered.items():
+                        p.copy_(sharded_like(all_of_it.detach(), p))
+                self.forget_gathered()
 
-    def update(self, scaler: torch.amp.GradScaler) -> None:
-        """Step and forget the gradients; a float16 step that overflowed is skipped by the scaler."""
+    def forget_gathered(self) -> None:
+        for all_of_it in self.gathered.values():
+            all_of_it.data, all_of_it.grad = all_of_it.data.new_empty(0), None
+
+    def update(self, scaler: torch.amp.GradScaler, skip: Tensor | None = None) -> None:
+        """Step and forget the gradients. skip: 1.0 if this step must change nothing, a scalar on the device; a float16 step that overflowed
+        is skipped by the scaler."""
+        self.skip = skip
         scaler.step(self)
         scaler.update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        for weight, _ in self.slices:
-            weight.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, the rest) of the state, keyed "optimizer/parameter/what"; the rest also names the classes."""
@@ -240,9 +282,12 @@ class Optimizer:
         if (kind := rest.pop("kind")) != self.kind:
             raise Mistake(f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {kind}, not {self.kind}; resume with the run's own")
         states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
-        numbers = [{self.names[id(p)]: n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])} for optimizer in self.optimizers]
-        for key, value in {**tensors, **rest}.items():
+        known = [{self.names[id(p)]: (n, p) for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])} for optimizer in self.optimizers]
+        for key in [*tensors, *rest]:
             i, name, what = key.split("/")
-            states[int(i)].setdefault(numbers[int(i)][name], {})[what] = value
+            n, parameter = known[int(i)][name]
+            value = tensors[key] if key in tensors else rest[key]
+            value = sharded_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value  # whole for a gathered one
+            states[int(i)].setdefault(n, {})[what] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -5,6 +5,7 @@ All come as `Pretrained`: the model's shape by the argument table's names, weigh
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  
 
 class Pretrained(NamedTuple):
     shape: dict  # fields of the model's configuration
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     tokenizers: dict[str, text.Tokenizer] | None  # None: not known
 
 
@@ -151,5 +152,4 @@ def load_own(folder: Path) -> Pretrained:
     """A checkpoint of this program."""
     model = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["_model"]
     shape = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items() if name not in NOT_SHAPE}
-    weights = read_safetensors(folder / "model.safetensors")
-    return Pretrained(shape, weights, text.load(folder / "tokenizer.json"))
+    return Pretrained(shape, checkpoint.tensors(folder, "model"), text.load(folder / "tokenizer.json"))

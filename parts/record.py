@@ -59,7 +59,7 @@ class Record:
         if silent:
             return
         keep_until(self.metrics, start_step, evaluated)
-        self.file = self.metrics.open("a", encoding="utf-8")
+        self.file, self.torn = self.metrics.open("ab", buffering=0), False
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
@@ -104,14 +104,25 @@ class Record:
         self.say(words)
         values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        self.write(json.dumps(line, allow_nan=False))
         numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         if self.wandb is not None and numbers:
             self.wandb.log(numbers, step=step)
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
+
+    def write(self, line: str) -> None:
+        """Append to metrics.jsonl. A full disk costs the line, not the run; the next one begins anew."""
+        data = (line + "\n").encode()
+        try:
+            written = os.write(self.file.fileno(), (b"\n" if self.torn else b"") + data)
+            self.torn = written < len(data)
+        except OSError as error:
+            written = 0
+            self.say(f"{self.metrics}: {error}")
+        if written < len(data):
+            self.say(f"{self.metrics}: a line is lost: {line}")
 
     def note(self, step: int, words: str) -> None:
         """A remark, on the console and in metrics.jsonl."""

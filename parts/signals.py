@@ -6,7 +6,7 @@ import time
 
 
 class Signals:
-    """SIGINT and SIGTERM ask the run to save and end; another one, a second later or more, ends it at once.
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; another one, a second later or more, ends it at once.
 
     Sooner it is the same wish once more: a scheduler signals every process, and torchrun passes its own signal on.
     """
@@ -15,7 +15,7 @@ class Signals:
         self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def take(self, number: int, frame) -> None:

@@ -22,7 +22,7 @@ EFFECTS = {}
 
 def effect(function):
     """Registers the test of the argument that the function is named after."""
-    EFFECTS[function.__name__] = function
+    EFFECTS[function.__name__.rstrip("_")] = function
     return function
 
 
@@ -632,3 +632,83 @@ def deterministic(run):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what keeps a run safe; test_faults.py and test_sharding.py have the whole of it
+
+
+@effect
+def checkpoint_interval(run):
+    assert run("--checkpoint_interval=3", "--max_iters=7", "--eval_interval=100", "--keep_last=9").steps == [3, 6, 7]
+
+
+@effect
+def keep_last(run):
+    assert run("--keep_last=3", "--checkpoint_interval=1", "--max_iters=6", "--eval_interval=6").steps == [4, 5, 6]
+
+
+@effect
+def keep_every(run):
+    assert run("--keep_every=3", "--keep_last=1", "--checkpoint_interval=1", "--max_iters=8", "--eval_interval=8").steps == [3, 6, 8]
+
+
+@effect
+def allow_data_change(run, tmp_path, data_dir):
+    shutil.copytree(data_dir / "a", tmp_path / "data/a")
+    run(f"--data_dir={tmp_path / 'data'}")
+    path = tmp_path / "data/a/train.bin"
+    path.write_bytes(path.read_bytes()[::-1][1:] + b"\0")
+    with pytest.raises(Mistake, match="not what this run began with"):
+        run("--init_from=resume", "--max_iters=5")
+    assert run("--init_from=resume", "--max_iters=5", "--allow_data_change").steps[-1] == 5
+
+
+@effect
+def spike_skip(run):
+    """Above a hundredth of a deviation nearly half of the norms are outliers, once 32 are known."""
+    flags = ["--max_iters=60", "--eval_interval=100", "--skip_patience=99"]
+    assert run(*flags, name="none").train[-1]["skipped"] == 0
+    skipped = [line["skipped"] for line in run(*flags, "--spike_skip=0.01", name="some").train]
+    assert skipped[31] == 0 and 3 < skipped[-1] < 25
+
+
+@effect
+def skip_patience(run):
+    with pytest.raises(SystemExit, match="2 steps in a row were skipped"):
+        run("--max_iters=99", "--eval_interval=100", "--spike_skip=1e-6", "--skip_patience=2", "--learning_rate=0")
+
+
+@effect
+def parallel_(run):
+    assert "one process holds all, nothing is sharded" in run("--parallel=fsdp").console
+
+
+def given_to_fsdp(monkeypatch, *flags: str) -> dict:
+    """What FSDP2 is told for each module."""
+    given = {}
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *shape: None)
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: given.update(options))
+    args = train_args.parse(["--parallel=fsdp", *flags])
+    parallel.shard(torch.nn.Linear(1, 1), [], parallel.Ranks(0, 2, torch.device("cpu")), torch.bfloat16, args.fsdp_reshard, args.fsdp_offload)
+    return given
+
+
+@effect
+def fsdp_reshard(monkeypatch):
+    assert given_to_fsdp(monkeypatch)["reshard_after_forward"] is True
+    assert given_to_fsdp(monkeypatch, "--no-fsdp_reshard")["reshard_after_forward"] is False
+
+
+@effect
+def fsdp_offload(monkeypatch):
+    assert type(given_to_fsdp(monkeypatch)["offload_policy"]).__name__ == "OffloadPolicy"
+    assert type(given_to_fsdp(monkeypatch, "--fsdp_offload")["offload_policy"]).__name__ == "CPUOffloadPolicy"
+
+
+@effect
+def rank_timeout(run, monkeypatch):
+    given, plain = [], parallel.ranks
+    monkeypatch.setattr(parallel, "ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1])
+    run("--rank_timeout=7")
+    assert given == [7]

@@ -167,7 +167,7 @@ def test_resume_passes_over_a_damaged_checkpoint(run):
     assert [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'x'}"], stdout=subprocess.PIPE, text=True)
@@ -393,7 +393,7 @@ def test_a_run_folder_is_whole(run):
     done = run()
     for words in ("run      ", "model    ", "data     ", "a step   ", "length   ", "device   ", "time     at least", "estimated time: "):
         assert words in done.console
-    assert {path.name for path in done.out_dir.iterdir()} == {"train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "checkpoints"}
+    assert {path.name for path in done.out_dir.iterdir()} == {".lock", "train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "checkpoints"}
     files = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json", "manifest.json"}
     assert {path.name for path in (done.out_dir / "checkpoints" / "000004").iterdir()} == files
     assert {row.name for group in train_args.TABLE.values() for row in group} <= done.config.keys()
