@@ -294,7 +294,7 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
 
         def step(number: int) -> None:
             with record_function("part: data"):
-                (batch, *_), _ = next(stream)
+                batch = next(stream).batches[0]
                 wait()
             with record_function("part: forward"):
                 loss = run.net(batch.idx, batch.targets).mean()

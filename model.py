@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, C = n_embd, H = n_head, D = C / H, V = sum of the
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -64,7 +65,7 @@ class GPTConfig:
 class KeyValueCache(Protocol):
     """What attention asks of a cache (parts/generate.py has one)."""
 
-    where: slice | Tensor  # positions of the tokens that are read now, the same for all layers and sequences
+    where: slice | Tensor  # positions of the tokens that are read now, in all layers: (T,) of all sequences, or (B, T)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v of shape (B, H_kv, T, D) into a layer's; these, (B, H_kv, S, D), come back, up to `where` or with room beyond it."""
@@ -165,7 +166,7 @@ class RotaryPosition(Position):
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=1), persistent=False)
 
     def rotate(self, q: Tensor, where: slice | Tensor) -> Tensor:
-        cos, sin = self.cos[where].to(q.dtype), self.sin[where].to(q.dtype)
+        cos, sin = self.cos[where].to(q.dtype).unsqueeze(-3), self.sin[where].to(q.dtype).unsqueeze(-3)
         return torch.addcmul(q * cos, q.roll(q.size(-1) // 2, dims=-1), sin)  # the halves (a, b) to (a cos - b sin, a sin + b cos)
 
 
@@ -192,9 +193,22 @@ def activation(name: str):
 
 
 def seen(queries: Tensor, keys: Tensor, span: int) -> Tensor:
-    """Which keys queries see, by their positions: those of the last `span`, their own included; (queries, keys)."""
-    distance = queries[:, None] - keys
+    """Which keys queries see, by their positions: those of the last `span`, their own included; (..., queries, keys)."""
+    distance = queries[..., None] - keys
     return (distance >= 0) & (distance < span)
+
+
+def visible(where: slice | Tensor, S: int, span: int, device: torch.device) -> Tensor:
+    """Which of S keys the queries at positions `where` see: (T, S), or of sequences that differ (B, 1, T, S).
+
+    Keys are at the positions from 0 on, but where `where` is as long as they are: then it is theirs too, and starts again at 0 with every
+    document of a packed sequence, which sees itself alone.
+    """
+    keys = torch.arange(S, device=device)
+    if isinstance(where, Tensor) and where.dim() == 2 and where.size(1) == S:
+        return (seen(keys, keys, span) & (where[:, :, None] - where[:, None, :] == keys[:, None] - keys))[:, None]
+    mask = seen(keys[where] if isinstance(where, slice) else where, keys, span)
+    return mask[:, None] if mask.dim() == 3 else mask
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
@@ -233,11 +247,10 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: slice | Tensor) -> Tensor:
         """Of queries at positions `where` to keys from 0 on: (B, heads, T, D)."""
         T, S, dropout = q.size(2), k.size(2), self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T == S and T * self.span <= 2**20:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T == S and T * self.span <= 2**20 and isinstance(where, slice):
             return chunked_attention(q, k, v, self.span, dropout)  # scaled_dot_product_attention's backward is 2 to 4 times as slow there
         plain = self.full and isinstance(where, slice) and T in (1, S)  # a whole square is causal, one new token sees every key
-        keys = torch.arange(S, device=q.device)
-        mask = None if plain else seen(keys[where], keys, self.span)
+        mask = None if plain else visible(where, S, self.span, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain and T > 1, enable_gqa=self.n_kv_head != self.n_head)
 
     def forward(self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
@@ -460,13 +473,14 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0, 0.02).mul_(scale if name == "head.weight" else 1.0)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets the loss of each of them, float32 and in their shape.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None, positions: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Logits (B, T, V), or with targets the loss of each of them, float32 and in their shape, of the logits over the temperature.
 
         idx, targets: ids, (B, T), or (B, K, T) of K contexts, at positions below block_size: from 0 on, or where the cache says, which
-        is then read and extended.
+        is then read and extended, or of documents packed one after the other `positions`, (B, T), which start again at 0 with each.
         """
         where = slice(0, idx.size(-1)) if cache is None else cache.where
+        where = where if positions is None else positions
         x = self.vocabulary.embed(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
         x = x0 = F.dropout(self.embedding_norm(self.position.embed(x, where)), self.config.dropout, self.training)
         first = None
@@ -476,17 +490,22 @@ class GPT(nn.Module):
         if targets is not None and self.config.loss_chunk:
             return ChunkedLoss.apply(x, self.head.weight, targets, self.config.logit_softcap, self.config.loss_chunk)
         logits = self.softcap(self.head(x))
-        return logits if targets is None else self.vocabulary.losses(logits, targets)
+        if targets is None:
+            return logits
+        return self.vocabulary.losses(logits if temperature == 1 else logits / temperature, targets)
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
-        """Copy weights by the parameters' names; longer learned positions are cropped. Raises Mistake unless all fit."""
-        parameters = dict(self.named_parameters())
+    def load_weights(self, weights: Mapping[str, Tensor], where: str, grow: bool = False) -> None:
+        """Copy weights by the names of the parameters that learn; longer learned positions are cropped, and with `grow` rows of the vocabulary that
+        the weights have not stay as they are. Raises Mistake unless all fit."""
+        parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         if strange := sorted(weights.keys() ^ parameters.keys()):
             whose = "the weights have no" if strange[0] in parameters else "the model has no"
             raise Mistake(f"{where}: {whose} {strange[0]}{f' and {len(strange) - 1} more' if strange[1:] else ''}")
         for name, parameter in parameters.items():
             given = weights[name][: self.config.block_size] if name == "position.weight" else weights[name]
+            if grow and name in ("wte.weight", "head.weight") and len(given) < len(parameter):
+                given = torch.cat((given, parameter[len(given) :]))
             if given.shape != parameter.shape:
                 raise Mistake(f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model")
             parameter.copy_(sharded_like(given, parameter))

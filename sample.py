@@ -3,26 +3,36 @@
     python sample.py --out_dir=out/run --start="To be" --num_samples=3
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
     echo "Once" | python sample.py --out_dir=out/run --start=-
+    python sample.py --out_dir=out/chat --start="Who are you?" --chat
+    python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
 
-A run folder is all it needs. The first sample appears as it is drawn; all of them are one batch.
+A run folder is all it needs. The first sample appears as it is drawn; all of them are one batch. Soft prompts, of several runs too, are put on the
+base that they were trained on.
 """
 
 import gc
+import json
 import sys
 
 import configurator
 from configurator import Needs, Row
 
+RUN = Needs("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
+PROMPTED = Needs("--prompt_dir", lambda a: bool(a.prompt_dir))
 DRAWN = Needs("--temperature above 0", lambda a: a.temperature > 0)
 
 TABLE = {
     "model": [
-        Row("out_dir", "out", "the run", needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
+        Row("out_dir", "out", "the run", needs=RUN),
+        Row("prompt_dir", (), "runs of soft prompts: one for all of --fields, or one for each", split=False),
         Row("checkpoint", "best", "best, last, or a step", needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
         Row("init_from", "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"),
     ],
     "text": [
         Row("start", ("\n",), "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length", split=False),
+        Row("chat", False, "the prompt is what a user says, to a model that was trained on messages"),
+        Row("stop_at_end", False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"),
+        Row("fields", (), "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file", split=False, needs=PROMPTED),
         Row("dataset", "", "whose tokens to write, of a model with several vocabularies (none: the first)"),
         Row("num_samples", 3, "continuations, drawn together", low=1),
         Row("max_new_tokens", 500, "tokens of a continuation", low=1),
@@ -45,6 +55,10 @@ TABLE = {
 
 def check(a, source: dict[str, str]) -> list[str]:
     wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
+    wrong += ["--start: has no effect with --prompt_dir; its text is made of --fields"] * (bool(a.prompt_dir) and source["start"] != "default")
+    wrong += ["--fields: --prompt_dir needs it, a JSON object for each text"] * (bool(a.prompt_dir) and not a.fields)
+    wrong += ["--chat: --start needs what the user says"] * (a.chat and source["start"] == "default")
+    wrong += [f"--compile: has no effect with --{name}" for name in ("prompt_dir", "chat", "stop_at_end") if a.compile and getattr(a, name)]
     return wrong + ["--start: empty; a model needs at least one token to go on from"] * (not a.start or "" in a.start)
 
 
@@ -58,7 +72,7 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from parts import checkpoint, generate, parallel, pretrained, text
+from parts import adapters, checkpoint, examples, generate, parallel, pretrained, templates, text
 from parts.mistakes import Mistake
 
 
@@ -106,7 +120,11 @@ class Stream:
         self.waiting = []
 
 
-def load(a, say) -> tuple[GPT, dict[str, text.Tokenizer]]:
+def say(words: str) -> None:
+    print(words, file=sys.stderr)
+
+
+def load(a) -> tuple[GPT, dict[str, text.Tokenizer]]:
     """The model and its tokenizers. Raises Mistake."""
     source = str(checkpoint.chosen(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
     loaded = pretrained.load(source, say)
@@ -115,9 +133,81 @@ def load(a, say) -> tuple[GPT, dict[str, text.Tokenizer]]:
     return model.eval(), loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(model.config.vocab_sizes))}
 
 
-def main(a) -> None:
+def base_with_prompts(runs: list[Path], configs: list[dict]) -> tuple[GPT, text.Tokenizer, list[int]]:
+    """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises Mistake."""
+    base, shape = pretrained.load_base(configs[0]["_base"], say), configs[0]["_model"]
+    model = GPT(GPTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}))
+    model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
+    rows = [adapters.prompt_rows(checkpoint.tensors(folder, "model"), config["prompt_provider"]) for folder, config in zip(runs, configs, strict=True)]
+    adapters.soft_prompt(model, torch.cat(rows), "tensor")
+    firsts = [sum(shape["vocab_sizes"]) + sum(map(len, rows[:i])) for i in range(len(rows))]
+    return model.eval(), next(iter(text.load(runs[0] / "tokenizer.json").values())), firsts
+
+
+def load_prompted(a) -> tuple[GPT, text.Tokenizer, list[list[int]]]:
+    """The base with all soft prompts, its tokenizer, and the ids of each text. Raises Mistake."""
+    runs = [checkpoint.chosen(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
+    configs = [json.loads((folder / "train_config.json").read_text(encoding="utf-8")) for folder in runs]
+    for folder, config in zip(a.prompt_dir, configs, strict=True):
+        if config.get("adapter") != "soft_prompt":
+            raise Mistake(f"--prompt_dir={folder}: not a run with --adapter=soft_prompt; --out_dir samples from it")
+        if config["_base"]["sha256"] != configs[0]["_base"]["sha256"]:
+            raise Mistake(f"--prompt_dir={folder}: was trained on another base than {a.prompt_dir[0]}; a batch has one")
+    texts = [row for given in a.fields for row in read_fields(given)]
+    if len(runs) not in (1, len(texts)):
+        raise Mistake(f"--prompt_dir: {len(runs)} given for {len(texts)} texts; give one, or one for each")
+    model, tokenizer, firsts = base_with_prompts(runs, configs)
+    prompts = []
+    for number, row in enumerate(texts):
+        which = number if len(runs) > 1 else 0
+        template = templates.parse(configs[which]["prompt_format"])
+        if strange := sorted(row.keys() - set(template.fields)):
+            raise Mistake(f"--fields: {', '.join(strange)} not in the prompt {configs[which]['prompt_format']!r}")
+        prompts.append(template.encode(row, tokenizer, firsts[which]))
+    return model, tokenizer, prompts
+
+
+def read_fields(given: str) -> list[dict]:
+    """The rows that --fields names. Raises Mistake."""
+    if given.startswith("FILE:"):
+        return list(templates.read_table(Path(given[5:])))
+    try:
+        row = json.loads(given)
+    except ValueError as error:
+        raise Mistake(f"--fields={given}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise Mistake(f"--fields={given}: must be a JSON object such as {{\"toxic\": \"...\"}}")
+    return [row]
+
+
+def answer(a, model: GPT, tokenizer: text.Tokenizer, prompts: list[list[int]], titles: list[str]) -> None:
+    """Print what the model answers to each prompt, until its end token."""
     device = parallel.find_device(a.device)
-    model, tokenizers = load(a, lambda words: print(words, file=sys.stderr))
+    model.to(device)
+    model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
+    if (longest := max(map(len, prompts))) >= model.config.block_size:
+        raise Mistake(f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}")
+    torch.manual_seed(a.seed)
+    answers = generate.complete(model, prompts, a.max_new_tokens, tokenizer.eot, tokenizer.vocab_size, a.temperature, a.top_k, a.top_p, a.min_p, a.num_samples)
+    for number, one in enumerate(answers):
+        print(f"{titles[number // a.num_samples]}{tokenizer.decode(one.ids[:-1] if one.ended else one.ids)}\n---------------")
+
+
+def main(a) -> None:
+    if a.prompt_dir:
+        model, tokenizer, prompts = load_prompted(a)
+        return answer(a, model, tokenizer, prompts, [""] * len(prompts))
+    device = parallel.find_device(a.device)
+    model, tokenizers = load(a)
+    if a.chat or a.stop_at_end:
+        if len(tokenizers) > 1:
+            raise Mistake(f"--{'chat' if a.chat else 'stop_at_end'}: the model has several vocabularies")
+        tokenizer, words = next(iter(tokenizers.values())), prompt(a.start[0])
+        if a.chat and not isinstance(tokenizer, text.ExtendedTokenizer):
+            raise Mistake("--chat: this model was not trained on messages")
+        coder = examples.Coder(tokenizer, model.config.block_size)
+        ids = coder.prompt({"prompt": [{"role": "user", "content": words}]}) if a.chat else encode(tokenizer, words).tolist()
+        return answer(a, model, tokenizer, [ids], ["" if a.chat else words])
     model.to(device)
     model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
     model.to(model.compute_dtype)  # once, rather than at every token

@@ -5,8 +5,8 @@
     python train.py --init_from=resume --out_dir=out/a          continue
     torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
-Which batches, which model and which optimizer is chosen before the loop; the loop asks for no mode. The arguments are in
-train_args.py, the model in model.py, everything else in parts/.
+A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). These, the model and the optimizer
+are chosen before the loop; the loop asks for no mode. The arguments are in train_args.py, the model in model.py, everything else in parts/.
 """
 
 import gc
@@ -17,7 +17,9 @@ if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that
     ARGUMENTS = train_args.parse()
     gc.disable()  # a sixth of these seconds; until the first step is told
 
+import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -26,7 +28,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +39,7 @@ import torch
 
 import configurator
 from model import GPT, GPTConfig
-from parts import batches, bins, checkpoint, optim, parallel, pretrained, record, schedules, text
+from parts import adapters, batches, bins, checkpoint, examples, objectives, optim, parallel, pretrained, record, rollouts, schedules, tasks, templates, text
 from parts.guard import Guard
 from parts.mistakes import Mistake
 from parts.signals import Signals
@@ -55,7 +60,49 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data and model
+# data
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    source: batches.Source
+    evaluated: dict[str, list]  # split -> datasets, which tell their batches; the same ones at every evaluation
+    weights: np.ndarray  # of the datasets in the validation loss
+    objective: objectives.Objective
+    answers: rollouts.Answers | None = None  # how examples are answered
+
+
+def folders(args) -> dict[str, Path]:
+    """The datasets' folders; of --train_file none."""
+    return {} if args.train_file else {name: Path(args.data_dir) / name for names in args.mixture for name in names}
+
+
+def example_files(args) -> dict[str, dict[str, Path]]:
+    """Of each dataset the files of its splits."""
+    if args.train_file:
+        return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
+    return {name: {split: folder / f"{split}.jsonl" for split in bins.SPLITS} for name, folder in folders(args).items()}
+
+
+def fingerprints_of(args) -> dict[str, dict[str, str]]:
+    """What is resumed only on the same data: a hash of each file, by dataset."""
+    if args.objective == "lm":
+        return {name: bins.fingerprint(sorted(folder.glob("*.bin"))) for name, folder in folders(args).items()}
+    return {name: bins.fingerprint(files.values()) for name, files in example_files(args).items()}
+
+
+def read_examples(args) -> dict[str, dict[str, list[dict]]]:
+    """The rows of each dataset's splits. Raises Mistake."""
+    if args.prompt_format:
+        template = templates.parse(args.prompt_format)
+        others = {"sft": [args.target_field or "completion"], "dpo": ["chosen", "rejected"], "kto": ["completion", "label"], "grpo": ["answer"]}[args.objective]
+        fields = [*template.fields, *others]
+    else:
+        fields = []
+    adapted = tasks.problem if args.objective == "grpo" and not fields else dict
+    return {name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()} for name, files in example_files(args).items()}
 
 
 def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]:
@@ -73,25 +120,163 @@ def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]
     return {first: tokenizers[first]}
 
 
-def build_model(args, tokenizers: dict[str, text.Tokenizer], say) -> tuple[GPT, dict]:
+def example_tokenizer(args, base: pretrained.Pretrained | None, rows: dict[str, dict[str, list[dict]]]) -> dict[str, text.Tokenizer]:
+    """The tokenizer of examples: that of the weights, or from scratch of the dataset, with the tokens that the examples need. Raises Mistake."""
+    name = next(iter(rows))
+    if args.init_from == "resume":
+        return text.load(Path(args.out_dir) / "tokenizer.json")
+    if base is None:
+        meta = next((folder for folder in folders(args).values() if (folder / "meta.json").exists()), None)
+        known = bins.read_meta(meta).tokenizer if meta else text.ByteTokenizer()
+    elif base.tokenizers is None or len(base.tokenizers) > 1:
+        raise Mistake(f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one")
+    else:
+        known = next(iter(base.tokenizers.values()))
+    needed = examples.needed_tokens(known, (row for splits in rows.values() for some in splits.values() for row in some))
+    if needed is not known and args.adapter != "none":
+        raise Mistake(f"--adapter={args.adapter}: the base has no {', '.join(needed.ids)}, and its embedding can't learn them; train it with all weights on such examples first")
+    return {name: needed}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+
+def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
+    """The weights that the run begins with, or began with where a resumed one needs them; None otherwise. Raises Mistake."""
+    if args.init_from == "scratch":
+        return None
+    if args.init_from != "resume":
+        return pretrained.load(args.weights_source, say)
+    if args.adapter == "none" and not needs_reference(args):
+        return None
+    if "source" not in began.get("_base", {}):
+        raise Mistake(f"--init_from=resume: {args.out_dir} does not tell what its reference is; it began from scratch")
+    return pretrained.load_base(began["_base"], say)
+
+
+def needs_reference(args) -> bool:
+    """Whether the objective compares with the model that the run began with."""
+    return args.objective in ("dpo", "kto") or (args.objective == "grpo" and args.beta > 0)
+
+
+def build_model(args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pretrained | None, began: dict) -> tuple[GPT, dict]:
     """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises Mistake."""
     sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
     torch.manual_seed(args.seed)
-    if args.init_from in ("scratch", "resume"):
+    if args.init_from == "resume" and base is not None:  # its arguments are known; the shape follows from them and the base's vocabulary
+        model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began["_model"]["vocab_sizes"])))
+        model.load_weights(base.weights, "the base", grow=True)
+        return model, {}
+    if base is None:
         if args.vocab_size and args.vocab_size < sizes[0]:
             raise Mistake(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
         sizes = (args.vocab_size,) if args.vocab_size else sizes
         return GPT(GPTConfig.of(args, vocab_sizes=sizes)), {}
-    loaded = pretrained.load(args.weights_source, say)
-    if loaded.tokenizers is not None and not (len(loaded.tokenizers) == len(tokenizers) == 1 and text.same(*loaded.tokenizers.values(), *tokenizers.values())):
+    if args.objective == "lm" and base.tokenizers is not None and not (len(base.tokenizers) == len(tokenizers) == 1 and text.same(*base.tokenizers.values(), *tokenizers.values())):
         raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
-    if sum(sizes) > sum(loaded.shape["vocab_sizes"]):
-        raise Mistake(f"--init_from={args.init_from}: the weights know {sum(loaded.shape['vocab_sizes'])} tokens, the data has {sum(sizes)}")
-    shape = loaded.shape | {"block_size": min(args.block_size, loaded.shape["block_size"])}
+    known = sum(base.shape["vocab_sizes"])
+    if args.objective == "lm" and sum(sizes) > known:
+        raise Mistake(f"--init_from={args.init_from}: the weights know {known} tokens, the data has {sum(sizes)}")
+    shape = base.shape | {"block_size": min(args.block_size, base.shape["block_size"]), "vocab_sizes": (max(known, *sizes),)}
     model = GPT(GPTConfig.of(args, **shape))
-    model.load_weights(loaded.weights, f"--init_from={args.init_from}")
+    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=args.objective != "lm")
     names = {field.name for field in dataclasses.fields(args)}
     return model, {name: value for name, value in shape.items() if name in names} | {"vocab_size": sum(shape["vocab_sizes"])}
+
+
+def adapt(args, model: GPT, tokenizer: text.Tokenizer) -> None:
+    """Put the adapter on the model, as the arguments say; the base learns no more. Raises Mistake."""
+    if args.adapter == "lora":
+        adapters.lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    if args.adapter == "soft_prompt":
+        seeds = templates.parse(args.prompt_format).seeds(tokenizer)
+        adapters.soft_prompt(model, adapters.initial_rows(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size), args.prompt_provider)
+    if args.adapter != "none":
+        adapters.freeze(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# source and objective
+
+
+def open_bins(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], model: GPT, mixture: batches.Mixture, ranks: parallel.Ranks) -> Data:
+    """All of the text, by windows. Raises Mistake."""
+    firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
+    rows, pin = args.batch_size * args.gradient_accumulation_steps, ranks.device.type == "cuda"
+    windows = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
+    objective = objectives.LanguageModel()
+
+    def told(dataset: batches.Dataset, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
+        for batch, counts in dataset.evaluation(args.eval_iters, args.batch_size, ranks.rank, ranks.world, pin):
+            yield objective(net, batch.to(ranks.device), detailed=True)[1], counts
+
+    evaluated = {split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some] for split, some in windows.evaluated.items()}
+    return Data(windows.source, evaluated, windows.weights, objective)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A dataset of an evaluation: told(net) gives of each of its batches what an objective tells, and whether this rank had a part in it."""
+
+    name: str
+    streams: list
+    told: Callable[[torch.nn.Module], Iterator[tuple[dict, bool]]]
+    items: examples.Examples | None = None
+
+
+def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.Tokenizer, model: GPT, reference: objectives.Reference | None, mixture: batches.Mixture, ranks: parallel.Ranks, say) -> Data:
+    """Examples, and the objective that learns from them. Raises Mistake."""
+    a, V = args, model.wte.weight.size(0)
+    template = templates.parse(a.prompt_format) if a.prompt_format else None
+    limit = min(a.block_size, a.max_tokens or a.block_size) if template else a.block_size
+    coder = examples.Coder(tokenizer, limit, a.overflow, a.loss_on == "all", a.max_new_tokens if a.objective == "grpo" else 0, template, V, a.target_field or "completion" * (a.objective == "sft"), a.truncation_field)
+    opened = {
+        split: [examples.Examples(name, splits[split], a.objective, coder, a.seed, number, f"{name}, {split}", a.packing) for number, (name, splits) in enumerate(rows.items())]
+        for split in bins.SPLITS
+    }  # fmt: skip
+    for split, some in opened.items():
+        for dataset in some:
+            if dataset.dropped:
+                say(f"{dataset.name}, {split}: {dataset.dropped} examples too long for {limit} tokens are left out, as --overflow says")
+    width, total = a.block_size if a.compile else 0, a.batch_size * a.gradient_accumulation_steps
+    collate = examples.CollateLabelled(width, ranks.world, limit) if a.objective == "kto" else examples.Collate(width, ranks.world)
+    answers = rollouts.Answers(model, ranks, tasks.parse_rewards(a.reward) if a.objective == "grpo" else [], a.num_generations, a.max_new_tokens, a.temperature, a.top_k, a.top_p)
+    if a.objective == "grpo":
+        objective = objectives.GroupRelative(a.loss_type, a.epsilon, a.epsilon_high or a.epsilon, a.beta, a.importance_sampling_level, a.temperature, a.max_new_tokens, reference)
+        source = rollouts.RolloutSource(opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated)
+        told = {split: [partial(rollouts.evaluation, answers, dataset, a.eval_iters, a.batch_size) for dataset in some] for split, some in opened.items()}
+    else:
+        if a.objective == "sft":
+            objective = objectives.FineTuning()
+        elif a.objective == "dpo":
+            objective = objectives.DirectPreference(a.dpo_loss, a.beta, a.label_smoothing, reference)
+        else:
+            good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
+            bad = sum(dataset.windows for dataset in opened["train"]) - good
+            objective = objectives.KahnemanTversky(a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks)
+        source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
+
+        def measured(dataset: examples.Examples, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
+            for batch, counts in dataset.evaluation(a.eval_iters, a.batch_size, ranks.rank, ranks.world, collate):
+                yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], detailed=True)[1], counts
+
+        told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
+    evaluated = {split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)] for split, hows in told.items()}
+    return Data(source, evaluated, mixture.final, objective, answers)
+
+
+def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[float, float]:
+    """The weights of desirable and undesirable rows; `auto`: as much in all as the others have, of which there are good and bad. Raises Mistake."""
+    if not (good and bad):
+        raise Mistake(f"--objective=kto: {good} desirable and {bad} undesirable examples; both are needed")
+    if desirable == "auto":
+        return float(undesirable) * bad / good, float(undesirable)
+    return float(desirable), float(desirable) * good / bad if undesirable == "auto" else float(undesirable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer and schedule
 
 
 def settings(args) -> optim.Settings:
@@ -114,19 +299,19 @@ def rate_factor(args):
 # the run's folder
 
 
-def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress, fingerprints: dict, lock: checkpoint.Lock) -> None:
-    """Write what the run is: its tokenizers, arguments, data, versions and commit. A resumed run keeps where it came from."""
+def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress, fingerprints: dict, base: dict, lock: checkpoint.Lock) -> None:
+    """Write what the run is: its tokenizers, arguments, data, base, versions and commit. A resumed run keeps where it came from."""
     config, about = out_dir / "train_config.json", {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about["git_commit"] = git.stdout.strip()
     values = dataclasses.asdict(args) | {"overwrite": False}  # whoever takes this file as a config deletes nothing
     if args.init_from == "resume":
-        values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type")}
+        values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type", "task_name")}
     else:
         checkpoint.claim(out_dir, lock)
     checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
-    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_about": about})
+    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_base": base, "_about": about})
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
         write_best(out_dir, progress)
 
@@ -135,9 +320,14 @@ def write_best(out_dir: Path, progress: Progress) -> None:
     checkpoint.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
 
 
+def began_as(out_dir: Path) -> dict:
+    """What train_config.json tells of a run."""
+    return json.loads((out_dir / "train_config.json").read_text(encoding="utf-8"))
+
+
 def refuse_changed_data(out_dir: Path, fingerprints: dict[str, dict], allowed: bool, say) -> None:
     """Compare the bins with those that the run began with. Raises Mistake when they differ, unless that is allowed."""
-    before = json.loads((out_dir / "train_config.json").read_text(encoding="utf-8")).get("_data", {})
+    before = began_as(out_dir).get("_data", {})
     changed = [f"{name}/{file}" for name in fingerprints.keys() & before.keys() for file in fingerprints[name].keys() | before[name].keys() if fingerprints[name].get(file) != before[name].get(file)]
     if changed:
         words = f"{', '.join(sorted(changed))}: not what this run began with"
@@ -177,7 +367,7 @@ class Run:
     args: object
     ranks: parallel.Ranks
     tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
-    data: batches.Data
+    data: Data
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
     replica: torch.nn.Module  # the same under DDP, where there are several ranks
@@ -185,7 +375,8 @@ class Run:
     scaler: torch.amp.GradScaler
     guard: Guard
     saver: checkpoint.Saver
-    fingerprints: dict[str, dict]  # of the bins
+    fingerprints: dict[str, dict]  # of the data
+    base: dict  # where the weights came from that the run began with: source, sha256
     progress: Progress
     tally: batches.Tally  # of the sequences drawn from each dataset
     share: parallel.Share  # of this rank in the rows of a step
@@ -197,16 +388,24 @@ class Run:
         return Path(self.args.out_dir)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.data.source.rows * self.args.block_size
+    def tokens_per_step(self) -> float:
+        """Of examples about: without the padding, which takes its part too."""
+        source = self.data.source
+        if self.args.objective == "lm":
+            return source.rows * self.args.block_size
+        return source.rows / source.period * sum(dataset.tokens for dataset in source.datasets) / source.windows * (self.args.num_generations if self.args.objective == "grpo" else 1)
+
+    @property
+    def epochs_per_step(self) -> float:
+        return self.data.source.rows / self.data.source.period / self.data.source.windows
 
     @property
     def total_steps(self) -> int:
         """Steps until the first bound that can be told beforehand."""
-        a, source = self.args, self.data.source
+        a = self.args
         bounds = [a.max_iters]
-        bounds += [self.progress.step + max(0, math.ceil((a.max_tokens - self.progress.tokens) / self.tokens_per_step))] if a.max_tokens else []
-        bounds += [math.ceil(a.max_epochs * source.windows / source.rows)] if a.max_epochs else []
+        bounds += [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / self.tokens_per_step))] if a.token_bound else []
+        bounds += [math.ceil(a.max_epochs / self.epochs_per_step)] if a.max_epochs else []
         return min(bounds)
 
     def finished(self, out_of_time: bool) -> str | None:
@@ -222,60 +421,119 @@ class Run:
 
     def summary(self) -> str:
         """What this run is, in a few lines."""
-        a, source, config, world = self.args, self.data.source, self.model.config, self.ranks.world
+        a, source, config, world, rows = self.args, self.data.source, self.model.config, self.ranks.world, self.args.batch_size * self.args.gradient_accumulation_steps
         chip = torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
         val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
-        epochs = self.total_steps * source.rows / source.windows
-        share = f"{source.rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
+        epochs = self.total_steps * self.epochs_per_step
+        share = f"{rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         left = max(0, self.total_steps - self.progress.step) * self.tokens_per_step * self.model.flops_per_token() / world
         fastest = left / parallel.product_flops(self.ranks.device, self.model.compute_dtype)
+        learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        adapter = f"; {a.adapter}: {learning:,} learn ({learning / self.model.count_parameters():.2%})" if a.adapter != "none" else ""
+        objective = f" objective {a.objective};" if a.objective != "lm" else ""
         return "\n".join((
             f"run      {a.out_dir} (from {a.init_from})",
             f"model    {self.model.count_parameters() / 1e6:.2f} M parameters: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
-            f"context {config.block_size}, vocabulary {' + '.join(map(str, config.vocab_sizes))}",
+            f"context {config.block_size}, vocabulary {' + '.join(map(str, config.vocab_sizes))}{adapter}",
             f"data     {train} tokens; to validate {val}",
-            f"a step   {self.tokens_per_step:,} tokens: {source.rows} sequences of {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
-            f"length   {self.total_steps:,} steps, {self.total_steps * self.tokens_per_step:,} tokens, {epochs:.2f} epochs",
+            f"a step  {objective} {self.tokens_per_step:,.0f} tokens: {rows} {'sequences of' if a.objective == 'lm' else 'examples of at most'} {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
+            f"length   {self.total_steps:,} steps, {self.total_steps * self.tokens_per_step:,.0f} tokens, {epochs:.2f} epochs",
             f"device   {self.ranks.device} ({chip}), {dtype} ({self.dtype_reason}){', compiled' if a.compile else ''}",
             f"time     at least {record.duration(fastest)}, by the speed of matrix products here; an estimate follows from the first steps",
         ))  # fmt: skip
+
+
+def origin(args, began: dict, say) -> str:
+    """Where the run's first weights are; of a run the checkpoint, since that run may go on."""
+    if args.init_from == "resume":
+        return began["_base"]["source"]
+    path = Path(args.weights_source)
+    if (path / "checkpoints").is_dir():
+        path = checkpoint.chosen(path, "best", say)
+    return str(path.resolve()) if path.exists() else args.weights_source
+
+
+@torch.no_grad()
+def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: parallel.Ranks) -> None:
+    """Give all examples the log-probabilities that the model has for them before it learns; they are kept beside the data, by a hash of all that
+    they follow from. The ranks share the work."""
+    for split, some in data.evaluated.items():
+        for dataset in (one.items for one in some):
+            said = [sequence.ids.tobytes() for item in dataset.items for sequence in item.sequences]
+            key = hashlib.sha256(b"".join(said) + f"{weights} {args.dtype} {args.overflow} {args.block_size}".encode()).hexdigest()[:16]
+            path = example_files(args)[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
+            with ranks.main_first():
+                there = path.exists()
+            if ranks.largest(not there):
+                told = torch.zeros(len(dataset.items), 2)
+                collate, size = examples.Collate(), args.batch_size
+                for first in range(0, len(dataset.items), size * ranks.world):  # all ranks call the model as often
+                    mine = range(first + ranks.rank * size, min(first + (ranks.rank + 1) * size, len(dataset.items)))
+                    batch = collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
+                    batch = batch.to(ranks.device)
+                    logp = objectives.logps(model.eval(), batch.tokens, batch.more["mask"]).sum(1).view(2, -1).T.cpu()
+                    if mine:
+                        told[mine.start : mine.stop] = logp
+                told = ranks.sum(told)
+                with ranks.main_first():
+                    if ranks.main:
+                        checkpoint.write_tensors(path, {"logps": told})
+            for item, values in zip(dataset.items, checkpoint.read_tensors(path)["logps"].tolist(), strict=True):
+                item.row["_reference"] = values
+    model.train()
 
 
 def build(args, ranks: parallel.Ranks, say) -> Run:
     """Everything from the arguments, resumed if asked. Raises Mistake before anything of an older run is touched."""
     if not (args.init_from == "resume" or args.overwrite or args.eval_only):
         checkpoint.refuse_held(Path(args.out_dir))
-    names = [name for names in args.mixture for name in names]
+    began = began_as(Path(args.out_dir)) if args.init_from == "resume" else {}
     with ranks.main_first():
-        for name in names:
-            bins.prepare_if_missing(Path(args.data_dir) / name)
-    metas = {name: bins.read_meta(Path(args.data_dir) / name) for name in names}
-    fingerprints = {name: bins.fingerprint(Path(args.data_dir) / name) for name in names}
+        for folder in folders(args).values():
+            bins.prepare_if_missing(folder, bins.BINS if args.objective == "lm" else bins.EXAMPLES)
+    fingerprints = fingerprints_of(args)
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(Path(args.out_dir), fingerprints, args.allow_data_change, say)
-    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks)
-    tokenizers = vocabularies(args, metas)
-    model, shape = build_model(args, tokenizers, say)
+    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.num_generations if args.objective == "grpo" else 1)
+    base = load_base(args, began, say)
+    if args.objective == "lm":
+        metas = {name: bins.read_meta(folder) for name, folder in folders(args).items()}
+        tokenizers = vocabularies(args, metas)
+    else:
+        rows = read_examples(args)
+        tokenizers = example_tokenizer(args, base, rows)
+    tokenizer = next(iter(tokenizers.values()))
+    model, shape = build_model(args, tokenizers, base, began)
     args = dataclasses.replace(args, **shape)
+    source = {} if base is None or not (args.adapter != "none" or needs_reference(args)) else {"source": origin(args, began, say), "sha256": adapters.fingerprint(base.weights)}
     mixture = batches.mixture(
-        len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final, args.dataset_sampling_probs_transition_method,
-        args.max_iters, args.dataset_mixing, args.dataset_interleaving,
+        len(fingerprints) if args.objective != "lm" else len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final,
+        args.dataset_sampling_probs_transition_method, args.max_iters, args.dataset_mixing, args.dataset_interleaving,
     )  # fmt: skip
-    firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
-    rows = args.batch_size * args.gradient_accumulation_steps
-    data = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
     model.to(ranks.device)
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     if ranks.largest(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
         model.compute_dtype = torch.bfloat16
     args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
+    kind = {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference) if needs_reference(args) else "none"
+    still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model
+    adapt(args, model, tokenizer)
+    model.to(ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     if args.parallel == "fsdp" and ranks.world == 1:
         say("--parallel=fsdp: one process holds all, nothing is sharded")
     elif args.parallel == "fsdp":
-        parallel.shard(model, model.blocks, ranks, model.compute_dtype, args.fsdp_reshard, args.fsdp_offload)
+        for part in {model, still}:
+            parallel.shard(part, part.blocks, ranks, model.compute_dtype, args.fsdp_reshard, args.fsdp_offload)
+    if args.objective == "lm":
+        data = open_bins(args, metas, tokenizers, model, mixture, ranks)
+    else:
+        reference = {"adapter": objectives.Reference(model, partial(adapters.switched_off, model)), "copy": objectives.Reference(still, nullcontext)}.get(kind)
+        data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
+        if kind == "cache":
+            look_up_reference(args, data, model, source["sha256"], ranks)
     optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
     guard = Guard(args.spike_skip, ranks.device)
     progress = resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say) if args.init_from == "resume" else Progress()
@@ -286,12 +544,12 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         net = torch.compile(model, dynamic=False)
     if args.compile:
         optimizer.compile()
-    if progress.tokens != progress.step * data.source.rows * args.block_size:
+    if args.objective == "lm" and progress.tokens != progress.step * data.source.rows * args.block_size:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
     saver = checkpoint.Saver()
     replica = net if parallel.is_sharded(model) else parallel.replicate(net, ranks)
-    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, progress, data.source.tally(), share, reason, peak)
+    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, source, progress, data.source.tally(), share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,37 +557,50 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
 
 
 @torch.no_grad()
-def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
-    """Mean loss of each split over eval_iters batches of each dataset, the ranks sharing the rows of every batch; None if a
+def evaluate(run: Run, signals: Signals) -> dict | None:
+    """What the objective tells of each split, over eval_iters batches of each dataset, the ranks sharing the rows of every batch; None if a
     signal came in between."""
-    a, ranks, evaluated = run.args, run.ranks, run.data.evaluated
-    rows = np.arange(ranks.rank * a.batch_size // ranks.world, (ranks.rank + 1) * a.batch_size // ranks.world)
-    losses: dict[str, dict[str, float]] = {split: {} for split in evaluated}
+    ranks, weights = run.ranks, run.data.weights
+    measured: dict[str, list[dict]] = {}
     run.net.eval()
-    for split, dataset in [(split, dataset) for split, datasets in evaluated.items() for dataset in datasets]:
-        total = torch.zeros(len(dataset.streams), device=ranks.device)
-        for i in range(a.eval_iters):
-            if ranks.largest(signals.number):
-                run.net.train()
-                return None
-            batch = batches.as_batch(dataset.gather(i * a.batch_size + (rows if len(rows) else np.zeros(1, np.int64))), ranks.device.type == "cuda").to(ranks.device)
-            each = run.net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
-            total += each.view(max(1, len(rows)), -1, a.block_size).mean(2).sum(0) * (len(rows) > 0)  # a rank without rows reads one with the others
-        means = ranks.sum(total) / (a.eval_iters * a.batch_size)
-        losses[split] |= {stream.name: mean for stream, mean in zip(dataset.streams, means.tolist(), strict=True)}
+    for split, some in run.data.evaluated.items():
+        for dataset in some:
+            sums: dict[str, torch.Tensor] = {}
+            for told, counts in dataset.told(run.net):
+                if ranks.largest(signals.number):
+                    run.net.train()
+                    return None
+                for name, pair in told.items():  # a rank without a part in the batch has read one with the others
+                    sums[name] = sums.get(name, 0) + pair.to(ranks.device) * counts
+            measured.setdefault(split, []).append({name: divided(ranks.sum(pair)) for name, pair in sums.items()})
     run.net.train()
 
-    def weighted(by_name: dict[str, float]) -> float:
-        by_dataset = [np.mean([by_name[stream.name] for stream in dataset.streams]) for dataset in evaluated["val"]]
-        return float(run.data.weights @ np.array(by_dataset))
+    def weighted(split: str, name: str) -> float:
+        return float(weights @ np.array([np.mean(told[name]) for told in measured[split]]))
 
-    told = {"train_loss": weighted(losses["train"]), "val_loss": weighted(losses["val"])}
-    streams = [stream for dataset in evaluated["val"] for stream in dataset.streams]
-    if all(stream.bytes for stream in streams):
-        told["bits_per_byte"] = weighted({s.name: losses["val"][s.name] / math.log(2) * s.tokens / s.bytes for s in streams})
+    told = {"train_loss": weighted("train", "loss"), "val_loss": weighted("val", "loss")}
+    told |= {f"val_{name}": weighted("val", name) for name in measured["val"][0] if name != "loss"}
+    streams = [(stream, loss) for dataset, told in zip(run.data.evaluated["val"], measured["val"], strict=True) for stream, loss in zip(dataset.streams, told["loss"], strict=True)]
+    if all(stream.bytes for stream, _ in streams):
+        by_dataset = iter([loss / math.log(2) * stream.tokens / stream.bytes for stream, loss in streams])
+        told["bits_per_byte"] = float(weights @ np.array([np.mean([next(by_dataset) for _ in dataset.streams]) for dataset in run.data.evaluated["val"]]))
     if len(streams) > 1:
-        told |= {f"val_loss/{name}": loss for name, loss in losses["val"].items()}
+        told |= {f"val_loss/{stream.name}": loss for stream, loss in streams}
     return told
+
+
+def divided(pair: torch.Tensor) -> list[float]:
+    """(2, ...): sums and what to divide them by; nan where there is nothing to divide by."""
+    return (pair[0] / pair[1]).reshape(-1).tolist()
+
+
+def answers_to_tell(run: Run) -> list[dict]:
+    """Answers to the first examples of the validation, as texts."""
+    a, data = run.args, run.data
+    if data.answers is None or not a.eval_samples:
+        return []
+    dataset = data.evaluated["val"][0].items
+    return rollouts.samples(data.answers, dataset, a.eval_samples, run.model.wte.weight.size(0))
 
 
 def save(run: Run, log: record.Record) -> None:
@@ -341,7 +612,8 @@ def save(run: Run, log: record.Record) -> None:
     begin, progress, checkpoints, a = time.perf_counter(), dataclasses.replace(run.progress), run.out_dir / "checkpoints", run.args
     progress.seconds = log.seconds
     tensors, others = run.optimizer.state()
-    weights, tensors = ({name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (dict(run.model.named_parameters()), tensors))
+    learned = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    weights, tensors = ({name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors))
     if strange := [name for name, tensor in {**weights, **tensors}.items() if tensor.is_floating_point() and not parallel.local(tensor).isfinite().all()]:
         raise SystemExit(f"{strange[0]} is not finite at step {progress.step}: stopped, nothing was saved")
     state = dataclasses.asdict(progress) | {"optimizer": others, "scaler": run.scaler.state_dict(), "guard": run.guard.state()}
@@ -378,17 +650,19 @@ def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: boo
     losses = evaluate(run, signals)
     if losses is None:
         return
-    told = dict(losses)
+    told = losses | ({"samples": some} if (some := answers_to_tell(run)) else {})
     refuse_nonfinite(losses["val_loss"], "val_loss", run)
     p.evaluated_at = p.step
-    sequences = run.tally.before(p.step)
+    sequences = run.tally.before(p.step // run.data.source.period)
     told["epochs"] = float(sequences.sum() / run.data.source.windows)
     if len(sequences) > 1:
         for dataset, count in zip(run.data.source.datasets, sequences.tolist(), strict=True):
-            told |= {f"tokens/{dataset.name}": count * a.block_size, f"epochs/{dataset.name}": count / dataset.windows}
-    words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            told |= {f"tokens/{dataset.name}": round(count * dataset.tokens_of_one), f"epochs/{dataset.name}": count / dataset.windows}
+    words = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
     better = losses["val_loss"] < p.best_val_loss
     log.event("eval", p.step, f"step {p.step}: {words}{' (best so far)' if better and p.step else ''}", **told)
+    for sample in told.get("samples", []):
+        log.say(f"    {sample['prompt']!r} -> {sample['completion']!r}")
     if p.step or final:
         p.worse_evaluations = 0 if better else p.worse_evaluations + 1
         if better:
@@ -420,24 +694,28 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.time, self.step = time.perf_counter(), self.run.progress.step
+        self.time, self.step, self.tokens = time.perf_counter(), self.run.progress.step, self.run.progress.tokens
 
-    def tell(self, loss: torch.Tensor, norm: torch.Tensor, digest: int, lr: float) -> None:
-        """Tell the step just made; loss is this rank's, norm that of the whole gradient."""
+    def due(self, step: int) -> bool:
+        """Whether a step is told."""
+        return step == 1 or step % self.run.args.log_interval == 0
+
+    def tell(self, told: dict[str, torch.Tensor], norm: torch.Tensor, digest: int, lr: float) -> None:
+        """Tell the step just made: told of this rank's batches, norm that of the whole gradient."""
         run, p = self.run, self.run.progress
-        loss_now = float(run.ranks.sum(loss.clone())) / run.ranks.world  # waits for the device
-        skipped = int(run.guard.skipped)
-        steps = p.step - self.step
-        seconds = (time.perf_counter() - self.time) / steps
-        speed = run.tokens_per_step / seconds
-        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed, "skipped": skipped}
+        means = {name: float(np.mean(divided(run.ranks.sum(pair.to(run.ranks.device))))) for name, pair in told.items()}  # waits for the device
+        loss_now, skipped = means.pop("loss"), int(run.guard.skipped)
+        seconds = (time.perf_counter() - self.time) / (p.step - self.step)
+        speed = (p.tokens - self.tokens) / (p.step - self.step) / seconds
+        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed, "skipped": skipped, **means}
         if run.peak_flops:
             told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world)
         if run.args.log_data_hash:
             signed = digest - 2**64 if digest >= 2**63 else digest
             told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
-        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}{f', {skipped} skipped' if skipped else ''}", **told)
+        most = "".join(f", {name} {means[name]:.3f}" for name in ("reward", "rewards/accuracies", "rewards/margins", "kl") if name in means)
+        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}{most}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}{f', {skipped} skipped' if skipped else ''}", **told)
         self.readings += 1
         if self.readings == 1:  # the collector need not look again and again at the modules and the model, which stay
             gc.freeze()
@@ -458,51 +736,53 @@ class Diverged(Exception):
 
 def loop(run: Run, log: record.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
-    a, progress, optimizer, scaler, device = run.args, run.progress, run.optimizer, run.scaler, run.ranks.device
-    parameters, factor = list(run.model.parameters()), rate_factor(a)
-    stream = run.data.source.stream(progress.step, *run.share, device, a.log_data_hash)
+    a, progress, optimizer, scaler, source, objective = run.args, run.progress, run.optimizer, run.scaler, run.data.source, run.data.objective
+    parameters, factor = [parameter for parameter in run.model.parameters() if parameter.requires_grad], rate_factor(a)
+    stream = source.stream(progress.step, *run.share, run.ranks.device, a.log_data_hash)
     meter = Meter(run, log)
     model = run.replica.train()
     while True:
         tell_saved(run, log, wait=False)
         # evaluate, save, stop; the ranks agree on what came to one of them
-        out_of_time = a.max_seconds > 0 and bool(run.ranks.largest(log.seconds >= a.max_seconds))
-        finished = run.finished(out_of_time)
-        due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
-        if due and not run.ranks.largest(signals.number):
-            evaluate_and_save(run, log, signals, final=bool(finished))
-            finished = run.finished(out_of_time)  # perhaps by the patience
-            due = progress.evaluated_at < progress.step
-            meter.restart()
-        if a.checkpoint_interval and progress.step % a.checkpoint_interval == 0 and progress.step not in (0, run.saver.step):
-            save(run, log)
-            meter.restart()
-        if finished and not due:
-            end_saves(run, log)
-            return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
-        if number := run.ranks.largest(signals.number):
-            save(run, log)
-            end_saves(run, log)
-            log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
-            raise SystemExit(128 + number)
+        if progress.step % source.period == 0:
+            out_of_time = a.max_seconds > 0 and bool(run.ranks.largest(log.seconds >= a.max_seconds))
+            finished = run.finished(out_of_time)
+            due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
+            if due and not run.ranks.largest(signals.number):
+                evaluate_and_save(run, log, signals, final=bool(finished))
+                finished = run.finished(out_of_time)  # perhaps by the patience
+                due = progress.evaluated_at < progress.step
+                meter.restart()
+            if a.checkpoint_interval and progress.step % a.checkpoint_interval == 0 and progress.step not in (0, run.saver.step):
+                save(run, log)
+                meter.restart()
+            if finished and not due:
+                end_saves(run, log)
+                return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
+            if number := run.ranks.largest(signals.number):
+                save(run, log)
+                end_saves(run, log)
+                log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
+                raise SystemExit(128 + number)
 
         # one step
-        micro_batches, digest = next(stream)
         optimizer.set_rate(factor(progress.step))
         torch.manual_seed(int(batches.mix(a.seed, batches.NOISE, progress.step, run.ranks.rank)) >> 1)
-        loss = torch.zeros((), device=device)
+        step = next(stream)
+        told, telling = dict(step.told), meter.due(progress.step + 1)
+        micro_batches = objective.prepare(run.net, step.batches)
         for i, batch in enumerate(micro_batches):
             parallel.sync_gradients(model, i == len(micro_batches) - 1)  # averaged over the ranks in the last one
-            part = model(batch.idx, batch.targets).mean() / len(micro_batches)
-            scaler.scale(part).backward()
-            loss += part.detach()
+            loss, more = objective(model, batch, telling)
+            scaler.scale(loss).backward()
+            told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
         norm = optimizer.clip(parameters, scaler, a.grad_clip)
         optimizer.update(scaler, skip=run.guard.judge(norm))
         progress.step += 1
-        progress.tokens += run.tokens_per_step
+        progress.tokens += step.tokens
         log.advance()
-        if progress.step == 1 or progress.step % a.log_interval == 0:
-            meter.tell(loss, norm, digest, a.learning_rate * factor(progress.step - 1))
+        if telling:
+            meter.tell(told, norm, step.digest, a.learning_rate * factor(progress.step - 1))
             if int(run.guard.most_in_a_row) >= a.skip_patience:
                 stream.close()
                 raise Diverged
@@ -525,13 +805,23 @@ def go_back(run: Run, log: record.Record) -> Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def folder_of_task(args, ranks: parallel.Ranks) -> str:
+    """--out_dir, or where a task has its own place, outputs/TASK/DATE_TIME, on which the ranks agree."""
+    if not args.task_name or args.out_dir != "out":
+        return args.out_dir
+    now = time.localtime(ranks.largest(int(time.time()) if ranks.main else 0))
+    return str(Path("outputs", *(["debug"] if args.debug else []), args.task_name, time.strftime("%Y%m%d_%H%M%S", now)))
+
+
 def main(args) -> Progress:
     """One run, from the arguments to its end; its progress. Raises Mistake."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     parallel.keep_freed_memory()
-    with parallel.ranks(args.device, args.rank_timeout) as ranks, checkpoint.Lock(Path(args.out_dir)) as lock:
+    with parallel.ranks(args.device, args.rank_timeout) as ranks, ExitStack() as stack:
+        args = dataclasses.replace(args, out_dir=folder_of_task(args, ranks))
+        lock = stack.enter_context(checkpoint.Lock(Path(args.out_dir)))
         parallel.choose_attention_kernel(args.attention_kernel, ranks.device)
         notes: list[str] = []
         with ranks.main_first():
@@ -548,7 +838,7 @@ def main(args) -> Progress:
         ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():
             if ranks.main:
-                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, lock)
+                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, run.base, lock)
         while True:
             p = run.progress
             log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)

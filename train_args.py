@@ -12,10 +12,13 @@ from pathlib import Path
 
 import configurator
 from configurator import Needs, Row
+from parts import templates
 from parts.mistakes import Mistake, did_you_mean
 from parts.schedules import SCHEDULES
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
+SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")
 GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,6 +30,14 @@ FINAL_PROBS = Needs("--dataset_sampling_probs_final", lambda a: bool(a.dataset_s
 DECAYING = Needs("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
 DECAY_HORIZON = Needs("--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr", lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"))
 FSDP = Needs("--parallel=fsdp", lambda a: a.parallel == "fsdp")
+def objective_in(*names: str) -> Needs:
+    return Needs("--objective=" + "|".join(names), lambda a: a.objective in names)
+
+
+EXAMPLES = objective_in("sft", "dpo", "kto", "grpo")
+LORA = Needs("--adapter=lora", lambda a: a.adapter == "lora")
+SOFT_PROMPT = Needs("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
+TASK = Needs("--task_name", lambda a: bool(a.task_name))
 FROM_SCRATCH = Needs("--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume"))
 
 
@@ -40,6 +51,8 @@ def optimizer_in(*names: str) -> Needs:
 TABLE: dict[str, list[Row]] = {
     "run": [
         Row("out_dir", "out", "folder of the run: checkpoints, metrics.jsonl, train_config.json", once=True, alias="output_dir"),
+        Row("task_name", "", "without --out_dir: the run goes to outputs/TASK_NAME/DATE_TIME", once=True),
+        Row("debug", False, "with --task_name: to outputs/debug/TASK_NAME/DATE_TIME", once=True, needs=TASK),
         Row("overwrite", False, "start anew in an out_dir that already holds a run, deleting that run", once=True),
         Row("init_from", "scratch", "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
             "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt", once=True),
@@ -52,7 +65,11 @@ TABLE: dict[str, list[Row]] = {
         Row("data_dir", "data", "folder that holds the dataset folders"),
         Row("training_mode", "single", "one dataset, a mixture of several, or aligned streams whose embeddings are summed", choices=("single", "multidataset", "multicontext")),
         Row("dataset", "shakespeare_char", "folder in data_dir; made by its prepare.py if its bins are missing", needs=Needs("--training_mode=single", lambda a: a.training_mode == "single")),
-        Row("sampling_method", "random", "windows at random, each once an epoch in random order, or in order", choices=("random", "without_replacement", "sequential")),
+        Row("train_file", "", "examples: a .jsonl, .csv or .tsv file (none: train.jsonl in the dataset's folder)", needs=EXAMPLES),
+        Row("validation_file", "", "examples to validate on (none: val.jsonl in the dataset's folder)", needs=EXAMPLES),
+        Row("overflow", "error", "of examples longer than block_size (or than --max_tokens, with --prompt_format): an error, drop them, or cut their end", needs=EXAMPLES, choices=("error", "drop", "truncate_target")),
+        Row("sampling_method", "random", "windows at random, each once an epoch in random order, or in order; examples always come once an epoch in random order",
+            choices=("random", "without_replacement", "sequential"), needs=objective_in("lm")),
         Row("dataset_list", (), "the datasets of a mixture", needs=MULTIDATASET),
         Row("dataset_sampling_probs", (), "weight of each dataset, of any positive scale (none: equal); with --dataset_interleaving whole numbers: how many in a row",
             item=float, needs=MULTIDATASET),
@@ -92,9 +109,47 @@ TABLE: dict[str, list[Row]] = {
         Row("zero_init", False, "output projections of attention and MLP (and an untied head) start at zero", needs=Needs("--init_from=scratch", lambda a: a.init_from == "scratch")),
         Row("dropout", 0.0, "chance that an activation is dropped in training", low=0, high=0.999),
     ],
+    "objective": [
+        Row("objective", "lm", "lm: all of the text; on examples in JSONL sft: completions; dpo, kto: preferences; grpo: rewards of the model's own answers", choices=("lm", "sft", "dpo", "kto", "grpo")),
+        Row("loss_on", "completion", "learn completions and their end tokens, or all of the text", choices=("completion", "all"), needs=objective_in("sft")),
+        Row("packing", False, "put several examples into a sequence, where each sees itself alone", needs=objective_in("sft")),
+        Row("beta", 0.1, "strength of the tie to the reference model (grpo: weight of the divergence from it; 0: none)", low=0, needs=objective_in("dpo", "kto", "grpo")),
+        Row("reference", "auto", "what the reference is: the model with its adapter switched off, log-probabilities computed beforehand and kept beside the data, or a frozen copy (auto: adapter where there is one, else copy)",
+            choices=("auto", "adapter", "cache", "copy"), needs=objective_in("dpo", "kto", "grpo")),
+        Row("dpo_loss", "sigmoid", "loss of a pair", choices=DPO_LOSSES, needs=objective_in("dpo")),
+        Row("label_smoothing", 0.0, "part of the preferences that is taken to be wrong", low=0, high=0.499, needs=Needs("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED)),
+        Row("desirable_weight", "1", "weight of desirable completions, or auto: as much of them in all as of undesirable ones", needs=objective_in("kto")),
+        Row("undesirable_weight", "1", "weight of undesirable completions, or auto", needs=objective_in("kto")),
+        Row("reward", "correct:1", "rewards and weights: correct, format, length, or module:function; as in correct:1,format:0.5,module:function:0.2", needs=objective_in("grpo")),
+        Row("num_generations", 8, "answers to each prompt; batch_size x gradient_accumulation_steps counts answers", low=2, needs=objective_in("grpo")),
+        Row("max_new_tokens", 64, "tokens of an answer", low=1, needs=EXAMPLES),
+        Row("temperature", 1.0, "of the answers", above=0, needs=objective_in("grpo")),
+        Row("top_k", 0, "answers take only the k likeliest tokens (0: all)", low=0, needs=objective_in("grpo")),
+        Row("top_p", 1.0, "answers take only the likeliest tokens that together reach p", above=0, high=1, needs=objective_in("grpo")),
+        Row("num_iterations", 1, "steps on the same answers", low=1, needs=objective_in("grpo")),
+        Row("loss_type", "grpo", "tokens to a loss: mean of the answers' means; over the micro-batch's tokens; over the longest possible; over all of the step's tokens", choices=("grpo", "bnpo", "dr_grpo", "dapo"), needs=objective_in("grpo")),
+        Row("scale_rewards", "group", "divide advantages by the standard deviation of the group, of the batch, or not", choices=("group", "batch", "none"), needs=objective_in("grpo")),
+        Row("importance_sampling_level", "token", "ratios of probabilities for each token, or for a whole answer", choices=("token", "sequence"), needs=objective_in("grpo")),
+        Row("epsilon", 0.2, "how far below 1 a ratio counts", low=0, high=1, needs=objective_in("grpo")),
+        Row("epsilon_high", 0.0, "how far above 1 a ratio counts (0: epsilon)", low=0, needs=objective_in("grpo")),
+        Row("mask_truncated", False, "learn nothing from answers that did not end", needs=objective_in("grpo")),
+        Row("eval_samples", 3, "answers told at each evaluation, the likeliest ones to the first validation examples", low=0, needs=EXAMPLES),
+    ],
+    "adapter": [
+        Row("adapter", "none", "train all weights, low-rank additions to the linear layers, or rows of a prompt", choices=("none", "lora", "soft_prompt"), shape=True),
+        Row("lora_rank", 8, "rank of the additions", low=1, shape=True, needs=LORA),
+        Row("lora_alpha", 16.0, "the additions count alpha / rank", above=0, shape=True, needs=LORA),
+        Row("lora_dropout", 0.0, "chance that an addition's input is dropped in training", low=0, high=0.999, needs=LORA),
+        Row("lora_targets", (), "ends of the names of the linear layers, such as attn.qkv mlp.up (none: all in the blocks)", shape=True, needs=LORA),
+        Row("prompt_format", "", "'<P*60>{toxic}<P*20>': 60 trainable rows, a field of the example, 20 more; <P>text</P> begins as the text", shape=True, needs=SOFT_PROMPT),
+        Row("prompt_provider", "tensor", "rows as they are, or with what an LSTM adds to them", choices=("tensor", "lstm"), shape=True, needs=SOFT_PROMPT),
+        Row("prompt_init", "vocab", "rows begin as random rows of the token embedding, or normal", choices=("vocab", "normal"), needs=SOFT_PROMPT),
+        Row("target_field", "", "the field to be learned (none: completion)", needs=SOFT_PROMPT),
+        Row("truncation_field", "", "the field that is cut where an example is too long", needs=SOFT_PROMPT),
+    ],
     "how long": [
         Row("max_iters", 3500, "optimizer steps, counted from the start of the run", low=0, alias="steps"),
-        Row("max_tokens", 0, "stop after so many training tokens (0: no bound)", low=0),
+        Row("max_tokens", 0, "stop after so many training tokens (0: no bound); with --prompt_format: tokens of an example (0: block_size)", low=0),
         Row("max_epochs", 0.0, "stop after so many passes over the training data (0: no bound)", low=0),
         Row("max_seconds", 0.0, "stop after so many seconds of training, resumed parts together (0: no bound)", low=0),
         Row("early_stop_patience", 0, "stop after so many evaluations without a better val_loss (0: never)", low=0),
@@ -182,6 +237,11 @@ class Derived:
         return "separate" if self.multidataset_wte else "one"
 
     @property
+    def token_bound(self) -> int:
+        """Training tokens after which the run is over; with --prompt_format --max_tokens means an example's, as in ruprompts."""
+        return 0 if self.prompt_format else self.max_tokens
+
+    @property
     def weights_source(self) -> str:
         """What --init_from names, with --gpt2_type worked in."""
         return self.gpt2_type if self.init_from == "gpt2" else self.init_from
@@ -239,6 +299,46 @@ def check(a, source: dict[str, str]) -> list[str]:
     if loads or a.init_from in GPT2_TYPES:
         must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
 
+    if a.objective != "lm":
+        must(a.training_mode != "multicontext", f"--objective={a.objective}: has examples, not aligned streams; --training_mode=single or multidataset")
+        must(not a.multidataset_wte, f"--multidataset_wte: --objective={a.objective} has one vocabulary")
+        must(bool(a.train_file) == bool(a.validation_file), "--train_file, --validation_file: give both, or neither for the dataset's own")
+        must(not a.train_file or a.training_mode == "single", "--train_file: goes with --training_mode=single")
+        for flag in ("train_file", "validation_file"):
+            must(not getattr(a, flag) or Path(getattr(a, flag)).is_file(), f"--{flag}={getattr(a, flag)}: no such file")
+    compares = a.objective in ("dpo", "kto") or (a.objective == "grpo" and a.beta > 0)
+    must(not compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
+         + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
+    must(not (a.reference == "adapter" and a.adapter == "none"), "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora")
+    must(not (a.reference == "cache" and a.objective != "dpo"), f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand")
+    must(a.objective != "dpo" or a.dpo_loss != "ipo" or a.beta > 0, "--beta=0: ipo divides by it")
+    for flag in ("desirable_weight", "undesirable_weight"):
+        must(getattr(a, flag) == "auto" or is_weight(getattr(a, flag)), f"--{flag}={getattr(a, flag)}: must be a number of at least 0, or auto")
+    must(not (a.desirable_weight == a.undesirable_weight == "auto"), "--desirable_weight=auto: follows from undesirable_weight, which then is a number")
+    if a.objective == "kto":
+        must(a.batch_size * a.gradient_accumulation_steps >= 2, "--batch_size=1: kto's reference point pairs each prompt with another row's completion; at least 2 rows make a step")
+    if a.objective == "grpo":
+        rows = a.batch_size * a.gradient_accumulation_steps
+        must(rows % a.num_generations == 0, f"--num_generations={a.num_generations}: must divide the {rows} answers of a step (--batch_size x --gradient_accumulation_steps)")
+        for flag in ("max_iters", "eval_interval", "checkpoint_interval"):
+            must(getattr(a, flag) % a.num_iterations == 0, f"--{flag}={getattr(a, flag)}: must be a multiple of --num_iterations={a.num_iterations}; a run is saved between two draws of answers")
+        must(a.max_new_tokens < a.block_size, f"--max_new_tokens={a.max_new_tokens}: leaves no room for a prompt in --block_size={a.block_size}")
+        must(not a.loss_chunk or a.temperature == 1, "--loss_chunk: knows no --temperature other than 1")
+    if a.adapter != "none":
+        must(a.init_from != "scratch", f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights")
+    if a.adapter == "soft_prompt":
+        try:
+            templates.parse(a.prompt_format).check(a.target_field or "completion", a.truncation_field or None)
+        except Mistake as mistake:
+            must(False, str(mistake) if a.prompt_format else "--adapter=soft_prompt: needs --prompt_format")
+        must(a.objective != "lm", "--adapter=soft_prompt: goes with examples: --objective=sft, dpo, kto or grpo")
+        must(not (a.prompt_provider == "lstm" and a.parallel == "fsdp"), "--prompt_provider=lstm: does not go with --parallel=fsdp, which takes the LSTM's weights apart; a prompt is small: take ddp")
+    must(not a.target_field or a.objective == "sft", "--target_field: goes with --objective=sft")
+    must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
+    must(not a.packing or a.adapter != "soft_prompt", "--packing: does not go with --adapter=soft_prompt")
+    must(not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"), "--task_name: begins a run; resume one with --out_dir")
+    must(not a.task_name or a.task_name == Path(a.task_name).name, f"--task_name={a.task_name}: must be a plain name")
+
     must(a.optimizer in OPTIMIZERS or ":" in a.optimizer, f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class" + did_you_mean(a.optimizer, OPTIMIZERS))
     if a.schedule != "none":
         must(a.min_lr <= a.learning_rate or a.learning_rate == 0, f"--min_lr={a.min_lr:g}: the schedule would end above --learning_rate={a.learning_rate:g}")
@@ -254,6 +354,13 @@ def check(a, source: dict[str, str]) -> list[str]:
     kind, _, index = a.device.partition(":")
     must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
     return wrong
+
+
+def is_weight(words: str) -> bool:
+    try:
+        return 0 <= float(words) < float("inf")
+    except ValueError:
+        return False
 
 
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")

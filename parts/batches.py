@@ -12,9 +12,10 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from parts.bins import SPLITS, Bin, Meta
 from parts.mistakes import Mistake
 
 # Streams of random numbers: what is drawn, so that no two draws share one.
-DATASET, WINDOW, ORDER, OFFSET, EVALUATION, NOISE = range(6)
+DATASET, WINDOW, ORDER, OFFSET, EVALUATION, NOISE, ROLLOUT = range(7)
 
 
 def stir(z: np.ndarray, word: int | np.ndarray) -> np.ndarray:
@@ -89,6 +90,7 @@ class Dataset:
         else:
             self.per_shard = (self.sizes - 1) // block_size
         self.windows = int(self.per_shard.sum())
+        self.tokens_of_one = block_size
         largest = max(first + stream.meta.vocab_size for stream, first in zip(streams, firsts, strict=True))
         self.dtype = np.dtype(np.uint16 if largest <= 2**16 else np.int32)  # torch takes no uint32
         self.name = streams[0].name if len(streams) == 1 else "+".join(stream.name for stream in streams)
@@ -122,6 +124,13 @@ class Dataset:
             if first:
                 row += first
         return np.stack(rows, axis=1) if len(rows) > 1 else rows[0][:, None]
+
+    def evaluation(self, iters: int, size: int, rank: int, world: int, pin: bool) -> Iterator[tuple["Batch", bool]]:
+        """This rank's part of each of `iters` batches of `size` windows, and whether it has one: a rank without a window reads the first one
+        with the others."""
+        first, last = rank * size // world, (rank + 1) * size // world
+        for i in range(iters):
+            yield as_batch(self.gather(i * size + np.arange(first, max(last, first + 1))), pin), last > first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,9 +186,15 @@ def mixture(n: int, probs: Sequence[float] = (), final: Sequence[float] = (), tr
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts: int64, but in pinned memory as narrow as the bins'."""
+    """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts: int64, but in pinned memory as narrow as the bins'.
+
+    more: what an objective needs besides, by name; of examples at least `mask`, (B, T) bools, the targets that are learned.
+    """
 
     tokens: torch.Tensor
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: int = 1  # micro-batches that this rank makes of its rows of the step
+    learned: float = 0.0  # targets in the masks of the whole step, over the number of ranks
 
     @property
     def idx(self) -> torch.Tensor:
@@ -190,14 +205,62 @@ class Batch:
         return self.tokens[..., 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, as int64; from pinned memory, and only from there, the copy is asynchronous."""
-        return Batch(self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long())
+        """On the device, tokens as int64; from pinned memory, and only from there, the copy is asynchronous."""
+        more = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.more.items()}
+        return replace(self, tokens=self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long(), more=more)
+
+    def having(self, **more: torch.Tensor) -> "Batch":
+        """The same with further tensors."""
+        return replace(self, more=self.more | more)
 
 
-def as_batch(windows: np.ndarray, pin: bool) -> Batch:
+class Step(NamedTuple):
+    """What a rank reads for one optimizer step."""
+
+    batches: list[Batch]
+    digest: int = 0  # hash of this rank's rows; those of all ranks add up (mod 2^64) to the same number for any split of the rows
+    tokens: int = 0  # of the whole step, padding not counted
+    told: dict[str, torch.Tensor] = {}  # noqa: RUF012  # metrics, (2,) each: a sum and what it is to be divided by, both of this rank
+
+
+def as_batch(windows: np.ndarray, pin: bool, parts: int = 1) -> Batch:
     """(B, K, T + 1) windows to a batch; a single context has no dimension of its own."""
     tokens = torch.from_numpy(windows if windows.shape[1] > 1 else windows[:, 0])
-    return Batch(tokens.pin_memory() if pin else tokens.long())
+    return Batch(tokens.pin_memory() if pin else tokens.long(), parts=parts)
+
+
+def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
+    """The steps on the device; a thread makes `ahead` of them in advance."""
+    ready: queue.Queue = queue.Queue(ahead)
+    closed = threading.Event()
+
+    def put(item) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def gather() -> None:
+        try:
+            for step in steps:
+                if closed.is_set():
+                    return
+                put(step)
+        except BaseException as error:  # told by the thread that trains
+            put(error)
+
+    thread = threading.Thread(target=gather, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item._replace(batches=[batch.to(device) for batch in item.batches])
+    finally:
+        closed.set()
+        thread.join()
 
 
 class Tally:
@@ -221,6 +284,8 @@ class Tally:
 
 class Source:
     """Training batches of `rows` sequences a step, drawn from datasets by a mixture."""
+
+    period = 1  # steps between two at which a run may be saved and resumed
 
     def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
         self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
@@ -260,61 +325,32 @@ class Source:
         for step in itertools.count(start, chunk):
             yield from map(self.windows_at, self.places(np.arange(step, step + chunk), first, last, tally))
 
-    def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool, ahead: int = 2) -> Iterator[tuple[list[Batch], int]]:
-        """From step `start` on: (micro-batches of rows [first, last) on the device, hash of these rows).
+    def steps_from(self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool) -> Iterator[Step]:
+        """What a rank of rows [first, last) reads from step `start` on: micro-batches in the host's memory, pinned if asked."""
+        for windows in self.rows_from(start, first, last):
+            cuts = range(0, len(windows), micro_batch)
+            made = [as_batch(windows[row : row + micro_batch], pin, len(cuts)) for row in cuts]
+            yield Step(made, row_hash(windows, first) if hashed else 0, self.rows * self.datasets[0].T)
 
-        A thread gathers `ahead` steps in advance, into pinned memory where the device is a GPU. The hashes of all ranks' rows add
-        up (mod 2^64) to the same number for any split of the rows; 0 unless `hashed`.
-        """
-        pin = device.type == "cuda"
-        ready: queue.Queue = queue.Queue(ahead)
-        closed = threading.Event()
-
-        def put(item) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def gather() -> None:
-            try:
-                for windows in self.rows_from(start, first, last):
-                    if closed.is_set():
-                        return
-                    batches = [as_batch(windows[row : row + micro_batch], pin) for row in range(0, len(windows), micro_batch)]
-                    put((batches, row_hash(windows, first) if hashed else 0))
-            except BaseException as error:  # told by the thread that trains
-                put(error)
-
-        thread = threading.Thread(target=gather, name="batches", daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                batches, digest = item
-                yield [batch.to(device) for batch in batches], digest
-        finally:
-            closed.set()
-            thread.join()
+    def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool) -> Iterator[Step]:
+        """From step `start` on what a rank of rows [first, last) reads, on the device; through pinned memory where that is a GPU."""
+        return prefetch(self.steps_from(start, first, last, micro_batch, device.type == "cuda", hashed), device)
 
 
-def row_hash(windows: np.ndarray, first: int) -> int:
+def row_hash(windows: Iterable[np.ndarray], first: int) -> int:
     """Sum mod 2^64 of a hash of each row with its place in the global batch."""
     total = 0
-    for row, window in enumerate(windows.astype(np.int64), start=first):
-        total += int.from_bytes(hashlib.blake2b(window.tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
+    for row, window in enumerate(windows, start=first):
+        total += int.from_bytes(hashlib.blake2b(window.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
     return total % 2**64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# all of a run's data
+# all of a run's windows
 
 
 @dataclass(frozen=True)
-class Data:
+class Windows:
     source: Source
     evaluated: dict[str, list[Dataset]]  # split -> datasets, with random windows that are the same at every evaluation
     weights: np.ndarray  # of the datasets in the validation loss
@@ -322,7 +358,7 @@ class Data:
 
 def open_data(
     root: Path, names: Sequence[Sequence[str]], metas: dict[str, Meta], firsts: dict[str, int], mixture: Mixture, block_size: int, rows: int, method: str, seed: int
-) -> Data:
+) -> Windows:
     """The datasets in root, each named by its aligned streams.
 
     metas: of each stream; firsts: of streams that don't begin at the model's row 0, the first of theirs; rows: sequences of a step.
@@ -334,4 +370,4 @@ def open_data(
         return [Dataset([opened[split, s] for s in streams], block_size, method, seed, i, [firsts.get(s, 0) for s in streams]) for i, streams in enumerate(names)]
 
     evaluation = {split: datasets(split, "random", int(mix(seed, EVALUATION))) for split in SPLITS}
-    return Data(Source(datasets("train", method, seed), mixture, rows, seed), evaluation, mixture.final)
+    return Windows(Source(datasets("train", method, seed), mixture, rows, seed), evaluation, mixture.final)

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from parts import text
 from parts.mistakes import Mistake, did_you_mean
 
 SPLITS = ("train", "val")
+BINS, EXAMPLES = "bins", "examples"  # what a dataset's folder may hold
 LLMC_HEADER = 256 * 4  # bytes
 LLMC_MAGIC = {20240520: "uint16", 20240801: "uint32"}
 
@@ -91,10 +93,10 @@ def read_meta(folder: Path) -> Meta:
     return Meta(gpt2.vocab_size, "uint16", gpt2, {})
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Of each bin of a dataset: its size and a sha256, of all of a file up to 16 MB, of a larger one 64 stretches of 64 KB."""
+def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
+    """Of each file of a dataset: its size and a sha256, of all of a file up to 16 MB, of a larger one 64 stretches of 64 KB."""
     told = {}
-    for path in sorted(folder.glob("*.bin")):
+    for path in paths:
         size, stretch = path.stat().st_size, 2**16
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -164,18 +166,19 @@ class Bin:
         return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
 
 
-def prepare_if_missing(folder: Path) -> None:
-    """Run the dataset's own prepare.py when its bins are not there. Raises Mistake with the script's last words."""
+def prepare_if_missing(folder: Path, what: str = BINS) -> None:
+    """Run the dataset's own prepare.py when its bins, or its examples, are not there. Raises Mistake with the script's last words."""
     script = folder / "prepare.py"
     if not folder.is_dir():
         known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
-    if all((folder / f"{split}.bin").exists() or any(folder.glob(f"*{split}_*.bin")) for split in SPLITS):
+    suffix = "bin" if what == BINS else "jsonl"
+    if all((folder / f"{split}.{suffix}").exists() or (what == BINS and any(folder.glob(f"*{split}_*.bin"))) for split in SPLITS):
         return
     if not script.exists():
-        missing = " and ".join(f"{split}.bin" for split in SPLITS if not (folder / f"{split}.bin").exists())
+        missing = " and ".join(f"{split}.{suffix}" for split in SPLITS if not (folder / f"{split}.{suffix}").exists())
         raise Mistake(f"{folder}: {missing} not there, and no prepare.py to make it")
-    print(f"{folder}: no bins yet; running {script}", flush=True)
+    print(f"{folder}: no {what} yet; running {script}", flush=True)
     done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

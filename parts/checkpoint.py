@@ -63,6 +63,21 @@ def write_json(path: Path, value: object) -> None:
     os.replace(beside, path)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replace a safetensors file: readers see the old one or the new one, whole. Raises Mistake where it can't be written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}{LEFTOVER}")
+    try:
+        save_file(tensors, beside)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise Mistake(f"{path}: can't be written ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own."""
+    return {key: tensor.clone() for key, tensor in load_file(path).items()}
+
+
 def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
     """Write tensors of which each rank holds its shards (DTensors; others are the same on all ranks), a safetensors file a rank. All ranks of the
     group must call it; when it is over on one, all files are whole. Raises OSError on all ranks if it failed on one."""
@@ -251,7 +266,7 @@ def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's "model" or "optimizer", in memory of their own; those of shards are read when they are asked for."""
     if (folder / name).is_dir():
         return Shards(folder / name)
-    return {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+    return read_tensors(folder / f"{name}.safetensors")
 
 
 class Shards(Mapping[str, Tensor]):

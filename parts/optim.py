@@ -170,7 +170,7 @@ class Optimizer:
 
     def __init__(self, name: str, model: nn.Module, settings: Settings, fused_rows: dict[str, list[int]]):
         """Raises Mistake for a class that doesn't take the arguments."""
-        parameters = dict(model.named_parameters())
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.skip: Tensor | None = None
         self.parameters = list(parameters.values())
         self.gathered: dict[nn.Parameter, nn.Parameter] = {}  # a sharded parameter -> all of it, while an optimizer steps that needs that

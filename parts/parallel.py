@@ -175,15 +175,16 @@ class Share(NamedTuple):
     micro: int
 
 
-def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks) -> Share:
-    """This rank's share of a global batch of batch_size x accumulation rows.
+def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks, group: int = 1) -> Share:
+    """This rank's share of a global batch of batch_size x accumulation rows, of which each `group` stay together.
 
     Micro-batches are equal, as large as possible, at most batch_size. Raises Mistake when the ranks don't divide the rows.
     """
     rows = batch_size * accumulation
-    if rows % ranks.world:
-        fit = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
-        raise Mistake(f"{ranks.world} ranks don't divide the {rows} sequences of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}")
+    if rows // group % ranks.world:
+        fit = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows // group % n == 0)
+        what = f"{rows} sequences" if group == 1 else f"{rows // group} groups of {group}"
+        raise Mistake(f"{ranks.world} ranks don't divide the {what} of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}")
     share = rows // ranks.world
     micro = max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
     return Share(ranks.rank * share, (ranks.rank + 1) * share, micro)

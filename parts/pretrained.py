@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from parts import checkpoint, text
+from parts import adapters, checkpoint, text
 from parts.mistakes import Mistake, did_you_mean
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -37,11 +37,11 @@ def load(source: str, say=print) -> Pretrained:
     if path.suffix == ".pt":
         return load_nanogpt(path)
     if (path / "checkpoints").is_dir():
-        return load_own(checkpoint.chosen(path, "best", say))
+        return load_own(checkpoint.chosen(path, "best", say), say)
     if (path / "manifest.json").exists():
         if wrong := checkpoint.damage(path):
             raise Mistake(wrong)
-        return load_own(path)
+        return load_own(path, say)
     weights = path / "model.safetensors" if path.is_dir() else path
     if weights.suffix != ".safetensors" or not weights.exists():
         raise Mistake(f"--init_from={source}: neither a run nor a checkpoint, and it has no model.safetensors")
@@ -148,8 +148,21 @@ def load_nanogpt(path: Path) -> Pretrained:
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
 
-def load_own(folder: Path) -> Pretrained:
-    """A checkpoint of this program."""
-    model = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["_model"]
-    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in model.items() if name not in NOT_SHAPE}
-    return Pretrained(shape, checkpoint.tensors(folder, "model"), text.load(folder / "tokenizer.json"))
+def load_own(folder: Path, say=print) -> Pretrained:
+    """A checkpoint of this program. LoRA comes merged into the base that it was trained on, which must be where it was. Raises Mistake."""
+    config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
+    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in config["_model"].items() if name not in NOT_SHAPE}
+    weights, adapter = checkpoint.tensors(folder, "model"), config.get("adapter", "none")
+    if adapter == "soft_prompt":
+        raise Mistake(f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, and its base is {config['_base']['source']}")
+    if adapter == "lora":
+        weights = adapters.merged(load_base(config["_base"], say).weights, weights, config["lora_alpha"] / config["lora_rank"])
+    return Pretrained(shape, weights, text.load(folder / "tokenizer.json"))
+
+
+def load_base(base: Mapping[str, str], say=print) -> Pretrained:
+    """The weights that a run began with, by the `source` and `sha256` that it tells. Raises Mistake when they are not what they were."""
+    loaded = load(base["source"], say)
+    if adapters.fingerprint(loaded.weights) != base["sha256"]:
+        raise Mistake(f"{base['source']}: does not hold the weights that the run began with")
+    return loaded

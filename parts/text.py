@@ -8,6 +8,7 @@ A kind is a class with: `vocab_size`; `eot`, the id that ends a document, or Non
 """
 
 import base64
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -196,8 +197,42 @@ class NumberTokenizer:
         return cls(spec["vocab_size"])
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer | BPETokenizer | NumberTokenizer
-KINDS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer)}
+class ExtendedTokenizer:
+    """Another tokenizer and further tokens, which no text becomes: an end of text, the roles of a chat. `ids` tells theirs."""
+
+    kind = "extended"
+
+    def __init__(self, base, added: Sequence[str]):
+        self.base, self.added = base, list(added)
+        self.ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
+        self.vocab_size = base.vocab_size + len(self.added)
+        self.eot = self.ids.get(END_OF_TEXT, base.eot)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.base.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        runs = itertools.groupby(ids, lambda i: i >= self.base.vocab_size)
+        return "".join("".join(self.added[i - self.base.vocab_size] for i in run) if own else self.base.decode(list(run)) for own, run in runs)
+
+    def to_json(self) -> dict:
+        return {"base": to_json(self.base), "added": self.added}
+
+    @classmethod
+    def of_json(cls, spec: dict) -> "ExtendedTokenizer":
+        return cls(of_json(spec["base"], "tokenizer"), spec["added"])
+
+
+def extended(tokenizer, tokens: Sequence[str]):
+    """The tokenizer with these tokens, those that it has not yet last."""
+    own = tokenizer.ids if isinstance(tokenizer, ExtendedTokenizer) else {}
+    if not (missing := [token for token in tokens if token not in own]):
+        return tokenizer
+    return ExtendedTokenizer(tokenizer.base, [*own, *missing]) if own else ExtendedTokenizer(tokenizer, missing)
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer | BPETokenizer | NumberTokenizer | ExtendedTokenizer
+KINDS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer, ExtendedTokenizer)}
 
 
 def to_json(tokenizer: Tokenizer) -> dict:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 import train_args
-from parts import corpus
+from parts import checkpoint, corpus, text
 from parts.text import CharTokenizer
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--max_iters=4", "--eval_iters=1", "--eval_interval=2",
@@ -33,15 +33,49 @@ def write_text(folder: Path, words: str, chars: str | None = None) -> None:
     corpus.write_dataset(folder, lambda: [corpus.Piece("train", words[:cut]), corpus.Piece("val", words[cut:])], CharTokenizer(chars or sorted(set(words))))
 
 
+DIGITS = CharTokenizer("0123456789+=", ends=True)
+
+
+def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: text.Tokenizer = DIGITS) -> None:
+    """Examples with a tokenizer; the first `train` rows are for training, the others for validation."""
+    folder.mkdir(parents=True)
+    checkpoint.write_json(folder / "meta.json", {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "tokenizer": text.to_json(tokenizer), "files": {}})
+    for split, some in (("train", rows[:train]), ("val", rows[train:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def write_sums(folder: Path) -> None:
+    """The sums 12+9= 21 of prompts and completions of different lengths, of at most 8 tokens with their end: 110 to train, 20 to validate; as
+    sft and grpo take them in `sums`, as preferences of the right answer to a wrong one in `pairs` and `labelled`, as chats in `chat`."""
+    sums = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
+    asked = [(f"{a}+{b}=", str(a + b), str(a + b + 1)) for a, b in sums if len(f"{a}+{b}={a + b + 1}") < 8]
+    write_examples(folder / "sums", [{"prompt": prompt, "completion": right, "answer": right} for prompt, right, _ in asked], 110)
+    write_examples(folder / "pairs", [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in asked], 110)
+    labelled = [{"prompt": prompt, "completion": right if i % 3 == 0 else wrong, "label": i % 3 == 0} for i, (prompt, right, wrong) in enumerate(asked)]
+    write_examples(folder / "labelled", labelled, 12)
+    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": right}]} for prompt, right, _ in asked if len(prompt + right) < 6]
+    write_examples(folder / "chat", chats, 50)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """Datasets a and b with one tokenizer, c with another, and upper, aligned with a."""
+    """Datasets a and b with one tokenizer, c with another, and upper, aligned with a; those of `write_sums` hold examples."""
     folder = tmp_path_factory.mktemp("data")
     write_text(folder / "a", WORDS * 20)
     write_text(folder / "b", WORDS[::-1] * 10, sorted(set(WORDS)))
     write_text(folder / "c", "0123456789 " * 50)
     write_text(folder / "upper", "".join("U" if char.isalpha() else "." for char in WORDS * 20))
+    write_sums(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(data_dir, tmp_path_factory) -> Path:
+    """A checkpoint that can a little of the sums: what fine-tuning, adapters and preferences begin with."""
+    out_dir = tmp_path_factory.mktemp("base") / "run"
+    train.main(train_args.parse([*TINY, "--objective=sft", f"--data_dir={data_dir}", "--dataset=sums", f"--out_dir={out_dir}", "--block_size=32", "--max_iters=60",
+                                 "--eval_interval=60", "--batch_size=32", "--learning_rate=1e-2", "--eval_samples=0"]))  # fmt: skip
+    return out_dir / "checkpoints/000060"
 
 
 @pytest.fixture

@@ -226,7 +226,8 @@ def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
     halves = [s.__class__(s.datasets, s.mixture, 12, 5).stream(3, first, first + 6, 3, torch.device("cpu"), hashed=True) for first in (0, 6)]
     seen = set()
     for step in range(3, 8):
-        micro, digest = next(whole)
+        micro, digest, tokens, _ = next(whole)
+        assert tokens == 12 * 8
         assert [len(batch.idx) for batch in micro] == [4, 4, 4]
         assert np.array_equal(torch.cat([batch.idx for batch in micro]).numpy(), next(s.rows_from(step, 0, 12))[:, 0, :-1])
         parts = [next(half) for half in halves]
@@ -244,7 +245,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
     s = source(tmp_path, rows=1024)
     stream = s.stream(0, 3, 7, 4, torch.device("cpu"), hashed=True)
     for step in range(10):
-        (batch,), digest = next(stream)
+        (batch,), digest, *_ = next(stream)
         rows = next(s.rows_from(step, 3, 7)).astype(np.int64)
         assert np.array_equal(batch.tokens, rows[:, 0])
         words = [hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest() for i, row in enumerate(rows)]

@@ -1,0 +1,249 @@
+"""How good a trained model is: losses on held-out data, and answers to tasks that can be checked.
+
+    python evaluate.py --out_dir=out/run                                            loss, perplexity, bits a byte of its own datasets
+    python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k                   accuracy of the likeliest answers
+    python evaluate.py --out_dir=out/run --tasks arithmetic --decode=standard --num_passes=8
+
+A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes evaluation.json beside the run.
+"""
+
+import gc
+import json
+import sys
+
+import configurator
+from configurator import Needs, Row
+
+DECODE = {"greedy": (0.0, 0, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}  # temperature, top_k, top_p, as in agent_tunix
+RUN = Needs("--init_from=resume", lambda a: a.init_from == "resume")
+TASKS = Needs("--tasks", lambda a: bool(a.tasks))
+TABLE = {
+    "model": [
+        Row("out_dir", "out", "the run", needs=RUN),
+        Row("checkpoint", "best", "best, last, or a step", needs=RUN),
+        Row("init_from", "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"),
+    ],
+    "losses": [
+        Row("datasets", (), "datasets to take losses on (none: the run's own)"),
+        Row("data_dir", "", "folder that holds the dataset folders (none: the run's, otherwise data)"),
+        Row("max_windows", 0, "so many windows of a dataset, or examples, at most (0: all)", low=0),
+    ],
+    "tasks": [
+        Row("tasks", (), "datasets with a val.jsonl of prompts and answers, or paths to such files"),
+        Row("decode", "greedy", "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1", choices=tuple(DECODE), needs=TASKS),
+        Row("num_passes", 1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS),
+        Row("max_new_tokens", 0, "tokens of an answer (0: the run's, otherwise 256)", low=0, needs=TASKS),
+        Row("max_problems", 0, "so many problems of a task, the first ones (0: all)", low=0, needs=TASKS),
+        Row("seed", 1337, "of the draws", low=0, high=2**32 - 1, needs=TASKS),
+    ],
+    "system": [
+        Row("batch_size", 64, "windows, examples or problems at once", low=1),
+        Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
+        Row("dtype", "auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16")),
+        Row("json", "", "file to write (none: evaluation.json in out_dir)"),
+    ],
+}
+
+
+def check(a, source: dict[str, str]) -> list[str]:
+    wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
+    wrong += ["--num_passes: the likeliest answer is always the same; take --decode=standard or liberal"] * (a.num_passes > 1 and a.decode == "greedy")
+    return wrong + ["--json: say where to write; there is no run"] * (a.init_from != "resume" and not a.json)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = configurator.parse(TABLE, sys.argv[1:], __doc__, check=check)
+    gc.disable()  # a sixth of the seconds that torch takes to import
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample
+from model import GPT, GPTConfig
+from parts import batches, bins, checkpoint, examples, generate, objectives, parallel, pretrained, tasks, templates, text
+from parts.mistakes import Mistake
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr)
+
+
+class Subject:
+    """The model, its tokenizers, and what its run was told."""
+
+    def __init__(self, a):
+        """Raises Mistake."""
+        self.folder = checkpoint.chosen(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
+        self.config = json.loads((self.folder / "train_config.json").read_text(encoding="utf-8")) if self.folder else {}
+        self.template, self.first_row = None, 0
+        if self.config.get("adapter") == "soft_prompt":
+            self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder], [self.config])
+            self.tokenizers, self.template = {"tokens": tokenizer}, templates.parse(self.config["prompt_format"])
+        else:
+            loaded = pretrained.load(str(self.folder or a.init_from), say)
+            self.model = GPT(GPTConfig(**loaded.shape))
+            self.model.load_weights(loaded.weights, str(self.folder or a.init_from))
+            self.tokenizers = loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(self.model.config.vocab_sizes))}
+        self.device = parallel.find_device(a.device)
+        self.model.to(self.device).eval()
+        self.model.compute_dtype, _ = parallel.choose_dtype(a.dtype, self.device)
+        self.data_dir = Path(a.data_dir or self.config.get("data_dir", "data"))
+
+    @property
+    def tokenizer(self) -> text.Tokenizer:
+        """The only one. Raises Mistake."""
+        if len(self.tokenizers) > 1:
+            raise Mistake("--tasks: the model has several vocabularies; tasks and examples need one")
+        return next(iter(self.tokenizers.values()))
+
+    def own_datasets(self) -> list[str]:
+        """The datasets that the run was trained on."""
+        c = self.config
+        return list({"multidataset": c.get("dataset_list"), "multicontext": c.get("multicontext_datasets")}.get(c.get("training_mode"), [c["dataset"]])) if c and not c.get("train_file") else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+@torch.no_grad()
+def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
+    """Over the windows of val.bin, one after the other, so that each token is predicted once. Raises Mistake."""
+    meta = bins.read_meta(subject.data_dir / name)
+    names = list(subject.tokenizers)
+    own = names.index(name) if name in names else 0
+    if not text.same(meta.tokenizer, list(subject.tokenizers.values())[own]):
+        raise Mistake(f"--datasets={name}: has another tokenizer than the model")
+    model, T = subject.model, subject.model.config.block_size
+    val = bins.Bin(subject.data_dir / name, "val", meta, name)
+    windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.firsts[own]])
+    count = min(windows.windows, a.max_windows or windows.windows)
+    total = tokens = 0.0
+    for first in tqdm(range(0, count, a.batch_size), desc=name, disable=not sys.stderr.isatty(), leave=False):
+        batch = batches.as_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(subject.device)
+        losses = model(batch.idx, batch.targets)
+        total, tokens = total + float(losses.sum()), tokens + losses.numel()
+    told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
+    return told | ({"bits_per_byte": total / tokens / math.log(2) * val.tokens / val.bytes} if val.bytes else {})
+
+
+@torch.no_grad()
+def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
+    """Over the completions of the examples in a file, their end tokens included. Raises Mistake."""
+    fields = [*subject.template.fields, subject.config.get("target_field") or "completion"] if subject.template else []
+    rows = examples.read_rows(path, "sft", lambda row: tasks.problem(row) if "question" in row else row, fields)
+    rows = rows[: a.max_windows or len(rows)]
+    coder = examples.Coder(subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row,
+                           target_field=subject.config.get("target_field", "") or "completion", truncation_field=subject.config.get("truncation_field", ""))  # fmt: skip
+    held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
+    total = tokens = 0.0
+    for first in tqdm(range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False):
+        some = held.items[first : first + a.batch_size]
+        batch = examples.Collate()(some, 0, len(some), 1).to(subject.device)
+        total, tokens = total - float(objectives.logps(subject.model, batch.tokens, batch.more["mask"]).sum()), tokens + int(batch.more["mask"].sum())
+    told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
+    return told | ({"left_out": held.dropped} if held.dropped else {})
+
+
+def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
+    """Of each dataset; of one with aligned contexts, which are read together, none. Raises Mistake."""
+    told = {}
+    names = list(a.datasets) or ([] if subject.config.get("training_mode") == "multicontext" else subject.own_datasets())
+    for name in names:
+        folder, on_text = subject.data_dir / name, subject.config.get("objective", "lm") == "lm"
+        bins.prepare_if_missing(folder, bins.BINS if on_text else bins.EXAMPLES)
+        if on_text:
+            told[name] = loss_of_text(subject, name, a)
+        elif subject.config["objective"] == "sft":
+            told[name] = loss_of_examples(subject, folder / "val.jsonl", a)
+    if subject.config.get("validation_file") and not a.datasets and subject.config["objective"] == "sft":
+        told[Path(subject.config["validation_file"]).stem] = loss_of_examples(subject, Path(subject.config["validation_file"]), a)
+    return told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks
+
+
+def problems_of(subject: Subject, task: str) -> list[dict]:
+    """The problems of a dataset's val.jsonl, or of a file. Raises Mistake."""
+    path = Path(task)
+    if path.suffix != ".jsonl":
+        bins.prepare_if_missing(subject.data_dir / task, bins.EXAMPLES)
+        path = subject.data_dir / task / "val.jsonl"
+    return examples.read_rows(path, "grpo", tasks.problem)
+
+
+def judged(subject: Subject, task: str, a) -> dict:
+    """What the answers to a task are worth; the proportions with an interval of 95 % over the problems."""
+    problems = problems_of(subject, task)
+    problems = problems[: a.max_problems or len(problems)]
+    tokenizer, model = subject.tokenizer, subject.model
+    coder = examples.Coder(tokenizer, model.config.block_size, template=subject.template, first_row=subject.first_row)
+    prompts = [coder.prompt(row) for row in problems]
+    temperature, top_k, top_p = DECODE[a.decode]
+    longest = a.max_new_tokens or subject.config.get("max_new_tokens") or 256
+    said: list[list[str]] = [[] for _ in problems]
+    lengths, ended = [], 0
+    fit = [number for number, ids in enumerate(prompts) if len(ids) < model.config.block_size]  # the others can't be answered
+    for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
+        some = fit[first : first + a.batch_size]
+        answers = generate.complete(
+            model, [prompts[number] for number in some], longest, tokenizer.eot, tokenizer.vocab_size, temperature, top_k, top_p, repeats=a.num_passes,
+            uniform=lambda number, token, first=first: batches.uniform(a.seed, first * a.num_passes + number, token),
+        )  # fmt: skip
+        for place, answer in enumerate(answers):
+            said[some[place // a.num_passes]].append(tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids))
+            lengths.append(len(answer.ids))
+            ended += answer.ended
+    n, passes = len(problems), a.num_passes
+    right = [sum(tasks.right(words, row["answer"]) for words in some) for some, row in zip(said, problems, strict=True)]
+
+    def mean(values: list[float]) -> dict[str, float]:
+        middle = sum(values) / n
+        return dict(zip(("value", "low", "high"), (middle, *tasks.wilson(sum(values), n)), strict=True))
+
+    told = {
+        "accuracy": mean([count / passes for count in right]),
+        "partial": mean([sum(tasks.partial(words, row["answer"]) for words in some) / passes for some, row in zip(said, problems, strict=True)]),
+        "format": mean([sum(tasks.formatted(words, row, 0, 1, True) == 1 for words in some) / passes for some, row in zip(said, problems, strict=True)]),
+    }  # fmt: skip
+    for k in (2**i for i in range(1, passes.bit_length())):
+        told[f"pass@{k}"] = mean([tasks.pass_at_k(passes, count, k) for count in right])
+        told[f"majority@{k}"] = mean([tasks.majority_at_k([tasks.answer_of(words) for words in some], row["answer"], k) if some else 0.0 for some, row in zip(said, problems, strict=True)])
+    told |= {"n": n, "passes": passes, "mean_tokens": sum(lengths) / max(1, len(lengths)), "ended": ended / max(1, len(lengths)), "too_long_to_answer": n - len(fit)}
+    return told | {"samples": [{"prompt": row["prompt"], "answer": row["answer"], "completion": some[0]} for some, row in zip(said[:5], problems[:5], strict=True) if some]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(a) -> dict:
+    """Prints and writes what was found. Raises Mistake."""
+    if not a.tasks and a.init_from != "resume" and not a.datasets:
+        raise Mistake("--tasks, --datasets: say what to evaluate on; there is no run that knows")
+    subject = Subject(a)
+    told = {
+        "checkpoint": str(subject.folder or a.init_from), "decode": a.decode, "seed": a.seed, "dtype": str(subject.model.compute_dtype).removeprefix("torch."),
+        "losses": losses(subject, a), "tasks": {task: judged(subject, task, a) for task in a.tasks},
+    }  # fmt: skip
+    print(told["checkpoint"])
+    for name, values in told["losses"].items():
+        print(f"  {name:20} " + "  ".join(f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in values.items()))
+    for name, values in told["tasks"].items():
+        print(f"  {name:20} n {values['n']:,}, {values['passes']} answer{'s' * (values['passes'] > 1)} to each ({a.decode}), {values['mean_tokens']:.1f} tokens, {values['ended']:.1%} ended")
+        for key, value in values.items():
+            if isinstance(value, dict):
+                print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")
+    path = Path(a.json or Path(a.out_dir) / "evaluation.json")
+    checkpoint.write_json(path, told)
+    print(path)
+    return told
+
+
+if __name__ == "__main__":
+    configurator.run(main, ARGUMENTS)
