@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
 A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). These, the model and the optimizer
-are chosen before the loop; the loop asks for no mode. The arguments are in train_args.py, the model in model.py, everything else in parts/.
+are chosen in recipe.py, before the loop; the loop asks for no mode. The arguments are in train_args.py, the model in model.py, everything
+else in parts/.
 """
 
 import gc
@@ -17,9 +18,7 @@ if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that
     ARGUMENTS = train_args.parse()
     gc.disable()  # a sixth of these seconds; until the first step is told
 
-import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -28,18 +27,17 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import configurator
-from model import GPT, GPTConfig
-from parts import adapters, batches, bins, checkpoint, examples, objectives, optim, parallel, pretrained, record, rollouts, schedules, tasks, templates, text
+import recipe
+from model import GPT
+from parts import batches, bins, checkpoint, optim, parallel, record, rollouts, text
 from parts.guard import Guard
 from parts.mistakes import Mistake
 from parts.signals import Signals
@@ -57,242 +55,6 @@ class Progress:
     worse_evaluations: int = 0  # since the best one
     evaluated_at: int = -1
     rollbacks: int = 0  # to a checkpoint, because gradients were not finite
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    source: batches.Source
-    evaluated: dict[str, list]  # split -> datasets, which tell their batches; the same ones at every evaluation
-    weights: np.ndarray  # of the datasets in the validation loss
-    objective: objectives.Objective
-    answers: rollouts.Answers | None = None  # how examples are answered
-
-
-def folders(args) -> dict[str, Path]:
-    """The datasets' folders; of --train_file none."""
-    return {} if args.train_file else {name: Path(args.data_dir) / name for names in args.mixture for name in names}
-
-
-def example_files(args) -> dict[str, dict[str, Path]]:
-    """Of each dataset the files of its splits."""
-    if args.train_file:
-        return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
-    return {name: {split: folder / f"{split}.jsonl" for split in bins.SPLITS} for name, folder in folders(args).items()}
-
-
-def fingerprints_of(args) -> dict[str, dict[str, str]]:
-    """What is resumed only on the same data: a hash of each file, by dataset."""
-    if args.objective == "lm":
-        return {name: bins.fingerprint(sorted(folder.glob("*.bin"))) for name, folder in folders(args).items()}
-    return {name: bins.fingerprint(files.values()) for name, files in example_files(args).items()}
-
-
-def read_examples(args) -> dict[str, dict[str, list[dict]]]:
-    """The rows of each dataset's splits. Raises Mistake."""
-    if args.prompt_format:
-        template = templates.parse(args.prompt_format)
-        others = {"sft": [args.target_field or "completion"], "dpo": ["chosen", "rejected"], "kto": ["completion", "label"], "grpo": ["answer"]}[args.objective]
-        fields = [*template.fields, *others]
-    else:
-        fields = []
-    adapted = tasks.problem if args.objective == "grpo" and not fields else dict
-    return {name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()} for name, files in example_files(args).items()}
-
-
-def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]:
-    """The tokenizer of each vocabulary that the model needs, by the name of its (first) dataset. Raises Mistake."""
-    tokenizers = {name: meta.tokenizer for name, meta in metas.items()}
-    if args.vocabulary != "one":
-        return tokenizers
-    first = next(iter(tokenizers))
-    for name, tokenizer in tokenizers.items():
-        if not text.same(tokenizer, tokenizers[first]):
-            raise Mistake(
-                f"--dataset_list: {first} ({tokenizers[first].kind}, {metas[first].vocab_size} ids) and {name} ({tokenizer.kind}, {metas[name].vocab_size} ids) "
-                "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
-            )
-    return {first: tokenizers[first]}
-
-
-def example_tokenizer(args, base: pretrained.Pretrained | None, rows: dict[str, dict[str, list[dict]]]) -> dict[str, text.Tokenizer]:
-    """The tokenizer of examples: that of the weights, or from scratch of the dataset, with the tokens that the examples need. Raises Mistake."""
-    name = next(iter(rows))
-    if args.init_from == "resume":
-        return text.load(Path(args.out_dir) / "tokenizer.json")
-    if base is None:
-        meta = next((folder for folder in folders(args).values() if (folder / "meta.json").exists()), None)
-        known = bins.read_meta(meta).tokenizer if meta else text.ByteTokenizer()
-    elif base.tokenizers is None or len(base.tokenizers) > 1:
-        raise Mistake(f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one")
-    else:
-        known = next(iter(base.tokenizers.values()))
-    needed = examples.needed_tokens(known, (row for splits in rows.values() for some in splits.values() for row in some))
-    if needed is not known and args.adapter != "none":
-        raise Mistake(f"--adapter={args.adapter}: the base has no {', '.join(needed.ids)}, and its embedding can't learn them; train it with all weights on such examples first")
-    return {name: needed}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model
-
-
-def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
-    """The weights that the run begins with, or began with where a resumed one needs them; None otherwise. Raises Mistake."""
-    if args.init_from == "scratch":
-        return None
-    if args.init_from != "resume":
-        return pretrained.load(args.weights_source, say)
-    if args.adapter == "none" and not needs_reference(args):
-        return None
-    if "source" not in began.get("_base", {}):
-        raise Mistake(f"--init_from=resume: {args.out_dir} does not tell what its reference is; it began from scratch")
-    return pretrained.load_base(began["_base"], say)
-
-
-def needs_reference(args) -> bool:
-    """Whether the objective compares with the model that the run began with."""
-    return args.objective in ("dpo", "kto") or (args.objective == "grpo" and args.beta > 0)
-
-
-def build_model(args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pretrained | None, began: dict) -> tuple[GPT, dict]:
-    """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises Mistake."""
-    sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
-    torch.manual_seed(args.seed)
-    if args.init_from == "resume" and base is not None:  # its arguments are known; the shape follows from them and the base's vocabulary
-        model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began["_model"]["vocab_sizes"])))
-        model.load_weights(base.weights, "the base", grow=True)
-        return model, {}
-    if base is None:
-        if args.vocab_size and args.vocab_size < sizes[0]:
-            raise Mistake(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
-        sizes = (args.vocab_size,) if args.vocab_size else sizes
-        return GPT(GPTConfig.of(args, vocab_sizes=sizes)), {}
-    if args.objective == "lm" and base.tokenizers is not None and not (len(base.tokenizers) == len(tokenizers) == 1 and text.same(*base.tokenizers.values(), *tokenizers.values())):
-        raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
-    known = sum(base.shape["vocab_sizes"])
-    if args.objective == "lm" and sum(sizes) > known:
-        raise Mistake(f"--init_from={args.init_from}: the weights know {known} tokens, the data has {sum(sizes)}")
-    shape = base.shape | {"block_size": min(args.block_size, base.shape["block_size"]), "vocab_sizes": (max(known, *sizes),)}
-    model = GPT(GPTConfig.of(args, **shape))
-    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=args.objective != "lm")
-    names = {field.name for field in dataclasses.fields(args)}
-    return model, {name: value for name, value in shape.items() if name in names} | {"vocab_size": sum(shape["vocab_sizes"])}
-
-
-def adapt(args, model: GPT, tokenizer: text.Tokenizer) -> None:
-    """Put the adapter on the model, as the arguments say; the base learns no more. Raises Mistake."""
-    if args.adapter == "lora":
-        adapters.lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    if args.adapter == "soft_prompt":
-        seeds = templates.parse(args.prompt_format).seeds(tokenizer)
-        adapters.soft_prompt(model, adapters.initial_rows(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size), args.prompt_provider)
-    if args.adapter != "none":
-        adapters.freeze(model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# source and objective
-
-
-def open_bins(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], model: GPT, mixture: batches.Mixture, ranks: parallel.Ranks) -> Data:
-    """All of the text, by windows. Raises Mistake."""
-    firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
-    rows, pin = args.batch_size * args.gradient_accumulation_steps, ranks.device.type == "cuda"
-    windows = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
-    objective = objectives.LanguageModel()
-
-    def told(dataset: batches.Dataset, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-        for batch, counts in dataset.evaluation(args.eval_iters, args.batch_size, ranks.rank, ranks.world, pin):
-            yield objective(net, batch.to(ranks.device), detailed=True)[1], counts
-
-    evaluated = {split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some] for split, some in windows.evaluated.items()}
-    return Data(windows.source, evaluated, windows.weights, objective)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A dataset of an evaluation: told(net) gives of each of its batches what an objective tells, and whether this rank had a part in it."""
-
-    name: str
-    streams: list
-    told: Callable[[torch.nn.Module], Iterator[tuple[dict, bool]]]
-    items: examples.Examples | None = None
-
-
-def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.Tokenizer, model: GPT, reference: objectives.Reference | None, mixture: batches.Mixture, ranks: parallel.Ranks, say) -> Data:
-    """Examples, and the objective that learns from them. Raises Mistake."""
-    a, V = args, model.wte.weight.size(0)
-    template = templates.parse(a.prompt_format) if a.prompt_format else None
-    limit = min(a.block_size, a.max_tokens or a.block_size) if template else a.block_size
-    coder = examples.Coder(tokenizer, limit, a.overflow, a.loss_on == "all", a.max_new_tokens if a.objective == "grpo" else 0, template, V, a.target_field or "completion" * (a.objective == "sft"), a.truncation_field)
-    opened = {
-        split: [examples.Examples(name, splits[split], a.objective, coder, a.seed, number, f"{name}, {split}", a.packing) for number, (name, splits) in enumerate(rows.items())]
-        for split in bins.SPLITS
-    }  # fmt: skip
-    for split, some in opened.items():
-        for dataset in some:
-            if dataset.dropped:
-                say(f"{dataset.name}, {split}: {dataset.dropped} examples too long for {limit} tokens are left out, as --overflow says")
-    width, total = a.block_size if a.compile else 0, a.batch_size * a.gradient_accumulation_steps
-    collate = examples.CollateLabelled(width, ranks.world, limit) if a.objective == "kto" else examples.Collate(width, ranks.world)
-    answers = rollouts.Answers(model, ranks, tasks.parse_rewards(a.reward) if a.objective == "grpo" else [], a.num_generations, a.max_new_tokens, a.temperature, a.top_k, a.top_p)
-    if a.objective == "grpo":
-        objective = objectives.GroupRelative(a.loss_type, a.epsilon, a.epsilon_high or a.epsilon, a.beta, a.importance_sampling_level, a.temperature, a.max_new_tokens, reference)
-        source = rollouts.RolloutSource(opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated)
-        told = {split: [partial(rollouts.evaluation, answers, dataset, a.eval_iters, a.batch_size) for dataset in some] for split, some in opened.items()}
-    else:
-        if a.objective == "sft":
-            objective = objectives.FineTuning()
-        elif a.objective == "dpo":
-            objective = objectives.DirectPreference(a.dpo_loss, a.beta, a.label_smoothing, reference)
-        else:
-            good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
-            bad = sum(dataset.windows for dataset in opened["train"]) - good
-            objective = objectives.KahnemanTversky(a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks)
-        source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
-
-        def measured(dataset: examples.Examples, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-            for batch, counts in dataset.evaluation(a.eval_iters, a.batch_size, ranks.rank, ranks.world, collate):
-                yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], detailed=True)[1], counts
-
-        told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
-    evaluated = {split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)] for split, hows in told.items()}
-    return Data(source, evaluated, mixture.final, objective, answers)
-
-
-def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[float, float]:
-    """The weights of desirable and undesirable rows; `auto`: as much in all as the others have, of which there are good and bad. Raises Mistake."""
-    if not (good and bad):
-        raise Mistake(f"--objective=kto: {good} desirable and {bad} undesirable examples; both are needed")
-    if desirable == "auto":
-        return float(undesirable) * bad / good, float(undesirable)
-    return float(desirable), float(desirable) * good / bad if undesirable == "auto" else float(undesirable)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# optimizer and schedule
-
-
-def settings(args) -> optim.Settings:
-    """The arguments that optimizers take."""
-    return optim.Settings(
-        args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,
-        args.muon_learning_rate, args.muon_weight_decay, args.muon_momentum, args.optimizer_kwargs,
-        args.embedding_learning_rate, args.head_learning_rate,
-    )  # fmt: skip
-
-
-def rate_factor(args):
-    """step -> learning rate over the largest one."""
-    floor = min(1.0, args.min_lr / args.learning_rate) if args.learning_rate else 0.0
-    plan = schedules.Plan(1.0, floor, args.warmup_iters, args.lr_decay_iters, args.lr_step_size, args.lr_step_gamma, args.wsd_decay_fraction)
-    return lambda step: schedules.learning_rate(args.schedule, plan, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +129,7 @@ class Run:
     args: object
     ranks: parallel.Ranks
     tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
-    data: Data
+    data: recipe.Data
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
     replica: torch.nn.Module  # the same under DDP, where there are several ranks
@@ -445,96 +207,21 @@ class Run:
         ))  # fmt: skip
 
 
-def origin(args, began: dict, say) -> str:
-    """Where the run's first weights are; of a run the checkpoint, since that run may go on."""
-    if args.init_from == "resume":
-        return began["_base"]["source"]
-    path = Path(args.weights_source)
-    if (path / "checkpoints").is_dir():
-        path = checkpoint.chosen(path, "best", say)
-    return str(path.resolve()) if path.exists() else args.weights_source
-
-
-@torch.no_grad()
-def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: parallel.Ranks) -> None:
-    """Give all examples the log-probabilities that the model has for them before it learns; they are kept beside the data, by a hash of all that
-    they follow from. The ranks share the work."""
-    for split, some in data.evaluated.items():
-        for dataset in (one.items for one in some):
-            said = [sequence.ids.tobytes() for item in dataset.items for sequence in item.sequences]
-            key = hashlib.sha256(b"".join(said) + f"{weights} {args.dtype} {args.overflow} {args.block_size}".encode()).hexdigest()[:16]
-            path = example_files(args)[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
-            with ranks.main_first():
-                there = path.exists()
-            if ranks.largest(not there):
-                told = torch.zeros(len(dataset.items), 2)
-                collate, size = examples.Collate(), args.batch_size
-                for first in range(0, len(dataset.items), size * ranks.world):  # all ranks call the model as often
-                    mine = range(first + ranks.rank * size, min(first + (ranks.rank + 1) * size, len(dataset.items)))
-                    batch = collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
-                    batch = batch.to(ranks.device)
-                    logp = objectives.logps(model.eval(), batch.tokens, batch.more["mask"]).sum(1).view(2, -1).T.cpu()
-                    if mine:
-                        told[mine.start : mine.stop] = logp
-                told = ranks.sum(told)
-                with ranks.main_first():
-                    if ranks.main:
-                        checkpoint.write_tensors(path, {"logps": told})
-            for item, values in zip(dataset.items, checkpoint.read_tensors(path)["logps"].tolist(), strict=True):
-                item.row["_reference"] = values
-    model.train()
-
-
 def build(args, ranks: parallel.Ranks, say) -> Run:
     """Everything from the arguments, resumed if asked. Raises Mistake before anything of an older run is touched."""
     if not (args.init_from == "resume" or args.overwrite or args.eval_only):
         checkpoint.refuse_held(Path(args.out_dir))
     began = began_as(Path(args.out_dir)) if args.init_from == "resume" else {}
     with ranks.main_first():
-        for folder in folders(args).values():
+        for folder in recipe.folders(args).values():
             bins.prepare_if_missing(folder, bins.BINS if args.objective == "lm" else bins.EXAMPLES)
-    fingerprints = fingerprints_of(args)
+    fingerprints = recipe.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(Path(args.out_dir), fingerprints, args.allow_data_change, say)
     share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.num_generations if args.objective == "grpo" else 1)
-    base = load_base(args, began, say)
-    if args.objective == "lm":
-        metas = {name: bins.read_meta(folder) for name, folder in folders(args).items()}
-        tokenizers = vocabularies(args, metas)
-    else:
-        rows = read_examples(args)
-        tokenizers = example_tokenizer(args, base, rows)
-    tokenizer = next(iter(tokenizers.values()))
-    model, shape = build_model(args, tokenizers, base, began)
-    args = dataclasses.replace(args, **shape)
-    source = {} if base is None or not (args.adapter != "none" or needs_reference(args)) else {"source": origin(args, began, say), "sha256": adapters.fingerprint(base.weights)}
-    mixture = batches.mixture(
-        len(fingerprints) if args.objective != "lm" else len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final,
-        args.dataset_sampling_probs_transition_method, args.max_iters, args.dataset_mixing, args.dataset_interleaving,
-    )  # fmt: skip
-    model.to(ranks.device)
-    model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
-    if ranks.largest(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
-        model.compute_dtype = torch.bfloat16
-    args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
-    kind = {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference) if needs_reference(args) else "none"
-    still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model
-    adapt(args, model, tokenizer)
-    model.to(ranks.device)
+    args, tokenizers, model, data, base, reason = recipe.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
-    if args.parallel == "fsdp" and ranks.world == 1:
-        say("--parallel=fsdp: one process holds all, nothing is sharded")
-    elif args.parallel == "fsdp":
-        for part in {model, still}:
-            parallel.shard(part, part.blocks, ranks, model.compute_dtype, args.fsdp_reshard, args.fsdp_offload)
-    if args.objective == "lm":
-        data = open_bins(args, metas, tokenizers, model, mixture, ranks)
-    else:
-        reference = {"adapter": objectives.Reference(model, partial(adapters.switched_off, model)), "copy": objectives.Reference(still, nullcontext)}.get(kind)
-        data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
-        if kind == "cache":
-            look_up_reference(args, data, model, source["sha256"], ranks)
-    optimizer = optim.Optimizer(args.optimizer, model, settings(args), model.fused_rows())
+    optimizer = optim.Optimizer(args.optimizer, model, recipe.settings(args), model.fused_rows())
     guard = Guard(args.spike_skip, ranks.device)
     progress = resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say) if args.init_from == "resume" else Progress()
     net = model
@@ -549,7 +236,7 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
     saver = checkpoint.Saver()
     replica = net if parallel.is_sharded(model) else parallel.replicate(net, ranks)
-    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, source, progress, data.source.tally(), share, reason, peak)
+    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, base, progress, data.source.tally(), share, reason, peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,7 +424,7 @@ class Diverged(Exception):
 def loop(run: Run, log: record.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
     a, progress, optimizer, scaler, source, objective = run.args, run.progress, run.optimizer, run.scaler, run.data.source, run.data.objective
-    parameters, factor = [parameter for parameter in run.model.parameters() if parameter.requires_grad], rate_factor(a)
+    parameters, factor = [parameter for parameter in run.model.parameters() if parameter.requires_grad], recipe.rate_factor(a)
     stream = source.stream(progress.step, *run.share, run.ranks.device, a.log_data_hash)
     meter = Meter(run, log)
     model = run.replica.train()
@@ -810,7 +497,7 @@ def folder_of_task(args, ranks: parallel.Ranks) -> str:
     if not args.task_name or args.out_dir != "out":
         return args.out_dir
     now = time.localtime(ranks.largest(int(time.time()) if ranks.main else 0))
-    return str(Path("outputs", *(["debug"] if args.debug else []), args.task_name, time.strftime("%Y%m%d_%H%M%S", now)))
+    return str(train_args.task_folder(args) / time.strftime("%Y%m%d_%H%M%S", now))
 
 
 def main(args) -> Progress:

@@ -363,6 +363,11 @@ def is_weight(words: str) -> bool:
         return False
 
 
+def task_folder(a) -> Path:
+    """Where the runs of --task_name are."""
+    return Path("outputs", *(["debug"] if a.debug else []), a.task_name)
+
+
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
 
 
@@ -379,7 +384,13 @@ def parse(argv: list[str] | None = None):
     again = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if not again or arguments.init_from == "resume" or arguments.eval_only:
         return arguments
-    checkpoints = Path(arguments.out_dir) / "checkpoints"
+    out_dir = Path(arguments.out_dir)
+    if arguments.task_name and arguments.out_dir == "out":  # the run that is to go on is the task's newest
+        begun = sorted(task_folder(arguments).glob("*/train_config.json"))
+        if not begun:
+            return arguments
+        out_dir = begun[-1].parent
+    checkpoints = out_dir / "checkpoints"
     if any(path.name.isdigit() for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())):
-        return read(["--init_from=resume", f"--out_dir={arguments.out_dir}"])
-    return dataclasses.replace(arguments, overwrite=True)
+        return read(["--init_from=resume", f"--out_dir={out_dir}"])
+    return dataclasses.replace(arguments, overwrite=True, out_dir=str(out_dir))

@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from parts.mistakes import Mistake
 
 LEFTOVER, REPLACED = ".tmp", ".old"
-NEEDED = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json"}
+WEIGHTS = {"model.safetensors", "train_config.json", "tokenizer.json"}
+NEEDED = WEIGHTS | {"optimizer.safetensors", "progress.json"}
 
 
 class Checkpoint(NamedTuple):
@@ -189,12 +190,12 @@ class Saver:
         return self.ended
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest, or None."""
+def damage(folder: Path, needed: set[str] = NEEDED) -> str | None:
+    """What is wrong with a checkpoint, which must have the needed files, by its manifest; or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         whole = {f"{name.split('/')[0]}.safetensors" if "/" in name else name for name in manifest}  # of shards too
-        if missing := NEEDED - whole:
+        if missing := needed - whole:
             return f"{folder / 'manifest.json'} does not list {', '.join(sorted(missing))}"
         for name, known in manifest.items():
             path = folder / name

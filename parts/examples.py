@@ -200,6 +200,7 @@ class Examples:
     def evaluation(self, iters: int, size: int, rank: int, world: int, collate: Callable) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of each of the first `iters` batches of `size` examples, in the order of the file, and whether it has one: a rank
         without an example reads the first one with the others."""
+        size = max(size, collate.least)
         for first in range(0, min(len(self.items), iters * size), size):
             whole = self.items[first : min(first + size, len(self.items), iters * size)]
             if len(whole) < collate.least:

@@ -39,7 +39,7 @@ def load(source: str, say=print) -> Pretrained:
     if (path / "checkpoints").is_dir():
         return load_own(checkpoint.chosen(path, "best", say), say)
     if (path / "manifest.json").exists():
-        if wrong := checkpoint.damage(path):
+        if wrong := checkpoint.damage(path, checkpoint.WEIGHTS):
             raise Mistake(wrong)
         return load_own(path, say)
     weights = path / "model.safetensors" if path.is_dir() else path

@@ -2,15 +2,18 @@
 
 import importlib.machinery
 import itertools
+import json
 import math
 import shutil
 import sys
+import time
 import types
 
 import pytest
 import torch
-from conftest import WORDS, equal_tensors, skip_without_gpt2
+from conftest import TINY, WORDS, equal_tensors, skip_without_gpt2
 
+import train
 import train_args
 from parts import parallel, pretrained
 from parts.mistakes import Mistake
@@ -35,9 +38,9 @@ def shapes(done) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("name", [row.name for group in train_args.TABLE.values() for row in group])
-def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir):
+def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, base):
     assert name in EFFECTS, f"--{name} has no test of its effect"
-    given = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir}
+    given = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir, "base": base}
     function = EFFECTS[name]
     function(**{key: given[key] for key in function.__code__.co_varnames[: function.__code__.co_argcount]})
 
@@ -333,8 +336,11 @@ def max_iters(run):
 
 
 @effect
-def max_tokens(run):
+def max_tokens(run, base):
     assert run("--max_tokens=65").progress.step == 3  # 32 a step
+    with pytest.raises(Mistake, match="exceeds --max_tokens=10 "):  # of the 3 rows and the 6 to 8 tokens of an example
+        run(*soft(base), "--max_tokens=10", name="soft")
+    assert run(*soft(base), "--max_tokens=11", name="more").progress.step == 4
 
 
 @effect
@@ -712,3 +718,330 @@ def rank_timeout(run, monkeypatch):
     monkeypatch.setattr(parallel, "ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1])
     run("--rank_timeout=7")
     assert given == [7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# examples, objectives and adapters: what each computes in test_examples.py, test_objectives.py, test_rollouts.py and test_adapters.py
+
+
+def dpo(base) -> list[str]:
+    return ["--objective=dpo", "--dataset=pairs", f"--init_from={base}", "--eval_samples=0"]
+
+
+def kto(base) -> list[str]:
+    """A step takes all 12 examples, of which 4 are desirable: the losses follow in closed form, since the policy is still the reference."""
+    return ["--objective=kto", "--dataset=labelled", f"--init_from={base}", "--eval_samples=0", "--batch_size=12", "--max_iters=1"]
+
+
+GRPO = ["--objective=grpo", "--dataset=sums", "--beta=0", "--num_generations=2", "--max_new_tokens=3", "--reward=length", "--temperature=3", "--eval_samples=0"]
+
+
+def sft(base) -> list[str]:
+    return ["--objective=sft", "--dataset=sums", f"--init_from={base}", "--eval_samples=0"]
+
+
+def soft(base, prompt_format: str = "<P*3>{prompt}") -> list[str]:
+    return [*sft(base), "--adapter=soft_prompt", f"--prompt_format={prompt_format}", "--block_size=16"]
+
+
+def write_rows(path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@effect
+def task_name(tmp_path, monkeypatch, data_dir):
+    monkeypatch.chdir(tmp_path)
+    train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox"]))
+    (folder,) = tmp_path.glob("outputs/detox/*")
+    assert (folder / "train_config.json").exists() and abs(time.mktime(time.strptime(folder.name, "%Y%m%d_%H%M%S")) - time.time()) < 60
+    train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox", f"--out_dir={tmp_path / 'mine'}"]))
+    assert (tmp_path / "mine/train_config.json").exists(), "--out_dir stands"
+
+
+@effect
+def debug(tmp_path, monkeypatch, data_dir):
+    monkeypatch.chdir(tmp_path)
+    train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox", "--debug"]))
+    assert len(list(tmp_path.glob("outputs/debug/detox/*/train_config.json"))) == 1 and not (tmp_path / "outputs/detox").exists()
+
+
+@effect
+def train_file(run, tmp_path, base):
+    given, other = (write_rows(tmp_path / f"{name}.jsonl", *[{"prompt": f"{i}+{i}=", "completion": name}] * 4) for i, name in ((1, "22"), (4, "9")))
+    done = run("--objective=sft", f"--init_from={base}", f"--train_file={given}", f"--validation_file={other}", "--max_iters=20", "--learning_rate=0.03", "--eval_interval=20")
+    assert done.losses[-1] < 0.1 and done.evals[-1]["samples"][0]["completion"] == "22", "what was learned is said"
+
+
+@effect
+def validation_file(run, tmp_path, base):
+    one, two = (write_rows(tmp_path / f"{name}.jsonl", {"prompt": "4+4=", "completion": name}) for name in ("8", "99"))
+    flags = ["--objective=sft", f"--init_from={base}", f"--train_file={one}", "--max_iters=1"]
+    first, second = run(*flags, f"--validation_file={one}", name="1"), run(*flags, f"--validation_file={two}", name="2")
+    assert first.losses == second.losses and first.evals[0]["val_loss"] == first.evals[0]["train_loss"] < second.evals[0]["val_loss"]
+
+
+@effect
+def overflow(run, base, data_dir):
+    """The sums have 6 to 8 tokens."""
+    with pytest.raises(Mistake, match="longer than 7 tokens, by up to 1"):
+        run(*sft(base), "--block_size=7")
+    dropped = run(*sft(base), "--block_size=7", "--overflow=drop", name="drop")
+    cut = run(*sft(base), "--block_size=7", "--overflow=truncate_target", name="cut")
+    rows = [json.loads(line) for line in (data_dir / "sums/train.jsonl").read_text().splitlines()]
+    longer = sum(len(row["prompt"] + row["completion"]) + 1 > 7 for row in rows)
+    assert longer and f"sums, train: {longer} examples too long for 7 tokens are left out" in dropped.console and "left out" not in cut.console
+    assert dropped.evals[-1]["epochs"] == pytest.approx(16 / (len(rows) - longer)) and cut.evals[-1]["epochs"] == pytest.approx(16 / len(rows))
+
+
+@effect
+def objective(run, base):
+    keys = [set(run(*flags, "--max_iters=1", "--block_size=8", name=name).train[0]) for name, flags in
+            {"lm": [], "sft": sft(base), "dpo": dpo(base), "kto": kto(base), "grpo": GRPO}.items()]  # fmt: skip
+    assert all("loss" in told for told in keys) and "entropy" not in keys[0] and all("entropy" in told for told in keys[1:])
+    assert [sum(name in told for told in keys) for name in ("rewards/accuracies", "kl", "reward")] == [1, 2, 1]
+
+
+@effect
+def loss_on(run, base, tmp_path):
+    """With an empty prompt all is completion, but its first token, before which there is nothing."""
+    assert run(*sft(base), "--loss_on=all", name="all").losses != run(*sft(base), name="completion").losses
+    whole = write_rows(tmp_path / "whole.jsonl", *[{"prompt": "", "completion": "1+1=2"}] * 4)
+    apart = write_rows(tmp_path / "apart.jsonl", *[{"prompt": "1+1=", "completion": "2"}] * 4)
+    flags = ["--objective=sft", f"--init_from={base}"]
+    losses = [run(*flags, f"--train_file={file}", f"--validation_file={file}", f"--loss_on={on}", name=f"{n}").losses for n, (file, on) in enumerate(((whole, "completion"), (apart, "all"), (apart, "completion")))]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@effect
+def packing(run, base):
+    """24 tokens of context hold three or four sums of 6 to 8."""
+    packed, plain = run(*sft(base), "--packing", "--block_size=24", name="packed"), run(*sft(base), "--block_size=24", name="plain")
+    assert packed.progress.tokens > 2.9 * plain.progress.tokens and packed.evals[-1]["epochs"] > 2.9 * plain.evals[-1]["epochs"]
+
+
+@effect
+def beta(run, base):
+    """At 0 there is nothing to learn: every pair's loss stays log 2."""
+    assert run(*dpo(base), "--beta=0", "--learning_rate=0.1", name="0").losses == pytest.approx([math.log(2)] * 4)
+    losses = [run(*dpo(base), f"--beta={value}", name=value).losses for value in ("0.1", "0.5")]
+    assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]
+
+
+@effect
+def reference(run, base, tmp_path, data_dir):
+    """All are the model that the run began with; cache keeps its numbers beside the data."""
+    shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
+    flags = [*dpo(base), f"--data_dir={tmp_path / 'data'}", "--learning_rate=0.01"]
+    known = lambda: len(list((tmp_path / "data/pairs").glob("reference_*.safetensors")))  # noqa: E731
+    auto, copied = run(*flags, name="auto"), run(*flags, "--reference=copy", name="copy")
+    assert auto.losses == copied.losses and not known()
+    assert run(*flags, "--reference=cache", name="cache").losses == pytest.approx(copied.losses, rel=1e-5) and known() == 2
+    lora = [run(*flags, "--adapter=lora", f"--reference={kind}", name=f"lora_{kind}").losses for kind in ("auto", "adapter", "copy")]
+    assert lora[0] == lora[1] == pytest.approx(lora[2], rel=1e-5)
+
+
+@effect
+def dpo_loss(run, base):
+    """In closed form before anything is learned, where all log-ratios are 0."""
+    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "robust": math.log(2), "sigmoid_norm": math.log(2), "apo_zero": 1.0}
+    losses = {name: run(*dpo(base), f"--dpo_loss={name}", *(["--label_smoothing=0.1"] if name == "robust" else []), "--learning_rate=0.01", name=name).losses for name in train_args.DPO_LOSSES}
+    assert {name: some[0] for name, some in losses.items()} == pytest.approx(first, rel=1e-5) and len({tuple(some) for some in losses.values()}) == 6
+
+
+@effect
+def label_smoothing(run, base):
+    losses = [run(*dpo(base), f"--label_smoothing={e}", name=e).losses for e in ("0", "0.4")]
+    assert losses[0][0] == losses[1][0] == pytest.approx(math.log(2)) and losses[0][1:] != losses[1][1:]
+    with pytest.raises(SystemExit):
+        train_args.parse([*dpo(base), "--dpo_loss=hinge", "--label_smoothing=0.1"])
+
+
+@effect
+def desirable_weight(run, base):
+    assert run(*kto(base), "--desirable_weight=3").losses == pytest.approx([0.5 * (4 * 3 + 8) / 12], rel=1e-5)
+    assert run(*kto(base), "--desirable_weight=auto", name="auto").losses == pytest.approx([0.5 * (4 * 2 + 8) / 12], rel=1e-5)
+
+
+@effect
+def undesirable_weight(run, base):
+    assert run(*kto(base), "--undesirable_weight=3").losses == pytest.approx([0.5 * (4 + 8 * 3) / 12], rel=1e-5)
+    assert run(*kto(base), "--undesirable_weight=auto", name="auto").losses == pytest.approx([0.5 * (4 + 8 * 0.5) / 12], rel=1e-5)
+
+
+@effect
+def reward(run, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text("def long(completion, problem, tokens, limit, ended):\n    return tokens / limit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = run(*GRPO, "--reward=correct:1,length:0.25,odd:long:0.5", "--max_iters=1").train[0]
+    assert line["reward"] == pytest.approx(line["rewards/correct"] + 0.25 * line["rewards/length"] + 0.5 * line["rewards/odd:long"])
+    assert line["rewards/odd:long"] == pytest.approx(line["completions/mean_length"] / 3)
+
+
+@effect
+def num_generations(run):
+    """A step's 8 answers are to 4 prompts or to 2, of 110."""
+    epochs = [run(*GRPO, "--batch_size=8", f"--num_generations={n}", name=n).evals[-1]["epochs"] for n in ("2", "4")]
+    assert epochs == pytest.approx([4 * 4 / 110, 4 * 2 / 110])
+
+
+@effect
+def max_new_tokens(run):
+    assert {run(*GRPO, "--batch_size=32", "--temperature=99", f"--max_new_tokens={n}", "--max_iters=1", name=n).train[0]["completions/max_length"] for n in ("1", "2")} == {1, 2}
+
+
+@effect
+def temperature(run, base):
+    """A high one draws, and learns from, a nearly uniform distribution."""
+    flags = [*GRPO, f"--init_from={base}", "--max_iters=1"]
+    cold, hot = (run(*flags, f"--temperature={t}", name=t).train[0] for t in ("0.5", "1000"))
+    assert cold["entropy"] < 1 and hot["entropy"] == pytest.approx(math.log(13), abs=1e-3) and max(cold["rollout_logp_error"], hot["rollout_logp_error"]) < 1e-4
+
+
+@effect
+def top_k(run):
+    greedy, free = (run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_k={k}", name=k).train[0] for k in ("1", "0"))
+    assert greedy["frac_reward_zero_std"] == 1 > free["frac_reward_zero_std"]
+
+
+@effect
+def top_p(run):
+    greedy, free = (run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_p={p}", name=p).train[0] for p in ("1e-6", "1"))
+    assert greedy["frac_reward_zero_std"] == 1 > free["frac_reward_zero_std"]
+
+
+@effect
+def num_iterations(run):
+    hashes = {n: [line["data_hash"] for line in run(*GRPO, f"--num_iterations={n}", "--log_data_hash", name=n).train] for n in ("1", "2")}
+    assert len(set(hashes["1"])) == 4 and hashes["2"][0] == hashes["2"][1] != hashes["2"][2] == hashes["2"][3]
+    assert hashes["2"][0] == hashes["1"][0]
+
+
+def grpo_losses(run, flag: str, *values: str, more: tuple = ()) -> list[tuple]:
+    """Losses and gradients' norms with each value of a flag, the second step being one more on the same answers."""
+    flags = [*GRPO, "--batch_size=8", "--gradient_accumulation_steps=2", "--num_iterations=2", "--learning_rate=0.05", "--max_iters=2", *more]
+    return [tuple((line["loss"], line["grad_norm"]) for line in run(*flags, f"{flag}={value}", name=value).train) for value in values]
+
+
+@effect
+def loss_type(run):
+    assert len(set(grpo_losses(run, "--loss_type", "grpo", "bnpo", "dr_grpo", "dapo"))) == 4
+
+
+@effect
+def scale_rewards(run):
+    assert len(set(grpo_losses(run, "--scale_rewards", "group", "batch", "none"))) == 3
+
+
+@effect
+def importance_sampling_level(run):
+    token, sequence = grpo_losses(run, "--importance_sampling_level", "token", "sequence")
+    assert token[0] == pytest.approx(sequence[0]) and token[1] != pytest.approx(sequence[1])
+
+
+@effect
+def epsilon(run):
+    """At 1 no ratio is too low."""
+    flags = [*GRPO, "--batch_size=16", "--num_iterations=2", "--learning_rate=0.05", "--max_iters=2", "--epsilon_high=99"]
+    narrow, wide = (run(*flags, f"--epsilon={e}", name=e).train[1] for e in ("1e-6", "1"))
+    assert narrow["clip_ratio/low"] > 0 == wide["clip_ratio/low"] and narrow["clip_ratio/high"] == wide["clip_ratio/high"] == 0
+
+
+@effect
+def epsilon_high(run):
+    flags = [*GRPO, "--batch_size=16", "--num_iterations=2", "--learning_rate=0.05", "--max_iters=2", "--epsilon=1"]
+    narrow, wide = (run(*flags, f"--epsilon_high={e}", name=e).train[1] for e in ("1e-6", "99"))
+    assert narrow["clip_ratio/high"] > 0 == wide["clip_ratio/high"]
+
+
+@effect
+def mask_truncated(run, tmp_path, monkeypatch):
+    """Hardly an answer of one token ends; the others teach nothing."""
+    (tmp_path / "even.py").write_text("def even(completion, problem, tokens, limit, ended):\n    return float(completion[:1] in '02468')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = [*GRPO, "--reward=even:even", "--max_new_tokens=1", "--num_generations=8", "--batch_size=8", "--max_iters=1", "--seed=3"]
+    masked, plain = (run(*flags, f"--mask_truncated={on}", name=on).train[0] for on in ("true", "false"))
+    assert masked["completions/clipped_ratio"] == plain["completions/clipped_ratio"] == 1
+    assert masked["grad_norm"] == 0 < plain["grad_norm"]
+
+
+@effect
+def eval_samples(run, base):
+    flags = [flag for flag in sft(base) if "eval_samples" not in flag]
+    assert [len(run(*flags, f"--eval_samples={n}", "--max_iters=1", name=n).evals[0].get("samples", [])) for n in ("0", "2")] == [0, 2]
+
+
+@effect
+def adapter(run, base):
+    assert {name.rpartition(".")[2] for name in shapes(run(*sft(base), "--adapter=lora", "--max_iters=1", name="lora"))} == {"lora_A", "lora_B"}
+    assert shapes(run(*soft(base), "--max_iters=1", name="soft")) == {"wte.prompt.rows": (3, 16)}
+
+
+@effect
+def lora_rank(run, base):
+    assert shapes(run(*sft(base), "--adapter=lora", "--lora_rank=3", "--max_iters=1"))["blocks.0.attn.qkv.lora_A"] == (3, 16)
+
+
+@effect
+def lora_alpha(run, base):
+    """The gradient of B is proportional to it."""
+    norms = [run(*sft(base), "--adapter=lora", f"--lora_alpha={alpha}", "--max_iters=1", name=alpha).train[0]["grad_norm"] for alpha in ("4", "12")]
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-4)
+
+
+@effect
+def lora_dropout(run, base):
+    """B is 0 at first, so that only the gradient differs."""
+    flags = [*sft(base), "--adapter=lora", "--learning_rate=0.1", "--eval_interval=9"]
+    none, much = (run(*flags, f"--lora_dropout={p}", name=p) for p in ("0", "0.9"))
+    assert none.losses[0] == much.losses[0] and none.losses[1:] != much.losses[1:] and none.evals[0]["val_loss"] == much.evals[0]["val_loss"]
+
+
+@effect
+def lora_targets(run, base):
+    done = run(*sft(base), "--adapter=lora", "--lora_targets", "attn.qkv", "up", "--max_iters=1")
+    assert set(shapes(done)) == {f"blocks.{i}.{name}.lora_{ab}" for i in range(2) for name in ("attn.qkv", "mlp.up") for ab in "AB"}
+
+
+@effect
+def prompt_format(run, base):
+    assert shapes(run(*soft(base, "<P*2>{prompt}<P>1+1</P>"), "--max_iters=1"))["wte.prompt.rows"] == (5, 16)
+
+
+@effect
+def prompt_provider(run, base):
+    lstm, tensor = (run(*soft(base), f"--prompt_provider={name}", "--learning_rate=0.01", name=name) for name in ("lstm", "tensor"))
+    assert "wte.prompt.lstm.weight_ih_l0" in shapes(lstm) and lstm.losses[0] == tensor.losses[0] and lstm.losses[1:] != tensor.losses[1:]
+
+
+@effect
+def prompt_init(run, base):
+    """Distinct rows of the embedding, or none of them but of their size."""
+    embedding = pretrained.load(str(base)).weights["wte.weight"]
+    vocab, normal = (run(*soft(base, "<P*8>{prompt}"), f"--prompt_init={name}", "--max_iters=0", name=name).last.weights["wte.prompt.rows"] for name in ("vocab", "normal"))
+    nearest = lambda rows: (rows[:, None] - embedding).norm(dim=-1).min(1)  # noqa: E731
+    assert nearest(vocab).values.max() == 0 and len(set(nearest(vocab).indices.tolist())) == 8
+    assert nearest(normal).values.min() > 0 and float(normal.std()) == pytest.approx(float(embedding.std()), rel=0.3)
+
+
+@effect
+def target_field(run, base, tmp_path):
+    """The same as a completion of that text."""
+    both, one = (write_rows(tmp_path / f"{n}.jsonl", *[row] * 4) for n, row in enumerate(({"sum": "1+1=", "good": "2", "bad": "9+9"}, {"sum": "1+1=", "completion": "9+9"})))
+    flags = [*soft(base, "<P*3>{sum}"), "--eval_samples=1", "--max_iters=2"]
+    good, bad, plain = (
+        run(*flags, f"--train_file={file}", f"--validation_file={file}", *target, name=f"{n}").losses
+        for n, (file, target) in enumerate(((both, ["--target_field=good"]), (both, ["--target_field=bad"]), (one, [])))
+    )
+    assert good != bad == plain
+
+
+@effect
+def truncation_field(run, base, tmp_path):
+    """Cut to its first 5 characters, the example is one that has no more."""
+    long, short = (write_rows(tmp_path / f"{len(words)}.jsonl", *[{"sum": words, "completion": "2"}] * 4) for words in ("1+1+1+1+1+1+1=", "1+1+1"))
+    flags = [*soft(base, "<P*3>{sum}="), "--max_tokens=11"]
+    with pytest.raises(Mistake, match="exceeds"):
+        run(*flags, f"--train_file={long}", f"--validation_file={long}")
+    losses = [run(*flags, f"--train_file={file}", f"--validation_file={file}", "--truncation_field=sum", name=f"{n}").losses for n, file in enumerate((long, short))]
+    assert losses[0] == losses[1]

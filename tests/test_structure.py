@@ -70,7 +70,7 @@ def test_every_row_of_the_table_is_used():
 
     used = {field.name for field in dataclasses.fields(GPTConfig)}
     derived = next(node for node in ast.parse((ROOT / "train_args.py").read_text()).body if getattr(node, "name", "") == "Derived")
-    for tree in (ast.parse((ROOT / "train.py").read_text()), derived):
+    for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "recipe.py")), derived):
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {row.name for group in train_args.TABLE.values() for row in group} <= used
 
@@ -78,10 +78,12 @@ def test_every_row_of_the_table_is_used():
 def test_choices_of_the_table_are_the_entries_of_the_registries():
     import model
     import train_args
-    from parts import optim, schedules
+    from parts import adapters, objectives, optim, schedules, templates
 
     rows = {row.name: row for group in train_args.TABLE.values() for row in group}
-    for name, registry in {"norm": model.NORMS, "position": model.POSITIONS, "mlp": model.MLPS, "lr_scheduler": schedules.SCHEDULES}.items():
+    for name, registry in {"norm": model.NORMS, "position": model.POSITIONS, "mlp": model.MLPS, "lr_scheduler": schedules.SCHEDULES, "dpo_loss": objectives.DPO_LOSSES,
+                           "loss_type": objectives.AGGREGATIONS, "prompt_provider": adapters.PROVIDERS, "overflow": templates.OVERFLOWS}.items():  # fmt: skip
         assert set(rows[name].choices) == set(registry)
+    assert set(train_args.SMOOTHED) == {name for name, (_, _, smoothed) in objectives.DPO_LOSSES.items() if smoothed}
     assert set(train_args.OPTIMIZERS) == {*optim.OPTIMIZERS, "muon"}
     assert all(name in rows["activation"].help for name in model.ACTIVATIONS)

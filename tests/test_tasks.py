@@ -26,7 +26,7 @@ SOLVED = "<reasoning>\n40+35\n</reasoning>\n<answer>{}</answer>"
 
 @pytest.mark.parametrize("text, value", [
     ("72", 72), (" 72.\n", 72), ("72.0", 72), ("007", 7), ("+5", 5), ("-5", -5), ("- 5", -5), ("\u22125", -5), ("\u20135", -5), ("(5)", 5), ("(-5)", -5),
-    ("$5", 5), ("$ 5", 5), ("-$5", -5), ("$-5", -5), (r"\$5", 5), ("5 $", 5), ("€1.25", "5/4"), ("£3", 3), ("USD 5", 5), ("50 cents", 50), ("50¢", 50),
+    ("$5", 5), ("$ 5", 5), ("-$5", -5), ("$-5", -5), (r"\$5", 5), ("5 $", 5), ("€1.25", "5/4"), ("£3", 3), ("USD 5", 5), ("USD -5", -5), ("50 cents", 50), ("50¢", 50),
     ("1,234,567", 1234567), ("1 234 567", 1234567), ("1\u2009234.5", "2469/2"), ("1\u202f234", 1234), ("$1,000.50", "2001/2"), ("12345", 12345),
     (".5", "1/2"), ("5.", 5), ("3/4", "3/4"), ("-3 / 4", "-3/4"), ("1 1/2 cups", "3/2"), ("-1 1/2", "-3/2"), ("1½", "3/2"), ("¾", "3/4"), ("2.5/5", "1/2"),
     ("50%", 50), (r"50\%", 50), ("5kg", 5), ("72 miles per hour", 72), ("$72/hour", 72), ("72 cm^2", 72), ("72 m²", 72), (r"72^\circ", 72), ("5 pints", 5),
@@ -99,7 +99,7 @@ def test_right_answers(given, answer, right):
 
 
 def test_bare_completions():
-    assert tasks.right("75", "75") and tasks.right("75\n", "75") and not tasks.right("", "75") and not tasks.right("none", "75")
+    assert tasks.right("75", "75") and tasks.right("12+63 is 75.", "75") and tasks.right("75\n", "75") and not tasks.right("", "75") and not tasks.right("none", "75")
     assert tasks.right("The capital is Paris", "the capital is Paris.") and not tasks.right("Paris or London", "Paris")
     assert tasks.right("at 7:30", "at 7:30") and not tasks.right("30", "7:30")
 
@@ -370,7 +370,8 @@ def test_preferences_are_off_by_one(tmp_path):
     steps = {row["prompt"]: int(row["rejected"]) - int(row["chosen"]) for row in a}
     assert set(steps.values()) == {-1, 1} and abs(sum(steps.values())) < 500 and len(steps) == 10_000
     assert all(eval(row["prompt"][:-1]) == int(row["chosen"]) and int(row["rejected"]) >= 0 for row in a) and steps["0+0="] == 1
-    assert 4000 < sum(steps[row["prompt"]] == int(row["rejected"]) - int(row["chosen"]) for row in c) < 6000, "another seed, other mistakes"
+    pairs = zip(steps.values(), c, strict=True)
+    assert 4000 < sum(step == int(row["rejected"]) - int(row["chosen"]) for step, row in pairs) < 6000, "another seed, other mistakes in the same places"
 
 
 @pytest.mark.parametrize("unpaired", [1, 8])

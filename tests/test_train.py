@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, command, equal_tensors, read_run
 
 import train
 import train_args
+from model import GPT, GPTConfig
 from parts import checkpoint
 from parts.mistakes import Mistake
 
@@ -466,6 +467,6 @@ def test_the_hot_loop_reads_nothing_back(run, optimizer):
 
 def test_model_flops_per_token():
     """6 N + 12 layers x width x context, by hand, for GPT-2's shape."""
-    model = train.GPT(train.GPTConfig(vocab_sizes=(100,), n_layer=3, n_head=2, n_embd=32, block_size=16, bias=False))
+    model = GPT(GPTConfig(vocab_sizes=(100,), n_layer=3, n_head=2, n_embd=32, block_size=16, bias=False))
     products = 3 * (12 * 32 * 32) + 100 * 32
     assert model.flops_per_token() == 6 * products + 12 * 3 * 32 * 16
