@@ -150,17 +150,15 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
 
 
 def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
-    """Of each dataset; of one with aligned contexts, which are read together, none. Raises Mistake."""
+    """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises Mistake."""
     told = {}
     names = list(a.datasets) or ([] if subject.config.get("training_mode") == "multicontext" else subject.own_datasets())
-    for name in names:
-        folder, on_text = subject.data_dir / name, subject.config.get("objective", "lm") == "lm"
-        bins.prepare_if_missing(folder, bins.BINS if on_text else bins.EXAMPLES)
-        if on_text:
-            told[name] = loss_of_text(subject, name, a)
-        elif subject.config["objective"] == "sft":
-            told[name] = loss_of_examples(subject, folder / "val.jsonl", a)
-    if subject.config.get("validation_file") and not a.datasets and subject.config["objective"] == "sft":
+    objective = subject.config.get("objective", "lm")
+    for name in names if objective in ("lm", "sft") else a.datasets:  # a loss of preferences or rewards means little without its reference
+        folder = subject.data_dir / name
+        bins.prepare_if_missing(folder, bins.BINS if objective == "lm" else bins.EXAMPLES)
+        told[name] = loss_of_text(subject, name, a) if objective == "lm" else loss_of_examples(subject, folder / "val.jsonl", a)
+    if subject.config.get("validation_file") and not a.datasets and objective == "sft":
         told[Path(subject.config["validation_file"]).stem] = loss_of_examples(subject, Path(subject.config["validation_file"]), a)
     return told
 

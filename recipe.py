@@ -224,6 +224,8 @@ def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.
         else:
             good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
             bad = sum(dataset.windows for dataset in opened["train"]) - good
+            if lone := [f"{dataset.name}, {split}" for split, some in opened.items() for dataset in some if dataset.windows < 2]:
+                raise Mistake(f"--objective=kto: {lone[0]}: has one example; each needs another's completion")
             objective = objectives.KahnemanTversky(a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks)
         source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
 

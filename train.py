@@ -497,7 +497,7 @@ def folder_of_task(args, ranks: parallel.Ranks) -> str:
     if not args.task_name or args.out_dir != "out":
         return args.out_dir
     now = time.localtime(ranks.largest(int(time.time()) if ranks.main else 0))
-    return str(train_args.task_folder(args) / time.strftime("%Y%m%d_%H%M%S", now))
+    return str(args.task_folder / time.strftime("%Y%m%d_%H%M%S", now))
 
 
 def main(args) -> Progress:

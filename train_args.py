@@ -237,6 +237,11 @@ class Derived:
         return "separate" if self.multidataset_wte else "one"
 
     @property
+    def task_folder(self) -> Path:
+        """Where the runs of --task_name are."""
+        return Path("outputs", *(["debug"] if self.debug else []), self.task_name)
+
+    @property
     def token_bound(self) -> int:
         """Training tokens after which the run is over; with --prompt_format --max_tokens means an example's, as in ruprompts."""
         return 0 if self.prompt_format else self.max_tokens
@@ -363,11 +368,6 @@ def is_weight(words: str) -> bool:
         return False
 
 
-def task_folder(a) -> Path:
-    """Where the runs of --task_name are."""
-    return Path("outputs", *(["debug"] if a.debug else []), a.task_name)
-
-
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
 
 
@@ -386,7 +386,7 @@ def parse(argv: list[str] | None = None):
         return arguments
     out_dir = Path(arguments.out_dir)
     if arguments.task_name and arguments.out_dir == "out":  # the run that is to go on is the task's newest
-        begun = sorted(task_folder(arguments).glob("*/train_config.json"))
+        begun = sorted(arguments.task_folder.glob("*/train_config.json"))
         if not begun:
             return arguments
         out_dir = begun[-1].parent

@@ -196,7 +196,8 @@ class Optimizer:
             self.gathered = {p: nn.Parameter(torch.zeros(p.shape, device=p.device)) for p in parameters.values()}
             self.names |= {id(all_of_it): self.names[id(p)] for p, all_of_it in self.gathered.items()}
             groups = [group | {"params": [self.gathered[p] for p in group["params"]]} for group in groups]
-        self.optimizers = [self.build(cls, [g for g in groups if g["params"]], settings.lr, kwargs, name)]
+        groups = [group for group in groups if group["params"]]  # none where Muon trains all that learns: LoRA
+        self.optimizers = [self.build(cls, groups, settings.lr, kwargs, name)] if groups else []
         self.forget_gathered()
         if hidden:
             kwargs = {"momentum": settings.muon_momentum, **settings.kwargs, "rows": {p: fused_rows[n] for n, p in hidden.items() if n in fused_rows}}

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -338,10 +338,10 @@ def read_problems(path: Path) -> Iterator[dict]:
         raise Mistake(f"{path}: not JSONL in UTF-8 ({error})") from None
 
 
-def write_rows(folder: Path, rows: Iterable[tuple[str, dict]]) -> None:
+def write_rows(folder: Path, rows: Iterable[tuple[str, dict]], splits: Sequence[str] = SPLITS) -> None:
     """(split, row) to folder/train.jsonl and val.jsonl, both of them whole or none. Streams. Raises Mistake."""
-    beside = {split: folder / f".{split}.jsonl.{os.getpid()}.tmp" for split in SPLITS}
-    files, counts, counter = {}, dict.fromkeys(SPLITS, 0), Counter(f"preparing {folder.name}")
+    beside = {split: folder / f".{split}.jsonl.{os.getpid()}.tmp" for split in splits}
+    files, counts, counter = {}, dict.fromkeys(splits, 0), Counter(f"preparing {folder.name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = {split: path.open("w", encoding="ascii") for split, path in beside.items()}

@@ -484,6 +484,9 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     whole, parts = run(*flags, *cut(3, 1), name="3"), run(*flags, *cut(1, 3), name="1")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5) and max(told_of(whole, "kl")) > 1e-3
     assert parts.evals[0]["val_loss"] > 0, "of two rows, as one is none"
+    (tmp_path / "lone.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "label": true}\n')
+    with pytest.raises(Mistake, match="kto: agreeing, val: has one example"):
+        run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
         train_args.parse([*PLAIN, *flags, *cut(1, 1)])
     assert "at least 2 rows make a step" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from model import GPT
 from parts import objectives, rollouts, tasks
 from parts.batches import uniform
 from parts.examples import Coder, Examples
-from parts.generate import complete, generate, probabilities
+from parts.generate import Completion, complete, generate, probabilities
 from parts.mistakes import Mistake
 from parts.parallel import Ranks
 from parts.rollouts import Answers, samples
@@ -123,8 +123,17 @@ def test_answers_stop_where_the_block_is_full(position):
 
 
 def test_ids_that_are_padding_are_never_drawn():
+    """The ids that are known share all of the probability, as if there were no others."""
     model = build(block_size=40).eval()
-    assert max(max(answer.ids) for answer in complete(model, [[1, 2], [3]], 30, None, 5, temperature=50.0, repeats=20)) == 4
+    answers = complete(model, [PROMPTS[0]], 2, None, 5, temperature=1.5, repeats=4000)
+    seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=5) / 4000
+    with torch.no_grad():
+        expected = (model(torch.tensor([PROMPTS[0]]))[0, -1, :5] / 1.5).softmax(-1)
+    torch.testing.assert_close(seen, expected, atol=0.04, rtol=0)
+    for answer in answers[:20]:
+        torch.testing.assert_close(torch.tensor(answer.logps), plain_logps(model, PROMPTS[0], answer.ids, 1.5, 5), atol=1e-4, rtol=1e-4)
+    (greedy,) = complete(model, [PROMPTS[0]], 20, None, 5, temperature=0.0)
+    assert greedy.ids == alone(model, PROMPTS[0], 20, None, 5)[0] != alone(model, PROMPTS[0], 20, None, 31)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,6 +144,10 @@ DIGITS = CharTokenizer("0123456789+=", ends=True)
 
 def made_of(words: list[str], objective: str = "grpo") -> Examples:
     return Examples("x", [{"prompt": word, "answer": "1"} for word in words], objective, Coder(DIGITS, 16, room=4), 0, 0, "x")
+
+
+def test_the_end_token_is_no_part_of_an_answers_text():
+    assert [rollouts.text_of(Completion([1, 10, *end], [0.0] * 3, bool(end)), DIGITS) for end in ([12], [])] == ["1+", "1+"]
 
 
 def test_rewards_are_the_tasks_own_of_the_decoded_answers():

@@ -1,0 +1,58 @@
+"""Tasks on short words, as JSONL: a synthetic text-to-text dataset whose answers can be checked.
+
+train.jsonl, val.jsonl name the task: {"prompt": "reverse:abcd>", "completion": "dcba"}; the tasks are copy, reverse, upper and double.
+hidden_train.jsonl, hidden_val.jsonl do not: {"word": "abcd", "answer": "dcba"}, always the one of --hidden. No word is both in train and val.
+
+    python data/strings/prepare.py
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import configurator
+from configurator import Row
+from parts import bins, tasks
+from parts.batches import mix
+from parts.text import CharTokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TASKS = {"copy": lambda word: word, "reverse": lambda word: word[::-1], "upper": str.upper, "double": lambda word: "".join(letter * 2 for letter in word)}
+TABLE = {
+    "prepare": [
+        Row("words", 20_000, "words, of which every tenth is for validation", low=20),
+        Row("longest", 6, "letters of the longest word; the shortest has two", low=2, high=20),
+        Row("hidden", "reverse", "the task that is not named", choices=tuple(TASKS)),
+        Row("seed", 0, "of the words", low=0),
+        Row("out_dir", str(Path(__file__).resolve().parent), "folder to write to"),
+    ]
+}
+
+
+def words(count: int, longest: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Different words, with their splits, which follow from the word alone."""
+    seen, number = set(), 0
+    room = sum(26**length for length in range(2, longest + 1))
+    while len(seen) < min(count, room // 2):
+        number += 1
+        length = 2 + int(mix(seed, 0, number) % np.uint64(longest - 1))
+        word = "".join(LETTERS[int(mix(seed, 1, number, place) % np.uint64(26))] for place in range(length))
+        if word not in seen:
+            seen.add(word)
+            yield ("val" if int(mix(seed, 2, *map(ord, word)) % np.uint64(10)) == 0 else "train"), word
+
+
+def main(a) -> None:
+    folder, some = Path(a.out_dir), list(words(a.words, a.longest, a.seed))
+    named = ((split, {"prompt": f"{name}:{word}>", "completion": task(word), "answer": task(word)}) for split, word in some for name, task in TASKS.items())
+    tasks.write_rows(folder, named)
+    tasks.write_rows(folder, ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some), [f"hidden_{split}" for split in bins.SPLITS])
+    bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", ends=True), {})
+
+
+if __name__ == "__main__":
+    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))

@@ -1,0 +1,357 @@
+"""Adapters: PEFT's own LoRA, identities of merged, switched off and fresh ones with the base, and prompts that begin as the text that seeds them."""
+
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import equal_tensors
+from test_model import build, ids
+from test_objectives import PLAIN, assert_same_lines, on_ranks, told_of
+
+import train
+from model import GPT, GPTConfig
+from parts import adapters, checkpoint, pretrained, templates
+from parts.examples import Coder, Examples, padded
+from parts.mistakes import Mistake
+from parts.objectives import FineTuning
+from parts.text import CharTokenizer
+
+SFT = ["--objective=sft", "--dataset=sums", "--eval_samples=0", "--weight_decay=0"]
+LORA = [*SFT, "--adapter=lora", "--learning_rate=0.01"]
+SOFT = [*SFT, "--adapter=soft_prompt", "--prompt_format=<P*3>{prompt}<P>1+1=</P>", "--block_size=16", "--learning_rate=0.05"]
+
+
+@pytest.fixture
+def built(monkeypatch) -> list:
+    """What train.build made, run after run."""
+    seen, plain = [], train.build
+    monkeypatch.setattr(train, "build", lambda *args: (seen.append(plain(*args)), seen[-1])[1])
+    return seen
+
+
+def base_model(base, **changes) -> GPT:
+    loaded = pretrained.load(str(base))
+    model = GPT(GPTConfig(**loaded.shape | changes)).eval()
+    model.load_weights(loaded.weights, "base")
+    return model
+
+
+def shaken(model: GPT) -> GPT:
+    """What learns, moved away from where it begins."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+VARIANTS = [{}, {"bias": True, "mlp": "gated", "n_kv_head": 2, "position": "rope"}, {"tie_weights": False, "norm": "rmsnorm", "value_residual": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("targets", [[], ["attn.qkv", "up"]])
+def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
+    plain, model, idx = build(**variant).eval(), build(**variant).eval(), ids(2, 12)
+    expected = plain(idx)
+    adapters.lora(model, targets, 4, 8.0, 0.0)
+    adapters.freeze(model)
+    assert torch.equal(model(idx), expected), "B is 0"
+    shaken(model)
+    moved = model(idx)
+    assert (moved - expected).abs().max() > 0.01
+    with adapters.switched_off(model):
+        assert torch.equal(model(idx), expected)
+    assert torch.equal(model(idx), moved), "on again"
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and (not targets or name.endswith((".attn.qkv", ".up")))]
+    assert learning == {f"{name}.lora_{ab}" for name in layers for ab in "AB"}
+    assert {name for name, _ in model.named_parameters()} - learning == {name for name, _ in plain.named_parameters()}, "the base's names stay"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_merged_weights_give_the_unmerged_logits(variant):
+    plain, model, idx = build(**variant).eval(), build(**variant).eval(), ids(2, 12)
+    weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    adapters.lora(model, [], 4, 10.0, 0.0)
+    adapters.freeze(model)
+    shaken(model)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain.load_weights(adapters.merged(weights, own, 10.0 / 4), "merged")
+    torch.testing.assert_close(plain(idx), model(idx), atol=1e-5, rtol=1e-4)
+    assert (plain(idx) - build(**variant).eval()(idx)).abs().max() > 0.01
+
+
+THEIR_NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
+
+
+@pytest.mark.parametrize("theirs_of", [["attn.c_attn"], list(THEIR_NAMES)], ids=["qkv", "all"])
+def test_lora_is_pefts(tmp_path, theirs_of):
+    """The same A and B on the same GPT-2: logits, loss and gradients, also of what PEFT itself merges."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)).eval()
+    gpt2.save_pretrained(tmp_path)
+    wrapped = peft.get_peft_model(gpt2, peft.LoraConfig(r=4, lora_alpha=12, target_modules=theirs_of, fan_in_fan_out=True, lora_dropout=0.0, init_lora_weights=False)).eval()
+    loaded = pretrained.load(str(tmp_path))
+    model = GPT(GPTConfig(**loaded.shape)).eval()
+    model.load_weights(loaded.weights, "gpt2")
+    adapters.lora(model, [THEIR_NAMES[name] for name in theirs_of], 4, 12.0, 0.0)
+    adapters.freeze(model)
+    pairs = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            _, layer, own, ab = name.replace(".attn.", ".attn@").replace(".mlp.", ".mlp@").replace("@qkv.", "@c_attn.").replace("@proj.", "@c_proj.").replace("@up.", "@c_fc.").split(".")
+            their = wrapped.get_parameter(f"base_model.model.transformer.h.{layer}.{own.replace('@', '.')}.{ab}.default.weight")
+            with torch.no_grad():
+                parameter.copy_(their)
+            pairs.append((parameter, their))
+    assert len(pairs) == 2 * 2 * len(theirs_of) == 2 * sum("lora_A" in name for name, _ in wrapped.named_parameters())
+    idx = ids(3, 17, high=97)
+    logits = wrapped(idx[:, :-1]).logits
+    torch.testing.assert_close(model(idx[:, :-1]), logits, atol=1e-5, rtol=1e-5)
+    with wrapped.disable_adapter():
+        assert (wrapped(idx[:, :-1]).logits - logits).abs().max() > 0.01, "it adds something"
+    model(idx[:, :-1], idx[:, 1:]).mean().backward()
+    F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    for ours, their in pairs:
+        torch.testing.assert_close(ours.grad, their.grad, atol=1e-6, rtol=1e-4)
+        assert ours.grad.abs().max() > 1e-5
+    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = GPT(GPTConfig(**loaded.shape)).eval()
+    plain.load_weights(adapters.merged(loaded.weights, own, 3.0), "merged")
+    torch.testing.assert_close(plain(idx), wrapped.merge_and_unload()(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_on_the_additions_input_in_training_alone():
+    model = build(dropout=0.0)
+    adapters.lora(model, [], 4, 8.0, 0.5)
+    adapters.freeze(model)
+    shaken(model)
+    idx = ids(2, 12)
+    assert torch.equal(model.eval()(idx), model(idx)) and not torch.equal(model.train()(idx), model(idx))
+    with adapters.switched_off(model):
+        assert torch.equal(model(idx), model(idx)), "none in the base"
+    layer = adapters.LoraLinear(torch.nn.Linear(64, 8, bias=False), 2, 2.0, 0.25).train()
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(1, 64).expand(4000, 64)
+    torch.testing.assert_close(layer(x).mean(0), layer.eval()(x)[0], atol=0.1, rtol=0.05, msg="the same on average")
+
+
+@pytest.mark.parametrize("targets, told", [(["qvk"], "attn.qkv"), (["attn"], "there are attn.proj, attn.qkv, mlp.proj, mlp.up"), (["head"], "no linear layer of this model is called head"), (["up", "v"], "called v;")])
+def test_targets_that_are_not_there_are_told(targets, told):
+    with pytest.raises(Mistake, match=told):
+        adapters.lora(build(), targets, 4, 8.0, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs with LoRA and with a soft prompt
+
+
+@pytest.mark.parametrize("flags", [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]], ids=["lora", "soft", "lstm", "muon"])
+def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, built, flags):
+    """Bit for bit the base's weights, within the model that learned and in its files."""
+    files = {path: path.read_bytes() for path in base.iterdir()}
+    done = run(*flags, f"--init_from={base}", "--max_iters=6")
+    model, weights = built[0].model, pretrained.load(str(base)).weights
+    kept = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, weight in kept.items():
+        assert torch.equal(weight, weights[name][: len(weight)]), name  # positions are cropped
+    assert kept.keys() == weights.keys() and {path: path.read_bytes() for path in base.iterdir()} == files
+    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert equal_tensors(dict(done.last.weights), own) and all(".lora_" in name or name.startswith("wte.prompt.") for name in own)
+    assert {name.split("/")[1] for name in done.last.optimizer} <= own.keys()
+    assert done.config["_base"] == {"source": str(base), "sha256": adapters.fingerprint(weights)}
+    size = sum(4 * tensor.numel() for tensor in own.values())
+    assert size < (done.last.folder / "model.safetensors").stat().st_size < size + 200 * len(own) + 1000
+    assert done.losses[-1] != done.losses[0]
+
+
+def test_a_trained_lora_loads_merged(run, base, built):
+    """--init_from takes the run as weights: the logits of the model that was trained."""
+    done = run(*LORA, f"--init_from={base}", "--max_iters=6", "--block_size=32")
+    model, merged, idx = built[0].model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
+    torch.testing.assert_close(merged(idx), model(idx), atol=1e-5, rtol=1e-4)
+    assert (merged(idx) - base_model(base)(idx)).abs().max() > 0.01
+    with adapters.switched_off(model):
+        torch.testing.assert_close(model(idx), base_model(base)(idx))
+
+
+@pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
+def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
+    """By the hash of its weights; the file itself may move in whole."""
+    shutil.copytree(base, tmp_path / "base")
+    run(*flags, f"--init_from={tmp_path / 'base'}", "--max_iters=2")
+    assert len(run("--init_from=resume", "--max_iters=3").train) == 3
+    weights = checkpoint.read_tensors(tmp_path / "base/model.safetensors")
+    weights["blocks.0.mlp.up.weight"][0, 0] += 1e-6
+    damaged = tmp_path / "base/model.safetensors"
+    checkpoint.write_tensors(damaged, weights)
+    manifest = tmp_path / "base/manifest.json"
+    manifest.write_text(manifest.read_text().replace(checkpoint.sha256(base / "model.safetensors"), checkpoint.sha256(damaged)))
+    with pytest.raises(Mistake, match="does not hold the weights that the run began with"):
+        run("--init_from=resume", "--max_iters=4")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(Mistake, match="no such file"):
+        run("--init_from=resume", "--max_iters=4")
+
+
+RESUMED = {
+    "lora": [*LORA, "--lora_dropout=0.2", "--gradient_accumulation_steps=2"], "lora_muon": [*LORA, "--optimizer=muon"], "soft": SOFT, "lstm": [*SOFT, "--prompt_provider=lstm"],
+    "soft_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs"], "lstm_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs", "--prompt_provider=lstm", "--prompt_init=normal"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resumed_is_bit_identical(run, base, kind):
+    """N steps = N/2, resume, N/2; of a soft prompt's preferences too, whose reference is the prompt as it began."""
+    flags = [*RESUMED[kind], f"--init_from={base}", "--dropout=0.1", "--max_iters=8", "--eval_interval=4", "--lr_scheduler=linear", "--lr_decay_iters=8", "--log_data_hash"]
+    whole = run(*flags, name="whole")
+    run(*flags, "--max_iters=4", name="parts")
+    parts = run("--init_from=resume", "--max_iters=8", name="parts")
+    assert [line["step"] for line in parts.train] == list(range(1, 9)) and parts.losses == whole.losses and len(set(whole.losses)) == 8
+    assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(parts.last.optimizer, whole.last.optimizer)
+    assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
+    if "dpo" in kind:
+        assert told_of(parts, "rewards/margins") == told_of(whole, "rewards/margins") and whole.losses[0] == pytest.approx(math.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize("kind, parallel", [("lora", "ddp"), ("lora", "fsdp"), ("soft", "ddp"), ("soft", "fsdp"), ("lstm", "ddp"), ("dpo", "ddp"), ("dpo", "fsdp")])
+def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
+    """Losses, gradients' norms and the adapter itself; the shards of an adapter are loaded as one."""
+    flags = {"lora": LORA, "soft": SOFT, "lstm": [*SOFT, "--prompt_provider=lstm"], "dpo": [*LORA, "--objective=dpo", "--dataset=pairs"]}[kind]
+    flags = [*PLAIN, f"--data_dir={data_dir}", f"--init_from={base}", *flags, "--optimizer=sgd", "--log_data_hash"]
+    one, two = on_ranks(tmp_path / "1", 1, *flags), on_ranks(tmp_path / "2", 2, *flags, f"--parallel={parallel}")
+    assert told_of(one, "data_hash") == told_of(two, "data_hash")
+    assert_same_lines(one.train, two.train, ["loss", "grad_norm", "entropy", *(["rewards/margins"] if kind == "dpo" else [])])
+    assert_same_lines(one.evals, two.evals, ["val_loss", "train_loss"])
+    assert one.last.weights.keys() == two.last.weights.keys()
+    for name, weight in one.last.weights.items():
+        torch.testing.assert_close(two.last.weights[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    assert one.losses[0] != one.losses[-1]
+
+
+@pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
+def test_every_objective_takes_an_adapter(run, base, flags):
+    """Preferences begin at log 2, since the adapter switched off is what it was; rollouts agree with training."""
+    dpo = run(*flags, f"--init_from={base}", "--objective=dpo", "--dataset=pairs", "--max_iters=3", name="dpo")
+    assert dpo.losses[0] == pytest.approx(math.log(2)) and dpo.losses[-1] != dpo.losses[0]
+    kto = run(*flags, f"--init_from={base}", "--objective=kto", "--dataset=labelled", "--max_iters=3", name="kto")
+    assert kto.losses[0] == pytest.approx(0.5) and kto.losses[-1] != kto.losses[0]
+    grpo = run(*flags, f"--init_from={base}", "--objective=grpo", "--num_generations=4", "--max_new_tokens=3", "--reward=length", "--max_iters=3", name="grpo")
+    assert max(told_of(grpo, "rollout_logp_error")) < 1e-4 and abs(grpo.train[0]["kl"]) < 1e-9 and grpo.train[-1]["kl"] > 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# soft prompts
+
+DIGITS = CharTokenizer("0123456789+=", ends=True)
+V = 13
+
+
+def prompted(base, prompt_format: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, templates.Template]:
+    model, template = base_model(base), templates.parse(prompt_format)
+    torch.manual_seed(seed)
+    adapters.soft_prompt(model, adapters.initial_rows(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider)
+    adapters.freeze(model)
+    return model.eval(), template
+
+
+@pytest.mark.parametrize("provider", adapters.PROVIDERS)
+@pytest.mark.parametrize("prompt_format, literal", [
+    ("<P>12+</P>{a}", "12+{a}"), ("{a}<P>+3=</P>", "{a}+3="), ("{a}<P>+</P>{b}<P>=</P>", "{a}+{b}="), ("1<P>2</P>+<P>34</P>={a}", "12+34={a}"),
+])  # fmt: skip
+def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, literal, provider):
+    """Before, behind and in the middle of fields: rows are the text's embeddings, logits those of the literal text."""
+    model, template = prompted(base, prompt_format, provider)
+    seeds = template.seeds(DIGITS)
+    assert torch.equal(model.wte.prompt().detach(), model.wte.weight[seeds].detach())
+    values = {"a": "5+7", "b": "8"}
+    idx = template.encode(values, DIGITS, V)
+    plain = DIGITS.encode(literal.format(**values)).tolist()
+    assert [seeds[i - V] if i >= V else i for i in idx] == plain and sorted(i for i in idx if i >= V) == list(range(V, V + len(seeds)))
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([idx])), base_model(base)(torch.tensor([plain])))
+        shaken(model)
+        moved = model(torch.tensor([idx]))
+        assert not torch.allclose(moved, base_model(base)(torch.tensor([plain])))
+        with adapters.switched_off(model):
+            assert torch.equal(model(torch.tensor([idx])), base_model(base)(torch.tensor([plain])))
+        assert torch.equal(model(torch.tensor([idx])), moved)
+
+
+def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
+    """The gradient of the rows is the sum over examples, whose prompts stand at other places; the targets are ids that the head has."""
+    model, template = prompted(base, "{prompt}<P*2>{more}<P>=</P>")
+    rows = [{"prompt": "1+1", "more": "+2", "completion": "4"}, {"prompt": "12", "more": "", "completion": "12"}, {"prompt": "", "more": "3+3+3", "completion": "9"}]
+    data = Examples("x", rows, "sft", Coder(DIGITS, 32, template=template, first_row=V, target_field="completion"), 0, 0, "x")
+    for item, row in zip(data.items, rows, strict=True):
+        ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].mask
+        assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
+    batch = padded([item.sequences[0] for item in data.items])
+    batch = type(batch)(batch.tokens, batch.more, 1, 7.0)
+    loss, told = FineTuning()(model, batch, True)
+    loss.backward()
+    together, model.wte.prompt.rows.grad = model.wte.prompt.rows.grad, None
+    total = 0.0
+    for item in data.items:
+        one = padded([item.sequences[0]])
+        alone, _ = FineTuning()(model, type(one)(one.tokens, one.more, 1, 7.0), False)
+        alone.backward()
+        total += alone.item()
+    assert loss.item() == pytest.approx(total, rel=1e-6) and told["loss"][1] == 7
+    torch.testing.assert_close(model.wte.prompt.rows.grad, together, atol=1e-6, rtol=1e-5)
+    assert (together.abs().sum(1) > 0).all() and model.wte.weight.grad is None
+
+
+def test_rows_that_are_not_in_a_text_get_no_gradient(base):
+    model, _ = prompted(base, "<P*4>")
+    model(torch.tensor([[V + 2, 1, V, 5]]), torch.tensor([[1, 2, 3, 4]])).sum().backward()
+    assert (model.wte.prompt.rows.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("provider", adapters.PROVIDERS)
+def test_rows_come_back_from_a_checkpoints_weights(base, provider):
+    model, _ = prompted(base, "<P*5>", provider)
+    shaken(model)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(adapters.prompt_rows(weights, provider), model.wte.prompt().detach(), atol=1e-6, rtol=0)
+    assert (model.wte.prompt() - model.wte.begun).abs().max() > 0.01
+
+
+def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
+    """Nothing at first; then the MLP of a bidirectional LSTM over the rows."""
+    model, _ = prompted(base, "<P*5>", "lstm")
+    prompt = model.wte.prompt
+    assert torch.equal(prompt(), prompt.rows)
+    shaken(model)
+    lstm = torch.nn.LSTM(16, 8, num_layers=2, bidirectional=True)
+    lstm.load_state_dict(prompt.lstm.state_dict())
+    hidden = lstm(prompt.rows[:, None])[0][:, 0]  # time first
+    torch.testing.assert_close(prompt(), prompt.rows + F.linear(F.linear(hidden, prompt.mlp[0].weight, prompt.mlp[0].bias).relu(), prompt.mlp[2].weight, prompt.mlp[2].bias))
+    assert (prompt() - prompt.rows).abs().max() > 0.01
+
+
+def test_free_rows_are_distinct_and_known():
+    embedding = torch.randn(20, 8)
+    rows = adapters.initial_rows(embedding, [None] * 10 + [7], "vocab", 15)
+    found = [(embedding == row).all(1).nonzero().item() for row in rows]
+    assert len(set(found[:10])) == 10 and max(found[:10]) < 15 and found[10] == 7
+    many = adapters.initial_rows(embedding, [None] * 40, "vocab", 15)
+    assert {(embedding == row).all(1).nonzero().item() for row in many} <= set(range(15))
+    normal = adapters.initial_rows(embedding * 3, [None] * 999 + [7], "normal", 15)
+    assert torch.equal(normal[-1], embedding[7] * 3) and normal[:-1].std().item() == pytest.approx(3 * embedding.std().item(), rel=0.05)
+
+
+def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
+    """To say 9 whatever it is asked; the base is frozen."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"word": "{i}", "completion": "9"}}\n' for i in range(10)))
+    flags = ["--objective=sft", f"--train_file={tmp_path / 'rows.jsonl'}", f"--validation_file={tmp_path / 'rows.jsonl'}", "--adapter=soft_prompt", "--prompt_format=<P*4>{word}<P*2>",
+             f"--init_from={base}", "--block_size=16", "--learning_rate=0.1", "--weight_decay=0", "--max_iters=120", "--eval_interval=120", "--batch_size=10", "--eval_samples=10"]  # fmt: skip
+    done = run(*flags)
+    assert done.evals[-1]["val_loss"] < 0.2 * done.evals[0]["val_loss"]
+    assert {sample["completion"] for sample in done.evals[-1]["samples"]} == {"9"} != {sample["completion"] for sample in done.evals[0]["samples"]}
