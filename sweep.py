@@ -397,7 +397,10 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
         raise Mistake(f"venv: {', '.join(missing)}: no such program")
     seats, threads = places(asked.own)
     prepare_data(runs)
-    waiting, over = iter(runs), [0]
+    left = [run for run in runs if outcomes.read(run.folder).state not in outcomes.ENDED]
+    waiting, over = iter(left), [len(runs) - len(left)]
+    if over[0]:
+        print(f"{over[0]} of {len(runs)} runs are done")
 
     def ended(attempt: launch.Attempt) -> None:
         over[0] += 1

@@ -93,7 +93,7 @@ def read(folder: Path, running: bool | None = None) -> Outcome:
     told = lines(folder / "metrics.jsonl")
     train, evals = ([line for line in told if line["event"] == event] for event in ("train", "eval"))
     evaluations = tuple((line["step"], line["val_loss"]) for line in evals if line.get("val_loss") is not None)
-    best = min(((loss, step) for step, loss in evaluations), default=(None, None))
+    best = min(((loss, step) for step, loss in evaluations if step), default=(None, None))  # of what was learned
     reached = {
         "step": max((line["step"] for line in told), default=None), "loss": train[-1].get("loss") if train else None, "val_loss": evaluations[-1][1] if evaluations else None,
         "best_val_loss": best[0], "best_step": best[1], "seconds": told[-1].get("seconds") if told else None, "evaluations": evaluations,

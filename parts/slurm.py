@@ -7,7 +7,6 @@ training saves and ends, and the job requeues itself. A run's folder gets the sa
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -90,6 +89,11 @@ def directives(given: dict[str, Any], computed: dict[str, Any]) -> list[str]:
     return told
 
 
+def quote(words: str) -> str:
+    """Text as one word of bash, in double quotes (in single ones shellcheck wonders whether a $ was meant)."""
+    return words if re.fullmatch(r"[A-Za-z0-9/._-]+", words) else '"' + re.sub(r'(["\\$`])', r"\\\1", words) + '"'
+
+
 def quoted(value: str) -> str:
     """A directive's value, in quotes where sbatch would otherwise end it."""
     return '"' + value.replace('"', '\\"') + '"' if re.search(r"[\s#\"']", value) else value
@@ -132,12 +136,8 @@ fi
 # Signals are passed on: the training saves and ends.
 stopped=
 child=
-pass_on() {{
-    stopped=$1
-    if [ -n "$child" ]; then kill -s "$1" "$child"; fi
-}}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+trap 'stopped=USR1; [ -z "$child" ] || kill -s USR1 "$child"' USR1
+trap 'stopped=TERM; [ -z "$child" ] || kill -s TERM "$child"' TERM
 
 {start} {train} "${{arguments[@]}}" &
 child=$!
@@ -168,8 +168,8 @@ run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
 def start(shape: Shape, python: str) -> str:
     """How the training is started: by Python, by torchrun, or by torchrun on every node."""
     if shape.ranks == 1:
-        return shlex.quote(python)
-    torchrun = f"{shlex.quote(python)} -m torch.distributed.run --nproc_per_node={shape.processes} --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout={GRACE}"
+        return quote(python)
+    torchrun = f"{quote(python)} -m torch.distributed.run --nproc_per_node={shape.processes} --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout={GRACE}"
     if shape.nodes == 1:
         return f"{torchrun} --standalone"
     return (
@@ -184,8 +184,8 @@ def head(job: Job, computed: dict[str, Any]) -> str:
     cpus, tasks = job.directives.get("cpus-per-task", job.directives.get("c")), job.directives.get("ntasks-per-node", 1)
     if str(cpus).isdigit() and str(tasks).isdigit() and shape(job.directives).nodes > 1:  # srun no longer takes it from the job
         exports = {"SRUN_CPUS_PER_TASK": str(int(cpus) * int(tasks))} | exports
-    words = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items())
-    return HEAD.format(directives="\n".join(directives(job.directives, computed)), exports=words, folder=shlex.quote(job.folder))
+    words = "".join(f"export {key}={quote(value)}\n" for key, value in exports.items())
+    return HEAD.format(directives="\n".join(directives(job.directives, computed)), exports=words, folder=quote(job.folder))
 
 
 def computed(name: str, logs: Path, runs: int, at_once: int, array: bool) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def computed(name: str, logs: Path, runs: int, at_once: int, array: bool) -> dic
 def training(name: str, job: Job, runs: list[Path], train: Path, logs: Path, array: bool, at_once: int) -> str:
     """The script that trains a run, or in an array one of several."""
     return head(job, computed(name, logs, len(runs), at_once, array) | DIRECTIVES) + TRAIN.format(
-        runs="\n".join(f"    {shlex.quote(str(run))}" for run in runs), log=outcomes.LOG, lock=outcomes.LOCK, status=outcomes.STATUS, config=outcomes.CONFIG,
-        start=start(shape(job.directives), job.python), train=shlex.quote(str(train)), requeue=REQUEUE if requeues(job.directives) else "",
+        runs="\n".join(f"    {quote(str(run))}" for run in runs), log=outcomes.LOG, lock=outcomes.LOCK, status=outcomes.STATUS, config=outcomes.CONFIG,
+        start=start(shape(job.directives), job.python), train=quote(str(train)), requeue=REQUEUE if requeues(job.directives) else "",
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def evaluation(name: str, job: Job, runs: list[Path], evaluate: Path, flags: lis
     own = {key: value for key, value in job.directives.items() if key not in ("N", "n", "ntasks", "ntasks-per-node", "job-name", "J", "output", "o", "error", "e", "signal")}
     own = {key: 1 if key == "nodes" else value for key, value in own.items()}
     return head(job._replace(directives=own), computed(name, logs, len(runs), at_once, array)) + EVALUATE.format(
-        runs="\n".join(f"    {shlex.quote(str(run))}" for run in runs), python=shlex.quote(job.python), evaluate=shlex.quote(str(evaluate)), flags=shlex.join(flags),
+        runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), flags=" ".join(map(quote, flags)),
     )  # fmt: skip
 
 
