@@ -143,6 +143,8 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     if not isinstance(out, str):
         wrong.append("out_dir: the folder of the sweep; must be one path, not a list")
         out = "out"
+    if (Path(out) / "train_config.json").exists():
+        wrong.append(f"--out_dir={out}: is the folder of a run; a sweep takes one for all of its runs")
     return Asked(resolved.arguments, layers, spec, experiment, Path(out).absolute())
 
 
@@ -311,7 +313,7 @@ def states(asked: Asked, runs: list[Run]) -> list[outcomes.Outcome]:
     told = []
     for run in runs:
         outcome, queued = outcomes.read(run.folder), queue.get(jobs.get(run.name, ""))
-        if queued and outcome.state != "running":
+        if queued:
             outcome = outcome._replace(state=queued, why=f"job {jobs[run.name]}")
         told.append(outcome)
     return told

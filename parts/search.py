@@ -31,11 +31,11 @@ class Tpe:
             else (d.IntDistribution if axis.whole else d.FloatDistribution)(axis.low, axis.high, log=axis.log) for name, axis in made.items()
         }  # fmt: skip
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
-        self.study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name="sweep", load_if_exists=True)
+        self.study = optuna.create_study(storage=storage, pruner=pruner, study_name="sweep", load_if_exists=True)
         state = optuna.trial.TrialState
         told = self.study.get_trials(deepcopy=False)
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed + 1_000_003 * len(told), constant_liar=True)  # going on, it proposes other points than at first
         if any(trial.distributions and trial.distributions != self.space for trial in told):
             raise Mistake(f"{path}: is of a search of another grid; take another --out_dir")
         self.unfinished = [optuna.trial.Trial(self.study, trial._trial_id) for trial in told if trial.state == state.RUNNING and trial.params]

@@ -120,7 +120,7 @@ exec > >(tee -a "$run/{log}") 2>&1
 tee=$!
 echo "--- $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${{SLURM_RESTART_COUNT:-0}}"
 exec 9>> "$run/{lock}"
-if ! flock -w 5 9; then
+if ! flock -w 60 9; then
     echo "another process trains this run"
     exit 1
 fi

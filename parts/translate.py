@@ -314,7 +314,7 @@ def arguments(point: dict[str, Any], ranks: int, examples: Callable[[str], int])
         wrong[f"execution: distributed_config: {distributed}: must be one of {', '.join(DISTRIBUTED)}"] = None
     for key, value in x.keys.items():
         try:
-            if algorithm in KEYS[key].algorithms:
+            if key in KEYS and algorithm in KEYS[key].algorithms:  # `check_file` tells of others
                 ours |= KEYS[key].to(value, x)
         except Mistake as mistake:
             words = str(mistake)

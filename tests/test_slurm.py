@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, command, equal_tensors, read_run
 
+import sweep
 from parts import slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
@@ -164,9 +165,8 @@ def cluster(tmp_path_factory):
             daemons.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             if words is munged:
                 wait_for((folder / "munge.socket").exists)
-        idle = lambda: subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True).stdout.split() == ["idle", "2"]
         try:
-            wait_for(idle, 30)
+            wait_for(lambda: subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True).stdout.split() == ["idle", "2"], 30)
         except AssertionError:
             logs = "\n".join(path.read_text(errors="replace")[-600:] for path in folder.glob("*.log"))
             pytest.fail(f"Slurm does not start:\n{logs}")
@@ -183,69 +183,66 @@ def cluster(tmp_path_factory):
                 daemon.kill()
 
 
-def sweep(cluster, *argv, check=True) -> subprocess.CompletedProcess:
-    return command(*argv, script="sweep.py", env=cluster, check=check)
-
-
 def queue(cluster) -> str:
-    return subprocess.run(["squeue", "-h", "-o", "%i %T %r"], env=cluster, capture_output=True, text=True).stdout
-
-
-def flags(values: list[str]) -> str:
-    return "".join(f"{flag.removeprefix('--').replace('=', ': ', 1)}\n" for flag in values)
+    return subprocess.run(["squeue", "-h", "-o", "%i %T"], env=cluster, capture_output=True, text=True).stdout
 
 
 def write_grid(path: Path, data_dir: Path, words: str) -> Path:
-    # both nodes are this machine, whose name torchrun would look up
-    path.write_text(flags([*TINY, f"--data_dir={data_dir}", "--dataset=a"]).replace("max_iters: 4\n", "") + "environment:\n  PET_LOCAL_ADDR: 127.0.0.1\n  OMP_NUM_THREADS: 1\n" + words)
+    """A grid of tiny runs; both nodes are this machine, whose name torchrun would look up."""
+    tiny = [flag for flag in TINY if not flag.startswith(("--max_iters", "--eval_interval"))]
+    lines = [flag.removeprefix("--").replace("=", ": ", 1) for flag in [*tiny, f"--data_dir={data_dir}", "--dataset=a"]]
+    path.write_text("\n".join([*lines, "environment: {PET_LOCAL_ADDR: 127.0.0.1, OMP_NUM_THREADS: 1}", words]))
     return path
 
 
-def folder_of(out: Path) -> Path:
-    return next(path for path in out.iterdir() if path.name != "slurm")
+def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster, data_dir, tmp_path, monkeypatch, capsys):
+    """The two-node job gets USR1 in its batch shell, as Slurm itself sends it before the end of the time, and requeues itself. While it is held back (two
+    minutes, which are cut short here) the array runs; an evaluation follows each of its trainings. Submitting again submits nothing."""
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "evaluate.py").write_text("import sys\nprint('evaluated', *sys.argv[1:])\n")
+    monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
+    two = write_grid(tmp_path / "two.yaml", data_dir, "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n")
+    three = write_grid(
+        tmp_path / "three.yaml", data_dir,
+        "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
+    )  # fmt: skip
 
+    def swept(path: Path, *argv: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            sweep.command([str(path), f"--out_dir={tmp_path / path.stem}", *argv])
+        assert end.value.code == 0
+        return capsys.readouterr().out
 
-def test_a_job_array_runs_and_the_same_again_submits_nothing(cluster, data_dir, tmp_path):
-    grid = write_grid(tmp_path / "g.yaml", data_dir, "max_iters: 4\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\n")
-    out = tmp_path / "out"
-    told = sweep(cluster, grid, f"--out_dir={out}", "--launcher=slurm", "--array", "--submit").stdout
-    assert "3 runs submitted" in told and len(list((out / "slurm").glob("*.sh"))) == 1
-    assert "0 of 3 runs submitted" in sweep(cluster, grid, f"--out_dir={out}", "--launcher=slurm", "--array", "--submit").stdout, "they are in the queue"
+    assert "1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
+    (job,) = json.loads((tmp_path / "two/slurm/jobs.json").read_text()).values()
+    run = next(path for path in (tmp_path / "two").iterdir() if path.name != "slurm")
+
+    def told() -> str:
+        return (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
+
+    wait_for(lambda: "step 50:" in told(), 120)
+    assert "running" in swept(two, "--status")
+    assert "3 runs submitted" in swept(three, "--launcher=slurm", "--array", "--submit")
+    assert len(list((tmp_path / "three/slurm").glob("*.sh"))) == 2, "one of training, one of evaluation"
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    wait_for(lambda: "stopped by SIGUSR1" in told() and f"{job} PENDING" in queue(cluster).splitlines())
+    assert "pending" in swept(two, "--status") and "0 of 1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
+    assert "0 of 3 runs submitted" in swept(three, "--launcher=slurm", "--array", "--submit"), "they are in the queue"
+    wait_for(lambda: len(queue(cluster).splitlines()) == 1, 120)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+    assert swept(three, "--status").count("done") == 3 and "0 of 3 runs submitted" in swept(three, "--launcher=slurm", "--submit")
+    runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
+    logs = "".join(path.read_text() for path in (tmp_path / "three/slurm/logs").glob("evaluate*"))
+    assert all(f"evaluated --out_dir={path} --tasks=x\n" in logs for path in runs)
+    for path in runs:
+        command(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
+        assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses
+
+    command(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
     wait_for(lambda: not queue(cluster), 120)
-    states = sweep(cluster, grid, f"--out_dir={out}", "--status").stdout
-    assert states.count("done") == 3, states + "".join(path.read_text() for path in out.glob("*/log.txt"))
-    assert "0 of 3 runs submitted" in sweep(cluster, grid, f"--out_dir={out}", "--launcher=slurm", "--submit").stdout, "they are done"
-    for run in (path for path in out.iterdir() if path.name.count("=") > 1):
-        optimizer, rate = run.name.split("optimizer=")[1].split("-")[0], run.name.split("lr=")[1].split(",")[0]
-        command(*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--optimizer={optimizer}", f"--learning_rate={rate}", f"--out_dir={tmp_path / 'plain' / run.name}")
-        assert read_run(run).losses == read_run(tmp_path / "plain" / run.name).losses
-        assert (out / "slurm/logs").iterdir() and "finished" in (run / "log.txt").read_text()
-
-
-def test_a_two_node_job_stopped_in_the_middle_requeues_itself_and_ends_as_if_undisturbed(cluster, data_dir, tmp_path):
-    """USR1 to the batch shell, as Slurm itself sends it before the end of the time; its delay of two minutes before a second start is cut short. An
-    evaluation waits for the second end."""
-    steps = 1500
-    grid = write_grid(tmp_path / "g.yaml", data_dir, f"max_iters: {steps}\ndropout: 0.1\nslurm: {{nodes: 2, ntasks-per-node: 1, time: '10'}}\n").read_text().replace("eval_interval: 2\n", f"eval_interval: {steps}\n")
-    (tmp_path / "g.yaml").write_text(grid)
-    out = tmp_path / "out"
-    sweep(cluster, tmp_path / "g.yaml", f"--out_dir={out}", "--launcher=slurm", "--submit")
-    number = next(iter(json.loads((out / "slurm/jobs.json").read_text()).values()))
-    run = folder_of(out)
-    told = lambda: (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
-    wait_for(lambda: "step 100:" in told(), 120)
-    assert "running" in sweep(cluster, tmp_path / "g.yaml", f"--out_dir={out}", "--status").stdout
-    subprocess.run(["scancel", "--batch", "--signal=USR1", number], env=cluster, check=True)
-    wait_for(lambda: "stopped by SIGUSR1" in told() and "PENDING" in queue(cluster), 60)
-    assert "pending" in sweep(cluster, tmp_path / "g.yaml", f"--out_dir={out}", "--status").stdout
-    assert "0 of 1 runs submitted" in sweep(cluster, tmp_path / "g.yaml", f"--out_dir={out}", "--launcher=slurm", "--submit").stdout
-    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=True)
-    wait_for(lambda: not queue(cluster), 120)
-    assert "start 1" in told() and "resuming" in told() and told().count("run      ") == 2
-    assert "done" in sweep(cluster, tmp_path / "g.yaml", f"--out_dir={out}", "--status").stdout
-    flags = [flag for flag in TINY if not flag.startswith(("--max_iters", "--eval_interval"))]
-    command(*flags, f"--data_dir={data_dir}", "--dataset=a", f"--max_iters={steps}", "--dropout=0.1", f"--eval_interval={steps}", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+    assert "start 1" in told() and "resuming" in told() and "done" in swept(two, "--status")
     a, b = read_run(run), read_run(tmp_path / "whole")
     assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
-    assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals]
-    assert equal_tensors(a.last.weights, b.last.weights)
+    assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(a.last.weights, b.last.weights)
