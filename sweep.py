@@ -370,7 +370,8 @@ def commands(run: Run, gpus: int) -> list[list[str]]:
     if not going_on:
         write_config(run)
     which = ["--init_from=resume", f"--out_dir={run.folder}"] if going_on else [str(run.folder / outcomes.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
-    return [[*python, str(TRAIN), *which], *([run.job.python, str(EVALUATE), f"--out_dir={run.folder}", *flags] for flags in run.evaluations)]
+    evaluations = [[run.job.python, str(EVALUATE), f"--out_dir={run.folder}", *flags] for flags in run.evaluations]
+    return evaluations if outcome.trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
 
 
 def task(run: Run, gpus: int, data: Any = None) -> launch.Task:
@@ -399,10 +400,10 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
         raise Mistake(f"venv: {', '.join(missing)}: no such program")
     seats, threads = places(asked.own)
     prepare_data(runs)
-    left = [run for run in runs if outcomes.read(run.folder).state not in outcomes.ENDED]
+    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in (*outcomes.IDLE, "running")]
     waiting, over = iter(left), [len(runs) - len(left)]
     if over[0]:
-        print(f"{over[0]} of {len(runs)} runs are done")
+        print(f"{over[0]} of {len(runs)} runs are done{' or in the queue' if slurm.queue() else ''}")
 
     def ended(attempt: launch.Attempt) -> None:
         over[0] += 1
@@ -434,15 +435,15 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
         raise Mistake(f"{folder}: another sweep is writing there")
     prepare_data(runs)
     jobs = slurm.Jobs(folder / "jobs.json")
-    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in ("new", "stopped", "failed")]
+    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in outcomes.IDLE]
     groups: dict[str, list[Run]] = {}
     for run in left:
         write_config(run)
         same = json.dumps([run.job, run.evaluations]) if asked.own.array else run.name
         groups.setdefault(same, []).append(run)
-    for number, group in enumerate(groups.values(), 1):
+    for i, group in enumerate(groups.values(), 1):
         array, first = asked.own.array, group[0]
-        name = first.name if not array else "array" + (f"-{number}" if len(groups) > 1 else "")
+        name = first.name if not array else "array" + (f"-{i}" if len(groups) > 1 else "")
         folders = [run.folder for run in group]
         script = folder / f"{name}.sh"
         script.write_text(slurm.training(name if not array else asked.out_dir.name, first.job, folders, TRAIN, logs, array, asked.own.jobs), encoding="utf-8")
@@ -451,12 +452,13 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
             followers.append(folder / f"{name}.evaluate{i if len(first.evaluations) > 1 else ''}.sh")
             followers[-1].write_text(slurm.evaluation(f"evaluate-{name}", first.job, folders, EVALUATE, words, logs, array, asked.own.jobs), encoding="utf-8")
         if asked.own.submit:
-            number = slurm.submit(script)
-            jobs.note({run.name: f"{number}_{i}" if array else number for i, run in enumerate(group)})
+            job = slurm.submit(script)
+            jobs.note({run.name: f"{job}_{i}" if array else job for i, run in enumerate(group)})
             for follower in followers:
-                slurm.submit(follower, number, array)
-        print(f"{f'job {number}: ' if asked.own.submit else ''}{script}" + "".join(f"\n    then {follower}" for follower in followers))
-    print(f"{len(left)} of {len(runs)} runs{' submitted' if asked.own.submit else ': sbatch takes these scripts, or --submit'}; the others are done or in the queue" if len(left) < len(runs) else f"{len(left)} runs{' submitted' if asked.own.submit else ''}")
+                slurm.submit(follower, job, array)
+        print(f"{f'job {job}: ' if asked.own.submit else ''}{script}" + "".join(f"\n    then {follower}" for follower in followers))
+    others = f" of {len(runs)}; the others are done or in the queue" if len(left) < len(runs) else ""
+    print(f"{len(left)} runs{' submitted' if asked.own.submit else ', for sbatch or --submit'}{others}")
     os.close(lock)
     return 0
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from parts.grid import brief
 
 LOG, CONFIG, STATUS, LOCK, PRUNED = "log.txt", "run.json", "exit_status", ".sweep.lock", "pruned"
-ENDED = ("done", "pruned")  # states that nothing is left to do in
+ENDED = ("done", "pruned")  # states in which nothing is left to do
+IDLE = ("new", "stopped", "failed")  # and those in which nobody does it
 STOPS = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
 
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     best_step: int | None = None
     seconds: float | None = None
     evaluations: tuple[tuple[int, float], ...] = ()  # (step, val_loss)
+    trained: bool = False  # to the end; what follows may still fail
 
 
 def lines(path: Path) -> list[dict]:
@@ -99,6 +101,7 @@ def read(folder: Path, running: bool | None = None) -> Outcome:
         "best_val_loss": best[0], "best_step": best[1], "seconds": told[-1].get("seconds") if told else None, "evaluations": evaluations,
     }  # fmt: skip
     last = str(told[-1].get("text", "")) if told and told[-1]["event"] == "note" else ""
+    trained = last.startswith("finished")
     try:
         status = int((folder / STATUS).read_text())
     except (OSError, ValueError):
@@ -107,15 +110,15 @@ def read(folder: Path, running: bool | None = None) -> Outcome:
         state, why = "running", ""
     elif (folder / PRUNED).exists():
         state, why = "pruned", ""
-    elif last.startswith("finished"):
+    elif trained and not status:
         state, why = "done", ""
     elif last.startswith("stopped by") or status in STOPS:
         state, why = "stopped", last.partition(";")[0] or f"by {signal.Signals(STOPS[status]).name}"
     elif status is not None:
-        state, why = "failed", f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        state, why = "failed", (f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}") + (" after its training" if trained else "")
     else:
         state, why = ("stopped", "its end was not seen") if told or (folder / LOG).exists() else ("new", "")
-    return Outcome(state, why, **reached)
+    return Outcome(state, why, **reached, trained=trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,12 +227,12 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
     assert len(list((tmp_path / "three/slurm").glob("*.sh"))) == 2, "one of training, one of evaluation"
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     wait_for(lambda: "stopped by SIGUSR1" in told() and f"{job} PENDING" in queue(cluster).splitlines())
-    assert "pending" in swept(two, "--status") and "0 of 1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
-    assert "0 of 3 runs submitted" in swept(three, "--launcher=slurm", "--array", "--submit"), "they are in the queue"
+    assert "pending" in swept(two, "--status") and "0 runs submitted of 1" in swept(two, "--launcher=slurm", "--submit")
+    assert "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--array", "--submit"), "they are in the queue"
     wait_for(lambda: len(queue(cluster).splitlines()) == 1, 120)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
-    assert swept(three, "--status").count("done") == 3 and "0 of 3 runs submitted" in swept(three, "--launcher=slurm", "--submit")
+    assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--submit")
     runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
     logs = "".join(path.read_text() for path in (tmp_path / "three/slurm/logs").glob("evaluate*"))
     assert all(f"evaluated --out_dir={path} --tasks=x\n" in logs for path in runs)

@@ -335,6 +335,13 @@ def test_an_evaluation_follows_its_training(swept, stand_in, tmp_path, monkeypat
     assert swept("--launcher=local", "--learning_rate=1", yaml=stand_in + "evaluation: {tasks: [a, b], num_passes: 2}\n")[0] == 0
     log = next(Path("o").glob("*/log.txt")).read_text()
     assert [line.split()[2:] for line in log.splitlines() if line.startswith("evaluated")] == [["--tasks=a", "--num_passes=2"], ["--tasks=b", "--num_passes=2"]]
+    (tmp_path / "evaluate.py").write_text("import sys; sys.exit('no such task')\n")
+    yaml = stand_in + "evaluation: {tasks: c}\n"
+    code, out, _ = swept("--launcher=local", "--learning_rate=2", yaml=yaml)
+    assert code == 1 and "failed (status 1 after its training)" in out and "    no such task" in out
+    (tmp_path / "evaluate.py").write_text("")
+    count = len(starts())
+    assert swept("--launcher=local", "--learning_rate=2", yaml=yaml)[0] == 0 and len(starts()) == count, "what was trained is not trained again"
 
 
 def test_twelve_runs_one_killed_and_one_failing_and_then_all_done(data_dir, tmp_path):
