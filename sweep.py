@@ -307,9 +307,9 @@ def write_config(run: Run) -> None:
 
 
 def states(asked: Asked, runs: list[Run]) -> list[outcomes.Outcome]:
-    """What became of each run, as its folder and Slurm's queue tell."""
+    """What became of each run, as its folder and, for those that were handed to it, Slurm's queue tell. Raises Mistake when that is needed and can't be read."""
     jobs = slurm.Jobs(asked.out_dir / "slurm" / "jobs.json").ids
-    queue = (slurm.queue() or {}) if jobs else {}
+    queue = slurm.queue() if jobs.keys() & {run.name for run in runs} else {}
     told = []
     for run in runs:
         outcome, queued = outcomes.read(run.folder), queue.get(jobs.get(run.name, ""))
@@ -403,7 +403,7 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
     left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in (*outcomes.IDLE, "running")]
     waiting, over = iter(left), [len(runs) - len(left)]
     if over[0]:
-        print(f"{over[0]} of {len(runs)} runs are done{' or in the queue' if slurm.queue() else ''}")
+        print(f"{over[0]} of {len(runs)} runs are done")
 
     def ended(attempt: launch.Attempt) -> None:
         over[0] += 1

@@ -217,6 +217,8 @@ def evaluation(name: str, job: Job, runs: list[Path], evaluate: Path, flags: lis
 
 def submit(script: Path, after: str = "", array: bool = False) -> str:
     """Hand a script to sbatch, after another job's success if there is one; the new job's id. Raises Mistake."""
+    if not shutil.which("sbatch"):
+        raise Mistake("--submit: there is no sbatch here")
     depends = [f"--dependency={'aftercorr' if array else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"] if after else []
     done = subprocess.run(["sbatch", "--parsable", *depends, str(script)], capture_output=True, text=True)
     if done.returncode:
@@ -224,10 +226,10 @@ def submit(script: Path, after: str = "", array: bool = False) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def queue() -> dict[str, str] | None:
-    """The user's jobs in the queue, id (12, or 12_3 of an array) -> state in small letters; None where there is no Slurm."""
+def queue() -> dict[str, str]:
+    """The user's jobs in the queue, id (12, or 12_3 of an array) -> state in small letters. Raises Mistake."""
     if not shutil.which("squeue"):
-        return None
+        raise Mistake("squeue: not there, and some of these runs were handed to Slurm; where it is known that they are over, delete slurm/jobs.json")
     done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %T"], capture_output=True, text=True)
     if done.returncode:
         raise Mistake(f"squeue: {done.stderr.strip()}")

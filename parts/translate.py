@@ -289,7 +289,7 @@ def check_file(spec: dict, wrong: list[str]) -> None:
         algorithms = execution.get("algorithm")
         algorithms = {str(name).lower() for name in (algorithms if isinstance(algorithms, list) else [algorithms])}
     for section in KEY_SECTIONS:
-        for key in spec.get(section) or {}:
+        for key in spec[section] if isinstance(spec.get(section), dict) else ():
             if key not in KEYS:
                 wrong.append(f"{section}: {key}: has no equal here{did_you_mean(str(key), KEYS)}")
             elif algorithms & {*ALGORITHMS} and not algorithms & {*KEYS[key].algorithms}:
@@ -319,7 +319,7 @@ def arguments(point: dict[str, Any], ranks: int, examples: Callable[[str], int])
         except Mistake as mistake:
             words = str(mistake)
             wrong[words if words.startswith("dataset_name") else f"{key}={value}: {words}"] = None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, ArithmeticError):
             wrong[f"{key}={value}: must be a number"] = None
     if ours.get("wandb_log"):  # which train.py gives to wandb itself
         ours = {name: point[f"environment.{key}"] for key, name in (("WANDB_PROJECT", "wandb_project"), ("WANDB_NAME", "wandb_run_name")) if point.get(f"environment.{key}")} | ours

@@ -202,7 +202,7 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
         monkeypatch.setenv(name, value)
     (tmp_path / "evaluate.py").write_text("import sys\nprint('evaluated', *sys.argv[1:])\n")
     monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
-    two = write_grid(tmp_path / "two.yaml", data_dir, "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n")
+    two = write_grid(tmp_path / "two 100%.yaml", data_dir, "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n")
     three = write_grid(
         tmp_path / "three.yaml", data_dir,
         "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
@@ -215,8 +215,8 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
         return capsys.readouterr().out
 
     assert "1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
-    (job,) = json.loads((tmp_path / "two/slurm/jobs.json").read_text()).values()
-    run = next(path for path in (tmp_path / "two").iterdir() if path.name != "slurm")
+    (job,) = json.loads((tmp_path / "two 100%/slurm/jobs.json").read_text()).values()
+    run = next(path for path in (tmp_path / "two 100%").iterdir() if path.name != "slurm")
 
     def told() -> str:
         return (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
