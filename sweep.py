@@ -91,6 +91,23 @@ def cell(row: Row, given: Any) -> Any:
     return given.split(",")
 
 
+def read_grid(path: str, wrong: list[str]) -> tuple[dict[str, Any], list[str], bool]:
+    """A grid's or an experiment's file: its names and values, those of sections as "section.key"; the config files that it names; whether it is
+    of rl_salamandra_alignment's kind. Raises Mistake."""
+    spec, verbatim = grid.read_file(path)
+    if translate.is_experiment(spec):
+        translate.check_file(spec, wrong)
+        flat = translate.flatten(spec, verbatim, wrong)
+        out = flat.pop("execution.output_dir", None)
+        return flat | ({"out_dir": out} if out else {}), [], True
+    named = spec.pop("base", None) or []
+    sections = translate.flatten({name: spec.pop(name) for name in JOB_SECTIONS if name in spec}, verbatim, wrong, JOB_SECTIONS)
+    venv = {"execution.venv": spec.pop("venv")} if spec.get("venv") else {}
+    known = {*ROWS, *NAMES, *grid.WORDS}
+    wrong += [f"{path}: {name}: no such argument{did_you_mean(name, [*known, *JOB_SECTIONS, 'venv'])}" for name in spec if name not in known]
+    return {NAMES.get(name, name): value for name, value in spec.items() if name in known} | sections | venv, [str(file) for file in (named if isinstance(named, list) else [named])], False
+
+
 def ask(argv: list[str], wrong: list[str]) -> Asked:
     """Read the command line and the files. What is wrong is added to `wrong`; raises Mistake when nothing can be made of it."""
     words = []
@@ -110,20 +127,8 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     if len(grids) > 1:
         wrong.append(f"{', '.join(grids)}: one grid file at a time")
     elif grids:
-        spec, verbatim = grid.read_file(grids[0])
-        experiment = translate.is_experiment(spec)
-        if experiment:
-            translate.check_file(spec, wrong)
-            out = (spec.get("execution") or {}).get("output_dir") if isinstance(spec.get("execution") or {}, dict) else None
-            spec = translate.flatten(spec, verbatim, wrong) | ({"out_dir": out} if out else {})
-            spec.pop("execution.output_dir", None)
-        else:
-            named = spec.pop("base", None) or []
-            bases = [str(path) for path in (named if isinstance(named, list) else [named])] + bases
-            sections = translate.flatten({name: spec.pop(name) for name in JOB_SECTIONS if name in spec}, verbatim, wrong, JOB_SECTIONS)
-            venv = {"execution.venv": spec.pop("venv")} if spec.get("venv") else {}
-            wrong += [f"{grids[0]}: {name}: no such argument{did_you_mean(name, [*ROWS, *NAMES, *grid.WORDS, *JOB_SECTIONS, 'venv'])}" for name in spec if name not in ROWS and name not in NAMES and name not in grid.WORDS]
-            spec = {NAMES.get(name, name): value for name, value in spec.items() if name in ROWS or name in NAMES or name in grid.WORDS} | sections | venv
+        spec, based, experiment = read_grid(grids[0], wrong)
+        bases = based + bases
     inside = {name for word in ("zip", "groups") for item in grid.mappings(word, spec.get(word), []) for values in ([item] if word == "zip" else item.values()) if isinstance(values, dict) for name in values}
     for name, value in given.items():
         if name in ROWS:
@@ -160,12 +165,18 @@ class Run:
     told: dict[str, Any]  # what varies, by column
     arguments: dict[str, Any]
     everything: dict[str, Any]  # all arguments with their values
+    unused: list[str]  # those of them that were given without effect
     job: slurm.Job
     evaluations: list[list[str]]  # flags of evaluate.py
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """All arguments but those without effect."""
+        return {name: value for name, value in self.everything.items() if name not in self.unused}
 
 
 def normal(name: str, value: Any) -> Any:
@@ -228,6 +239,10 @@ class Checker:
         evaluations = [flags(values) for values in alternatives_of(section["evaluation"])] if section["evaluation"] else []
         if evaluations and not EVALUATE.exists():
             mistakes.append(f"evaluation: there is no {EVALUATE.name} beside {TRAIN.name}")
+        venv = section["execution"].get("venv")
+        python = str(Path(str(venv)).expanduser() / "bin" / "python") if venv else sys.executable
+        if asked.own.launcher == "local" and not os.access(python, os.X_OK):
+            mistakes.append(f"venv: {python}: no such program")
         for words in mistakes:
             self.wrong.setdefault(words, []).append(where)
         if mistakes:
@@ -238,10 +253,8 @@ class Checker:
         aside = {name: value for name, value in point.told.items() if name.startswith(("slurm.", "environment.", "execution.venv"))}
         label = grid.label(told, SHORT)
         folder = asked.out_dir / "-".join(part for part in (label, grid.fingerprint({**arguments, **({"_job": aside} if aside else {})})) if part)
-        venv = section["execution"].get("venv")
-        python = str(Path(str(venv)).expanduser() / "bin" / "python") if venv else sys.executable
         job = slurm.Job(section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd())
-        return Run(folder, told, arguments, values, job, evaluations)
+        return Run(folder, told, arguments, values, resolved.unused, job, evaluations)
 
     def runs(self, points: list[grid.Point]) -> list[Run]:
         """The runs of all points. Two equal ones are a mistake, and so is a folder that holds another run than ours."""
@@ -289,7 +302,7 @@ def another(run: Run) -> str | None:
         before = json.loads((run.folder / outcomes.CONFIG).read_text(encoding="utf-8"))["_all"]
     except (OSError, ValueError, KeyError):
         return None
-    ours = json.loads(json.dumps(run.everything))
+    ours = json.loads(json.dumps(run.effective))
     differing = [name for name in ours if name in before and ours[name] != before[name]]
     return f"{run.folder}: holds a run with another {', '.join(differing)}; move it away" if differing else None
 
@@ -298,7 +311,7 @@ def write_config(run: Run) -> None:
     """run.json: a config of train.py."""
     run.folder.mkdir(parents=True, exist_ok=True)
     beside = run.folder / f"{outcomes.CONFIG}.tmp"
-    beside.write_text(json.dumps({**run.arguments, "_told": run.told, "_all": run.everything}, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps({**run.arguments, "_told": run.told, "_all": run.effective}, indent=1) + "\n", encoding="utf-8")
     beside.replace(run.folder / outcomes.CONFIG)
 
 
@@ -396,8 +409,6 @@ def say_ended(attempt: launch.Attempt, total: str) -> outcomes.Outcome:
 
 def run_local(asked: Asked, runs: list[Run]) -> int:
     """Run what is left to do of the runs on this machine. The exit status."""
-    if missing := sorted({run.job.python for run in runs if not os.access(run.job.python, os.X_OK)}):
-        raise Mistake(f"venv: {', '.join(missing)}: no such program")
     seats, threads = places(asked.own)
     prepare_data(runs)
     left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in (*outcomes.IDLE, "running")]
@@ -448,8 +459,8 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
         script = folder / f"{name}.sh"
         script.write_text(slurm.training(name if not array else asked.out_dir.name, first.job, folders, TRAIN, logs, array, asked.own.jobs), encoding="utf-8")
         followers = []
-        for i, words in enumerate(first.evaluations, 1):
-            followers.append(folder / f"{name}.evaluate{i if len(first.evaluations) > 1 else ''}.sh")
+        for k, words in enumerate(first.evaluations, 1):
+            followers.append(folder / f"{name}.evaluate{k if len(first.evaluations) > 1 else ''}.sh")
             followers[-1].write_text(slurm.evaluation(f"evaluate-{name}", first.job, folders, EVALUATE, words, logs, array, asked.own.jobs), encoding="utf-8")
         if asked.own.submit:
             job = slurm.submit(script)

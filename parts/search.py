@@ -69,10 +69,11 @@ class Tpe:
     def prune(self, trial, evaluations: tuple[tuple[int, float], ...]) -> bool:
         """Tell what a trial has reached; whether to give it up."""
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        for step, loss in evaluations:
+        learned = [(step, loss) for step, loss in evaluations if step]  # not what the weights begin with
+        for step, loss in learned:
             if step not in known:
                 trial.report(loss, step)
-        return bool(evaluations) and trial.should_prune()
+        return bool(learned) and trial.should_prune()
 
     def tell(self, trial, loss: float | None, pruned: bool) -> None:
         """Tell how a trial ended; one that failed or was stopped stays open, for the next time."""

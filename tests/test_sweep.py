@@ -156,9 +156,10 @@ def test_all_mistakes_of_all_runs_are_told_before_anything_is_written(swept, tmp
     ("environment: {1A: 3}\n", "environment: 1A: is no name of a variable"),
     ("seeds: none\n", "seeds: must be how many"),
     ("a: [\n", "g.yaml: not YAML"),
+    ("venv: /nowhere\n", "venv: /nowhere/bin/python: no such program"),
 ])  # fmt: skip
 def test_a_mistake_is_told(swept, yaml, words):
-    code, _, err = swept(yaml=yaml)
+    code, _, err = swept(*(["--launcher=local"] if "no such program" in words else []), yaml=yaml)
     if words != "g.yaml":
         assert code == 2 and words in err, err
 
