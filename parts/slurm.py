@@ -166,15 +166,16 @@ run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
 
 
 def start(shape: Shape, python: str) -> str:
-    """How the training is started: by Python, by torchrun, or by torchrun on every node."""
+    """How the training is started: by Python, by torchrun, or by torchrun on every node, which meet on a free port of the first, this one."""
     if shape.ranks == 1:
         return quote(python)
     torchrun = f"{quote(python)} -m torch.distributed.run --nproc_per_node={shape.processes} --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout={GRACE}"
     if shape.nodes == 1:
         return f"{torchrun} --standalone"
     return (
+        f"port=$({quote(python)} -c 'import socket; at = socket.socket(); at.bind((\"\", 0)); print(at.getsockname()[1])')\n"
         'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \\\n    '
-        f'{torchrun} \\\n    --nnodes="$SLURM_JOB_NUM_NODES" --rdzv_backend=c10d --rdzv_endpoint="$(hostname):$((20000 + SLURM_JOB_ID % 10000))" \\\n    '
+        f'{torchrun} \\\n    --nnodes="$SLURM_JOB_NUM_NODES" --rdzv_backend=c10d --rdzv_endpoint="$(hostname):$port" \\\n    '
         '--rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \\\n   '
     )
 
