@@ -308,15 +308,23 @@ class Layers:
             self.values[name], self.source[name] = value, source
 
 
-def parse(
+class Resolved(NamedTuple):
+    """Arguments from layers of values."""
+
+    arguments: Any  # None where a layer could not be read
+    source: dict[str, str]  # of each argument: where its value came from
+    mistakes: list[str]
+    unused: list[str]  # given, but without effect beside the others
+
+
+def resolve(
     table: dict[str, list[Row]],
-    argv: list[str],
-    description: str,
+    given: list[tuple[str, dict[str, Any]]],
     base: type = object,
     beneath: Callable[[Any], str | None] = lambda arguments: None,
     check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
-) -> Any:
-    """Frozen arguments from a table and a command line; tells all mistakes at once and exits with status 2.
+) -> Resolved:
+    """Frozen arguments from layers of values as `given` by (origin, values), the later the stronger. Prints nothing and ends nothing.
 
     `base` gives the arguments their derived properties; `beneath(arguments)` names a config file that lies under the given
     ones; `check(arguments, source)` returns further mistakes, `source` telling for each argument where its value came from.
@@ -325,37 +333,49 @@ def parse(
     fields = [(name, type(row.default), dataclasses.field(default=None)) for name, row in rows.items()]
     arguments_class = dataclasses.make_dataclass("Arguments", fields, bases=(base,), frozen=True)
     layers = Layers(rows)
-    mistakes, values, source = layers.mistakes, layers.values, layers.source
-
-    try:
-        given, files, print_config, wrong = read_command_line(build_parser(table, description), rows, argv)
-    except Mistake as mistake:
-        tell([str(mistake)])
-    mistakes += wrong
-    for path in files:
-        try:
-            layers.lay(path, read_file(path))
-        except Mistake as mistake:
-            mistakes.append(str(mistake))
-    layers.lay(COMMAND_LINE, given)
+    values, source = layers.values, layers.source
+    for origin, layer in given:
+        layers.lay(origin, layer)
     try:
         lower = beneath(arguments_class(**values))
         if lower:
             layers.lay_beneath(lower, read_file(lower))
     except Mistake as mistake:
-        tell([*mistakes, str(mistake)])
-
+        return Resolved(None, source, [*layers.mistakes, str(mistake)], [])
     arguments = arguments_class(**values)
     unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments)]
-    mistakes += [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE]
-    mistakes += check(arguments, source)
-    if mistakes:
-        tell(mistakes)
+    refused = [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE]
+    return Resolved(arguments, source, [*layers.mistakes, *refused, *check(arguments, source)], unused)
+
+
+def parse(
+    table: dict[str, list[Row]],
+    argv: list[str],
+    description: str,
+    base: type = object,
+    beneath: Callable[[Any], str | None] = lambda arguments: None,
+    check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
+) -> Any:
+    """Frozen arguments from a table and a command line, as `resolve` makes them; tells all mistakes at once and exits with status 2."""
+    rows = {row.name: row for group in table.values() for row in group}
+    try:
+        given, files, print_config, mistakes = read_command_line(build_parser(table, description), rows, argv)
+    except Mistake as mistake:
+        tell([str(mistake)])
+    layers = []
+    for path in files:
+        try:
+            layers.append((path, read_file(path)))
+        except Mistake as mistake:
+            mistakes.append(str(mistake))
+    arguments, source, wrong, unused = resolve(table, [*layers, (COMMAND_LINE, given)], base, beneath, check)
+    if mistakes + wrong:
+        tell(mistakes + wrong)
     for name in unused:
-        if values[name] != rows[name].default and os.environ.get("RANK", "0") == "0":
+        if getattr(arguments, name) != rows[name].default and os.environ.get("RANK", "0") == "0":
             print(f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}", file=sys.stderr)
     if print_config:
-        run(lambda _: print("\n".join(f"{name:40} {show(value):30} {source[name]}" for name, value in values.items()), flush=True), None)
+        run(lambda _: print("\n".join(f"{name:40} {show(getattr(arguments, name)):30} {source[name]}" for name in rows), flush=True), None)
         raise SystemExit(0)
     return arguments
 

@@ -368,6 +368,11 @@ def is_weight(words: str) -> bool:
         return False
 
 
+def resolve(given: list[tuple[str, dict]]) -> configurator.Resolved:
+    """What train.py would make of these layers of values; ends nothing."""
+    return configurator.resolve(TABLE, given, Derived, run_config, check)
+
+
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
 
 

@@ -94,6 +94,11 @@ def run(data_dir, tmp_path, capsys):
     return run
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The test of a real Slurm waits most of its time: it begins first."""
+    items.sort(key=lambda item: "cluster" not in item.fixturenames)
+
+
 def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace:
     """A run's folder as its files tell it."""
     from parts import checkpoint

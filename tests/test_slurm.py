@@ -1,0 +1,248 @@
+"""The scripts for Slurm: clean under bash and shellcheck, and run for real by a Slurm of two nodes on this machine.
+
+That is installed and started where it may be: by root, on Debian, with a network (or where slurm-wlm, munge are there already). It lives in a
+folder of its own, with its own key and sockets, and ends with the tests.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, command, equal_tensors, read_run
+
+import sweep
+from parts import slurm
+
+NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
+SECTION = {"job-name": "x", "nodes": "2", "cpus-per-task": "80", "gres": "gpu:4", "time": "2:00:00", "account": "bsc88", "qos": "acc_debug"}
+
+
+def job(directives: dict, environment: dict | None = None) -> slurm.Job:
+    return slurm.Job(directives, environment or {}, "/venv/bin/python", "/work dir")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is written
+
+
+@pytest.mark.parametrize("directives", [{}, {"gres": "gpu:4"}, SECTION, {"nodes": "2", "ntasks-per-node": "3", "no-requeue": "true"}, {"output": "a b-%j.out", "exclusive": "true", "p": "main"}])
+@pytest.mark.parametrize("array", [False, True])
+def test_scripts_are_clean(tmp_path, directives, array):
+    runs = [Path("/out/lr=3e-4,optimizer=muon-1f3c9a"), Path("/out/it's $HOME/b")][: 2 if array else 1]
+    one = job(directives, {"WANDB_NAME": NASTY, "EMPTY": ""})
+    for name, text in {
+        "train.sh": slurm.training("name", one, runs, ROOT / "train.py", Path("/logs 100%"), array, 2),
+        "evaluate.sh": slurm.evaluation("name", one, runs, ROOT / "evaluate.py", ["--tasks=a b"], Path("/logs"), array, 2),
+    }.items():
+        (tmp_path / name).write_text(text)
+        subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
+        if shutil.which("shellcheck"):
+            told = subprocess.run(["shellcheck", str(tmp_path / name)], capture_output=True, text=True)
+            assert told.returncode == 0, told.stdout
+
+
+def test_directives_are_verbatim_and_what_is_not_given_is_computed():
+    text = slurm.training("name", job(SECTION), [Path("/out/a")], ROOT / "train.py", Path("/logs"), False, 0)
+    told = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert [f"--{key}={value}" for key, value in SECTION.items()] == [line for line in told if line.split("=")[0].removeprefix("--") in SECTION]
+    assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(told)
+    given = slurm.training("name", job({"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}), [Path("/out/a")], ROOT / "train.py", Path("/logs"), True, 4)
+    assert "#SBATCH --signal=B:USR1@60\n" in given and "#SBATCH --output=mine\n" in given and "#SBATCH --array=0-0%4\n" in given
+    assert "--requeue" not in given and "scontrol requeue" not in given
+
+
+def test_the_environment_is_exported_as_it_is(tmp_path):
+    environment = {"A": NASTY, "EMPTY": "", "PLAIN": "1e-05"}
+    text = slurm.training("name", slurm.Job({}, environment, "python", str(tmp_path)), [tmp_path], ROOT / "train.py", tmp_path, False, 0)
+    head = text.split("\nruns=(")[0] + "\nenv -0\n"
+    told = dict(line.split("=", 1) for line in subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True).stdout.split("\0") if line)
+    assert {name: told[name] for name in environment} == environment
+
+
+@pytest.mark.parametrize(("directives", "expected"), [
+    ({}, (1, 1)), (SECTION, (2, 4)), ({"gres": "gpu:h100:2"}, (1, 2)), ({"gpus-per-node": "4", "nodes": "3"}, (3, 4)), ({"gpus": "8", "nodes": "2"}, (2, 4)),
+    ({"N": "2", "ntasks-per-node": "3"}, (2, 3)), ({"ntasks": "4", "nodes": "2"}, (2, 2)), ({"gres": "shard:2,gpu:1"}, (1, 1)),
+])  # fmt: skip
+def test_nodes_and_processes_follow_from_the_directives(directives, expected):
+    assert slurm.shape(directives) == expected
+
+
+def test_what_cannot_be_written_is_told():
+    wrong = slurm.check({"nodes": 2, "bad key": 1, "time": "1\n2", "array": "0-3"}, {"OK": "1", "1BAD": "2", "LIST": [1]})
+    assert len(wrong) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a real one
+
+PACKAGES = ("slurm-wlm", "munge", "shellcheck")
+CONF = """ClusterName=one
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge.socket
+SlurmUser=root
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool.%n
+SlurmctldLogFile={dir}/ctld.log
+SlurmdLogFile={dir}/slurmd.%n.log
+SlurmctldPidFile={dir}/ctld.pid
+SlurmdPidFile={dir}/slurmd.%n.pid
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+JobRequeue=1
+MpiDefault=none
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=1 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=1 State=UNKNOWN
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        return at.getsockname()[1]
+
+
+def wait_for(what, seconds: float = 60, every: float = 0.2):
+    """The first true value of what(); fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < end, f"{seconds} seconds are over"
+        time.sleep(every)
+    return value
+
+
+def install() -> None:
+    """Have Slurm's programs here, or skip the test and say why."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a Slurm of one machine is started by root on Linux")
+    if all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
+        return
+    if not Path("/etc/debian_version").exists():
+        pytest.skip("Slurm is not installed, and is installed by itself only on Debian")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"Slurm can't be installed: {error}")
+        if done.returncode:
+            pytest.skip(f"Slurm can't be installed: {' '.join(words)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment in which Slurm's commands reach a cluster of two nodes, n1 and n2."""
+    install()
+    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        with open("/etc/hosts", "a") as hosts:
+            hosts.write(f"127.0.0.1 {host}\n")
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    (folder / "slurm.conf").write_text(CONF.format(host=host, dir=folder, port=free_port(), port1=free_port(), port2=free_port()))
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+    munged = ["munged", "--foreground", "--force", *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")), f"--socket={folder / 'munge.socket'}"]
+    daemons = []
+    try:
+        for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            daemons.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            if words is munged:
+                wait_for((folder / "munge.socket").exists)
+        try:
+            wait_for(lambda: subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True).stdout.split() == ["idle", "2"], 30)
+        except AssertionError:
+            logs = "\n".join(path.read_text(errors="replace")[-600:] for path in folder.glob("*.log"))
+            pytest.fail(f"Slurm does not start:\n{logs}")
+        yield environment
+        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+        wait_for(lambda: not subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True).stdout.strip(), 30)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def queue(cluster) -> str:
+    return subprocess.run(["squeue", "-h", "-o", "%i %T"], env=cluster, capture_output=True, text=True).stdout
+
+
+def write_grid(path: Path, data_dir: Path, words: str) -> Path:
+    """A grid of tiny runs; both nodes are this machine, whose name torchrun would look up."""
+    tiny = [flag for flag in TINY if not flag.startswith(("--max_iters", "--eval_interval"))]
+    lines = [flag.removeprefix("--").replace("=", ": ", 1) for flag in [*tiny, f"--data_dir={data_dir}", "--dataset=a"]]
+    path.write_text("\n".join([*lines, "environment: {PET_LOCAL_ADDR: 127.0.0.1, OMP_NUM_THREADS: 1}", words]))
+    return path
+
+
+def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster, data_dir, tmp_path, monkeypatch, capsys):
+    """The two-node job gets USR1 in its batch shell, as Slurm itself sends it before the end of the time, and requeues itself. While it is held back (two
+    minutes, which are cut short here) the array runs; an evaluation follows each of its trainings. Submitting again submits nothing."""
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "evaluate.py").write_text("import sys\nprint('evaluated', *sys.argv[1:])\n")
+    monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
+    two = write_grid(tmp_path / "two 100%.yaml", data_dir, "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n")
+    three = write_grid(
+        tmp_path / "three.yaml", data_dir,
+        "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
+    )  # fmt: skip
+
+    def swept(path: Path, *argv: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            sweep.command([str(path), f"--out_dir={tmp_path / path.stem}", *argv])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    assert "1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
+    (job,) = json.loads((tmp_path / "two 100%/slurm/jobs.json").read_text()).values()
+    run = next(path for path in (tmp_path / "two 100%").iterdir() if path.name != "slurm")
+
+    def told() -> str:
+        return (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
+
+    wait_for(lambda: "step 50:" in told(), 120)
+    assert "running" in swept(two, "--status")
+    assert "3 runs submitted" in swept(three, "--launcher=slurm", "--array", "--submit")
+    assert len(list((tmp_path / "three/slurm").glob("*.sh"))) == 2, "one of training, one of evaluation"
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    wait_for(lambda: "stopped by SIGUSR1" in told() and f"{job} PENDING" in queue(cluster).splitlines())
+    assert "pending" in swept(two, "--status") and "0 runs submitted of 1" in swept(two, "--launcher=slurm", "--submit")
+    assert "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--array", "--submit"), "they are in the queue"
+    wait_for(lambda: len(queue(cluster).splitlines()) == 1, 120)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+    assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--submit")
+    runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
+    logs = "".join(path.read_text() for path in (tmp_path / "three/slurm/logs").glob("evaluate*"))
+    assert all(f"evaluated --out_dir={path} --tasks=x\n" in logs for path in runs)
+    for path in runs:
+        command(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
+        assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses
+
+    command(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+    wait_for(lambda: not queue(cluster), 120)
+    assert "start 1" in told() and "resuming" in told() and "done" in swept(two, "--status")
+    a, b = read_run(run), read_run(tmp_path / "whole")
+    assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
+    assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(a.last.weights, b.last.weights)
