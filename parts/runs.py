@@ -20,7 +20,6 @@ from parts import scaling
 from parts.mistakes import Mistake
 
 CONFIG, METRICS = "train_config.json", "metrics.jsonl"
-ENDED = {"done": "it finished", "pruned": "a search gave it up"}
 NAMES = ("out_dir", "overwrite", "allow_data_change", "wandb_run_name", "eval_only")  # arguments that don't change what is learned
 STOPS = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 LARGEST = ("grad_norm", "skipped", "step_ms")  # a drawn point is the largest of its lines, elsewhere their mean
@@ -221,6 +220,11 @@ def locked(path: Path) -> bool:
         os.close(handle)
 
 
+def going(folder: Path) -> bool:
+    """Whether a process trains in the folder, or is starting to."""
+    return locked(folder / ".lock") or locked(folder / ".sweep.lock")
+
+
 def state(folder: Path, lines: list[dict]) -> tuple[str, str]:
     """(state, why) of a run."""
     last = str(lines[-1].get("text", "")) if lines and lines[-1]["event"] == "note" else ""
@@ -228,7 +232,7 @@ def state(folder: Path, lines: list[dict]) -> tuple[str, str]:
         status = int((folder / "exit_status").read_text())
     except (OSError, ValueError):
         status = None
-    if locked(folder / ".lock") or locked(folder / ".sweep.lock"):
+    if going(folder):
         return "running", ""
     if (folder / "pruned").exists():
         return "pruned", ""
