@@ -18,7 +18,7 @@ TABLE = {
     "what": [
         Row("out", "report", "folder of the page and the pictures", needs=Needs("a report that is written, not --watch", lambda a: not a.watch)),
         Row("by", "best", "which val_loss runs are judged by: the best of their evaluations, or the final one", choices=("best", "final")),
-        Row("points", 500, "points that a curve is drawn with; more lines than that are thinned out", low=10),
+        Row("points", 400, "points that a curve is drawn with; more lines than that are thinned out", low=10),
         Row("title", "", "title of the page (none: the folders)"),
     ],
     "watch": [
@@ -103,11 +103,15 @@ def write(a, reader: Reader, title: str) -> None:
 
 def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
     """Serves the page at / and its data at /data.json, on 127.0.0.1 alone. Raises Mistake when the port is taken."""
-    looking = threading.Lock()
+    looking, last = threading.Lock(), {}
 
     def shown() -> dict:
+        """What the page shows; the last answer's own where no run has changed."""
         with looking:
-            return page.payload(*reader.read(), a.by, a.refresh)
+            told, without = reader.read()
+            if not last or last["runs"] != [id(run) for run in told] or last["without"] != without:
+                last.update(runs=[id(run) for run in told], kept=told, without=without, shown=page.payload(told, without, a.by, a.refresh))
+            return last["shown"]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -117,7 +121,7 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
                 if self.path == "/":
                     return self.answer(page.page(shown(), title).encode(), "text/html")
                 if self.path == "/data.json":
-                    return self.answer(page.as_json({**shown(), "made": ""}).encode(), "application/json")
+                    return self.answer(page.as_json(shown()).encode(), "application/json")
             except Mistake as mistake:
                 return self.send_error(503, str(mistake).encode("ascii", "replace").decode())
             self.send_error(404)
@@ -145,7 +149,7 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
 def main(asked) -> None:
     paths, a = asked
     reader = Reader(paths, a.points)
-    title = a.title or f"{' '.join(paths[:2])}{f' and {len(paths) - 2} more' if paths[2:] else ''}"
+    title = a.title or ", ".join(Path(path).resolve().name for path in paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else "")
     if not a.watch:
         return write(a, reader, title)
     page.page(page.payload(*reader.read(), a.by, a.refresh), title)  # mistakes are told before anything is served

@@ -137,8 +137,8 @@ def told_law(key: str, points: list[dict]) -> dict[str, Any] | None:
     unit = "FLOPs" if key == "compute" else "parameters"
     formula = f"L = {f'{law.floor:.4g} + ' if law.floor else ''}({10 ** (amount / law.exponent / np.log(10)):.3g} / {name})^{law.exponent:.4f}" if law.exponent > 0 else f"L does not fall with {name}"
     words = [f"{formula}, {name} in {unit}: the exponent is {law.exponent:.4f}" + (f" ± {error:.4f} (95 % confidence)." if known else "; as many unknowns as points, so how sure that is can't be told.")]
-    if len(set(x)) < 4:
-        words.append("With three sizes a floor E can't be told apart from the exponent: E = 0, Kaplan et al.'s (2020) form. Four or more fit it too.")
+    if len(set(x)) < 5:
+        words.append("With fewer than five sizes a floor E can't be told apart from the exponent: E = 0, as in Kaplan et al. (2020). Five or more fit it too.")
     elif law.floor == 0:
         words.append("A floor E was fitted too (Hoffmann et al. 2022) and came out as 0: the sizes are too close to show one.")
     else:

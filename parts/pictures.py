@@ -40,9 +40,9 @@ def numbers(column: list) -> list[float]:
 
 def window(axes, curves: list[tuple[list[float], list[float]]]) -> None:
     """Leave out of sight what comes before the first bend of the curves, which would flatten the rest."""
-    heights = [y for xs, ys in curves for x, y in zip(xs, ys, strict=True) if y == y and x == x and x >= 0.06 * max((one for one in xs if one == one), default=0)]
+    heights = [y for xs, ys in curves for x, y in zip(xs, ys, strict=True) if y == y and x == x and x >= 0.08 * max((one for one in xs if one == one), default=0)]
     if heights:
-        low, high = min(heights), sorted(heights)[int(0.995 * (len(heights) - 1))]
+        low, high = min(heights), sorted(heights)[int(0.98 * (len(heights) - 1))]
         pad = 0.06 * (high - low or 0.1)
         axes.set_ylim(low - pad, high + pad)
 

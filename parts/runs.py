@@ -5,6 +5,7 @@ Besides train.py's files it looks at those that whoever started the run may leav
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,8 @@ STOPS = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM,
 LARGEST = ("grad_norm", "skipped", "step_ms")  # a drawn point is the largest of its lines, elsewhere their mean
 SAMPLED, SAMPLES, LETTERS = 25, 8, 4000  # of a run's sample texts: evaluations, texts of each, letters of each
 
+NONE = type(None)
+NUMERIC = {int, float, NONE}
 Series = dict[str, np.ndarray]  # columns of equal length: step, seconds, tokens and every numeric key; NaN where a line had none
 
 
@@ -102,7 +105,7 @@ def number(value: Any) -> float:
         return math.nan
     try:
         return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
+    except OverflowError:
         return math.nan
 
 
@@ -118,7 +121,7 @@ def read_json(path: Path, remarks: list[str]) -> Any:
 def read_lines(path: Path, remarks: list[str]) -> list[dict]:
     """The whole lines of a metrics.jsonl, later tellings of a step in place of earlier ones."""
     try:
-        words = path.read_bytes().split(b"\n")
+        words = path.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as error:
         remarks.append(f"no {METRICS}" if isinstance(error, FileNotFoundError) else f"{METRICS} can't be read ({error.strerror})")
         return []
@@ -151,10 +154,20 @@ def read_lines(path: Path, remarks: list[str]) -> list[dict]:
 
 
 def series(lines: list[dict]) -> Series:
-    """Columns of the numeric keys of lines."""
-    keys = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool))
-    keys |= dict.fromkeys(key for key in ("loss", "val_loss") if any(key in line for line in lines))  # also where all are null
-    return {key: np.array([number(line.get(key)) for line in lines]) for key in keys}
+    """Columns of the numeric keys of lines, and of the losses also where all of them are null."""
+    told: Series = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(lines)):
+        column = [line.get(key) for line in lines]
+        kinds = set(map(type, column))
+        if kinds <= NUMERIC and kinds != {NONE}:
+            try:
+                values = np.array(column, dtype=float)  # None as NaN
+            except OverflowError:  # an integer of hundreds of digits
+                values = np.array([number(value) for value in column])
+            told[key] = np.where(np.isfinite(values), values, math.nan)
+        elif kinds & {int, float} or key in ("loss", "val_loss"):
+            told[key] = np.array([number(value) for value in column])
+    return told
 
 
 def thinned(whole: Series, points: int) -> Series:

@@ -109,7 +109,7 @@ def refined(x: np.ndarray, y: np.ndarray, law: PowerLaw, free: int) -> tuple[flo
 def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = None) -> PowerLaw | None:
     """The power law with the least squares of log L.
 
-    x: parameters or FLOPs; losses above 0. With four or more different x the floor E is fitted too (Hoffmann et al. 2022, approach 3,
+    x: parameters or FLOPs; losses above 0. With five or more different x the floor E is fitted too (Hoffmann et al. 2022, approach 3,
     with squares for their Huber loss), each start of a grid of floors being refined; with fewer it can't be told apart from the
     exponent, and the law is Kaplan's (2020), E = 0. Repeated x are seeds. None with fewer than three x, or x that lie within a factor of 2.
     """
@@ -118,7 +118,7 @@ def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = N
     if sizes < 3 or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()) or x.max() < 2 * x.min():
         return None
     center = float(np.log(x).mean())
-    floored = sizes >= 4 if with_floor is None else with_floor
+    floored = sizes >= 5 if with_floor is None else with_floor
     best: tuple[float, PowerLaw, int] | None = None
     for floor, free in [(0.0, 2)] + [(float(part * y.min()), 3) for part in np.linspace(0.05, 0.99, 20)] * floored:
         weight = (y - floor) / y  # log(y - floor) errs so much more than log y
