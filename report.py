@@ -130,7 +130,13 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
             tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
             same = self.headers.get("If-None-Match") == tag
             self.send_response(304 if same else 200)
-            headers = {"ETag": tag, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": 0 if same else len(body), "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+            headers = {
+                "ETag": tag,
+                "Content-Type": f"{kind}; charset=utf-8",
+                "Content-Length": 0 if same else len(body),
+                "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+            }
             for name, value in headers.items():
                 self.send_header(name, str(value))
             self.end_headers()
@@ -149,7 +155,8 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
 def main(asked) -> None:
     paths, a = asked
     reader = Reader(paths, a.points)
-    title = a.title or ", ".join(Path(path).resolve().name for path in paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else "")
+    places = [Path(path).resolve() for path in paths]
+    title = a.title or (", ".join(place.name for place in places) if len(places) <= 3 else os.path.basename(os.path.commonpath(places)) or "runs")
     if not a.watch:
         return write(a, reader, title)
     page.page(page.payload(*reader.read(), a.by, a.refresh), title)  # mistakes are told before anything is served

@@ -72,8 +72,7 @@ def percent(p: float) -> str:
 
 def verdict(p: float) -> str:
     """What a p value means."""
-    chance = f"seeds alone would make so large a difference in {percent(p)} of such experiments"
-    return f"{'real' if p < 0.01 else 'probably real' if p < 0.05 else 'may be chance'}: {chance}"
+    return f"{'real' if p < 0.01 else 'probably real' if p < 0.05 else 'may be chance'}: seeds alone do as much in {percent(p)} of such experiments"
 
 
 def compared(runs: list[Run], grouped: list[Group], by: str) -> list[dict[str, Any]]:
@@ -105,7 +104,9 @@ def scaled(runs: list[Run], rows: list[dict[str, Any]], by: str) -> dict[str, An
     for row in rows:
         member = runs[row["members"][0]]
         if row["losses"] and member.parameters and member.flops:
-            data = json.dumps([member.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")] + [member.config.get("_data")], sort_keys=True)
+            data = json.dumps(
+                [member.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")] + [member.config.get("_data")], sort_keys=True
+            )
             datas.setdefault(data, {}).setdefault(member.parameters, []).append(row)
     sizes = max(datas.values(), key=len, default={})
     if len(sizes) < 3:
@@ -135,15 +136,24 @@ def told_law(key: str, points: list[dict]) -> dict[str, Any] | None:
     known = margins[0] is not None
     amount = law.height + law.exponent * law.center  # log of the factor before x^-exponent
     unit = "FLOPs" if key == "compute" else "parameters"
-    formula = f"L = {f'{law.floor:.4g} + ' if law.floor else ''}({10 ** (amount / law.exponent / np.log(10)):.3g} / {name})^{law.exponent:.4f}" if law.exponent > 0 else f"L does not fall with {name}"
-    words = [f"{formula}, {name} in {unit}: the exponent is {law.exponent:.4f}" + (f" ± {error:.4f} (95 % confidence)." if known else "; as many unknowns as points, so how sure that is can't be told.")]
+    formula = (
+        f"L = {f'{law.floor:.4g} + ' if law.floor else ''}({10 ** (amount / law.exponent / np.log(10)):.3g} / {name})^{law.exponent:.4f}"
+        if law.exponent > 0
+        else f"L does not fall with {name}"
+    )
+    words = [
+        f"{formula}, {name} in {unit}: the exponent is {law.exponent:.4f}"
+        + (f" ± {error:.4f} (95 % confidence)." if known else "; as many unknowns as points, so how sure that is can't be told.")
+    ]
     if len(set(x)) < 5:
         words.append("With fewer than five sizes a floor E can't be told apart from the exponent: E = 0, as in Kaplan et al. (2020). Five or more fit it too.")
     elif law.floor == 0:
         words.append("A floor E was fitted too (Hoffmann et al. 2022) and came out as 0: the sizes are too close to show one.")
     else:
         words.append(f"The floor that no size gets below would be {law.floor:.3f} (Hoffmann et al. 2022); far beyond the sizes fitted it is a guess.")
-    words.append(f"The next size, {following.x:.3g} {unit}, should reach {following.loss:.4f}" + (f" (95 % of runs: {following.low:.4f} to {following.high:.4f})." if following.low else "."))
+    words.append(
+        f"The next size, {following.x:.3g} {unit}, should reach {following.loss:.4f}" + (f" (95 % of runs: {following.low:.4f} to {following.high:.4f})." if following.low else ".")
+    )
     if check := scaling.check_largest(x, losses):
         words.append(f"Put to the test: without the largest size the law foretells {check[0]:.4f} for it; it reached {check[1]:.4f}, {abs(check[0] / check[1] - 1):.1%} off.")
     return {

@@ -94,7 +94,11 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
 
     measure = next((key for key, kind in (("val_loss", "evals"), ("loss", "train")) if any(key in run[kind] for run in runs)), "val_loss")
     save("loss.png", panels([(measure, x, f"{measure} against {words}") for x, words in AXES.items()], 2, ""))
-    training = [(key, "step", words) for key, words in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")) if any(key in run["train"] for run in runs)]
+    training = [
+        (key, "step", words)
+        for key, words in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
+        if any(key in run["train"] for run in runs)
+    ]
     save("training.png", panels(training, 3, "") if training else None)
     datasets = sorted({key for run in runs for key in run["evals"] if key.startswith("val_loss/")})
     save("datasets.png", panels([(key, "step", key) for key in datasets], min(3, len(datasets)), "") if datasets else None)
@@ -122,7 +126,11 @@ def seeds(shown: dict[str, Any], color: Callable[[dict], Any]):
     for place, (group, run) in enumerate(ranked):
         right.plot(group["losses"], [place] * len(group["losses"]), "o", color=color(run), alpha=0.7, markersize=6)
         right.plot(group["mean"], place, "|", color=color(run), markersize=18, markeredgewidth=2)
-    words = [f"{group['label'][:48]}" + (f"\n{group['verdict'].partition(':')[0]}, p {group['corrected']:.2g}" if "verdict" in group else "\nthe best mean" if group.get("is_best") else "") for group, _ in ranked]
+    words = [
+        f"{group['label'][:48]}"
+        + (f"\n{group['verdict'].partition(':')[0]}, p {group['corrected']:.2g}" if "verdict" in group else "\nthe best mean" if group.get("is_best") else "")
+        for group, _ in ranked
+    ]
     right.set_yticks(range(len(ranked)), [literal(word) for word in words], fontsize=8)
     right.set(title=f"{shown['by']} val_loss of each seed", ylim=(-0.6, len(ranked) - 0.4))
     return sheet
@@ -145,7 +153,13 @@ def law(shown: dict[str, Any], color: Callable[[dict], Any]):
         axes.plot(told["next"]["x"], told["next"]["loss"], "D", color="#222", markerfacecolor="none", markersize=9)
         axes.annotate(f"{told['next']['loss']:.3f}", (told["next"]["x"], told["next"]["loss"]), xytext=(0, 10), textcoords="offset points", ha="center")
         margin = f" ± {told['exponent_margin']:.3f}" if told["exponent_margin"] is not None else ""
-        axes.set(xscale="log", yscale="log", xlabel="FLOPs" if key == "compute" else "parameters", ylabel="val_loss", title=f"exponent {told['exponent']:.3f}{margin}" + (f", floor {told['floor']:.2f}" if told["floor"] else ""))
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="FLOPs" if key == "compute" else "parameters",
+            ylabel="val_loss",
+            title=f"exponent {told['exponent']:.3f}{margin}" + (f", floor {told['floor']:.2f}" if told["floor"] else ""),
+        )
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")
     return sheet

@@ -142,7 +142,7 @@ def read_lines(path: Path, remarks: list[str]) -> list[dict]:
             continue
         if event in ("train", "eval"):  # of saves is told when they are over
             if step < reached:  # taken up at an earlier step, without clearing what follows it
-                kept = [other for other in told if other["step"] <= step or other["event"] not in ("train", "eval")]
+                kept = [other for other in told if other["step"] < step or (other["step"] == step and other["event"] != event) or other["event"] not in ("train", "eval")]
                 told, again = kept, again + len(told) - len(kept)
             reached = step
         told.append(line)
@@ -185,11 +185,8 @@ def thinned(whole: Series, points: int) -> Series:
     for key, column in whole.items():
         known = ~np.isnan(column)
         counts = np.add.reduceat(known, first)
-        if key in LARGEST:
-            drawn = np.maximum.reduceat(np.where(known, column, -np.inf), first)
-        else:
-            drawn = np.add.reduceat(np.where(known, column, 0.0), first) / np.maximum(1, counts)
-        told[key] = np.where(counts > 0, drawn, math.nan)
+        means = np.add.reduceat(np.where(known, column, 0.0), first) / np.maximum(1, counts)
+        told[key] = np.where(counts > 0, np.maximum.reduceat(np.where(known, column, -np.inf), first) if key in LARGEST else means, math.nan)
     return told
 
 
@@ -330,7 +327,7 @@ def measure(run: Run, train: Series, evals: Series) -> None:
 def brief(value: Any) -> str:
     """A value in few letters."""
     if value is None:
-        return "–"
+        return "none"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return " ".join(map(brief, value)) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -388,6 +385,8 @@ def band(runs: list[Run], key: str, kind: str) -> dict[str, np.ndarray] | None:
     steps = shortest["step"][shortest["step"] >= max(curve["step"][0] for curve in curves)]
     if not len(steps):
         return None
-    at = {name: np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves]) for name in ("tokens", "seconds", key) if all(name in curve for curve in curves)}  # (runs, steps)
+    at = {
+        name: np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves]) for name in ("tokens", "seconds", key) if all(name in curve for curve in curves)
+    }  # (runs, steps)
     means = {name: values.mean(0) for name, values in at.items() if name != key}
     return {"step": steps, **means, "mean": at[key].mean(0), "low": at[key].min(0), "high": at[key].max(0)}

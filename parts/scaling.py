@@ -81,23 +81,24 @@ def slopes(x: np.ndarray, law: PowerLaw) -> np.ndarray:
     return np.stack((above, -above * (np.log(x) - law.center), 1 / loss), axis=1)
 
 
+def squares_of(x: np.ndarray, y: np.ndarray, law: PowerLaw) -> float:
+    """Sum of squares of log L around the law."""
+    return float(np.square(np.log(y) - np.log(law.loss(x))).sum())
+
+
 def refined(x: np.ndarray, y: np.ndarray, law: PowerLaw, free: int) -> tuple[float, PowerLaw]:
     """(sum of squares, law) where Levenberg's and Marquardt's steps in the first `free` of its unknowns end; x and losses y: (points,)."""
-
-    def squares(law: PowerLaw) -> float:
-        return float(np.square(np.log(y) - np.log(law.loss(x))).sum())
-
-    damping, least = 1e-3, squares(law)
+    damping, least = 1e-3, squares_of(x, y, law)
     for _ in range(300):
         jacobian = slopes(x, law)[:, :free]
         normal = jacobian.T @ jacobian
         step = np.linalg.lstsq(normal + damping * np.diag(np.diag(normal)), jacobian.T @ (np.log(y) - np.log(law.loss(x))), rcond=None)[0]
         height, exponent, floor = np.array([law.height, law.exponent, law.floor]) + np.pad(step, (0, 3 - free))
         tried = law._replace(height=float(height), exponent=float(exponent), floor=float(floor))
-        now = squares(tried) if 0 <= floor < y.min() and abs(exponent) < 50 and abs(height) < 500 else math.inf
+        now = squares_of(x, y, tried) if 0 <= floor < y.min() and abs(exponent) < 50 and abs(height) < 500 else math.inf
         if now < least:
             law, gain, least, damping = tried, least - now, now, damping / 10
-            if gain <= 1e-15 * least:
+            if gain <= 1e-12 * least:
                 break
         else:
             damping *= 10
@@ -110,7 +111,7 @@ def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = N
     """The power law with the least squares of log L.
 
     x: parameters or FLOPs; losses above 0. With five or more different x the floor E is fitted too (Hoffmann et al. 2022, approach 3,
-    with squares for their Huber loss), each start of a grid of floors being refined; with fewer it can't be told apart from the
+    with squares for their Huber loss), the best starts of a grid of floors being refined; with fewer it can't be told apart from the
     exponent, and the law is Kaplan's (2020), E = 0. Repeated x are seeds. None with fewer than three x, or x that lie within a factor of 2.
     """
     x, y = np.array(x, dtype=float), np.array(losses, dtype=float)
@@ -119,14 +120,13 @@ def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = N
         return None
     center = float(np.log(x).mean())
     floored = sizes >= 5 if with_floor is None else with_floor
-    best: tuple[float, PowerLaw, int] | None = None
-    for floor, free in [(0.0, 2)] + [(float(part * y.min()), 3) for part in np.linspace(0.05, 0.99, 20)] * floored:
+    starts = []
+    for floor in [0.0, *(y.min() * np.linspace(0.05, 0.99, 40) if floored else ())]:
         weight = (y - floor) / y  # log(y - floor) errs so much more than log y
         slope, height = np.polyfit(np.log(x) - center, np.log(y - floor), 1, w=weight)
-        squares, law = refined(x, y, PowerLaw(floor, float(height), float(-slope), center, None, 0.0, 0), free)
-        if best is None or squares < best[0] * (1 - 1e-9):
-            best = squares, law, free
-    squares, law, _ = best
+        starts.append(PowerLaw(float(floor), float(height), float(-slope), center, None, 0.0, 0))
+    least = sorted(starts[1:], key=lambda law: squares_of(x, y, law))[:3]
+    squares, law = min((refined(x, y, law, 3 if law.floor else 2) for law in (starts[0], *least)), key=lambda found: found[0])
     free = 3 if floored and law.floor > 0 else 2  # a floor that ends at 0 is not an unknown
     freedom = len(x) - free
     if freedom < 1:
