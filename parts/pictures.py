@@ -9,7 +9,6 @@ from typing import Any
 
 PALETTE = ("#4269d0", "#e8871e", "#3ca951", "#e0457b", "#17a2b8", "#a463f2", "#9c6b4e", "#d4b106", "#6c8ebf", "#8a8f98")  # the page's
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "FLOPs"}
-LEGEND = 12  # curves that a legend names
 
 
 def literal(text: str) -> str:
@@ -50,6 +49,7 @@ def window(axes, curves: list[tuple[list[float], list[float]]]) -> None:
 def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
     """Write the pictures of which there is something to draw; their paths."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     runs, color, drawn = shown["runs"], colors(shown), []
     width = 0.9 if len(runs) > 30 else 1.5
@@ -65,16 +65,15 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
 
     def name_curves(sheet: Figure) -> None:
         entries = {label: line for line in sheet.axes[0].get_lines() if not (label := line.get_label()).startswith("_")}
-        if 1 < len(entries) <= LEGEND:
+        if 1 < len(entries) and len(shown["groups"]) <= len(PALETTE):
             sheet.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3 if max(map(len, entries)) < 45 else 1, frameon=False, fontsize=9)
 
-    def panels(keys: list[tuple[str, str, str]], columns: int, title: str) -> Figure | None:
+    def panels(keys: list[tuple[str, str, str]], columns: int) -> Figure | None:
         """One panel a (key, x, title): every run that tells the key."""
         if not any(key in lines for run in runs for lines in (run["train"], run["evals"]) for key, _, _ in keys):
             return None
         rows = -(-len(keys) // columns)
         sheet = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
-        sheet.suptitle(title, fontsize=13)
         for axes, (key, x, words) in zip(sheet.subplots(rows, columns, squeeze=False).flat, keys, strict=False):
             curves = []
             for run in sorted(runs, key=lambda run: -(run["judged"] if run["judged"] is not None else 1e9)):  # the best on top
@@ -85,23 +84,26 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
                     label = group["label"] if len(group["members"]) > 1 else run["name"]
                     axes.plot(*curves[-1], color=color(run), linewidth=width, label=literal(label.lstrip("_") or label))
             axes.set(xlabel=AXES[x], title=literal(words))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if "loss" in key:
                 window(axes, curves)
         for axes in sheet.axes[len(keys) :]:
             axes.remove()
         name_curves(sheet)
+        if len(shown["groups"]) > len(PALETTE):
+            sheet.suptitle(f"{len(runs)} runs: the darker, the lower the {shown['by']} val_loss", fontsize=11)
         return sheet
 
     measure = next((key for key, kind in (("val_loss", "evals"), ("loss", "train")) if any(key in run[kind] for run in runs)), "val_loss")
-    save("loss.png", panels([(measure, x, f"{measure} against {words}") for x, words in AXES.items()], 2, ""))
+    save("loss.png", panels([(measure, x, f"{measure} against {words}") for x, words in AXES.items()], 2))
     training = [
         (key, "step", words)
         for key, words in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
         if any(key in run["train"] for run in runs)
     ]
-    save("training.png", panels(training, 3, "") if training else None)
+    save("training.png", panels(training, 3) if training else None)
     datasets = sorted({key for run in runs for key in run["evals"] if key.startswith("val_loss/")})
-    save("datasets.png", panels([(key, "step", key) for key in datasets], min(3, len(datasets)), "") if datasets else None)
+    save("datasets.png", panels([(key, "step", key) for key in datasets], min(3, len(datasets))) if datasets else None)
     save("seeds.png", seeds(shown, color))
     save("scaling.png", law(shown, color))
     return drawn
@@ -114,6 +116,9 @@ def seeds(shown: dict[str, Any], color: Callable[[dict], Any]):
     banded = [(group, shown["runs"][group["members"][0]]) for group in shown["groups"] if "val_loss" in group["bands"]]
     if not banded:
         return None
+    if len(banded) <= len(PALETTE):
+        own = {id(run): PALETTE[i] for i, (_, run) in enumerate(banded)}
+        color = lambda run: own[id(run)]  # noqa: E731
     sheet = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = sheet.subplots(1, 2, width_ratios=(3, 2))
     for group, run in banded:
