@@ -201,6 +201,10 @@ def judged(subject: Subject, task: str, a) -> dict:
     n, passes = len(problems), a.num_passes
     right = [sum(tasks.right(words, row["answer"]) for words in some) for some, row in zip(said, problems, strict=True)]
 
+    def given(words: str, answer: str) -> str | None:
+        """What a completion gives as its answer; where a text is asked for and none is marked, all of it."""
+        return tasks.answer_of(words) if tasks.number(answer) is not None else tasks.marked(words) or words
+
     def mean(values: list[float]) -> dict[str, float]:
         middle = sum(values) / n
         return dict(zip(("value", "low", "high"), (middle, *tasks.wilson(sum(values), n)), strict=True))
@@ -212,7 +216,7 @@ def judged(subject: Subject, task: str, a) -> dict:
     }  # fmt: skip
     for k in (2**i for i in range(1, passes.bit_length())):
         told[f"pass@{k}"] = mean([tasks.pass_at_k(passes, count, k) for count in right])
-        told[f"majority@{k}"] = mean([tasks.majority_at_k([tasks.answer_of(words) for words in some], row["answer"], k) if some else 0.0 for some, row in zip(said, problems, strict=True)])
+        told[f"majority@{k}"] = mean([tasks.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k) if some else 0.0 for some, row in zip(said, problems, strict=True)])
     told |= {"n": n, "passes": passes, "mean_tokens": sum(lengths) / max(1, len(lengths)), "ended": ended / max(1, len(lengths)), "too_long_to_answer": n - len(fit)}
     return told | {"samples": [{"prompt": row["prompt"], "answer": row["answer"], "completion": some[0]} for some, row in zip(said[:5], problems[:5], strict=True) if some]}
 

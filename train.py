@@ -258,7 +258,7 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
                     run.net.train()
                     return None
                 for name, pair in told.items():  # a rank without a part in the batch has read one with the others
-                    sums[name] = sums.get(name, 0) + pair.to(ranks.device) * counts
+                    sums[name] = sums.get(name, torch.zeros_like(pair, device=ranks.device)) + (pair.to(ranks.device) if counts else 0)
             measured.setdefault(split, []).append({name: divided(ranks.sum(pair)) for name, pair in sums.items()})
     run.net.train()
 

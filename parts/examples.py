@@ -199,14 +199,15 @@ class Examples:
 
     def evaluation(self, iters: int, size: int, rank: int, world: int, collate: Callable) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of each of the first `iters` batches of `size` examples, in the order of the file, and whether it has one: a rank
-        without an example reads the first one with the others."""
+        without an example reads another's with the others, all of it masked."""
         size = max(size, collate.least)
         for first in range(0, min(len(self.items), iters * size), size):
             whole = self.items[first : min(first + size, len(self.items), iters * size)]
             if len(whole) < collate.least:
                 return
-            cut = [r * len(whole) // world for r in (rank, rank + 1)]
-            yield collate(whole, *cut, 1) if cut[1] > cut[0] else collate(whole, 0, 1, 1), cut[1] > cut[0]
+            first_of_mine, last = (r * len(whole) // world for r in (rank, rank + 1))
+            batch, counts = collate(whole, first_of_mine, max(last, first_of_mine + 1), 1), last > first_of_mine
+            yield batch if counts else batch.having(**{name: torch.zeros_like(mask) for name, mask in batch.more.items() if name.endswith("mask")}), counts
 
 
 def pack(items: Sequence[Example], limit: int) -> list[Example]:

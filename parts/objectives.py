@@ -228,7 +228,7 @@ class KahnemanTversky:
         total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:
             tokens, mask = batch.more["stranger"], batch.more["stranger_mask"]
-            total += mean_of((logps(net, tokens, mask) - self.reference.logps(tokens, mask)).sum(1))
+            total += mean_of((logps(net, tokens, mask) - self.reference.logps(tokens, mask)).sum(1), mask.any(1))
         total = self.ranks.sum(total)
         z = (total[0] / total[1]).clamp(min=0)
         return [batch.having(z=z, reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1)) for batch in batches]

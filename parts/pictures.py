@@ -65,7 +65,7 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
 
     def name_curves(sheet: Figure) -> None:
         entries = {label: line for line in sheet.axes[0].get_lines() if not (label := line.get_label()).startswith("_")}
-        if 1 < len(entries) and len(shown["groups"]) <= len(PALETTE):
+        if len(entries) > 1 and len(shown["groups"]) <= len(PALETTE):
             sheet.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3 if max(map(len, entries)) < 45 else 1, frameon=False, fontsize=9)
 
     def panels(keys: list[tuple[str, str, str]], columns: int) -> Figure | None:
