@@ -61,7 +61,7 @@ def read_examples(args) -> dict[str, dict[str, list[dict]]]:
         fields = [*template.fields, *others]
     else:
         fields = []
-    adapted = tasks.problem if args.objective == "grpo" and not fields else dict
+    adapted = dict if args.objective != "grpo" else tasks.problem if not fields else lambda row: row | {"answer": str(row.get("answer", ""))}
     return {name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()} for name, files in example_files(args).items()}
 
 

@@ -203,7 +203,7 @@ def main(a) -> None:
         if len(tokenizers) > 1:
             raise Mistake(f"--{'chat' if a.chat else 'stop_at_end'}: the model has several vocabularies")
         tokenizer, words = next(iter(tokenizers.values())), prompt(a.start[0])
-        if a.chat and not isinstance(tokenizer, text.ExtendedTokenizer):
+        if a.chat and examples.ROLES["assistant"] not in getattr(tokenizer, "ids", {}):
             raise Mistake("--chat: this model was not trained on messages")
         coder = examples.Coder(tokenizer, model.config.block_size)
         ids = coder.prompt({"prompt": [{"role": "user", "content": words}]}) if a.chat else encode(tokenizer, words).tolist()

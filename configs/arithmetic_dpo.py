@@ -8,13 +8,13 @@ docs/alignment.md has what was measured.
 
 objective = "dpo"
 dataset = "arithmetic_dpo"
-beta = 0.5
+beta = 2.0
 max_new_tokens = 5
 block_size = 16
 
 batch_size = 128
 max_iters = 300
-learning_rate = 1e-4
+learning_rate = 3e-5
 weight_decay = 0.0
 warmup_iters = 10
 

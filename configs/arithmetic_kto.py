@@ -9,14 +9,14 @@ docs/alignment.md has what was measured.
 
 objective = "kto"
 dataset = "arithmetic_kto"
-beta = 0.5
+beta = 2.0
 desirable_weight = "1.33"
 max_new_tokens = 5
 block_size = 16
 
 batch_size = 128
 max_iters = 300
-learning_rate = 3e-5
+learning_rate = 6e-5
 weight_decay = 0.0
 warmup_iters = 10
 

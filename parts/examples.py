@@ -145,7 +145,10 @@ def read_rows(path: Path, objective: str, adapted: Callable[[dict], dict], field
     rows = []
     choices = (tuple(fields),) if fields else FIELDS[objective]
     for number, row in enumerate(read_table(path), start=1):
-        row = adapted(row)
+        try:
+            row = adapted(row)
+        except Mistake as mistake:
+            raise Mistake(f"{path}: row {number}: {mistake}") from None
         if not any(all(field in row for field in choice) for choice in choices):
             wanted = " or ".join("{" + ", ".join(choice) + "}" for choice in choices)
             raise Mistake(f"{path}: row {number} has {', '.join(row)}; --objective={objective} needs {wanted}")

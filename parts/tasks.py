@@ -315,7 +315,7 @@ def problem(row: dict, where: str = "problem") -> dict:
     where: told in a Mistake, which is raised for any other row.
     """
     prompt, question, answer = (row.get(name) for name in ("prompt", "question", "answer")) if isinstance(row, dict) else (None, None, None)
-    if isinstance(prompt, str) and isinstance(answer, str | int | float) and not isinstance(answer, bool):
+    if isinstance(prompt, str | list) and isinstance(answer, str | int | float) and not isinstance(answer, bool):
         return {**row, "answer": str(answer)}
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise Mistake(f"{where}: needs a prompt and an answer, or GSM8K's question and an answer that ends in #### and the number")

@@ -199,7 +199,7 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
     (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
     (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    done = prepare("--tokenizer=byte", *flags, "--name=mine", check=False, cwd=tmp_path)
+    done = prepare("--tokenizer=byte", *flags, "--name=mine", check=False, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list((tmp_path / "data").rglob("*.*")) if (tmp_path / "data").exists() else True
 

@@ -235,7 +235,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir, tmp_path, restarts):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--eval_interval=100000", "--checkpoint_interval=20", "--rank_timeout=20"]
-    process = torchrun(*flags, "--max_iters=1200", f"--out_dir={tmp_path / 'run'}", options=(f"--max-restarts={restarts}",))
+    process = torchrun(*flags, "--max_iters=600", f"--out_dir={tmp_path / 'run'}", options=(f"--max-restarts={restarts}",))
     for line in process.stdout:
         if "step 60:" in line:
             break
@@ -244,7 +244,7 @@ def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir, tmp_path, restarts)
     told = process.stdout.read()
     assert (process.wait(60) == 0) == bool(restarts) and time.monotonic() - began < 60, told
     if restarts:
-        command(*flags, "--max_iters=1200", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+        command(*flags, "--max_iters=600", f"--out_dir={tmp_path / 'whole'}", ranks=2)
         assert "resuming" in told
         assert_same_end(tmp_path, "run", "whole")
 
