@@ -168,11 +168,14 @@ def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
 
 
 def problems_of(subject: Subject, task: str) -> list[dict]:
-    """The problems of a dataset's val.jsonl, or of a file. Raises Mistake."""
+    """The problems of a dataset's val.jsonl, or of a file; for a soft prompt with the fields of its format. Raises Mistake."""
     path = Path(task)
     if path.suffix != ".jsonl":
         bins.prepare_if_missing(subject.data_dir / task, bins.EXAMPLES)
         path = subject.data_dir / task / "val.jsonl"
+    if subject.template is not None:
+        rows = examples.read_rows(path, "grpo", dict, [*subject.template.fields, "answer"])
+        return [{"prompt": " ".join(str(row[field]) for field in subject.template.fields)} | row | {"answer": str(row["answer"])} for row in rows]
     return examples.read_rows(path, "grpo", tasks.problem)
 
 
