@@ -8,10 +8,10 @@ A task is a dataset with a val.jsonl of prompts and answers, or a path to such a
 """
 
 import gc
-import json
 import sys
 
 import configurator
+import train_args
 from configurator import Needs, Row
 
 DECODE = {"greedy": (0.0, 0, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}  # temperature, top_k, top_p, as in agent_tunix
@@ -73,16 +73,16 @@ def say(words: str) -> None:
 
 
 class Subject:
-    """The model, its tokenizers, and what its run was told."""
+    """The model, its tokenizers, and the arguments of its run, if it comes from one."""
 
     def __init__(self, a):
         """Raises Mistake."""
         self.folder = checkpoint.chosen(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
-        self.config = json.loads((self.folder / "train_config.json").read_text(encoding="utf-8")) if self.folder else {}
+        self.run = train_args.of_run(self.folder) if self.folder else None
         self.template, self.first_row = None, 0
-        if self.config.get("adapter") == "soft_prompt":
-            self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder], [self.config])
-            self.tokenizers, self.template = {"tokens": tokenizer}, templates.parse(self.config["prompt_format"])
+        if self.run and self.run.adapter == "soft_prompt":
+            self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder])
+            self.tokenizers, self.template = {"tokens": tokenizer}, templates.parse(self.run.prompt_format)
         else:
             loaded = pretrained.load(str(self.folder or a.init_from), say)
             self.model = GPT(GPTConfig(**loaded.shape))
@@ -91,7 +91,8 @@ class Subject:
         self.device = parallel.find_device(a.device)
         self.model.to(self.device).eval()
         self.model.compute_dtype, _ = parallel.choose_dtype(a.dtype, self.device)
-        self.data_dir = Path(a.data_dir or self.config.get("data_dir", "data"))
+        self.data_dir = Path(a.data_dir or (self.run.data_dir if self.run else "data"))
+        self.target, self.truncated = ((self.run.target_field or "completion"), self.run.truncation_field) if self.run else ("completion", "")
 
     @property
     def tokenizer(self) -> text.Tokenizer:
@@ -99,11 +100,6 @@ class Subject:
         if len(self.tokenizers) > 1:
             raise Mistake("--tasks: the model has several vocabularies; tasks and examples need one")
         return next(iter(self.tokenizers.values()))
-
-    def own_datasets(self) -> list[str]:
-        """The datasets that the run was trained on."""
-        c = self.config
-        return list({"multidataset": c.get("dataset_list"), "multicontext": c.get("multicontext_datasets")}.get(c.get("training_mode"), [c["dataset"]])) if c and not c.get("train_file") else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,11 +130,12 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
 @torch.no_grad()
 def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
     """Over the completions of the examples in a file, their end tokens included. Raises Mistake."""
-    fields = [*subject.template.fields, subject.config.get("target_field") or "completion"] if subject.template else []
+    fields = [*subject.template.fields, subject.target] if subject.template else []
     rows = examples.read_rows(path, "sft", lambda row: tasks.problem(row) if "question" in row else row, fields)
     rows = rows[: a.max_windows or len(rows)]
-    coder = examples.Coder(subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row,
-                           target_field=subject.config.get("target_field", "") or "completion", truncation_field=subject.config.get("truncation_field", ""))  # fmt: skip
+    coder = examples.Coder(
+        subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
+    )  # fmt: skip
     held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
     total = tokens = 0.0
     for first in tqdm(range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False):
@@ -151,15 +148,14 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
 
 def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
     """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises Mistake."""
-    told = {}
-    names = list(a.datasets) or ([] if subject.config.get("training_mode") == "multicontext" else subject.own_datasets())
-    objective = subject.config.get("objective", "lm")
-    for name in names if objective in ("lm", "sft") else a.datasets:  # a loss of preferences or rewards means little without its reference
-        folder = subject.data_dir / name
-        bins.prepare_if_missing(folder, bins.BINS if objective == "lm" else bins.EXAMPLES)
-        told[name] = loss_of_text(subject, name, a) if objective == "lm" else loss_of_examples(subject, folder / "val.jsonl", a)
-    if subject.config.get("validation_file") and not a.datasets and objective == "sft":
-        told[Path(subject.config["validation_file"]).stem] = loss_of_examples(subject, Path(subject.config["validation_file"]), a)
+    run, told = subject.run, {}
+    own = run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")  # without its reference a loss of preferences means little
+    for name in a.datasets or (run.folders if own else ()):
+        folder, reads = subject.data_dir / name, run.reads if run else "bins"
+        bins.prepare_if_missing(folder, reads)
+        told[name] = loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)
+    if own and run.validation_file and not a.datasets:
+        told[Path(run.validation_file).stem] = loss_of_examples(subject, Path(run.validation_file), a)
     return told
 
 
@@ -171,7 +167,7 @@ def problems_of(subject: Subject, task: str) -> list[dict]:
     """The problems of a dataset's val.jsonl, or of a file; for a soft prompt with the fields of its format. Raises Mistake."""
     path = Path(task)
     if path.suffix != ".jsonl":
-        bins.prepare_if_missing(subject.data_dir / task, bins.EXAMPLES)
+        bins.prepare_if_missing(subject.data_dir / task, "examples")
         path = subject.data_dir / task / "val.jsonl"
     if subject.template is not None:
         rows = examples.read_rows(path, "grpo", dict, [*subject.template.fields, "answer"])
@@ -187,7 +183,7 @@ def judged(subject: Subject, task: str, a) -> dict:
     coder = examples.Coder(tokenizer, model.config.block_size, template=subject.template, first_row=subject.first_row)
     prompts = [coder.prompt(row) for row in problems]
     temperature, top_k, top_p = DECODE[a.decode]
-    longest = a.max_new_tokens or subject.config.get("max_new_tokens") or 256
+    longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
     said: list[list[str]] = [[] for _ in problems]
     lengths, ended = [], 0
     fit = [number for number, ids in enumerate(prompts) if len(ids) < model.config.block_size]  # the others can't be answered

@@ -24,32 +24,37 @@ from parts.mistakes import Mistake
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """A dataset of an evaluation: told(net) gives of each of its batches what an objective tells, and whether this rank had a part in it."""
+
+    name: str
+    streams: list
+    told: Callable[[torch.nn.Module], Iterator[tuple[dict, bool]]]
+    items: examples.Examples | None = None
+
+
+@dataclass(frozen=True)
 class Data:
     """What a run reads."""
 
     source: batches.Source
-    evaluated: dict[str, list]  # split -> datasets, which tell their batches; the same ones at every evaluation
+    evaluated: dict[str, list[Evaluated]]  # by split
     weights: np.ndarray  # of the datasets in the validation loss
     objective: objectives.Objective
     answers: rollouts.Answers | None = None  # how examples are answered
-
-
-def folders(args) -> dict[str, Path]:
-    """The datasets' folders; of --train_file none."""
-    return {} if args.train_file else {name: Path(args.data_dir) / name for names in args.mixture for name in names}
 
 
 def example_files(args) -> dict[str, dict[str, Path]]:
     """Of each dataset the files of its splits."""
     if args.train_file:
         return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
-    return {name: {split: folder / f"{split}.jsonl" for split in bins.SPLITS} for name, folder in folders(args).items()}
+    return {name: {split: folder / f"{split}.jsonl" for split in bins.SPLITS} for name, folder in args.folders.items()}
 
 
 def fingerprints(args) -> dict[str, dict[str, str]]:
     """What is resumed only on the same data: a hash of each file, by dataset."""
     if args.objective == "lm":
-        return {name: bins.fingerprint(sorted(folder.glob("*.bin"))) for name, folder in folders(args).items()}
+        return {name: bins.fingerprint(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
     return {name: bins.fingerprint(files.values()) for name, files in example_files(args).items()}
 
 
@@ -86,7 +91,7 @@ def example_tokenizer(args, base: pretrained.Pretrained | None, rows: dict[str, 
     if args.init_from == "resume":
         return text.load(Path(args.out_dir) / "tokenizer.json")
     if base is None:
-        meta = next((folder for folder in folders(args).values() if (folder / "meta.json").exists()), None)
+        meta = next((folder for folder in args.folders.values() if (folder / "meta.json").exists()), None)
         known = bins.read_meta(meta).tokenizer if meta else text.ByteTokenizer()
     elif base.tokenizers is None or len(base.tokenizers) > 1:
         raise Mistake(f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one")
@@ -108,26 +113,11 @@ def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
         return None
     if args.init_from != "resume":
         return pretrained.load(args.weights_source, say)
-    if args.adapter == "none" and not needs_reference(args):
+    if args.adapter == "none" and not args.compares:
         return None
     if "source" not in began.get("_base", {}):
         raise Mistake(f"--init_from=resume: {args.out_dir} does not tell what its reference is; it began from scratch")
     return pretrained.load_base(began["_base"], say)
-
-
-def origin(args, began: dict, say) -> str:
-    """Where the run's first weights are; of a run the checkpoint, since that run may go on."""
-    if args.init_from == "resume":
-        return began["_base"]["source"]
-    path = Path(args.weights_source)
-    if (path / "checkpoints").is_dir():
-        path = checkpoint.chosen(path, "best", say)
-    return str(path.resolve()) if path.exists() else args.weights_source
-
-
-def needs_reference(args) -> bool:
-    """Whether the objective compares with the model that the run began with."""
-    return args.objective in ("dpo", "kto") or (args.objective == "grpo" and args.beta > 0)
 
 
 def build_model(args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pretrained | None, began: dict) -> tuple[GPT, dict]:
@@ -185,16 +175,6 @@ def open_bins(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Toke
     return Data(windows.source, evaluated, windows.weights, objective)
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A dataset of an evaluation: told(net) gives of each of its batches what an objective tells, and whether this rank had a part in it."""
-
-    name: str
-    streams: list
-    told: Callable[[torch.nn.Module], Iterator[tuple[dict, bool]]]
-    items: examples.Examples | None = None
-
-
 def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.Tokenizer, model: GPT, reference: objectives.Reference | None, mixture: batches.Mixture, ranks: parallel.Ranks, say) -> Data:
     """Examples, and the objective that learns from them. Raises Mistake."""
     a, V = args, model.wte.weight.size(0)
@@ -244,8 +224,8 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
     they follow from. The ranks share the work."""
     for split, some in data.evaluated.items():
         for dataset in (one.items for one in some):
-            said = [sequence.ids.tobytes() for item in dataset.items for sequence in item.sequences]
-            key = hashlib.sha256(b"".join(said) + f"{weights} {args.dtype} {args.overflow} {args.block_size}".encode()).hexdigest()[:16]
+            said = [array.tobytes() for item in dataset.items for sequence in item.sequences for array in (sequence.ids, sequence.mask)]
+            key = hashlib.sha256(b" ".join(said) + f"{weights} {args.dtype}".encode()).hexdigest()[:16]
             path = example_files(args)[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
             with ranks.main_first():
                 there = path.exists()
@@ -254,8 +234,7 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
                 collate, size = examples.Collate(), args.batch_size
                 for first in range(0, len(dataset.items), size * ranks.world):  # all ranks call the model as often
                     mine = range(first + ranks.rank * size, min(first + (ranks.rank + 1) * size, len(dataset.items)))
-                    batch = collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
-                    batch = batch.to(ranks.device)
+                    batch = (collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)).to(ranks.device)
                     logp = objectives.logps(model.eval(), batch.tokens, batch.more["mask"]).sum(1).view(2, -1).T.cpu()
                     if mine:
                         told[mine.start : mine.stop] = logp
@@ -263,8 +242,8 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
                 with ranks.main_first():
                     if ranks.main:
                         checkpoint.write_tensors(path, {"logps": told})
-            for item, values in zip(dataset.items, checkpoint.read_tensors(path)["logps"].tolist(), strict=True):
-                item.row["_reference"] = values
+            known = checkpoint.read_tensors(path)["logps"].tolist()
+            dataset.items = [item._replace(reference=tuple(values)) for item, values in zip(dataset.items, known, strict=True)]
     model.train()
 
 
@@ -289,7 +268,7 @@ def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[st
     """
     base = load_base(args, began, say)
     if args.objective == "lm":
-        metas = {name: bins.read_meta(folder) for name, folder in folders(args).items()}
+        metas = {name: bins.read_meta(folder) for name, folder in args.folders.items()}
         tokenizers = vocabularies(args, metas)
     else:
         rows = read_examples(args)
@@ -297,20 +276,20 @@ def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[st
     tokenizer = next(iter(tokenizers.values()))
     model, shape = build_model(args, tokenizers, base, began)
     args = dataclasses.replace(args, **shape)
-    told = {} if base is None or not (args.adapter != "none" or needs_reference(args)) else {"source": origin(args, began, say), "sha256": adapters.fingerprint(base.weights)}
+    told = {"source": base.source, "sha256": adapters.fingerprint(base.weights)} if base is not None and (args.adapter != "none" or args.compares) else {}
     mixture = batches.mixture(
         1 if args.train_file else len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final,
         args.dataset_sampling_probs_transition_method, args.max_iters, args.dataset_mixing, args.dataset_interleaving,
     )  # fmt: skip
-    model.to(ranks.device)
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     if ranks.largest(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
         model.compute_dtype = torch.bfloat16
     args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
-    kind = {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference) if needs_reference(args) else "none"
+    kind = {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference) if args.compares else "none"
     still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model
     adapt(args, model, tokenizer)
-    model.to(ranks.device)
+    for part in (model, still):
+        part.to(ranks.device)
     if args.parallel == "fsdp" and ranks.world == 1:
         say("--parallel=fsdp: one process holds all, nothing is sharded")
     elif args.parallel == "fsdp":

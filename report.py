@@ -50,7 +50,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from parts import page, pictures, runs
+from parts import outcomes, page, pictures, runs
 from parts.mistakes import Mistake
 
 
@@ -66,7 +66,7 @@ class Reader:
         folders, without = runs.find(self.paths)
         told = []
         for folder, name in zip(folders, runs.names(folders), strict=True):
-            stamp = [name, *map(stamp_of, (folder / runs.METRICS, folder / runs.CONFIG, folder / "exit_status", folder / "pruned")), runs.going(folder)]
+            stamp = [name, *map(stamp_of, (folder / runs.METRICS, folder / runs.CONFIG, folder / outcomes.STATUS, folder / outcomes.PRUNED)), outcomes.going(folder)]
             if folder not in self.known or self.known[folder][0] != stamp:
                 self.known[folder] = stamp, runs.read(folder, name, self.points)
             told.append(self.known[folder][1])

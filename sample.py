@@ -133,8 +133,14 @@ def load(a) -> tuple[GPT, dict[str, text.Tokenizer]]:
     return model.eval(), loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(model.config.vocab_sizes))}
 
 
-def base_with_prompts(runs: list[Path], configs: list[dict]) -> tuple[GPT, text.Tokenizer, list[int]]:
+def told_of(run: Path) -> dict:
+    """What a checkpoint's train_config.json tells."""
+    return json.loads((run / "train_config.json").read_text(encoding="utf-8"))
+
+
+def base_with_prompts(runs: list[Path]) -> tuple[GPT, text.Tokenizer, list[int]]:
     """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises Mistake."""
+    configs = [told_of(run) for run in runs]
     base, shape = pretrained.load_base(configs[0]["_base"], say), configs[0]["_model"]
     model = GPT(GPTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}))
     model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
@@ -147,7 +153,7 @@ def base_with_prompts(runs: list[Path], configs: list[dict]) -> tuple[GPT, text.
 def load_prompted(a) -> tuple[GPT, text.Tokenizer, list[list[int]]]:
     """The base with all soft prompts, its tokenizer, and the ids of each text. Raises Mistake."""
     runs = [checkpoint.chosen(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
-    configs = [json.loads((folder / "train_config.json").read_text(encoding="utf-8")) for folder in runs]
+    configs = [told_of(run) for run in runs]
     for folder, config in zip(a.prompt_dir, configs, strict=True):
         if config.get("adapter") != "soft_prompt":
             raise Mistake(f"--prompt_dir={folder}: not a run with --adapter=soft_prompt; --out_dir samples from it")
@@ -156,7 +162,7 @@ def load_prompted(a) -> tuple[GPT, text.Tokenizer, list[list[int]]]:
     texts = [row for given in a.fields for row in read_fields(given)]
     if len(runs) not in (1, len(texts)):
         raise Mistake(f"--prompt_dir: {len(runs)} given for {len(texts)} texts; give one, or one for each")
-    model, tokenizer, firsts = base_with_prompts(runs, configs)
+    model, tokenizer, firsts = base_with_prompts(runs)
     prompts = []
     for number, row in enumerate(texts):
         which = number if len(runs) > 1 else 0

@@ -11,9 +11,11 @@ train.py may stand in it and on the command line, which wins. The same command a
 retries those that failed. docs/sweeps.md has more.
 """
 
+import functools
 import json
 import os
 import shlex
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,9 +167,10 @@ class Run:
     told: dict[str, Any]  # what varies, by column
     arguments: dict[str, Any]
     everything: dict[str, Any]  # all arguments with their values
+    data: dict[Path, str]  # folder of a dataset -> what is read of it
     unused: list[str]  # those of them that were given without effect
     job: slurm.Job
-    evaluations: list[list[str]]  # flags of evaluate.py
+    evaluations: dict[str, list[str]]  # file beside the run -> flags of evaluate.py
 
     @property
     def name(self) -> str:
@@ -236,9 +239,8 @@ class Checker:
         mistakes += [words.removeprefix(f"{GRID}: ") for words in resolved.mistakes]
         for name in own.keys() & {*resolved.unused}:
             self.without[name] = self.without.get(name, 0) + 1
-        evaluations = [flags(values) for values in alternatives_of(section["evaluation"])] if section["evaluation"] else []
-        if evaluations and not EVALUATE.exists():
-            mistakes.append(f"evaluation: there is no {EVALUATE.name} beside {TRAIN.name}")
+        evaluations = evaluations_of(section["evaluation"]) if section["evaluation"] else {}
+        mistakes += [f"evaluation: {words}" for flags in evaluations.values() for words in wrong_evaluation(tuple(flags))]
         venv = section["execution"].get("venv")
         python = str(Path(str(venv)).expanduser() / "bin" / "python") if venv else sys.executable
         if asked.own.launcher == "local" and not os.access(python, os.X_OK):
@@ -254,7 +256,8 @@ class Checker:
         label = grid.label(told, SHORT)
         folder = asked.out_dir / "-".join(part for part in (label, grid.fingerprint({**arguments, **({"_job": aside} if aside else {})})) if part)
         job = slurm.Job(section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd())
-        return Run(folder, told, arguments, values, resolved.unused, job, evaluations)
+        data = dict.fromkeys(resolved.arguments.folders.values(), resolved.arguments.reads)
+        return Run(folder, told, arguments, values, data, resolved.unused, job, evaluations)
 
     def runs(self, points: list[grid.Point]) -> list[Run]:
         """The runs of all points. Two equal ones are a mistake, and so is a folder that holds another run than ours."""
@@ -284,16 +287,20 @@ def column(name: str) -> str:
     return translate.COLUMNS.get(key, key) if "." in name else name
 
 
-def alternatives_of(section: dict[str, Any]) -> list[dict[str, Any]]:
-    """The product of a section's lists: evaluations of one training."""
-    points = [{}]
+def evaluations_of(section: dict[str, Any]) -> dict[str, list[str]]:
+    """The file and the flags of each evaluation of a training: the product of the section's lists."""
+    points = [[]]
     for name, value in section.items():
-        points = [{**point, name: item} for point in points for item in (value if isinstance(value, list) else [value])]
-    return points
+        points = [[*flags, f"--{name}={grid.brief(item) if isinstance(item, bool) else item}"] for flags in points for item in (value if isinstance(value, list) else [value])]
+    return {f"evaluation{f'_{i}' * (len(points) > 1)}.json": flags for i, flags in enumerate(points, 1)}
 
 
-def flags(values: dict[str, Any]) -> list[str]:
-    return [f"--{name}={grid.brief(value) if isinstance(value, bool) else value}" for name, value in values.items()]
+@functools.cache
+def wrong_evaluation(flags: tuple[str, ...]) -> list[str]:
+    """What evaluate.py says against these flags; it looks at no run for that."""
+    done = subprocess.run([sys.executable, str(EVALUATE), *flags, "--print_config"], capture_output=True, text=True)
+    words = done.stderr.strip().removeprefix(f"{EVALUATE.name}: ").splitlines()
+    return [word.strip() for word in words[len(words) > 1 :]] if done.returncode else []
 
 
 def another(run: Run) -> str | None:
@@ -363,14 +370,8 @@ def prepare_data(runs: list[Run]) -> None:
     """Make the datasets that are not there yet, once, before runs do so side by side. Raises Mistake."""
     from parts import bins
 
-    wanted = {}
-    for run in runs:
-        a = run.everything
-        if a.get("objective", "lm") == "lm":
-            names = {"multidataset": a["dataset_list"], "multicontext": a["multicontext_datasets"]}.get(a["training_mode"], (a["dataset"],))
-            wanted |= {Path(a["data_dir"]) / name: None for name in names}
-    for folder in wanted:
-        bins.prepare_if_missing(folder)
+    for folder, what in dict.fromkeys(item for run in runs for item in run.data.items()):
+        bins.prepare_if_missing(folder, what)
 
 
 def commands(run: Run, gpus: int) -> list[list[str]]:
@@ -383,7 +384,7 @@ def commands(run: Run, gpus: int) -> list[list[str]]:
     if not going_on:
         write_config(run)
     which = ["--init_from=resume", f"--out_dir={run.folder}"] if going_on else [str(run.folder / outcomes.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
-    evaluations = [[run.job.python, str(EVALUATE), f"--out_dir={run.folder}", *flags] for flags in run.evaluations]
+    evaluations = [[run.job.python, str(EVALUATE), f"--out_dir={run.folder}", f"--json={run.folder / told}", *flags] for told, flags in run.evaluations.items()]
     return evaluations if outcome.trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
 
 
@@ -401,7 +402,7 @@ def places(a) -> tuple[list[list[str]], int]:
 def say_ended(attempt: launch.Attempt, total: str) -> outcomes.Outcome:
     """A line about a run that is over."""
     outcome = outcomes.read(attempt.task.folder)
-    words = "is run by another process" if attempt.elsewhere else outcome.state + (f" ({outcome.why})" if outcome.why else "")
+    words = "is run by another process" if attempt.elsewhere else outcome.state + (f" ({outcome.why})" if outcome.why and outcome.state != "done" else "")
     loss = f", val_loss {outcome.best_val_loss:.4f}" if outcome.best_val_loss is not None else ""
     print(f"{total} {attempt.task.name}: {words}{loss}{'' if attempt.status is None else f' in {attempt.seconds:.0f}s'}", flush=True)
     return outcome
@@ -459,9 +460,9 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
         script = folder / f"{name}.sh"
         script.write_text(slurm.training(name if not array else asked.out_dir.name, first.job, folders, TRAIN, logs, array, asked.own.jobs), encoding="utf-8")
         followers = []
-        for k, words in enumerate(first.evaluations, 1):
-            followers.append(folder / f"{name}.evaluate{k if len(first.evaluations) > 1 else ''}.sh")
-            followers[-1].write_text(slurm.evaluation(f"evaluate-{name}", first.job, folders, EVALUATE, words, logs, array, asked.own.jobs), encoding="utf-8")
+        for told, flags in first.evaluations.items():
+            followers.append(folder / f"{name}.{Path(told).stem}.sh")
+            followers[-1].write_text(slurm.evaluation(f"evaluate-{name}", first.job, folders, EVALUATE, told, flags, logs, array, asked.own.jobs), encoding="utf-8")
         if asked.own.submit:
             job = slurm.submit(script)
             jobs.note({run.name: f"{job}_{i}" if array else job for i, run in enumerate(group)})

@@ -69,7 +69,7 @@ def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokeni
         about["git_commit"] = git.stdout.strip()
     values = dataclasses.asdict(args) | {"overwrite": False}  # whoever takes this file as a config deletes nothing
     if args.init_from == "resume":
-        values |= {name: value for name, value in configurator.read_file(str(config)).items() if name in ("init_from", "gpt2_type", "task_name")}
+        values |= {name: value for name, value in began_as(out_dir).items() if name in ("init_from", "gpt2_type", "task_name")}
     else:
         checkpoint.claim(out_dir, lock)
     checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
@@ -87,9 +87,8 @@ def began_as(out_dir: Path) -> dict:
     return json.loads((out_dir / "train_config.json").read_text(encoding="utf-8"))
 
 
-def refuse_changed_data(out_dir: Path, fingerprints: dict[str, dict], allowed: bool, say) -> None:
-    """Compare the bins with those that the run began with. Raises Mistake when they differ, unless that is allowed."""
-    before = began_as(out_dir).get("_data", {})
+def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], allowed: bool, say) -> None:
+    """Compare the data with what the run began with. Raises Mistake when they differ, unless that is allowed."""
     changed = [f"{name}/{file}" for name in fingerprints.keys() & before.keys() for file in fingerprints[name].keys() | before[name].keys() if fingerprints[name].get(file) != before[name].get(file)]
     if changed:
         words = f"{', '.join(sorted(changed))}: not what this run began with"
@@ -150,24 +149,12 @@ class Run:
         return Path(self.args.out_dir)
 
     @property
-    def tokens_per_step(self) -> float:
-        """Of examples about: without the padding, which takes its part too."""
-        source = self.data.source
-        if self.args.objective == "lm":
-            return source.rows * self.args.block_size
-        return source.rows / source.period * sum(dataset.tokens for dataset in source.datasets) / source.windows * (self.args.num_generations if self.args.objective == "grpo" else 1)
-
-    @property
-    def epochs_per_step(self) -> float:
-        return self.data.source.rows / self.data.source.period / self.data.source.windows
-
-    @property
     def total_steps(self) -> int:
         """Steps until the first bound that can be told beforehand."""
-        a = self.args
+        a, source = self.args, self.data.source
         bounds = [a.max_iters]
-        bounds += [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / self.tokens_per_step))] if a.token_bound else []
-        bounds += [math.ceil(a.max_epochs / self.epochs_per_step)] if a.max_epochs else []
+        bounds += [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / source.tokens_per_step))] if a.token_bound else []
+        bounds += [math.ceil(a.max_epochs / source.epochs_per_step)] if a.max_epochs else []
         return min(bounds)
 
     def finished(self, out_of_time: bool) -> str | None:
@@ -187,10 +174,10 @@ class Run:
         chip = torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
         val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
-        epochs = self.total_steps * self.epochs_per_step
+        tokens, epochs = source.tokens_per_step, self.total_steps * source.epochs_per_step
         share = f"{rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
-        left = max(0, self.total_steps - self.progress.step) * self.tokens_per_step * self.model.flops_per_token() / world
+        left = max(0, self.total_steps - self.progress.step) * tokens * self.model.flops_per_token() / world
         fastest = left / parallel.product_flops(self.ranks.device, self.model.compute_dtype)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         adapter = f"; {a.adapter}: {learning:,} learn ({learning / self.model.count_parameters():.2%})" if a.adapter != "none" else ""
@@ -200,8 +187,8 @@ class Run:
             f"model    {self.model.count_parameters() / 1e6:.2f} M parameters: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
             f"context {config.block_size}, vocabulary {' + '.join(map(str, config.vocab_sizes))}{adapter}",
             f"data     {train} tokens; to validate {val}",
-            f"a step  {objective} {self.tokens_per_step:,.0f} tokens: {rows} {'sequences of' if a.objective == 'lm' else 'examples of at most'} {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
-            f"length   {self.total_steps:,} steps, {self.total_steps * self.tokens_per_step:,.0f} tokens, {epochs:.2f} epochs",
+            f"a step  {objective} {tokens:,.0f} tokens: {rows} {'sequences of' if a.objective == 'lm' else 'examples of at most'} {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
+            f"length   {self.total_steps:,} steps, {self.total_steps * tokens:,.0f} tokens, {epochs:.2f} epochs",
             f"device   {self.ranks.device} ({chip}), {dtype} ({self.dtype_reason}){', compiled' if a.compile else ''}",
             f"time     at least {record.duration(fastest)}, by the speed of matrix products here; an estimate follows from the first steps",
         ))  # fmt: skip
@@ -213,12 +200,12 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         checkpoint.refuse_held(Path(args.out_dir))
     began = began_as(Path(args.out_dir)) if args.init_from == "resume" else {}
     with ranks.main_first():
-        for folder in recipe.folders(args).values():
-            bins.prepare_if_missing(folder, bins.BINS if args.objective == "lm" else bins.EXAMPLES)
+        for folder in args.folders.values():
+            bins.prepare_if_missing(folder, args.reads)
     fingerprints = recipe.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
-        refuse_changed_data(Path(args.out_dir), fingerprints, args.allow_data_change, say)
-    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.num_generations if args.objective == "grpo" else 1)
+        refuse_changed_data(began.get("_data", {}), fingerprints, args.allow_data_change, say)
+    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
     args, tokenizers, model, data, base, reason = recipe.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optim.Optimizer(args.optimizer, model, recipe.settings(args), model.fused_rows())
@@ -231,7 +218,8 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         net = torch.compile(model, dynamic=False)
     if args.compile:
         optimizer.compile()
-    if args.objective == "lm" and progress.tokens != progress.step * data.source.rows * args.block_size:
+    rows = args.batch_size * args.gradient_accumulation_steps
+    if began and began["batch_size"] * began["gradient_accumulation_steps"] != rows:
         say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
     peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
     saver = checkpoint.Saver()
@@ -276,9 +264,9 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
     return told
 
 
-def divided(pair: torch.Tensor) -> list[float]:
-    """(2, ...): sums and what to divide them by; nan where there is nothing to divide by."""
-    return (pair[0] / pair[1]).reshape(-1).tolist()
+def divided(pairs: torch.Tensor) -> list[float]:
+    """Means, from (2, ...) sums and what to divide them by; nan where that is 0."""
+    return (pairs[0] / pairs[1]).reshape(-1).tolist()
 
 
 def answers_to_tell(run: Run) -> list[dict]:
@@ -390,7 +378,8 @@ class Meter:
     def tell(self, told: dict[str, torch.Tensor], norm: torch.Tensor, digest: int, lr: float) -> None:
         """Tell the step just made: told of this rank's batches, norm that of the whole gradient."""
         run, p = self.run, self.run.progress
-        means = {name: float(np.mean(divided(run.ranks.sum(pair.to(run.ranks.device))))) for name, pair in told.items()}  # waits for the device
+        pairs = torch.stack([pair.reshape(2, -1).sum(1).to(run.ranks.device, torch.float32) for pair in told.values()])
+        means = dict(zip(told, divided(run.ranks.sum(pairs).T), strict=True))  # waits for the device
         loss_now, skipped = means.pop("loss"), int(run.guard.skipped)
         seconds = (time.perf_counter() - self.time) / (p.step - self.step)
         speed = (p.tokens - self.tokens) / (p.step - self.step) / seconds

@@ -237,6 +237,26 @@ class Derived:
         return "separate" if self.multidataset_wte else "one"
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """The datasets' folders; of --train_file none."""
+        return {} if self.train_file else {name: Path(self.data_dir) / name for names in self.mixture for name in names}
+
+    @property
+    def reads(self) -> str:
+        """What of its datasets' folders the run reads: "bins" or "examples"."""
+        return "bins" if self.objective == "lm" else "examples"
+
+    @property
+    def group(self) -> int:
+        """How many rows of a step stay together on a rank: answers to a prompt."""
+        return self.num_generations if self.objective == "grpo" else 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether the objective compares with the model that the run began with."""
+        return self.objective in ("dpo", "kto") or (self.objective == "grpo" and self.beta > 0)
+
+    @property
     def task_folder(self) -> Path:
         """Where the runs of --task_name are."""
         return Path("outputs", *(["debug"] if self.debug else []), self.task_name)
@@ -311,8 +331,7 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(not a.train_file or a.training_mode == "single", "--train_file: goes with --training_mode=single")
         for flag in ("train_file", "validation_file"):
             must(not getattr(a, flag) or Path(getattr(a, flag)).is_file(), f"--{flag}={getattr(a, flag)}: no such file")
-    compares = a.objective in ("dpo", "kto") or (a.objective == "grpo" and a.beta > 0)
-    must(not compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
+    must(not a.compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
          + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
     must(not (a.reference == "adapter" and a.adapter == "none"), "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora")
     must(not (a.reference == "cache" and a.objective != "dpo"), f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand")
@@ -366,6 +385,12 @@ def is_weight(words: str) -> bool:
         return 0 <= float(words) < float("inf")
     except ValueError:
         return False
+
+
+def of_run(folder: Path):
+    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises Mistake when that can't be read."""
+    path = str(folder / "train_config.json")
+    return resolve([(path, configurator.read_file(path))]).arguments
 
 
 def resolve(given: list[tuple[str, dict]]) -> configurator.Resolved:

@@ -285,11 +285,19 @@ class Tally:
 class Source:
     """Training batches of `rows` sequences a step, drawn from datasets by a mixture."""
 
-    period = 1  # steps between two at which a run may be saved and resumed
+    period = 1  # steps between two at which a run may be saved and resumed; all of them read the same rows
 
     def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
         self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
         self.windows = sum(dataset.windows for dataset in datasets)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.rows * self.datasets[0].T
+
+    @property
+    def epochs_per_step(self) -> float:
+        return self.rows / self.period / self.windows
 
     def tally(self) -> Tally:
         """A count of one's own: a thread may not use another's."""
@@ -330,7 +338,7 @@ class Source:
         for windows in self.rows_from(start, first, last):
             cuts = range(0, len(windows), micro_batch)
             made = [as_batch(windows[row : row + micro_batch], pin, len(cuts)) for row in cuts]
-            yield Step(made, row_hash(windows, first) if hashed else 0, self.rows * self.datasets[0].T)
+            yield Step(made, row_hash(windows, first) if hashed else 0, self.tokens_per_step)
 
     def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool) -> Iterator[Step]:
         """From step `start` on what a rank of rows [first, last) reads, on the device; through pinned memory where that is a GPU."""

@@ -23,7 +23,6 @@ from parts import text
 from parts.mistakes import Mistake, did_you_mean
 
 SPLITS = ("train", "val")
-BINS, EXAMPLES = "bins", "examples"  # what a dataset's folder may hold
 LLMC_HEADER = 256 * 4  # bytes
 LLMC_MAGIC = {20240520: "uint16", 20240801: "uint32"}
 
@@ -166,14 +165,14 @@ class Bin:
         return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
 
 
-def prepare_if_missing(folder: Path, what: str = BINS) -> None:
-    """Run the dataset's own prepare.py when its bins, or its examples, are not there. Raises Mistake with the script's last words."""
+def prepare_if_missing(folder: Path, what: str = "bins") -> None:
+    """Run the dataset's own prepare.py when its "bins", or its "examples", are not there. Raises Mistake with the script's last words."""
     script = folder / "prepare.py"
     if not folder.is_dir():
         known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
-    suffix = "bin" if what == BINS else "jsonl"
-    if all((folder / f"{split}.{suffix}").exists() or (what == BINS and any(folder.glob(f"*{split}_*.bin"))) for split in SPLITS):
+    suffix = {"bins": "bin", "examples": "jsonl"}[what]
+    if all((folder / f"{split}.{suffix}").exists() or (what == "bins" and any(folder.glob(f"*{split}_*.bin"))) for split in SPLITS):
         return
     if not script.exists():
         missing = " and ".join(f"{split}.{suffix}" for split in SPLITS if not (folder / f"{split}.{suffix}").exists())

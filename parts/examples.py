@@ -44,6 +44,7 @@ class Ids(NamedTuple):
 class Example(NamedTuple):
     sequences: tuple[Ids, ...]  # dpo: chosen, rejected; grpo: the prompt
     row: Mapping[str, object]
+    reference: tuple[float, ...] = ()  # log-probability of each sequence by the model that training began with, where it was looked up
 
 
 class TooLong(Exception):
@@ -267,7 +268,8 @@ class Collate:
 
     def further(self, whole: Sequence[Example], first: int, last: int) -> dict[str, torch.Tensor]:
         """What else the rows need."""
-        return {"reference": torch.tensor([item.row["_reference"][kind] for kind in range(len(whole[0].sequences)) for item in whole[first:last]])} if "_reference" in whole[0].row else {}
+        here = whole[first:last]
+        return {"reference": torch.tensor([value for kind in zip(*(item.reference for item in here), strict=True) for value in kind])} if here[0].reference else {}
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,11 @@ class ExampleSource(Source):
     def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, collate: Collate):
         super().__init__(datasets, mixture, rows, seed)
         self.collate = collate
+
+    @property
+    def tokens_per_step(self) -> float:
+        """About, by the mean example; without padding."""
+        return self.rows / self.period * sum(dataset.tokens for dataset in self.datasets) / self.windows
 
     def examples_from(self, start: int) -> Iterator[list[Example]]:
         """The examples of step `start` and of all after it."""

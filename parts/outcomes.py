@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from parts.grid import brief
 
+METRICS, TRAINING = "metrics.jsonl", ".lock"  # train.py's own
 LOG, CONFIG, STATUS, LOCK, PRUNED = "log.txt", "run.json", "exit_status", ".sweep.lock", "pruned"
 ENDED = ("done", "pruned")  # states in which nothing is left to do
 IDLE = ("new", "stopped", "failed")  # and those in which nobody does it
@@ -38,30 +39,49 @@ class Outcome(NamedTuple):
     best_step: int | None = None
     seconds: float | None = None
     evaluations: tuple[tuple[int, float], ...] = ()  # (step, val_loss)
+    scores: tuple[tuple[str, float], ...] = ()  # accuracies on tasks, by evaluate.py
     trained: bool = False  # to the end; what follows may still fail
 
 
-def lines(path: Path) -> list[dict]:
-    """The whole lines of a metrics.jsonl."""
-    told = []
+def read_lines(path: Path, remarks: list[str]) -> list[dict]:
+    """The whole lines of a metrics.jsonl, later tellings of a step in place of earlier ones."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return told
-    for line in text.splitlines():
+        words = path.read_bytes().decode("utf-8", "replace").split("\n")
+    except OSError as error:
+        remarks.append(f"no {METRICS}" if isinstance(error, FileNotFoundError) else f"{METRICS} can't be read ({error.strerror})")
+        return []
+    told: list[dict] = []
+    broken = again = reached = 0
+    for i, word in enumerate(words):
         try:
-            value = json.loads(line)
-            if isinstance(value, dict) and "event" in value and "step" in value:
-                told.append(value)
-        except ValueError:
-            continue  # the broken last line of a run that was killed, or is being written
+            line = json.loads(word) if word else None
+            if line is None:
+                continue
+            step, event = line["step"], line["event"]
+            if not isinstance(event, str) or not isinstance(step, int) or isinstance(step, bool) or abs(step) > 2**53:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += i < len(words) - 1
+            if i == len(words) - 1:
+                remarks.append("its last line is broken off")
+            continue
+        if event in ("train", "eval"):  # of saves is told when they are over
+            if step < reached:  # taken up at an earlier step, without clearing what follows it
+                kept = [other for other in told if other["step"] < step or (other["step"] == step and other["event"] != event) or other["event"] not in ("train", "eval")]
+                told, again = kept, again + len(told) - len(kept)
+            reached = step
+        told.append(line)
+    if broken:
+        remarks.append(f"{broken} broken line{'s' * (broken > 1)} in {METRICS}, left out")
+    if again:
+        remarks.append(f"steps go back in {METRICS}: {again} earlier line{'s' * (again > 1)} left out")
     return told
 
 
-def locked(folder: Path) -> bool:
-    """Whether a process makes an attempt at the run. It asks for an instant's share of the lock: whoever wants it tries again a little later."""
+def locked(path: Path) -> bool:
+    """Whether a process here holds a lock. It asks for an instant's share of it: whoever wants the lock tries again a little later."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -69,6 +89,8 @@ def locked(folder: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:
+        return False  # a file system without locks
     finally:
         os.close(handle)
 
@@ -90,9 +112,52 @@ def tail(folder: Path, count: int = 5) -> list[str]:
     return [line.rstrip() for line in words.splitlines() if line.strip()][-count:]
 
 
+def going(folder: Path) -> bool:
+    """Whether a process trains in the folder, or is starting to."""
+    return locked(folder / TRAINING) or locked(folder / LOCK)
+
+
+def ending(lines: list[dict]) -> str:
+    """The note with which a run that could end by itself ended; empty where its last line is no note."""
+    return str(lines[-1].get("text", "")) if lines and lines[-1]["event"] == "note" else ""
+
+
+def state(folder: Path, lines: list[dict], running: bool | None = None) -> tuple[str, str]:
+    """(state, why) of a run from its folder and the lines of its metrics.jsonl; `running` where that is known otherwise than from its locks."""
+    last = ending(lines)
+    try:
+        status = int((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        status = None
+    if going(folder) if running is None else running:
+        return "running", ""
+    if (folder / PRUNED).exists():
+        return "pruned", ""
+    if last.startswith("finished") and not status:
+        return "done", last
+    if last.startswith("stopped by") or status in STOPS:
+        return "stopped", last.partition(";")[0] or f"stopped by {signal.Signals(STOPS[status]).name}"
+    if status is not None:
+        return "failed", (f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}") + (" after its training" if last.startswith("finished") else "")
+    return ("stopped", "its end was not told: killed or failed") if lines or (folder / LOG).exists() else ("new", "")
+
+
+def scores(folder: Path) -> tuple[tuple[str, float], ...]:
+    """The accuracies in what evaluate.py left there: accuracy/TASK of the likeliest answers, accuracy/TASK/DECODE of drawn ones."""
+    told = {}
+    for path in sorted(folder.glob("evaluation*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            way = "" if found["decode"] == "greedy" else f"/{found['decode']}"
+            told |= {f"accuracy/{Path(task).name}{way}": float(values["accuracy"]["value"]) for task, values in found["tasks"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # being written, or another program's
+    return tuple(told.items())
+
+
 def read(folder: Path, running: bool | None = None) -> Outcome:
     """The outcome that a run's folder tells; `running` where that is known otherwise than from its lock."""
-    told = lines(folder / "metrics.jsonl")
+    told = read_lines(folder / METRICS, [])
     train, evals = ([line for line in told if line["event"] == event] for event in ("train", "eval"))
     evaluations = tuple((line["step"], line["val_loss"]) for line in evals if line.get("val_loss") is not None)
     best = min(((loss, step) for step, loss in evaluations if step), default=(None, None))  # of what was learned
@@ -100,25 +165,7 @@ def read(folder: Path, running: bool | None = None) -> Outcome:
         "step": max((line["step"] for line in told), default=None), "loss": train[-1].get("loss") if train else None, "val_loss": evaluations[-1][1] if evaluations else None,
         "best_val_loss": best[0], "best_step": best[1], "seconds": told[-1].get("seconds") if told else None, "evaluations": evaluations,
     }  # fmt: skip
-    last = str(told[-1].get("text", "")) if told and told[-1]["event"] == "note" else ""
-    trained = last.startswith("finished")
-    try:
-        status = int((folder / STATUS).read_text())
-    except (OSError, ValueError):
-        status = None
-    if locked(folder) if running is None else running:
-        state, why = "running", ""
-    elif (folder / PRUNED).exists():
-        state, why = "pruned", ""
-    elif trained and not status:
-        state, why = "done", ""
-    elif last.startswith("stopped by") or status in STOPS:
-        state, why = "stopped", last.partition(";")[0] or f"by {signal.Signals(STOPS[status]).name}"
-    elif status is not None:
-        state, why = "failed", (f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}") + (" after its training" if trained else "")
-    else:
-        state, why = ("stopped", "its end was not seen") if told or (folder / LOG).exists() else ("new", "")
-    return Outcome(state, why, **reached, trained=trained)
+    return Outcome(*state(folder, told, running), **reached, trained=ending(told).startswith("finished"), scores=scores(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,10 +175,13 @@ NUMBERS = ("step", "loss", "val_loss", "best_val_loss", "best_step", "seconds")
 
 
 def rows(names: list[str], told: list[dict[str, Any]], outcomes: list[Outcome]) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: what varies, the state, what was reached, the run's name."""
+    """Header and rows: what varies, the state, what was reached, accuracies, the run's name."""
     columns = list(dict.fromkeys(name for one in told for name in one))
-    header = [*columns, "state", *NUMBERS, "run"]
-    return header, [[*(one.get(name) for name in columns), outcome.state, *(getattr(outcome, number) for number in NUMBERS), name] for name, one, outcome in zip(names, told, outcomes, strict=True)]
+    tasks = list(dict.fromkeys(task for outcome in outcomes for task, _ in outcome.scores))
+    return [*columns, "state", *NUMBERS, *tasks, "run"], [
+        [*(one.get(column) for column in columns), outcome.state, *(getattr(outcome, number) for number in NUMBERS), *(dict(outcome.scores).get(task) for task in tasks), name]
+        for name, one, outcome in zip(names, told, outcomes, strict=True)
+    ]
 
 
 def as_csv(header: list[str], table: list[list[Any]]) -> str:
@@ -146,7 +196,7 @@ def as_csv(header: list[str], table: list[list[Any]]) -> str:
 def shown(cell: Any, name: str = "") -> str:
     if cell is None:
         return ""
-    return f"{cell:.4f}" if "loss" in name and isinstance(cell, float) else f"{cell:.1f}" if name == "seconds" else brief(cell)
+    return f"{cell:.4f}" if ("loss" in name or name.startswith("accuracy/")) and isinstance(cell, float) else f"{cell:.1f}" if name == "seconds" else brief(cell)
 
 
 def as_markdown(header: list[str], table: list[list[Any]]) -> str:

@@ -25,6 +25,7 @@ class Pretrained(NamedTuple):
     shape: dict  # fields of the model's configuration
     weights: Mapping[str, Tensor]
     tokenizers: dict[str, text.Tokenizer] | None  # None: not known
+    source: str = ""  # what `load` finds them by again: a path, of a run that of the checkpoint, or a name of the hub
 
 
 def load(source: str, say=print) -> Pretrained:
@@ -33,11 +34,18 @@ def load(source: str, say=print) -> Pretrained:
     if not path.exists() and source not in HUB:
         raise Mistake(f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB)}{did_you_mean(source, HUB)}")
     if not path.exists():
-        return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))
+        return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))._replace(source=source)
+    whole = (path / "checkpoints").is_dir()
+    path = checkpoint.chosen(path, "best", say) if whole else path
+    return read(path, source, whole, say)._replace(source=str(path.resolve()))
+
+
+def read(path: Path, source: str, whole: bool, say) -> Pretrained:
+    """Weights of a file or a folder that --init_from=source led to; `whole`: a checkpoint that was verified. Raises Mistake."""
     if path.suffix == ".pt":
         return load_nanogpt(path)
-    if (path / "checkpoints").is_dir():
-        return load_own(checkpoint.chosen(path, "best", say), say)
+    if whole:
+        return load_own(path, say)
     if (path / "manifest.json").exists():
         if wrong := checkpoint.damage(path, checkpoint.WEIGHTS):
             raise Mistake(wrong)

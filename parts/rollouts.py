@@ -69,7 +69,12 @@ class RolloutSource(ExampleSource):
 
     def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, answers: Answers, period: int, scale: str, mask_truncated: bool):
         super().__init__(datasets, mixture, rows // answers.generations, seed, Collate())
-        self.answers, self.period, self.scale, self.mask_truncated, self.answer_rows = answers, period, scale, mask_truncated, rows
+        self.answers, self.period, self.scale, self.mask_truncated = answers, period, scale, mask_truncated
+
+    @property
+    def tokens_per_step(self) -> float:
+        """About, and of the prompts alone: how long answers will be is not known."""
+        return super().tokens_per_step * self.period * self.answers.generations
 
     def steps_from(self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool) -> Iterator[Step]:
         assert start % self.period == 0

@@ -4,12 +4,10 @@ A folder is read with what is there: runs still going, empty, broken off in a li
 Besides train.py's files it looks at those that whoever started the run may leave: log.txt, exit_status, pruned, and the locks.
 """
 
-import fcntl
 import itertools
 import json
 import math
 import os
-import signal
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from parts import scaling
+from parts import outcomes, scaling
 from parts.mistakes import Mistake
 
-CONFIG, METRICS = "train_config.json", "metrics.jsonl"
+CONFIG, METRICS = "train_config.json", outcomes.METRICS
 NAMES = ("out_dir", "overwrite", "allow_data_change", "wandb_run_name", "eval_only")  # arguments that don't change what is learned
-STOPS = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 LARGEST = ("grad_norm", "skipped", "step_ms")  # a drawn point is the largest of its lines, elsewhere their mean
 SAMPLED, SAMPLES, LETTERS = 25, 8, 4000  # of a run's sample texts: evaluations, texts of each, letters of each
 
@@ -118,41 +115,6 @@ def read_json(path: Path, remarks: list[str]) -> Any:
         return None
 
 
-def read_lines(path: Path, remarks: list[str]) -> list[dict]:
-    """The whole lines of a metrics.jsonl, later tellings of a step in place of earlier ones."""
-    try:
-        words = path.read_bytes().decode("utf-8", "replace").split("\n")
-    except OSError as error:
-        remarks.append(f"no {METRICS}" if isinstance(error, FileNotFoundError) else f"{METRICS} can't be read ({error.strerror})")
-        return []
-    told: list[dict] = []
-    broken = again = reached = 0
-    for i, word in enumerate(words):
-        try:
-            line = json.loads(word) if word else None
-            if line is None:
-                continue
-            step, event = line["step"], line["event"]
-            if not isinstance(event, str) or not isinstance(step, int) or isinstance(step, bool) or abs(step) > 2**53:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            broken += i < len(words) - 1
-            if i == len(words) - 1:
-                remarks.append("its last line is broken off")
-            continue
-        if event in ("train", "eval"):  # of saves is told when they are over
-            if step < reached:  # taken up at an earlier step, without clearing what follows it
-                kept = [other for other in told if other["step"] < step or (other["step"] == step and other["event"] != event) or other["event"] not in ("train", "eval")]
-                told, again = kept, again + len(told) - len(kept)
-            reached = step
-        told.append(line)
-    if broken:
-        remarks.append(f"{broken} broken line{'s' * (broken > 1)} in {METRICS}, left out")
-    if again:
-        remarks.append(f"steps go back in {METRICS}: {again} earlier line{'s' * (again > 1)} left out")
-    return told
-
-
 def series(lines: list[dict]) -> Series:
     """Columns of the numeric keys of lines, and of the losses also where all of them are null."""
     told: Series = {}
@@ -213,67 +175,14 @@ def shortened(text: Any) -> str:
     return text if len(text) <= LETTERS else f"{text[:LETTERS]}… and {len(text) - LETTERS:,} more letters"
 
 
-def locked(path: Path) -> bool:
-    """Whether a process here holds a lock. It is asked for an instant's share of it."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-
-
-def going(folder: Path) -> bool:
-    """Whether a process trains in the folder, or is starting to."""
-    return locked(folder / ".lock") or locked(folder / ".sweep.lock")
-
-
-def state(folder: Path, lines: list[dict]) -> tuple[str, str]:
-    """(state, why) of a run."""
-    last = str(lines[-1].get("text", "")) if lines and lines[-1]["event"] == "note" else ""
-    try:
-        status = int((folder / "exit_status").read_text())
-    except (OSError, ValueError):
-        status = None
-    if going(folder):
-        return "running", ""
-    if (folder / "pruned").exists():
-        return "pruned", ""
-    if last.startswith("finished"):
-        return "done", last
-    if last.startswith("stopped by") or status in STOPS:
-        return "stopped", last.partition(";")[0] or f"stopped by {STOPS[status]}"
-    if status is not None:
-        return "failed", f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    return ("stopped", "its end was not told: killed or failed") if lines else ("new", "nothing told yet")
-
-
-def log_tail(folder: Path, count: int = 12) -> list[str]:
-    """The last lines of the run's log.txt."""
-    try:
-        with (folder / "log.txt").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-            words = file.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return [line.rstrip()[:400] for line in words.splitlines() if line.strip()][-count:]
-
-
 def read(folder: Path, name: str, points: int) -> Run:
     """A run's folder; its curves thinned out to `points`. Whatever is wrong with it is told in the run's `state`, `why` and `remarks`."""
     remarks: list[str] = []
     config = read_json(folder / CONFIG, remarks) if (folder / CONFIG).exists() else remarks.append(f"no {CONFIG}")
     run = Run(folder, name, config if isinstance(config, dict) else {}, remarks=remarks)
-    lines = read_lines(folder / METRICS, remarks)
-    run.state, run.why = state(folder, lines)
-    run.log = log_tail(folder) if run.state in ("failed", "stopped") else []
+    lines = outcomes.read_lines(folder / METRICS, remarks)
+    run.state, run.why = outcomes.state(folder, lines)
+    run.log = [line[:400] for line in outcomes.tail(folder, 12)] if run.state in ("failed", "stopped") else []
     train, evals = (series([line for line in lines if line["event"] == event]) for event in ("train", "eval"))
     run.notes = [(line["step"], shortened(line.get("text", ""))) for line in lines if line["event"] == "note"]
     run.samples = told_samples([line for line in lines if line["event"] == "eval"])

@@ -161,7 +161,10 @@ runs=(
 {runs}
 )
 run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
-{python} {evaluate} "--out_dir=$run" {flags}
+{python} {evaluate} "--out_dir=$run" "--json=$run/{told}" {flags} 2>&1 | tee -a "$run/{log}"
+status=${{PIPESTATUS[0]}}
+[ "$status" -eq 0 ] || echo "$status" > "$run/{status}"
+exit "$status"
 """
 
 
@@ -203,12 +206,12 @@ def training(name: str, job: Job, runs: list[Path], train: Path, logs: Path, arr
     )  # fmt: skip
 
 
-def evaluation(name: str, job: Job, runs: list[Path], evaluate: Path, flags: list[str], logs: Path, array: bool, at_once: int) -> str:
-    """The script that evaluates what was trained: on one node, in one process."""
+def evaluation(name: str, job: Job, runs: list[Path], evaluate: Path, told: str, flags: list[str], logs: Path, array: bool, at_once: int) -> str:
+    """The script that evaluates what was trained, on one node, in one process, and writes the file `told` beside it. If it fails, that is the run's state."""
     own = {key: value for key, value in job.directives.items() if key not in ("N", "n", "ntasks", "ntasks-per-node", "job-name", "J", "output", "o", "error", "e", "signal")}
     own = {key: 1 if key == "nodes" else value for key, value in own.items()}
     return head(job._replace(directives=own), computed(name, logs, len(runs), at_once, array)) + EVALUATE.format(
-        runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), flags=" ".join(map(quote, flags)),
+        runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), told=told, flags=" ".join(map(quote, flags)), log=outcomes.LOG, status=outcomes.STATUS,
     )  # fmt: skip
 
 

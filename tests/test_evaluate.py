@@ -37,7 +37,7 @@ def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
     tokens = torch.tensor(val.shards[0].astype("int64"))
     count = (len(tokens) - 1) // 8
     losses = [F.cross_entropy(model(tokens[None, i * 8 : i * 8 + 8])[0], tokens[i * 8 + 1 : i * 8 + 9], reduction="sum") for i in range(count)]
-    mean = float(sum(losses)) / (8 * count)
+    mean = sum(loss.item() for loss in losses) / (8 * count)
     assert told["val_loss"] == pytest.approx(mean, rel=1e-5) and told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5) and told["tokens"] == 8 * count
     assert told["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-5), "a character is a byte here"
     assert json.loads((done.out_dir / "evaluation.json").read_text())["losses"]["a"] == told

@@ -153,7 +153,7 @@ def test_runs_in_every_state_are_told(trained, tmp_path):
     failed = trained("failed", end="")
     (failed / "exit_status").write_text("1\n")
     (failed / "log.txt").write_text("step 20\nRuntimeError: out of memory\n")
-    assert (read(failed).state, read(failed).why, read(failed).log[-1]) == ("failed", "exit status 1", "RuntimeError: out of memory")
+    assert (read(failed).state, read(failed).why, read(failed).log[-1]) == ("failed", "status 1", "RuntimeError: out of memory")
     stopped = trained("stopped", end="stopped by SIGTERM; --init_from=resume goes on")
     assert (read(stopped).state, read(stopped).why) == ("stopped", "stopped by SIGTERM")
     going = trained("going", end="")

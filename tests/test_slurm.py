@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, TINY, command, equal_tensors, read_run
 
 import sweep
-from parts import slurm
+from parts import outcomes, slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
 SECTION = {"job-name": "x", "nodes": "2", "cpus-per-task": "80", "gres": "gpu:4", "time": "2:00:00", "account": "bsc88", "qos": "acc_debug"}
@@ -39,7 +39,7 @@ def test_scripts_are_clean(tmp_path, directives, array):
     one = job(directives, {"WANDB_NAME": NASTY, "EMPTY": ""})
     for name, text in {
         "train.sh": slurm.training("name", one, runs, ROOT / "train.py", Path("/logs 100%"), array, 2),
-        "evaluate.sh": slurm.evaluation("name", one, runs, ROOT / "evaluate.py", ["--tasks=a b"], Path("/logs"), array, 2),
+        "evaluate.sh": slurm.evaluation("name", one, runs, ROOT / "evaluate.py", "evaluation.json", ["--tasks=a b"], Path("/logs"), array, 2),
     }.items():
         (tmp_path / name).write_text(text)
         subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
@@ -195,6 +195,16 @@ def write_grid(path: Path, data_dir: Path, words: str) -> Path:
     return path
 
 
+def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "note", "step": 3, "seconds": 1, "text": "finished: 3 steps"}\n')
+    (tmp_path / "evaluate.py").write_text("import sys; print('no such task'); sys.exit(int(sys.argv[3][-1]))\n")
+    for status, state in (("0", ("done", "finished: 3 steps")), ("3", ("failed", "status 3 after its training"))):
+        job = slurm.Job({}, {}, sys.executable, str(tmp_path))
+        (tmp_path / "evaluate.sh").write_text(slurm.evaluation("name", job, [tmp_path], tmp_path / "evaluate.py", "evaluation.json", [f"--n={status}"], tmp_path, False, 0))
+        assert subprocess.run(["bash", tmp_path / "evaluate.sh"]).returncode == int(status)
+        assert outcomes.read(tmp_path)[:2] == state and outcomes.tail(tmp_path)[-1] == "no such task"
+
+
 def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster, data_dir, tmp_path, monkeypatch, capsys):
     """The two-node job gets USR1 in its batch shell, as Slurm itself sends it before the end of the time, and requeues itself. While it is held back (two
     minutes, which are cut short here) the array runs; an evaluation follows each of its trainings. Submitting again submits nothing."""
@@ -235,7 +245,7 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
     assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--submit")
     runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
     logs = "".join(path.read_text() for path in (tmp_path / "three/slurm/logs").glob("evaluate*"))
-    assert all(f"evaluated --out_dir={path} --tasks=x\n" in logs for path in runs)
+    assert all(f"evaluated --out_dir={path} --json={path}/evaluation.json --tasks=x\n" in text for path in runs for text in (logs, (path / "log.txt").read_text()))
     for path in runs:
         command(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
         assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses

@@ -3,6 +3,7 @@
 Where only starting and stopping matters, a stand-in for train.py trains: it takes its arguments, tells metrics and obeys signals, in 0.1 s.
 """
 
+import ast
 import csv
 import itertools
 import json
@@ -24,7 +25,6 @@ from parts import grid, launch, outcomes, translate
 from parts.mistakes import Mistake
 
 BASE = "".join(f"{flag[2:].replace('=', ': ', 1)}\n" for flag in TINY)
-needs_objectives = pytest.mark.skipif(not any(row.name == "objective" for group in train_args.TABLE.values() for row in group), reason="train.py has no --objective yet")
 
 
 @pytest.fixture
@@ -151,7 +151,8 @@ def test_all_mistakes_of_all_runs_are_told_before_anything_is_written(swept, tmp
     ("exclude: {n_layer: [1, 2]}\nn_layer: [1, 2]\n", "exclude: leaves no run"),
     ("n_layer: [1, 2]\nzip: {n_layer: [1, 2], n_head: [1, 2]}\n", "n_layer: is varied by its own list and by zip 1"),
     ("init_from: resume\n", "--init_from=resume: the sweep decides which runs go on"),
-    ("evaluation: {tasks: arithmetic}\n", "there is no evaluate.py" if not sweep.EVALUATE.exists() else "g.yaml"),
+    ("evaluation: {tasks: arithmetic, num_passes: 4}\n", "evaluation: --num_passes: the likeliest answer is always the same"),
+    ("evaluation: {task: arithmetic, decode: gredy}\n", "evaluation: --task: no such argument; did you mean --tasks?"),
     ("slurm: {nodes: two}\n", "slurm: nodes and tasks must be whole numbers"),
     ("environment: {1A: 3}\n", "environment: 1A: is no name of a variable"),
     ("seeds: none\n", "seeds: must be how many"),
@@ -359,12 +360,15 @@ def test_a_folder_with_another_run_is_never_mixed_in(swept, stand_in):
 
 
 def test_an_evaluation_follows_its_training(swept, stand_in, tmp_path, monkeypatch):
-    (tmp_path / "evaluate.py").write_text("import sys; print('evaluated', *sys.argv[1:])\n")
+    found = {"decode": "greedy", "tasks": {"a": {"accuracy": {"value": 0.25}}}}
+    (tmp_path / "evaluate.py").write_text(f"import sys; print('evaluated', *sys.argv[1:])\nif sys.argv[3] == '--tasks=a': open(sys.argv[2][7:], 'w').write({json.dumps(found)!r})\n")
     monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
     assert swept("--launcher=local", "--learning_rate=1", yaml=stand_in + "evaluation: {tasks: [a, b], num_passes: 2}\n")[0] == 0
     log = next(Path("o").glob("*/log.txt")).read_text()
-    assert [line.split()[2:] for line in log.splitlines() if line.startswith("evaluated")] == [["--tasks=a", "--num_passes=2"], ["--tasks=b", "--num_passes=2"]]
-    (tmp_path / "evaluate.py").write_text("import sys; sys.exit('no such task')\n")
+    told = [line.split()[2:] for line in log.splitlines() if line.startswith("evaluated")]
+    assert [(Path(words[0]).name, *words[1:]) for words in told] == [("evaluation_1.json", "--tasks=a", "--num_passes=2"), ("evaluation_2.json", "--tasks=b", "--num_passes=2")]
+    assert swept("--collect", "--learning_rate=1")[0] == 0 and results()[0]["accuracy/a"] == "0.25"
+    (tmp_path / "evaluate.py").write_text("import sys; '--print_config' in sys.argv or sys.exit('no such task')\n")
     yaml = stand_in + "evaluation: {tasks: c}\n"
     code, out, _ = swept("--launcher=local", "--learning_rate=2", yaml=yaml)
     assert code == 1 and "failed (status 1 after its training)" in out and "    no such task" in out
@@ -521,7 +525,8 @@ def guide(tmp_path) -> str:
     """The guide's example, in which a list stands where its second part has one."""
     for name in ("one", "two", "data", "venv/bin"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "data/train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 1000)
+    for split in ("train", "val"):
+        (tmp_path / f"data/{split}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 1000)
     return GUIDE.format(**{name: tmp_path / name for name in ("one", "two", "data", "venv", "out")})
 
 
@@ -583,7 +588,6 @@ def test_what_has_no_equal_is_told_together_before_anything_is_written(swept, gu
     assert code == 2 and "optim=paged: must be one of" in err and "distributed_config: DSZero9" in err
 
 
-@needs_objectives
 def test_the_guides_example_gives_twelve_jobs(swept, guide, tmp_path):
     code, _, err = swept("--launcher=slurm", yaml=guide)
     assert code == 0, err
@@ -598,12 +602,8 @@ def test_the_page_documents_every_key():
         assert f"`{key}`" in page and row.words in page, key
 
 
-def test_every_argument_of_the_translation_is_in_the_table_or_awaits_the_objectives():
+def test_every_argument_of_the_translation_is_in_the_table():
     rows = {row.name for group in train_args.TABLE.values() for row in group}
-    if "objective" not in rows:
-        pytest.skip("train.py has no --objective yet")
-    import ast
-
     words = {node.args[0].value for node in ast.walk(ast.parse((ROOT / "parts/translate.py").read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "same"}
     assert words <= rows, words - rows
 
