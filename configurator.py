@@ -1,8 +1,8 @@
 """An argument table becomes a command line, config files and checks.
 
 Knows no argument by name and imports no torch, so that every mistake is told, all at once and by flag, before the slow imports.
-A table is {group title: [Row, ...]}. Values come in layers, the later the stronger: the table's defaults, a layer beneath
-(the run that is resumed), config files from left to right, the command line.
+A table is {group title: [Row, ...]}. Values come in layers, the later the stronger: the table's defaults, what follows from other
+arguments, a layer beneath (the run that is resumed), config files from left to right, the command line.
 
 A config file is `.py` (plain assignments of literals and arithmetic, read with `ast` and never executed), `.json` or `.yaml`.
 """
@@ -315,6 +315,7 @@ class Resolved(NamedTuple):
     source: dict[str, str]  # of each argument: where its value came from
     mistakes: list[str]
     unused: list[str]  # given, but without effect beside the others
+    followed: list[str]  # given by nobody: they follow from others
 
 
 def resolve(
@@ -322,12 +323,14 @@ def resolve(
     given: list[tuple[str, dict[str, Any]]],
     base: type = object,
     beneath: Callable[[Any], str | None] = lambda arguments: None,
+    follows: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda arguments, source: ("", {}),
     check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
 ) -> Resolved:
     """Frozen arguments from layers of values as `given` by (origin, values), the later the stronger. Prints nothing and ends nothing.
 
     `base` gives the arguments their derived properties; `beneath(arguments)` names a config file that lies under the given
-    ones; `check(arguments, source)` returns further mistakes, `source` telling for each argument where its value came from.
+    ones; `follows(arguments, source)` has values, and a name for where they come from, of arguments that nothing else gave;
+    `check(arguments, source)` returns further mistakes. `source` tells for each argument where its value came from.
     """
     rows = {row.name: row for group in table.values() for row in group}
     fields = [(name, type(row.default), dataclasses.field(default=None)) for name, row in rows.items()]
@@ -341,11 +344,14 @@ def resolve(
         if lower:
             layers.lay_beneath(lower, read_file(lower))
     except Mistake as mistake:
-        return Resolved(None, source, [*layers.mistakes, str(mistake)], [])
+        return Resolved(None, source, [*layers.mistakes, str(mistake)], [], [])
+    origin, layer = follows(arguments_class(**values), source)
+    followed = [name for name in layer if source[name] == "default"]
+    layers.lay(origin, {name: layer[name] for name in followed})
     arguments = arguments_class(**values)
-    unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower) and not row.needs.holds(arguments)]
+    unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower, origin) and not row.needs.holds(arguments)]
     refused = [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE]
-    return Resolved(arguments, source, [*layers.mistakes, *refused, *check(arguments, source)], unused)
+    return Resolved(arguments, source, [*layers.mistakes, *refused, *check(arguments, source)], unused, followed)
 
 
 def parse(
@@ -354,6 +360,7 @@ def parse(
     description: str,
     base: type = object,
     beneath: Callable[[Any], str | None] = lambda arguments: None,
+    follows: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda arguments, source: ("", {}),
     check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
 ) -> Any:
     """Frozen arguments from a table and a command line, as `resolve` makes them; tells all mistakes at once and exits with status 2."""
@@ -368,12 +375,14 @@ def parse(
             layers.append((path, read_file(path)))
         except Mistake as mistake:
             mistakes.append(str(mistake))
-    arguments, source, wrong, unused = resolve(table, [*layers, (COMMAND_LINE, given)], base, beneath, check)
+    arguments, source, wrong, unused, followed = resolve(table, [*layers, (COMMAND_LINE, given)], base, beneath, follows, check)
     if mistakes + wrong:
         tell(mistakes + wrong)
     for name in unused:
         if getattr(arguments, name) != rows[name].default and os.environ.get("RANK", "0") == "0":
             print(f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}", file=sys.stderr)
+    if followed and not print_config and os.environ.get("RANK", "0") == "0":
+        print(f"{source[followed[0]]} gives {' '.join(f'--{name}={show(getattr(arguments, name))}' for name in followed)}", file=sys.stderr)
     if print_config:
         run(lambda _: print("\n".join(f"{name:40} {show(getattr(arguments, name)):30} {source[name]}" for name in rows), flush=True), None)
         raise SystemExit(0)

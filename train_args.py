@@ -12,7 +12,7 @@ from pathlib import Path
 
 import configurator
 from configurator import Needs, Row
-from parts import templates
+from parts import dial, templates
 from parts.mistakes import Mistake, did_you_mean
 from parts.schedules import SCHEDULES
 
@@ -38,6 +38,7 @@ EXAMPLES = objective_in("sft", "dpo", "kto", "grpo")
 LORA = Needs("--adapter=lora", lambda a: a.adapter == "lora")
 SOFT_PROMPT = Needs("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
 TASK = Needs("--task_name", lambda a: bool(a.task_name))
+DEPTH = Needs("--depth", lambda a: a.depth > 0)
 FROM_SCRATCH = Needs("--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume"))
 
 
@@ -84,6 +85,11 @@ TABLE: dict[str, list[Row]] = {
         Row("batch_size", 64, "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks", low=1),
         Row("gradient_accumulation_steps", 1, "micro-batches in one optimizer step", low=1),
         Row("block_size", 256, "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs", low=1, shape=True),
+    ],
+    "depth": [
+        Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps and learning rates by the rules of docs/scaling.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
+        Row("aspect", 64, "width over depth", low=1, needs=DEPTH),
+        Row("tokens_per_weight", 20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH),
     ],
     "model": [
         Row("n_layer", 6, "blocks", low=1, shape=True, needs=FROM_SCRATCH),
@@ -282,26 +288,45 @@ def run_config(arguments) -> str | None:
     return path
 
 
-def check(a, source: dict[str, str]) -> list[str]:
-    """Arguments that don't fit each other."""
-    wrong = []
+def follows(a, source: dict[str, str]) -> tuple[str, dict]:
+    """What --depth makes of the arguments that nothing gave."""
+    if not a.depth or a.init_from != "scratch":
+        return "", {}
+    given = {name: getattr(a, name) for name, origin in source.items() if origin != "default"}
+    return f"--depth={a.depth}", dial.turned(a.depth, a.aspect, a.tokens_per_weight, a.block_size, given)
 
-    def must(holds: bool, words: str) -> None:
-        if not holds:
-            wrong.append(words)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments that don't fit each other: each function calls must(what holds, what to say otherwise)
+
+
+def check_start(a, source: dict[str, str], must) -> None:
     loads = a.init_from not in ("scratch", "resume", *GPT2_TYPES)
     must(not loads or Path(a.init_from).exists(),
          f"--init_from={a.init_from}: no such file or folder; otherwise scratch, resume, {', '.join(GPT2_TYPES)}"
          + did_you_mean(a.init_from, ("scratch", "resume", *GPT2_TYPES)))  # fmt: skip
     must(not (a.overwrite and a.init_from == "resume"), "--overwrite: deletes the run that --init_from=resume would continue; give one of them")
+    if loads or a.init_from in GPT2_TYPES:
+        must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
+    must(not a.compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
+         + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
+    must(a.adapter == "none" or a.init_from != "scratch", f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights")
+    must(not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"), "--task_name: begins a run; resume one with --out_dir")
+    must(not a.task_name or a.task_name == Path(a.task_name).name, f"--task_name={a.task_name}: must be a plain name")
+    for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
+        must(not (a.eval_only and source[flag] == "command line" and getattr(a, flag)), f"--{flag}: has no effect with --eval_only, which writes nothing")
 
+
+def check_model(a, source: dict[str, str], must) -> None:
     n_kv_head = a.n_kv_head or a.n_head
     must(a.n_embd % a.n_head == 0, f"--n_embd={a.n_embd}: must be a multiple of --n_head={a.n_head}")
     must(a.n_head % n_kv_head == 0, f"--n_kv_head={a.n_kv_head}: must divide --n_head={a.n_head}")
     must(a.position != "rope" or a.n_embd % a.n_head or a.n_embd // a.n_head % 2 == 0, f"--position=rope: needs an even head width, not n_embd / n_head = {a.n_embd // a.n_head}")
     must(set(a.window) <= set("LS") and a.window != "", f"--window={a.window}: must be made of the letters L and S")
+    must(not a.loss_chunk or a.vocabulary == "one", "--loss_chunk: needs one vocabulary, not one for each context or dataset")
 
+
+def check_data(a, source: dict[str, str], must) -> None:
     if a.training_mode == "multidataset":
         must(len(a.dataset_list) >= 1, "--dataset_list: --training_mode=multidataset needs it")
         must(len(set(a.dataset_list)) == len(a.dataset_list), "--dataset_list: a dataset is named twice")
@@ -320,10 +345,6 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(len(a.multicontext_datasets) >= 1, "--multicontext_datasets: --training_mode=multicontext needs it")
         must(len(set(a.multicontext_datasets)) == len(a.multicontext_datasets), "--multicontext_datasets: a dataset is named twice")
         must(not a.vocab_size, "--vocab_size: with --training_mode=multicontext each context brings its own")
-    must(not a.loss_chunk or a.vocabulary == "one", "--loss_chunk: needs one vocabulary, not one for each context or dataset")
-    if loads or a.init_from in GPT2_TYPES:
-        must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
-
     if a.objective != "lm":
         must(a.training_mode != "multicontext", f"--objective={a.objective}: has examples, not aligned streams; --training_mode=single or multidataset")
         must(not a.multidataset_wte, f"--multidataset_wte: --objective={a.objective} has one vocabulary")
@@ -331,8 +352,9 @@ def check(a, source: dict[str, str]) -> list[str]:
         must(not a.train_file or a.training_mode == "single", "--train_file: goes with --training_mode=single")
         for flag in ("train_file", "validation_file"):
             must(not getattr(a, flag) or Path(getattr(a, flag)).is_file(), f"--{flag}={getattr(a, flag)}: no such file")
-    must(not a.compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
-         + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
+
+
+def check_objective(a, source: dict[str, str], must) -> None:
     must(not (a.reference == "adapter" and a.adapter == "none"), "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora")
     must(not (a.reference == "cache" and a.objective != "dpo"), f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand")
     must(a.objective != "dpo" or a.dpo_loss != "ipo" or a.beta > 0, "--beta=0: ipo divides by it")
@@ -348,8 +370,8 @@ def check(a, source: dict[str, str]) -> list[str]:
             must(getattr(a, flag) % a.num_iterations == 0, f"--{flag}={getattr(a, flag)}: must be a multiple of --num_iterations={a.num_iterations}; a run is saved between two draws of answers")
         must(a.max_new_tokens < a.block_size, f"--max_new_tokens={a.max_new_tokens}: leaves no room for a prompt in --block_size={a.block_size}")
         must(not a.loss_chunk or a.temperature == 1, "--loss_chunk: knows no --temperature other than 1")
-    if a.adapter != "none":
-        must(a.init_from != "scratch", f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights")
+    must(not a.target_field or a.objective == "sft", "--target_field: goes with --objective=sft")
+    must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
     if a.adapter == "soft_prompt":
         try:
             templates.parse(a.prompt_format).check(a.target_field or "completion", a.truncation_field or None)
@@ -357,12 +379,11 @@ def check(a, source: dict[str, str]) -> list[str]:
             must(False, str(mistake) if a.prompt_format else "--adapter=soft_prompt: needs --prompt_format")
         must(a.objective != "lm", "--adapter=soft_prompt: goes with examples: --objective=sft, dpo, kto or grpo")
         must(not (a.prompt_provider == "lstm" and a.parallel == "fsdp"), "--prompt_provider=lstm: does not go with --parallel=fsdp, which takes the LSTM's weights apart; a prompt is small: take ddp")
-    must(not a.target_field or a.objective == "sft", "--target_field: goes with --objective=sft")
-    must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
-    must(not a.packing or a.adapter != "soft_prompt", "--packing: does not go with --adapter=soft_prompt")
-    must(not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"), "--task_name: begins a run; resume one with --out_dir")
-    must(not a.task_name or a.task_name == Path(a.task_name).name, f"--task_name={a.task_name}: must be a plain name")
+        must(not a.packing, "--packing: does not go with --adapter=soft_prompt")
 
+
+def check_training(a, source: dict[str, str], must) -> None:
+    must(not a.depth or a.optimizer == "muon" or not source["learning_rate"].startswith("--depth"), f"--depth={a.depth}: its rates are those of --optimizer=muon (configs/depth.py); give --learning_rate too")
     must(a.optimizer in OPTIMIZERS or ":" in a.optimizer, f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class" + did_you_mean(a.optimizer, OPTIMIZERS))
     if a.schedule != "none":
         must(a.min_lr <= a.learning_rate or a.learning_rate == 0, f"--min_lr={a.min_lr:g}: the schedule would end above --learning_rate={a.learning_rate:g}")
@@ -370,13 +391,23 @@ def check(a, source: dict[str, str]) -> list[str]:
     if a.schedule in ("linear", "cosine", "exponential", "wsd"):
         must(a.warmup_iters <= a.lr_decay_iters, f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}")
     must(not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"), f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}")
-    for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
-        must(not (a.eval_only and source[flag] == "command line" and getattr(a, flag)), f"--{flag}: has no effect with --eval_only, which writes nothing")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
         must(not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}")
     must(not (a.parallel == "fsdp" and a.dtype == "float16"), "--dtype=float16: its loss scaling does not go with --parallel=fsdp; take bfloat16")
     kind, _, index = a.device.partition(":")
     must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
+
+
+def check(a, source: dict[str, str]) -> list[str]:
+    """What is wrong with arguments beside each other."""
+    wrong: list[str] = []
+
+    def must(holds: bool, words: str) -> None:
+        if not holds:
+            wrong.append(words)
+
+    for part in (check_start, check_model, check_data, check_objective, check_training):
+        part(a, source, must)
     return wrong
 
 
@@ -395,7 +426,7 @@ def of_run(folder: Path):
 
 def resolve(given: list[tuple[str, dict]]) -> configurator.Resolved:
     """What train.py would make of these layers of values; ends nothing."""
-    return configurator.resolve(TABLE, given, Derived, run_config, check)
+    return configurator.resolve(TABLE, given, Derived, run_config, follows, check)
 
 
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
@@ -408,7 +439,7 @@ def parse(argv: list[str] | None = None):
     """
 
     def read(words: list[str]):
-        return configurator.parse(TABLE, [RESUME.get(word, word) for word in words], "Train a GPT: see README.md.", Derived, run_config, check)
+        return configurator.parse(TABLE, [RESUME.get(word, word) for word in words], "Train a GPT: see README.md.", Derived, run_config, follows, check)
 
     arguments = read(sys.argv[1:] if argv is None else argv)
     again = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

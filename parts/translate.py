@@ -154,6 +154,17 @@ def loss(value: Any, x: Experiment) -> Ours:
     return only("kto", "KTO has one loss")(value, x) if x.algorithm == "kto" else {"dpo_loss" if x.algorithm == "dpo" else "loss_type": value}
 
 
+def loss_on(value: Any, x: Experiment) -> Ours:
+    told = {x.keys[key] for key in ("completion_only_loss", "assistant_only_loss") if x.keys.get(key) is not None}
+    if len(told) > 1:
+        raise Mistake("completion_only_loss and assistant_only_loss differ; here one choice is for all examples")
+    return {"loss_on": "completion" if value else "all"}
+
+
+def longest(value: Any, x: Experiment) -> Ours:
+    return {"block_size": value} | ({} if x.algorithm == "grpo" else {"overflow": "truncate_target"})
+
+
 def dataset(value: Any, x: Experiment) -> Ours:
     folder = Path(str(value).rstrip("/"))
     return {"data_dir": str(folder.parent), "dataset": folder.name}
@@ -180,8 +191,8 @@ KEYS: dict[str, Key] = {
     "gradient_accumulation_steps": Key("gradient_accumulation_steps, times the number of ranks", lambda value, x: {"gradient_accumulation_steps": int(value) * x.ranks}),
     "num_train_epochs": Key("max_epochs, and max_iters from the examples of train.jsonl", lambda value, x: {} if int(x.keys["max_steps"]) > 0 else {"max_epochs": value, "max_iters": x.steps}),
     "max_steps": Key("max_iters, where it is above 0", lambda value, x: {"max_iters": value} if int(value) > 0 else {}),
-    "max_length": Key("block_size: the longest example", same("block_size")),
-    "max_seq_length": Key("as max_length", same("block_size"), SFT),
+    "max_length": Key("block_size: the longest example; the end of longer ones is cut (overflow=truncate_target), but in GRPO", longest),
+    "max_seq_length": Key("as max_length", longest, SFT),
     # the optimizer
     "learning_rate": Key("learning_rate", same("learning_rate")),
     "lr_scheduler_type": Key("lr_scheduler: linear, cosine, constant or constant_with_warmup; min_lr 0, lr_decay_iters all steps", schedule),
@@ -220,6 +231,10 @@ KEYS: dict[str, Key] = {
     "desirable_weight": Key("desirable_weight", same("desirable_weight"), KTO),
     "undesirable_weight": Key("undesirable_weight", same("undesirable_weight"), KTO),
     "packing": Key("packing", same("packing"), SFT),
+    "completion_only_loss": Key("loss_on: true is completion, false all", loss_on, SFT),
+    "assistant_only_loss": Key("as completion_only_loss; left out it is true, where trl learns whole conversations", loss_on, SFT),
+    "precompute_ref_log_probs": Key("reference=cache", lambda value, x: {"reference": "cache"} if value else {}, DPO),
+    "disable_dropout": Key("nothing: dropout is off unless dropout says otherwise; must be true", only(True, "dropout is off unless dropout says otherwise"), (*DPO, *KTO, *GRPO)),
     "num_generations": Key("num_generations", same("num_generations"), GRPO),
     "num_iterations": Key("num_iterations", same("num_iterations"), GRPO),
     "epsilon": Key("epsilon", same("epsilon"), GRPO),

@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import TINY, WORDS, equal_tensors, skip_without_gpt2
+from conftest import TINY, WORDS, equal_tensors, read_run, skip_without_gpt2
 
 import train
 import train_args
@@ -201,6 +201,34 @@ def gradient_accumulation_steps(run):
 @effect
 def block_size(run):
     assert shapes(run("--block_size=16"))["position.weight"] == (16, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# depth: the rules are tested in test_dial.py
+
+
+def dialled(data_dir, out_dir, *flags):
+    flags = ["--depth=1", "--aspect=32", "--tokens_per_weight=0.5", *flags, "--dataset=a", f"--data_dir={data_dir}", "--block_size=8", "--eval_iters=1", "--device=cpu", f"--out_dir={out_dir}"]
+    return read_run(out_dir, train.main(train_args.parse(["configs/depth.py", *flags])))
+
+
+@effect
+def depth(data_dir, tmp_path):
+    done = dialled(data_dir, tmp_path / "run", "--depth=2", "--aspect=16")
+    assert shapes(done)["blocks.1.mlp.proj.weight"] == (32, 128) and (done.config["n_head"], done.config["depth"]) == (1, 2) and done.steps[-1] == done.config["max_iters"]
+    again = train_args.parse(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"])
+    assert (again.depth, again.max_iters, again.batch_size) == (2, done.config["max_iters"], done.config["batch_size"])
+
+
+@effect
+def aspect(data_dir, tmp_path):
+    assert shapes(dialled(data_dir, tmp_path / "run", "--aspect=64", "--tokens_per_weight=0.1"))["blocks.0.mlp.proj.weight"] == (64, 256)
+
+
+@effect
+def tokens_per_weight(data_dir, tmp_path):
+    done = dialled(data_dir, tmp_path / "run", "--tokens_per_weight=0.3")
+    assert done.progress.tokens == pytest.approx(0.3 * 12 * 32**2, rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

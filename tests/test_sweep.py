@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -551,7 +552,7 @@ def test_the_guides_keys_become_our_arguments(guide, tmp_path):
     assert [(run["objective"], Path(run["init_from"]).name, run["learning_rate"]) for run in runs] == list(itertools.product(["dpo", "kto"], ["one", "two"], [5e-6, 1e-5, 1e-6]))
     steps = -(-2 * 1000 // (2 * 8 * 2 * 4))  # epochs x examples / (a device's x accumulation x nodes x GPUs)
     expected = {
-        "data_dir": str(tmp_path), "dataset": "data", "beta": 0.2, "block_size": 8192, "batch_size": 2, "gradient_accumulation_steps": 64, "max_epochs": 2, "max_iters": steps, "dtype": "bfloat16",
+        "data_dir": str(tmp_path), "dataset": "data", "beta": 0.2, "block_size": 8192, "overflow": "truncate_target", "batch_size": 2, "gradient_accumulation_steps": 64, "max_epochs": 2, "max_iters": steps, "dtype": "bfloat16",
         "eval_interval": -(-steps * 5 // 100), "wandb_log": True, "wandb_project": "salamandra_alignment", "wandb_run_name": "test_alignment", "activation_checkpointing": True,
         "attention_kernel": "flash", "parallel": "fsdp", "fsdp_offload": True, "lr_scheduler": "linear", "lr_decay_iters": steps, "min_lr": 0.0, "warmup_iters": 0, "weight_decay": 0.0, "beta2": 0.999,
     }  # fmt: skip
@@ -570,6 +571,18 @@ def test_further_keys_are_translated(guide, key, value, expected):
     more = {"rl_config_args.save_strategy": "steps"} if key == "save_steps" else {}
     for run in translated(guide, **{f"rl_config_args.{key}": value}, **more):
         assert {name: run.get(name) for name in expected} == expected
+
+
+def test_keys_of_one_algorithm_are_translated(guide):
+    only = re.sub(r"\n *beta: .*", "", guide)
+    for key, value, expected in (("completion_only_loss", False, "all"), ("assistant_only_loss", True, "completion"), ("max_length", 64, None)):
+        (run, *_) = translated(only, **{"execution.algorithm": "sft", f"rl_config_args.{key}": value})
+        assert run.get("loss_on") == expected and run["objective"] == "sft"
+    with pytest.raises(Mistake, match="completion_only_loss and assistant_only_loss differ"):
+        translated(only, **{"execution.algorithm": "sft", "rl_config_args.completion_only_loss": False, "rl_config_args.assistant_only_loss": True})
+    assert translated(guide, **{"execution.algorithm": "dpo", "rl_config_args.precompute_ref_log_probs": True, "rl_config_args.disable_dropout": True})[0]["reference"] == "cache"
+    with pytest.raises(Mistake, match="disable_dropout"):
+        translated(guide, **{"execution.algorithm": "dpo", "rl_config_args.disable_dropout": False})
 
 
 def test_what_has_no_equal_is_told_together_before_anything_is_written(swept, guide, tmp_path):

@@ -1,7 +1,9 @@
 """The source of the running Python's standard library, by characters: real text wherever Python is.
 
 Of the modules at the top of the library, in alphabetical order, those in ASCII that `tokenize` reads, up to 3 MB. Every tenth one is
-for validation. data/stdlib_class has the same characters' lexical classes.
+for validation. data/stdlib_class has the same characters' lexical classes. With its packages the library is ten times as large:
+
+    python data/stdlib_char/prepare.py --packages --max_bytes=30_000_000 --out_dir=data/stdlib_large
 """
 
 import io
@@ -19,19 +21,28 @@ from parts import corpus
 from parts.mistakes import Mistake
 
 BYTES = 3_000_000
-TABLE = {"prepare": [Row("out_dir", str(Path(__file__).parent), "folder to write to")]}
+TABLE = {
+    "prepare": [
+        Row("out_dir", str(Path(__file__).parent), "folder to write to"),
+        Row("packages", False, "the library's packages too, without those that were installed"),
+        Row("max_bytes", BYTES, "most characters in all", low=1),
+    ]
+}
 
 
-def documents() -> Iterator[str]:
+def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
     """The modules' sources. Raises Mistake where Python came without them."""
     size = 0
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py") if packages else library.glob("*.py")):
+        if "site-packages" in path.parts:
+            continue
         try:
             source = path.read_bytes().decode("ascii").replace("\r\n", "\n")
             list(tokenize.generate_tokens(io.StringIO(source).readline))
         except (UnicodeDecodeError, tokenize.TokenError, SyntaxError):
             continue
-        if source and size + len(source) <= BYTES:
+        if source and size + len(source) <= most:
             size += len(source)
             yield source
     if not size:
@@ -39,7 +50,7 @@ def documents() -> Iterator[str]:
 
 
 def main(a) -> None:
-    found = list(documents())
+    found = list(documents(a.packages, a.max_bytes))
     print(f"{len(found)} modules of Python {sys.version.split()[0]}'s standard library, {sum(map(len, found)):,} characters")
     corpus.write_dataset(Path(a.out_dir), lambda: corpus.split_documents(([source] for source in found), 0.1), "char")
 
