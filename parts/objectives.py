@@ -120,7 +120,7 @@ def mean_of(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Told:
-    """Entropy of the model at the learned targets, and how often its likeliest token is the target."""
+    """Entropy of the model at the learned targets, and how often its likeliest token is the target. A pass of its own: telling changes nothing that is learned."""
     logits = net(batch.idx, **where(batch)).float() / temperature
     log_p, mask = logits.log_softmax(-1), batch.more["mask"]
     return {"entropy": mean_of(-(log_p.exp() * log_p).sum(-1), mask), "mean_token_accuracy": mean_of(logits.argmax(-1) == batch.targets, mask)}
