@@ -9,18 +9,21 @@ docs/reinforcement.md has what was measured.
 objective = "grpo"
 dataset = "arithmetic"
 reward = "correct:1"
-beta = 0.0
+beta = 0.3  # so much that rewards of pure chance leave the model where it is
 num_generations = 8
 max_new_tokens = 5
 block_size = 16
 
 batch_size = 256
 max_seconds = 180.0
-max_iters = 100000
+max_iters = 900
 optimizer = "muon"
 muon_learning_rate = 5e-4
 learning_rate = 5e-4
 weight_decay = 0.0
+lr_scheduler = "linear"
+lr_decay_iters = max_iters
+min_lr = 0.0
 warmup_iters = 20
 
 eval_interval = 200
