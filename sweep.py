@@ -161,7 +161,7 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its arguments that differ from the defaults and have an effect, and how it is started."""
+    """One run: its arguments that were given, or follow from others, and have an effect, and how it is started."""
 
     folder: Path
     told: dict[str, Any]  # what varies, by column
@@ -250,11 +250,12 @@ class Checker:
         if mistakes:
             return None
         values = {name: value for name, value in asdict(resolved.arguments).items() if name not in ("out_dir", "overwrite")}
-        arguments = {name: value for name, value in values.items() if value != ROWS[name].default and name not in resolved.unused}
+        differing = {name: value for name, value in values.items() if value != ROWS[name].default and name not in resolved.unused}
+        arguments = {name: value for name, value in values.items() if resolved.source[name] != "default" and name not in resolved.unused}
         told = {column(name): values.get(column(name), value) for name, value in point.told.items() if name not in resolved.unused}
         aside = {name: value for name, value in point.told.items() if name.startswith(("slurm.", "environment.", "execution.venv"))}
         label = grid.label(told, SHORT)
-        folder = asked.out_dir / "-".join(part for part in (label, grid.fingerprint({**arguments, **({"_job": aside} if aside else {})})) if part)
+        folder = asked.out_dir / "-".join(part for part in (label, grid.fingerprint({**differing, **({"_job": aside} if aside else {})})) if part)
         job = slurm.Job(section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd())
         data = dict.fromkeys(resolved.arguments.folders.values(), resolved.arguments.reads)
         return Run(folder, told, arguments, values, data, resolved.unused, job, evaluations)

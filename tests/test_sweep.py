@@ -360,6 +360,15 @@ def test_a_folder_with_another_run_is_never_mixed_in(swept, stand_in):
     assert code == 2 and f"{path.parent.name}: holds a run with another n_layer" in err
 
 
+def test_a_run_has_what_was_given_though_it_is_the_default(swept, stand_in):
+    """Otherwise --depth would put its own in that place."""
+    yaml = f"base: {ROOT / 'configs/depth.py'}\ndepth: 2\nbatch_size: 2\ngradient_accumulation_steps: 1\nout_dir: o\n"
+    assert swept("--launcher=slurm", yaml=yaml)[0] == 0
+    (path,) = Path("o").glob("*/run.json")
+    again, asked = (train_args.parse([str(config), *more]) for config, more in ((path, []), (ROOT / "configs/depth.py", ["--depth=2", "--batch_size=2", "--gradient_accumulation_steps=1"])))
+    assert again.gradient_accumulation_steps == 1 and vars(again) == vars(asked)
+
+
 def test_an_evaluation_follows_its_training(swept, stand_in, tmp_path, monkeypatch):
     found = {"decode": "greedy", "tasks": {"a": {"accuracy": {"value": 0.25}}}}
     (tmp_path / "evaluate.py").write_text(f"import sys; print('evaluated', *sys.argv[1:])\nif sys.argv[3] == '--tasks=a': open(sys.argv[2][7:], 'w').write({json.dumps(found)!r})\n")
