@@ -31,13 +31,21 @@ def test_the_weights_that_tokens_are_counted_by_are_those_of_the_blocks():
     assert values["max_iters"] == round(10 * scaling.matrices(shape) / 100)
 
 
-def test_rates_grow_with_the_root_of_the_batch_and_fall_with_that_of_the_width():
-    small, large = (dial.turned(4, 32, 10, 128, {"batch_size": rows}) for rows in (16, 64))
-    wide = dial.turned(4, 128, 10, 128, {"batch_size": 16, "gradient_accumulation_steps": 1})
-    for name in ("learning_rate", "muon_learning_rate"):
-        steps = [values["batch_size"] * values["gradient_accumulation_steps"] for values in (small, large)]
-        assert large[name] / small[name] == pytest.approx((steps[1] / steps[0]) ** 0.5, rel=0.01)
-    assert wide["learning_rate"] / dial.turned(4, 32, 10, 128, {"batch_size": 16, "gradient_accumulation_steps": 1})["learning_rate"] == pytest.approx(0.5, rel=0.01)
+def test_the_rules_meet_the_recipe_for_gpt2s_size():
+    """configs/gpt2_124m_modern.py, for 14 tokens a weight."""
+    values = dial.turned(12, 64, 14, 1024, {})
+    assert (values["n_layer"], values["n_embd"], values["n_head"]) == (12, 768, 6) and values["batch_size"] * values["gradient_accumulation_steps"] * 1024 == 2**19
+    assert values["muon_learning_rate"] == pytest.approx(0.02, rel=0.05)
+
+
+def test_rates_follow_the_root_of_a_batch_that_is_not_the_rules_and_of_the_width():
+    ruled = dial.turned(4, 32, 10, 128, {})
+    rows = ruled["batch_size"] * ruled["gradient_accumulation_steps"]
+    for times in (0.25, 4):
+        other = dial.turned(4, 32, 10, 128, {"batch_size": int(rows * times), "gradient_accumulation_steps": 1})
+        for name in ("learning_rate", "muon_learning_rate"):
+            assert other[name] / ruled[name] == pytest.approx(times**0.5, rel=0.01)
+    assert dial.turned(3, 128, 10, 128, {})["learning_rate"] / dial.turned(3, 32, 10, 128, {})["learning_rate"] == pytest.approx(0.5, rel=0.01)
 
 
 def test_what_is_given_stands_and_the_others_follow_from_it(tmp_path, capsys):
