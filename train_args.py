@@ -87,7 +87,7 @@ TABLE: dict[str, list[Row]] = {
         Row("block_size", 256, "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs", low=1, shape=True),
     ],
     "depth": [
-        Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps and learning rates by the rules of docs/scaling.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
+        Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
         Row("aspect", 64, "width over depth", low=1, needs=DEPTH),
         Row("tokens_per_weight", 20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH),
     ],

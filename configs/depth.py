@@ -1,4 +1,4 @@
-"""The modern architecture and optimizer with one dial for the size; --depth makes the rest (docs/scaling.md).
+"""The modern architecture and optimizer with one dial for the size; --depth makes the rest (docs/depth.md).
 
     python train.py configs/depth.py --depth=4 --aspect=32
 """

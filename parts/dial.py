@@ -1,7 +1,7 @@
 """One dial for a model's size: the width, heads, batch, horizon and learning rates that a depth asks for. Knows no torch.
 
 The rules are power laws through two points each: what was measured with configs/depth.py at a few million training tokens on a CPU
-(docs/scaling.md), and the recipe that modded-nanogpt and nanochat found for GPT-2's size, at 1.2 billion (configs/gpt2_124m_modern.py).
+(docs/depth.md), and the recipe that modded-nanogpt and nanochat found for GPT-2's size, at 1.2 billion (configs/gpt2_124m_modern.py).
 """
 
 import math
@@ -12,6 +12,7 @@ TOKENS = 3.3e6  # of a whole training: where the following was measured, at a wi
 BATCH, BATCH_POWER = 4096, 0.82  # tokens of a step
 MUON, MUON_POWER = 0.04, -0.12  # learning rate of the blocks' matrices
 ADAM, ADAM_WIDTH = 0.01, 96  # of everything else; falls with the root of the width (Yang et al. 2022 for Adam, as nanochat has it)
+DECAY, DECAY_TOKENS = 0.05, 1.2e9  # of the blocks' matrices from so many tokens on, less before: a few million are better off without
 MICRO_TOKENS = 65536  # most tokens of a micro-batch
 
 
@@ -50,5 +51,6 @@ def turned(depth: int, aspect: int, tokens_per_weight: float, block_size: int, g
         "max_iters": steps,
         "lr_decay_iters": max(1, steps),
         "muon_learning_rate": brief(MUON * (tokens / TOKENS) ** MUON_POWER * noise),
+        "muon_weight_decay": brief(DECAY * min(1.0, tokens / DECAY_TOKENS)),
         "learning_rate": brief(ADAM * (width / ADAM_WIDTH) ** -0.5 * noise),
     }

@@ -35,7 +35,7 @@ def test_the_rules_meet_the_recipe_for_gpt2s_size():
     """configs/gpt2_124m_modern.py, for 14 tokens a weight."""
     values = dial.turned(12, 64, 14, 1024, {})
     assert (values["n_layer"], values["n_embd"], values["n_head"]) == (12, 768, 6) and values["batch_size"] * values["gradient_accumulation_steps"] * 1024 == 2**19
-    assert values["muon_learning_rate"] == pytest.approx(0.02, rel=0.05)
+    assert values["muon_learning_rate"] == pytest.approx(0.02, rel=0.05) and values["muon_weight_decay"] == pytest.approx(0.05, rel=0.02)
 
 
 def test_rates_follow_the_root_of_a_batch_that_is_not_the_rules_and_of_the_width():
