@@ -232,6 +232,19 @@ def test_standard_library_and_its_classes_are_aligned(tmp_path):
     assert words and all(kind[first : last - 1] == "kkk" for first, last in words)
 
 
+def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_path):
+    for place, words in (("b.py", "b = 1\n" * 9), ("site-packages/c/d.py", "d\n"), ("a/e.py", "e = 2\n")):
+        (tmp_path / "lib" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / place).write_text(words)
+    code = (
+        f"import sysconfig, runpy, sys; sysconfig.get_path = lambda name: {str(tmp_path / 'lib')!r}; sys.argv[1:] = []; "
+        f"found = runpy.run_path({str(ROOT / 'data/stdlib_char/prepare.py')!r})['documents']; print([list(map(len, found(*how))) for how in ((), (True,), (True, 20))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[[54], [6, 54], [6]]", done.stderr
+
+
+
 def test_classes_of_a_line():
     sys.path.insert(0, str(ROOT))
     from data.stdlib_class.prepare import classes
