@@ -81,15 +81,15 @@ TABLE: dict[str, list[Row]] = {
         Row("multidataset_wte", False, "each dataset has its own embedding and head (they may differ in tokenizer)", needs=MULTIDATASET, shape=True),
         Row("multicontext_datasets", (), "aligned datasets of equal length, one context each", needs=Needs("--training_mode=multicontext", lambda a: a.training_mode == "multicontext")),
     ],
-    "batch": [
-        Row("batch_size", 64, "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks", low=1),
-        Row("gradient_accumulation_steps", 1, "micro-batches in one optimizer step", low=1),
-        Row("block_size", 256, "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs", low=1, shape=True),
-    ],
     "depth": [
         Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
         Row("aspect", 64, "width over depth", low=1, needs=DEPTH),
         Row("tokens_per_weight", 20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH),
+    ],
+    "batch": [
+        Row("batch_size", 64, "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks", low=1),
+        Row("gradient_accumulation_steps", 1, "micro-batches in one optimizer step", low=1),
+        Row("block_size", 256, "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs", low=1, shape=True),
     ],
     "model": [
         Row("n_layer", 6, "blocks", low=1, shape=True, needs=FROM_SCRATCH),
