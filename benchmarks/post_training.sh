@@ -25,5 +25,5 @@ for seed in 1 2 3; do  # the first of the checkpoints, one every third step, tha
     run configs/arithmetic_kto.py --dataset=arithmetic_kto_8 --desirable_weight=10.6 --seed=$seed --init_from="$base" --out_dir="$out/kto_8_$seed"; score kto_8_$seed
 done
 run configs/arithmetic_grpo.py --seed=3 --learning_rate=0 --muon_learning_rate=0 --max_iters=100 --max_seconds=0 --eval_interval=100 --init_from="$base" --out_dir="$out/grpo_lr_0"; score grpo_lr_0
-run configs/arithmetic_grpo.py --seed=3 --reward=benchmarks.chance:reward --init_from="$base" --out_dir="$out/grpo_chance"; score grpo_chance
+run configs/arithmetic_grpo.py --seed=3 --reward=benchmarks.shuffled:reward --init_from="$base" --out_dir="$out/grpo_shuffled"; score grpo_shuffled
 run configs/arithmetic_sft.py --seed=3 --max_iters=400 --lr_decay_iters=400 --eval_interval=400 --out_dir="$out/sft_long"; score sft_long

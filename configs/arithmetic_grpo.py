@@ -9,7 +9,7 @@ docs/reinforcement.md has what was measured.
 objective = "grpo"
 dataset = "arithmetic"
 reward = "correct:1"
-beta = 0.3  # so much that rewards of pure chance leave the model where it is
+beta = 0.3  # so much that shuffled rewards leave the model where it is
 num_generations = 8
 max_new_tokens = 5
 block_size = 16

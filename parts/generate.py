@@ -175,7 +175,7 @@ def complete(
     cache.take(torch.arange(len(prompts), device=device).repeat_interleave(repeats))
     logits, place = logits.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats)  # place: of the token to be drawn
     number = np.arange(len(prompts) * repeats)  # of each row of the cache, which answer it is
-    longest = config.block_size - np.array([len(prompt) for prompt in prompts]).repeat(repeats)  # of each answer
+    room = config.block_size - np.array([len(prompt) for prompt in prompts]).repeat(repeats)  # tokens that fit behind each answer's prompt
     ids: list[list[int]] = [[] for _ in number]
     logps: list[list[float]] = [[] for _ in number]
     ended, over = np.zeros(len(number), dtype=bool), np.zeros(len(number), dtype=bool)
@@ -190,7 +190,7 @@ def complete(
             drawn = torch.searchsorted(kept, u.to(device)[:, None] * kept[:, -1:], right=True)[:, 0].clamp(max=known - 1)
         told = likely.gather(1, drawn[:, None])[:, 0].tolist()
         for row, (answer, new) in enumerate(zip(number.tolist(), drawn.tolist(), strict=True)):
-            if over[answer] or token >= longest[answer]:
+            if over[answer] or token >= room[answer]:
                 over[answer] = True
                 continue
             ids[answer].append(new)
