@@ -42,7 +42,11 @@ TABLE = {
 def check(a, source: dict[str, str]) -> list[str]:
     wrong = [f"--cases: no {case}; there are {', '.join(CASES)}" for case in a.cases if case not in CASES]
     if a.peer and a.peer_kind == "nanogpt":
-        wrong += [f"--peer={a.peer}: no {name} there; give a checkout of nanoGPT" for name in ("train.py", "sample.py") if not (Path(a.peer) / name).exists()]
+        wrong += [
+            f"--peer={a.peer}: no {name} there; give a checkout of nanoGPT"
+            for name in ("train.py", "sample.py")
+            if not (Path(a.peer) / name).exists()
+        ]
     return wrong
 
 
@@ -99,7 +103,15 @@ def shell(argv: list[str], cwd: Path = ROOT, until: str = "", **env: str) -> dic
 
     begin, reached, lines = time.perf_counter(), None, []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
-    with subprocess.Popen([sys.executable, "-ISc", METER, *argv], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    with subprocess.Popen(
+        [sys.executable, "-ISc", METER, *argv],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
         for line in process.stdout:
             lines.append(line)
             if until and reached is None and until in line:
@@ -108,7 +120,12 @@ def shell(argv: list[str], cwd: Path = ROOT, until: str = "", **env: str) -> dic
     if process.returncode:
         raise Mistake(f"{' '.join(argv[-6:])}: failed\n" + "\n".join(output.splitlines()[-8:]))
     seconds, peak = metered.split()
-    return {"output": output, "seconds": float(seconds), "peak_bytes": int(peak) * (1 if sys.platform == "darwin" else 1024), "reached": reached}
+    return {
+        "output": output,
+        "seconds": float(seconds),
+        "peak_bytes": int(peak) * (1 if sys.platform == "darwin" else 1024),
+        "reached": reached,
+    }
 
 
 def in_turn(pairs: int, sides: dict) -> dict[str, list[dict]]:
@@ -117,7 +134,9 @@ def in_turn(pairs: int, sides: dict) -> dict[str, list[dict]]:
     for pair in range(pairs):
         for name, call in sides.items():
             results[name].append(call())
-            told = ", ".join(f"{key} {value:,.4g}" for key, value in results[name][-1].items() if isinstance(value, float))
+            told = ", ".join(
+                f"{key} {value:,.4g}" for key, value in results[name][-1].items() if isinstance(value, float)
+            )
             print(f"  {pair + 1}/{pairs} {name}: {told}", flush=True)
     return results
 
@@ -127,7 +146,10 @@ def compare(results: dict[str, list[dict]], key: str, faster_is_less: bool) -> d
     table = {name: figure([run[key] for run in runs]) for name, runs in results.items()}
     if "peer" in results:
         for name in results.keys() - {"peer"}:
-            pairs = [(theirs[key] / ours[key]) if faster_is_less else (ours[key] / theirs[key]) for ours, theirs in zip(results[name], results["peer"], strict=True)]
+            pairs = [
+                (theirs[key] / ours[key]) if faster_is_less else (ours[key] / theirs[key])
+                for ours, theirs in zip(results[name], results["peer"], strict=True)
+            ]
             table[name] |= {"ratios": [round(ratio, 3) for ratio in pairs], "ratio": statistics.median(pairs)}
     return table
 
@@ -159,18 +181,34 @@ class Bench:
         self.peer = Path(a.peer).resolve() if a.peer else None
         self.data_dir = Path(a.data_dir or (self.peer / "data" if self.peer else ROOT / "data")).resolve()
         if a.peer and not (self.data_dir / "shakespeare_char" / "meta.pkl").exists():
-            raise Mistake(f"--peer={a.peer}: its data isn't prepared; run python {self.peer / 'data/shakespeare_char/prepare.py'}")
-        self.name = "cpu" if self.device.type == "cpu" else re.sub(r"\W+", "_", torch.cuda.get_device_name(self.device).lower())
+            raise Mistake(
+                f"--peer={a.peer}: its data isn't prepared; run python {self.peer / 'data/shakespeare_char/prepare.py'}"
+            )
+        self.name = (
+            "cpu" if self.device.type == "cpu" else re.sub(r"\W+", "_", torch.cuda.get_device_name(self.device).lower())
+        )
         self.file = Path(a.out) / f"{self.name}.json"
         self.results = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.theirs = a.peer_kind == "hf" or self.peer is not None
 
     def write(self, section: str, figures: dict) -> None:
         """Put a section into the results file beside the others."""
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        commit = (
+            subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            if shutil.which("git")
+            else ""
+        )
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        about = {"cores": cores, "python": platform.python_version(), **versions, "commit": commit, "command": " ".join(["bench.py", *(re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", word) for word in sys.argv[1:])])}
+        about = {
+            "cores": cores,
+            "python": platform.python_version(),
+            **versions,
+            "commit": commit,
+            "command": " ".join(
+                ["bench.py", *(re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", word) for word in sys.argv[1:])]
+            ),
+        }
         key = section if self.a.peer_kind == "nanogpt" else f"{section} ({self.a.peer_kind})"
         self.results = {"device": self.name, **self.results, key: {"about": about, **figures}}
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -181,30 +219,71 @@ class Bench:
     def ours(self, case: dict, dtype: str, steps: int, **more) -> dict:
         """Train with our train.py: median ms of the steps after the first five, the metrics and the run's folder."""
         out = Path(tempfile.mkdtemp(dir=self.folder))
-        shape = {"bias": False, "dataset": "shakespeare_char", "data_dir": self.data_dir, "device": self.device.type, "compile": self.device.type == "cuda"} | case
-        asked = {"max_iters": steps, "eval_interval": 10**6, "eval_iters": 1, "log_interval": 1, "out_dir": out, "dtype": dtype} | more
+        shape = {
+            "bias": False,
+            "dataset": "shakespeare_char",
+            "data_dir": self.data_dir,
+            "device": self.device.type,
+            "compile": self.device.type == "cuda",
+        } | case
+        asked = {
+            "max_iters": steps,
+            "eval_interval": 10**6,
+            "eval_iters": 1,
+            "log_interval": 1,
+            "out_dir": out,
+            "dtype": dtype,
+        } | more
         done = shell([sys.executable, str(ROOT / "train.py"), *flags(**shape, **asked)])
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         ms = statistics.median([line["step_ms"] for line in metrics if line["event"] == "train"][min(5, steps // 2) :])
-        return {"ms": ms, "peak_mb": done["peak_bytes"] / 2**20, "tokens_per_second": case["batch_size"] * case["block_size"] / ms * 1e3, "out": str(out)}
+        return {
+            "ms": ms,
+            "peak_mb": done["peak_bytes"] / 2**20,
+            "tokens_per_second": case["batch_size"] * case["block_size"] / ms * 1e3,
+            "out": str(out),
+        }
 
     def nanogpt(self, case: dict, steps: int, **more) -> dict:
         """Train with the peer's train.py."""
         out = Path(tempfile.mkdtemp(dir=self.folder))
         gpu = self.device.type == "cuda"
-        shape = {"bias": False, "dropout": 0.0, "dataset": "shakespeare_char", "device": self.device.type, "compile": gpu, "gradient_accumulation_steps": 1} | case
-        asked = {"max_iters": steps, "eval_interval": 10**6, "eval_iters": 1, "log_interval": 1, "out_dir": out, "dtype": "bfloat16" if gpu else "float32"} | more
+        shape = {
+            "bias": False,
+            "dropout": 0.0,
+            "dataset": "shakespeare_char",
+            "device": self.device.type,
+            "compile": gpu,
+            "gradient_accumulation_steps": 1,
+        } | case
+        asked = {
+            "max_iters": steps,
+            "eval_interval": 10**6,
+            "eval_iters": 1,
+            "log_interval": 1,
+            "out_dir": out,
+            "dtype": "bfloat16" if gpu else "float32",
+        } | more
         done = shell([sys.executable, "train.py", *flags(**shape, **asked)], cwd=self.peer)
         times = [float(ms) for ms in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", done["output"], re.M)]
         ms = statistics.median(times[min(5, steps // 2) :])
-        return {"ms": ms, "peak_mb": done["peak_bytes"] / 2**20, "tokens_per_second": case["batch_size"] * case["block_size"] / ms * 1e3, "out": str(out)}
+        return {
+            "ms": ms,
+            "peak_mb": done["peak_bytes"] / 2**20,
+            "tokens_per_second": case["batch_size"] * case["block_size"] / ms * 1e3,
+            "out": str(out),
+        }
 
     def hf(self, task: str, case: dict, **more) -> dict:
         """The transformers side of a task, in a process of its own."""
-        return json.loads(shell([sys.executable, "-c", HF, task, self.device.type, json.dumps({"dropout": 0.0} | case | more)])["output"].splitlines()[-1])
+        return json.loads(
+            shell([sys.executable, "-c", HF, task, self.device.type, json.dumps({"dropout": 0.0} | case | more)])[
+                "output"
+            ].splitlines()[-1]
+        )
 
 
-HF = '''
+HF = """
 import json, statistics, sys, time, torch, transformers
 task, device, c = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sync = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -231,7 +310,7 @@ else:
         out = model.generate(idx, max_new_tokens=c["new"], min_new_tokens=c["new"], do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
     sync(); seconds = time.perf_counter() - begin
     print(json.dumps({"tokens_per_second": (out.shape[1] - c["prompt"]) * c["num_samples"] / seconds}))
-'''
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +332,11 @@ def train_section(bench: Bench) -> dict:
         if cpu:
             sides["ours float32"] = lambda case=case: bench.ours(case, "float32", a.steps)
         if bench.theirs:
-            sides["peer"] = (lambda case=case: bench.hf("train", case, steps=a.steps)) if a.peer_kind == "hf" else (lambda case=case: bench.nanogpt(case, a.steps))
+            sides["peer"] = (
+                (lambda case=case: bench.hf("train", case, steps=a.steps))
+                if a.peer_kind == "hf"
+                else (lambda case=case: bench.nanogpt(case, a.steps))
+            )
         print(f"train {title}: {case}", flush=True)
         results = in_turn(a.pairs, sides)
         told = {key: compare(results, key, key == "ms") for key in ("ms", "tokens_per_second")}
@@ -263,10 +346,20 @@ def train_section(bench: Bench) -> dict:
             config = json.loads((Path(results[name][0]["out"]) / "train_config.json").read_text())
             shape = {key: tuple(value) if isinstance(value, list) else value for key, value in config["_model"].items()}
             dtype = getattr(torch, config["dtype"])
-            peak = max(parallel.product_flops(bench.device, dtype, n) for n in ((512, 768, 1024, 2048) if cpu else (4096, 8192)))
+            peak = max(
+                parallel.product_flops(bench.device, dtype, n)
+                for n in ((512, 768, 1024, 2048) if cpu else (4096, 8192))
+            )
             flops = GPT(GPTConfig(**shape)).flops_per_token() * told["tokens_per_second"][name]["median"]
-            told[f"of peak, {name}"] = {"dtype": config["dtype"], "measured_peak_flops": peak, "flops": flops, "utilisation": flops / peak}
-            print(f"  {name}: {config['dtype']}, {flops / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s that matrix products reach here: {flops / peak:.0%}")
+            told[f"of peak, {name}"] = {
+                "dtype": config["dtype"],
+                "measured_peak_flops": peak,
+                "flops": flops,
+                "utilisation": flops / peak,
+            }
+            print(
+                f"  {name}: {config['dtype']}, {flops / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s that matrix products reach here: {flops / peak:.0%}"
+            )
         told["parts"] = parts_of_a_step(bench, case)
         print("  parts of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in told["parts"].items()))
         show(f"train {title}, ms a step", told["ms"])
@@ -284,7 +377,9 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
     from parts import parallel, record
 
     out = Path(tempfile.mkdtemp(dir=bench.folder))
-    args = train_args.parse(flags(**case, data_dir=bench.data_dir, dataset="shakespeare_char", out_dir=out, device=bench.device.type))
+    args = train_args.parse(
+        flags(**case, data_dir=bench.data_dir, dataset="shakespeare_char", out_dir=out, device=bench.device.type)
+    )
     wait = torch.cuda.synchronize if bench.device.type == "cuda" else lambda: None
     parallel.keep_freed_memory()
     with parallel.ranks(args.device) as ranks:
@@ -316,7 +411,11 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
                 step(number)
         log.close()
         stream.close()
-    spent = {event.key.removeprefix("part: "): event.cpu_time_total for event in profiler.key_averages() if event.key.startswith("part: ")}
+    spent = {
+        event.key.removeprefix("part: "): event.cpu_time_total
+        for event in profiler.key_averages()
+        if event.key.startswith("part: ")
+    }
     return {name: time / sum(spent.values()) for name, time in spent.items()}
 
 
@@ -357,23 +456,46 @@ def sample_section(bench: Bench) -> dict:
         weights = Path(bench.ours(case, "float32", 1)["out"])
         source = flags(out_dir=weights)
     source += ["--no-stream", *([] if cpu else ["--compile"])]
-    situations = {"inside the block": (8, max(1, block - 56), 1), "past the block": (block, 500, 1), "batch of 16": (8, block // 2, 16)}
+    situations = {
+        "inside the block": (8, max(1, block - 56), 1),
+        "past the block": (block, 500, 1),
+        "batch of 16": (8, block // 2, 16),
+    }
     situations |= {} if cpu else {"batch of 256": (8, block // 2, 256)}
     for title, (prompt, new, samples) in situations.items():
-        letters, numbers = bench.folder / "letters.txt", bench.folder / "numbers.txt"  # the peer's checkpoint doesn't say what its ids mean
+        letters, numbers = (
+            bench.folder / "letters.txt",
+            bench.folder / "numbers.txt",
+        )  # the peer's checkpoint doesn't say what its ids mean
         letters.write_text("\n" * prompt)
         numbers.write_text(" ".join(["0"] * prompt))
         common = flags(num_samples=samples, max_new_tokens=new, temperature=0.8, top_k=200, device=bench.device.type)
 
-        def timed(folder: Path, module: str, function: str, more: list[str], common=common, tokens=new * samples) -> dict:
-            done = shell([sys.executable, "-c", STOPWATCH, str(folder), module, function, "sample.py", *common, *more], cwd=folder)
+        def timed(
+            folder: Path, module: str, function: str, more: list[str], common=common, tokens=new * samples
+        ) -> dict:
+            done = shell(
+                [sys.executable, "-c", STOPWATCH, str(folder), module, function, "sample.py", *common, *more],
+                cwd=folder,
+            )
             return {"tokens_per_second": tokens / float(done["output"].split("stopwatch ")[-1])}
 
-        sides = {"ours": lambda timed=timed, letters=letters, numbers=numbers: timed(ROOT, "parts.generate", "generate", [*source, f"--start=FILE:{numbers if bench.peer else letters}"])}
+        sides = {
+            "ours": lambda timed=timed, letters=letters, numbers=numbers: timed(
+                ROOT, "parts.generate", "generate", [*source, f"--start=FILE:{numbers if bench.peer else letters}"]
+            )
+        }
         if a.peer_kind == "hf" and prompt + new <= block:  # its learned positions end with the block
-            sides["peer"] = lambda asked={"prompt": prompt, "new": new, "num_samples": samples}: bench.hf("generate", case, **asked)
+            sides["peer"] = lambda asked={"prompt": prompt, "new": new, "num_samples": samples}: bench.hf(
+                "generate", case, **asked
+            )
         elif bench.peer:
-            sides["peer"] = lambda timed=timed, letters=letters: timed(bench.peer, "model", "GPT.generate", flags(start=f"FILE:{letters}", out_dir=weights.parent, dtype="float32" if cpu else "bfloat16"))
+            sides["peer"] = lambda timed=timed, letters=letters: timed(
+                bench.peer,
+                "model",
+                "GPT.generate",
+                flags(start=f"FILE:{letters}", out_dir=weights.parent, dtype="float32" if cpu else "bfloat16"),
+            )
         print(f"sample {title}: prompt {prompt}, {new} new tokens, {samples} sequences", flush=True)
         figures[title] = compare(in_turn(a.pairs, sides), "tokens_per_second", False)
         show(f"sample {title}, tokens/s", figures[title])
@@ -385,7 +507,11 @@ def data_section(bench: Bench) -> dict:
     a, figures = bench.a, {}
     text, folder = bench.folder / "text" / "input.txt", bench.folder / "text"
     folder.mkdir()
-    words = (bench.data_dir / "shakespeare_char" / "input.txt").read_bytes() if bench.peer else b"".join(bytes([32 + i % 95]) for i in range(10**6))
+    words = (
+        (bench.data_dir / "shakespeare_char" / "input.txt").read_bytes()
+        if bench.peer
+        else b"".join(bytes([32 + i % 95]) for i in range(10**6))
+    )
     with text.open("wb") as file:
         for _ in range(a.text_mb * 2**20 // len(words) + 1):
             file.write(words)
@@ -439,7 +565,16 @@ def batches_figures(bench: Bench) -> dict:
     if bench.peer:
         tree = ast.parse((bench.peer / "train.py").read_text())
         (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_batch"]
-        names = {"np": np, "torch": torch, "os": os, "data_dir": str(folder), "block_size": T, "batch_size": B, "device_type": "cpu", "device": "cpu"}
+        names = {
+            "np": np,
+            "torch": torch,
+            "os": os,
+            "data_dir": str(folder),
+            "block_size": T,
+            "batch_size": B,
+            "device_type": "cpu",
+            "device": "cpu",
+        }
         exec(compile(ast.Module([function], []), "the peer's get_batch", "exec"), names)
         sides["peer"] = lambda: names["get_batch"]("train")
 
@@ -451,7 +586,11 @@ def batches_figures(bench: Bench) -> dict:
 
     for call in sides.values():
         turn(call)
-    figures = {"ms": compare(in_turn(4 * a.pairs, {name: lambda call=call: turn(call) for name, call in sides.items()}), "ms", True)}
+    figures = {
+        "ms": compare(
+            in_turn(4 * a.pairs, {name: lambda call=call: turn(call) for name, call in sides.items()}), "ms", True
+        )
+    }
     show("batches, ms", figures["ms"])
     stream, held = data.source.stream(0, 0, B, B, cpu, False), []
     for batch in range(a.batches):
@@ -466,15 +605,35 @@ def batches_figures(bench: Bench) -> dict:
 def startup_section(bench: Bench) -> dict:
     """Seconds from the start of the process to the end of the first step; and to the end of --help."""
     a, figures = bench.a, {}
-    common = SMALL | {"dataset": "shakespeare_char", "device": bench.device.type, "compile": False, "eval_iters": 1, "log_interval": 1, "bias": False}
+    common = SMALL | {
+        "dataset": "shakespeare_char",
+        "device": bench.device.type,
+        "compile": False,
+        "eval_iters": 1,
+        "log_interval": 1,
+        "bias": False,
+    }
 
     def until_first_step(argv: list[str], line: str, cwd: Path) -> dict:
         out = tempfile.mkdtemp(dir=bench.folder)
-        return {"seconds": shell([sys.executable, *argv, *flags(**common, max_iters=1, out_dir=out)], cwd, line)["reached"]}
+        return {
+            "seconds": shell([sys.executable, *argv, *flags(**common, max_iters=1, out_dir=out)], cwd, line)["reached"]
+        }
 
-    sides = {"ours": lambda: until_first_step([str(ROOT / "train.py"), *flags(data_dir=bench.data_dir)], "step 1: loss", ROOT)}
+    sides = {
+        "ours": lambda: until_first_step(
+            [str(ROOT / "train.py"), *flags(data_dir=bench.data_dir)], "step 1: loss", ROOT
+        )
+    }
     if bench.peer:
-        theirs = ["train.py", *flags(dropout=0.0, gradient_accumulation_steps=1, dtype="float32" if bench.device.type == "cpu" else "bfloat16")]
+        theirs = [
+            "train.py",
+            *flags(
+                dropout=0.0,
+                gradient_accumulation_steps=1,
+                dtype="float32" if bench.device.type == "cpu" else "bfloat16",
+            ),
+        ]
         sides["peer"] = lambda: until_first_step(theirs, "iter 0: loss", bench.peer)
     for call in sides.values():
         call()  # files into the page cache
@@ -528,7 +687,10 @@ def held_out_loss(model, val: Path, block: int) -> float:
     dtype, training, device = model.compute_dtype, model.training, model.wte.weight.device
     model.eval().compute_dtype = torch.float32
     with torch.no_grad():
-        total = sum(float(model(x.to(device), y.to(device)).sum(dtype=torch.float64)) for x, y in zip(idx.split(256), targets.split(256), strict=True))
+        total = sum(
+            float(model(x.to(device), y.to(device)).sum(dtype=torch.float64))
+            for x, y in zip(idx.split(256), targets.split(256), strict=True)
+        )
     model.train(training).compute_dtype = dtype
     return total / (windows * block)
 
@@ -549,26 +711,81 @@ def race_section(bench: Bench) -> dict:
 
     def ours(seed: int) -> dict:
         out = Path(tempfile.mkdtemp(dir=bench.folder))
-        argv = [config, *flags(data_dir=bench.data_dir, dataset="shakespeare_char", out_dir=out, seed=seed, device=bench.device.type, log_interval=1, eval_interval=10, eval_iters=1)]
+        argv = [
+            config,
+            *flags(
+                data_dir=bench.data_dir,
+                dataset="shakespeare_char",
+                out_dir=out,
+                seed=seed,
+                device=bench.device.type,
+                log_interval=1,
+                eval_interval=10,
+                eval_iters=1,
+            ),
+        ]
         begin = time.perf_counter()
         shell([sys.executable, "-c", OURS, str(val), str(block), str(out / "curve.json"), *argv])
         wall = time.perf_counter() - begin
-        lines = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["event"] == "train"]
+        lines = [
+            line
+            for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if line["event"] == "train"
+        ]
         seconds, tokens, shape = {0: 0.0}, {0: 0}, json.loads((out / "train_config.json").read_text())["_model"]
         for line in lines:
             seconds[line["step"]] = seconds[line["step"] - 1] + line["step_ms"] / 1e3
             tokens[line["step"]] = line["tokens"]
-        curve = [{"step": step, "seconds": seconds[step], "tokens": tokens[step], "loss": loss} for step, loss in json.loads((out / "curve.json").read_text())]
-        model = GPT(GPTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}))
-        return {"seed": seed, "wall": wall, "curve": curve, "loss": curve[-1]["loss"], "parameters": model.count_parameters()}
+        curve = [
+            {"step": step, "seconds": seconds[step], "tokens": tokens[step], "loss": loss}
+            for step, loss in json.loads((out / "curve.json").read_text())
+        ]
+        model = GPT(
+            GPTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()})
+        )
+        return {
+            "seed": seed,
+            "wall": wall,
+            "curve": curve,
+            "loss": curve[-1]["loss"],
+            "parameters": model.count_parameters(),
+        }
 
     def theirs(seed: int, lr: float) -> dict:
         out = Path(tempfile.mkdtemp(dir=bench.folder))
-        recipe = {"max_iters": a.peer_iters, "lr_decay_iters": a.peer_iters, "learning_rate": lr, "min_lr": lr / 10, "beta2": 0.99, "warmup_iters": 100}
-        asked = {"eval_interval": max(1, a.peer_iters // 20), "eval_iters": 1, "log_interval": 1, "always_save_checkpoint": True, "bias": False}
-        system = {"device": bench.device.type, "compile": not cpu, "dtype": "float32" if cpu else "bfloat16", "gradient_accumulation_steps": 1}
+        recipe = {
+            "max_iters": a.peer_iters,
+            "lr_decay_iters": a.peer_iters,
+            "learning_rate": lr,
+            "min_lr": lr / 10,
+            "beta2": 0.99,
+            "warmup_iters": 100,
+        }
+        asked = {
+            "eval_interval": max(1, a.peer_iters // 20),
+            "eval_iters": 1,
+            "log_interval": 1,
+            "always_save_checkpoint": True,
+            "bias": False,
+        }
+        system = {
+            "device": bench.device.type,
+            "compile": not cpu,
+            "dtype": "float32" if cpu else "bfloat16",
+            "gradient_accumulation_steps": 1,
+        }
         where = {"dataset": "shakespeare_char", "out_dir": out}
-        done = shell([sys.executable, "-c", RACER, str(seed), "train.py", *flags(**{"dropout": 0.0} | case | recipe | asked | system | where)], cwd=bench.peer)
+        done = shell(
+            [
+                sys.executable,
+                "-c",
+                RACER,
+                str(seed),
+                "train.py",
+                *flags(**{"dropout": 0.0} | case | recipe | asked | system | where),
+            ],
+            cwd=bench.peer,
+        )
         # The evaluation before an iteration falls into the time that is printed for it: such a one counts as the median one.
         printed = [float(ms) / 1e3 for ms in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", done["output"], re.M)]
         usual = statistics.median(printed)
@@ -579,26 +796,50 @@ def race_section(bench: Bench) -> dict:
             model = GPT(GPTConfig(**loaded.shape))
             model.load_weights(loaded.weights, str(path))
             step = int(path.stem[5:])
-            curve.append({"step": step, "seconds": sum(spent[:step]), "tokens": step * case["batch_size"] * block, "loss": held_out_loss(model, val, block)})
-        return {"seed": seed, "lr": lr, "wall": done["seconds"], "curve": curve, "loss": curve[-1]["loss"], "parameters": model.count_parameters()}
+            curve.append(
+                {
+                    "step": step,
+                    "seconds": sum(spent[:step]),
+                    "tokens": step * case["batch_size"] * block,
+                    "loss": held_out_loss(model, val, block),
+                }
+            )
+        return {
+            "seed": seed,
+            "lr": lr,
+            "wall": done["seconds"],
+            "curve": curve,
+            "loss": curve[-1]["loss"],
+            "parameters": model.count_parameters(),
+        }
 
     runs: dict[str, list[dict]] = {"ours": []} | {f"peer, lr {lr:g}": [] for lr in a.peer_lr}
     for seed in range(a.seeds):
-        for name, call in {"ours": ours, **{f"peer, lr {lr:g}": lambda seed, lr=lr: theirs(seed, lr) for lr in a.peer_lr}}.items():
+        for name, call in {
+            "ours": ours,
+            **{f"peer, lr {lr:g}": lambda seed, lr=lr: theirs(seed, lr) for lr in a.peer_lr},
+        }.items():
             runs[name].append(call(seed))
             last = runs[name][-1]["curve"][-1]
-            print(f"  seed {seed} {name}: loss {last['loss']:.4f} after {last['step']} steps, {last['seconds']:.1f} s", flush=True)
+            print(
+                f"  seed {seed} {name}: loss {last['loss']:.4f} after {last['step']} steps, {last['seconds']:.1f} s",
+                flush=True,
+            )
     figures: dict = {"runs": runs, "goals": {}}
     for name in [name for name in runs if name != "ours"]:
         goal = statistics.mean(run["loss"] for run in runs[name])
-        their = {key: statistics.median(run["curve"][-1][key] for run in runs[name]) for key in ("step", "tokens", "seconds")}
+        their = {
+            key: statistics.median(run["curve"][-1][key] for run in runs[name]) for key in ("step", "tokens", "seconds")
+        }
         reached = [next((point for point in run["curve"] if point["loss"] <= goal), None) for run in runs["ours"]]
         told = {"goal": goal, "peer": their, "ours": reached}
         print(f"race to {name}'s loss {goal:.4f}: it took {their['step']} steps, {their['seconds']:.1f} s")
         if all(reached):
             our = {key: statistics.median(point[key] for point in reached) for key in ("step", "tokens", "seconds")}
             told["ratio"] = {key: their[key] / our[key] for key in our}
-            print(f"  ours {our['step']} steps, {our['seconds']:.1f} s: {told['ratio']['step']:.1f} x fewer steps, {told['ratio']['tokens']:.1f} x tokens, {told['ratio']['seconds']:.1f} x seconds")
+            print(
+                f"  ours {our['step']} steps, {our['seconds']:.1f} s: {told['ratio']['step']:.1f} x fewer steps, {told['ratio']['tokens']:.1f} x tokens, {told['ratio']['seconds']:.1f} x seconds"
+            )
         else:
             print("  ours did not reach it with every seed")
         figures["goals"][name] = told
@@ -615,10 +856,20 @@ def draw_race(runs: dict[str, list[dict]], goals: dict, picture: Path) -> None:
     for axes, key in zip(sheet.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
         for name, seeds in runs.items():
             for run in seeds:
-                axes.plot([p[key] for p in run["curve"]], [p["loss"] for p in run["curve"]], color=colors[name], linewidth=1.2, label=name if run is seeds[0] else None)
+                axes.plot(
+                    [p[key] for p in run["curve"]],
+                    [p["loss"] for p in run["curve"]],
+                    color=colors[name],
+                    linewidth=1.2,
+                    label=name if run is seeds[0] else None,
+                )
         for name, told in goals.items():
             axes.axhline(told["goal"], color=colors[name], linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", xlabel={"step": "optimizer steps", "seconds": "seconds of training"}[key], ylim=(min(t["goal"] for t in goals.values()) - 0.15, 3.0))
+        axes.set(
+            xscale="log",
+            xlabel={"step": "optimizer steps", "seconds": "seconds of training"}[key],
+            ylim=(min(t["goal"] for t in goals.values()) - 0.15, 3.0),
+        )
         axes.grid(alpha=0.25, which="both")
     sheet.axes[0].set_ylabel("loss on the held-out text (nats per character)")
     sheet.axes[0].legend(frameon=False)
@@ -643,4 +894,6 @@ if __name__ == "__main__":
     asked = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "all"
     if asked not in SECTIONS:
         configurator.tell([f"{asked}: no such section; there are {', '.join(SECTIONS)}"])
-    configurator.run(main, (asked, configurator.parse(TABLE, [word for word in sys.argv[1:] if word != asked], __doc__, check=check)))
+    configurator.run(
+        main, (asked, configurator.parse(TABLE, [word for word in sys.argv[1:] if word != asked], __doc__, check=check))
+    )

@@ -80,7 +80,11 @@ def convert(row: Row, given: Any) -> Any:
     kind = type(row.default)
     if kind is tuple:
         items = given if isinstance(given, list | tuple) else [given]
-        words = [word for item in items for word in (item.replace(",", " ").split() if isinstance(item, str) and row.split else [item])]
+        words = [
+            word
+            for item in items
+            for word in (item.replace(",", " ").split() if isinstance(item, str) and row.split else [item])
+        ]
         one = dataclasses.replace(row, default=row.item())
         return tuple(convert(one, word) for word in words)
     if kind is dict:
@@ -152,7 +156,9 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
             return base**power
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
             sides = evaluate(left, names), evaluate(right, names)
-            if not all(isinstance(side, int | float) for side in sides) and not (type(op) is ast.Add and all(isinstance(side, str) for side in sides)):
+            if not all(isinstance(side, int | float) for side in sides) and not (
+                type(op) is ast.Add and all(isinstance(side, str) for side in sides)
+            ):
                 raise ValueError("only numbers are computed with, and text added to text")
             return ARITHMETIC[type(op)](*sides)
         case ast.Call(ast.Name("str"), [argument], []):
@@ -174,7 +180,9 @@ def read_python(text: str, path: str) -> dict[str, Any]:
             match statement:
                 case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
                     continue  # the docstring, and what time.time() needs
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value) if value is not None:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value) if (
+                    value is not None
+                ):
                     values[name] = evaluate(value, values)
                 case ast.Assign([ast.Tuple(targets)], ast.Tuple(items)) if len(targets) == len(items):
                     values |= {target.id: evaluate(item, values) for target, item in zip(targets, items, strict=True)}
@@ -233,8 +241,16 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
         allow_abbrev=False,
     )
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)  # also -1e-4
-    parser.add_argument("--config_path", action="append", metavar="CONFIG", default=argparse.SUPPRESS, help="a config file, as without this word")
-    parser.add_argument("--print_config", action="store_true", help="print every argument, its value and where it came from, and stop")
+    parser.add_argument(
+        "--config_path",
+        action="append",
+        metavar="CONFIG",
+        default=argparse.SUPPRESS,
+        help="a config file, as without this word",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print every argument, its value and where it came from, and stop"
+    )
     for title, rows in table.items():
         group = parser.add_argument_group(title)
         for row in rows:
@@ -243,10 +259,23 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
             common: dict[str, Any] = {"dest": row.name, "default": argparse.SUPPRESS}
             if kind is bool:
                 group.add_argument(f"--{row.name}", nargs="?", const="true", metavar="BOOL", help=says, **common)
-                group.add_argument(f"--no-{row.name}", action="store_const", const="false", help=argparse.SUPPRESS, **common)
+                group.add_argument(
+                    f"--no-{row.name}", action="store_const", const="false", help=argparse.SUPPRESS, **common
+                )
             else:
-                metavar = "{" + ",".join(row.choices) + "}" if row.choices else (row.item if kind is tuple else kind).__name__.upper()
-                group.add_argument(f"--{row.name}", *([f"--{row.alias}"] if row.alias else []), nargs="*" if kind is tuple else "?", metavar=metavar, help=says, **common)
+                metavar = (
+                    "{" + ",".join(row.choices) + "}"
+                    if row.choices
+                    else (row.item if kind is tuple else kind).__name__.upper()
+                )
+                group.add_argument(
+                    f"--{row.name}",
+                    *([f"--{row.alias}"] if row.alias else []),
+                    nargs="*" if kind is tuple else "?",
+                    metavar=metavar,
+                    help=says,
+                    **common,
+                )
     return parser
 
 
@@ -300,11 +329,17 @@ class Layers:
 
     def lay_beneath(self, origin: str, layer: dict[str, Any]) -> None:
         """Lay a resumed run's values between the defaults and what was given, which must keep the model's shape."""
-        stronger = {name: (self.values[name], self.source[name]) for name in self.rows if self.source[name] != "default"}
-        self.lay(origin, {name: value for name, value in layer.items() if name not in self.rows or not self.rows[name].once})
+        stronger = {
+            name: (self.values[name], self.source[name]) for name in self.rows if self.source[name] != "default"
+        }
+        self.lay(
+            origin, {name: value for name, value in layer.items() if name not in self.rows or not self.rows[name].once}
+        )
         for name, (value, source) in stronger.items():
             if self.rows[name].shape and value != self.values[name]:
-                self.mistakes.append(f"--{name}={show(value)}: the run in {origin} has {show(self.values[name])}, and its shape can't change on resume")
+                self.mistakes.append(
+                    f"--{name}={show(value)}: the run in {origin} has {show(self.values[name])}, and its shape can't change on resume"
+                )
             self.values[name], self.source[name] = value, source
 
 
@@ -349,8 +384,14 @@ def resolve(
     followed = [name for name in layer if source[name] == "default"]
     layers.lay(origin, {name: layer[name] for name in followed})
     arguments = arguments_class(**values)
-    unused = [name for name, row in rows.items() if row.needs and source[name] not in ("default", lower, origin) and not row.needs.holds(arguments)]
-    refused = [f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE]
+    unused = [
+        name
+        for name, row in rows.items()
+        if row.needs and source[name] not in ("default", lower, origin) and not row.needs.holds(arguments)
+    ]
+    refused = [
+        f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE
+    ]
     return Resolved(arguments, source, [*layers.mistakes, *refused, *check(arguments, source)], unused, followed)
 
 
@@ -375,16 +416,29 @@ def parse(
             layers.append((path, read_file(path)))
         except Mistake as mistake:
             mistakes.append(str(mistake))
-    arguments, source, wrong, unused, followed = resolve(table, [*layers, (COMMAND_LINE, given)], base, beneath, follows, check)
+    arguments, source, wrong, unused, followed = resolve(
+        table, [*layers, (COMMAND_LINE, given)], base, beneath, follows, check
+    )
     if mistakes + wrong:
         tell(mistakes + wrong)
     for name in unused:
         if getattr(arguments, name) != rows[name].default and os.environ.get("RANK", "0") == "0":
-            print(f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}", file=sys.stderr)
+            print(
+                f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}",
+                file=sys.stderr,
+            )
     if followed and not print_config and os.environ.get("RANK", "0") == "0":
-        print(f"{source[followed[0]]} gives {' '.join(f'--{name}={show(getattr(arguments, name))}' for name in followed)}", file=sys.stderr)
+        print(
+            f"{source[followed[0]]} gives {' '.join(f'--{name}={show(getattr(arguments, name))}' for name in followed)}",
+            file=sys.stderr,
+        )
     if print_config:
-        run(lambda _: print("\n".join(f"{name:40} {show(getattr(arguments, name)):30} {source[name]}" for name in rows), flush=True), None)
+        run(
+            lambda _: print(
+                "\n".join(f"{name:40} {show(getattr(arguments, name)):30} {source[name]}" for name in rows), flush=True
+            ),
+            None,
+        )
         raise SystemExit(0)
     return arguments
 

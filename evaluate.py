@@ -14,14 +14,22 @@ import configurator
 import train_args
 from configurator import Needs, Row
 
-DECODE = {"greedy": (0.0, 0, 1.0), "standard": (0.7, 50, 0.95), "liberal": (0.85, 2000, 1.0)}  # temperature, top_k, top_p, as in agent_tunix
+DECODE = {
+    "greedy": (0.0, 0, 1.0),
+    "standard": (0.7, 50, 0.95),
+    "liberal": (0.85, 2000, 1.0),
+}  # temperature, top_k, top_p, as in agent_tunix
 RUN = Needs("--init_from=resume", lambda a: a.init_from == "resume")
 TASKS = Needs("--tasks", lambda a: bool(a.tasks))
 TABLE = {
     "model": [
         Row("out_dir", "out", "the run", needs=RUN),
         Row("checkpoint", "best", "best, last, or a step", needs=RUN),
-        Row("init_from", "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"),
+        Row(
+            "init_from",
+            "resume",
+            "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights",
+        ),
     ],
     "losses": [
         Row("datasets", (), "datasets to take losses on (none: the run's own)"),
@@ -30,7 +38,13 @@ TABLE = {
     ],
     "tasks": [
         Row("tasks", (), "datasets with a val.jsonl of prompts and answers, or paths to such files"),
-        Row("decode", "greedy", "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1", choices=tuple(DECODE), needs=TASKS),
+        Row(
+            "decode",
+            "greedy",
+            "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
+            choices=tuple(DECODE),
+            needs=TASKS,
+        ),
         Row("num_passes", 1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS),
         Row("max_new_tokens", 0, "tokens of an answer (0: the run's, otherwise 256)", low=0, needs=TASKS),
         Row("max_problems", 0, "so many problems of a task, the first ones (0: all)", low=0, needs=TASKS),
@@ -46,8 +60,14 @@ TABLE = {
 
 
 def check(a, source: dict[str, str]) -> list[str]:
-    wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
-    wrong += ["--num_passes: the likeliest answer is always the same; take --decode=standard or liberal"] * (a.num_passes > 1 and a.decode == "greedy")
+    wrong = (
+        []
+        if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal()
+        else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
+    )
+    wrong += ["--num_passes: the likeliest answer is always the same; take --decode=standard or liberal"] * (
+        a.num_passes > 1 and a.decode == "greedy"
+    )
     return wrong + ["--json: say where to write; there is no run"] * (a.init_from != "resume" and not a.json)
 
 
@@ -64,7 +84,19 @@ from tqdm import tqdm
 
 import sample
 from model import GPT, GPTConfig
-from parts import batches, bins, checkpoint, examples, generate, objectives, parallel, pretrained, tasks, templates, text
+from parts import (
+    batches,
+    bins,
+    checkpoint,
+    examples,
+    generate,
+    objectives,
+    parallel,
+    pretrained,
+    tasks,
+    templates,
+    text,
+)
 from parts.mistakes import Mistake
 
 
@@ -92,7 +124,9 @@ class Subject:
         self.model.to(self.device).eval()
         self.model.compute_dtype, _ = parallel.choose_dtype(a.dtype, self.device)
         self.data_dir = Path(a.data_dir or (self.run.data_dir if self.run else "data"))
-        self.target, self.truncated = ((self.run.target_field or "completion"), self.run.truncation_field) if self.run else ("completion", "")
+        self.target, self.truncated = (
+            ((self.run.target_field or "completion"), self.run.truncation_field) if self.run else ("completion", "")
+        )
 
     @property
     def tokenizer(self) -> text.Tokenizer:
@@ -120,7 +154,9 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
     count = min(windows.windows, a.max_windows or windows.windows)
     total = tokens = 0.0
     for first in tqdm(range(0, count, a.batch_size), desc=name, disable=not sys.stderr.isatty(), leave=False):
-        batch = batches.as_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(subject.device)
+        batch = batches.as_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(
+            subject.device
+        )
         losses = model(batch.idx, batch.targets)
         total, tokens = total + float(losses.sum()), tokens + losses.numel()
     told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
@@ -138,10 +174,15 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
     )  # fmt: skip
     held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
     total = tokens = 0.0
-    for first in tqdm(range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False):
+    for first in tqdm(
+        range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
+    ):
         some = held.items[first : first + a.batch_size]
         batch = examples.Collate()(some, 0, len(some), 1).to(subject.device)
-        total, tokens = total - float(objectives.logps(subject.model, batch.tokens, batch.more["mask"]).sum()), tokens + int(batch.more["mask"].sum())
+        total, tokens = (
+            total - float(objectives.logps(subject.model, batch.tokens, batch.more["mask"]).sum()),
+            tokens + int(batch.more["mask"].sum()),
+        )
     told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
     return told | ({"left_out": held.dropped} if held.dropped else {})
 
@@ -149,11 +190,15 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
 def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
     """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises Mistake."""
     run, told = subject.run, {}
-    own = run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")  # without its reference a loss of preferences means little
+    own = (
+        run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")
+    )  # without its reference a loss of preferences means little
     for name in a.datasets or (run.folders if own else ()):
         folder, reads = subject.data_dir / name, run.reads if run else "bins"
         bins.prepare_if_missing(folder, reads)
-        told[name] = loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)
+        told[name] = (
+            loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)
+        )
     if own and run.validation_file and not a.datasets:
         told[Path(run.validation_file).stem] = loss_of_examples(subject, Path(run.validation_file), a)
     return told
@@ -171,7 +216,12 @@ def problems_of(subject: Subject, task: str) -> list[dict]:
         path = subject.data_dir / task / "val.jsonl"
     if subject.template is not None:
         rows = examples.read_rows(path, "grpo", dict, [*subject.template.fields, "answer"])
-        return [{"prompt": " ".join(str(row[field]) for field in subject.template.fields)} | row | {"answer": str(row["answer"])} for row in rows]
+        return [
+            {"prompt": " ".join(str(row[field]) for field in subject.template.fields)}
+            | row
+            | {"answer": str(row["answer"])}
+            for row in rows
+        ]
     return examples.read_rows(path, "grpo", tasks.problem)
 
 
@@ -186,7 +236,9 @@ def judged(subject: Subject, task: str, a) -> dict:
     longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
     said: list[list[str]] = [[] for _ in problems]
     lengths, ended = [], 0
-    fit = [number for number, ids in enumerate(prompts) if len(ids) < model.config.block_size]  # the others can't be answered
+    fit = [
+        number for number, ids in enumerate(prompts) if len(ids) < model.config.block_size
+    ]  # the others can't be answered
     for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
         some = fit[first : first + a.batch_size]
         answers = generate.complete(
@@ -215,9 +267,26 @@ def judged(subject: Subject, task: str, a) -> dict:
     }  # fmt: skip
     for k in (2**i for i in range(1, passes.bit_length())):
         told[f"pass@{k}"] = mean([tasks.pass_at_k(passes, count, k) for count in right])
-        told[f"majority@{k}"] = mean([tasks.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k) if some else 0.0 for some, row in zip(said, problems, strict=True)])
-    told |= {"n": n, "passes": passes, "mean_tokens": sum(lengths) / max(1, len(lengths)), "ended": ended / max(1, len(lengths)), "too_long_to_answer": n - len(fit)}
-    return told | {"samples": [{"prompt": row["prompt"], "answer": row["answer"], "completion": some[0]} for some, row in zip(said[:5], problems[:5], strict=True) if some]}
+        told[f"majority@{k}"] = mean(
+            [
+                tasks.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k) if some else 0.0
+                for some, row in zip(said, problems, strict=True)
+            ]
+        )
+    told |= {
+        "n": n,
+        "passes": passes,
+        "mean_tokens": sum(lengths) / max(1, len(lengths)),
+        "ended": ended / max(1, len(lengths)),
+        "too_long_to_answer": n - len(fit),
+    }
+    return told | {
+        "samples": [
+            {"prompt": row["prompt"], "answer": row["answer"], "completion": some[0]}
+            for some, row in zip(said[:5], problems[:5], strict=True)
+            if some
+        ]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,9 +303,17 @@ def main(a) -> dict:
     }  # fmt: skip
     print(told["checkpoint"])
     for name, values in told["losses"].items():
-        print(f"  {name:20} " + "  ".join(f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in values.items()))
+        print(
+            f"  {name:20} "
+            + "  ".join(
+                f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}"
+                for key, value in values.items()
+            )
+        )
     for name, values in told["tasks"].items():
-        print(f"  {name:20} n {values['n']:,}, {values['passes']} answer{'s' * (values['passes'] > 1)} to each ({a.decode}), {values['mean_tokens']:.1f} tokens, {values['ended']:.1%} ended")
+        print(
+            f"  {name:20} n {values['n']:,}, {values['passes']} answer{'s' * (values['passes'] > 1)} to each ({a.decode}), {values['mean_tokens']:.1f} tokens, {values['ended']:.1%} ended"
+        )
         for key, value in values.items():
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")

@@ -28,7 +28,11 @@ TABLE = {
 if __name__ == "__main__":
     asked = sys.argv[1:3] if len(sys.argv) > 2 and not sys.argv[2].startswith("-") else []
     if sys.argv[1:] != ["--help"] and (not asked or asked[0] not in ACTIONS):
-        configurator.tell([f"say what to do and with which folder: python export.py consolidate out/run/checkpoints/000040 (there is: {', '.join(ACTIONS)})"])
+        configurator.tell(
+            [
+                f"say what to do and with which folder: python export.py consolidate out/run/checkpoints/000040 (there is: {', '.join(ACTIONS)})"
+            ]
+        )
     ARGUMENTS = configurator.parse(
         TABLE, sys.argv[3:] if asked else sys.argv[1:], __doc__,
         check=lambda a, source: ["--to: say which folder to write to"] * (ACTION in ("merge", "peft") and not a.to),
@@ -59,7 +63,9 @@ def consolidate(folder: Path, dtype: torch.dtype) -> Path:
     target, beside = folder / "model.safetensors", folder / f"model.safetensors{checkpoint.LEFTOVER}"
     save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, beside)
     with safe_open(beside, framework="pt") as file:
-        if set(file.keys()) != set(shards) or not all(torch.equal(file.get_tensor(name), shards[name].to(dtype)) for name in shards):
+        if set(file.keys()) != set(shards) or not all(
+            torch.equal(file.get_tensor(name), shards[name].to(dtype)) for name in shards
+        ):
             raise SystemExit(f"{beside}: what was written differs from the shards")
     os.replace(beside, target)
     checkpoint.write_manifest(folder)
@@ -83,23 +89,43 @@ def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     folder, config = lora_run(folder)
     loaded = pretrained.load_own(folder)
     to.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.to(dtype).contiguous() for name, weight in loaded.weights.items()}, to / "model.safetensors")
+    save_file(
+        {name: weight.to(dtype).contiguous() for name, weight in loaded.weights.items()}, to / "model.safetensors"
+    )
     checkpoint.write_json(to / "train_config.json", config | {"adapter": "none", "_base": {}})
     (to / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     checkpoint.write_manifest(to)
     return to / "model.safetensors"
 
 
-TO_PEFT = ((r"^blocks\.(\d+)\.", r"base_model.model.transformer.h.\1."), (r"\.attn\.qkv\.", ".attn.c_attn."), (r"\.mlp\.up\.", ".mlp.c_fc."), (r"\.proj\.", ".c_proj."), (r"\.(lora_[AB])$", r".\1.weight"))
+TO_PEFT = (
+    (r"^blocks\.(\d+)\.", r"base_model.model.transformer.h.\1."),
+    (r"\.attn\.qkv\.", ".attn.c_attn."),
+    (r"\.mlp\.up\.", ".mlp.c_fc."),
+    (r"\.proj\.", ".c_proj."),
+    (r"\.(lora_[AB])$", r".\1.weight"),
+)
 
 
 def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     """Write adapter_config.json and adapter_model.safetensors. Raises Mistake for a model that is no GPT-2."""
     folder, config = lora_run(folder)
     model = config["_model"]
-    gpt2 = {"norm": "layernorm", "position": "learned", "mlp": "plain", "qk_norm": False, "bias": True, "tie_weights": True, "logit_softcap": 0.0, "window": "L", "n_kv_head": 0}
+    gpt2 = {
+        "norm": "layernorm",
+        "position": "learned",
+        "mlp": "plain",
+        "qk_norm": False,
+        "bias": True,
+        "tie_weights": True,
+        "logit_softcap": 0.0,
+        "window": "L",
+        "n_kv_head": 0,
+    }
     if odd := [f"{name}={model[name]}" for name, usual in gpt2.items() if model[name] != usual]:
-        raise Mistake(f"{folder}: {', '.join(odd)}: no GPT-2, which is what transformers could put it on; merge it instead")
+        raise Mistake(
+            f"{folder}: {', '.join(odd)}: no GPT-2, which is what transformers could put it on; merge it instead"
+        )
     to.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in checkpoint.tensors(folder, "model").items():
@@ -119,8 +145,14 @@ def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
 def main(given) -> None:
     action, folder, a = given
     dtype = getattr(torch, a.dtype)
-    path = consolidate(folder, dtype) if action == "consolidate" else {"merge": merge, "peft": peft}[action](folder, Path(a.to), dtype)
-    print(f"{path}: {path.stat().st_size / 2**20:,.1f} MB{', compared with the shards' if action == 'consolidate' else ''}")
+    path = (
+        consolidate(folder, dtype)
+        if action == "consolidate"
+        else {"merge": merge, "peft": peft}[action](folder, Path(a.to), dtype)
+    )
+    print(
+        f"{path}: {path.stat().st_size / 2**20:,.1f} MB{', compared with the shards' if action == 'consolidate' else ''}"
+    )
 
 
 if __name__ == "__main__":

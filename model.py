@@ -89,7 +89,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), 1e-5)
+        return F.layer_norm(
+            x, self.weight.shape, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), 1e-5
+        )
 
 
 class FewPasses(torch.autograd.Function):
@@ -97,7 +99,11 @@ class FewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_().div_(x.size(-1))
+        mean_square = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+            .square_()
+            .div_(x.size(-1))
+        )
         scale = mean_square.add_(eps).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -167,7 +173,9 @@ class RotaryPosition(Position):
 
     def rotate(self, q: Tensor, where: slice | Tensor) -> Tensor:
         cos, sin = self.cos[where].to(q.dtype).unsqueeze(-3), self.sin[where].to(q.dtype).unsqueeze(-3)
-        return torch.addcmul(q * cos, q.roll(q.size(-1) // 2, dims=-1), sin)  # the halves (a, b) to (a cos - b sin, a sin + b cos)
+        return torch.addcmul(
+            q * cos, q.roll(q.size(-1) // 2, dims=-1), sin
+        )  # the halves (a, b) to (a cos - b sin, a sin + b cos)
 
 
 POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": Position}
@@ -188,7 +196,9 @@ def activation(name: str):
         assert not name.startswith("_") and function(torch.zeros(2, 4)).shape == (2, 4)
     except Exception:
         near = did_you_mean(name, [*ACTIVATIONS, *(n for n in dir(F) if n[0].islower())])
-        raise Mistake(f"--activation={name}: not an activation of torch.nn.functional, nor {' or '.join(ACTIVATIONS)}{near}") from None
+        raise Mistake(
+            f"--activation={name}: not an activation of torch.nn.functional, nor {' or '.join(ACTIVATIONS)}{near}"
+        ) from None
     return function
 
 
@@ -233,30 +243,52 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.fused = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]  # rows of q, k, v
+        self.fused = [
+            heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)
+        ]  # rows of q, k, v
         self.qkv = Linear(config.n_embd, sum(self.fused), bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.normalise = RMSNorm(self.head_dim, gain=False) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
-        self.first_values = nn.Parameter(torch.empty(1)) if config.value_residual and layer else None  # their part in this layer's
+        self.first_values = (
+            nn.Parameter(torch.empty(1)) if config.value_residual and layer else None
+        )  # their part in this layer's
 
         short = config.window[layer % len(config.window)] == "S"
-        self.span = min(config.block_size, config.window_size or max(1, config.block_size // 2)) if short else config.block_size
+        self.span = (
+            min(config.block_size, config.window_size or max(1, config.block_size // 2)) if short else config.block_size
+        )
         self.full = self.span == config.block_size
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: slice | Tensor) -> Tensor:
         """Of queries at positions `where` to keys from 0 on: (B, heads, T, D)."""
         T, S, dropout = q.size(2), k.size(2), self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T == S and T * self.span <= 2**20 and isinstance(where, slice):
-            return chunked_attention(q, k, v, self.span, dropout)  # scaled_dot_product_attention's backward is 2 to 4 times as slow there
-        plain = self.full and isinstance(where, slice) and T in (1, S)  # a whole square is causal, one new token sees every key
+        if (
+            q.device.type == "cpu"
+            and q.dtype == torch.bfloat16
+            and 1 < T == S
+            and T * self.span <= 2**20
+            and isinstance(where, slice)
+        ):
+            return chunked_attention(
+                q, k, v, self.span, dropout
+            )  # scaled_dot_product_attention's backward is 2 to 4 times as slow there
+        plain = (
+            self.full and isinstance(where, slice) and T in (1, S)
+        )  # a whole square is causal, one new token sees every key
         mask = None if plain else visible(where, S, self.span, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain and T > 1, enable_gqa=self.n_kv_head != self.n_head)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=plain and T > 1, enable_gqa=self.n_kv_head != self.n_head
+        )
 
-    def forward(self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor]:
         """first: the first layer's values, None in that layer itself; they come back beside the output."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.fused, dim=-1))  # (B, heads, T, D)
+        q, k, v = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.fused, dim=-1)
+        )  # (B, heads, T, D)
         q, k = position.rotate(self.normalise(q), where), position.rotate(self.normalise(k), where)
         if self.first_values is not None:  # Zhou et al. 2024
             v = torch.lerp(v, first, self.first_values.to(v.dtype))
@@ -303,7 +335,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm_2 = NORMS[config.norm](config.n_embd, config.bias)
         self.mlp = MLPS[config.mlp](config)
-        self.scales = nn.Parameter(torch.empty(2)) if config.residual_scalars else None  # of the stream and of the embedding
+        self.scales = (
+            nn.Parameter(torch.empty(2)) if config.residual_scalars else None
+        )  # of the stream and of the embedding
 
     def forward(self, x: Tensor, x0: Tensor, first: Tensor | None, *place) -> tuple[Tensor, Tensor]:
         """The stream x (B, T, C) and the first layer's values, from the stream, the embedding x0, and these values; `place` is the attention's."""
@@ -353,7 +387,9 @@ class ContextVocabularies(OneVocabulary):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         parts = zip(logits.split(self.sizes, dim=-1), targets.unbind(1), self.firsts, strict=True)
-        return torch.stack([super(ContextVocabularies, self).losses(part, target - first) for part, target, first in parts], dim=1)
+        return torch.stack(
+            [super(ContextVocabularies, self).losses(part, target - first) for part, target, first in parts], dim=1
+        )
 
     def choices(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
         return list(zip(self.firsts, logits.split(self.sizes, dim=-1), strict=True))
@@ -364,7 +400,9 @@ class SeparateVocabularies(OneVocabulary):
 
     def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
         row = torch.arange(logits.size(-1), device=logits.device)
-        owner_of_row, owner = (sum((x >= first).long() for first in self.firsts[1:]) for x in (row, ids))  # which dataset's
+        owner_of_row, owner = (
+            sum((x >= first).long() for first in self.firsts[1:]) for x in (row, ids)
+        )  # which dataset's
         return logits.masked_fill(owner[..., None] != owner_of_row, -math.inf)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -404,13 +442,20 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.bound, ctx.chunk = bound, chunk
         rows = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         weight = head.to(x.dtype)
-        return torch.cat([F.cross_entropy(ChunkedLoss.logits(part, weight, bound)[0], target, reduction="none") for part, target in rows]).view_as(targets)
+        return torch.cat(
+            [
+                F.cross_entropy(ChunkedLoss.logits(part, weight, bound)[0], target, reduction="none")
+                for part, target in rows
+            ]
+        ).view_as(targets)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, head, targets = ctx.saved_tensors
         weight, into_x, into_head = head.to(x.dtype), [], torch.zeros_like(head)
-        for part, target, g in zip(*(t.split(ctx.chunk) for t in (x.flatten(0, 1), targets.flatten(), grad.flatten())), strict=True):
+        for part, target, g in zip(
+            *(t.split(ctx.chunk) for t in (x.flatten(0, 1), targets.flatten(), grad.flatten())), strict=True
+        ):
             logits, slope = ChunkedLoss.logits(part, weight, ctx.bound)
             error = logits.softmax(-1)
             error[torch.arange(len(target), device=target.device), target] -= 1.0
@@ -473,7 +518,14 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0, 0.02).mul_(scale if name == "head.weight" else 1.0)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None, positions: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Logits (B, T, V), or with targets the loss of each of them, float32 and in their shape, of the logits over the temperature.
 
         idx, targets: ids, (B, T), or (B, K, T) of K contexts, at positions below block_size: from 0 on, or where the cache says, which
@@ -507,7 +559,9 @@ class GPT(nn.Module):
             if grow and name in ("wte.weight", "head.weight") and len(given) < len(parameter):
                 given = torch.cat((given, parameter[len(given) :]))
             if given.shape != parameter.shape:
-                raise Mistake(f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model")
+                raise Mistake(
+                    f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model"
+                )
             parameter.copy_(sharded_like(given, parameter))
 
     def fused_rows(self) -> dict[str, list[int]]:
@@ -521,7 +575,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs of a training token: 6 a weight in a product, 12 T C a layer for attention
         (PaLM, Chowdhery et al. 2022, appendix B); the windows' shorter spans are counted as such."""
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name not in ("wte.weight", "position.weight"))
+        weights = sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if p.dim() == 2 and name not in ("wte.weight", "position.weight")
+        )
         weights += self.wte.weight.numel() * self.config.tie_weights
         spans = sum(block.attn.span for block in self.blocks)
         return 6.0 * weights + 12.0 * spans * self.config.n_embd

@@ -16,7 +16,22 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from parts import adapters, batches, bins, checkpoint, examples, objectives, optim, parallel, pretrained, rollouts, schedules, tasks, templates, text
+from parts import (
+    adapters,
+    batches,
+    bins,
+    checkpoint,
+    examples,
+    objectives,
+    optim,
+    parallel,
+    pretrained,
+    rollouts,
+    schedules,
+    tasks,
+    templates,
+    text,
+)
 from parts.mistakes import Mistake
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,12 +77,26 @@ def read_examples(args) -> dict[str, dict[str, list[dict]]]:
     """The rows of each dataset's splits. Raises Mistake."""
     if args.prompt_format:
         template = templates.parse(args.prompt_format)
-        others = {"sft": [args.target_field or "completion"], "dpo": ["chosen", "rejected"], "kto": ["completion", "label"], "grpo": ["answer"]}[args.objective]
+        others = {
+            "sft": [args.target_field or "completion"],
+            "dpo": ["chosen", "rejected"],
+            "kto": ["completion", "label"],
+            "grpo": ["answer"],
+        }[args.objective]
         fields = [*template.fields, *others]
     else:
         fields = []
-    adapted = dict if args.objective != "grpo" else tasks.problem if not fields else lambda row: row | {"answer": str(row.get("answer", ""))}
-    return {name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()} for name, files in example_files(args).items()}
+    adapted = (
+        dict
+        if args.objective != "grpo"
+        else tasks.problem
+        if not fields
+        else lambda row: row | {"answer": str(row.get("answer", ""))}
+    )
+    return {
+        name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()}
+        for name, files in example_files(args).items()
+    }
 
 
 def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]:
@@ -85,7 +114,9 @@ def vocabularies(args, metas: dict[str, bins.Meta]) -> dict[str, text.Tokenizer]
     return {first: tokenizers[first]}
 
 
-def example_tokenizer(args, base: pretrained.Pretrained | None, rows: dict[str, dict[str, list[dict]]]) -> dict[str, text.Tokenizer]:
+def example_tokenizer(
+    args, base: pretrained.Pretrained | None, rows: dict[str, dict[str, list[dict]]]
+) -> dict[str, text.Tokenizer]:
     """The tokenizer of examples: that of the weights, or from scratch of the dataset, with the tokens that the examples need. Raises Mistake."""
     name = next(iter(rows))
     if args.init_from == "resume":
@@ -94,12 +125,18 @@ def example_tokenizer(args, base: pretrained.Pretrained | None, rows: dict[str, 
         meta = next((folder for folder in args.folders.values() if (folder / "meta.json").exists()), None)
         known = bins.read_meta(meta).tokenizer if meta else text.ByteTokenizer()
     elif base.tokenizers is None or len(base.tokenizers) > 1:
-        raise Mistake(f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one")
+        raise Mistake(
+            f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one"
+        )
     else:
         known = next(iter(base.tokenizers.values()))
-    needed = examples.needed_tokens(known, (row for splits in rows.values() for some in splits.values() for row in some))
+    needed = examples.needed_tokens(
+        known, (row for splits in rows.values() for some in splits.values() for row in some)
+    )
     if needed is not known and args.adapter != "none":
-        raise Mistake(f"--adapter={args.adapter}: the base has no {', '.join(needed.ids)}, and its embedding can't learn them; train it with all weights on such examples first")
+        raise Mistake(
+            f"--adapter={args.adapter}: the base has no {', '.join(needed.ids)}, and its embedding can't learn them; train it with all weights on such examples first"
+        )
     return {name: needed}
 
 
@@ -120,11 +157,15 @@ def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
     return pretrained.load_base(began["_base"], say)
 
 
-def build_model(args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pretrained | None, began: dict) -> tuple[GPT, dict]:
+def build_model(
+    args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pretrained | None, began: dict
+) -> tuple[GPT, dict]:
     """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises Mistake."""
     sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
     torch.manual_seed(args.seed)
-    if args.init_from == "resume" and base is not None:  # its arguments are known; the shape follows from them and the base's vocabulary
+    if (
+        args.init_from == "resume" and base is not None
+    ):  # its arguments are known; the shape follows from them and the base's vocabulary
         model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began["_model"]["vocab_sizes"])))
         model.load_weights(base.weights, "the base", grow=True)
         return model, {}
@@ -133,16 +174,29 @@ def build_model(args, tokenizers: dict[str, text.Tokenizer], base: pretrained.Pr
             raise Mistake(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
         sizes = (args.vocab_size,) if args.vocab_size else sizes
         return GPT(GPTConfig.of(args, vocab_sizes=sizes)), {}
-    if args.objective == "lm" and base.tokenizers is not None and not (len(base.tokenizers) == len(tokenizers) == 1 and text.same(*base.tokenizers.values(), *tokenizers.values())):
-        raise Mistake(f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer")
+    if (
+        args.objective == "lm"
+        and base.tokenizers is not None
+        and not (
+            len(base.tokenizers) == len(tokenizers) == 1 and text.same(*base.tokenizers.values(), *tokenizers.values())
+        )
+    ):
+        raise Mistake(
+            f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer"
+        )
     known = sum(base.shape["vocab_sizes"])
     if args.objective == "lm" and sum(sizes) > known:
         raise Mistake(f"--init_from={args.init_from}: the weights know {known} tokens, the data has {sum(sizes)}")
-    shape = base.shape | {"block_size": min(args.block_size, base.shape["block_size"]), "vocab_sizes": (max(known, *sizes),)}
+    shape = base.shape | {
+        "block_size": min(args.block_size, base.shape["block_size"]),
+        "vocab_sizes": (max(known, *sizes),),
+    }
     model = GPT(GPTConfig.of(args, **shape))
     model.load_weights(base.weights, f"--init_from={args.init_from}", grow=args.objective != "lm")
     names = {field.name for field in dataclasses.fields(args)}
-    return model, {name: value for name, value in shape.items() if name in names} | {"vocab_size": sum(shape["vocab_sizes"])}
+    return model, {name: value for name, value in shape.items() if name in names} | {
+        "vocab_size": sum(shape["vocab_sizes"])
+    }
 
 
 def adapt(args, model: GPT, tokenizer: text.Tokenizer) -> None:
@@ -151,7 +205,11 @@ def adapt(args, model: GPT, tokenizer: text.Tokenizer) -> None:
         adapters.lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
     if args.adapter == "soft_prompt":
         seeds = templates.parse(args.prompt_format).seeds(tokenizer)
-        adapters.soft_prompt(model, adapters.initial_rows(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size), args.prompt_provider)
+        adapters.soft_prompt(
+            model,
+            adapters.initial_rows(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size),
+            args.prompt_provider,
+        )
     if args.adapter != "none":
         adapters.freeze(model)
 
@@ -160,27 +218,66 @@ def adapt(args, model: GPT, tokenizer: text.Tokenizer) -> None:
 # source and objective
 
 
-def open_bins(args, metas: dict[str, bins.Meta], tokenizers: dict[str, text.Tokenizer], model: GPT, mixture: batches.Mixture, ranks: parallel.Ranks) -> Data:
+def open_bins(
+    args,
+    metas: dict[str, bins.Meta],
+    tokenizers: dict[str, text.Tokenizer],
+    model: GPT,
+    mixture: batches.Mixture,
+    ranks: parallel.Ranks,
+) -> Data:
     """All of the text, by windows. Raises Mistake."""
     firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
     rows, pin = args.batch_size * args.gradient_accumulation_steps, ranks.device.type == "cuda"
-    windows = batches.open_data(Path(args.data_dir), args.mixture, metas, firsts, mixture, args.block_size, rows, args.sampling_method, args.seed)
+    windows = batches.open_data(
+        Path(args.data_dir),
+        args.mixture,
+        metas,
+        firsts,
+        mixture,
+        args.block_size,
+        rows,
+        args.sampling_method,
+        args.seed,
+    )
     objective = objectives.LanguageModel()
 
     def told(dataset: batches.Dataset, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
         for batch, counts in dataset.evaluation(args.eval_iters, args.batch_size, ranks.rank, ranks.world, pin):
             yield objective(net, batch.to(ranks.device), detailed=True)[1], counts
 
-    evaluated = {split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some] for split, some in windows.evaluated.items()}
+    evaluated = {
+        split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some]
+        for split, some in windows.evaluated.items()
+    }
     return Data(windows.source, evaluated, windows.weights, objective)
 
 
-def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.Tokenizer, model: GPT, reference: objectives.Reference | None, mixture: batches.Mixture, ranks: parallel.Ranks, say) -> Data:
+def open_examples(
+    args,
+    rows: dict[str, dict[str, list[dict]]],
+    tokenizer: text.Tokenizer,
+    model: GPT,
+    reference: objectives.Reference | None,
+    mixture: batches.Mixture,
+    ranks: parallel.Ranks,
+    say,
+) -> Data:
     """Examples, and the objective that learns from them. Raises Mistake."""
     a, V = args, model.wte.weight.size(0)
     template = templates.parse(a.prompt_format) if a.prompt_format else None
     limit = min(a.block_size, a.max_tokens or a.block_size) if template else a.block_size
-    coder = examples.Coder(tokenizer, limit, a.overflow, a.loss_on == "all", a.max_new_tokens if a.objective == "grpo" else 0, template, V, a.target_field or "completion" * (a.objective == "sft"), a.truncation_field)
+    coder = examples.Coder(
+        tokenizer,
+        limit,
+        a.overflow,
+        a.loss_on == "all",
+        a.max_new_tokens if a.objective == "grpo" else 0,
+        template,
+        V,
+        a.target_field or "completion" * (a.objective == "sft"),
+        a.truncation_field,
+    )
     opened = {
         split: [examples.Examples(name, splits[split], a.objective, coder, a.seed, number, f"{name}, {split}", a.packing) for number, (name, splits) in enumerate(rows.items())]
         for split in bins.SPLITS
@@ -188,14 +285,43 @@ def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.
     for split, some in opened.items():
         for dataset in some:
             if dataset.dropped:
-                say(f"{dataset.name}, {split}: {dataset.dropped} examples too long for {limit} tokens are left out, as --overflow says")
+                say(
+                    f"{dataset.name}, {split}: {dataset.dropped} examples too long for {limit} tokens are left out, as --overflow says"
+                )
     width, total = a.block_size if a.compile else 0, a.batch_size * a.gradient_accumulation_steps
-    collate = examples.CollateLabelled(width, ranks.world, limit) if a.objective == "kto" else examples.Collate(width, ranks.world)
-    answers = rollouts.Answers(model, ranks, tasks.parse_rewards(a.reward) if a.objective == "grpo" else [], a.num_generations, a.max_new_tokens, a.temperature, a.top_k, a.top_p)
+    collate = (
+        examples.CollateLabelled(width, ranks.world, limit)
+        if a.objective == "kto"
+        else examples.Collate(width, ranks.world)
+    )
+    answers = rollouts.Answers(
+        model,
+        ranks,
+        tasks.parse_rewards(a.reward) if a.objective == "grpo" else [],
+        a.num_generations,
+        a.max_new_tokens,
+        a.temperature,
+        a.top_k,
+        a.top_p,
+    )
     if a.objective == "grpo":
-        objective = objectives.GroupRelative(a.loss_type, a.epsilon, a.epsilon_high or a.epsilon, a.beta, a.importance_sampling_level, a.temperature, a.max_new_tokens, reference)
-        source = rollouts.RolloutSource(opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated)
-        told = {split: [partial(rollouts.evaluation, answers, dataset, a.eval_iters, a.batch_size) for dataset in some] for split, some in opened.items()}
+        objective = objectives.GroupRelative(
+            a.loss_type,
+            a.epsilon,
+            a.epsilon_high or a.epsilon,
+            a.beta,
+            a.importance_sampling_level,
+            a.temperature,
+            a.max_new_tokens,
+            reference,
+        )
+        source = rollouts.RolloutSource(
+            opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated
+        )
+        told = {
+            split: [partial(rollouts.evaluation, answers, dataset, a.eval_iters, a.batch_size) for dataset in some]
+            for split, some in opened.items()
+        }
     else:
         if a.objective == "sft":
             objective = objectives.FineTuning()
@@ -204,9 +330,13 @@ def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.
         else:
             good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
             bad = sum(dataset.windows for dataset in opened["train"]) - good
-            if lone := [f"{dataset.name}, {split}" for split, some in opened.items() for dataset in some if dataset.windows < 2]:
+            if lone := [
+                f"{dataset.name}, {split}" for split, some in opened.items() for dataset in some if dataset.windows < 2
+            ]:
                 raise Mistake(f"--objective=kto: {lone[0]}: has one example; each needs another's completion")
-            objective = objectives.KahnemanTversky(a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks)
+            objective = objectives.KahnemanTversky(
+                a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks
+            )
         source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
 
         def measured(dataset: examples.Examples, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
@@ -214,7 +344,10 @@ def open_examples(args, rows: dict[str, dict[str, list[dict]]], tokenizer: text.
                 yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], detailed=True)[1], counts
 
         told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
-    evaluated = {split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)] for split, hows in told.items()}
+    evaluated = {
+        split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)]
+        for split, hows in told.items()
+    }
     return Data(source, evaluated, mixture.final, objective, answers)
 
 
@@ -224,7 +357,12 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
     they follow from. The ranks share the work."""
     for split, some in data.evaluated.items():
         for dataset in (one.items for one in some):
-            said = [array.tobytes() for item in dataset.items for sequence in item.sequences for array in (sequence.ids, sequence.mask)]
+            said = [
+                array.tobytes()
+                for item in dataset.items
+                for sequence in item.sequences
+                for array in (sequence.ids, sequence.mask)
+            ]
             key = hashlib.sha256(b" ".join(said) + f"{weights} {args.dtype}".encode()).hexdigest()[:16]
             path = example_files(args)[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
             with ranks.main_first():
@@ -234,7 +372,9 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
                 collate, size = examples.Collate(), args.batch_size
                 for first in range(0, len(dataset.items), size * ranks.world):  # all ranks call the model as often
                     mine = range(first + ranks.rank * size, min(first + (ranks.rank + 1) * size, len(dataset.items)))
-                    batch = (collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)).to(ranks.device)
+                    batch = (
+                        collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
+                    ).to(ranks.device)
                     logp = objectives.logps(model.eval(), batch.tokens, batch.more["mask"]).sum(1).view(2, -1).T.cpu()
                     if mine:
                         told[mine.start : mine.stop] = logp
@@ -243,7 +383,9 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: paralle
                     if ranks.main:
                         checkpoint.write_tensors(path, {"logps": told})
             known = checkpoint.read_tensors(path)["logps"].tolist()
-            dataset.items = [item._replace(reference=tuple(values)) for item, values in zip(dataset.items, known, strict=True)]
+            dataset.items = [
+                item._replace(reference=tuple(values)) for item, values in zip(dataset.items, known, strict=True)
+            ]
     model.train()
 
 
@@ -260,7 +402,9 @@ def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[
 # all of it
 
 
-def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[str, text.Tokenizer], GPT, Data, dict, str]:
+def make(
+    args, began: dict, ranks: parallel.Ranks, say
+) -> tuple[object, dict[str, text.Tokenizer], GPT, Data, dict, str]:
     """(arguments, with what loaded weights and this machine decide of them; tokenizers; model, on the device and sharded; data; where the weights
     came from, if that must be known to resume: source and sha256; why the precision was chosen).
 
@@ -276,7 +420,11 @@ def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[st
     tokenizer = next(iter(tokenizers.values()))
     model, shape = build_model(args, tokenizers, base, began)
     args = dataclasses.replace(args, **shape)
-    told = {"source": base.source, "sha256": adapters.fingerprint(base.weights)} if base is not None and (args.adapter != "none" or args.compares) else {}
+    told = (
+        {"source": base.source, "sha256": adapters.fingerprint(base.weights)}
+        if base is not None and (args.adapter != "none" or args.compares)
+        else {}
+    )
     mixture = batches.mixture(
         1 if args.train_file else len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final,
         args.dataset_sampling_probs_transition_method, args.max_iters, args.dataset_mixing, args.dataset_interleaving,
@@ -284,8 +432,14 @@ def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[st
     model.compute_dtype, reason = parallel.choose_dtype(args.dtype, ranks.device)
     if ranks.largest(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
         model.compute_dtype = torch.bfloat16
-    args = dataclasses.replace(args, dtype=str(model.compute_dtype).removeprefix("torch."))  # a resumed run goes on in it
-    kind = {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference) if args.compares else "none"
+    args = dataclasses.replace(
+        args, dtype=str(model.compute_dtype).removeprefix("torch.")
+    )  # a resumed run goes on in it
+    kind = (
+        {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference)
+        if args.compares
+        else "none"
+    )
     still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model
     adapt(args, model, tokenizer)
     for part in (model, still):
@@ -298,7 +452,10 @@ def make(args, began: dict, ranks: parallel.Ranks, say) -> tuple[object, dict[st
     if args.objective == "lm":
         data = open_bins(args, metas, tokenizers, model, mixture, ranks)
     else:
-        reference = {"adapter": objectives.Reference(model, partial(adapters.switched_off, model)), "copy": objectives.Reference(still, nullcontext)}.get(kind)
+        reference = {
+            "adapter": objectives.Reference(model, partial(adapters.switched_off, model)),
+            "copy": objectives.Reference(still, nullcontext),
+        }.get(kind)
         data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
         if kind == "cache":
             look_up_reference(args, data, model, told["sha256"], ranks)
@@ -321,5 +478,13 @@ def settings(args) -> optim.Settings:
 def rate_factor(args):
     """step -> learning rate over the largest one."""
     floor = min(1.0, args.min_lr / args.learning_rate) if args.learning_rate else 0.0
-    plan = schedules.Plan(1.0, floor, args.warmup_iters, args.lr_decay_iters, args.lr_step_size, args.lr_step_gamma, args.wsd_decay_fraction)
+    plan = schedules.Plan(
+        1.0,
+        floor,
+        args.warmup_iters,
+        args.lr_decay_iters,
+        args.lr_step_size,
+        args.lr_step_gamma,
+        args.wsd_decay_fraction,
+    )
     return lambda step: schedules.learning_rate(args.schedule, plan, step)

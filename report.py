@@ -32,7 +32,9 @@ TABLE = {
 def given(argv: list[str]) -> tuple[list[str], list[str]]:
     """The folders among the words of the command line, and the other words."""
     try:
-        _, words, _, _ = configurator.read_command_line(configurator.build_parser(TABLE, ""), {row.name: row for rows in TABLE.values() for row in rows}, argv)
+        _, words, _, _ = configurator.read_command_line(
+            configurator.build_parser(TABLE, ""), {row.name: row for rows in TABLE.values() for row in rows}, argv
+        )
     except configurator.Mistake:
         return [], argv  # it is told with the others
     folders = [word for word in words if not (word.endswith(configurator.CONFIG_SUFFIXES) and os.path.isfile(word))]
@@ -66,7 +68,14 @@ class Reader:
         folders, without = runs.find(self.paths)
         told = []
         for folder, name in zip(folders, runs.names(folders), strict=True):
-            stamp = [name, *map(stamp_of, (folder / runs.METRICS, folder / runs.CONFIG, folder / outcomes.STATUS, folder / outcomes.PRUNED)), outcomes.going(folder)]
+            stamp = [
+                name,
+                *map(
+                    stamp_of,
+                    (folder / runs.METRICS, folder / runs.CONFIG, folder / outcomes.STATUS, folder / outcomes.PRUNED),
+                ),
+                outcomes.going(folder),
+            ]
             if folder not in self.known or self.known[folder][0] != stamp:
                 self.known[folder] = stamp, runs.read(folder, name, self.points)
             told.append(self.known[folder][1])
@@ -98,7 +107,9 @@ def write(a, reader: Reader, title: str) -> None:
     beside.write_text(whole, encoding="utf-8")
     os.replace(beside, out / "report.html")
     drawn = pictures.draw(told, shown, out)
-    print(f"{len(told)} runs: {out / 'report.html'} ({len(whole) / 1e6:.1f} MB), {', '.join(path.name for path in drawn) or 'no pictures: there is nothing to draw yet'}")
+    print(
+        f"{len(told)} runs: {out / 'report.html'} ({len(whole) / 1e6:.1f} MB), {', '.join(path.name for path in drawn) or 'no pictures: there is nothing to draw yet'}"
+    )
 
 
 def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
@@ -110,12 +121,20 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
         with looking:
             told, without = reader.read()
             if not last or last["runs"] != [id(run) for run in told] or last["without"] != without:
-                last.update(runs=[id(run) for run in told], kept=told, without=without, shown=page.payload(told, without, a.by, a.refresh))
+                last.update(
+                    runs=[id(run) for run in told],
+                    kept=told,
+                    without=without,
+                    shown=page.payload(told, without, a.by, a.refresh),
+                )
             return last["shown"]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):  # another site's name that leads here
+            if self.headers.get("Host", "").rpartition(":")[0] not in (
+                "127.0.0.1",
+                "localhost",
+            ):  # another site's name that leads here
                 return self.send_error(403)
             try:
                 if self.path == "/":
@@ -156,7 +175,11 @@ def main(asked) -> None:
     paths, a = asked
     reader = Reader(paths, a.points)
     places = [Path(path).resolve() for path in paths]
-    title = a.title or (", ".join(place.name for place in places) if len(places) <= 3 else os.path.basename(os.path.commonpath(places)) or "runs")
+    title = a.title or (
+        ", ".join(place.name for place in places)
+        if len(places) <= 3
+        else os.path.basename(os.path.commonpath(places)) or "runs"
+    )
     if not a.watch:
         return write(a, reader, title)
     page.page(page.payload(*reader.read(), a.by, a.refresh), title)  # mistakes are told before anything is served

@@ -25,14 +25,36 @@ TABLE = {
     "model": [
         Row("out_dir", "out", "the run", needs=RUN),
         Row("prompt_dir", (), "runs of soft prompts: one for all of --fields, or one for each", split=False),
-        Row("checkpoint", "best", "best, last, or a step", needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
-        Row("init_from", "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"),
+        Row(
+            "checkpoint",
+            "best",
+            "best, last, or a step",
+            needs=Needs("--init_from=resume", lambda a: a.init_from == "resume"),
+        ),
+        Row(
+            "init_from",
+            "resume",
+            "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights",
+        ),
     ],
     "text": [
-        Row("start", ("\n",), "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length", split=False),
+        Row(
+            "start",
+            ("\n",),
+            "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length",
+            split=False,
+        ),
         Row("chat", False, "the prompt is what a user says, to a model that was trained on messages"),
-        Row("stop_at_end", False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"),
-        Row("fields", (), "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file", split=False, needs=PROMPTED),
+        Row(
+            "stop_at_end", False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"
+        ),
+        Row(
+            "fields",
+            (),
+            "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file",
+            split=False,
+            needs=PROMPTED,
+        ),
         Row("dataset", "", "whose tokens to write, of a model with several vocabularies (none: the first)"),
         Row("num_samples", 3, "continuations, drawn together", low=1),
         Row("max_new_tokens", 500, "tokens of a continuation", low=1),
@@ -42,23 +64,39 @@ TABLE = {
         Row("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", low=0),
         Row("top_k", 200, "only the k likeliest (0: all)", low=0, needs=DRAWN),
         Row("top_p", 1.0, "only the likeliest that together reach p (1: all)", above=0, high=1, needs=DRAWN),
-        Row("min_p", 0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN),
+        Row(
+            "min_p", 0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN
+        ),
         Row("seed", 1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN),
     ],
     "system": [
         Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
         Row("dtype", "auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16")),
-        Row("compile", False, "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts"),
+        Row(
+            "compile",
+            False,
+            "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts",
+        ),
     ],
 }
 
 
 def check(a, source: dict[str, str]) -> list[str]:
-    wrong = [] if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal() else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
-    wrong += ["--start: has no effect with --prompt_dir; its text is made of --fields"] * (bool(a.prompt_dir) and source["start"] != "default")
+    wrong = (
+        []
+        if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal()
+        else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
+    )
+    wrong += ["--start: has no effect with --prompt_dir; its text is made of --fields"] * (
+        bool(a.prompt_dir) and source["start"] != "default"
+    )
     wrong += ["--fields: --prompt_dir needs it, a JSON object for each text"] * (bool(a.prompt_dir) and not a.fields)
     wrong += ["--chat: --start needs what the user says"] * (a.chat and source["start"] == "default")
-    wrong += [f"--compile: has no effect with --{name}" for name in ("prompt_dir", "chat", "stop_at_end") if a.compile and getattr(a, name)]
+    wrong += [
+        f"--compile: has no effect with --{name}"
+        for name in ("prompt_dir", "chat", "stop_at_end")
+        if a.compile and getattr(a, name)
+    ]
     return wrong + ["--start: empty; a model needs at least one token to go on from"] * (not a.start or "" in a.start)
 
 
@@ -142,9 +180,14 @@ def base_with_prompts(runs: list[Path]) -> tuple[GPT, text.Tokenizer, list[int]]
     """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises Mistake."""
     configs = [told_of(run) for run in runs]
     base, shape = pretrained.load_base(configs[0]["_base"], say), configs[0]["_model"]
-    model = GPT(GPTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}))
+    model = GPT(
+        GPTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()})
+    )
     model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
-    rows = [adapters.prompt_rows(checkpoint.tensors(folder, "model"), config["prompt_provider"]) for folder, config in zip(runs, configs, strict=True)]
+    rows = [
+        adapters.prompt_rows(checkpoint.tensors(folder, "model"), config["prompt_provider"])
+        for folder, config in zip(runs, configs, strict=True)
+    ]
     adapters.soft_prompt(model, torch.cat(rows), "tensor")
     firsts = [sum(shape["vocab_sizes"]) + sum(map(len, rows[:i])) for i in range(len(rows))]
     return model.eval(), next(iter(text.load(runs[0] / "tokenizer.json").values())), firsts
@@ -182,7 +225,7 @@ def read_fields(given: str) -> list[dict]:
     except ValueError as error:
         raise Mistake(f"--fields={given}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise Mistake(f"--fields={given}: must be a JSON object such as {{\"toxic\": \"...\"}}")
+        raise Mistake(f'--fields={given}: must be a JSON object such as {{"toxic": "..."}}')
     return [row]
 
 
@@ -192,11 +235,26 @@ def answer(a, model: GPT, tokenizer: text.Tokenizer, prompts: list[list[int]], t
     model.to(device)
     model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
     if (longest := max(map(len, prompts))) >= model.config.block_size:
-        raise Mistake(f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}")
+        raise Mistake(
+            f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}"
+        )
     torch.manual_seed(a.seed)
-    answers = generate.complete(model, prompts, a.max_new_tokens, tokenizer.eot, tokenizer.vocab_size, a.temperature, a.top_k, a.top_p, a.min_p, a.num_samples)
+    answers = generate.complete(
+        model,
+        prompts,
+        a.max_new_tokens,
+        tokenizer.eot,
+        tokenizer.vocab_size,
+        a.temperature,
+        a.top_k,
+        a.top_p,
+        a.min_p,
+        a.num_samples,
+    )
     for number, one in enumerate(answers):
-        print(f"{titles[number // a.num_samples]}{tokenizer.decode(one.ids[:-1] if one.ended else one.ids)}\n---------------")
+        print(
+            f"{titles[number // a.num_samples]}{tokenizer.decode(one.ids[:-1] if one.ended else one.ids)}\n---------------"
+        )
 
 
 def main(a) -> None:
@@ -212,7 +270,11 @@ def main(a) -> None:
         if a.chat and examples.ROLES["assistant"] not in getattr(tokenizer, "ids", {}):
             raise Mistake("--chat: this model was not trained on messages")
         coder = examples.Coder(tokenizer, model.config.block_size)
-        ids = coder.prompt({"prompt": [{"role": "user", "content": words}]}) if a.chat else encode(tokenizer, words).tolist()
+        ids = (
+            coder.prompt({"prompt": [{"role": "user", "content": words}]})
+            if a.chat
+            else encode(tokenizer, words).tolist()
+        )
         return answer(a, model, tokenizer, [ids], ["" if a.chat else words])
     model.to(device)
     model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
@@ -222,18 +284,30 @@ def main(a) -> None:
     names = list(tokenizers)
 
     if a.dataset and (a.dataset not in names or contexts):
-        raise Mistake(f"--dataset={a.dataset}: " + ("the contexts are continued together" if contexts else f"the model has vocabularies of {', '.join(names)}"))
+        raise Mistake(
+            f"--dataset={a.dataset}: "
+            + (
+                "the contexts are continued together"
+                if contexts
+                else f"the model has vocabularies of {', '.join(names)}"
+            )
+        )
     chosen = names if contexts else [a.dataset or names[0]]
     if len(a.start) == 1 and a.start[0] == "\n":
         starts = a.start * len(chosen)
     elif len(a.start) == len(chosen):
         starts = a.start
     else:
-        raise Mistake(f"--start: {len(a.start)} given, {len(chosen)} needed" + (f", one for each context ({', '.join(names)})" if contexts else ""))
+        raise Mistake(
+            f"--start: {len(a.start)} given, {len(chosen)} needed"
+            + (f", one for each context ({', '.join(names)})" if contexts else "")
+        )
     firsts = [vocabulary.firsts[names.index(name)] for name in chosen]
     prompts = [encode(tokenizers[name], prompt(start)) for name, start in zip(chosen, starts, strict=True)]
     if len({len(ids) for ids in prompts}) > 1:
-        raise Mistake(f"--start: the contexts' prompts must be equally long, not {', '.join(str(len(ids)) for ids in prompts)} tokens")
+        raise Mistake(
+            f"--start: the contexts' prompts must be equally long, not {', '.join(str(len(ids)) for ids in prompts)} tokens"
+        )
 
     rows = np.stack([ids + first for ids, first in zip(prompts, firsts, strict=True)])  # (contexts, T)
     idx = torch.from_numpy(rows if contexts else rows[0]).to(device)
@@ -251,7 +325,10 @@ def main(a) -> None:
         stream.flush()
     for number, row in enumerate(out):
         if number or not stream:
-            streams = [(tokenizers[name], (ids - first).tolist()) for name, ids, first in zip(chosen, row.view(len(chosen), -1), firsts, strict=True)]
+            streams = [
+                (tokenizers[name], (ids - first).tolist())
+                for name, ids, first in zip(chosen, row.view(len(chosen), -1), firsts, strict=True)
+            ]
             if contexts:
                 print(aligned(chosen, [[tokenizer.decode([i]) for i in ids] for tokenizer, ids in streams]), end="")
             else:
@@ -269,7 +346,9 @@ def aligned(names: list[str], tokens: list[list[str]]) -> str:
         if "\n" in column[0]:
             blocks.append(lines)
             lines = [""] * len(names)
-    return "\n".join(f"{name:{width}} | {line}" for block in [*blocks, lines] for name, line in zip(names, block, strict=True))
+    return "\n".join(
+        f"{name:{width}} | {line}" for block in [*blocks, lines] for name, line in zip(names, block, strict=True)
+    )
 
 
 if __name__ == "__main__":

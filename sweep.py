@@ -33,14 +33,34 @@ TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
 SLURM = Needs("--launcher=slurm", lambda a: a.launcher == "slurm")
 TABLE: dict[str, list[Row]] = {
     "sweep (then: all arguments of train.py; values with commas between them vary, and so do those of a [list])": [
-        Row("launcher", "none", "none: print the runs; local: run them on this machine; slurm: write scripts for sbatch", choices=("none", "local", "slurm")),
-        Row("jobs", 0, "-j: runs at once (0: as many as the GPUs are enough for, one without GPUs); of a job array, 0: all", low=0),
-        Row("gpus_per_run", 1, "GPUs dealt to each run, which runs under torchrun if they are several", low=1, needs=Needs("--launcher=local", lambda a: a.launcher == "local")),
+        Row(
+            "launcher",
+            "none",
+            "none: print the runs; local: run them on this machine; slurm: write scripts for sbatch",
+            choices=("none", "local", "slurm"),
+        ),
+        Row(
+            "jobs",
+            0,
+            "-j: runs at once (0: as many as the GPUs are enough for, one without GPUs); of a job array, 0: all",
+            low=0,
+        ),
+        Row(
+            "gpus_per_run",
+            1,
+            "GPUs dealt to each run, which runs under torchrun if they are several",
+            low=1,
+            needs=Needs("--launcher=local", lambda a: a.launcher == "local"),
+        ),
         Row("array", False, "one job array instead of a job for each run", needs=SLURM),
         Row("submit", False, "hand the scripts to sbatch", needs=SLURM),
         Row("status", False, "print what became of the runs"),
         Row("collect", False, "write results.csv and results.md, and print the latter"),
-        Row("search", "", "random:N (N points of the grid, from lists and from ranges {low: 1e-5, high: 1e-2, log: true}) or tpe:N (needs optuna; runs worse than the median are given up)"),
+        Row(
+            "search",
+            "",
+            "random:N (N points of the grid, from lists and from ranges {low: 1e-5, high: 1e-2, log: true}) or tpe:N (needs optuna; runs worse than the median are given up)",
+        ),
         Row("search_seed", 0, "which random points", low=0, needs=Needs("--search", lambda a: bool(a.search))),
     ],
 }
@@ -50,15 +70,24 @@ NAMES = {row.alias: row.name for row in ROWS.values() if row.alias}  # from alia
 SHORT = {"learning_rate": "lr", "weight_decay": "wd", "batch_size": "bs"}  # in folder names
 GRID = "grid"  # where values came from
 JOB_SECTIONS = ("slurm", "environment", "evaluation")
-OURS_TO_SAY = {"overwrite": "the sweep decides which runs begin anew", "eval_only": "writes nothing that a sweep could tell"}
+OURS_TO_SAY = {
+    "overwrite": "the sweep decides which runs begin anew",
+    "eval_only": "writes nothing that a sweep could tell",
+}
 
 
 def check_own(a, source: dict[str, str]) -> list[str]:
     """What of the sweep's own arguments doesn't go together."""
     kind, _, count = a.search.partition(":")
-    wrong = [] if not a.search or (kind in ("random", "tpe") and count.isdigit() and int(count) > 0) else [f"--search={a.search}: must be random:N or tpe:N"]
+    wrong = (
+        []
+        if not a.search or (kind in ("random", "tpe") and count.isdigit() and int(count) > 0)
+        else [f"--search={a.search}: must be random:N or tpe:N"]
+    )
     if kind == "tpe" and a.launcher == "slurm":
-        wrong.append("--search=tpe: each point follows from the runs before; it goes with --launcher=local, on Slurm inside one job")
+        wrong.append(
+            "--search=tpe: each point follows from the runs before; it goes with --launcher=local, on Slurm inside one job"
+        )
     if a.status + a.collect + (a.launcher != "none") > 1:
         wrong.append("--launcher, --status, --collect: one of them")
     return wrong
@@ -74,7 +103,9 @@ class Asked:
 
     own: Any
     bases: list[tuple[str, dict]]  # config files beneath
-    spec: dict[str, Any]  # the file's names and values, those of the command line over them; of sections as "section.key"
+    spec: dict[
+        str, Any
+    ]  # the file's names and values, those of the command line over them; of sections as "section.key"
     experiment: bool  # a file of rl_salamandra_alignment
     out_dir: Path
 
@@ -103,11 +134,21 @@ def read_grid(path: str, wrong: list[str]) -> tuple[dict[str, Any], list[str], b
         out = flat.pop("execution.output_dir", None)
         return flat | ({"out_dir": out} if out else {}), [], True
     named = spec.pop("base", None) or []
-    sections = translate.flatten({name: spec.pop(name) for name in JOB_SECTIONS if name in spec}, verbatim, wrong, JOB_SECTIONS)
+    sections = translate.flatten(
+        {name: spec.pop(name) for name in JOB_SECTIONS if name in spec}, verbatim, wrong, JOB_SECTIONS
+    )
     venv = {"execution.venv": spec.pop("venv")} if spec.get("venv") else {}
     known = {*ROWS, *NAMES, *grid.WORDS}
-    wrong += [f"{path}: {name}: no such argument{did_you_mean(name, [*known, *JOB_SECTIONS, 'venv'])}" for name in spec if name not in known]
-    return {NAMES.get(name, name): value for name, value in spec.items() if name in known} | sections | venv, [str(file) for file in (named if isinstance(named, list) else [named])], False
+    wrong += [
+        f"{path}: {name}: no such argument{did_you_mean(name, [*known, *JOB_SECTIONS, 'venv'])}"
+        for name in spec
+        if name not in known
+    ]
+    return (
+        {NAMES.get(name, name): value for name, value in spec.items() if name in known} | sections | venv,
+        [str(file) for file in (named if isinstance(named, list) else [named])],
+        False,
+    )
 
 
 def ask(argv: list[str], wrong: list[str]) -> Asked:
@@ -120,7 +161,11 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     wrong += mistakes
     if print_config:
         wrong.append("--print_config: tells of one run; give it to train.py with a run's run.json")
-    resolved = configurator.resolve(TABLE, [(configurator.COMMAND_LINE, {name: value for name, value in given.items() if name in OWN})], check=check_own)
+    resolved = configurator.resolve(
+        TABLE,
+        [(configurator.COMMAND_LINE, {name: value for name, value in given.items() if name in OWN})],
+        check=check_own,
+    )
     wrong += resolved.mistakes
     grids = [path for path in files if path.endswith((".yaml", ".yml"))]
     bases = [path for path in files if path not in grids]
@@ -131,7 +176,14 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     elif grids:
         spec, based, experiment = read_grid(grids[0], wrong)
         bases = based + bases
-    inside = {name for word in ("zip", "groups") for item in grid.mappings(word, spec.get(word), []) for values in ([item] if word == "zip" else item.values()) if isinstance(values, dict) for name in values}
+    inside = {
+        name
+        for word in ("zip", "groups")
+        for item in grid.mappings(word, spec.get(word), [])
+        for values in ([item] if word == "zip" else item.values())
+        if isinstance(values, dict)
+        for name in values
+    }
     for name, value in given.items():
         if name in ROWS:
             if name in inside:
@@ -197,7 +249,9 @@ def count_examples(folder: str) -> int:
         with path.open("rb") as file:
             return max(1, sum(1 for line in file if line.strip()))
     except OSError:
-        raise Mistake(f"dataset_name={folder}: {path} is not there; num_train_epochs, warmup_ratio and parts of a run need to know how many examples it has") from None
+        raise Mistake(
+            f"dataset_name={folder}: {path} is not there; num_train_epochs, warmup_ratio and parts of a run need to know how many examples it has"
+        ) from None
 
 
 class Checker:
@@ -218,7 +272,10 @@ class Checker:
         asked, mistakes = self.asked, []
         where = grid.label(point.told, SHORT)
         own = {name: value for name, value in point.values.items() if "." not in name}
-        section = {name: {key.partition(".")[2]: value for key, value in point.values.items() if key.partition(".")[0] == name} for name in (*JOB_SECTIONS, "execution")}
+        section = {
+            name: {key.partition(".")[2]: value for key, value in point.values.items() if key.partition(".")[0] == name}
+            for name in (*JOB_SECTIONS, "execution")
+        }
         mistakes += slurm.check(section["slurm"], section["environment"])
         try:
             shape = slurm.shape(section["slurm"])
@@ -231,7 +288,9 @@ class Checker:
             except Mistake as mistake:
                 mistakes += str(mistake).splitlines()
         layers.append((GRID, own))
-        mistakes += [f"--{name}: {words}" for name, words in OURS_TO_SAY.items() if any(name in values for _, values in layers)]
+        mistakes += [
+            f"--{name}: {words}" for name, words in OURS_TO_SAY.items() if any(name in values for _, values in layers)
+        ]
         if any(values.get("init_from") == "resume" for _, values in layers):
             mistakes.append("--init_from=resume: the sweep decides which runs go on")
             layers = []
@@ -240,7 +299,9 @@ class Checker:
         for name in own.keys() & {*resolved.unused}:
             self.without[name] = self.without.get(name, 0) + 1
         evaluations = evaluations_of(section["evaluation"]) if section["evaluation"] else {}
-        mistakes += [f"evaluation: {words}" for flags in evaluations.values() for words in wrong_evaluation(tuple(flags))]
+        mistakes += [
+            f"evaluation: {words}" for flags in evaluations.values() for words in wrong_evaluation(tuple(flags))
+        ]
         venv = section["execution"].get("venv")
         python = str(Path(str(venv)).expanduser() / "bin" / "python") if venv else sys.executable
         if asked.own.launcher == "local" and not os.access(python, os.X_OK):
@@ -249,14 +310,34 @@ class Checker:
             self.wrong.setdefault(words, []).append(where)
         if mistakes:
             return None
-        values = {name: value for name, value in asdict(resolved.arguments).items() if name not in ("out_dir", "overwrite")}
-        differing = {name: value for name, value in values.items() if value != ROWS[name].default and name not in resolved.unused}
-        arguments = {name: value for name, value in values.items() if resolved.source[name] != "default" and name not in resolved.unused}
-        told = {column(name): values.get(column(name), value) for name, value in point.told.items() if name not in resolved.unused}
-        aside = {name: value for name, value in point.told.items() if name.startswith(("slurm.", "environment.", "execution.venv"))}
+        values = {
+            name: value for name, value in asdict(resolved.arguments).items() if name not in ("out_dir", "overwrite")
+        }
+        differing = {
+            name: value for name, value in values.items() if value != ROWS[name].default and name not in resolved.unused
+        }
+        arguments = {
+            name: value
+            for name, value in values.items()
+            if resolved.source[name] != "default" and name not in resolved.unused
+        }
+        told = {
+            column(name): values.get(column(name), value)
+            for name, value in point.told.items()
+            if name not in resolved.unused
+        }
+        aside = {
+            name: value
+            for name, value in point.told.items()
+            if name.startswith(("slurm.", "environment.", "execution.venv"))
+        }
         label = grid.label(told, SHORT)
-        folder = asked.out_dir / "-".join(part for part in (label, grid.fingerprint({**differing, **({"_job": aside} if aside else {})})) if part)
-        job = slurm.Job(section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd())
+        folder = asked.out_dir / "-".join(
+            part for part in (label, grid.fingerprint({**differing, **({"_job": aside} if aside else {})})) if part
+        )
+        job = slurm.Job(
+            section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd()
+        )
         data = dict.fromkeys(resolved.arguments.folders.values(), resolved.arguments.reads)
         return Run(folder, told, arguments, values, data, resolved.unused, job, evaluations)
 
@@ -266,8 +347,12 @@ class Checker:
         seen: dict[Path, Run] = {}
         for run in runs:
             if run.folder in seen:
-                words = ", ".join(f"{name}={grid.brief(value)}" for name, value in run.told.items()) or "no argument varies"
-                self.wrong.setdefault(f"two equal runs: {words}; what differs between them has no effect, or is told twice", []).append("")
+                words = (
+                    ", ".join(f"{name}={grid.brief(value)}" for name, value in run.told.items()) or "no argument varies"
+                )
+                self.wrong.setdefault(
+                    f"two equal runs: {words}; what differs between them has no effect, or is told twice", []
+                ).append("")
             seen[run.folder] = run
             if told := another(run):
                 self.wrong.setdefault(told, []).append("")
@@ -276,8 +361,18 @@ class Checker:
     def tell(self, wrong: list[str], count: int) -> None:
         """Tell all mistakes of `count` points and end, if there are any; each with the first run that has it, unless all have. An argument that has no
         effect in some runs is passed over there; in all it is a mistake."""
-        wrong = [*wrong, *(f"--{name}: has an effect only with {ROWS[name].needs.words}" for name, times in self.without.items() if times == count)]
-        lines = [f"{words}{f' ({where[0]})' if where[0] and len(where) < count else ''}" for words, where in self.wrong.items()]
+        wrong = [
+            *wrong,
+            *(
+                f"--{name}: has an effect only with {ROWS[name].needs.words}"
+                for name, times in self.without.items()
+                if times == count
+            ),
+        ]
+        lines = [
+            f"{words}{f' ({where[0]})' if where[0] and len(where) < count else ''}"
+            for words, where in self.wrong.items()
+        ]
         if wrong or lines:
             configurator.tell(list(dict.fromkeys([*wrong, *lines])))
 
@@ -292,7 +387,11 @@ def evaluations_of(section: dict[str, Any]) -> dict[str, list[str]]:
     """The file and the flags of each evaluation of a training: the product of the section's lists."""
     points = [[]]
     for name, value in section.items():
-        points = [[*flags, f"--{name}={grid.brief(item) if isinstance(item, bool) else item}"] for flags in points for item in (value if isinstance(value, list) else [value])]
+        points = [
+            [*flags, f"--{name}={grid.brief(item) if isinstance(item, bool) else item}"]
+            for flags in points
+            for item in (value if isinstance(value, list) else [value])
+        ]
     return {f"evaluation{f'_{i}' * (len(points) > 1)}.json": flags for i, flags in enumerate(points, 1)}
 
 
@@ -319,7 +418,9 @@ def write_config(run: Run) -> None:
     """run.json: a config of train.py."""
     run.folder.mkdir(parents=True, exist_ok=True)
     beside = run.folder / f"{outcomes.CONFIG}.tmp"
-    beside.write_text(json.dumps({**run.arguments, "_told": run.told, "_all": run.effective}, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(
+        json.dumps({**run.arguments, "_told": run.told, "_all": run.effective}, indent=1) + "\n", encoding="utf-8"
+    )
     beside.replace(run.folder / outcomes.CONFIG)
 
 
@@ -357,7 +458,10 @@ def collect(asked: Asked, runs: list[Run], told: list[outcomes.Outcome]) -> None
     best = header.index("best_val_loss")
     rows.sort(key=lambda row: (row[best] is None, row[best] or 0.0))
     asked.out_dir.mkdir(parents=True, exist_ok=True)
-    for name, words in (("results.csv", outcomes.as_csv(header, rows)), ("results.md", outcomes.as_markdown(header, rows))):
+    for name, words in (
+        ("results.csv", outcomes.as_csv(header, rows)),
+        ("results.md", outcomes.as_markdown(header, rows)),
+    ):
         (asked.out_dir / name).write_text(words, encoding="utf-8")
         print(f"{asked.out_dir / name}", file=sys.stderr)
     print(outcomes.as_markdown(header, rows), end="")
@@ -380,12 +484,22 @@ def commands(run: Run, gpus: int) -> list[list[str]]:
     outcome = outcomes.read(run.folder, running=False)
     if outcome.state in outcomes.ENDED:
         return []
-    python = [run.job.python, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else [])]
+    python = [
+        run.job.python,
+        *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []),
+    ]
     going_on = outcomes.begun(run.folder)
     if not going_on:
         write_config(run)
-    which = ["--init_from=resume", f"--out_dir={run.folder}"] if going_on else [str(run.folder / outcomes.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
-    evaluations = [[run.job.python, str(EVALUATE), f"--out_dir={run.folder}", f"--json={run.folder / told}", *flags] for told, flags in run.evaluations.items()]
+    which = (
+        ["--init_from=resume", f"--out_dir={run.folder}"]
+        if going_on
+        else [str(run.folder / outcomes.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
+    )
+    evaluations = [
+        [run.job.python, str(EVALUATE), f"--out_dir={run.folder}", f"--json={run.folder / told}", *flags]
+        for told, flags in run.evaluations.items()
+    ]
     return evaluations if outcome.trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
 
 
@@ -403,9 +517,16 @@ def places(a) -> tuple[list[list[str]], int]:
 def say_ended(attempt: launch.Attempt, total: str) -> outcomes.Outcome:
     """A line about a run that is over."""
     outcome = outcomes.read(attempt.task.folder)
-    words = "is run by another process" if attempt.elsewhere else outcome.state + (f" ({outcome.why})" if outcome.why and outcome.state != "done" else "")
+    words = (
+        "is run by another process"
+        if attempt.elsewhere
+        else outcome.state + (f" ({outcome.why})" if outcome.why and outcome.state != "done" else "")
+    )
     loss = f", val_loss {outcome.best_val_loss:.4f}" if outcome.best_val_loss is not None else ""
-    print(f"{total} {attempt.task.name}: {words}{loss}{'' if attempt.status is None else f' in {attempt.seconds:.0f}s'}", flush=True)
+    print(
+        f"{total} {attempt.task.name}: {words}{loss}{'' if attempt.status is None else f' in {attempt.seconds:.0f}s'}",
+        flush=True,
+    )
     return outcome
 
 
@@ -413,7 +534,11 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
     """Run what is left to do of the runs on this machine. The exit status."""
     seats, threads = places(asked.own)
     prepare_data(runs)
-    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in (*outcomes.IDLE, "running")]
+    left = [
+        run
+        for run, outcome in zip(runs, states(asked, runs), strict=True)
+        if outcome.state in (*outcomes.IDLE, "running")
+    ]
     waiting, over = iter(left), [len(runs) - len(left)]
     if over[0]:
         print(f"{over[0]} of {len(runs)} runs are done")
@@ -459,17 +584,30 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
         name = first.name if not array else "array" + (f"-{i}" if len(groups) > 1 else "")
         folders = [run.folder for run in group]
         script = folder / f"{name}.sh"
-        script.write_text(slurm.training(name if not array else asked.out_dir.name, first.job, folders, TRAIN, logs, array, asked.own.jobs), encoding="utf-8")
+        script.write_text(
+            slurm.training(
+                name if not array else asked.out_dir.name, first.job, folders, TRAIN, logs, array, asked.own.jobs
+            ),
+            encoding="utf-8",
+        )
         followers = []
         for told, flags in first.evaluations.items():
             followers.append(folder / f"{name}.{Path(told).stem}.sh")
-            followers[-1].write_text(slurm.evaluation(f"evaluate-{name}", first.job, folders, EVALUATE, told, flags, logs, array, asked.own.jobs), encoding="utf-8")
+            followers[-1].write_text(
+                slurm.evaluation(
+                    f"evaluate-{name}", first.job, folders, EVALUATE, told, flags, logs, array, asked.own.jobs
+                ),
+                encoding="utf-8",
+            )
         if asked.own.submit:
             job = slurm.submit(script)
             jobs.note({run.name: f"{job}_{i}" if array else job for i, run in enumerate(group)})
             for follower in followers:
                 slurm.submit(follower, job, array)
-        print(f"{f'job {job}: ' if asked.own.submit else ''}{script}" + "".join(f"\n    then {follower}" for follower in followers))
+        print(
+            f"{f'job {job}: ' if asked.own.submit else ''}{script}"
+            + "".join(f"\n    then {follower}" for follower in followers)
+        )
     others = f" of {len(runs)}; the others are done or in the queue" if len(left) < len(runs) else ""
     print(f"{len(left)} runs{' submitted' if asked.own.submit else ', for sbatch or --submit'}{others}")
     os.close(lock)
@@ -481,7 +619,9 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
     from parts.search import Tpe
 
     asked.out_dir.mkdir(parents=True, exist_ok=True)
-    search = Tpe(asked.out_dir / "study.journal", space, int(asked.own.search.partition(":")[2]), asked.own.search_seed, normal)
+    search = Tpe(
+        asked.out_dir / "study.journal", space, int(asked.own.search.partition(":")[2]), asked.own.search_seed, normal
+    )
     seats, threads = places(asked.own)
     active: set[str] = set()
     prepared: set[str] = set()
@@ -503,9 +643,18 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
         if attempt.given_up and attempt.status:
             (attempt.task.folder / outcomes.PRUNED).touch()
         outcome = say_ended(attempt, f"[trial {attempt.task.data.number + 1}]")
-        search.tell(attempt.task.data, outcome.best_val_loss if outcome.state == "done" else None, outcome.state == "pruned")
+        search.tell(
+            attempt.task.data, outcome.best_val_loss if outcome.state == "done" else None, outcome.state == "pruned"
+        )
 
-    number = launch.run(draw, seats, threads, lambda task: print(f"begins {task.name}", flush=True), ended, lambda attempt: search.prune(attempt.task.data, outcomes.read(attempt.task.folder).evaluations))
+    number = launch.run(
+        draw,
+        seats,
+        threads,
+        lambda task: print(f"begins {task.name}", flush=True),
+        ended,
+        lambda attempt: search.prune(attempt.task.data, outcomes.read(attempt.task.folder).evaluations),
+    )
     return finish(asked, distinct(checker.runs(search.points())), number)
 
 
@@ -520,8 +669,12 @@ def distinct(runs: list[Run]) -> list[Run]:
 def main(asked: Asked, wrong: list[str]) -> int:
     """Do what was asked for, unless something is wrong; the exit status. Raises Mistake."""
     checker = Checker(asked)
-    lists, dicts, whole = ({name for name, row in ROWS.items() if type(row.default) is kind} for kind in (tuple, dict, int))
-    lists |= {f"{section}.{key}" for section in translate.KEY_SECTIONS for key in translate.LIST_KEYS} | {name for name in asked.spec if name.startswith("evaluation.")}
+    lists, dicts, whole = (
+        {name for name, row in ROWS.items() if type(row.default) is kind} for kind in (tuple, dict, int)
+    )
+    lists |= {f"{section}.{key}" for section in translate.KEY_SECTIONS for key in translate.LIST_KEYS} | {
+        name for name in asked.spec if name.startswith("evaluation.")
+    }
     space = grid.read(asked.spec, lists, dicts, whole, ("seed", ROWS["seed"].default), wrong)
     kind, _, count = asked.own.search.partition(":")
     points: list[grid.Point] = []
@@ -535,10 +688,18 @@ def main(asked: Asked, wrong: list[str]) -> int:
         from parts.search import Tpe
 
         journal = asked.out_dir / "study.journal"
-        runs = distinct(checker.runs(Tpe(journal, space, int(count), asked.own.search_seed, normal).points())) if journal.exists() else []
+        runs = (
+            distinct(checker.runs(Tpe(journal, space, int(count), asked.own.search_seed, normal).points()))
+            if journal.exists()
+            else []
+        )
     else:
         if all(isinstance(axis, grid.Range) or axis for axis in space.axes):
-            points = grid.sample(space, int(count), asked.own.search_seed, normal) if kind == "random" and count.isdigit() else grid.product(space, normal, wrong)
+            points = (
+                grid.sample(space, int(count), asked.own.search_seed, normal)
+                if kind == "random" and count.isdigit()
+                else grid.product(space, normal, wrong)
+            )
         if not wrong and kind == "random" and len(points) < int(count):
             print(f"the grid has only {len(points)} different points", file=sys.stderr)
         if not wrong and not points:
@@ -552,7 +713,14 @@ def main(asked: Asked, wrong: list[str]) -> int:
         collect(asked, runs, told)
         return 0
     print(outcomes.as_text(*table(runs, told)))
-    print(f"{len(runs)} runs in {asked.out_dir}" + ("" if asked.own.status else f"; {shlex.join(['python', 'sweep.py', *sys.argv[1:], '--launcher=local'])} runs them"))
+    print(
+        f"{len(runs)} runs in {asked.out_dir}"
+        + (
+            ""
+            if asked.own.status
+            else f"; {shlex.join(['python', 'sweep.py', *sys.argv[1:], '--launcher=local'])} runs them"
+        )
+    )
     if asked.own.status:
         say_failed(runs, told)
         return int(any(outcome.state == "failed" for outcome in told))

@@ -61,19 +61,36 @@ class Progress:
 # the run's folder
 
 
-def begin_run(args, out_dir: Path, model: GPT, tokenizers: dict[str, text.Tokenizer], progress: Progress, fingerprints: dict, base: dict, lock: checkpoint.Lock) -> None:
+def begin_run(
+    args,
+    out_dir: Path,
+    model: GPT,
+    tokenizers: dict[str, text.Tokenizer],
+    progress: Progress,
+    fingerprints: dict,
+    base: dict,
+    lock: checkpoint.Lock,
+) -> None:
     """Write what the run is: its tokenizers, arguments, data, base, versions and commit. A resumed run keeps where it came from."""
-    config, about = out_dir / "train_config.json", {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    config, about = (
+        out_dir / "train_config.json",
+        {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    )
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about["git_commit"] = git.stdout.strip()
     values = dataclasses.asdict(args) | {"overwrite": False}  # whoever takes this file as a config deletes nothing
     if args.init_from == "resume":
-        values |= {name: value for name, value in began_as(out_dir).items() if name in ("init_from", "gpt2_type", "task_name")}
+        values |= {
+            name: value for name, value in began_as(out_dir).items() if name in ("init_from", "gpt2_type", "task_name")
+        }
     else:
         checkpoint.claim(out_dir, lock)
     checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
-    checkpoint.write_json(config, values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_base": base, "_about": about})
+    checkpoint.write_json(
+        config,
+        values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_base": base, "_about": about},
+    )
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
         write_best(out_dir, progress)
 
@@ -89,29 +106,48 @@ def began_as(out_dir: Path) -> dict:
 
 def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], allowed: bool, say) -> None:
     """Compare the data with what the run began with. Raises Mistake when they differ, unless that is allowed."""
-    changed = [f"{name}/{file}" for name in fingerprints.keys() & before.keys() for file in fingerprints[name].keys() | before[name].keys() if fingerprints[name].get(file) != before[name].get(file)]
+    changed = [
+        f"{name}/{file}"
+        for name in fingerprints.keys() & before.keys()
+        for file in fingerprints[name].keys() | before[name].keys()
+        if fingerprints[name].get(file) != before[name].get(file)
+    ]
     if changed:
         words = f"{', '.join(sorted(changed))}: not what this run began with"
         if not allowed:
-            raise Mistake(f"--init_from=resume: {words}; restore the data, or go on with the new with --allow_data_change")
+            raise Mistake(
+                f"--init_from=resume: {words}; restore the data, or go on with the new with --allow_data_change"
+            )
         say(f"{words}; going on, as --allow_data_change says")
 
 
-def resume(out_dir: Path, model: GPT, optimizer: optim.Optimizer, scaler: torch.amp.GradScaler, guard: Guard, tokenizers: dict, say) -> Progress:
+def resume(
+    out_dir: Path,
+    model: GPT,
+    optimizer: optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: Guard,
+    tokenizers: dict,
+    say,
+) -> Progress:
     """Take up the newest whole checkpoint. Raises Mistake when there is none or it does not fit."""
     loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
     saved = text.load(loaded.folder / "tokenizer.json")
     if len(saved) != len(tokenizers) or not all(map(text.same, saved.values(), tokenizers.values())):
         raise Mistake(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
     if len(saved) > 1 and list(saved) != list(tokenizers):
-        raise Mistake(f"--init_from=resume: {loaded.folder} was trained on {', '.join(saved)}, in this order, which the model's vocabularies follow")
+        raise Mistake(
+            f"--init_from=resume: {loaded.folder} was trained on {', '.join(saved)}, in this order, which the model's vocabularies follow"
+        )
     model.load_weights(loaded.weights, str(loaded.folder))
     state = dict(loaded.progress)
     optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     guard.load_state(state.pop("guard", {"skipped": 0, "norms": []}))  # older checkpoints have none
-    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state})
+    progress = Progress(
+        **{field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state}
+    )
     progress.best_val_loss = math.inf if progress.best_val_loss is None else progress.best_val_loss
     say(f"resuming {loaded.folder}")
     return progress
@@ -153,7 +189,11 @@ class Run:
         """Steps until the first bound that can be told beforehand."""
         a, source = self.args, self.data.source
         bounds = [a.max_iters]
-        bounds += [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / source.tokens_per_step))] if a.token_bound else []
+        bounds += (
+            [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / source.tokens_per_step))]
+            if a.token_bound
+            else []
+        )
         bounds += [math.ceil(a.max_epochs / source.epochs_per_step)] if a.max_epochs else []
         return min(bounds)
 
@@ -170,8 +210,18 @@ class Run:
 
     def summary(self) -> str:
         """What this run is, in a few lines."""
-        a, source, config, world, rows = self.args, self.data.source, self.model.config, self.ranks.world, self.args.batch_size * self.args.gradient_accumulation_steps
-        chip = torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        a, source, config, world, rows = (
+            self.args,
+            self.data.source,
+            self.model.config,
+            self.ranks.world,
+            self.args.batch_size * self.args.gradient_accumulation_steps,
+        )
+        chip = (
+            torch.cuda.get_device_name(self.ranks.device)
+            if self.ranks.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
         val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
         tokens, epochs = source.tokens_per_step, self.total_steps * source.epochs_per_step
@@ -180,7 +230,11 @@ class Run:
         left = max(0, self.total_steps - self.progress.step) * tokens * self.model.flops_per_token() / world
         fastest = left / parallel.product_flops(self.ranks.device, self.model.compute_dtype)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        adapter = f"; {a.adapter}: {learning:,} learn ({learning / self.model.count_parameters():.2%})" if a.adapter != "none" else ""
+        adapter = (
+            f"; {a.adapter}: {learning:,} learn ({learning / self.model.count_parameters():.2%})"
+            if a.adapter != "none"
+            else ""
+        )
         objective = f" objective {a.objective};" if a.objective != "lm" else ""
         return "\n".join((
             f"run      {a.out_dir} (from {a.init_from})",
@@ -210,7 +264,11 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optim.Optimizer(args.optimizer, model, recipe.settings(args), model.fused_rows())
     guard = Guard(args.spike_skip, ranks.device)
-    progress = resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say) if args.init_from == "resume" else Progress()
+    progress = (
+        resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say)
+        if args.init_from == "resume"
+        else Progress()
+    )
     net = model
     if args.compile and parallel.is_sharded(model):
         model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
@@ -220,11 +278,36 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
         optimizer.compile()
     rows = args.batch_size * args.gradient_accumulation_steps
     if began and began["batch_size"] * began["gradient_accumulation_steps"] != rows:
-        say("a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start")
-    peak = record.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" and model.compute_dtype != torch.float32 else None
+        say(
+            "a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start"
+        )
+    peak = (
+        record.peak_flops(torch.cuda.get_device_name(ranks.device))
+        if ranks.device.type == "cuda" and model.compute_dtype != torch.float32
+        else None
+    )
     saver = checkpoint.Saver()
     replica = net if parallel.is_sharded(model) else parallel.replicate(net, ranks)
-    return Run(args, ranks, tokenizers, data, model, net, replica, optimizer, scaler, guard, saver, fingerprints, base, progress, data.source.tally(), share, reason, peak)
+    return Run(
+        args,
+        ranks,
+        tokenizers,
+        data,
+        model,
+        net,
+        replica,
+        optimizer,
+        scaler,
+        guard,
+        saver,
+        fingerprints,
+        base,
+        progress,
+        data.source.tally(),
+        share,
+        reason,
+        peak,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +329,9 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
                     run.net.train()
                     return None
                 for name, pair in told.items():  # a rank without a part in the batch has read one with the others
-                    sums[name] = sums.get(name, torch.zeros_like(pair, device=ranks.device)) + (pair.to(ranks.device) if counts else 0)
+                    sums[name] = sums.get(name, torch.zeros_like(pair, device=ranks.device)) + (
+                        pair.to(ranks.device) if counts else 0
+                    )
             measured.setdefault(split, []).append({name: divided(ranks.sum(pair)) for name, pair in sums.items()})
     run.net.train()
 
@@ -255,10 +340,17 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
 
     told = {"train_loss": weighted("train", "loss"), "val_loss": weighted("val", "loss")}
     told |= {f"val_{name}": weighted("val", name) for name in measured["val"][0] if name != "loss"}
-    streams = [(stream, loss) for dataset, told in zip(run.data.evaluated["val"], measured["val"], strict=True) for stream, loss in zip(dataset.streams, told["loss"], strict=True)]
+    streams = [
+        (stream, loss)
+        for dataset, told in zip(run.data.evaluated["val"], measured["val"], strict=True)
+        for stream, loss in zip(dataset.streams, told["loss"], strict=True)
+    ]
     if all(stream.bytes for stream, _ in streams):
         by_dataset = iter([loss / math.log(2) * stream.tokens / stream.bytes for stream, loss in streams])
-        told["bits_per_byte"] = float(weights @ np.array([np.mean([next(by_dataset) for _ in dataset.streams]) for dataset in run.data.evaluated["val"]]))
+        told["bits_per_byte"] = float(
+            weights
+            @ np.array([np.mean([next(by_dataset) for _ in dataset.streams]) for dataset in run.data.evaluated["val"]])
+        )
     if len(streams) > 1:
         told |= {f"val_loss/{stream.name}": loss for stream, loss in streams}
     return told
@@ -284,25 +376,44 @@ def save(run: Run, log: record.Record) -> None:
     if not main and not sharded:
         return
     tell_saved(run, log, wait=True)
-    begin, progress, checkpoints, a = time.perf_counter(), dataclasses.replace(run.progress), run.out_dir / "checkpoints", run.args
+    begin, progress, checkpoints, a = (
+        time.perf_counter(),
+        dataclasses.replace(run.progress),
+        run.out_dir / "checkpoints",
+        run.args,
+    )
     progress.seconds = log.seconds
     tensors, others = run.optimizer.state()
     learned = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    weights, tensors = ({name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors))
-    if strange := [name for name, tensor in {**weights, **tensors}.items() if tensor.is_floating_point() and not parallel.local(tensor).isfinite().all()]:
+    weights, tensors = (
+        {name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors)
+    )
+    if strange := [
+        name
+        for name, tensor in {**weights, **tensors}.items()
+        if tensor.is_floating_point() and not parallel.local(tensor).isfinite().all()
+    ]:
         raise SystemExit(f"{strange[0]} is not finite at step {progress.step}: stopped, nothing was saved")
-    state = dataclasses.asdict(progress) | {"optimizer": others, "scaler": run.scaler.state_dict(), "guard": run.guard.state()}
+    state = dataclasses.asdict(progress) | {
+        "optimizer": others,
+        "scaler": run.scaler.state_dict(),
+        "guard": run.guard.state(),
+    }
     state["best_val_loss"] = progress.best_val_loss if progress.best_step >= 0 else None
     copied = {name: (run.out_dir / name).read_bytes() for name in ("train_config.json", "tokenizer.json")}
 
     def work() -> Path:
-        folder = checkpoint.save(checkpoints, progress.step, weights, tensors, state, copied, run.ranks.saving if sharded else None, main)
+        folder = checkpoint.save(
+            checkpoints, progress.step, weights, tensors, state, copied, run.ranks.saving if sharded else None, main
+        )
         if not main:
             return folder
         there = checkpoint.steps(checkpoints)
         if progress.best_step in there:
             write_best(run.out_dir, progress)
-        checkpoint.prune(checkpoints, checkpoint.kept(there, checkpoint.best_step(run.out_dir), a.keep_last, a.keep_every))
+        checkpoint.prune(
+            checkpoints, checkpoint.kept(there, checkpoint.best_step(run.out_dir), a.keep_last, a.keep_every)
+        )
         return folder
 
     run.saver.begin(progress.step, work, since=begin)
@@ -314,9 +425,18 @@ def tell_saved(run: Run, log: record.Record, wait: bool) -> None:
     if outcome is None:
         return
     if outcome.error is not None:
-        log.note(run.progress.step, f"could not save step {outcome.step}: {outcome.error}; older checkpoints are as they were, and the next save tries again")
+        log.note(
+            run.progress.step,
+            f"could not save step {outcome.step}: {outcome.error}; older checkpoints are as they were, and the next save tries again",
+        )
     else:
-        log.event("save", outcome.step, f"saved {outcome.folder}", blocked_ms=outcome.blocked_ms, written_ms=outcome.written_ms)
+        log.event(
+            "save",
+            outcome.step,
+            f"saved {outcome.folder}",
+            blocked_ms=outcome.blocked_ms,
+            written_ms=outcome.written_ms,
+        )
 
 
 def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: bool) -> None:
@@ -332,7 +452,10 @@ def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: boo
     told["epochs"] = float(sequences.sum() / run.data.source.windows)
     if len(sequences) > 1:
         for dataset, count in zip(run.data.source.datasets, sequences.tolist(), strict=True):
-            told |= {f"tokens/{dataset.name}": round(count * dataset.tokens_of_one), f"epochs/{dataset.name}": count / dataset.windows}
+            told |= {
+                f"tokens/{dataset.name}": round(count * dataset.tokens_of_one),
+                f"epochs/{dataset.name}": count / dataset.windows,
+            }
     words = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
     better = losses["val_loss"] < p.best_val_loss
     log.event("eval", p.step, f"step {p.step}: {words}{' (best so far)' if better and p.step else ''}", **told)
@@ -358,7 +481,9 @@ def end_saves(run: Run, log: record.Record) -> None:
 def refuse_nonfinite(value: float, name: str, run: Run) -> None:
     """End the run rather than save or go on with numbers that mean nothing."""
     if not math.isfinite(value):
-        raise SystemExit(f"{name} is {value} at step {run.progress.step}: stopped, nothing was saved. A lower --learning_rate, a longer --warmup_iters or --grad_clip may help")
+        raise SystemExit(
+            f"{name} is {value} at step {run.progress.step}: stopped, nothing was saved. A lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
+        )
 
 
 class Meter:
@@ -383,22 +508,42 @@ class Meter:
         loss_now, skipped = means.pop("loss"), int(run.guard.skipped)
         seconds = (time.perf_counter() - self.time) / (p.step - self.step)
         speed = (p.tokens - self.tokens) / (p.step - self.step) / seconds
-        told = {"loss": loss_now, "lr": lr, "grad_norm": float(norm), "tokens": p.tokens, "step_ms": seconds * 1e3, "tokens_per_second": speed, "skipped": skipped, **means}
+        told = {
+            "loss": loss_now,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "tokens": p.tokens,
+            "step_ms": seconds * 1e3,
+            "tokens_per_second": speed,
+            "skipped": skipped,
+            **means,
+        }
         if run.peak_flops:
             told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world)
         if run.args.log_data_hash:
             signed = digest - 2**64 if digest >= 2**63 else digest
             told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
-        most = "".join(f", {name} {means[name]:.3f}" for name in ("reward", "rewards/accuracies", "rewards/margins", "kl") if name in means)
-        self.log.event("train", p.step, f"step {p.step}: loss {loss_now:.4f}{most}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}{f', {skipped} skipped' if skipped else ''}", **told)
+        most = "".join(
+            f", {name} {means[name]:.3f}"
+            for name in ("reward", "rewards/accuracies", "rewards/margins", "kl")
+            if name in means
+        )
+        self.log.event(
+            "train",
+            p.step,
+            f"step {p.step}: loss {loss_now:.4f}{most}, {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s{mfu}, lr {lr:.2e}{f', {skipped} skipped' if skipped else ''}",
+            **told,
+        )
         self.readings += 1
         if self.readings == 1:  # the collector need not look again and again at the modules and the model, which stay
             gc.freeze()
             gc.enable()
         if self.readings == 2:  # the first one includes what is made at the first step
             left = run.total_steps - p.step
-            self.log.say(f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart")
+            self.log.say(
+                f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart"
+            )
         self.restart()
 
 
@@ -412,8 +557,18 @@ class Diverged(Exception):
 
 def loop(run: Run, log: record.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
-    a, progress, optimizer, scaler, source, objective = run.args, run.progress, run.optimizer, run.scaler, run.data.source, run.data.objective
-    parameters, factor = [parameter for parameter in run.model.parameters() if parameter.requires_grad], recipe.rate_factor(a)
+    a, progress, optimizer, scaler, source, objective = (
+        run.args,
+        run.progress,
+        run.optimizer,
+        run.scaler,
+        run.data.source,
+        run.data.objective,
+    )
+    parameters, factor = (
+        [parameter for parameter in run.model.parameters() if parameter.requires_grad],
+        recipe.rate_factor(a),
+    )
     stream = source.stream(progress.step, *run.share, run.ranks.device, a.log_data_hash)
     meter = Meter(run, log)
     model = run.replica.train()
@@ -429,7 +584,11 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
                 finished = run.finished(out_of_time)  # perhaps by the patience
                 due = progress.evaluated_at < progress.step
                 meter.restart()
-            if a.checkpoint_interval and progress.step % a.checkpoint_interval == 0 and progress.step not in (0, run.saver.step):
+            if (
+                a.checkpoint_interval
+                and progress.step % a.checkpoint_interval == 0
+                and progress.step not in (0, run.saver.step)
+            ):
                 save(run, log)
                 meter.restart()
             if finished and not due:
@@ -438,7 +597,10 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
             if number := run.ranks.largest(signals.number):
                 save(run, log)
                 end_saves(run, log)
-                log.note(progress.step, f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on")
+                log.note(
+                    progress.step,
+                    f"stopped by {signal.Signals(number).name}; --init_from=resume --out_dir={a.out_dir} goes on",
+                )
                 raise SystemExit(128 + number)
 
         # one step
@@ -471,7 +633,9 @@ def go_back(run: Run, log: record.Record) -> Run:
     tell_saved(run, log, wait=True)
     run.ranks.wait()
     if run.progress.rollbacks or not checkpoint.steps(run.out_dir / "checkpoints"):
-        raise SystemExit(f"{words}{', again' if run.progress.rollbacks else ', and there is no checkpoint to go back to'}: stopped; {advice}")
+        raise SystemExit(
+            f"{words}{', again' if run.progress.rollbacks else ', and there is no checkpoint to go back to'}: stopped; {advice}"
+        )
     log.note(run.progress.step, f"{words}: going back to the newest checkpoint")
     progress = resume(run.out_dir, run.model, run.optimizer, run.scaler, run.guard, run.tokenizers, log.say)
     progress.rollbacks += 1
@@ -514,15 +678,21 @@ def main(args) -> Progress:
         ranks.wait()  # none still reads what may be overwritten
         with ranks.main_first():
             if ranks.main:
-                begin_run(run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, run.base, lock)
+                begin_run(
+                    run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, run.base, lock
+                )
         while True:
             p = run.progress
-            log = record.Record(run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps)
+            log = record.Record(
+                run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps
+            )
             for words in notes:
                 log.event("note", p.step, "", text=words)
             try:
                 if args.wandb_log:
-                    log.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args))
+                    log.track_wandb(
+                        args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(run.args)
+                    )
                 if args.tensorboard_log:
                     log.track_tensorboard()
                 with Signals() as signals:

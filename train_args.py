@@ -25,11 +25,19 @@ GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # when an argument has an effect
 
 MULTIDATASET = Needs("--training_mode=multidataset", lambda a: a.training_mode == "multidataset")
-DRAWN = Needs("--training_mode=multidataset without --dataset_interleaving", lambda a: a.training_mode == "multidataset" and not a.dataset_interleaving)
+DRAWN = Needs(
+    "--training_mode=multidataset without --dataset_interleaving",
+    lambda a: a.training_mode == "multidataset" and not a.dataset_interleaving,
+)
 FINAL_PROBS = Needs("--dataset_sampling_probs_final", lambda a: bool(a.dataset_sampling_probs_final))
 DECAYING = Needs("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
-DECAY_HORIZON = Needs("--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr", lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"))
+DECAY_HORIZON = Needs(
+    "--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr",
+    lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"),
+)
 FSDP = Needs("--parallel=fsdp", lambda a: a.parallel == "fsdp")
+
+
 def objective_in(*names: str) -> Needs:
     return Needs("--objective=" + "|".join(names), lambda a: a.objective in names)
 
@@ -39,7 +47,9 @@ LORA = Needs("--adapter=lora", lambda a: a.adapter == "lora")
 SOFT_PROMPT = Needs("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
 TASK = Needs("--task_name", lambda a: bool(a.task_name))
 DEPTH = Needs("--depth", lambda a: a.depth > 0)
-FROM_SCRATCH = Needs("--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume"))
+FROM_SCRATCH = Needs(
+    "--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume")
+)
 
 
 def optimizer_in(*names: str) -> Needs:
@@ -305,25 +315,46 @@ def check_start(a, source: dict[str, str], must) -> None:
     must(not loads or Path(a.init_from).exists(),
          f"--init_from={a.init_from}: no such file or folder; otherwise scratch, resume, {', '.join(GPT2_TYPES)}"
          + did_you_mean(a.init_from, ("scratch", "resume", *GPT2_TYPES)))  # fmt: skip
-    must(not (a.overwrite and a.init_from == "resume"), "--overwrite: deletes the run that --init_from=resume would continue; give one of them")
+    must(
+        not (a.overwrite and a.init_from == "resume"),
+        "--overwrite: deletes the run that --init_from=resume would continue; give one of them",
+    )
     if loads or a.init_from in GPT2_TYPES:
-        must(a.vocabulary == "one", "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte")
+        must(
+            a.vocabulary == "one",
+            "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte",
+        )
     must(not a.compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
          + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
-    must(a.adapter == "none" or a.init_from != "scratch", f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights")
-    must(not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"), "--task_name: begins a run; resume one with --out_dir")
+    must(
+        a.adapter == "none" or a.init_from != "scratch",
+        f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights",
+    )
+    must(
+        not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"),
+        "--task_name: begins a run; resume one with --out_dir",
+    )
     must(not a.task_name or a.task_name == Path(a.task_name).name, f"--task_name={a.task_name}: must be a plain name")
     for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
-        must(not (a.eval_only and source[flag] == "command line" and getattr(a, flag)), f"--{flag}: has no effect with --eval_only, which writes nothing")
+        must(
+            not (a.eval_only and source[flag] == "command line" and getattr(a, flag)),
+            f"--{flag}: has no effect with --eval_only, which writes nothing",
+        )
 
 
 def check_model(a, source: dict[str, str], must) -> None:
     n_kv_head = a.n_kv_head or a.n_head
     must(a.n_embd % a.n_head == 0, f"--n_embd={a.n_embd}: must be a multiple of --n_head={a.n_head}")
     must(a.n_head % n_kv_head == 0, f"--n_kv_head={a.n_kv_head}: must divide --n_head={a.n_head}")
-    must(a.position != "rope" or a.n_embd % a.n_head or a.n_embd // a.n_head % 2 == 0, f"--position=rope: needs an even head width, not n_embd / n_head = {a.n_embd // a.n_head}")
+    must(
+        a.position != "rope" or a.n_embd % a.n_head or a.n_embd // a.n_head % 2 == 0,
+        f"--position=rope: needs an even head width, not n_embd / n_head = {a.n_embd // a.n_head}",
+    )
     must(set(a.window) <= set("LS") and a.window != "", f"--window={a.window}: must be made of the letters L and S")
-    must(not a.loss_chunk or a.vocabulary == "one", "--loss_chunk: needs one vocabulary, not one for each context or dataset")
+    must(
+        not a.loss_chunk or a.vocabulary == "one",
+        "--loss_chunk: needs one vocabulary, not one for each context or dataset",
+    )
 
 
 def check_data(a, source: dict[str, str], must) -> None:
@@ -333,42 +364,87 @@ def check_data(a, source: dict[str, str], must) -> None:
         for name in ("dataset_sampling_probs", "dataset_sampling_probs_final"):
             weights = getattr(a, name)
             if weights:
-                must(len(weights) == len(a.dataset_list), f"--{name}: {len(weights)} weights for {len(a.dataset_list)} datasets")
-                must(all(weight >= 0 for weight in weights) and sum(weights) > 0, f"--{name}: weights must not be negative, and not all zero")
+                must(
+                    len(weights) == len(a.dataset_list),
+                    f"--{name}: {len(weights)} weights for {len(a.dataset_list)} datasets",
+                )
+                must(
+                    all(weight >= 0 for weight in weights) and sum(weights) > 0,
+                    f"--{name}: weights must not be negative, and not all zero",
+                )
         if a.dataset_interleaving:
-            must(all(count == int(count) and count >= 1 for count in a.dataset_sampling_probs), "--dataset_sampling_probs: with --dataset_interleaving they are whole numbers, at least 1")
+            must(
+                all(count == int(count) and count >= 1 for count in a.dataset_sampling_probs),
+                "--dataset_sampling_probs: with --dataset_interleaving they are whole numbers, at least 1",
+            )
         both = a.dataset_sampling_probs + a.dataset_sampling_probs_final
         must(not (a.dataset_sampling_probs_transition_method == "exponential" and a.dataset_sampling_probs_final) or all(both),
              "--dataset_sampling_probs_transition_method=exponential: needs weights above 0")  # fmt: skip
-        must(not (a.multidataset_wte and a.vocab_size), "--vocab_size: with --multidataset_wte each dataset brings its own")
+        must(
+            not (a.multidataset_wte and a.vocab_size),
+            "--vocab_size: with --multidataset_wte each dataset brings its own",
+        )
     if a.training_mode == "multicontext":
         must(len(a.multicontext_datasets) >= 1, "--multicontext_datasets: --training_mode=multicontext needs it")
-        must(len(set(a.multicontext_datasets)) == len(a.multicontext_datasets), "--multicontext_datasets: a dataset is named twice")
+        must(
+            len(set(a.multicontext_datasets)) == len(a.multicontext_datasets),
+            "--multicontext_datasets: a dataset is named twice",
+        )
         must(not a.vocab_size, "--vocab_size: with --training_mode=multicontext each context brings its own")
     if a.objective != "lm":
-        must(a.training_mode != "multicontext", f"--objective={a.objective}: has examples, not aligned streams; --training_mode=single or multidataset")
+        must(
+            a.training_mode != "multicontext",
+            f"--objective={a.objective}: has examples, not aligned streams; --training_mode=single or multidataset",
+        )
         must(not a.multidataset_wte, f"--multidataset_wte: --objective={a.objective} has one vocabulary")
-        must(bool(a.train_file) == bool(a.validation_file), "--train_file, --validation_file: give both, or neither for the dataset's own")
+        must(
+            bool(a.train_file) == bool(a.validation_file),
+            "--train_file, --validation_file: give both, or neither for the dataset's own",
+        )
         must(not a.train_file or a.training_mode == "single", "--train_file: goes with --training_mode=single")
         for flag in ("train_file", "validation_file"):
             must(not getattr(a, flag) or Path(getattr(a, flag)).is_file(), f"--{flag}={getattr(a, flag)}: no such file")
 
 
 def check_objective(a, source: dict[str, str], must) -> None:
-    must(not (a.reference == "adapter" and a.adapter == "none"), "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora")
-    must(not (a.reference == "cache" and a.objective != "dpo"), f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand")
+    must(
+        not (a.reference == "adapter" and a.adapter == "none"),
+        "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora",
+    )
+    must(
+        not (a.reference == "cache" and a.objective != "dpo"),
+        f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand",
+    )
     must(a.objective != "dpo" or a.dpo_loss != "ipo" or a.beta > 0, "--beta=0: ipo divides by it")
     for flag in ("desirable_weight", "undesirable_weight"):
-        must(getattr(a, flag) == "auto" or is_weight(getattr(a, flag)), f"--{flag}={getattr(a, flag)}: must be a number of at least 0, or auto")
-    must(not (a.desirable_weight == a.undesirable_weight == "auto"), "--desirable_weight=auto: follows from undesirable_weight, which then is a number")
+        must(
+            getattr(a, flag) == "auto" or is_weight(getattr(a, flag)),
+            f"--{flag}={getattr(a, flag)}: must be a number of at least 0, or auto",
+        )
+    must(
+        not (a.desirable_weight == a.undesirable_weight == "auto"),
+        "--desirable_weight=auto: follows from undesirable_weight, which then is a number",
+    )
     if a.objective == "kto":
-        must(a.batch_size * a.gradient_accumulation_steps >= 2, "--batch_size=1: kto's reference point pairs each prompt with another row's completion; at least 2 rows make a step")
+        must(
+            a.batch_size * a.gradient_accumulation_steps >= 2,
+            "--batch_size=1: kto's reference point pairs each prompt with another row's completion; at least 2 rows make a step",
+        )
     if a.objective == "grpo":
         rows = a.batch_size * a.gradient_accumulation_steps
-        must(rows % a.num_generations == 0, f"--num_generations={a.num_generations}: must divide the {rows} answers of a step (--batch_size x --gradient_accumulation_steps)")
+        must(
+            rows % a.num_generations == 0,
+            f"--num_generations={a.num_generations}: must divide the {rows} answers of a step (--batch_size x --gradient_accumulation_steps)",
+        )
         for flag in ("max_iters", "eval_interval", "checkpoint_interval"):
-            must(getattr(a, flag) % a.num_iterations == 0, f"--{flag}={getattr(a, flag)}: must be a multiple of --num_iterations={a.num_iterations}; a run is saved between two draws of answers")
-        must(a.max_new_tokens < a.block_size, f"--max_new_tokens={a.max_new_tokens}: leaves no room for a prompt in --block_size={a.block_size}")
+            must(
+                getattr(a, flag) % a.num_iterations == 0,
+                f"--{flag}={getattr(a, flag)}: must be a multiple of --num_iterations={a.num_iterations}; a run is saved between two draws of answers",
+            )
+        must(
+            a.max_new_tokens < a.block_size,
+            f"--max_new_tokens={a.max_new_tokens}: leaves no room for a prompt in --block_size={a.block_size}",
+        )
         must(not a.loss_chunk or a.temperature == 1, "--loss_chunk: knows no --temperature other than 1")
     must(not a.target_field or a.objective == "sft", "--target_field: goes with --objective=sft")
     must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
@@ -378,24 +454,54 @@ def check_objective(a, source: dict[str, str], must) -> None:
         except Mistake as mistake:
             must(False, str(mistake) if a.prompt_format else "--adapter=soft_prompt: needs --prompt_format")
         must(a.objective != "lm", "--adapter=soft_prompt: goes with examples: --objective=sft, dpo, kto or grpo")
-        must(not (a.prompt_provider == "lstm" and a.parallel == "fsdp"), "--prompt_provider=lstm: does not go with --parallel=fsdp, which takes the LSTM's weights apart; a prompt is small: take ddp")
+        must(
+            not (a.prompt_provider == "lstm" and a.parallel == "fsdp"),
+            "--prompt_provider=lstm: does not go with --parallel=fsdp, which takes the LSTM's weights apart; a prompt is small: take ddp",
+        )
         must(not a.packing, "--packing: does not go with --adapter=soft_prompt")
 
 
 def check_training(a, source: dict[str, str], must) -> None:
-    must(not a.depth or a.optimizer == "muon" or not source["learning_rate"].startswith("--depth"), f"--depth={a.depth}: its rates are those of --optimizer=muon (configs/depth.py); give --learning_rate too")
-    must(a.optimizer in OPTIMIZERS or ":" in a.optimizer, f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class" + did_you_mean(a.optimizer, OPTIMIZERS))
+    must(
+        not a.depth or a.optimizer == "muon" or not source["learning_rate"].startswith("--depth"),
+        f"--depth={a.depth}: its rates are those of --optimizer=muon (configs/depth.py); give --learning_rate too",
+    )
+    must(
+        a.optimizer in OPTIMIZERS or ":" in a.optimizer,
+        f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class"
+        + did_you_mean(a.optimizer, OPTIMIZERS),
+    )
     if a.schedule != "none":
-        must(a.min_lr <= a.learning_rate or a.learning_rate == 0, f"--min_lr={a.min_lr:g}: the schedule would end above --learning_rate={a.learning_rate:g}")
-        must(a.schedule != "exponential" or a.min_lr > 0, "--min_lr=0: an exponential schedule never reaches 0; give a small one")
+        must(
+            a.min_lr <= a.learning_rate or a.learning_rate == 0,
+            f"--min_lr={a.min_lr:g}: the schedule would end above --learning_rate={a.learning_rate:g}",
+        )
+        must(
+            a.schedule != "exponential" or a.min_lr > 0,
+            "--min_lr=0: an exponential schedule never reaches 0; give a small one",
+        )
     if a.schedule in ("linear", "cosine", "exponential", "wsd"):
-        must(a.warmup_iters <= a.lr_decay_iters, f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}")
-    must(not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"), f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}")
+        must(
+            a.warmup_iters <= a.lr_decay_iters,
+            f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}",
+        )
+    must(
+        not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"),
+        f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}",
+    )
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
-        must(not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}")
-    must(not (a.parallel == "fsdp" and a.dtype == "float16"), "--dtype=float16: its loss scaling does not go with --parallel=fsdp; take bfloat16")
+        must(
+            not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}"
+        )
+    must(
+        not (a.parallel == "fsdp" and a.dtype == "float16"),
+        "--dtype=float16: its loss scaling does not go with --parallel=fsdp; take bfloat16",
+    )
     kind, _, index = a.device.partition(":")
-    must(kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())), f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps")
+    must(
+        kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())),
+        f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps",
+    )
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -429,7 +535,9 @@ def resolve(given: list[tuple[str, dict]]) -> configurator.Resolved:
     return configurator.resolve(TABLE, given, Derived, run_config, follows, check)
 
 
-RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(("--resume=false", "--resume=False"), "--init_from=scratch")
+RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(
+    ("--resume=false", "--resume=False"), "--init_from=scratch"
+)
 
 
 def parse(argv: list[str] | None = None):
@@ -439,7 +547,15 @@ def parse(argv: list[str] | None = None):
     """
 
     def read(words: list[str]):
-        return configurator.parse(TABLE, [RESUME.get(word, word) for word in words], "Train a GPT: see README.md.", Derived, run_config, follows, check)
+        return configurator.parse(
+            TABLE,
+            [RESUME.get(word, word) for word in words],
+            "Train a GPT: see README.md.",
+            Derived,
+            run_config,
+            follows,
+            check,
+        )
 
     arguments = read(sys.argv[1:] if argv is None else argv)
     again = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

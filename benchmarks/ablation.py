@@ -54,7 +54,15 @@ def train(folder: Path, seed: int, changes: dict[str, object]) -> float:
     """The validation loss at the end."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    common = {"data_dir": folder, "dataset": "slice", "out_dir": out, "seed": seed, "eval_interval": 10**6, "eval_iters": HELD_OUT // (32 * 64), "device": "cpu"}
+    common = {
+        "data_dir": folder,
+        "dataset": "slice",
+        "out_dir": out,
+        "seed": seed,
+        "eval_interval": 10**6,
+        "eval_iters": HELD_OUT // (32 * 64),
+        "device": "cpu",
+    }
     shell([sys.executable, "train.py", "configs/shakespeare_cpu.py", *flags(**common, **changes)])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["val_loss"] for line in lines if line["event"] == "eval"][-1]
@@ -83,7 +91,9 @@ def main(seeds: int) -> None:
         apart = [value - other for value, other in zip(values, base, strict=True)]
         error = statistics.stdev(apart) / math.sqrt(seeds) if seeds > 1 else math.nan
         difference = "" if values is base else f"{statistics.mean(apart):+.4f} ± {error:.4f}"
-        rows.append(f"| {name} | {statistics.mean(values):.4f} | {difference} | {' | '.join(f'{value:.4f}' for value in values)} |")
+        rows.append(
+            f"| {name} | {statistics.mean(values):.4f} | {difference} | {' | '.join(f'{value:.4f}' for value in values)} |"
+        )
     (ROOT / "benchmarks" / "ablation.md").write_text("\n".join(rows) + "\n")
 
 

@@ -1,6 +1,6 @@
 """How fast answers are drawn: all at once with the cache, against one prompt at a time without it, the same tokens.
 
-    python -m benchmarks.rollouts [--prompts=32] [--tokens=64]
+python -m benchmarks.rollouts [--prompts=32] [--tokens=64]
 """
 
 import argparse
@@ -27,13 +27,22 @@ def main(prompts: int, tokens: int, rounds: int) -> dict:
         begin = time.perf_counter()
         some = given[:: max(1, prompts // 4)]
         for number, prompt in enumerate(some):
-            alone = generate.generate(model, torch.tensor([prompt]), tokens, generator, temperature=0, cached=False)[0, len(prompt) :].tolist()
+            alone = generate.generate(model, torch.tensor([prompt]), tokens, generator, temperature=0, cached=False)[
+                0, len(prompt) :
+            ].tolist()
             same &= alone == answers[number * max(1, prompts // 4)].ids
         apart = len(some) * tokens / (time.perf_counter() - begin)
         speeds.append((together, apart))
-        print(f"together {together:,.0f} tokens/s, one at a time without a cache {apart:,.0f}: {together / apart:.1f} x; the same tokens: {same}")
+        print(
+            f"together {together:,.0f} tokens/s, one at a time without a cache {apart:,.0f}: {together / apart:.1f} x; the same tokens: {same}"
+        )
     ratios = sorted(a / b for a, b in speeds)
-    return {"together": [a for a, _ in speeds], "apart": [b for _, b in speeds], "median_ratio": ratios[len(ratios) // 2], "same_tokens": same}
+    return {
+        "together": [a for a, _ in speeds],
+        "apart": [b for _, b in speeds],
+        "median_ratio": ratios[len(ratios) // 2],
+        "same_tokens": same,
+    }
 
 
 if __name__ == "__main__":

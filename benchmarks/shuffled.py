@@ -5,7 +5,9 @@ import random
 from parts import tasks
 
 DICE = random.Random(0)
-POOL = [1.0] * 85 + [0.0] * 171  # the rewards that wait to be dealt, as many as a step has answers; at first a third of them are ones
+POOL = [1.0] * 85 + [
+    0.0
+] * 171  # the rewards that wait to be dealt, as many as a step has answers; at first a third of them are ones
 
 
 def reward(completion: str, problem: dict, tokens: int, limit: int, ended: bool) -> float:

@@ -1,6 +1,6 @@
 """The modern architecture and optimizer with one dial for the size; --depth makes the rest (docs/depth.md).
 
-    python train.py configs/depth.py --depth=4 --aspect=32
+python train.py configs/depth.py --depth=4 --aspect=32
 """
 
 depth = 4

@@ -42,7 +42,10 @@ def check(a, source: dict[str, str]) -> list[str]:
 
 def main(a) -> None:
     folder = Path(a.data_dir) / a.name
-    inputs = [str(fetch(given, folder / given.rsplit("/", 1)[1])) if given.startswith("https://") else given for given in a.input]
+    inputs = [
+        str(fetch(given, folder / given.rsplit("/", 1)[1])) if given.startswith("https://") else given
+        for given in a.input
+    ]
     corpus.write_dataset(folder, lambda: corpus.pieces_of(inputs, a.field, a.val_fraction), a.tokenizer, a.vocab_size)
 
 
@@ -50,7 +53,10 @@ def dataset(script: str, description: str, **defaults) -> None:
     """Run this command for the dataset in whose folder `script` lies, with other defaults."""
     folder = Path(script).resolve().parent
     defaults |= {"name": folder.name, "data_dir": str(folder.parent)}
-    table = {title: [dataclasses.replace(row, default=defaults.get(row.name, row.default)) for row in rows] for title, rows in TABLE.items()}
+    table = {
+        title: [dataclasses.replace(row, default=defaults.get(row.name, row.default)) for row in rows]
+        for title, rows in TABLE.items()
+    }
     configurator.run(main, configurator.parse(table, sys.argv[1:], description, check=check))
 
 

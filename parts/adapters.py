@@ -45,11 +45,17 @@ class LoraLinear(nn.Module):
 
 def lora(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
     """Put LoRA beside the linear layers of the blocks whose names end in one of the targets (none given: beside all). Raises Mistake."""
-    layers = {name: module for name, module in model.named_modules() if name.startswith("blocks.") and isinstance(module, nn.Linear)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("blocks.") and isinstance(module, nn.Linear)
+    }
     ends = sorted({name.split(".", 2)[2] for name in layers})
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            raise Mistake(f"--lora_targets: no linear layer of this model is called {target}; there are {', '.join(ends)}{did_you_mean(target, ends)}")
+            raise Mistake(
+                f"--lora_targets: no linear layer of this model is called {target}; there are {', '.join(ends)}{did_you_mean(target, ends)}"
+            )
     for name, layer in layers.items():
         if not targets or any(f".{name}".endswith(f".{target}") for target in targets):
             parent, _, own = name.rpartition(".")
@@ -58,7 +64,12 @@ def lora(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, drop
 
 def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The base's weights with W + scale B A for W, where the adapter has A and B."""
-    return {name: weight + scale * adapter[b] @ adapter[name.removesuffix("weight") + "lora_A"] if (b := name.removesuffix("weight") + "lora_B") in adapter else weight for name, weight in base.items()}
+    return {
+        name: weight + scale * adapter[b] @ adapter[name.removesuffix("weight") + "lora_A"]
+        if (b := name.removesuffix("weight") + "lora_B") in adapter
+        else weight
+        for name, weight in base.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +121,11 @@ class PromptedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.prompt() if self.on else self.begun
         own = ids >= self.V
-        return torch.where(own[..., None], F.embedding((ids - self.V).clamp(min=0), rows), F.embedding(ids.masked_fill(own, 0), self.weight))
+        return torch.where(
+            own[..., None],
+            F.embedding((ids - self.V).clamp(min=0), rows),
+            F.embedding(ids.masked_fill(own, 0), self.weight),
+        )
 
 
 @torch.no_grad()
@@ -132,7 +147,9 @@ def soft_prompt(model: nn.Module, rows: Tensor, provider: str) -> None:
 
 def prompt_rows(weights: Mapping[str, Tensor], provider: str) -> Tensor:
     """The rows (P, C) of a prompt from the parameters that a checkpoint holds."""
-    own = {name.removeprefix("wte.prompt."): tensor for name, tensor in weights.items() if name.startswith("wte.prompt.")}
+    own = {
+        name.removeprefix("wte.prompt."): tensor for name, tensor in weights.items() if name.startswith("wte.prompt.")
+    }
     prompt = PROVIDERS[provider](own["rows"])
     prompt.load_state_dict(own)
     with torch.no_grad():

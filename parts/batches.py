@@ -75,17 +75,32 @@ class Dataset:
     windows: how many make one epoch. `window(c)` places sequence number c of this dataset: (stream-independent) shard and start.
     """
 
-    def __init__(self, streams: Sequence[Bin], block_size: int, method: str, seed: int, number: int, firsts: Sequence[int]):
-        self.streams, self.T, self.method, self.seed, self.number, self.firsts = streams, block_size, method, seed, number, firsts
+    def __init__(
+        self, streams: Sequence[Bin], block_size: int, method: str, seed: int, number: int, firsts: Sequence[int]
+    ):
+        self.streams, self.T, self.method, self.seed, self.number, self.firsts = (
+            streams,
+            block_size,
+            method,
+            seed,
+            number,
+            firsts,
+        )
         sizes = [[len(shard) for shard in stream.shards] for stream in streams]
         for stream, size in zip(streams, sizes, strict=True):
             if size != sizes[0]:
-                raise Mistake(f"{stream.paths[0]}: {stream.tokens:,} tokens, but {streams[0].paths[0]} has {streams[0].tokens:,}; contexts must be aligned token by token")
+                raise Mistake(
+                    f"{stream.paths[0]}: {stream.tokens:,} tokens, but {streams[0].paths[0]} has {streams[0].tokens:,}; contexts must be aligned token by token"
+                )
         self.sizes = np.array(sizes[0])
         if (short := int(self.sizes.min())) < block_size + 1:
             path = streams[0].paths[int(self.sizes.argmin())]
-            raise Mistake(f"{path}: {short} tokens are less than one window of --block_size={block_size} and its targets; lower it or prepare more text")
-        if method == "without_replacement":  # another offset of the grid each epoch, any of block_size where there is room
+            raise Mistake(
+                f"{path}: {short} tokens are less than one window of --block_size={block_size} and its targets; lower it or prepare more text"
+            )
+        if (
+            method == "without_replacement"
+        ):  # another offset of the grid each epoch, any of block_size where there is room
             self.per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
         else:
             self.per_shard = (self.sizes - 1) // block_size
@@ -172,7 +187,15 @@ class Mixture:
         return (uniform(seed, DATASET, turn)[..., None] >= bounds).sum(-1)
 
 
-def mixture(n: int, probs: Sequence[float] = (), final: Sequence[float] = (), transition: str = "linear", steps: int = 1, per: str = "batch", interleave: bool = False) -> Mixture:
+def mixture(
+    n: int,
+    probs: Sequence[float] = (),
+    final: Sequence[float] = (),
+    transition: str = "linear",
+    steps: int = 1,
+    per: str = "batch",
+    interleave: bool = False,
+) -> Mixture:
     """A mixture of n datasets from the arguments: weights of any positive scale, none meaning equal ones."""
     first = np.array(probs or [1.0] * n, dtype=float)
     counts = tuple(int(count) for count in first) if interleave else ()
@@ -218,7 +241,9 @@ class Step(NamedTuple):
     """What a rank reads for one optimizer step."""
 
     batches: list[Batch]
-    digest: int = 0  # hash of this rank's rows; those of all ranks add up (mod 2^64) to the same number for any split of the rows
+    digest: int = (
+        0  # hash of this rank's rows; those of all ranks add up (mod 2^64) to the same number for any split of the rows
+    )
     tokens: int = 0  # of the whole step, padding not counted
     told: dict[str, torch.Tensor] = {}  # noqa: RUF012  # metrics, (2,) each: a sum and what it is to be divided by, both of this rank
 
@@ -277,7 +302,9 @@ class Tally:
         chunk = max(1, 2**20 // self.rows)
         for first in range(self.step, step, chunk):
             which = self.mixture.draw(self.seed, np.arange(first, min(step, first + chunk)), self.rows)
-            self.counts = self.counts + np.bincount(which.ravel(), minlength=len(self.counts)) * (self.rows // which.shape[1])
+            self.counts = self.counts + np.bincount(which.ravel(), minlength=len(self.counts)) * (
+                self.rows // which.shape[1]
+            )
         self.step = step
         return self.counts
 
@@ -311,7 +338,9 @@ class Source:
         found = np.empty((len(steps), 3, last - first), dtype=np.int64)
         found[:, 0] = here
         for d, dataset in enumerate(self.datasets):
-            number = before[d] + np.cumsum(which == d).reshape(which.shape) - 1  # of each row, among its dataset's sequences
+            number = (
+                before[d] + np.cumsum(which == d).reshape(which.shape) - 1
+            )  # of each row, among its dataset's sequences
             found[:, 1][here == d], found[:, 2][here == d] = dataset.place(number[:, first:last][here == d])
         return found
 
@@ -329,18 +358,25 @@ class Source:
 
     def rows_from(self, start: int, first: int, last: int) -> Iterator[np.ndarray]:
         """Rows [first, last) of the global batches of step `start` and of all after it: (last - first, K, T + 1) ids each."""
-        tally, chunk = self.tally(), max(1, 4096 // self.rows)  # a call of numpy's takes longer than hashing the few rows of a step
+        tally, chunk = (
+            self.tally(),
+            max(1, 4096 // self.rows),
+        )  # a call of numpy's takes longer than hashing the few rows of a step
         for step in itertools.count(start, chunk):
             yield from map(self.windows_at, self.places(np.arange(step, step + chunk), first, last, tally))
 
-    def steps_from(self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool) -> Iterator[Step]:
+    def steps_from(
+        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
+    ) -> Iterator[Step]:
         """What a rank of rows [first, last) reads from step `start` on: micro-batches in the host's memory, pinned if asked."""
         for windows in self.rows_from(start, first, last):
             cuts = range(0, len(windows), micro_batch)
             made = [as_batch(windows[row : row + micro_batch], pin, len(cuts)) for row in cuts]
             yield Step(made, row_hash(windows, first) if hashed else 0, self.tokens_per_step)
 
-    def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool) -> Iterator[Step]:
+    def stream(
+        self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool
+    ) -> Iterator[Step]:
         """From step `start` on what a rank of rows [first, last) reads, on the device; through pinned memory where that is a GPU."""
         return prefetch(self.steps_from(start, first, last, micro_batch, device.type == "cuda", hashed), device)
 
@@ -349,7 +385,10 @@ def row_hash(windows: Iterable[np.ndarray], first: int) -> int:
     """Sum mod 2^64 of a hash of each row with its place in the global batch."""
     total = 0
     for row, window in enumerate(windows, start=first):
-        total += int.from_bytes(hashlib.blake2b(window.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(), "little")
+        total += int.from_bytes(
+            hashlib.blake2b(window.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(),
+            "little",
+        )
     return total % 2**64
 
 
@@ -365,7 +404,15 @@ class Windows:
 
 
 def open_data(
-    root: Path, names: Sequence[Sequence[str]], metas: dict[str, Meta], firsts: dict[str, int], mixture: Mixture, block_size: int, rows: int, method: str, seed: int
+    root: Path,
+    names: Sequence[Sequence[str]],
+    metas: dict[str, Meta],
+    firsts: dict[str, int],
+    mixture: Mixture,
+    block_size: int,
+    rows: int,
+    method: str,
+    seed: int,
 ) -> Windows:
     """The datasets in root, each named by its aligned streams.
 
@@ -375,7 +422,12 @@ def open_data(
     opened = {(split, name): Bin(root / name, split, meta, name) for split in SPLITS for name, meta in metas.items()}
 
     def datasets(split: str, method: str, seed: int) -> list[Dataset]:
-        return [Dataset([opened[split, s] for s in streams], block_size, method, seed, i, [firsts.get(s, 0) for s in streams]) for i, streams in enumerate(names)]
+        return [
+            Dataset(
+                [opened[split, s] for s in streams], block_size, method, seed, i, [firsts.get(s, 0) for s in streams]
+            )
+            for i, streams in enumerate(names)
+        ]
 
     evaluation = {split: datasets(split, "random", int(mix(seed, EVALUATION))) for split in SPLITS}
     return Windows(Source(datasets("train", method, seed), mixture, rows, seed), evaluation, mixture.final)

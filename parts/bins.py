@@ -1,9 +1,9 @@
 """Token bins: the files of a dataset folder, opened and written. Knows nothing of batches or training.
 
-    data/<name>/train.bin, val.bin     token ids, little-endian, without a header: uint16 up to 65,536 ids, else uint32;
-                                       or shards train_000000.bin, ..., which may have llm.c's header of 256 int32
-    data/<name>/meta.json              vocabulary, tokenizer, and tokens, bytes of text and sha256 of each file
-    data/<name>/meta.pkl               nanoGPT's and ReaLLM-Forge's, where there is no meta.json
+data/<name>/train.bin, val.bin     token ids, little-endian, without a header: uint16 up to 65,536 ids, else uint32;
+                                   or shards train_000000.bin, ..., which may have llm.c's header of 256 int32
+data/<name>/meta.json              vocabulary, tokenizer, and tokens, bytes of text and sha256 of each file
+data/<name>/meta.pkl               nanoGPT's and ReaLLM-Forge's, where there is no meta.json
 """
 
 import hashlib
@@ -48,7 +48,9 @@ class PlainUnpickler(pickle.Unpickler):
     """Builds containers, numbers and strings, and nothing else: no pickle can run code through it."""
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain containers, numbers and strings are taken")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, and only plain containers, numbers and strings are taken"
+        )
 
 
 def read_pickled_meta(path: Path) -> Meta:
@@ -62,7 +64,11 @@ def read_pickled_meta(path: Path) -> Meta:
     stoi = meta.get("stoi", {})
     if "encoding" in meta or meta.get("tokenizer") == "tiktoken":
         tokenizer = text.TiktokenTokenizer.named(meta.get("tiktoken_encoding") or meta.get("encoding") or "gpt2")
-    elif len(stoi) == vocab_size and all(isinstance(char, str) and len(char) == 1 for char in stoi) and sorted(stoi.values()) == list(range(vocab_size)):
+    elif (
+        len(stoi) == vocab_size
+        and all(isinstance(char, str) and len(char) == 1 for char in stoi)
+        and sorted(stoi.values()) == list(range(vocab_size))
+    ):
         tokenizer = text.CharTokenizer(sorted(stoi, key=stoi.get))
     else:
         tokenizer = text.NumberTokenizer(vocab_size)
@@ -99,7 +105,11 @@ def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
         size, stretch = path.stat().st_size, 2**16
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            for first in range(0, size, stretch) if size <= 2**24 else np.linspace(0, size - stretch, 64).astype(np.int64).tolist():
+            for first in (
+                range(0, size, stretch)
+                if size <= 2**24
+                else np.linspace(0, size - stretch, 64).astype(np.int64).tolist()
+            ):
                 file.seek(first)
                 digest.update(file.read(stretch))
         told[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
@@ -122,7 +132,10 @@ class Bin:
         self.dtype = self.shards[0].dtype
         if any(shard.dtype != self.dtype for shard in self.shards):
             raise Mistake(f"{folder}: shards of {split} are of uint16 and of uint32; prepare the dataset again")
-        self.files, self.offsets = [os.open(path, os.O_RDONLY) for path in self.paths], np.array([shard.offset for shard in self.shards])
+        self.files, self.offsets = (
+            [os.open(path, os.O_RDONLY) for path in self.paths],
+            np.array([shard.offset for shard in self.shards]),
+        )
         weakref.finalize(self, lambda files: [os.close(file) for file in files], self.files)
         self.tokens = sum(map(len, self.shards))
         files = [meta.files.get(path.name, {}) for path in self.paths]
@@ -133,7 +146,10 @@ class Bin:
         dtype, start = self.meta.dtype, 0
         if size >= LLMC_HEADER:
             header = np.fromfile(path, dtype="<i4", count=3)
-            if int(header[0]) in LLMC_MAGIC and (size - LLMC_HEADER) == int(header[2]) * np.dtype(LLMC_MAGIC[int(header[0])]).itemsize:
+            if (
+                int(header[0]) in LLMC_MAGIC
+                and (size - LLMC_HEADER) == int(header[2]) * np.dtype(LLMC_MAGIC[int(header[0])]).itemsize
+            ):
                 dtype, start = LLMC_MAGIC[int(header[0])], LLMC_HEADER
         width = np.dtype(dtype).itemsize
         if size - start == 0:
@@ -142,15 +158,21 @@ class Bin:
             raise Mistake(f"{path}: {size} bytes are no whole number of {dtype} tokens; prepare the dataset again")
         known = self.meta.files.get(path.name, {}).get("tokens")
         if known is not None and known != (size - start) // width:
-            raise Mistake(f"{path}: {(size - start) // width} tokens, but meta.json counts {known}; prepare the dataset again")
+            raise Mistake(
+                f"{path}: {(size - start) // width} tokens, but meta.json counts {known}; prepare the dataset again"
+            )
         tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
         # All of a small file, of a large one 64 stretches: a wrong vocabulary shows anywhere.
         stretch = len(tokens) if len(tokens) <= 2**24 else 2**16
         for first in np.linspace(0, len(tokens) - stretch, 1 if stretch == len(tokens) else 64).astype(np.int64):
-            part = np.fromfile(path, tokens.dtype, stretch, offset=start + int(first) * width)  # the map would keep megabytes around each
+            part = np.fromfile(
+                path, tokens.dtype, stretch, offset=start + int(first) * width
+            )  # the map would keep megabytes around each
             if (largest := int(part.max())) >= self.meta.vocab_size:
                 where = int(first) + int(part.argmax())
-                raise Mistake(f"{path}: token {largest} at {where} is beyond the vocabulary of {self.meta.vocab_size}; is the meta file that of these bins?")
+                raise Mistake(
+                    f"{path}: token {largest} at {where} is beyond the vocabulary of {self.meta.vocab_size}; is the meta file that of these bins?"
+                )
         return tokens
 
     def windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
@@ -161,7 +183,9 @@ class Bin:
         """
         width = self.dtype.itemsize
         offset = self.offsets[shard] + start * width
-        rows = [os.pread(self.files[s], length * width, at) for s, at in zip(shard.tolist(), offset.tolist(), strict=True)]
+        rows = [
+            os.pread(self.files[s], length * width, at) for s, at in zip(shard.tolist(), offset.tolist(), strict=True)
+        ]
         return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
 
 
@@ -170,9 +194,14 @@ def prepare_if_missing(folder: Path, what: str = "bins") -> None:
     script = folder / "prepare.py"
     if not folder.is_dir():
         known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        raise Mistake(f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset")
+        raise Mistake(
+            f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset"
+        )
     suffix = {"bins": "bin", "examples": "jsonl"}[what]
-    if all((folder / f"{split}.{suffix}").exists() or (what == "bins" and any(folder.glob(f"*{split}_*.bin"))) for split in SPLITS):
+    if all(
+        (folder / f"{split}.{suffix}").exists() or (what == "bins" and any(folder.glob(f"*{split}_*.bin")))
+        for split in SPLITS
+    ):
         return
     if not script.exists():
         missing = " and ".join(f"{split}.{suffix}" for split in SPLITS if not (folder / f"{split}.{suffix}").exists())
@@ -218,7 +247,12 @@ class BinWriter:
 
 def write_meta(folder: Path, tokenizer: text.Tokenizer, files: dict[str, dict]) -> None:
     """Write meta.json, last of a dataset's files."""
-    meta = {"dtype": dtype_for(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size, "files": files, "tokenizer": text.to_json(tokenizer)}
+    meta = {
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "files": files,
+        "tokenizer": text.to_json(tokenizer),
+    }
     beside = folder / f".meta.json.{os.getpid()}.tmp"
     beside.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(beside, folder / "meta.json")

@@ -83,12 +83,25 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGro
     """Write tensors of which each rank holds its shards (DTensors; others are the same on all ranks), a safetensors file a rank. All ranks of the
     group must call it; when it is over on one, all files are whole. Raises OSError on all ranks if it failed on one."""
     try:
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+        dcp.save(
+            dict(tensors),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=group,
+        )
     except CheckpointException as error:  # which is no Exception
         raise OSError("; ".join(f"rank {rank}: {told[0]}" for rank, told in error.failures.items())) from None
 
 
-def save(checkpoints: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], progress: dict, copied: dict[str, bytes], group: dist.ProcessGroup | None = None, main: bool = True) -> Path:
+def save(
+    checkpoints: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    progress: dict,
+    copied: dict[str, bytes],
+    group: dist.ProcessGroup | None = None,
+    main: bool = True,
+) -> Path:
     """Write checkpoints/<step>, tensors on the CPU and the files `copied` as they are; an older one of the same step is replaced.
 
     With a group the tensors are sharded over its ranks: all of them call this, and the main one writes all but their shards.
@@ -134,7 +147,10 @@ def write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     for path in {*files, *(path.parent for path in files)} - {folder}:
         sync(path)
-    write_json(folder / "manifest.json", {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
+    write_json(
+        folder / "manifest.json",
+        {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
+    )
     sync(folder / "manifest.json")
     sync(folder)
 
@@ -176,7 +192,9 @@ class Saver:
                 error = raised
             self.ended = Outcome(step, folder, error, 1e3 * (begin - since), 1e3 * (time.perf_counter() - begin))
 
-        self.thread = threading.Thread(target=run, name="save")  # not a daemon: the process does not end in the middle of it
+        self.thread = threading.Thread(
+            target=run, name="save"
+        )  # not a daemon: the process does not end in the middle of it
         self.thread.start()
 
     def outcome(self, wait: bool) -> Outcome | None:
@@ -212,7 +230,9 @@ def damage(folder: Path, needed: set[str] = NEEDED) -> str | None:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the checkpoints there, ascending."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()) if checkpoints.is_dir() else []
+    return (
+        sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()) if checkpoints.is_dir() else []
+    )
 
 
 def newest(checkpoints: Path, say=print) -> Path:
@@ -241,14 +261,18 @@ def chosen(out_dir: Path, which: str, say=print) -> Path:
     """The checkpoint of a run that `which` names: best (the newest where there is none), last, or a step. Raises Mistake."""
     checkpoints = out_dir / "checkpoints"
     if not steps(checkpoints):
-        raise Mistake(f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir")
+        raise Mistake(
+            f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir"
+        )
     step = best_step(out_dir) if which == "best" else None if which == "last" else int(which)
     if step is None:
         if which == "best":
             say(f"{out_dir / 'best.json'} names no best checkpoint; taking the newest")
         return newest(checkpoints, say)
     folder = checkpoints / f"{step:06d}"
-    wrong = damage(folder) if folder.exists() else f"the run has those of steps {', '.join(map(str, steps(checkpoints)))}"
+    wrong = (
+        damage(folder) if folder.exists() else f"the run has those of steps {', '.join(map(str, steps(checkpoints)))}"
+    )
     if wrong is None:
         return folder
     if which == "best":
@@ -288,7 +312,9 @@ class Shards(Mapping[str, Tensor]):
                 parts.append((place, file.get_tensor(name)))
         if not parts[0][0]:
             return parts[0][1]  # a scalar
-        whole = parts[0][1].new_empty([max(place[d] + part.size(d) for place, part in parts) for d in range(parts[0][1].dim())])
+        whole = parts[0][1].new_empty(
+            [max(place[d] + part.size(d) for place, part in parts) for d in range(parts[0][1].dim())]
+        )
         for place, part in parts:
             whole[tuple(slice(first, first + size) for first, size in zip(place, part.shape, strict=True))] = part
         return whole
@@ -329,7 +355,9 @@ class Lock:
             file.seek(0)
             who = file.read().strip() or "another process"
             file.close()
-            raise Mistake(f"{self.path.parent}: {who} is training there; wait for it or take another --out_dir") from None
+            raise Mistake(
+                f"{self.path.parent}: {who} is training there; wait for it or take another --out_dir"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -343,7 +371,16 @@ class Lock:
             self.file.close()
 
 
-RUN_FILES = ("train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "loss.png", "wandb_id", "checkpoints", "tensorboard")
+RUN_FILES = (
+    "train_config.json",
+    "metrics.jsonl",
+    "tokenizer.json",
+    "best.json",
+    "loss.png",
+    "wandb_id",
+    "checkpoints",
+    "tensorboard",
+)
 
 
 def held(out_dir: Path) -> list[Path]:
@@ -354,7 +391,9 @@ def held(out_dir: Path) -> list[Path]:
 def refuse_held(out_dir: Path) -> None:
     """Raises Mistake when the folder holds a run."""
     if found := held(out_dir):
-        raise Mistake(f"{out_dir}: already holds a run ({found[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir")
+        raise Mistake(
+            f"{out_dir}: already holds a run ({found[0].name}); continue it with --init_from=resume, replace it with --overwrite, or take another --out_dir"
+        )
 
 
 def claim(out_dir: Path, lock: Lock) -> None:

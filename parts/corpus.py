@@ -114,7 +114,9 @@ def read_rows(path: Path, field: str) -> Iterator[str]:
         except UnicodeError as error:
             raise Mistake(f"{path}: not UTF-8 after row {number} ({error.reason}); convert it first") from None
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-            raise Mistake(f"{path}: row {number} has no text in {field} ({type(error).__name__}: {error}); name the right field with --field") from None
+            raise Mistake(
+                f"{path}: row {number} has no text in {field} ({type(error).__name__}: {error}); name the right field with --field"
+            ) from None
 
 
 def read_hub(name: str, field: str) -> Iterator[str]:
@@ -128,7 +130,9 @@ def read_hub(name: str, field: str) -> Iterator[str]:
         rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
         first = next(iter(rows))
     except Exception as error:  # the library raises nearly anything when the hub can't be reached
-        raise Mistake(f"hf:{name}: can't be read ({type(error).__name__}); check the name and the network, or give files with --input") from None
+        raise Mistake(
+            f"hf:{name}: can't be read ({type(error).__name__}); check the name and the network, or give files with --input"
+        ) from None
     if field not in first:
         raise Mistake(f"hf:{name}: no field {field} but {', '.join(first)}; name it with --field")
     for row in rows:
@@ -165,7 +169,11 @@ def pieces_of(inputs: list[str], field: str, val_fraction: float) -> Iterator[Pi
     files = input_files(inputs)
     if len(files) == 1 and files[0].suffix == ".txt":
         return split_one(lambda: read_text(files[0]), val_fraction)
-    documents = (doc for path in files for doc in ([read_text(path)] if path.suffix == ".txt" else ([row] for row in read_rows(path, field))))
+    documents = (
+        doc
+        for path in files
+        for doc in ([read_text(path)] if path.suffix == ".txt" else ([row] for row in read_rows(path, field)))
+    )
     return split_documents(documents, val_fraction)
 
 
@@ -181,7 +189,9 @@ def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[Pie
         chars: set[str] = set()
         ends = False
         for group in grouped(pieces()):
-            known = "".join(filter(str.isascii, chars)).encode()  # nearly all of most texts, and deleted from UTF-8 in no time
+            known = "".join(
+                filter(str.isascii, chars)
+            ).encode()  # nearly all of most texts, and deleted from UTF-8 in no time
             chars.update("".join(piece.text for piece in group).encode().translate(None, known).decode())
             ends |= any(piece.ends for piece in group)
         return text.CharTokenizer(sorted(chars), ends)
@@ -237,7 +247,9 @@ class Counter:
             self.bar.close()
 
 
-def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer: str | text.Tokenizer, vocab_size: int = 8192) -> None:
+def write_dataset(
+    folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer: str | text.Tokenizer, vocab_size: int = 8192
+) -> None:
     """Tokenize pieces into folder/train.bin, val.bin and meta.json; `pieces` gives the same ones each time it is called.
 
     tokenizer: char, byte, bpe (trained to vocab_size ids), a name of tiktoken's, or one that is ready. Raises Mistake, and then
@@ -254,7 +266,15 @@ def write_dataset(folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
 
     def encode(group: list[Piece]) -> list[tuple[str, np.ndarray, int, int]]:
-        return [(p.split, np.concatenate((tokenizer.encode(p.text), end)) if p.ends else tokenizer.encode(p.text), len(p.text.encode()), len(p.text)) for p in group]
+        return [
+            (
+                p.split,
+                np.concatenate((tokenizer.encode(p.text), end)) if p.ends else tokenizer.encode(p.text),
+                len(p.text.encode()),
+                len(p.text),
+            )
+            for p in group
+        ]
 
     counter = Counter(f"preparing {folder.name}")
     try:

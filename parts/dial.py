@@ -11,8 +11,14 @@ from typing import Any
 TOKENS = 3.3e6  # of a whole training: where the following was measured, at a width of 96
 BATCH, BATCH_POWER = 4096, 0.82  # tokens of a step
 MUON, MUON_POWER = 0.04, -0.12  # learning rate of the blocks' matrices
-ADAM, ADAM_WIDTH = 0.01, 96  # of everything else; falls with the root of the width (Yang et al. 2022 for Adam, as nanochat has it)
-DECAY, DECAY_TOKENS = 0.05, 1.2e9  # of the blocks' matrices from so many tokens on, less before: a few million are better off without
+ADAM, ADAM_WIDTH = (
+    0.01,
+    96,
+)  # of everything else; falls with the root of the width (Yang et al. 2022 for Adam, as nanochat has it)
+DECAY, DECAY_TOKENS = (
+    0.05,
+    1.2e9,
+)  # of the blocks' matrices from so many tokens on, less before: a few million are better off without
 MICRO_TOKENS = 65536  # most tokens of a micro-batch
 
 
@@ -26,7 +32,9 @@ def head_width(width: int) -> int:
     return 32 if width < 256 else 64 if width < 768 else 128
 
 
-def turned(depth: int, aspect: int, tokens_per_weight: float, block_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def turned(
+    depth: int, aspect: int, tokens_per_weight: float, block_size: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments of train.py that follow from `depth`; those in `given` stand, and the others follow from them.
 
     aspect: width over depth; widths are rounded up to whole heads. tokens_per_weight: training tokens over the 12 L C^2 weights of the

@@ -19,6 +19,8 @@ def fetch(url: str, path: Path) -> Path:
             beside.write_bytes(answer.read())
     except (urllib.error.URLError, OSError) as error:
         beside.unlink(missing_ok=True)
-        raise Mistake(f"{url} can't be downloaded ({getattr(error, 'reason', error)}); offline, get that text elsewhere and give it with --input FILE") from None
+        raise Mistake(
+            f"{url} can't be downloaded ({getattr(error, 'reason', error)}); offline, get that text elsewhere and give it with --input FILE"
+        ) from None
     os.replace(beside, path)
     return path

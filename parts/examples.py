@@ -44,7 +44,9 @@ class Ids(NamedTuple):
 class Example(NamedTuple):
     sequences: tuple[Ids, ...]  # dpo: chosen, rejected; grpo: the prompt
     row: Mapping[str, object]
-    reference: tuple[float, ...] = ()  # log-probability of each sequence by the model that training began with, where it was looked up
+    reference: tuple[
+        float, ...
+    ] = ()  # log-probability of each sequence by the model that training began with, where it was looked up
 
 
 class TooLong(Exception):
@@ -90,12 +92,24 @@ class Coder:
         """Ids of what comes before a completion."""
         if self.template is not None:
             return self.template.encode(row, self.tokenizer, self.first_row)
-        return self.messages(row["prompt"], open_end=True)[0] if isinstance(row["prompt"], list) else self.encode(row["prompt"])
+        return (
+            self.messages(row["prompt"], open_end=True)[0]
+            if isinstance(row["prompt"], list)
+            else self.encode(row["prompt"])
+        )
 
     def pair(self, row: Mapping[str, object], field: str) -> Ids:
         """The prompt and the completion in a field, with the end token; the completion is learned. Raises TooLong."""
         if self.template is not None and self.target_field:
-            made = self.template.example(row, self.tokenizer, self.first_row, self.target_field, self.truncation_field or None, self.limit, self.overflow)
+            made = self.template.example(
+                row,
+                self.tokenizer,
+                self.first_row,
+                self.target_field,
+                self.truncation_field or None,
+                self.limit,
+                self.overflow,
+            )
             if made is None:
                 raise TooLong
             ids, start = made
@@ -138,7 +152,9 @@ class Coder:
 def needed_tokens(tokenizer: text.Tokenizer, rows: Iterable[Mapping[str, object]]) -> text.Tokenizer:
     """The tokenizer with an end token, and with tokens for roles where the rows have messages."""
     chat = any(isinstance(row.get(field), list) for row in rows for field in ("messages", "prompt"))
-    return text.extended(tokenizer, [*([text.END_OF_TEXT] if tokenizer.eot is None else []), *(ROLES.values() if chat else [])])
+    return text.extended(
+        tokenizer, [*([text.END_OF_TEXT] if tokenizer.eot is None else []), *(ROLES.values() if chat else [])]
+    )
 
 
 def read_rows(path: Path, objective: str, adapted: Callable[[dict], dict], fields: Sequence[str] = ()) -> list[dict]:
@@ -162,8 +178,14 @@ def check_messages(row: Mapping[str, object], where: str) -> None:
     for field in ("messages", "prompt"):
         if isinstance(row.get(field), list):
             for message in row[field]:
-                if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                    raise Mistake(f'{where}: a message of {field} is not {{"role": {", ".join(ROLES)}; "content": text}}')
+                if (
+                    not isinstance(message, dict)
+                    or message.get("role") not in ROLES
+                    or not isinstance(message.get("content"), str)
+                ):
+                    raise Mistake(
+                        f'{where}: a message of {field} is not {{"role": {", ".join(ROLES)}; "content": text}}'
+                    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,9 +195,26 @@ def check_messages(row: Mapping[str, object], where: str) -> None:
 class Examples:
     """One split of one dataset: encoded, each once an epoch in random order."""
 
-    def __init__(self, name: str, rows: Sequence[Mapping[str, object]], objective: str, coder: Coder, seed: int, number: int, where: str, packed: bool = False):
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, object]],
+        objective: str,
+        coder: Coder,
+        seed: int,
+        number: int,
+        where: str,
+        packed: bool = False,
+    ):
         """Raises Mistake where a row can't be encoded, or is too long and overflow is "error"."""
-        self.name, self.seed, self.number, self.streams, self.bytes, self.coder = name, seed, number, [self], None, coder
+        self.name, self.seed, self.number, self.streams, self.bytes, self.coder = (
+            name,
+            seed,
+            number,
+            [self],
+            None,
+            coder,
+        )
         encode, self.items, longer = getattr(coder, objective), [], []
         for row_number, row in enumerate(rows, start=1):
             try:
@@ -187,7 +226,9 @@ class Examples:
         self.dropped = len(longer)
         if longer and coder.overflow == "error":
             room = f" less the {coder.room} of a completion" if coder.room else ""
-            raise Mistake(f"{where}: {len(longer)} of {len(rows)} examples are longer than {coder.limit} tokens{room}, by up to {max(longer)}; raise --block_size, or say --overflow=drop or truncate_target")
+            raise Mistake(
+                f"{where}: {len(longer)} of {len(rows)} examples are longer than {coder.limit} tokens{room}, by up to {max(longer)}; raise --block_size, or say --overflow=drop or truncate_target"
+            )
         if not self.items:
             raise Mistake(f"{where}: no example is left" if rows else f"{where}: holds no examples")
         self.tokens = sum(len(sequence.ids) for item in self.items for sequence in item.sequences)
@@ -201,7 +242,9 @@ class Examples:
         epoch, index = np.divmod(number, self.windows)
         return np.zeros_like(index), permute(index, self.windows, self.seed, ORDER, self.number, epoch)
 
-    def evaluation(self, iters: int, size: int, rank: int, world: int, collate: Callable) -> Iterator[tuple[Batch, bool]]:
+    def evaluation(
+        self, iters: int, size: int, rank: int, world: int, collate: Callable
+    ) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of each of the first `iters` batches of `size` examples, in the order of the file, and whether it has one: a rank
         without an example reads another's with the others, all of it masked."""
         size = max(size, collate.least)
@@ -211,7 +254,14 @@ class Examples:
                 return
             first_of_mine, last = (r * len(whole) // world for r in (rank, rank + 1))
             batch, counts = collate(whole, first_of_mine, max(last, first_of_mine + 1), 1), last > first_of_mine
-            yield batch if counts else batch.having(**{name: torch.zeros_like(mask) for name, mask in batch.more.items() if name.endswith("mask")}), counts
+            yield (
+                batch
+                if counts
+                else batch.having(
+                    **{name: torch.zeros_like(mask) for name, mask in batch.more.items() if name.endswith("mask")}
+                ),
+                counts,
+            )
 
 
 def pack(items: Sequence[Example], limit: int) -> list[Example]:
@@ -226,7 +276,15 @@ def pack(items: Sequence[Example], limit: int) -> list[Example]:
             packs.append([])
         packs[number].append(sequence)
         bisect.insort(room, (left - len(sequence.ids), number))
-    joined = (Ids(*(np.concatenate(column) for column in zip(*((s.ids, s.mask, np.arange(len(s.ids))) for s in some), strict=True))) for some in packs)
+    joined = (
+        Ids(
+            *(
+                np.concatenate(column)
+                for column in zip(*((s.ids, s.mask, np.arange(len(s.ids))) for s in some), strict=True)
+            )
+        )
+        for some in packs
+    )
     return [Example((sequence,), {}) for sequence in joined]
 
 
@@ -245,7 +303,9 @@ def padded(sequences: Sequence[Ids], width: int = 0) -> Batch:
         positions = np.zeros((len(sequences), width - 1), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             places = sequence.positions[: width - 1]
-            positions[row] = np.concatenate((places, np.arange(width - 1 - len(places))))  # the padding is a document of its own
+            positions[row] = np.concatenate(
+                (places, np.arange(width - 1 - len(places)))
+            )  # the padding is a document of its own
         more["positions"] = torch.from_numpy(positions)
     return Batch(torch.from_numpy(tokens), more)
 
@@ -261,7 +321,9 @@ class Collate:
     def __call__(self, whole: Sequence[Example], first: int, last: int, parts: int) -> Batch:
         """The sequences of each kind follow those of the one before: all chosen, then all rejected."""
         here = whole[first:last]
-        batch = padded([sequence for kind in zip(*(item.sequences for item in here), strict=True) for sequence in kind], self.width)
+        batch = padded(
+            [sequence for kind in zip(*(item.sequences for item in here), strict=True) for sequence in kind], self.width
+        )
         learned = sum(int(sequence.mask.sum()) for item in whole for sequence in item.sequences)
         more = self.further(whole, first, last)
         return Batch(batch.tokens, batch.more | more, parts, learned / self.world)
@@ -269,7 +331,15 @@ class Collate:
     def further(self, whole: Sequence[Example], first: int, last: int) -> dict[str, torch.Tensor]:
         """What else the rows need."""
         here = whole[first:last]
-        return {"reference": torch.tensor([value for kind in zip(*(item.reference for item in here), strict=True) for value in kind])} if here[0].reference else {}
+        return (
+            {
+                "reference": torch.tensor(
+                    [value for kind in zip(*(item.reference for item in here), strict=True) for value in kind]
+                )
+            }
+            if here[0].reference
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -312,11 +382,27 @@ class ExampleSource(Source):
             for place in self.places(np.arange(step, step + chunk), 0, self.rows, tally):
                 yield [self.datasets[d].items[index] for d, _, index in place.T.tolist()]
 
-    def steps_from(self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool) -> Iterator[Step]:
+    def steps_from(
+        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
+    ) -> Iterator[Step]:
         for whole in self.examples_from(start):
             cuts = range(first, last, micro_batch)
             made = [self.collate(whole, row, min(row + micro_batch, last), len(cuts)) for row in cuts]
             if pin:
-                made = [Batch(b.tokens.pin_memory(), {name: tensor.pin_memory() for name, tensor in b.more.items()}, b.parts, b.learned) for b in made]
-            digest = row_hash([np.concatenate([sequence.ids for sequence in item.sequences]) for item in whole[first:last]], first) if hashed else 0
+                made = [
+                    Batch(
+                        b.tokens.pin_memory(),
+                        {name: tensor.pin_memory() for name, tensor in b.more.items()},
+                        b.parts,
+                        b.learned,
+                    )
+                    for b in made
+                ]
+            digest = (
+                row_hash(
+                    [np.concatenate([sequence.ids for sequence in item.sequences]) for item in whole[first:last]], first
+                )
+                if hashed
+                else 0
+            )
             yield Step(made, digest, sum(len(sequence.ids) for item in whole for sequence in item.sequences))

@@ -20,7 +20,9 @@ class Cache:
     never change, as a compiled step needs them; read at `places`, (batch, 1), each sequence at its own.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, layers: int, batch: int, heads: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ):
         self.keys = torch.zeros(layers, batch, heads, size, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.spot = torch.zeros(1, device=device, dtype=torch.long)
@@ -71,7 +73,9 @@ def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: flo
     return kept.masked_fill(kept < min_p * kept.amax(-1, keepdim=True), 0.0) if min_p else kept
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator
+) -> Tensor:
     """Draw one id a row, (B,), from logits (B, V) by their `probabilities`. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -169,13 +173,26 @@ def complete(
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         idx[row, : len(prompt)] = torch.tensor(prompt)
-    cache = Cache(config.n_layer, len(prompts), config.n_kv_head or config.n_head, min(config.block_size, width + max_new_tokens), config.n_embd // config.n_head, device, model.compute_dtype)
+    cache = Cache(
+        config.n_layer,
+        len(prompts),
+        config.n_kv_head or config.n_head,
+        min(config.block_size, width + max_new_tokens),
+        config.n_embd // config.n_head,
+        device,
+        model.compute_dtype,
+    )
     cache.read(width, still=False)
     logits = model(idx.to(device), cache=cache)[torch.arange(len(prompts)), lengths - 1].float()  # (P, V)
     cache.take(torch.arange(len(prompts), device=device).repeat_interleave(repeats))
-    logits, place = logits.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats)  # place: of the token to be drawn
+    logits, place = (
+        logits.repeat_interleave(repeats, 0),
+        lengths.repeat_interleave(repeats),
+    )  # place: of the token to be drawn
     number = np.arange(len(prompts) * repeats)  # of each row of the cache, which answer it is
-    room = config.block_size - np.array([len(prompt) for prompt in prompts]).repeat(repeats)  # tokens that fit behind each answer's prompt
+    room = config.block_size - np.array([len(prompt) for prompt in prompts]).repeat(
+        repeats
+    )  # tokens that fit behind each answer's prompt
     ids: list[list[int]] = [[] for _ in number]
     logps: list[list[float]] = [[] for _ in number]
     ended, over = np.zeros(len(number), dtype=bool), np.zeros(len(number), dtype=bool)
@@ -187,7 +204,9 @@ def complete(
         else:
             kept = probabilities(logits, temperature, top_k, top_p, min_p).cumsum(-1)
             u = torch.rand(len(number)) if uniform is None else torch.from_numpy(uniform(number, token)).float()
-            drawn = torch.searchsorted(kept, u.to(device)[:, None] * kept[:, -1:], right=True)[:, 0].clamp(max=known - 1)
+            drawn = torch.searchsorted(kept, u.to(device)[:, None] * kept[:, -1:], right=True)[:, 0].clamp(
+                max=known - 1
+            )
         told = likely.gather(1, drawn[:, None])[:, 0].tolist()
         for row, (answer, new) in enumerate(zip(number.tolist(), drawn.tolist(), strict=True)):
             if over[answer] or token >= room[answer]:
@@ -200,7 +219,9 @@ def complete(
         if token + 1 == max_new_tokens or not anyone(len(under_way) > 0):
             break
         if len(under_way) < 0.75 * len(number):
-            rows = torch.from_numpy(under_way if len(under_way) else np.zeros(1, dtype=np.int64)).to(device)  # one at least: other ranks may go on
+            rows = torch.from_numpy(under_way if len(under_way) else np.zeros(1, dtype=np.int64)).to(
+                device
+            )  # one at least: other ranks may go on
             cache.take(rows)
             number, drawn, place = number[rows.cpu().numpy()], drawn[rows], place[rows]
         place = place.clamp(max=cache.keys.size(3) - 1)  # of those that are over

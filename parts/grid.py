@@ -43,7 +43,10 @@ def read_file(path: str) -> tuple[dict, dict]:
     typed, verbatim = read_yaml(text, path)
     if not isinstance(typed, dict):
         raise Mistake(f"{path}: must hold names with values")
-    return tuple({str(name): value for name, value in part.items() if not str(name).startswith("_")} for part in (typed, verbatim))
+    return tuple(
+        {str(name): value for name, value in part.items() if not str(name).startswith("_")}
+        for part in (typed, verbatim)
+    )
 
 
 def read_yaml(text: str, path: str) -> tuple[Any, Any]:
@@ -60,7 +63,11 @@ def read_yaml(text: str, path: str) -> tuple[Any, Any]:
         yaml_implicit_resolvers = {}  # noqa: RUF012
 
         def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"]
+            keys = [
+                key.value
+                for key, _ in node.value
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
+            ]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
                 raise Mistake(f"{path}:{node.start_mark.line + 1}: {', '.join(twice)}: told twice")
             return super().construct_mapping(node, deep)
@@ -69,11 +76,19 @@ def read_yaml(text: str, path: str) -> tuple[Any, Any]:
         yaml_implicit_resolvers = {}  # noqa: RUF012
 
     for loader in (Verbatim, Typed):
-        loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|None)?$"), ["~", "n", "N", ""])
+        loader.add_implicit_resolver(
+            "tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|None)?$"), ["~", "n", "N", ""]
+        )
         loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-    Typed.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    Typed.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
     Typed.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-    Typed.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$"), list("-+0123456789."))
+    Typed.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$"),
+        list("-+0123456789."),
+    )
     Typed.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
     Typed.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
     try:
@@ -106,7 +121,9 @@ class Range:
 
     def at(self, place: float) -> Choice:
         """The number at a place from 0 to 1."""
-        return self.choice(self.low * (self.high / self.low) ** place if self.log else self.low + place * (self.high - self.low))
+        return self.choice(
+            self.low * (self.high / self.low) ** place if self.log else self.low + place * (self.high - self.low)
+        )
 
     def choice(self, value: float) -> Choice:
         """A number in the range, to three digits."""
@@ -135,7 +152,9 @@ class Grid:
 
 def alternatives(name: str, value: Any, is_list: bool, wrong: list[str]) -> list | None:
     """What a value varies over, or None if it doesn't: the items of a list, or of a list of lists where the argument is one."""
-    if not isinstance(value, list | tuple) or (is_list and value and not any(isinstance(item, list | tuple) for item in value)):
+    if not isinstance(value, list | tuple) or (
+        is_list and value and not any(isinstance(item, list | tuple) for item in value)
+    ):
         return None
     if not value:
         wrong.append(f"{name}: an empty list leaves no run")
@@ -151,10 +170,17 @@ def read_range(name: str, value: dict, whole: bool, wrong: list[str]) -> Range:
     try:
         low, high = (int(value[end]) if whole else float(value[end]) for end in ("low", "high"))
         log = value.get("log", False)
-        if set(value) - {"low", "high", "log"} or not (low < high and math.isfinite(high - low)) or not isinstance(log, bool) or (log and low <= 0):
+        if (
+            set(value) - {"low", "high", "log"}
+            or not (low < high and math.isfinite(high - low))
+            or not isinstance(log, bool)
+            or (log and low <= 0)
+        ):
             raise ValueError
     except (KeyError, ValueError, TypeError):
-        wrong.append(f"{name}: a range has low and high, the first being the lesser one, and perhaps log: true with low above 0: {{low: 1e-5, high: 1e-2, log: true}}")
+        wrong.append(
+            f"{name}: a range has low and high, the first being the lesser one, and perhaps log: true with low above 0: {{low: 1e-5, high: 1e-2, log: true}}"
+        )
         low, high, log = 0, 1, False
     return Range(name, low, high, log, whole)
 
@@ -167,7 +193,9 @@ def mappings(word: str, value: Any, wrong: list[str]) -> list[dict]:
     return [item for item in found if isinstance(item, dict)]
 
 
-def read(spec: dict[str, Any], lists: set[str], dicts: set[str], whole: set[str], seed: tuple[str, int], wrong: list[str]) -> Grid:
+def read(
+    spec: dict[str, Any], lists: set[str], dicts: set[str], whole: set[str], seed: tuple[str, int], wrong: list[str]
+) -> Grid:
     """The grid that a file's names and values describe. `lists`, `dicts` and `whole` are the arguments that hold lists, mappings and
     whole numbers; `seed` the name of the seed and its default. What is wrong is added to `wrong`."""
     fixed: dict[str, Any] = {}
@@ -199,7 +227,13 @@ def read(spec: dict[str, Any], lists: set[str], dicts: set[str], whole: set[str]
     for number, zipped in enumerate(mappings("zip", spec.get("zip"), wrong), 1):
         columns = {name: alternatives(name, value, name in lists, wrong) for name, value in zipped.items()}
         if None in columns.values() or len({len(items) for items in columns.values()}) != 1:
-            wrong.append("zip: " + ", ".join(f"{name} has {'no list' if items is None else len(items)}" for name, items in columns.items()) + "; lists that go together are of one length")
+            wrong.append(
+                "zip: "
+                + ", ".join(
+                    f"{name} has {'no list' if items is None else len(items)}" for name, items in columns.items()
+                )
+                + "; lists that go together are of one length"
+            )
             continue
         for name in zipped:
             claim(name, f"zip {number}")
@@ -231,8 +265,19 @@ def read(spec: dict[str, Any], lists: set[str], dicts: set[str], whole: set[str]
         else:
             claim(name, "seeds")
             axes.append([Choice({name: value}, {name: value}) for value in seeds])
-    exclude = [{name: list(value) if isinstance(value, list) else [value] for name, value in item.items()} for item in mappings("exclude", spec.get("exclude"), wrong)]
-    named = {name for axis in axes for name in ([axis.name] if isinstance(axis, Range) else [key for choice in axis for key in (*choice.values, *choice.told)])}
+    exclude = [
+        {name: list(value) if isinstance(value, list) else [value] for name, value in item.items()}
+        for item in mappings("exclude", spec.get("exclude"), wrong)
+    ]
+    named = {
+        name
+        for axis in axes
+        for name in (
+            [axis.name]
+            if isinstance(axis, Range)
+            else [key for choice in axis for key in (*choice.values, *choice.told)]
+        )
+    }
     for item in exclude:
         if unknown := [name for name in item if name not in named and name not in fixed]:
             wrong.append(f"exclude: {', '.join(unknown)}: not in this grid")
@@ -241,7 +286,10 @@ def read(spec: dict[str, Any], lists: set[str], dicts: set[str], whole: set[str]
 
 def merged(choices: tuple[Choice, ...]) -> Choice:
     """Several choices as one."""
-    return Choice({k: v for choice in choices for k, v in choice.values.items()}, {k: v for choice in choices for k, v in choice.told.items()})
+    return Choice(
+        {k: v for choice in choices for k, v in choice.values.items()},
+        {k: v for choice in choices for k, v in choice.told.items()},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +299,10 @@ def merged(choices: tuple[Choice, ...]) -> Choice:
 def excluded(point: Point, item: dict[str, list], normal: Callable[[str, Any], Any]) -> bool:
     """Whether a point has, for every name of the item, one of its values; `normal(name, value)` makes equal values equal."""
     has = {**point.told, **point.values}
-    return all(name in has and normal(name, has[name]) in [normal(name, value) for value in values] for name, values in item.items())
+    return all(
+        name in has and normal(name, has[name]) in [normal(name, value) for value in values]
+        for name, values in item.items()
+    )
 
 
 def product(grid: Grid, normal: Callable[[str, Any], Any], wrong: list[str]) -> list[Point]:
@@ -262,7 +313,9 @@ def product(grid: Grid, normal: Callable[[str, Any], Any], wrong: list[str]) -> 
     if math.prod(len(axis) for axis in grid.axes) > MOST:
         wrong.append(f"the grid has {math.prod(len(axis) for axis in grid.axes):,} points; at most {MOST:,}")
         return []
-    points = [Point({**grid.fixed, **choice.values}, choice.told) for choice in map(merged, itertools.product(*grid.axes))]
+    points = [
+        Point({**grid.fixed, **choice.values}, choice.told) for choice in map(merged, itertools.product(*grid.axes))
+    ]
     for item in grid.exclude:
         if points and not any(excluded(point, item, normal) for point in points):
             wrong.append(f"exclude: {json.dumps(item)[1:-1]}: no run is like this")
@@ -271,7 +324,12 @@ def product(grid: Grid, normal: Callable[[str, Any], Any], wrong: list[str]) -> 
 
 def place(grid: Grid, places: list[float]) -> Point:
     """The point at places from 0 to 1, one for each axis."""
-    choice = merged(tuple(axis.at(at) if isinstance(axis, Range) else axis[min(int(at * len(axis)), len(axis) - 1)] for axis, at in zip(grid.axes, places, strict=True)))
+    choice = merged(
+        tuple(
+            axis.at(at) if isinstance(axis, Range) else axis[min(int(at * len(axis)), len(axis) - 1)]
+            for axis, at in zip(grid.axes, places, strict=True)
+        )
+    )
     return Point({**grid.fixed, **choice.values}, choice.told)
 
 
@@ -326,7 +384,10 @@ def label(told: dict[str, Any], aliases: dict[str, str]) -> str:
         words = brief(value)
         return re.sub(r"[^A-Za-z0-9.+=_-]", "_", words.rstrip("/").rpartition("/")[2] or words)
 
-    parts = [safe(value) if name.startswith("group") else f"{aliases.get(name, safe(name))}={safe(value)}" for name, value in told.items()]
+    parts = [
+        safe(value) if name.startswith("group") else f"{aliases.get(name, safe(name))}={safe(value)}"
+        for name, value in told.items()
+    ]
     return ",".join(parts)[:LONGEST].lstrip(".-")
 
 

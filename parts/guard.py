@@ -41,7 +41,10 @@ class Guard:
     def state(self) -> dict:
         """For progress.json; the newest norm last."""
         seen = int(self.seen)
-        return {"skipped": int(self.skipped), "norms": self.norms.roll(-(seen % WINDOW)).tolist()[-seen:] if seen else []}
+        return {
+            "skipped": int(self.skipped),
+            "norms": self.norms.roll(-(seen % WINDOW)).tolist()[-seen:] if seen else [],
+        }
 
     def load_state(self, state: dict) -> None:
         norms = state["norms"]

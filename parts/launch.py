@@ -44,7 +44,10 @@ def gpus() -> list[str]:
 
 def deal(names: list[str], jobs: int, each: int) -> list[list[str]]:
     """The GPUs of each of `jobs` places, `each` a place; where there are fewer, places share them in turn."""
-    return [[names[(place * each + i) % len(names)] for i in range(min(each, len(names)))] if names else [] for place in range(jobs)]
+    return [
+        [names[(place * each + i) % len(names)] for i in range(min(each, len(names)))] if names else []
+        for place in range(jobs)
+    ]
 
 
 def take(folder: Path) -> int | None:
@@ -132,7 +135,10 @@ def run(
     is given up. Returns 0, or the number of the signal that ended it: a first one has the commands save and end, a second one ends them at once."""
     attempts: dict[int, Attempt] = {}
     caught: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, frame: caught.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     told, exhausted = 0, False
     try:
         while True:

@@ -29,7 +29,9 @@ def sigmoid(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
 
 def robust(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
     """rDPO (Chowdhury et al. 2024): unbiased where a part `smoothing` of the labels is flipped."""
-    return (-(1 - smoothing) * F.logsigmoid(beta * (a - d)) + smoothing * F.logsigmoid(-beta * (a - d))) / (1 - 2 * smoothing)
+    return (-(1 - smoothing) * F.logsigmoid(beta * (a - d)) + smoothing * F.logsigmoid(-beta * (a - d))) / (
+        1 - 2 * smoothing
+    )
 
 
 def hinge(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
@@ -58,9 +60,15 @@ DPO_LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, float, float], Tensor], bo
 }
 
 
-def kto_losses(r: Tensor, z: Tensor, desirable: Tensor, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
+def kto_losses(
+    r: Tensor, z: Tensor, desirable: Tensor, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
     """KTO (Ethayarajh et al. 2024, equation 8): of each row, from its log-ratio r (B,), whether it is desirable (B,), and the reference point z."""
-    return torch.where(desirable, desirable_weight * (1 - torch.sigmoid(beta * (r - z))), undesirable_weight * (1 - torch.sigmoid(beta * (z - r))))
+    return torch.where(
+        desirable,
+        desirable_weight * (1 - torch.sigmoid(beta * (r - z))),
+        undesirable_weight * (1 - torch.sigmoid(beta * (z - r))),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +87,9 @@ def advantages(rewards: Tensor, group: int, scale: str, spread_of_all: Tensor | 
     return centred.flatten()
 
 
-def clipped_losses(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float, level: str) -> tuple[Tensor, Tensor]:
+def clipped_losses(
+    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float, level: str
+) -> tuple[Tensor, Tensor]:
     """(-min(w A, clip(w) A), w) of each token: logp, old and mask are (B, T), advantage (B,). w is the ratio of a token's probabilities, or with
     level "sequence" (GSPO, Zheng et al. 2025) that of the whole completion's, its geometric mean over tokens."""
     ratio = (logp - old) * mask
@@ -96,7 +106,10 @@ def divergence(logp: Tensor, reference: Tensor) -> Tensor:
 
 # Sums of the token losses (B, T) over a mask (B, T) to (sum, divided by): `longest` is the largest completion there may be.
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
-    "grpo": lambda losses, mask, longest: (((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(), mask.new_tensor(len(mask))),
+    "grpo": lambda losses, mask, longest: (
+        ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(),
+        mask.new_tensor(len(mask)),
+    ),
     "bnpo": lambda losses, mask, longest: ((losses * mask).sum(), mask.sum()),
     "dr_grpo": lambda losses, mask, longest: ((losses * mask).sum(), mask.new_tensor(len(mask) * longest)),
     "dapo": lambda losses, mask, longest: ((losses * mask).sum(), mask.sum()),
@@ -115,7 +128,11 @@ def logps(net: nn.Module, tokens: Tensor, mask: Tensor, temperature: float = 1.0
 def mean_of(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """The sum of values, those of the mask if one is given, and their number: (2,)."""
     values = values.detach().float()
-    return torch.stack((values.sum(), values.new_tensor(values.numel()))) if mask is None else torch.stack(((values * mask).sum(), mask.sum().float()))
+    return (
+        torch.stack((values.sum(), values.new_tensor(values.numel())))
+        if mask is None
+        else torch.stack(((values * mask).sum(), mask.sum().float()))
+    )
 
 
 @torch.no_grad()
@@ -123,7 +140,10 @@ def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Told:
     """Entropy of the model at the learned targets, and how often its likeliest token is the target. A pass of its own: telling changes nothing that is learned."""
     logits = net(batch.idx, **where(batch)).float() / temperature
     log_p, mask = logits.log_softmax(-1), batch.more["mask"]
-    return {"entropy": mean_of(-(log_p.exp() * log_p).sum(-1), mask), "mean_token_accuracy": mean_of(logits.argmax(-1) == batch.targets, mask)}
+    return {
+        "entropy": mean_of(-(log_p.exp() * log_p).sum(-1), mask),
+        "mean_token_accuracy": mean_of(logits.argmax(-1) == batch.targets, mask),
+    }
 
 
 def where(batch: Batch) -> dict[str, Tensor]:
@@ -193,7 +213,9 @@ class DirectPreference:
     def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
         if self.reference is None:
             return batches
-        return [batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1)) for batch in batches]
+        return [
+            batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1)) for batch in batches
+        ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Told]:
         mask = batch.more["mask"]
@@ -231,7 +253,10 @@ class KahnemanTversky:
             total += mean_of((logps(net, tokens, mask) - self.reference.logps(tokens, mask)).sum(1), mask.any(1))
         total = self.ranks.sum(total)
         z = (total[0] / total[1]).clamp(min=0)
-        return [batch.having(z=z, reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1)) for batch in batches]
+        return [
+            batch.having(z=z, reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1))
+            for batch in batches
+        ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Told]:
         logp, desirable, z = logps(net, batch.tokens, batch.more["mask"]).sum(1), batch.more["label"], batch.more["z"]
@@ -263,7 +288,10 @@ class GroupRelative:
     def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
         if self.reference is None:
             return batches
-        return [batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"], self.temperature)) for batch in batches]
+        return [
+            batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"], self.temperature))
+            for batch in batches
+        ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Told]:
         mask, old, advantage = batch.more["mask"], batch.more["old"], batch.more["advantage"]

@@ -98,20 +98,34 @@ class Muon(Skipping, torch.optim.Muon):
             kept, grads = self.kept, list(map(self.sound, grads, momenta))
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-            matrices = [piece for p, update in zip(params, updates, strict=True) for piece in whole(update).split(self.rows.get(p, p.size(0)))]
+            matrices = [
+                piece
+                for p, update in zip(params, updates, strict=True)
+                for piece in whole(update).split(self.rows.get(p, p.size(0)))
+            ]
             by_shape: dict[tuple[int, ...], list[int]] = {}
             for i, matrix in enumerate(matrices):
                 by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
             for shape, members in by_shape.items():
-                stacked = torch.stack([matrices[i] if matrices[i].shape == shape else matrices[i].T for i in members]).bfloat16()
-                for i, update in zip(members, self.orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]), strict=True):
+                stacked = torch.stack(
+                    [matrices[i] if matrices[i].shape == shape else matrices[i].T for i in members]
+                ).bfloat16()
+                for i, update in zip(
+                    members,
+                    self.orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]),
+                    strict=True,
+                ):
                     matrices[i] = update if matrices[i].shape == shape else update.T
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * kept)
             done = iter(matrices)
             for p in params:
                 parts = [next(done) for _ in self.rows.get(p, [p.size(0)])]
                 (rows, cols), update = parts[0].shape, parts[0] if len(parts) == 1 else torch.cat(parts)
-                scale = 0.2 * math.sqrt(max(rows, cols)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / cols))
+                scale = (
+                    0.2 * math.sqrt(max(rows, cols))
+                    if group["adjust_lr_fn"] == "match_rms_adamw"
+                    else math.sqrt(max(1, rows / cols))
+                )
                 p.add_(sharded_like(update * kept, p), alpha=-group["lr"] * scale)
         return loss
 
@@ -146,7 +160,9 @@ OPTIMIZERS: dict[str, tuple[type, Callable[[Settings], dict[str, Any]]]] = {
 }
 
 
-ELEMENTWISE = {*OPTIMIZERS, "muon"} - {"adafactor"}  # or, Muon, able to gather: the others step on whole parameters, of which each rank keeps its rows
+ELEMENTWISE = {*OPTIMIZERS, "muon"} - {
+    "adafactor"
+}  # or, Muon, able to gather: the others step on whole parameters, of which each rank keeps its rows
 
 
 def named_class(name: str) -> type:
@@ -173,7 +189,9 @@ class Optimizer:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.skip: Tensor | None = None
         self.parameters = list(parameters.values())
-        self.gathered: dict[nn.Parameter, nn.Parameter] = {}  # a sharded parameter -> all of it, while an optimizer steps that needs that
+        self.gathered: dict[
+            nn.Parameter, nn.Parameter
+        ] = {}  # a sharded parameter -> all of it, while an optimizer steps that needs that
         self.names = {id(p): n for n, p in parameters.items()}
         hidden = {n: p for n, p in parameters.items() if name == "muon" and p.dim() == 2 and n.startswith("blocks.")}
         rest = {n: p for n, p in parameters.items() if n not in hidden}
@@ -181,14 +199,22 @@ class Optimizer:
         assert sorted(covered) == sorted(map(id, parameters.values())), "every parameter is in exactly one group"
 
         cls, choose = OPTIMIZERS.get("adamw" if name == "muon" else name) or (named_class(name), lambda s: {})
-        own = {"lr", "params", "weight_decay", *choose(settings)} - {"fused"} if name != "muon" else {"lr", "params", "weight_decay", "momentum"}
+        own = (
+            {"lr", "params", "weight_decay", *choose(settings)} - {"fused"}
+            if name != "muon"
+            else {"lr", "params", "weight_decay", "momentum"}
+        )
         if taken := own & settings.kwargs.keys():
             raise Mistake(f"--optimizer_kwargs: {', '.join(sorted(taken))} follow from arguments of their own")
         self.kind = {"kwargs": settings.kwargs, "momentum": settings.momentum > 0}  # decide which state there is
         kwargs = choose(settings) | ({} if name == "muon" else settings.kwargs)
         rates = {"wte.weight": settings.embedding_lr or settings.lr, "head.weight": settings.head_lr or settings.lr}
         groups = [
-            *({"params": [rest.pop(n)], "weight_decay": settings.weight_decay, "lr": lr} for n, lr in rates.items() if n in rest),
+            *(
+                {"params": [rest.pop(n)], "weight_decay": settings.weight_decay, "lr": lr}
+                for n, lr in rates.items()
+                if n in rest
+            ),
             {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
@@ -200,7 +226,11 @@ class Optimizer:
         self.optimizers = [self.build(cls, groups, settings.lr, kwargs, name)] if groups else []
         self.forget_gathered()
         if hidden:
-            kwargs = {"momentum": settings.muon_momentum, **settings.kwargs, "rows": {p: fused_rows[n] for n, p in hidden.items() if n in fused_rows}}
+            kwargs = {
+                "momentum": settings.muon_momentum,
+                **settings.kwargs,
+                "rows": {p: fused_rows[n] for n, p in hidden.items() if n in fused_rows},
+            }
             group = {"params": list(hidden.values()), "weight_decay": settings.muon_weight_decay}
             self.optimizers.append(self.build(Muon, [group], settings.muon_lr, kwargs, name))
         for group in self.param_groups:
@@ -279,16 +309,25 @@ class Optimizer:
         """Take up a saved state; rates, betas and decay stay those of the arguments. Raises Mistake when it doesn't fit."""
         rest = dict(rest)
         if (saved := rest.pop("classes")) != self.classes():
-            raise Mistake(f"--optimizer: the checkpoint's state is that of {' and '.join(saved)}, not of {' and '.join(self.classes())}; resume with the run's own optimizer")
+            raise Mistake(
+                f"--optimizer: the checkpoint's state is that of {' and '.join(saved)}, not of {' and '.join(self.classes())}; resume with the run's own optimizer"
+            )
         if (kind := rest.pop("kind")) != self.kind:
-            raise Mistake(f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {kind}, not {self.kind}; resume with the run's own")
+            raise Mistake(
+                f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {kind}, not {self.kind}; resume with the run's own"
+            )
         states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
-        known = [{self.names[id(p)]: (n, p) for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])} for optimizer in self.optimizers]
+        known = [
+            {self.names[id(p)]: (n, p) for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+            for optimizer in self.optimizers
+        ]
         for key in [*tensors, *rest]:
             i, name, what = key.split("/")
             n, parameter = known[int(i)][name]
             value = tensors[key] if key in tensors else rest[key]
-            value = sharded_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value  # whole for a gathered one
+            value = (
+                sharded_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+            )  # whole for a gathered one
             states[int(i)].setdefault(n, {})[what] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -48,7 +48,9 @@ def read_lines(path: Path, remarks: list[str]) -> list[dict]:
     try:
         words = path.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as error:
-        remarks.append(f"no {METRICS}" if isinstance(error, FileNotFoundError) else f"{METRICS} can't be read ({error.strerror})")
+        remarks.append(
+            f"no {METRICS}" if isinstance(error, FileNotFoundError) else f"{METRICS} can't be read ({error.strerror})"
+        )
         return []
     told: list[dict] = []
     broken = again = reached = 0
@@ -67,7 +69,13 @@ def read_lines(path: Path, remarks: list[str]) -> list[dict]:
             continue
         if event in ("train", "eval"):  # of saves is told when they are over
             if step < reached:  # taken up at an earlier step, without clearing what follows it
-                kept = [other for other in told if other["step"] < step or (other["step"] == step and other["event"] != event) or other["event"] not in ("train", "eval")]
+                kept = [
+                    other
+                    for other in told
+                    if other["step"] < step
+                    or (other["step"] == step and other["event"] != event)
+                    or other["event"] not in ("train", "eval")
+                ]
                 told, again = kept, again + len(told) - len(kept)
             reached = step
         told.append(line)
@@ -138,7 +146,9 @@ def state(folder: Path, lines: list[dict], running: bool | None = None) -> tuple
     if last.startswith("stopped by") or status in STOPS:
         return "stopped", last.partition(";")[0] or f"stopped by {signal.Signals(STOPS[status]).name}"
     if status is not None:
-        return "failed", (f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}") + (" after its training" if last.startswith("finished") else "")
+        return "failed", (f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}") + (
+            " after its training" if last.startswith("finished") else ""
+        )
     return ("stopped", "its end was not told: killed or failed") if lines or (folder / LOG).exists() else ("new", "")
 
 
@@ -149,7 +159,10 @@ def scores(folder: Path) -> tuple[tuple[str, float], ...]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             way = "" if found["decode"] == "greedy" else f"/{found['decode']}"
-            told |= {f"accuracy/{Path(task).name}{way}": float(values["accuracy"]["value"]) for task, values in found["tasks"].items()}
+            told |= {
+                f"accuracy/{Path(task).name}{way}": float(values["accuracy"]["value"])
+                for task, values in found["tasks"].items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # being written, or another program's
     return tuple(told.items())
@@ -165,7 +178,9 @@ def read(folder: Path, running: bool | None = None) -> Outcome:
         "step": max((line["step"] for line in told), default=None), "loss": train[-1].get("loss") if train else None, "val_loss": evaluations[-1][1] if evaluations else None,
         "best_val_loss": best[0], "best_step": best[1], "seconds": told[-1].get("seconds") if told else None, "evaluations": evaluations,
     }  # fmt: skip
-    return Outcome(*state(folder, told, running), **reached, trained=ending(told).startswith("finished"), scores=scores(folder))
+    return Outcome(
+        *state(folder, told, running), **reached, trained=ending(told).startswith("finished"), scores=scores(folder)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +194,13 @@ def rows(names: list[str], told: list[dict[str, Any]], outcomes: list[Outcome]) 
     columns = list(dict.fromkeys(name for one in told for name in one))
     tasks = list(dict.fromkeys(task for outcome in outcomes for task, _ in outcome.scores))
     return [*columns, "state", *NUMBERS, *tasks, "run"], [
-        [*(one.get(column) for column in columns), outcome.state, *(getattr(outcome, number) for number in NUMBERS), *(dict(outcome.scores).get(task) for task in tasks), name]
+        [
+            *(one.get(column) for column in columns),
+            outcome.state,
+            *(getattr(outcome, number) for number in NUMBERS),
+            *(dict(outcome.scores).get(task) for task in tasks),
+            name,
+        ]
         for name, one, outcome in zip(names, told, outcomes, strict=True)
     ]
 
@@ -189,19 +210,44 @@ def as_csv(header: list[str], table: list[list[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([["" if cell is None else cell if isinstance(cell, int | float | str) and not isinstance(cell, bool) else brief(cell) for cell in row] for row in table])
+    writer.writerows(
+        [
+            [
+                ""
+                if cell is None
+                else cell
+                if isinstance(cell, int | float | str) and not isinstance(cell, bool)
+                else brief(cell)
+                for cell in row
+            ]
+            for row in table
+        ]
+    )
     return out.getvalue()
 
 
 def shown(cell: Any, name: str = "") -> str:
     if cell is None:
         return ""
-    return f"{cell:.4f}" if ("loss" in name or name.startswith("accuracy/")) and isinstance(cell, float) else f"{cell:.1f}" if name == "seconds" else brief(cell)
+    return (
+        f"{cell:.4f}"
+        if ("loss" in name or name.startswith("accuracy/")) and isinstance(cell, float)
+        else f"{cell:.1f}"
+        if name == "seconds"
+        else brief(cell)
+    )
 
 
 def as_markdown(header: list[str], table: list[list[Any]]) -> str:
     """A table of Markdown, its numbers short."""
-    cells = [header, ["---"] * len(header), *([shown(cell, name).replace("|", "\\|").replace("\n", " ") for name, cell in zip(header, row, strict=True)] for row in table)]
+    cells = [
+        header,
+        ["---"] * len(header),
+        *(
+            [shown(cell, name).replace("|", "\\|").replace("\n", " ") for name, cell in zip(header, row, strict=True)]
+            for row in table
+        ),
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
 
 

@@ -25,8 +25,21 @@ from parts import scaling, significance
 from parts.mistakes import Mistake
 from parts.runs import Group, Run
 
-MEASURES = (("val_loss", "eval"), ("loss", "train"), ("train_loss", "eval"), ("bits_per_byte", "eval"))  # with a band for seeds
-UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of control, format, unpaired, private, unassigned; line and paragraph separators
+MEASURES = (
+    ("val_loss", "eval"),
+    ("loss", "train"),
+    ("train_loss", "eval"),
+    ("bits_per_byte", "eval"),
+)  # with a band for seeds
+UNSEEN = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+)  # Unicode's categories of control, format, unpaired, private, unassigned; line and paragraph separators
 
 
 def visible(text: str) -> str:
@@ -44,7 +57,13 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, int | float):
         value = folders.number(value)
-        return None if value != value else int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
+        return (
+            None
+            if value != value
+            else int(value)
+            if value == int(value) and abs(value) < 1e15
+            else float(f"{value:.6g}")
+        )
     if isinstance(value, dict):
         return {visible(str(key)): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else visible(str(value))
@@ -60,10 +79,34 @@ def judged(run: Run, by: str) -> float | None:
 
 def about(run: Run, group: int, by: str) -> dict[str, Any]:
     """One run."""
-    keys = ("name", "state", "why", "train", "evals", "notes", "remarks", "log", "parameters", "flops", "step", "tokens", "seconds", "speed", "final", "best", "best_step")
+    keys = (
+        "name",
+        "state",
+        "why",
+        "train",
+        "evals",
+        "notes",
+        "remarks",
+        "log",
+        "parameters",
+        "flops",
+        "step",
+        "tokens",
+        "seconds",
+        "speed",
+        "final",
+        "best",
+        "best_step",
+    )
     samples = [{"step": step, "texts": texts} for step, texts in run.samples]
     config = {key: folders.brief(value) for key, value in run.config.items() if not key.startswith("_")}
-    return {key: getattr(run, key) for key in keys} | {"folder": str(run.folder), "group": group, "judged": judged(run, by), "samples": samples, "config": config}
+    return {key: getattr(run, key) for key in keys} | {
+        "folder": str(run.folder),
+        "group": group,
+        "judged": judged(run, by),
+        "samples": samples,
+        "config": config,
+    }
 
 
 def percent(p: float) -> str:
@@ -83,16 +126,33 @@ def compared(runs: list[Run], grouped: list[Group], by: str) -> list[dict[str, A
         ended = [i for i in group.members if runs[i].state == "done" and judged(runs[i], by) is not None]
         losses = [judged(runs[i], by) for i in ended]
         spread = statistics.stdev(losses) if len(losses) > 1 else None
-        rows.append({"label": group.label, "members": group.members, "losses": losses, "mean": statistics.fmean(losses) if losses else None, "deviation": spread})
+        rows.append(
+            {
+                "label": group.label,
+                "members": group.members,
+                "losses": losses,
+                "mean": statistics.fmean(losses) if losses else None,
+                "deviation": spread,
+            }
+        )
     several = sorted((row for row in rows if len(row["losses"]) > 1), key=lambda row: row["mean"])
     if len(several) > 1:
         best, others = several[0], several[1:]
         best["is_best"] = True
         tests = [significance.welch(best["losses"], row["losses"]) for row in others]
         for row, test, p in zip(others, tests, significance.holm([test.p for test in tests]), strict=True):
-            row |= {**test._asdict(), "corrected": p, "permutation": significance.permutation_p(best["losses"], row["losses"]), "verdict": verdict(p)}
+            row |= {
+                **test._asdict(),
+                "corrected": p,
+                "permutation": significance.permutation_p(best["losses"], row["losses"]),
+                "verdict": verdict(p),
+            }
     for row, group in zip(rows, grouped, strict=True):
-        row["bands"] = {key: band for key, kind in MEASURES if len(group.members) > 1 and (band := folders.band([runs[i] for i in group.members], key, kind))}
+        row["bands"] = {
+            key: band
+            for key, kind in MEASURES
+            if len(group.members) > 1 and (band := folders.band([runs[i] for i in group.members], key, kind))
+        }
     return rows
 
 
@@ -105,7 +165,12 @@ def scaled(runs: list[Run], rows: list[dict[str, Any]], by: str) -> dict[str, An
         member = runs[row["members"][0]]
         if row["losses"] and member.parameters and member.flops:
             data = json.dumps(
-                [member.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")] + [member.config.get("_data")], sort_keys=True
+                [
+                    member.config.get(key)
+                    for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")
+                ]
+                + [member.config.get("_data")],
+                sort_keys=True,
             )
             datas.setdefault(data, {}).setdefault(member.parameters, []).append(row)
     sizes = max(datas.values(), key=len, default={})
@@ -118,7 +183,16 @@ def scaled(runs: list[Run], rows: list[dict[str, Any]], by: str) -> dict[str, An
             run = runs[i]
             if run.state == "done" and (loss := judged(run, by)) is not None:
                 tokens = run.tokens * (run.best_step / run.step if by == "best" and run.step else 1.0)
-                points.append({"run": i, "label": best["label"], "parameters": size, "compute": run.flops * tokens, "tokens": tokens, "loss": loss})
+                points.append(
+                    {
+                        "run": i,
+                        "label": best["label"],
+                        "parameters": size,
+                        "compute": run.flops * tokens,
+                        "tokens": tokens,
+                        "loss": loss,
+                    }
+                )
     points = [point for point in points if point["compute"] > 0 and point["loss"] > 0]
     laws = {key: told for key in ("compute", "parameters") if (told := told_law(key, points))}
     return {"points": points, "laws": laws, "sizes": len(sizes), "left_out": len(datas) - 1}
@@ -143,19 +217,32 @@ def told_law(key: str, points: list[dict]) -> dict[str, Any] | None:
     )
     words = [
         f"{formula}, {name} in {unit}: the exponent is {law.exponent:.4f}"
-        + (f" ± {error:.4f} (95 % confidence)." if known else "; as many unknowns as points, so how sure that is can't be told.")
+        + (
+            f" ± {error:.4f} (95 % confidence)."
+            if known
+            else "; as many unknowns as points, so how sure that is can't be told."
+        )
     ]
     if len(set(x)) < 5:
-        words.append("With fewer than five sizes a floor E can't be told apart from the exponent: E = 0, as in Kaplan et al. (2020). Five or more fit it too.")
+        words.append(
+            "With fewer than five sizes a floor E can't be told apart from the exponent: E = 0, as in Kaplan et al. (2020). Five or more fit it too."
+        )
     elif law.floor == 0:
-        words.append("A floor E was fitted too (Hoffmann et al. 2022) and came out as 0: the sizes are too close to show one.")
+        words.append(
+            "A floor E was fitted too (Hoffmann et al. 2022) and came out as 0: the sizes are too close to show one."
+        )
     else:
-        words.append(f"The floor that no size gets below would be {law.floor:.3f} (Hoffmann et al. 2022); far beyond the sizes fitted it is a guess.")
+        words.append(
+            f"The floor that no size gets below would be {law.floor:.3f} (Hoffmann et al. 2022); far beyond the sizes fitted it is a guess."
+        )
     words.append(
-        f"The next size, {following.x:.3g} {unit}, should reach {following.loss:.4f}" + (f" (95 % of runs: {following.low:.4f} to {following.high:.4f})." if following.low else ".")
+        f"The next size, {following.x:.3g} {unit}, should reach {following.loss:.4f}"
+        + (f" (95 % of runs: {following.low:.4f} to {following.high:.4f})." if following.low else ".")
     )
     if check := scaling.check_largest(x, losses):
-        words.append(f"Put to the test: without the largest size the law foretells {check[0]:.4f} for it; it reached {check[1]:.4f}, {abs(check[0] / check[1] - 1):.1%} off.")
+        words.append(
+            f"Put to the test: without the largest size the law foretells {check[0]:.4f} for it; it reached {check[1]:.4f}, {abs(check[0] / check[1] - 1):.1%} off."
+        )
     return {
         "floor": law.floor, "exponent": law.exponent, "exponent_margin": error, "next": following._asdict(), "words": words,
         "x": curve, "y": law.loss(curve), "low": law.loss(curve) * np.exp(-np.array(margins)) if known else None, "high": law.loss(curve) * np.exp(np.array(margins)) if known else None,
@@ -165,15 +252,31 @@ def told_law(key: str, points: list[dict]) -> dict[str, Any] | None:
 def remarks(runs: list[Run], left_out: list[str], by: str) -> list[str]:
     """What whoever compares these runs should know."""
     told = [f"{path}: no run there" for path in left_out]
-    data = {json.dumps([run.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")]) for run in runs if run.config}
+    data = {
+        json.dumps(
+            [run.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")]
+        )
+        for run in runs
+        if run.config
+    }
     if len(data) > 1:
-        told.append(f"These runs learn from {len(data)} different choices of data: their losses don't compare across them.")
-    commits = {str(commit) for run in runs if isinstance(made := run.config.get("_about"), dict) and (commit := made.get("git_commit"))}
+        told.append(
+            f"These runs learn from {len(data)} different choices of data: their losses don't compare across them."
+        )
+    commits = {
+        str(commit)
+        for run in runs
+        if isinstance(made := run.config.get("_about"), dict) and (commit := made.get("git_commit"))
+    }
     if len(commits) > 1:
-        told.append(f"They were made by {len(commits)} versions of the code ({', '.join(sorted(commit[:7] for commit in commits)[:6])}).")
+        told.append(
+            f"They were made by {len(commits)} versions of the code ({', '.join(sorted(commit[:7] for commit in commits)[:6])})."
+        )
     unended = sum(run.state not in ("done", "pruned") for run in runs)
     if unended:
-        told.append(f"{unended} of {len(runs)} runs are not done: they are drawn, but not part of means, tests and fits.")
+        told.append(
+            f"{unended} of {len(runs)} runs are not done: they are drawn, but not part of means, tests and fits."
+        )
     return told
 
 
@@ -209,7 +312,10 @@ def page(shown: dict[str, Any], title: str) -> str:
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     plotly, script = get_plotlyjs(), re.search(r"<script>\n(.*?)</script>", template, re.S).group(1)
     assert "</script" not in plotly.lower()
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in (plotly, "\n" + script))
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+        for code in (plotly, "\n" + script)
+    )
     reaches = "'self'" if shown["live"] else "'none'"
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {reaches}"
     parts = {"policy": policy, "title": html.escape(visible(title)), "plotly": plotly, "data": as_json(shown)}

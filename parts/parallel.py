@@ -85,13 +85,19 @@ def find_device(name: str) -> torch.device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise Mistake(f"--device={name}: this machine has no Apple GPU")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (index or kind == "mps"):
-        raise Mistake(f"--device={name}: several ranks can't share one device; take --device=cuda, which gives each its own, or cpu")
+        raise Mistake(
+            f"--device={name}: several ranks can't share one device; take --device=cuda, which gives each its own, or cpu"
+        )
     if kind != "cuda":
         return torch.device(kind)
     number = int(index or os.environ.get("LOCAL_RANK", 0))
-    needed = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the same on all ranks, so that the main one tells it
+    needed = max(
+        number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )  # the same on all ranks, so that the main one tells it
     if needed > torch.cuda.device_count():
-        raise Mistake(f"--device={name}: {needed} GPUs are needed on this machine, {torch.cuda.device_count()} are there")
+        raise Mistake(
+            f"--device={name}: {needed} GPUs are needed on this machine, {torch.cuda.device_count()} are there"
+        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -102,7 +108,11 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, name), "as asked"
     if device.type == "cpu":
         faster = product_flops(device, torch.bfloat16, 256) / product_flops(device, torch.float32, 256)
-        found = f"its matrix products take {1 / faster:.2g} of float32's time here" if faster > 1.2 else f"bfloat16's matrix products take {1 / faster:.2g} of its time here"
+        found = (
+            f"its matrix products take {1 / faster:.2g} of float32's time here"
+            if faster > 1.2
+            else f"bfloat16's matrix products take {1 / faster:.2g} of its time here"
+        )
         return (torch.bfloat16 if faster > 1.2 else torch.float32), found
     if device.type != "cuda":
         return torch.float32, f"the default on {device.type}"
@@ -156,9 +166,17 @@ def ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
         yield Ranks(0, 1, device)
         return
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=max(300.0, timeout))))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun on one machine restarts with the same store, where the addresses of the dead still are
+    if (
+        os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    ):  # torchrun on one machine restarts with the same store, where the addresses of the dead still are
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
     try:
         patient, saving = (dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2))
         yield Ranks(dist.get_rank(), world, device, patient, saving)
@@ -184,7 +202,9 @@ def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks, group: int =
     if rows // group % ranks.world:
         fit = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows // group % n == 0)
         what = f"{rows} sequences" if group == 1 else f"{rows // group} groups of {group}"
-        raise Mistake(f"{ranks.world} ranks don't divide the {what} of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}")
+        raise Mistake(
+            f"{ranks.world} ranks don't divide the {what} of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}"
+        )
     share = rows // ranks.world
     micro = max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
     return Share(ranks.rank * share, (ranks.rank + 1) * share, micro)
@@ -194,17 +214,34 @@ def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks, group: int =
 # DDP: every rank holds all parameters; FSDP2: every rank holds its rows of each, gathered block by block when they are used
 
 
-def shard(model: torch.nn.Module, blocks: Iterable[torch.nn.Module], ranks: Ranks, dtype: torch.dtype, reshard: bool, offload: bool) -> None:
+def shard(
+    model: torch.nn.Module,
+    blocks: Iterable[torch.nn.Module],
+    ranks: Ranks,
+    dtype: torch.dtype,
+    reshard: bool,
+    offload: bool,
+) -> None:
     """Shard the parameters over the ranks, in place (FSDP2: Zhao et al. 2023, one group a block and one for the rest, tied weights in it).
 
     dtype: in which they are gathered; gradients are summed in float32. reshard: forget a block's gathered parameters after its forward.
     offload: keep the shards, gradients and optimizer state in host memory.
     """
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing here writes to one
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+    )  # nothing here writes to one
     mesh, on_gpu = init_device_mesh(ranks.device.type, (ranks.world,)), ranks.device.type == "cuda"
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy())
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy(),
+        )
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -224,7 +261,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This rank's part of a whole tensor that is the same on all ranks, sharded as `model` is; the tensor if that is whole."""
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None) if isinstance(model, DTensor) else tensor
+    return (
+        distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+        if isinstance(model, DTensor)
+        else tensor
+    )
 
 
 @functools.cache
@@ -237,7 +278,14 @@ def on_host(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True).contiguous()
     local = tensor.to_local().detach().to("cpu", copy=True).contiguous()
-    return DTensor.from_local(local, host_mesh(tensor.device_mesh.size()), tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(
+        local,
+        host_mesh(tensor.device_mesh.size()),
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def sync_gradients(model: torch.nn.Module, on: bool) -> None:
@@ -253,5 +301,9 @@ def replicate(model: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     if ranks.world == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
-    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before torch 2.13
-    return DistributedDataParallel(model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, **{unsynced: False})
+    unsynced = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name before torch 2.13
+    return DistributedDataParallel(
+        model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, **{unsynced: False}
+    )

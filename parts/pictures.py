@@ -7,7 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PALETTE = ("#4269d0", "#e8871e", "#3ca951", "#e0457b", "#17a2b8", "#a463f2", "#9c6b4e", "#d4b106", "#6c8ebf", "#8a8f98")  # the page's
+PALETTE = (
+    "#4269d0",
+    "#e8871e",
+    "#3ca951",
+    "#e0457b",
+    "#17a2b8",
+    "#a463f2",
+    "#9c6b4e",
+    "#d4b106",
+    "#6c8ebf",
+    "#8a8f98",
+)  # the page's
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "FLOPs"}
 
 
@@ -23,13 +34,20 @@ def colors(shown: dict[str, Any]) -> Callable[[dict], Any]:
     from matplotlib import colormaps
 
     order = sorted(run["judged"] for run in shown["runs"] if run["judged"] is not None)
-    return lambda run: "#8a8f98" if run["judged"] is None else colormaps["plasma"](0.9 * order.index(run["judged"]) / max(1, len(order) - 1))
+    return lambda run: (
+        "#8a8f98"
+        if run["judged"] is None
+        else colormaps["plasma"](0.9 * order.index(run["judged"]) / max(1, len(order) - 1))
+    )
 
 
 def along(run: dict, lines: dict, x: str) -> list[float]:
     """Where a run's lines stand on an axis; NaN where that isn't known."""
     if x == "flops":
-        return [tokens * run["flops"] if run["flops"] and tokens is not None else float("nan") for tokens in lines.get("tokens", [])]
+        return [
+            tokens * run["flops"] if run["flops"] and tokens is not None else float("nan")
+            for tokens in lines.get("tokens", [])
+        ]
     return [float("nan") if value is None else value for value in lines.get(x, [])]
 
 
@@ -39,7 +57,12 @@ def numbers(column: list) -> list[float]:
 
 def window(axes, curves: list[tuple[list[float], list[float]]]) -> None:
     """Leave out of sight what comes before the first bend of the curves, which would flatten the rest."""
-    heights = [y for xs, ys in curves for x, y in zip(xs, ys, strict=True) if y == y and x == x and x >= 0.08 * max((one for one in xs if one == one), default=0)]
+    heights = [
+        y
+        for xs, ys in curves
+        for x, y in zip(xs, ys, strict=True)
+        if y == y and x == x and x >= 0.08 * max((one for one in xs if one == one), default=0)
+    ]
     if heights:
         low, high = min(heights), sorted(heights)[int(0.98 * (len(heights) - 1))]
         pad = 0.06 * (high - low or 0.1)
@@ -66,7 +89,14 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
     def name_curves(sheet: Figure) -> None:
         entries = {label: line for line in sheet.axes[0].get_lines() if not (label := line.get_label()).startswith("_")}
         if len(entries) > 1 and len(shown["groups"]) <= len(PALETTE):
-            sheet.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3 if max(map(len, entries)) < 45 else 1, frameon=False, fontsize=9)
+            sheet.legend(
+                entries.values(),
+                entries.keys(),
+                loc="outside lower center",
+                ncols=3 if max(map(len, entries)) < 45 else 1,
+                frameon=False,
+                fontsize=9,
+            )
 
     def panels(keys: list[tuple[str, str, str]], columns: int) -> Figure | None:
         """One panel a (key, x, title): every run that tells the key."""
@@ -76,7 +106,9 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
         sheet = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
         for axes, (key, x, words) in zip(sheet.subplots(rows, columns, squeeze=False).flat, keys, strict=False):
             curves = []
-            for run in sorted(runs, key=lambda run: -(run["judged"] if run["judged"] is not None else 1e9)):  # the best on top
+            for run in sorted(
+                runs, key=lambda run: -(run["judged"] if run["judged"] is not None else 1e9)
+            ):  # the best on top
                 lines = run["evals"] if key in run["evals"] else run["train"]
                 if key in lines:
                     curves.append((along(run, lines, x), numbers(lines[key])))
@@ -94,11 +126,18 @@ def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
             sheet.suptitle(f"{len(runs)} runs: the darker, the lower the {shown['by']} val_loss", fontsize=11)
         return sheet
 
-    measure = next((key for key, kind in (("val_loss", "evals"), ("loss", "train")) if any(key in run[kind] for run in runs)), "val_loss")
+    measure = next(
+        (key for key, kind in (("val_loss", "evals"), ("loss", "train")) if any(key in run[kind] for run in runs)),
+        "val_loss",
+    )
     save("loss.png", panels([(measure, x, f"{measure} against {words}") for x, words in AXES.items()], 2))
     training = [
         (key, "step", words)
-        for key, words in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second"))
+        for key, words in (
+            ("lr", "learning rate"),
+            ("grad_norm", "gradient norm"),
+            ("tokens_per_second", "tokens a second"),
+        )
         if any(key in run["train"] for run in runs)
     ]
     save("training.png", panels(training, 3) if training else None)
@@ -125,15 +164,30 @@ def seeds(shown: dict[str, Any], color: Callable[[dict], Any]):
         band = group["bands"]["val_loss"]
         left.fill_between(band["step"], band["low"], band["high"], color=color(run), alpha=0.17, linewidth=0)
         left.plot(band["step"], band["mean"], color=color(run), linewidth=1.8)
-    window(left, [(group["bands"]["val_loss"]["step"], group["bands"]["val_loss"][key]) for group, _ in banded for key in ("low", "high")])
+    window(
+        left,
+        [
+            (group["bands"]["val_loss"]["step"], group["bands"]["val_loss"][key])
+            for group, _ in banded
+            for key in ("low", "high")
+        ],
+    )
     left.set(xlabel="steps", title="val_loss: mean of the seeds, lowest to highest")
-    ranked = sorted(((group, run) for group, run in banded if group["mean"] is not None), key=lambda pair: -pair[0]["mean"])[-25:]
+    ranked = sorted(
+        ((group, run) for group, run in banded if group["mean"] is not None), key=lambda pair: -pair[0]["mean"]
+    )[-25:]
     for place, (group, run) in enumerate(ranked):
         right.plot(group["losses"], [place] * len(group["losses"]), "o", color=color(run), alpha=0.7, markersize=6)
         right.plot(group["mean"], place, "|", color=color(run), markersize=18, markeredgewidth=2)
     words = [
         f"{group['label'][:48]}"
-        + (f"\n{group['verdict'].partition(':')[0]}, p {group['corrected']:.2g}" if "verdict" in group else "\nthe best mean" if group.get("is_best") else "")
+        + (
+            f"\n{group['verdict'].partition(':')[0]}, p {group['corrected']:.2g}"
+            if "verdict" in group
+            else "\nthe best mean"
+            if group.get("is_best")
+            else ""
+        )
         for group, _ in ranked
     ]
     right.set_yticks(range(len(ranked)), [literal(word) for word in words], fontsize=8)
@@ -156,14 +210,21 @@ def law(shown: dict[str, Any], color: Callable[[dict], Any]):
         for point in shown["scaling"]["points"]:
             axes.plot(point[key], point["loss"], "o", color=color(shown["runs"][point["run"]]), markersize=7)
         axes.plot(told["next"]["x"], told["next"]["loss"], "D", color="#222", markerfacecolor="none", markersize=9)
-        axes.annotate(f"{told['next']['loss']:.3f}", (told["next"]["x"], told["next"]["loss"]), xytext=(0, 10), textcoords="offset points", ha="center")
+        axes.annotate(
+            f"{told['next']['loss']:.3f}",
+            (told["next"]["x"], told["next"]["loss"]),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+        )
         margin = f" ± {told['exponent_margin']:.3f}" if told["exponent_margin"] is not None else ""
         axes.set(
             xscale="log",
             yscale="log",
             xlabel="FLOPs" if key == "compute" else "parameters",
             ylabel="val_loss",
-            title=f"exponent {told['exponent']:.3f}{margin}" + (f", floor {told['floor']:.2f}" if told["floor"] else ""),
+            title=f"exponent {told['exponent']:.3f}{margin}"
+            + (f", floor {told['floor']:.2f}" if told["floor"] else ""),
         )
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")

@@ -32,7 +32,9 @@ def load(source: str, say=print) -> Pretrained:
     """Weights from `gpt2`, `gpt2-medium`, ... of the hub, or from a path. Raises Mistake."""
     path = Path(source)
     if not path.exists() and source not in HUB:
-        raise Mistake(f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB)}{did_you_mean(source, HUB)}")
+        raise Mistake(
+            f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB)}{did_you_mean(source, HUB)}"
+        )
     if not path.exists():
         return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))._replace(source=source)
     whole = (path / "checkpoints").is_dir()
@@ -134,11 +136,18 @@ def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
     """Hugging Face's GPT-2: config.json (heads, activation) and model.safetensors. Without a config heads are 64 wide."""
     weights = renamed(read_safetensors(weights_path), transposed=True)
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-    odd = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+    odd = {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+    }
     for name, usual in odd.items():
         if config.get(name, usual) != usual:
             raise Mistake(f"{config_path}: {name}={config[name]} is a variant this model has not")
-    activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(name := config.get("activation_function", "gelu_new"), name)
+    activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
+        name := config.get("activation_function", "gelu_new"), name
+    )
     shape = shape_of(weights, config.get("n_head"), activation)
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
@@ -150,7 +159,9 @@ def load_nanogpt(path: Path) -> Pretrained:
         weights, args = saved["model"], saved["model_args"]
         n_head = args["n_head"]
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        raise Mistake(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise Mistake(
+            f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
     weights = renamed(weights, transposed=False)
     shape = shape_of(weights, n_head, "gelu")
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
@@ -159,12 +170,20 @@ def load_nanogpt(path: Path) -> Pretrained:
 def load_own(folder: Path, say=print) -> Pretrained:
     """A checkpoint of this program. LoRA comes merged into the base that it was trained on, which must be where it was. Raises Mistake."""
     config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
-    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in config["_model"].items() if name not in NOT_SHAPE}
+    shape = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["_model"].items()
+        if name not in NOT_SHAPE
+    }
     weights, adapter = checkpoint.tensors(folder, "model"), config.get("adapter", "none")
     if adapter == "soft_prompt":
-        raise Mistake(f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, and its base is {config['_base']['source']}")
+        raise Mistake(
+            f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, and its base is {config['_base']['source']}"
+        )
     if adapter == "lora":
-        weights = adapters.merged(load_base(config["_base"], say).weights, weights, config["lora_alpha"] / config["lora_rank"])
+        weights = adapters.merged(
+            load_base(config["_base"], say).weights, weights, config["lora_alpha"] / config["lora_rank"]
+        )
     return Pretrained(shape, weights, text.load(folder / "tokenizer.json"))
 
 

@@ -53,7 +53,12 @@ class Record:
     """Tells events of a run. `silent` ranks do nothing."""
 
     def __init__(self, out_dir: Path, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int):
-        self.silent, self.start_step, self.out_dir, self.metrics = silent, start_step, out_dir, out_dir / "metrics.jsonl"
+        self.silent, self.start_step, self.out_dir, self.metrics = (
+            silent,
+            start_step,
+            out_dir,
+            out_dir / "metrics.jsonl",
+        )
         self.began = time.perf_counter() - seconds
         self.file = self.bar = self.wandb = self.tensorboard = None
         if silent:
@@ -77,7 +82,14 @@ class Record:
         path = self.out_dir / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(4))
-        self.wandb = wandb.init(project=project, name=name, id=path.read_text().strip(), resume="allow", config=config, dir=str(self.out_dir))
+        self.wandb = wandb.init(
+            project=project,
+            name=name,
+            id=path.read_text().strip(),
+            resume="allow",
+            config=config,
+            dir=str(self.out_dir),
+        )
 
     def track_tensorboard(self) -> None:
         """Log to out_dir/tensorboard from now on."""
@@ -102,10 +114,17 @@ class Record:
         if self.silent:
             return
         self.say(words)
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
         self.write(json.dumps(line, allow_nan=False))
-        numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            f"{event}/{key}": value
+            for key, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         if self.wandb is not None and numbers:
             self.wandb.log(numbers, step=step)
         if self.tensorboard is not None:
@@ -137,7 +156,17 @@ class Record:
 
 
 # Dense half-precision FLOPs a second, from the makers' data sheets; the more exact names first.
-PEAK_FLOPS = {"H100 PCIE": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {
+    "H100 PCIE": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -163,7 +192,14 @@ def draw_loss(metrics: Path, picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=key)
     best = min(evals, key=lambda line: line["val_loss"], default=None)
     if best:
-        axes.annotate(f"{best['val_loss']:.3f}", (best["step"], best["val_loss"]), xytext=(0, 8), textcoords="offset points", ha="center", color="#e6550d")
+        axes.annotate(
+            f"{best['val_loss']:.3f}",
+            (best["step"], best["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color="#e6550d",
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics.parent.name)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -34,7 +34,15 @@ class Answers:
     top_k: int = 0
     top_p: float = 1.0
 
-    def draw(self, items: Sequence[Example], tokenizer, repeats: int, temperature: float, key: tuple[int, ...] = (), first: int = 0) -> list[Completion]:
+    def draw(
+        self,
+        items: Sequence[Example],
+        tokenizer,
+        repeats: int,
+        temperature: float,
+        key: tuple[int, ...] = (),
+        first: int = 0,
+    ) -> list[Completion]:
         """Answers to these prompts, `repeats` to each; `key` and `first`, the number of the first of them, decide the draws."""
         training = self.net.training
         self.net.eval()
@@ -46,12 +54,18 @@ class Answers:
         self.net.train(training)
         return answers
 
-    def rewarded(self, items: Sequence[Example], answers: Sequence[Completion], tokenizer) -> tuple[list[float], dict[str, Tensor]]:
+    def rewarded(
+        self, items: Sequence[Example], answers: Sequence[Completion], tokenizer
+    ) -> tuple[list[float], dict[str, Tensor]]:
         """The reward of each answer, and each reward's (sum, number)."""
         totals, each = [], {reward.name: [0.0, 0.0] for reward in self.rewards}
-        for item, answer in zip((item for item in items for _ in range(len(answers) // len(items))), answers, strict=True):
+        for item, answer in zip(
+            (item for item in items for _ in range(len(answers) // len(items))), answers, strict=True
+        ):
             words = text_of(answer, tokenizer)
-            total, values = tasks.total(self.rewards, words, item.row, len(answer.ids), self.max_new_tokens, answer.ended)
+            total, values = tasks.total(
+                self.rewards, words, item.row, len(answer.ids), self.max_new_tokens, answer.ended
+            )
             totals.append(total)
             for name, value in values.items():
                 each[name][0] += value
@@ -67,7 +81,17 @@ def text_of(answer: Completion, tokenizer) -> str:
 class RolloutSource(ExampleSource):
     """Training batches of `rows` answers a step."""
 
-    def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, answers: Answers, period: int, scale: str, mask_truncated: bool):
+    def __init__(
+        self,
+        datasets: Sequence[Examples],
+        mixture: Mixture,
+        rows: int,
+        seed: int,
+        answers: Answers,
+        period: int,
+        scale: str,
+        mask_truncated: bool,
+    ):
         super().__init__(datasets, mixture, rows // answers.generations, seed, Collate())
         self.answers, self.period, self.scale, self.mask_truncated = answers, period, scale, mask_truncated
 
@@ -76,12 +100,16 @@ class RolloutSource(ExampleSource):
         """About, and of the prompts alone: how long answers will be is not known."""
         return super().tokens_per_step * self.period * self.answers.generations
 
-    def steps_from(self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool) -> Iterator[Step]:
+    def steps_from(
+        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
+    ) -> Iterator[Step]:
         assert start % self.period == 0
         for draw, items in enumerate(self.examples_from(start // self.period), start=start // self.period):
             yield from itertools.repeat(self.draw(draw, items, first, last, micro_batch, hashed), self.period)
 
-    def stream(self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool) -> Iterator[Step]:
+    def stream(
+        self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool
+    ) -> Iterator[Step]:
         """From step `start` on what a rank of answers [first, last) reads, drawn when it is asked for: by then the model has learned."""
         for step in self.steps_from(start, first, last, micro_batch, False, hashed):
             yield step._replace(batches=[batch.to(device) for batch in step.batches])
@@ -93,7 +121,9 @@ class RolloutSource(ExampleSource):
         answers = a.draw(own, tokenizer, group, a.temperature, (self.seed, ROLLOUT, draw), first)
         rewards, told = a.rewarded(own, answers, tokenizer)
         reward = torch.tensor(rewards, dtype=torch.float64)
-        n, total, squares = ranks.sum(torch.tensor([len(reward), reward.sum(), reward.square().sum()], dtype=torch.float64)).tolist()
+        n, total, squares = ranks.sum(
+            torch.tensor([len(reward), reward.sum(), reward.square().sum()], dtype=torch.float64)
+        ).tolist()
         spread = torch.tensor(max(0.0, squares - total**2 / n) / max(1, n - 1)).sqrt()
         advantage = advantages(reward, group, self.scale, spread).float()
         learned = [answer.ended or not self.mask_truncated for answer in answers]
@@ -103,7 +133,9 @@ class RolloutSource(ExampleSource):
             ids = np.concatenate((prompt, np.array(answer.ids, dtype=np.int32)))
             sequences.append(Ids(ids, (np.arange(len(ids)) >= len(prompt)) & kept))
             old.append(np.concatenate((np.zeros(len(prompt) - 1), answer.logps)))
-        tokens = ranks.sum(torch.tensor([sum(int(s.mask.sum()) for s in sequences), sum(len(s.ids) for s in sequences)])).tolist()
+        tokens = ranks.sum(
+            torch.tensor([sum(int(s.mask.sum()) for s in sequences), sum(len(s.ids) for s in sequences)])
+        ).tolist()
         cuts = range(0, len(sequences), micro_batch)
         made = []
         for row in cuts:
@@ -114,7 +146,12 @@ class RolloutSource(ExampleSource):
                 line[: len(values)] = torch.from_numpy(values)
             batch = batch.having(old=before, advantage=advantage[some])
             made.append(type(batch)(batch.tokens, batch.more, len(cuts), max(1, tokens[0]) / ranks.world))
-        return Step(made, row_hash([s.ids for s in sequences], first) if hashed else 0, tokens[1], told | self.told(reward, answers, group))
+        return Step(
+            made,
+            row_hash([s.ids for s in sequences], first) if hashed else 0,
+            tokens[1],
+            told | self.told(reward, answers, group),
+        )
 
     def told(self, reward: Tensor, answers: Sequence[Completion], group: int) -> dict[str, Tensor]:
         """What is told of a draw, (sum, number) each."""
@@ -125,20 +162,30 @@ class RolloutSource(ExampleSource):
             "reward": reward, "reward_std": spread, "frac_reward_zero_std": spread == 0, "completions/mean_length": lengths, "completions/clipped_ratio": ~ended,
             "completions/mean_terminated_length": lengths[ended],
         }  # fmt: skip
-        told = {name: torch.stack((values.double().sum(), torch.tensor(float(len(values))).double())).float() for name, values in sums.items()}
+        told = {
+            name: torch.stack((values.double().sum(), torch.tensor(float(len(values))).double())).float()
+            for name, values in sums.items()
+        }
         largest = self.answers.ranks.largest
-        ends = {"completions/min_length": -largest(-int(lengths.min())), "completions/max_length": largest(int(lengths.max()))}
+        ends = {
+            "completions/min_length": -largest(-int(lengths.min())),
+            "completions/max_length": largest(int(lengths.max())),
+        }
         return told | {name: torch.tensor([float(length), 1.0]) for name, length in ends.items()}
 
 
-def evaluation(answers: Answers, examples: Examples, iters: int, size: int, net: nn.Module) -> Iterator[tuple[dict[str, Tensor], bool]]:
+def evaluation(
+    answers: Answers, examples: Examples, iters: int, size: int, net: nn.Module
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
     """The rewards of the likeliest answers to the first `iters` batches of `size` prompts, the loss being their negative: of this rank's part
     of each batch, and whether it has one."""
     for first in range(0, min(len(examples.items), iters * size), size):
         whole = examples.items[first : min(first + size, iters * size)]
         low, high = (rank * len(whole) // answers.ranks.world for rank in (answers.ranks.rank, answers.ranks.rank + 1))
         some = whole[low:high] or whole[:1]
-        rewards, told = answers.rewarded(some, answers.draw(some, examples.coder.tokenizer, 1, 0.0), examples.coder.tokenizer)
+        rewards, told = answers.rewarded(
+            some, answers.draw(some, examples.coder.tokenizer, 1, 0.0), examples.coder.tokenizer
+        )
         sums = torch.tensor([sum(rewards), float(len(rewards))])
         yield {"loss": sums * torch.tensor([-1.0, 1.0]), "reward": sums, **told}, high > low
 

@@ -19,13 +19,21 @@ from parts import outcomes, scaling
 from parts.mistakes import Mistake
 
 CONFIG, METRICS = "train_config.json", outcomes.METRICS
-NAMES = ("out_dir", "overwrite", "allow_data_change", "wandb_run_name", "eval_only")  # arguments that don't change what is learned
+NAMES = (
+    "out_dir",
+    "overwrite",
+    "allow_data_change",
+    "wandb_run_name",
+    "eval_only",
+)  # arguments that don't change what is learned
 LARGEST = ("grad_norm", "skipped", "step_ms")  # a drawn point is the largest of its lines, elsewhere their mean
 SAMPLED, SAMPLES, LETTERS = 25, 8, 4000  # of a run's sample texts: evaluations, texts of each, letters of each
 
 NONE = type(None)
 NUMERIC = {int, float, NONE}
-Series = dict[str, np.ndarray]  # columns of equal length: step, seconds, tokens and every numeric key; NaN where a line had none
+Series = dict[
+    str, np.ndarray
+]  # columns of equal length: step, seconds, tokens and every numeric key; NaN where a line had none
 
 
 @dataclass
@@ -79,7 +87,9 @@ def find(paths: list[str]) -> tuple[list[Path], list[str]]:
         folders += beneath
         without += [] if beneath else [str(path)]
     if not folders:
-        raise Mistake(f"{' '.join(paths)}: no run there (a folder with {METRICS} or {CONFIG}); give the out_dir of runs, or a folder that holds such")
+        raise Mistake(
+            f"{' '.join(paths)}: no run there (a folder with {METRICS} or {CONFIG}); give the out_dir of runs, or a folder that holds such"
+        )
     return list({folder.resolve(): folder for folder in folders}.values()), without
 
 
@@ -148,7 +158,11 @@ def thinned(whole: Series, points: int) -> Series:
         known = ~np.isnan(column)
         counts = np.add.reduceat(known, first)
         means = np.add.reduceat(np.where(known, column, 0.0), first) / np.maximum(1, counts)
-        told[key] = np.where(counts > 0, np.maximum.reduceat(np.where(known, column, -np.inf), first) if key in LARGEST else means, math.nan)
+        told[key] = np.where(
+            counts > 0,
+            np.maximum.reduceat(np.where(known, column, -np.inf), first) if key in LARGEST else means,
+            math.nan,
+        )
     return told
 
 
@@ -162,7 +176,9 @@ def told_samples(lines: list[dict]) -> list[tuple[int, list[dict]]]:
         texts = []
         for sample in line["samples"][:SAMPLES]:
             sample = sample if isinstance(sample, dict) else {"completion": sample}
-            one: dict[str, Any] = {key: shortened(sample[key]) for key in ("prompt", "completion") if sample.get(key) is not None}
+            one: dict[str, Any] = {
+                key: shortened(sample[key]) for key in ("prompt", "completion") if sample.get(key) is not None
+            }
             if not math.isnan(reward := number(sample.get("reward"))):
                 one["reward"] = reward
             texts.append(one)
@@ -188,7 +204,9 @@ def read(folder: Path, name: str, points: int) -> Run:
     run.samples = told_samples([line for line in lines if line["event"] == "eval"])
     run.lines = sum(line["event"] in ("train", "eval") for line in lines)
     run.step = max((line["step"] for line in lines if line["event"] in ("train", "eval", "save")), default=0)
-    run.seconds = next((seconds for line in reversed(lines) if not math.isnan(seconds := number(line.get("seconds")))), 0.0)
+    run.seconds = next(
+        (seconds for line in reversed(lines) if not math.isnan(seconds := number(line.get("seconds")))), 0.0
+    )
     if resumed := sum(text.startswith("resuming") for _, text in run.notes):
         remarks.append("resumed once" if resumed == 1 else f"resumed {resumed} times")
     for key, column in (("loss", train.get("loss")), ("val_loss", evals.get("val_loss"))):
@@ -208,21 +226,36 @@ def measure(run: Run, train: Series, evals: Series) -> None:
         run.parameters, run.flops = scaling.parameters(shape), scaling.flops_per_token(shape)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         run.remarks += ["its size is not known: no FLOPs"] if run.config else []
-    per_step = math.prod(number(run.config.get(name)) for name in ("batch_size", "gradient_accumulation_steps", "block_size"))
+    per_step = math.prod(
+        number(run.config.get(name)) for name in ("batch_size", "gradient_accumulation_steps", "block_size")
+    )
     if "tokens" in train:
         known = ~np.isnan(train["tokens"])
         steps, tokens = (np.append(0.0, train[key][known]) for key in ("step", "tokens"))
         per_step = tokens[-1] / steps[-1] if steps[-1] > 0 else per_step
     else:
         steps = tokens = np.zeros(1)
-    for lines in (train, evals):  # between lines that tell their tokens straight on, after the last one at the same pace
+    for lines in (
+        train,
+        evals,
+    ):  # between lines that tell their tokens straight on, after the last one at the same pace
         if "step" in lines:
-            lines["tokens"] = np.where(lines["step"] > steps[-1], tokens[-1] + (lines["step"] - steps[-1]) * per_step, np.interp(lines["step"], steps, tokens))
-    run.tokens = float(max((lines["tokens"][-1] for lines in (train, evals) if len(lines.get("tokens", ()))), default=0.0))
+            lines["tokens"] = np.where(
+                lines["step"] > steps[-1],
+                tokens[-1] + (lines["step"] - steps[-1]) * per_step,
+                np.interp(lines["step"], steps, tokens),
+            )
+    run.tokens = float(
+        max((lines["tokens"][-1] for lines in (train, evals) if len(lines.get("tokens", ()))), default=0.0)
+    )
     run.tokens = 0.0 if math.isnan(run.tokens) else run.tokens
     if len(speeds := [speed for speed in train.get("tokens_per_second", ()) if not math.isnan(speed)]):
         run.speed = statistics.median(speeds)
-    losses = [(loss, int(step)) for loss, step in zip(evals.get("val_loss", ()), evals.get("step", ()), strict=True) if not math.isnan(loss)]
+    losses = [
+        (loss, int(step))
+        for loss, step in zip(evals.get("val_loss", ()), evals.get("step", ()), strict=True)
+        if not math.isnan(loss)
+    ]
     if losses:
         run.final = float(losses[-1][0])
         best, run.best_step = min([pair for pair in losses if pair[1] > 0] or losses)  # of what was learned
@@ -238,7 +271,13 @@ def brief(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return " ".join(map(brief, value)) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
+        return (
+            " ".join(map(brief, value))
+            if isinstance(value, list)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+        )
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -276,8 +315,12 @@ def groups(runs: list[Run]) -> list[Group]:
     found: dict[str, Group] = {}
     for i, run in enumerate(runs):
         told = {key: value for key, value in run.arguments().items() if key != "seed"}
-        label = ", ".join(f"{key}={brief(run.config[key])}" for key in keys if key in run.config) or (run.name if len(runs) == 1 or not run.config else "all alike")
-        found.setdefault(json.dumps(told, sort_keys=True) if run.config else f"?{run.name}", Group(label, [])).members.append(i)
+        label = ", ".join(f"{key}={brief(run.config[key])}" for key in keys if key in run.config) or (
+            run.name if len(runs) == 1 or not run.config else "all alike"
+        )
+        found.setdefault(
+            json.dumps(told, sort_keys=True) if run.config else f"?{run.name}", Group(label, [])
+        ).members.append(i)
     return list(found.values())
 
 
@@ -295,7 +338,9 @@ def band(runs: list[Run], key: str, kind: str) -> dict[str, np.ndarray] | None:
     if not len(steps):
         return None
     at = {
-        name: np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves]) for name in ("tokens", "seconds", key) if all(name in curve for curve in curves)
+        name: np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves])
+        for name in ("tokens", "seconds", key)
+        if all(name in curve for curve in curves)
     }  # (runs, steps)
     means = {name: values.mean(0) for name, values in at.items() if name != key}
     return {"step": steps, **means, "mean": at[key].mean(0), "low": at[key].min(0), "high": at[key].max(0)}

@@ -30,7 +30,9 @@ def parameters(shape: Mapping[str, Any]) -> int:
     gains = {"layernorm": 1 + shape["bias"], "rmsnorm": 1, "rmsnorm_nogain": 0}[shape["norm"]] * C * (2 * L + 1)
     biases = shape["bias"] * L * (C + 2 * kv + C + C + hidden * (2 if shape["mlp"] == "gated" else 1))
     scalars = 2 * L * shape.get("residual_scalars", False) + (L - 1) * shape.get("value_residual", False)
-    embeddings = sum(shape["vocab_sizes"]) * C * (not shape["tie_weights"]) + shape["block_size"] * C * (shape["position"] == "learned")
+    embeddings = sum(shape["vocab_sizes"]) * C * (not shape["tie_weights"]) + shape["block_size"] * C * (
+        shape["position"] == "learned"
+    )
     return matrices(shape) + embeddings + gains + biases + scalars
 
 
@@ -67,11 +69,17 @@ class PowerLaw(NamedTuple):
         if self.covariance is None:
             return None
         slope = slopes(np.array([x]), self)[0, : len(self.covariance)]
-        return float(student_quantile(confidence, self.freedom) * math.sqrt(slope @ self.covariance @ slope + self.variance))
+        return float(
+            student_quantile(confidence, self.freedom) * math.sqrt(slope @ self.covariance @ slope + self.variance)
+        )
 
     def exponent_margin(self, confidence: float = 0.95) -> float | None:
         """Half the exponent's confidence interval."""
-        return None if self.covariance is None else float(student_quantile(confidence, self.freedom) * math.sqrt(self.covariance[1, 1]))
+        return (
+            None
+            if self.covariance is None
+            else float(student_quantile(confidence, self.freedom) * math.sqrt(self.covariance[1, 1]))
+        )
 
 
 def slopes(x: np.ndarray, law: PowerLaw) -> np.ndarray:
@@ -92,7 +100,9 @@ def refined(x: np.ndarray, y: np.ndarray, law: PowerLaw, free: int) -> tuple[flo
     for _ in range(300):
         jacobian = slopes(x, law)[:, :free]
         normal = jacobian.T @ jacobian
-        step = np.linalg.lstsq(normal + damping * np.diag(np.diag(normal)), jacobian.T @ (np.log(y) - np.log(law.loss(x))), rcond=None)[0]
+        step = np.linalg.lstsq(
+            normal + damping * np.diag(np.diag(normal)), jacobian.T @ (np.log(y) - np.log(law.loss(x))), rcond=None
+        )[0]
         height, exponent, floor = np.array([law.height, law.exponent, law.floor]) + np.pad(step, (0, 3 - free))
         tried = law._replace(height=float(height), exponent=float(exponent), floor=float(floor))
         now = squares_of(x, y, tried) if 0 <= floor < y.min() and abs(exponent) < 50 and abs(height) < 500 else math.inf
@@ -116,7 +126,11 @@ def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = N
     """
     x, y = np.array(x, dtype=float), np.array(losses, dtype=float)
     sizes = len(np.unique(x))
-    if sizes < 3 or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()) or x.max() < 2 * x.min():
+    if (
+        sizes < 3
+        or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all())
+        or x.max() < 2 * x.min()
+    ):
         return None
     center = float(np.log(x).mean())
     floored = sizes >= 5 if with_floor is None else with_floor
@@ -126,7 +140,9 @@ def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = N
         slope, height = np.polyfit(np.log(x) - center, np.log(y - floor), 1, w=weight)
         starts.append(PowerLaw(float(floor), float(height), float(-slope), center, None, 0.0, 0))
     least = sorted(starts[1:], key=lambda law: squares_of(x, y, law))[:3]
-    squares, law = min((refined(x, y, law, 3 if law.floor else 2) for law in (starts[0], *least)), key=lambda found: found[0])
+    squares, law = min(
+        (refined(x, y, law, 3 if law.floor else 2) for law in (starts[0], *least)), key=lambda found: found[0]
+    )
     free = 3 if floored and law.floor > 0 else 2  # a floor that ends at 0 is not an unknown
     freedom = len(x) - free
     if freedom < 1:
@@ -149,7 +165,9 @@ def next_size(law: PowerLaw, x: Sequence[float]) -> NextSize:
     sizes = sorted(set(x))
     following = sizes[-1] * (sizes[-1] / sizes[0]) ** (1 / (len(sizes) - 1))
     loss, margin = float(law.loss(following)), law.margin(following)
-    return NextSize(following, loss, *((None, None) if margin is None else (loss * math.exp(-margin), loss * math.exp(margin))))
+    return NextSize(
+        following, loss, *((None, None) if margin is None else (loss * math.exp(-margin), loss * math.exp(margin)))
+    )
 
 
 def check_largest(x: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:

@@ -60,7 +60,15 @@ def wsd(plan: Plan, step: int) -> float:
     return plan.floor + left * (plan.peak - plan.floor)
 
 
-SCHEDULES = {"none": none, "linear": linear, "cosine": cosine, "exponential": exponential, "step": step, "inverse_sqrt": inverse_sqrt, "wsd": wsd}
+SCHEDULES = {
+    "none": none,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "step": step,
+    "inverse_sqrt": inverse_sqrt,
+    "wsd": wsd,
+}
 
 
 def learning_rate(name: str, plan: Plan, step: int) -> float:

@@ -35,20 +35,35 @@ class Tpe:
         self.study = optuna.create_study(storage=storage, pruner=pruner, study_name="sweep", load_if_exists=True)
         state = optuna.trial.TrialState
         told = self.study.get_trials(deepcopy=False)
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed + 1_000_003 * len(told), constant_liar=True)  # going on, it proposes other points than at first
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=seed + 1_000_003 * len(told), constant_liar=True
+        )  # going on, it proposes other points than at first
         if any(trial.distributions and trial.distributions != self.space for trial in told):
             raise Mistake(f"{path}: is of a search of another grid; take another --out_dir")
-        self.unfinished = [optuna.trial.Trial(self.study, trial._trial_id) for trial in told if trial.state == state.RUNNING and trial.params]
+        self.unfinished = [
+            optuna.trial.Trial(self.study, trial._trial_id)
+            for trial in told
+            if trial.state == state.RUNNING and trial.params
+        ]
         self.numbers = [trial.number for trial in told if trial.state != state.FAIL]
 
     def point(self, params: dict[str, Any]) -> Point:
         """The point of a trial's parameters; numbers to three digits."""
-        choice = merged(tuple(axis.choice(params[name]) if isinstance(axis, Range) else axis[params[name]] for name, axis in self.axes.items()))
+        choice = merged(
+            tuple(
+                axis.choice(params[name]) if isinstance(axis, Range) else axis[params[name]]
+                for name, axis in self.axes.items()
+            )
+        )
         return Point({**self.grid.fixed, **choice.values}, choice.told)
 
     def points(self) -> list[Point]:
         """Those of all trials so far."""
-        return [self.point(trial.params) for trial in self.study.get_trials(deepcopy=False) if trial.number in set(self.numbers) and trial.params]
+        return [
+            self.point(trial.params)
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.number in set(self.numbers) and trial.params
+        ]
 
     def ask(self):
         """The next trial and its point, or None when there were enough."""

@@ -15,7 +15,9 @@ class Signals:
         self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {
+            number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
         return self
 
     def take(self, number: int, frame) -> None:

@@ -20,7 +20,13 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
     c, d, product = 1.0, 0.0, 1.0
     for i in range(1000):
         m = i // 2
-        term = 1.0 if i == 0 else m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)) if i % 2 == 0 else -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        term = (
+            1.0
+            if i == 0
+            else m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+            if i % 2 == 0
+            else -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        )
         d = 1 / (1 + term * d or 1e-300)
         c = 1 + term / c or 1e-300
         product *= c * d

@@ -45,7 +45,11 @@ def count(text: Any) -> int:
     total = 0
     for part in str(text).split(","):
         words = re.sub(r"\(.*?\)", "", part).strip().split(":")
-        if words[0] in ("gpu", "gres/gpu") or len(words) == 1 or (words[-1].isdigit() and words[0] not in ("shard", "mps", "tmpfs")):
+        if (
+            words[0] in ("gpu", "gres/gpu")
+            or len(words) == 1
+            or (words[-1].isdigit() and words[0] not in ("shard", "mps", "tmpfs"))
+        ):
             total += int(words[-1]) if words[-1].isdigit() else int(words[0] == "gpu")
     return total
 
@@ -67,11 +71,25 @@ def shape(directives: dict[str, Any]) -> Shape:
 
 def check(section: dict[str, Any], environment: dict[str, Any]) -> list[str]:
     """What can't be written into a script."""
-    wrong = [f"slurm: {key}: is no name of a directive" for key in section if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", key)]
-    wrong += [f"slurm: {key}: must be one line of text" for key, value in section.items() if not isinstance(value, str | int | float) or "\n" in str(value)]
+    wrong = [
+        f"slurm: {key}: is no name of a directive" for key in section if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", key)
+    ]
+    wrong += [
+        f"slurm: {key}: must be one line of text"
+        for key, value in section.items()
+        if not isinstance(value, str | int | float) or "\n" in str(value)
+    ]
     wrong += [f"slurm: {key}: is set by --array" for key in section if key in ("array", "a")]
-    wrong += [f"environment: {key}: is no name of a variable" for key in environment if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)]
-    wrong += [f"environment: {key}: must be text" for key, value in environment.items() if not isinstance(value, str | int | float)]
+    wrong += [
+        f"environment: {key}: is no name of a variable"
+        for key in environment
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)
+    ]
+    wrong += [
+        f"environment: {key}: must be text"
+        for key, value in environment.items()
+        if not isinstance(value, str | int | float)
+    ]
     return wrong
 
 
@@ -85,7 +103,11 @@ def directives(given: dict[str, Any], computed: dict[str, Any]) -> list[str]:
     for key, value in merged.items():
         flag = f"-{key}" if len(key) == 1 else f"--{key}"
         if value is not False:
-            told.append(f"#SBATCH {flag}" if value is True else f"#SBATCH {flag}{' ' if len(key) == 1 else '='}{quoted(str(value))}")
+            told.append(
+                f"#SBATCH {flag}"
+                if value is True
+                else f"#SBATCH {flag}{' ' if len(key) == 1 else '='}{quoted(str(value))}"
+            )
     return told
 
 
@@ -186,16 +208,22 @@ def start(shape: Shape, python: str) -> str:
 def head(job: Job, computed: dict[str, Any]) -> str:
     exports = {key: str(value) for key, value in job.environment.items()}
     cpus, tasks = job.directives.get("cpus-per-task", job.directives.get("c")), job.directives.get("ntasks-per-node", 1)
-    if str(cpus).isdigit() and str(tasks).isdigit() and shape(job.directives).nodes > 1:  # srun no longer takes it from the job
+    if (
+        str(cpus).isdigit() and str(tasks).isdigit() and shape(job.directives).nodes > 1
+    ):  # srun no longer takes it from the job
         exports = {"SRUN_CPUS_PER_TASK": str(int(cpus) * int(tasks))} | exports
     words = "".join(f"export {key}={quote(value)}\n" for key, value in exports.items())
-    return HEAD.format(directives="\n".join(directives(job.directives, computed)), exports=words, folder=quote(job.folder))
+    return HEAD.format(
+        directives="\n".join(directives(job.directives, computed)), exports=words, folder=quote(job.folder)
+    )
 
 
 def computed(name: str, logs: Path, runs: int, at_once: int, array: bool) -> dict[str, Any]:
     """Directives that are not given: the job's name and its log; for an array its size."""
     log = str(logs).replace("%", "%%") + ("/%x-%A_%a.out" if array else "/%x-%j.out")
-    return {"job-name": name, "output": log} | ({"array": f"0-{runs - 1}" + (f"%{at_once}" if at_once else "")} if array else {})
+    return {"job-name": name, "output": log} | (
+        {"array": f"0-{runs - 1}" + (f"%{at_once}" if at_once else "")} if array else {}
+    )
 
 
 def training(name: str, job: Job, runs: list[Path], train: Path, logs: Path, array: bool, at_once: int) -> str:
@@ -206,9 +234,23 @@ def training(name: str, job: Job, runs: list[Path], train: Path, logs: Path, arr
     )  # fmt: skip
 
 
-def evaluation(name: str, job: Job, runs: list[Path], evaluate: Path, told: str, flags: list[str], logs: Path, array: bool, at_once: int) -> str:
+def evaluation(
+    name: str,
+    job: Job,
+    runs: list[Path],
+    evaluate: Path,
+    told: str,
+    flags: list[str],
+    logs: Path,
+    array: bool,
+    at_once: int,
+) -> str:
     """The script that evaluates what was trained, on one node, in one process, and writes the file `told` beside it. If it fails, that is the run's state."""
-    own = {key: value for key, value in job.directives.items() if key not in ("N", "n", "ntasks", "ntasks-per-node", "job-name", "J", "output", "o", "error", "e", "signal")}
+    own = {
+        key: value
+        for key, value in job.directives.items()
+        if key not in ("N", "n", "ntasks", "ntasks-per-node", "job-name", "J", "output", "o", "error", "e", "signal")
+    }
     own = {key: 1 if key == "nodes" else value for key, value in own.items()}
     return head(job._replace(directives=own), computed(name, logs, len(runs), at_once, array)) + EVALUATE.format(
         runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), told=told, flags=" ".join(map(quote, flags)), log=outcomes.LOG, status=outcomes.STATUS,
@@ -223,7 +265,9 @@ def submit(script: Path, after: str = "", array: bool = False) -> str:
     """Hand a script to sbatch, after another job's success if there is one; the new job's id. Raises Mistake."""
     if not shutil.which("sbatch"):
         raise Mistake("--submit: there is no sbatch here")
-    depends = [f"--dependency={'aftercorr' if array else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    depends = (
+        [f"--dependency={'aftercorr' if array else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    )
     done = subprocess.run(["sbatch", "--parsable", *depends, str(script)], capture_output=True, text=True)
     if done.returncode:
         raise Mistake(f"sbatch {script}: {done.stderr.strip()}")
@@ -233,7 +277,9 @@ def submit(script: Path, after: str = "", array: bool = False) -> str:
 def queue() -> dict[str, str]:
     """The user's jobs in the queue, id (12, or 12_3 of an array) -> state in small letters. Raises Mistake."""
     if not shutil.which("squeue"):
-        raise Mistake("squeue: not there, and some of these runs were handed to Slurm; where it is known that they are over, delete slurm/jobs.json")
+        raise Mistake(
+            "squeue: not there, and some of these runs were handed to Slurm; where it is known that they are over, delete slurm/jobs.json"
+        )
     done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %T"], capture_output=True, text=True)
     if done.returncode:
         raise Mistake(f"squeue: {done.stderr.strip()}")

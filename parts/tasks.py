@@ -56,7 +56,9 @@ def clean(text: str) -> str:
     text = re.sub("[¼-¾⅐-⅞]", lambda match: unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\[,;: ]", "\u2009", text.replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%"))
-    return OF_TEN.sub(r"e\1", re.sub(rf"(?<![0-9]){CURRENCY}|{CURRENCY}(?![0-9])", "", text))  # between digits it parts two numbers
+    return OF_TEN.sub(
+        r"e\1", re.sub(rf"(?<![0-9]){CURRENCY}|{CURRENCY}(?![0-9])", "", text)
+    )  # between digits it parts two numbers
 
 
 def exact(digits: str) -> Fraction | None:
@@ -196,7 +198,9 @@ def find(name: str, where: str) -> Callable:
     module, _, function = name.partition(":")
     if not function:
         if name not in REWARDS:
-            raise Mistake(f"{where}: no such reward{did_you_mean(name, REWARDS)}; known are {', '.join(REWARDS)}, and my_module:my_function")
+            raise Mistake(
+                f"{where}: no such reward{did_you_mean(name, REWARDS)}; known are {', '.join(REWARDS)}, and my_module:my_function"
+            )
         return REWARDS[name]
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
@@ -235,11 +239,15 @@ def parse_rewards(text: str) -> list[Reward]:
     others = math.fsum(abs(reward.weight) for reward in rewards if reward.name != "correct")
     for reward in rewards:
         if reward.name == "correct" and reward.weight <= others:
-            raise Mistake(f"--reward: a wrong answer could beat a right one: correct has the weight {reward.weight:g}, which must exceed the others' sum, {others:g}")
+            raise Mistake(
+                f"--reward: a wrong answer could beat a right one: correct has the weight {reward.weight:g}, which must exceed the others' sum, {others:g}"
+            )
     return rewards
 
 
-def total(rewards: list[Reward], completion: str, problem: dict, tokens: int, limit: int, ended: bool) -> tuple[float, dict[str, float]]:
+def total(
+    rewards: list[Reward], completion: str, problem: dict, tokens: int, limit: int, ended: bool
+) -> tuple[float, dict[str, float]]:
     """The weighted sum, and each reward's own value by its name. Raises Mistake for a value that isn't in [0, 1]."""
     values = {}
     for reward in rewards:
@@ -314,11 +322,15 @@ def problem(row: dict, where: str = "problem") -> dict:
 
     where: told in a Mistake, which is raised for any other row.
     """
-    prompt, question, answer = (row.get(name) for name in ("prompt", "question", "answer")) if isinstance(row, dict) else (None, None, None)
+    prompt, question, answer = (
+        (row.get(name) for name in ("prompt", "question", "answer")) if isinstance(row, dict) else (None, None, None)
+    )
     if isinstance(prompt, str | list) and isinstance(answer, str | int | float) and not isinstance(answer, bool):
         return {**row, "answer": str(answer)}
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
-        raise Mistake(f"{where}: needs a prompt and an answer, or GSM8K's question and an answer that ends in #### and the number")
+        raise Mistake(
+            f"{where}: needs a prompt and an answer, or GSM8K's question and an answer that ends in #### and the number"
+        )
     worked, _, final = answer.rpartition("####")
     worked = re.sub(r"<<[^<>]*>>", "", worked).strip()  # the calculator's marks
     completion = f"<reasoning>\n{worked}\n</reasoning>\n<answer>{final.strip()}</answer>"

@@ -88,12 +88,18 @@ class Template:
     def check(self, target_field: str, truncation_field: str | None) -> None:
         """Raises Mistake for a target that the model would be shown, and for a field to cut that is not there."""
         if target_field in self.fields:
-            raise Mistake(f"--target_field={target_field}: is in --prompt_format, which would show the model what it is to say")
+            raise Mistake(
+                f"--target_field={target_field}: is in --prompt_format, which would show the model what it is to say"
+            )
         if truncation_field == target_field:
-            raise Mistake(f"--truncation_field={truncation_field}: is the target, which --overflow=truncate_target cuts")
+            raise Mistake(
+                f"--truncation_field={truncation_field}: is the target, which --overflow=truncate_target cuts"
+            )
         if truncation_field is not None and truncation_field not in self.fields:
             there = ", ".join(self.fields) or "none"
-            raise Mistake(f"--truncation_field={truncation_field}: no field of --prompt_format, which has {there}{did_you_mean(truncation_field, self.fields)}")
+            raise Mistake(
+                f"--truncation_field={truncation_field}: no field of --prompt_format, which has {there}{did_you_mean(truncation_field, self.fields)}"
+            )
 
     def seeds(self, tokenizer: Tokenizer) -> list[int | None]:
         """For each trainable row, in order: the id of the token whose embedding it starts as, or None. Raises Mistake."""
@@ -140,12 +146,16 @@ class Template:
         encoded = self.encode_pieces(values, tokenizer, first_row)
         completion = field_ids(values, target_field, tokenizer) + ([] if tokenizer.eot is None else [tokenizer.eot])
         if not completion:
-            raise Mistake(f"the target {target_field!r} is empty and the tokenizer has no end token: there is nothing to learn")
+            raise Mistake(
+                f"the target {target_field!r} is empty and the tokenizer has no end token: there is nothing to learn"
+            )
 
         places = [i for i, piece in enumerate(self.pieces) if piece == Field(truncation_field)]
         excess = sum(map(len, encoded)) + len(completion) - max_tokens
         for i in places:
-            encoded[i] = encoded[i][: max(0, len(encoded[i]) + -excess // len(places))]  # -excess // n rounds the cut up; none where excess is negative
+            encoded[i] = encoded[i][
+                : max(0, len(encoded[i]) + -excess // len(places))
+            ]  # -excess // n rounds the cut up; none where excess is negative
         prompt = [*chain.from_iterable(encoded)]
         room = max_tokens - len(prompt)
         if room < len(completion):
@@ -155,7 +165,14 @@ class Template:
                 raise Mistake(self.too_long(encoded, target_field, len(completion), truncation_field, max_tokens))
         return prompt + completion[:room], len(prompt)
 
-    def too_long(self, encoded: list[list[int]], target_field: str, target_tokens: int, truncation_field: str | None, max_tokens: int) -> str:
+    def too_long(
+        self,
+        encoded: list[list[int]],
+        target_field: str,
+        target_tokens: int,
+        truncation_field: str | None,
+        max_tokens: int,
+    ) -> str:
         """By how many tokens the example is too long, with truncation_field cut already, and what they are."""
         counts = {"rows and literal text": 0, **{f"{{{name}}}": 0 for name in self.fields}}
         for piece, ids in zip(self.pieces, encoded, strict=True):
@@ -181,7 +198,9 @@ def to_ids(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
 def field_ids(values: Mapping[str, object], name: str, tokenizer: Tokenizer) -> list[int]:
     """Of the field's text, or of a number as Python writes it. Raises Mistake."""
     if name not in values:
-        raise Mistake(f"the example has no field {name!r}; it has {', '.join(map(repr, values)) or 'none'}{did_you_mean(name, values)}")
+        raise Mistake(
+            f"the example has no field {name!r}; it has {', '.join(map(repr, values)) or 'none'}{did_you_mean(name, values)}"
+        )
     value = values[name]
     if not isinstance(value, str | int | float):
         raise Mistake(f"the field {name!r} must be text or a number, not {value!r:.60}")
@@ -195,7 +214,10 @@ def field_ids(values: Mapping[str, object], name: str, tokenizer: Tokenizer) -> 
 def malformed(template: str, place: int, expected: str) -> Mistake:
     """Shows the template on one line, line breaks as escapes, with a caret under template[place]."""
     shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in template]
-    column = sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in "".join(shown[:place]))
+    column = sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in "".join(shown[:place])
+    )
     return Mistake(f"--prompt_format: {expected}\n  {''.join(shown)}\n  {' ' * column}^")
 
 
@@ -217,7 +239,9 @@ def tokens(template: str) -> Iterator[tuple[int, Piece | str]]:
             if token[-1] != "}":
                 raise malformed(template, start, "expected a } that closes this {; a literal brace is {{")
             if not field.strip():
-                raise malformed(template, start, "expected a field's name between { and }; literal braces are {{ and }}")
+                raise malformed(
+                    template, start, "expected a field's name between { and }; literal braces are {{ and }}"
+                )
             yield start, Field(field)
         elif token == "}":
             raise malformed(template, start, "expected a { before this }; a literal brace is }}")
@@ -236,7 +260,11 @@ def parse(template: str) -> Template:
         place, piece = found[i]
         i += 1
         if piece == "</P>":
-            raise malformed(template, place, r"expected a <P> before this </P>, and nothing but text between them; a literal one is \</P>")
+            raise malformed(
+                template,
+                place,
+                r"expected a <P> before this </P>, and nothing but text between them; a literal one is \</P>",
+            )
         if piece == "<P>":
             close = next((j for j in range(i, len(found)) if isinstance(found[j][1], str | Rows)), None)
             if close is None or found[close][1] != "</P>":
@@ -247,13 +275,19 @@ def parse(template: str) -> Template:
                     raise malformed(template, place, "expected text between <P> and </P>; one row is <P> alone")
                 for at, part in inside:
                     if isinstance(part, Field):
-                        raise malformed(template, at, "expected text between <P> and </P>, which is the same for all examples, and no field; a literal brace is {{")
+                        raise malformed(
+                            template,
+                            at,
+                            "expected text between <P> and </P>, which is the same for all examples, and no field; a literal brace is {{",
+                        )
                 piece = Seeded("".join(part.text for _, part in inside))
         if isinstance(piece, Literal) and pieces and isinstance(pieces[-1], Literal):
             piece = Literal(pieces.pop().text + piece.text)
         pieces.append(piece)
     if not any(isinstance(piece, Rows | Seeded) for piece in pieces):
-        raise Mistake(f"--prompt_format={template!r}: has no trainable rows; <P*20> makes 20 of them, <P>text</P> one for each token of the text")
+        raise Mistake(
+            f"--prompt_format={template!r}: has no trainable rows; <P*20> makes 20 of them, <P>text</P> one for each token of the text"
+        )
     return Template(tuple(pieces))
 
 
@@ -303,7 +337,9 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def read_cells(path: Path, delimiter: str) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # for the whole process; the most that a C long holds everywhere. The default refuses cells of 128 KiB
+    csv.field_size_limit(
+        2**31 - 1
+    )  # for the whole process; the most that a C long holds everywhere. The default refuses cells of 128 KiB
     reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     names = None
     for line, cells in numbered(reader, path):
@@ -314,7 +350,9 @@ def read_cells(path: Path, delimiter: str) -> Iterator[dict]:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise Mistake(f"{path}:{line}: the first line, which names the fields, has {twice[0]!r} twice")
         elif len(cells) != len(names):
-            raise Mistake(f"{path}:{line}: has {len(cells)} cells, but the first line names {len(names)} fields: {', '.join(names)}")
+            raise Mistake(
+                f"{path}:{line}: has {len(cells)} cells, but the first line names {len(names)} fields: {', '.join(names)}"
+            )
         else:
             yield dict(zip(names, cells, strict=True))
 

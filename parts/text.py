@@ -38,7 +38,11 @@ class CharTokenizer:
         self.vocab_size = len(self.chars) + ends
         points = np.array([ord(char) for char in self.chars], dtype=np.uint32)
         # Code point -> id; vocab_size for those without one, as the last entry is, in whose place all points beyond are looked up.
-        self.table = np.full(max(128, int(points.max(initial=0)) + 1) + 1, self.vocab_size, dtype=np.uint16 if self.vocab_size < 2**16 else np.int32)
+        self.table = np.full(
+            max(128, int(points.max(initial=0)) + 1) + 1,
+            self.vocab_size,
+            dtype=np.uint16 if self.vocab_size < 2**16 else np.int32,
+        )
         self.table[points] = np.arange(len(points))
 
     def encode(self, text: str) -> np.ndarray:
@@ -46,7 +50,9 @@ class CharTokenizer:
         ids = self.table.take(points, mode="clip")
         if ids.max(initial=0) == self.vocab_size:
             strange = [chr(point) for point in np.unique(points[ids == self.vocab_size])]
-            raise Mistake(f"the tokenizer knows no {', '.join(map(repr, strange[:10]))}: its characters are {''.join(self.chars)!r}")
+            raise Mistake(
+                f"the tokenizer knows no {', '.join(map(repr, strange[:10]))}: its characters are {''.join(self.chars)!r}"
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -112,7 +118,11 @@ class TiktokenTokenizer:
         import tiktoken
 
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split(" ")) if token}
-        return cls(tiktoken.Encoding(spec["encoding"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special_tokens"]))
+        return cls(
+            tiktoken.Encoding(
+                spec["encoding"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special_tokens"]
+            )
+        )
 
     @classmethod
     def named(cls, name: str) -> "TiktokenTokenizer":
@@ -120,11 +130,15 @@ class TiktokenTokenizer:
         import tiktoken
 
         if name not in tiktoken.list_encoding_names():
-            raise Mistake(f"--tokenizer={name}: tiktoken has no such encoding{did_you_mean(name, tiktoken.list_encoding_names())}")
+            raise Mistake(
+                f"--tokenizer={name}: tiktoken has no such encoding{did_you_mean(name, tiktoken.list_encoding_names())}"
+            )
         try:
             return cls(tiktoken.get_encoding(name))
         except Exception as error:  # requests' many kinds of network trouble
-            raise Mistake(f"tiktoken's {name} can't be downloaded ({type(error).__name__}); offline, point TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+            raise Mistake(
+                f"tiktoken's {name} can't be downloaded ({type(error).__name__}); offline, point TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from None
 
 
 class BPETokenizer:
@@ -164,7 +178,9 @@ class BPETokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(texts, trainer)
         return cls(json.loads(tokenizer.to_str()))
 
@@ -213,7 +229,10 @@ class ExtendedTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         runs = itertools.groupby(ids, lambda i: i >= self.base.vocab_size)
-        return "".join("".join(self.added[i - self.base.vocab_size] for i in run) if own else self.base.decode(list(run)) for own, run in runs)
+        return "".join(
+            "".join(self.added[i - self.base.vocab_size] for i in run) if own else self.base.decode(list(run))
+            for own, run in runs
+        )
 
     def to_json(self) -> dict:
         return {"base": to_json(self.base), "added": self.added}
@@ -232,7 +251,10 @@ def extended(tokenizer, tokens: Sequence[str]):
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer | BPETokenizer | NumberTokenizer | ExtendedTokenizer
-KINDS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer, ExtendedTokenizer)}
+KINDS = {
+    kind.kind: kind
+    for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer, ExtendedTokenizer)
+}
 
 
 def to_json(tokenizer: Tokenizer) -> dict:

@@ -49,7 +49,9 @@ class Experiment:
     @property
     def sequences(self) -> int:
         """Of one step."""
-        return int(self.keys["per_device_train_batch_size"]) * int(self.keys["gradient_accumulation_steps"]) * self.ranks
+        return (
+            int(self.keys["per_device_train_batch_size"]) * int(self.keys["gradient_accumulation_steps"]) * self.ranks
+        )
 
     @property
     def steps(self) -> int:
@@ -130,7 +132,13 @@ def precision(value: Any, x: Experiment) -> Ours:
     bf16, fp16 = (x.keys[key] is True for key in ("bf16", "fp16"))
     if bf16 and fp16:
         raise Mistake("bf16 and fp16 are both true; one of them")
-    kind = "bfloat16" if bf16 else "float16" if fp16 else str(x.keys.get("torch_dtype", x.keys.get("dtype", "float32"))).lower()
+    kind = (
+        "bfloat16"
+        if bf16
+        else "float16"
+        if fp16
+        else str(x.keys.get("torch_dtype", x.keys.get("dtype", "float32"))).lower()
+    )
     return {"dtype": "auto" if kind == "auto" else kind}
 
 
@@ -140,7 +148,11 @@ def schedule(value: Any, x: Experiment) -> Ours:
         raise Mistake(f"must be one of {', '.join(names)}")
     given, part = float(x.keys["warmup_steps"]), float(x.keys["warmup_ratio"])
     warmup = 0 if value == "constant" else int(given) if given >= 1 else math.ceil((given or part) * x.steps)
-    return {"lr_scheduler": names[value], "warmup_iters": warmup, **({} if names[value] == "none" else {"lr_decay_iters": max(1, x.steps, warmup), "min_lr": 0.0})}
+    return {
+        "lr_scheduler": names[value],
+        "warmup_iters": warmup,
+        **({} if names[value] == "none" else {"lr_decay_iters": max(1, x.steps, warmup), "min_lr": 0.0}),
+    }
 
 
 def trackers(value: Any, x: Experiment) -> Ours:
@@ -151,7 +163,11 @@ def trackers(value: Any, x: Experiment) -> Ours:
 
 
 def loss(value: Any, x: Experiment) -> Ours:
-    return only("kto", "KTO has one loss")(value, x) if x.algorithm == "kto" else {"dpo_loss" if x.algorithm == "dpo" else "loss_type": value}
+    return (
+        only("kto", "KTO has one loss")(value, x)
+        if x.algorithm == "kto"
+        else {"dpo_loss" if x.algorithm == "dpo" else "loss_type": value}
+    )
 
 
 def loss_on(value: Any, x: Experiment) -> Ours:
@@ -292,13 +308,21 @@ def flatten(spec: dict, verbatim: dict, wrong: list[str], sections: Iterable[str
 
 def check_file(spec: dict, wrong: list[str]) -> None:
     """What of a whole file is wrong, whatever its values are."""
-    wrong += [f"{name}: no such section{did_you_mean(name, SECTIONS)}; there are {', '.join(SECTIONS)}" for name in spec if name not in SECTIONS]
+    wrong += [
+        f"{name}: no such section{did_you_mean(name, SECTIONS)}; there are {', '.join(SECTIONS)}"
+        for name in spec
+        if name not in SECTIONS
+    ]
     execution, algorithms = spec.get("execution") or {}, set()
     if isinstance(execution, dict):
-        wrong += [f"execution: {key}: no such key{did_you_mean(key, EXECUTION)}" for key in execution if key not in EXECUTION]
+        wrong += [
+            f"execution: {key}: no such key{did_you_mean(key, EXECUTION)}" for key in execution if key not in EXECUTION
+        ]
         out = execution.get("output_dir")
         if not isinstance(out, str) or not Path(out).is_absolute():
-            wrong.append(f"execution: output_dir: must be one absolute path{', not a list' if isinstance(out, list) else ''}")
+            wrong.append(
+                f"execution: output_dir: must be one absolute path{', not a list' if isinstance(out, list) else ''}"
+            )
         if not execution.get("algorithm"):
             wrong.append(f"execution: algorithm: missing; {', '.join(ALGORITHMS)}")
         algorithms = execution.get("algorithm")
@@ -308,7 +332,9 @@ def check_file(spec: dict, wrong: list[str]) -> None:
             if key not in KEYS:
                 wrong.append(f"{section}: {key}: has no equal here{did_you_mean(str(key), KEYS)}")
             elif algorithms & {*ALGORITHMS} and not algorithms & {*KEYS[key].algorithms}:
-                wrong.append(f"{section}: {key}: has no effect in {' and '.join(sorted(algorithms))}, only in {', '.join(KEYS[key].algorithms)}")
+                wrong.append(
+                    f"{section}: {key}: has no effect in {' and '.join(sorted(algorithms))}, only in {', '.join(KEYS[key].algorithms)}"
+                )
 
 
 def arguments(point: dict[str, Any], ranks: int, examples: Callable[[str], int]) -> Ours:
@@ -337,7 +363,11 @@ def arguments(point: dict[str, Any], ranks: int, examples: Callable[[str], int])
         except (ValueError, TypeError, ArithmeticError):
             wrong[f"{key}={value}: must be a number"] = None
     if ours.get("wandb_log"):  # which train.py gives to wandb itself
-        ours = {name: point[f"environment.{key}"] for key, name in (("WANDB_PROJECT", "wandb_project"), ("WANDB_NAME", "wandb_run_name")) if point.get(f"environment.{key}")} | ours
+        ours = {
+            name: point[f"environment.{key}"]
+            for key, name in (("WANDB_PROJECT", "wandb_project"), ("WANDB_NAME", "wandb_run_name"))
+            if point.get(f"environment.{key}")
+        } | ours
     if wrong:
         raise Mistake("\n".join(wrong))
     return ours

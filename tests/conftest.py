@@ -30,7 +30,11 @@ WORDS = "the quick brown fox jumps over the lazy dog; pack my box with five doze
 def write_text(folder: Path, words: str, chars: str | None = None) -> None:
     """A character dataset; the last tenth is for validation."""
     cut = int(len(words) * 0.9)
-    corpus.write_dataset(folder, lambda: [corpus.Piece("train", words[:cut]), corpus.Piece("val", words[cut:])], CharTokenizer(chars or sorted(set(words))))
+    corpus.write_dataset(
+        folder,
+        lambda: [corpus.Piece("train", words[:cut]), corpus.Piece("val", words[cut:])],
+        CharTokenizer(chars or sorted(set(words))),
+    )
 
 
 DIGITS = CharTokenizer("0123456789+=", ends=True)
@@ -39,7 +43,10 @@ DIGITS = CharTokenizer("0123456789+=", ends=True)
 def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: text.Tokenizer = DIGITS) -> None:
     """Examples with a tokenizer; the first `train` rows are for training, the others for validation."""
     folder.mkdir(parents=True)
-    checkpoint.write_json(folder / "meta.json", {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "tokenizer": text.to_json(tokenizer), "files": {}})
+    checkpoint.write_json(
+        folder / "meta.json",
+        {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "tokenizer": text.to_json(tokenizer), "files": {}},
+    )
     for split, some in (("train", rows[:train]), ("val", rows[train:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
@@ -49,11 +56,24 @@ def write_sums(folder: Path) -> None:
     sft and grpo take them in `sums`, as preferences of the right answer to a wrong one in `pairs` and `labelled`, as chats in `chat`."""
     sums = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
     asked = [(f"{a}+{b}=", str(a + b), str(a + b + 1)) for a, b in sums if len(f"{a}+{b}={a + b + 1}") < 8]
-    write_examples(folder / "sums", [{"prompt": prompt, "completion": right, "answer": right} for prompt, right, _ in asked], 110)
-    write_examples(folder / "pairs", [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in asked], 110)
-    labelled = [{"prompt": prompt, "completion": right if i % 3 == 0 else wrong, "label": i % 3 == 0} for i, (prompt, right, wrong) in enumerate(asked)]
+    write_examples(
+        folder / "sums", [{"prompt": prompt, "completion": right, "answer": right} for prompt, right, _ in asked], 110
+    )
+    write_examples(
+        folder / "pairs",
+        [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in asked],
+        110,
+    )
+    labelled = [
+        {"prompt": prompt, "completion": right if i % 3 == 0 else wrong, "label": i % 3 == 0}
+        for i, (prompt, right, wrong) in enumerate(asked)
+    ]
     write_examples(folder / "labelled", labelled, 12)
-    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": right}]} for prompt, right, _ in asked if len(prompt + right) < 6]
+    chats = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": right}]}
+        for prompt, right, _ in asked
+        if len(prompt + right) < 6
+    ]
     write_examples(folder / "chat", chats, 50)
 
 
@@ -85,9 +105,14 @@ def run(data_dir, tmp_path, capsys):
     def run(*flags: str, name: str = "run") -> SimpleNamespace:
         out_dir = tmp_path / name
         loads = any(flag.startswith("--init_from=") for flag in flags)
-        given = [f"--data_dir={data_dir}", *([] if any(flag.startswith(("--dataset=", "--training_mode")) for flag in flags) else ["--dataset=a"])]
+        given = [
+            f"--data_dir={data_dir}",
+            *([] if any(flag.startswith(("--dataset=", "--training_mode")) for flag in flags) else ["--dataset=a"]),
+        ]
         tiny = [flag for flag in TINY if not (loads and flag.startswith(("--n_layer", "--n_head", "--n_embd")))]
-        args = train_args.parse([*([] if "--init_from=resume" in flags else [*tiny, *given]), f"--out_dir={out_dir}", *flags])
+        args = train_args.parse(
+            [*([] if "--init_from=resume" in flags else [*tiny, *given]), f"--out_dir={out_dir}", *flags]
+        )
         progress = train.main(args)
         return read_run(out_dir, progress, capsys.readouterr().out)
 
@@ -116,11 +141,31 @@ def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace
     )  # fmt: skip
 
 
-def command(*argv: str, check: bool = True, ranks: int = 1, script: str = "train.py", cwd: Path = ROOT, env: dict | None = None, **more) -> subprocess.CompletedProcess:
+def command(
+    *argv: str,
+    check: bool = True,
+    ranks: int = 1,
+    script: str = "train.py",
+    cwd: Path = ROOT,
+    env: dict | None = None,
+    **more,
+) -> subprocess.CompletedProcess:
     """Run a command of the program in a process of its own, or under torchrun."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([*start, str(ROOT / script), *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, **more)
+    done = subprocess.run(
+        [*start, str(ROOT / script), *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=300,
+        **more,
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -137,4 +182,6 @@ def skip_without_gpt2() -> dict[str, str]:
     return {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
 
 
-needs_shared = pytest.mark.skipif(not (SHARED / "tinyshakespeare").exists(), reason="the real texts of ../shared are not here")
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "tinyshakespeare").exists(), reason="the real texts of ../shared are not here"
+)

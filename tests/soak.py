@@ -19,7 +19,17 @@ from test_faults import FORKS, child
 
 from parts import checkpoint
 
-FLAGS = [*TINY, "--dataset=a", "--batch_size=12", "--eval_interval=200", "--checkpoint_interval=10", "--log_data_hash", "--learning_rate=1e-4", "--rank_timeout=20", "--overwrite"]
+FLAGS = [
+    *TINY,
+    "--dataset=a",
+    "--batch_size=12",
+    "--eval_interval=200",
+    "--checkpoint_interval=10",
+    "--log_data_hash",
+    "--learning_rate=1e-4",
+    "--rank_timeout=20",
+    "--overwrite",
+]
 
 
 def start(folder: Path, name: str, ranks: int, *flags: str) -> list:
@@ -31,8 +41,23 @@ def start(folder: Path, name: str, ranks: int, *flags: str) -> list:
         port = str(free.getsockname()[1])
     processes = []
     for rank in range(ranks):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-        processes.append(FORKS.Process(target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(folder / f"{name}.log"), env)))
+        env = (
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if ranks > 1
+            else {}
+        )
+        processes.append(
+            FORKS.Process(
+                target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(folder / f"{name}.log"), env)
+            )
+        )
         processes[-1].start()
     return processes
 
@@ -55,18 +80,25 @@ def main(minutes: float) -> None:
                 assert process.exitcode is not None, f"a rank still runs six minutes after: {how}"
                 assert how == "all ranks killed" or process.exitcode != 0
             parts, ends[how] = parts + 1, ends.get(how, 0) + 1
-            print(f"part {parts}: {ranks} ranks ({way}), {how}, exit statuses {[process.exitcode for process in processes]}, newest checkpoint {checkpoint.steps(folder / 'run/checkpoints')[-1:]}", flush=True)
+            print(
+                f"part {parts}: {ranks} ranks ({way}), {how}, exit statuses {[process.exitcode for process in processes]}, newest checkpoint {checkpoint.steps(folder / 'run/checkpoints')[-1:]}",
+                flush=True,
+            )
         last = checkpoint.steps(folder / "run/checkpoints")[-1] + 10
         for run in ("run", "undisturbed"):
             (process,) = start(folder, run, 1, f"--max_iters={last}", *(["--parallel=ddp"] if run == "run" else []))
             process.join()
             assert process.exitcode == 0, (folder / f"{run}.log").read_text()[-3000:]
         run, whole = read_run(folder / "run"), read_run(folder / "undisturbed")
-        assert [line["step"] for line in run.train] == [line["step"] for line in whole.train] == list(range(1, last + 1))
+        assert (
+            [line["step"] for line in run.train] == [line["step"] for line in whole.train] == list(range(1, last + 1))
+        )
         assert [line["data_hash"] for line in run.train] == [line["data_hash"] for line in whole.train]
         assert run.last.progress["tokens"] == whole.last.progress["tokens"]
         apart = max(abs(a - b) / b for a, b in zip(run.losses, whole.losses, strict=True))
-        print(f"{parts} parts {ends}, {last} steps: steps, tokens and data are those of the undisturbed run; losses at most {apart:.1e} apart")
+        print(
+            f"{parts} parts {ends}, {last} steps: steps, tokens and data are those of the undisturbed run; losses at most {apart:.1e} apart"
+        )
         assert apart < 1e-4
 
 

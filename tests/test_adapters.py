@@ -20,7 +20,13 @@ from parts.text import CharTokenizer
 
 SFT = ["--objective=sft", "--dataset=sums", "--eval_samples=0", "--weight_decay=0"]
 LORA = [*SFT, "--adapter=lora", "--learning_rate=0.01"]
-SOFT = [*SFT, "--adapter=soft_prompt", "--prompt_format=<P*3>{prompt}<P>1+1=</P>", "--block_size=16", "--learning_rate=0.05"]
+SOFT = [
+    *SFT,
+    "--adapter=soft_prompt",
+    "--prompt_format=<P*3>{prompt}<P>1+1=</P>",
+    "--block_size=16",
+    "--learning_rate=0.05",
+]
 
 
 @pytest.fixture
@@ -50,7 +56,11 @@ def shaken(model: GPT) -> GPT:
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
-VARIANTS = [{}, {"bias": True, "mlp": "gated", "n_kv_head": 2, "position": "rope"}, {"tie_weights": False, "norm": "rmsnorm", "value_residual": True}]
+VARIANTS = [
+    {},
+    {"bias": True, "mlp": "gated", "n_kv_head": 2, "position": "rope"},
+    {"tie_weights": False, "norm": "rmsnorm", "value_residual": True},
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -68,9 +78,17 @@ def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
         assert torch.equal(model(idx), expected)
     assert torch.equal(model(idx), moved), "on again"
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    layers = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and (not targets or name.endswith((".attn.qkv", ".up")))]
+    layers = [
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith("blocks.")
+        and (not targets or name.endswith((".attn.qkv", ".up")))
+    ]
     assert learning == {f"{name}.lora_{ab}" for name in layers for ab in "AB"}
-    assert {name for name, _ in model.named_parameters()} - learning == {name for name, _ in plain.named_parameters()}, "the base's names stay"
+    assert {name for name, _ in model.named_parameters()} - learning == {
+        name for name, _ in plain.named_parameters()
+    }, "the base's names stay"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -94,9 +112,18 @@ def test_lora_is_pefts(tmp_path, theirs_of):
     """The same A and B on the same GPT-2: logits, loss and gradients, also of what PEFT itself merges."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)).eval()
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        )
+    ).eval()
     gpt2.save_pretrained(tmp_path)
-    wrapped = peft.get_peft_model(gpt2, peft.LoraConfig(r=4, lora_alpha=12, target_modules=theirs_of, fan_in_fan_out=True, lora_dropout=0.0, init_lora_weights=False)).eval()
+    wrapped = peft.get_peft_model(
+        gpt2,
+        peft.LoraConfig(
+            r=4, lora_alpha=12, target_modules=theirs_of, fan_in_fan_out=True, lora_dropout=0.0, init_lora_weights=False
+        ),
+    ).eval()
     loaded = pretrained.load(str(tmp_path))
     model = GPT(GPTConfig(**loaded.shape)).eval()
     model.load_weights(loaded.weights, "gpt2")
@@ -105,8 +132,17 @@ def test_lora_is_pefts(tmp_path, theirs_of):
     pairs = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            _, layer, own, ab = name.replace(".attn.", ".attn@").replace(".mlp.", ".mlp@").replace("@qkv.", "@c_attn.").replace("@proj.", "@c_proj.").replace("@up.", "@c_fc.").split(".")
-            their = wrapped.get_parameter(f"base_model.model.transformer.h.{layer}.{own.replace('@', '.')}.{ab}.default.weight")
+            _, layer, own, ab = (
+                name.replace(".attn.", ".attn@")
+                .replace(".mlp.", ".mlp@")
+                .replace("@qkv.", "@c_attn.")
+                .replace("@proj.", "@c_proj.")
+                .replace("@up.", "@c_fc.")
+                .split(".")
+            )
+            their = wrapped.get_parameter(
+                f"base_model.model.transformer.h.{layer}.{own.replace('@', '.')}.{ab}.default.weight"
+            )
             with torch.no_grad():
                 parameter.copy_(their)
             pairs.append((parameter, their))
@@ -142,7 +178,15 @@ def test_dropout_is_on_the_additions_input_in_training_alone():
     torch.testing.assert_close(layer(x).mean(0), layer.eval()(x)[0], atol=0.1, rtol=0.05, msg="the same on average")
 
 
-@pytest.mark.parametrize("targets, told", [(["qvk"], "attn.qkv"), (["attn"], "there are attn.proj, attn.qkv, mlp.proj, mlp.up"), (["head"], "no linear layer of this model is called head"), (["up", "v"], "called v;")])
+@pytest.mark.parametrize(
+    "targets, told",
+    [
+        (["qvk"], "attn.qkv"),
+        (["attn"], "there are attn.proj, attn.qkv, mlp.proj, mlp.up"),
+        (["head"], "no linear layer of this model is called head"),
+        (["up", "v"], "called v;"),
+    ],
+)
 def test_targets_that_are_not_there_are_told(targets, told):
     with pytest.raises(Mistake, match=told):
         adapters.lora(build(), targets, 4, 8.0, 0.0)
@@ -152,7 +196,11 @@ def test_targets_that_are_not_there_are_told(targets, told):
 # runs with LoRA and with a soft prompt
 
 
-@pytest.mark.parametrize("flags", [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]], ids=["lora", "soft", "lstm", "muon"])
+@pytest.mark.parametrize(
+    "flags",
+    [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]],
+    ids=["lora", "soft", "lstm", "muon"],
+)
 def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, built, flags):
     """Bit for bit the base's weights, within the model that learned and in its files."""
     files = {path: path.read_bytes() for path in base.iterdir()}
@@ -163,7 +211,9 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
         assert torch.equal(weight, weights[name][: len(weight)]), name  # positions are cropped
     assert kept.keys() == weights.keys() and {path: path.read_bytes() for path in base.iterdir()} == files
     own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert equal_tensors(dict(done.last.weights), own) and all(".lora_" in name or name.startswith("wte.prompt.") for name in own)
+    assert equal_tensors(dict(done.last.weights), own) and all(
+        ".lora_" in name or name.startswith("wte.prompt.") for name in own
+    )
     assert {name.split("/")[1] for name in done.last.optimizer} <= own.keys()
     assert done.config["_base"] == {"source": str(base), "sha256": adapters.fingerprint(weights)}
     size = sum(4 * tensor.numel() for tensor in own.values())
@@ -192,7 +242,9 @@ def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
     damaged = tmp_path / "base/model.safetensors"
     checkpoint.write_tensors(damaged, weights)
     manifest = tmp_path / "base/manifest.json"
-    manifest.write_text(manifest.read_text().replace(checkpoint.sha256(base / "model.safetensors"), checkpoint.sha256(damaged)))
+    manifest.write_text(
+        manifest.read_text().replace(checkpoint.sha256(base / "model.safetensors"), checkpoint.sha256(damaged))
+    )
     with pytest.raises(Mistake, match="does not hold the weights that the run began with"):
         run("--init_from=resume", "--max_iters=4")
     shutil.rmtree(tmp_path / "base")
@@ -209,25 +261,60 @@ RESUMED = {
 @pytest.mark.parametrize("kind", RESUMED)
 def test_resumed_is_bit_identical(run, base, kind):
     """N steps = N/2, resume, N/2; of a soft prompt's preferences too, whose reference is the prompt as it began."""
-    flags = [*RESUMED[kind], f"--init_from={base}", "--dropout=0.1", "--max_iters=8", "--eval_interval=4", "--lr_scheduler=linear", "--lr_decay_iters=8", "--log_data_hash"]
+    flags = [
+        *RESUMED[kind],
+        f"--init_from={base}",
+        "--dropout=0.1",
+        "--max_iters=8",
+        "--eval_interval=4",
+        "--lr_scheduler=linear",
+        "--lr_decay_iters=8",
+        "--log_data_hash",
+    ]
     whole = run(*flags, name="whole")
     run(*flags, "--max_iters=4", name="parts")
     parts = run("--init_from=resume", "--max_iters=8", name="parts")
-    assert [line["step"] for line in parts.train] == list(range(1, 9)) and parts.losses == whole.losses and len(set(whole.losses)) == 8
-    assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(parts.last.optimizer, whole.last.optimizer)
+    assert (
+        [line["step"] for line in parts.train] == list(range(1, 9))
+        and parts.losses == whole.losses
+        and len(set(whole.losses)) == 8
+    )
+    assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(
+        parts.last.optimizer, whole.last.optimizer
+    )
     assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
     if "dpo" in kind:
-        assert told_of(parts, "rewards/margins") == told_of(whole, "rewards/margins") and whole.losses[0] == pytest.approx(math.log(2), abs=0.1)
+        assert told_of(parts, "rewards/margins") == told_of(whole, "rewards/margins") and whole.losses[
+            0
+        ] == pytest.approx(math.log(2), abs=0.1)
 
 
-@pytest.mark.parametrize("kind, parallel", [("lora", "ddp"), ("lora", "fsdp"), ("soft", "ddp"), ("soft", "fsdp"), ("lstm", "ddp"), ("dpo", "ddp"), ("dpo", "fsdp")])
+@pytest.mark.parametrize(
+    "kind, parallel",
+    [
+        ("lora", "ddp"),
+        ("lora", "fsdp"),
+        ("soft", "ddp"),
+        ("soft", "fsdp"),
+        ("lstm", "ddp"),
+        ("dpo", "ddp"),
+        ("dpo", "fsdp"),
+    ],
+)
 def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     """Losses, gradients' norms and the adapter itself; the shards of an adapter are loaded as one."""
-    flags = {"lora": LORA, "soft": SOFT, "lstm": [*SOFT, "--prompt_provider=lstm"], "dpo": [*LORA, "--objective=dpo", "--dataset=pairs"]}[kind]
+    flags = {
+        "lora": LORA,
+        "soft": SOFT,
+        "lstm": [*SOFT, "--prompt_provider=lstm"],
+        "dpo": [*LORA, "--objective=dpo", "--dataset=pairs"],
+    }[kind]
     flags = [*PLAIN, f"--data_dir={data_dir}", f"--init_from={base}", *flags, "--optimizer=sgd", "--log_data_hash"]
     one, two = on_ranks(tmp_path / "1", 1, *flags), on_ranks(tmp_path / "2", 2, *flags, f"--parallel={parallel}")
     assert told_of(one, "data_hash") == told_of(two, "data_hash")
-    assert_same_lines(one.train, two.train, ["loss", "grad_norm", "entropy", *(["rewards/margins"] if kind == "dpo" else [])])
+    assert_same_lines(
+        one.train, two.train, ["loss", "grad_norm", "entropy", *(["rewards/margins"] if kind == "dpo" else [])]
+    )
     assert_same_lines(one.evals, two.evals, ["val_loss", "train_loss"])
     assert one.last.weights.keys() == two.last.weights.keys()
     for name, weight in one.last.weights.items():
@@ -242,8 +329,21 @@ def test_every_objective_takes_an_adapter(run, base, flags):
     assert dpo.losses[0] == pytest.approx(math.log(2)) and dpo.losses[-1] != dpo.losses[0]
     kto = run(*flags, f"--init_from={base}", "--objective=kto", "--dataset=labelled", "--max_iters=3", name="kto")
     assert kto.losses[0] == pytest.approx(0.5) and kto.losses[-1] != kto.losses[0]
-    grpo = run(*flags, f"--init_from={base}", "--objective=grpo", "--num_generations=4", "--max_new_tokens=3", "--reward=length", "--max_iters=3", name="grpo")
-    assert max(told_of(grpo, "rollout_logp_error")) < 1e-4 and abs(grpo.train[0]["kl"]) < 1e-9 and grpo.train[-1]["kl"] > 1e-6
+    grpo = run(
+        *flags,
+        f"--init_from={base}",
+        "--objective=grpo",
+        "--num_generations=4",
+        "--max_new_tokens=3",
+        "--reward=length",
+        "--max_iters=3",
+        name="grpo",
+    )
+    assert (
+        max(told_of(grpo, "rollout_logp_error")) < 1e-4
+        and abs(grpo.train[0]["kl"]) < 1e-9
+        and grpo.train[-1]["kl"] > 1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +356,9 @@ V = 13
 def prompted(base, prompt_format: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, templates.Template]:
     model, template = base_model(base), templates.parse(prompt_format)
     torch.manual_seed(seed)
-    adapters.soft_prompt(model, adapters.initial_rows(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider)
+    adapters.soft_prompt(
+        model, adapters.initial_rows(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider
+    )
     adapters.freeze(model)
     return model.eval(), template
 
@@ -273,7 +375,9 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
     values = {"a": "5+7", "b": "8"}
     idx = template.encode(values, DIGITS, V)
     plain = DIGITS.encode(literal.format(**values)).tolist()
-    assert [seeds[i - V] if i >= V else i for i in idx] == plain and sorted(i for i in idx if i >= V) == list(range(V, V + len(seeds)))
+    assert [seeds[i - V] if i >= V else i for i in idx] == plain and sorted(i for i in idx if i >= V) == list(
+        range(V, V + len(seeds))
+    )
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([idx])), base_model(base)(torch.tensor([plain])))
         shaken(model)
@@ -287,8 +391,14 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
 def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
     """The gradient of the rows is the sum over examples, whose prompts stand at other places; the targets are ids that the head has."""
     model, template = prompted(base, "{prompt}<P*2>{more}<P>=</P>")
-    rows = [{"prompt": "1+1", "more": "+2", "completion": "4"}, {"prompt": "12", "more": "", "completion": "12"}, {"prompt": "", "more": "3+3+3", "completion": "9"}]
-    data = Examples("x", rows, "sft", Coder(DIGITS, 32, template=template, first_row=V, target_field="completion"), 0, 0, "x")
+    rows = [
+        {"prompt": "1+1", "more": "+2", "completion": "4"},
+        {"prompt": "12", "more": "", "completion": "12"},
+        {"prompt": "", "more": "3+3+3", "completion": "9"},
+    ]
+    data = Examples(
+        "x", rows, "sft", Coder(DIGITS, 32, template=template, first_row=V, target_field="completion"), 0, 0, "x"
+    )
     for item, row in zip(data.items, rows, strict=True):
         ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].mask
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
@@ -332,7 +442,13 @@ def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
     lstm = torch.nn.LSTM(16, 8, num_layers=2, bidirectional=True)
     lstm.load_state_dict(prompt.lstm.state_dict())
     hidden = lstm(prompt.rows[:, None])[0][:, 0]  # time first
-    torch.testing.assert_close(prompt(), prompt.rows + F.linear(F.linear(hidden, prompt.mlp[0].weight, prompt.mlp[0].bias).relu(), prompt.mlp[2].weight, prompt.mlp[2].bias))
+    torch.testing.assert_close(
+        prompt(),
+        prompt.rows
+        + F.linear(
+            F.linear(hidden, prompt.mlp[0].weight, prompt.mlp[0].bias).relu(), prompt.mlp[2].weight, prompt.mlp[2].bias
+        ),
+    )
     assert (prompt() - prompt.rows).abs().max() > 0.01
 
 
@@ -344,7 +460,9 @@ def test_free_rows_are_distinct_and_known():
     many = adapters.initial_rows(embedding, [None] * 40, "vocab", 15)
     assert {(embedding == row).all(1).nonzero().item() for row in many} <= set(range(15))
     normal = adapters.initial_rows(embedding * 3, [None] * 999 + [7], "normal", 15)
-    assert torch.equal(normal[-1], embedding[7] * 3) and normal[:-1].std().item() == pytest.approx(3 * embedding.std().item(), rel=0.05)
+    assert torch.equal(normal[-1], embedding[7] * 3) and normal[:-1].std().item() == pytest.approx(
+        3 * embedding.std().item(), rel=0.05
+    )
 
 
 def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
@@ -354,4 +472,8 @@ def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
              f"--init_from={base}", "--block_size=16", "--learning_rate=0.1", "--weight_decay=0", "--max_iters=120", "--eval_interval=120", "--batch_size=10", "--eval_samples=10"]  # fmt: skip
     done = run(*flags)
     assert done.evals[-1]["val_loss"] < 0.2 * done.evals[0]["val_loss"]
-    assert {sample["completion"] for sample in done.evals[-1]["samples"]} == {"9"} != {sample["completion"] for sample in done.evals[0]["samples"]}
+    assert (
+        {sample["completion"] for sample in done.evals[-1]["samples"]}
+        == {"9"}
+        != {sample["completion"] for sample in done.evals[0]["samples"]}
+    )

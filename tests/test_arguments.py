@@ -79,15 +79,32 @@ def gpt2_type(run, tmp_path, monkeypatch):
     """The hub's answer is a small GPT-2 on the disk; what is asked for is seen."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv(*next(iter(skip_without_gpt2().items())))
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "hub")
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path / "hub")
     from parts import corpus
 
-    corpus.write_dataset(tmp_path / "data/text", lambda: [corpus.Piece("train", "hello world " * 30), corpus.Piece("val", "hello world " * 30)], "gpt2")
+    corpus.write_dataset(
+        tmp_path / "data/text",
+        lambda: [corpus.Piece("train", "hello world " * 30), corpus.Piece("val", "hello world " * 30)],
+        "gpt2",
+    )
     asked = []
     monkeypatch.setattr(pretrained, "download", lambda name, file: (asked.append(name), tmp_path / "hub" / file)[1])
-    done = run("--init_from=gpt2", "--gpt2_type=gpt2-large", f"--data_dir={tmp_path / 'data'}", "--dataset=text", "--max_iters=1")
+    done = run(
+        "--init_from=gpt2",
+        "--gpt2_type=gpt2-large",
+        f"--data_dir={tmp_path / 'data'}",
+        "--dataset=text",
+        "--max_iters=1",
+    )
     assert set(asked) == {"gpt2-large"}
-    assert done.config["bias"] is True and done.config["activation"] == "gelu_tanh" and done.config["n_layer"] == 1 and done.config["block_size"] == 8
+    assert (
+        done.config["bias"] is True
+        and done.config["activation"] == "gelu_tanh"
+        and done.config["n_layer"] == 1
+        and done.config["block_size"] == 8
+    )
     resumed = run("--init_from=resume", "--max_iters=2")
     assert resumed.config["bias"] is True and len(resumed.train) == 2
 
@@ -125,9 +142,20 @@ def dataset(run):
 
 @effect
 def sampling_method(run):
-    losses = {method: run(f"--sampling_method={method}", name=method).losses for method in ("random", "without_replacement", "sequential")}
+    losses = {
+        method: run(f"--sampling_method={method}", name=method).losses
+        for method in ("random", "without_replacement", "sequential")
+    }
     assert len({tuple(loss) for loss in losses.values()}) == 3
-    one = run("--sampling_method=sequential", "--log_data_hash", "--max_epochs=1", "--batch_size=1", "--max_iters=9999", "--eval_interval=9999", name="epoch")
+    one = run(
+        "--sampling_method=sequential",
+        "--log_data_hash",
+        "--max_epochs=1",
+        "--batch_size=1",
+        "--max_iters=9999",
+        "--eval_interval=9999",
+        name="epoch",
+    )
     assert one.progress.step == (1548 - 1) // 8
 
 
@@ -144,7 +172,19 @@ def dataset_sampling_probs(run):
 
 @effect
 def dataset_sampling_probs_final(run):
-    done = run(*MIX, "--dataset_sampling_probs", "1", "0", "--dataset_sampling_probs_final", "0", "1", "--max_iters=40", "--dataset_mixing=sequence", "--batch_size=16", "--eval_interval=10")
+    done = run(
+        *MIX,
+        "--dataset_sampling_probs",
+        "1",
+        "0",
+        "--dataset_sampling_probs_final",
+        "0",
+        "1",
+        "--max_iters=40",
+        "--dataset_mixing=sequence",
+        "--batch_size=16",
+        "--eval_interval=10",
+    )
     tokens = [line["tokens/b"] for line in done.evals]
     parts = [(b - a) / (10 * 16 * 8) for a, b in itertools.pairwise(tokens)]
     assert parts == sorted(parts) and parts[0] < 0.25 and parts[-1] > 0.75
@@ -153,8 +193,23 @@ def dataset_sampling_probs_final(run):
 
 @effect
 def dataset_sampling_probs_transition_method(run):
-    flags = [*MIX, "--dataset_sampling_probs", "9", "1", "--dataset_sampling_probs_final", "1", "9", "--max_iters=40", "--dataset_mixing=sequence", "--batch_size=16", "--eval_interval=10"]
-    early = {method: run(*flags, f"--dataset_sampling_probs_transition_method={method}", name=method).evals[1]["tokens/b"] for method in ("linear", "cosine", "exponential")}
+    flags = [
+        *MIX,
+        "--dataset_sampling_probs",
+        "9",
+        "1",
+        "--dataset_sampling_probs_final",
+        "1",
+        "9",
+        "--max_iters=40",
+        "--dataset_mixing=sequence",
+        "--batch_size=16",
+        "--eval_interval=10",
+    ]
+    early = {
+        method: run(*flags, f"--dataset_sampling_probs_transition_method={method}", name=method).evals[1]["tokens/b"]
+        for method in ("linear", "cosine", "exponential")
+    }
     assert early["linear"] > early["cosine"], "a cosine begins slowly"
     assert early["exponential"] not in (early["linear"], early["cosine"])
 
@@ -168,13 +223,18 @@ def dataset_mixing(run):
 
 @effect
 def dataset_interleaving(run):
-    done = run(*MIX, "--dataset_interleaving", "--dataset_sampling_probs", "2", "1", "--max_iters=6", "--eval_interval=1")
+    done = run(
+        *MIX, "--dataset_interleaving", "--dataset_sampling_probs", "2", "1", "--max_iters=6", "--eval_interval=1"
+    )
     assert [line["tokens/b"] // 32 for line in done.evals] == [0, 0, 0, 1, 1, 1, 2]
 
 
 @effect
 def multidataset_wte(run):
-    assert shapes(run("--training_mode=multidataset", "--dataset_list", "a", "c", "--multidataset_wte"))["wte.weight"][0] == V + 11
+    assert (
+        shapes(run("--training_mode=multidataset", "--dataset_list", "a", "c", "--multidataset_wte"))["wte.weight"][0]
+        == V + 11
+    )
 
 
 @effect
@@ -208,21 +268,38 @@ def block_size(run):
 
 
 def dialled(data_dir, out_dir, *flags):
-    flags = ["--depth=1", "--aspect=32", "--tokens_per_weight=0.5", *flags, "--dataset=a", f"--data_dir={data_dir}", "--block_size=8", "--eval_iters=1", "--device=cpu", f"--out_dir={out_dir}"]
+    flags = [
+        "--depth=1",
+        "--aspect=32",
+        "--tokens_per_weight=0.5",
+        *flags,
+        "--dataset=a",
+        f"--data_dir={data_dir}",
+        "--block_size=8",
+        "--eval_iters=1",
+        "--device=cpu",
+        f"--out_dir={out_dir}",
+    ]
     return read_run(out_dir, train.main(train_args.parse(["configs/depth.py", *flags])))
 
 
 @effect
 def depth(data_dir, tmp_path):
     done = dialled(data_dir, tmp_path / "run", "--depth=2", "--aspect=16")
-    assert shapes(done)["blocks.1.mlp.proj.weight"] == (32, 128) and (done.config["n_head"], done.config["depth"]) == (1, 2) and done.steps[-1] == done.config["max_iters"]
+    assert (
+        shapes(done)["blocks.1.mlp.proj.weight"] == (32, 128)
+        and (done.config["n_head"], done.config["depth"]) == (1, 2)
+        and done.steps[-1] == done.config["max_iters"]
+    )
     again = train_args.parse(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"])
     assert (again.depth, again.max_iters, again.batch_size) == (2, done.config["max_iters"], done.config["batch_size"])
 
 
 @effect
 def aspect(data_dir, tmp_path):
-    assert shapes(dialled(data_dir, tmp_path / "run", "--aspect=64", "--tokens_per_weight=0.1"))["blocks.0.mlp.proj.weight"] == (64, 256)
+    assert shapes(dialled(data_dir, tmp_path / "run", "--aspect=64", "--tokens_per_weight=0.1"))[
+        "blocks.0.mlp.proj.weight"
+    ] == (64, 256)
 
 
 @effect
@@ -237,7 +314,9 @@ def tokens_per_weight(data_dir, tmp_path):
 
 @effect
 def n_layer(run):
-    assert "blocks.2.attn.qkv.weight" in shapes(run("--n_layer=3")) and "blocks.2.attn.qkv.weight" not in shapes(run(name="two"))
+    assert "blocks.2.attn.qkv.weight" in shapes(run("--n_layer=3")) and "blocks.2.attn.qkv.weight" not in shapes(
+        run(name="two")
+    )
 
 
 @effect
@@ -264,17 +343,25 @@ def vocab_size(run):
 
 @effect
 def bias(run):
-    assert {"norm.bias", "blocks.0.attn.qkv.bias", "blocks.1.mlp.up.bias"} <= shapes(run("--bias")).keys() and not [n for n in shapes(run(name="no")) if "bias" in n]
+    assert {"norm.bias", "blocks.0.attn.qkv.bias", "blocks.1.mlp.up.bias"} <= shapes(run("--bias")).keys() and not [
+        n for n in shapes(run(name="no")) if "bias" in n
+    ]
 
 
 @effect
 def norm(run):
-    assert not [name for name in shapes(run("--norm=rmsnorm_nogain")) if "norm" in name] and run("--norm=rmsnorm", name="r").losses != run(name="l").losses
+    assert (
+        not [name for name in shapes(run("--norm=rmsnorm_nogain")) if "norm" in name]
+        and run("--norm=rmsnorm", name="r").losses != run(name="l").losses
+    )
 
 
 @effect
 def position(run):
-    assert "position.weight" not in shapes(run("--position=rope")) and run("--position=none", name="none").losses != run("--position=rope", name="rope").losses
+    assert (
+        "position.weight" not in shapes(run("--position=rope"))
+        and run("--position=none", name="none").losses != run("--position=rope", name="rope").losses
+    )
 
 
 @effect
@@ -284,7 +371,15 @@ def rope_base(run):
 
 @effect
 def activation(run):
-    assert len({tuple(run(f"--activation={name}", "--learning_rate=0.1", name=name).losses) for name in ("gelu", "gelu_tanh", "relu2", "silu")}) == 4
+    assert (
+        len(
+            {
+                tuple(run(f"--activation={name}", "--learning_rate=0.1", name=name).losses)
+                for name in ("gelu", "gelu_tanh", "relu2", "silu")
+            }
+        )
+        == 4
+    )
 
 
 @effect
@@ -334,7 +429,10 @@ def value_residual(run):
 @effect
 def residual_scalars(run):
     done = run("--residual_scalars", "--learning_rate=0.1")
-    assert done.last.weights["blocks.1.scales"].tolist() != [1.0, 0.0] and done.losses[0] == run("--learning_rate=0.1", name="plain").losses[0]
+    assert (
+        done.last.weights["blocks.1.scales"].tolist() != [1.0, 0.0]
+        and done.losses[0] == run("--learning_rate=0.1", name="plain").losses[0]
+    )
 
 
 @effect
@@ -345,13 +443,17 @@ def tie_weights(run):
 @effect
 def zero_init(run):
     done = run("--zero_init", "--max_iters=0", "--no-tie_weights")
-    assert done.last.weights["blocks.0.attn.proj.weight"].abs().max() == 0 == done.last.weights["head.weight"].abs().max()
+    assert (
+        done.last.weights["blocks.0.attn.proj.weight"].abs().max() == 0 == done.last.weights["head.weight"].abs().max()
+    )
 
 
 @effect
 def dropout(run):
     done = run("--dropout=0.5")
-    assert done.losses != run(name="none").losses and done.evals[0]["val_loss"] == run(name="again").evals[0]["val_loss"], "not in evaluation"
+    assert (
+        done.losses != run(name="none").losses and done.evals[0]["val_loss"] == run(name="again").evals[0]["val_loss"]
+    ), "not in evaluation"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,13 +475,19 @@ def max_tokens(run, base):
 
 @effect
 def max_epochs(run):
-    assert run("--max_epochs=0.5", "--max_iters=100", "--eval_interval=100", "--log_interval=50").progress.step == math.ceil(0.5 * 193 / 4)
+    assert run(
+        "--max_epochs=0.5", "--max_iters=100", "--eval_interval=100", "--log_interval=50"
+    ).progress.step == math.ceil(0.5 * 193 / 4)
 
 
 @effect
 def max_seconds(run):
     done = run("--max_seconds=1", "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000000")
-    assert 1 <= done.progress.step < 1000000 and done.steps == [done.progress.step] and "finished: 1 seconds" in done.console
+    assert (
+        1 <= done.progress.step < 1000000
+        and done.steps == [done.progress.step]
+        and "finished: 1 seconds" in done.console
+    )
     assert done.evals[-1]["step"] == done.progress.step
 
 
@@ -395,13 +503,24 @@ def early_stop_patience(run):
 
 @effect
 def optimizer(run):
-    assert len({tuple(run(f"--optimizer={name}", name=name.replace(":", "_")).losses) for name in (*train_args.OPTIMIZERS, "torch.optim:Adamax")}) == 11
+    assert (
+        len(
+            {
+                tuple(run(f"--optimizer={name}", name=name.replace(":", "_")).losses)
+                for name in (*train_args.OPTIMIZERS, "torch.optim:Adamax")
+            }
+        )
+        == 11
+    )
 
 
 @effect
 def learning_rate(run):
     done = run("--learning_rate=0")
-    assert equal_tensors(done.last.weights, run("--max_iters=0", name="start").last.weights) and lrs(run("--learning_rate=0.25", name="q"))[0] == 0.25
+    assert (
+        equal_tensors(done.last.weights, run("--max_iters=0", name="start").last.weights)
+        and lrs(run("--learning_rate=0.25", name="q"))[0] == 0.25
+    )
 
 
 @effect
@@ -428,27 +547,40 @@ def momentum(run):
 @effect
 def muon_learning_rate(run):
     """At 0 the hidden matrices stay, the embedding does not."""
-    start, done = run("--max_iters=0", name="start").last.weights, run("--optimizer=muon", "--muon_learning_rate=0").last.weights
-    assert torch.equal(start["blocks.0.mlp.up.weight"], done["blocks.0.mlp.up.weight"]) and not torch.equal(start["wte.weight"], done["wte.weight"])
+    start, done = (
+        run("--max_iters=0", name="start").last.weights,
+        run("--optimizer=muon", "--muon_learning_rate=0").last.weights,
+    )
+    assert torch.equal(start["blocks.0.mlp.up.weight"], done["blocks.0.mlp.up.weight"]) and not torch.equal(
+        start["wte.weight"], done["wte.weight"]
+    )
 
 
 @effect
 def embedding_learning_rate(run):
     """All rates are 0 but this one: the embedding alone learns."""
-    start, done = run("--max_iters=0", name="start").last.weights, run("--learning_rate=0", "--embedding_learning_rate=0.1").last.weights
+    start, done = (
+        run("--max_iters=0", name="start").last.weights,
+        run("--learning_rate=0", "--embedding_learning_rate=0.1").last.weights,
+    )
     assert {name for name in start if not torch.equal(start[name], done[name])} == {"wte.weight"}
 
 
 @effect
 def head_learning_rate(run):
-    start, done = (run("--no-tie_weights", *flags, name=flags[0].strip("-")).last.weights for flags in (["--max_iters=0"], ["--learning_rate=0", "--head_learning_rate=0.1"]))
+    start, done = (
+        run("--no-tie_weights", *flags, name=flags[0].strip("-")).last.weights
+        for flags in (["--max_iters=0"], ["--learning_rate=0", "--head_learning_rate=0.1"])
+    )
     assert {name for name in start if not torch.equal(start[name], done[name])} == {"head.weight"}
 
 
 @effect
 def muon_weight_decay(run):
     norm = lambda done: done.last.weights["blocks.0.mlp.up.weight"].norm()  # noqa: E731
-    assert norm(run("--optimizer=muon", "--muon_weight_decay=10", name="much")) < 0.9 * norm(run("--optimizer=muon", name="none"))
+    assert norm(run("--optimizer=muon", "--muon_weight_decay=10", name="much")) < 0.9 * norm(
+        run("--optimizer=muon", name="none")
+    )
 
 
 @effect
@@ -463,7 +595,10 @@ def optimizer_kwargs(run):
 
 @effect
 def grad_clip(run):
-    clipped, free = run("--grad_clip=0.001", "--optimizer=sgd", "--momentum=0", name="clipped"), run("--grad_clip=0", "--optimizer=sgd", "--momentum=0", name="free")
+    clipped, free = (
+        run("--grad_clip=0.001", "--optimizer=sgd", "--momentum=0", name="clipped"),
+        run("--grad_clip=0", "--optimizer=sgd", "--momentum=0", name="free"),
+    )
     assert clipped.train[0]["grad_norm"] == free.train[0]["grad_norm"] > 0.01, "told before it is clipped"
     assert clipped.losses[1:] != free.losses[1:]
 
@@ -474,7 +609,11 @@ def lr_scheduler(run):
     seen = {name: lrs(run(f"--lr_scheduler={name}", *(flags if name in ("linear", "cosine", "exponential", "wsd") else [f for f in flags if "iters=4" not in f]), name=name))
             for name in ("linear", "cosine", "exponential", "step", "inverse_sqrt", "wsd")}  # fmt: skip
     assert all(rates[:2] == pytest.approx([0.005, 0.01]) for rates in seen.values())
-    assert seen["linear"][3] == pytest.approx(0.004) and seen["exponential"][3] == pytest.approx(0.01 * 0.1 ** (2 / 3)) and seen["step"][3] == 0.01
+    assert (
+        seen["linear"][3] == pytest.approx(0.004)
+        and seen["exponential"][3] == pytest.approx(0.01 * 0.1 ** (2 / 3))
+        and seen["step"][3] == 0.01
+    )
 
 
 @effect
@@ -501,17 +640,23 @@ def min_lr(run):
 
 @effect
 def lr_step_size(run):
-    assert lrs(run("--lr_scheduler=step", "--lr_step_size=2", "--learning_rate=1", "--min_lr=0")) == pytest.approx([1, 1, 0.1, 0.1])
+    assert lrs(run("--lr_scheduler=step", "--lr_step_size=2", "--learning_rate=1", "--min_lr=0")) == pytest.approx(
+        [1, 1, 0.1, 0.1]
+    )
 
 
 @effect
 def lr_step_gamma(run):
-    assert lrs(run("--lr_scheduler=step", "--lr_step_size=1", "--lr_step_gamma=0.5", "--learning_rate=1", "--min_lr=0")) == pytest.approx([1, 0.5, 0.25, 0.125])
+    assert lrs(
+        run("--lr_scheduler=step", "--lr_step_size=1", "--lr_step_gamma=0.5", "--learning_rate=1", "--min_lr=0")
+    ) == pytest.approx([1, 0.5, 0.25, 0.125])
 
 
 @effect
 def wsd_decay_fraction(run):
-    assert lrs(run("--lr_scheduler=wsd", "--lr_decay_iters=4", "--wsd_decay_fraction=0.5", "--learning_rate=1", "--min_lr=0")) == pytest.approx([1, 1, 1, 0.5])
+    assert lrs(
+        run("--lr_scheduler=wsd", "--lr_decay_iters=4", "--wsd_decay_fraction=0.5", "--learning_rate=1", "--min_lr=0")
+    ) == pytest.approx([1, 1, 1, 0.5])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,7 +680,9 @@ def eval_iters(run):
 def always_save_checkpoint(run):
     flags = ["--learning_rate=0", "--max_iters=6"]  # only the evaluation at step 2 is the best so far
     saves = lambda done: done.console.count("saved ")  # noqa: E731
-    assert saves(run(*flags, name="always")) == 3 and saves(run(*flags, "--no-always_save_checkpoint", name="better")) == 2
+    assert (
+        saves(run(*flags, name="always")) == 3 and saves(run(*flags, "--no-always_save_checkpoint", name="better")) == 2
+    )
 
 
 @effect
@@ -545,7 +692,10 @@ def log_interval(run):
 
 @effect
 def log_data_hash(run):
-    assert all(len(line["data_hash"]) == 16 for line in run("--log_data_hash").train) and "data_hash" not in run(name="no").train[0]
+    assert (
+        all(len(line["data_hash"]) == 16 for line in run("--log_data_hash").train)
+        and "data_hash" not in run(name="no").train[0]
+    )
 
 
 @effect
@@ -564,7 +714,9 @@ def wandb_log(run, monkeypatch):
     first = run("--wandb_log", "--wandb_project=mine", "--wandb_run_name=me", "--max_iters=2")
     run("--init_from=resume", "--max_iters=3")
     folders = [path.name for path in (first.out_dir / "wandb").glob("offline-run-*")]
-    assert len(folders) >= 1 and {name.rsplit("-", 1)[1] for name in folders} == {(first.out_dir / "wandb_id").read_text()}
+    assert len(folders) >= 1 and {name.rsplit("-", 1)[1] for name in folders} == {
+        (first.out_dir / "wandb_id").read_text()
+    }
 
 
 def given_to_wandb(run, monkeypatch, *flags) -> dict:
@@ -572,7 +724,9 @@ def given_to_wandb(run, monkeypatch, *flags) -> dict:
     seen = {}
     stand_in = types.ModuleType("wandb")
     stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    stand_in.init = lambda **given: seen.update(given) or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
+    stand_in.init = lambda **given: (
+        seen.update(given) or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
+    )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run("--wandb_log", *flags)
     assert seen["logged"] and len(seen["id"]) == 8 and seen["config"]["n_layer"] == 2
@@ -611,7 +765,11 @@ def device(run):
 @effect
 def dtype(run):
     half = run("--dtype=bfloat16", name="half")
-    assert half.losses != run(name="whole").losses and "bfloat16" in half.console and half.last.weights["wte.weight"].dtype == torch.float32
+    assert (
+        half.losses != run(name="whole").losses
+        and "bfloat16" in half.console
+        and half.last.weights["wte.weight"].dtype == torch.float32
+    )
 
 
 @effect
@@ -619,7 +777,11 @@ def attention_kernel(run, monkeypatch):
     with pytest.raises(Mistake, match="only a CUDA GPU"):
         run("--attention_kernel=flash")
     given = {}
-    monkeypatch.setattr(parallel, "ATTENTION_KERNELS", {name: lambda on, name=name: given.update({name: on}) for name in parallel.ATTENTION_KERNELS})
+    monkeypatch.setattr(
+        parallel,
+        "ATTENTION_KERNELS",
+        {name: lambda on, name=name: given.update({name: on}) for name in parallel.ATTENTION_KERNELS},
+    )
     parallel.choose_attention_kernel("cudnn", torch.device("cuda"))
     assert given == {"flash": False, "cudnn": True, "efficient": False, "math": False}
 
@@ -627,7 +789,9 @@ def attention_kernel(run, monkeypatch):
 @effect
 def compile(run, monkeypatch):
     given = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: (given.append(options), model)[1])  # what it computes is in test_model.py
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: (given.append(options), model)[1]
+    )  # what it computes is in test_model.py
     run("--compile")
     assert given == [{"dynamic": False}], "the model alone"
     run("--compile", "--optimizer=muon", name="muon")
@@ -684,7 +848,9 @@ def keep_last(run):
 
 @effect
 def keep_every(run):
-    assert run("--keep_every=3", "--keep_last=1", "--checkpoint_interval=1", "--max_iters=8", "--eval_interval=8").steps == [3, 6, 8]
+    assert run(
+        "--keep_every=3", "--keep_last=1", "--checkpoint_interval=1", "--max_iters=8", "--eval_interval=8"
+    ).steps == [3, 6, 8]
 
 
 @effect
@@ -724,7 +890,14 @@ def given_to_fsdp(monkeypatch, *flags: str) -> dict:
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *shape: None)
     monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: given.update(options))
     args = train_args.parse(["--parallel=fsdp", *flags])
-    parallel.shard(torch.nn.Linear(1, 1), [], parallel.Ranks(0, 2, torch.device("cpu")), torch.bfloat16, args.fsdp_reshard, args.fsdp_offload)
+    parallel.shard(
+        torch.nn.Linear(1, 1),
+        [],
+        parallel.Ranks(0, 2, torch.device("cpu")),
+        torch.bfloat16,
+        args.fsdp_reshard,
+        args.fsdp_offload,
+    )
     return given
 
 
@@ -758,10 +931,26 @@ def dpo(base) -> list[str]:
 
 def kto(base) -> list[str]:
     """A step takes all 12 examples, of which 4 are desirable: the losses follow in closed form, since the policy is still the reference."""
-    return ["--objective=kto", "--dataset=labelled", f"--init_from={base}", "--eval_samples=0", "--batch_size=12", "--max_iters=1"]
+    return [
+        "--objective=kto",
+        "--dataset=labelled",
+        f"--init_from={base}",
+        "--eval_samples=0",
+        "--batch_size=12",
+        "--max_iters=1",
+    ]
 
 
-GRPO = ["--objective=grpo", "--dataset=sums", "--beta=0", "--num_generations=2", "--max_new_tokens=3", "--reward=length", "--temperature=3", "--eval_samples=0"]
+GRPO = [
+    "--objective=grpo",
+    "--dataset=sums",
+    "--beta=0",
+    "--num_generations=2",
+    "--max_new_tokens=3",
+    "--reward=length",
+    "--temperature=3",
+    "--eval_samples=0",
+]
 
 
 def sft(base) -> list[str]:
@@ -782,22 +971,53 @@ def task_name(tmp_path, monkeypatch, data_dir):
     monkeypatch.chdir(tmp_path)
     train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox"]))
     (folder,) = tmp_path.glob("outputs/detox/*")
-    assert (folder / "train_config.json").exists() and abs(time.mktime(time.strptime(folder.name, "%Y%m%d_%H%M%S")) - time.time()) < 60
-    train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox", f"--out_dir={tmp_path / 'mine'}"]))
+    assert (folder / "train_config.json").exists() and abs(
+        time.mktime(time.strptime(folder.name, "%Y%m%d_%H%M%S")) - time.time()
+    ) < 60
+    train.main(
+        train_args.parse(
+            [
+                *TINY,
+                f"--data_dir={data_dir}",
+                "--dataset=a",
+                "--max_iters=1",
+                "--task_name=detox",
+                f"--out_dir={tmp_path / 'mine'}",
+            ]
+        )
+    )
     assert (tmp_path / "mine/train_config.json").exists(), "--out_dir stands"
 
 
 @effect
 def debug(tmp_path, monkeypatch, data_dir):
     monkeypatch.chdir(tmp_path)
-    train.main(train_args.parse([*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox", "--debug"]))
-    assert len(list(tmp_path.glob("outputs/debug/detox/*/train_config.json"))) == 1 and not (tmp_path / "outputs/detox").exists()
+    train.main(
+        train_args.parse(
+            [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=1", "--task_name=detox", "--debug"]
+        )
+    )
+    assert (
+        len(list(tmp_path.glob("outputs/debug/detox/*/train_config.json"))) == 1
+        and not (tmp_path / "outputs/detox").exists()
+    )
 
 
 @effect
 def train_file(run, tmp_path, base):
-    given, other = (write_rows(tmp_path / f"{name}.jsonl", *[{"prompt": f"{i}+{i}=", "completion": name}] * 4) for i, name in ((1, "22"), (4, "9")))
-    done = run("--objective=sft", f"--init_from={base}", f"--train_file={given}", f"--validation_file={other}", "--max_iters=20", "--learning_rate=0.03", "--eval_interval=20")
+    given, other = (
+        write_rows(tmp_path / f"{name}.jsonl", *[{"prompt": f"{i}+{i}=", "completion": name}] * 4)
+        for i, name in ((1, "22"), (4, "9"))
+    )
+    done = run(
+        "--objective=sft",
+        f"--init_from={base}",
+        f"--train_file={given}",
+        f"--validation_file={other}",
+        "--max_iters=20",
+        "--learning_rate=0.03",
+        "--eval_interval=20",
+    )
     assert done.losses[-1] < 0.1 and done.evals[-1]["samples"][0]["completion"] == "22", "what was learned is said"
 
 
@@ -806,7 +1026,10 @@ def validation_file(run, tmp_path, base):
     one, two = (write_rows(tmp_path / f"{name}.jsonl", {"prompt": "4+4=", "completion": name}) for name in ("8", "99"))
     flags = ["--objective=sft", f"--init_from={base}", f"--train_file={one}", "--max_iters=1"]
     first, second = run(*flags, f"--validation_file={one}", name="1"), run(*flags, f"--validation_file={two}", name="2")
-    assert first.losses == second.losses and first.evals[0]["val_loss"] == first.evals[0]["train_loss"] < second.evals[0]["val_loss"]
+    assert (
+        first.losses == second.losses
+        and first.evals[0]["val_loss"] == first.evals[0]["train_loss"] < second.evals[0]["val_loss"]
+    )
 
 
 @effect
@@ -818,15 +1041,25 @@ def overflow(run, base, data_dir):
     cut = run(*sft(base), "--block_size=7", "--overflow=truncate_target", name="cut")
     rows = [json.loads(line) for line in (data_dir / "sums/train.jsonl").read_text().splitlines()]
     longer = sum(len(row["prompt"] + row["completion"]) + 1 > 7 for row in rows)
-    assert longer and f"sums, train: {longer} examples too long for 7 tokens are left out" in dropped.console and "left out" not in cut.console
-    assert dropped.evals[-1]["epochs"] == pytest.approx(16 / (len(rows) - longer)) and cut.evals[-1]["epochs"] == pytest.approx(16 / len(rows))
+    assert (
+        longer
+        and f"sums, train: {longer} examples too long for 7 tokens are left out" in dropped.console
+        and "left out" not in cut.console
+    )
+    assert dropped.evals[-1]["epochs"] == pytest.approx(16 / (len(rows) - longer)) and cut.evals[-1][
+        "epochs"
+    ] == pytest.approx(16 / len(rows))
 
 
 @effect
 def objective(run, base):
     keys = [set(run(*flags, "--max_iters=1", "--block_size=8", name=name).train[0]) for name, flags in
             {"lm": [], "sft": sft(base), "dpo": dpo(base), "kto": kto(base), "grpo": GRPO}.items()]  # fmt: skip
-    assert all("loss" in told for told in keys) and "entropy" not in keys[0] and all("entropy" in told for told in keys[1:])
+    assert (
+        all("loss" in told for told in keys)
+        and "entropy" not in keys[0]
+        and all("entropy" in told for told in keys[1:])
+    )
     assert [sum(name in told for told in keys) for name in ("rewards/accuracies", "kl", "reward")] == [1, 2, 1]
 
 
@@ -837,15 +1070,24 @@ def loss_on(run, base, tmp_path):
     whole = write_rows(tmp_path / "whole.jsonl", *[{"prompt": "", "completion": "1+1=2"}] * 4)
     apart = write_rows(tmp_path / "apart.jsonl", *[{"prompt": "1+1=", "completion": "2"}] * 4)
     flags = ["--objective=sft", f"--init_from={base}"]
-    losses = [run(*flags, f"--train_file={file}", f"--validation_file={file}", f"--loss_on={on}", name=f"{n}").losses for n, (file, on) in enumerate(((whole, "completion"), (apart, "all"), (apart, "completion")))]
+    losses = [
+        run(*flags, f"--train_file={file}", f"--validation_file={file}", f"--loss_on={on}", name=f"{n}").losses
+        for n, (file, on) in enumerate(((whole, "completion"), (apart, "all"), (apart, "completion")))
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
 @effect
 def packing(run, base):
     """24 tokens of context hold three or four sums of 6 to 8."""
-    packed, plain = run(*sft(base), "--packing", "--block_size=24", name="packed"), run(*sft(base), "--block_size=24", name="plain")
-    assert packed.progress.tokens > 2.9 * plain.progress.tokens and packed.evals[-1]["epochs"] > 2.9 * plain.evals[-1]["epochs"]
+    packed, plain = (
+        run(*sft(base), "--packing", "--block_size=24", name="packed"),
+        run(*sft(base), "--block_size=24", name="plain"),
+    )
+    assert (
+        packed.progress.tokens > 2.9 * plain.progress.tokens
+        and packed.evals[-1]["epochs"] > 2.9 * plain.evals[-1]["epochs"]
+    )
 
 
 @effect
@@ -864,17 +1106,40 @@ def reference(run, base, tmp_path, data_dir):
     known = lambda: len(list((tmp_path / "data/pairs").glob("reference_*.safetensors")))  # noqa: E731
     auto, copied = run(*flags, name="auto"), run(*flags, "--reference=copy", name="copy")
     assert auto.losses == copied.losses and not known()
-    assert run(*flags, "--reference=cache", name="cache").losses == pytest.approx(copied.losses, rel=1e-5) and known() == 2
-    lora = [run(*flags, "--adapter=lora", f"--reference={kind}", name=f"lora_{kind}").losses for kind in ("auto", "adapter", "copy")]
+    assert (
+        run(*flags, "--reference=cache", name="cache").losses == pytest.approx(copied.losses, rel=1e-5) and known() == 2
+    )
+    lora = [
+        run(*flags, "--adapter=lora", f"--reference={kind}", name=f"lora_{kind}").losses
+        for kind in ("auto", "adapter", "copy")
+    ]
     assert lora[0] == lora[1] == pytest.approx(lora[2], rel=1e-5)
 
 
 @effect
 def dpo_loss(run, base):
     """In closed form before anything is learned, where all log-ratios are 0."""
-    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "robust": math.log(2), "sigmoid_norm": math.log(2), "apo_zero": 1.0}
-    losses = {name: run(*dpo(base), f"--dpo_loss={name}", *(["--label_smoothing=0.1"] if name == "robust" else []), "--learning_rate=0.01", name=name).losses for name in train_args.DPO_LOSSES}
-    assert {name: some[0] for name, some in losses.items()} == pytest.approx(first, rel=1e-5) and len({tuple(some) for some in losses.values()}) == 6
+    first = {
+        "sigmoid": math.log(2),
+        "hinge": 1.0,
+        "ipo": 25.0,
+        "robust": math.log(2),
+        "sigmoid_norm": math.log(2),
+        "apo_zero": 1.0,
+    }
+    losses = {
+        name: run(
+            *dpo(base),
+            f"--dpo_loss={name}",
+            *(["--label_smoothing=0.1"] if name == "robust" else []),
+            "--learning_rate=0.01",
+            name=name,
+        ).losses
+        for name in train_args.DPO_LOSSES
+    }
+    assert {name: some[0] for name, some in losses.items()} == pytest.approx(first, rel=1e-5) and len(
+        {tuple(some) for some in losses.values()}
+    ) == 6
 
 
 @effect
@@ -888,21 +1153,29 @@ def label_smoothing(run, base):
 @effect
 def desirable_weight(run, base):
     assert run(*kto(base), "--desirable_weight=3").losses == pytest.approx([0.5 * (4 * 3 + 8) / 12], rel=1e-5)
-    assert run(*kto(base), "--desirable_weight=auto", name="auto").losses == pytest.approx([0.5 * (4 * 2 + 8) / 12], rel=1e-5)
+    assert run(*kto(base), "--desirable_weight=auto", name="auto").losses == pytest.approx(
+        [0.5 * (4 * 2 + 8) / 12], rel=1e-5
+    )
 
 
 @effect
 def undesirable_weight(run, base):
     assert run(*kto(base), "--undesirable_weight=3").losses == pytest.approx([0.5 * (4 + 8 * 3) / 12], rel=1e-5)
-    assert run(*kto(base), "--undesirable_weight=auto", name="auto").losses == pytest.approx([0.5 * (4 + 8 * 0.5) / 12], rel=1e-5)
+    assert run(*kto(base), "--undesirable_weight=auto", name="auto").losses == pytest.approx(
+        [0.5 * (4 + 8 * 0.5) / 12], rel=1e-5
+    )
 
 
 @effect
 def reward(run, tmp_path, monkeypatch):
-    (tmp_path / "odd.py").write_text("def long(completion, problem, tokens, limit, ended):\n    return tokens / limit\n")
+    (tmp_path / "odd.py").write_text(
+        "def long(completion, problem, tokens, limit, ended):\n    return tokens / limit\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     line = run(*GRPO, "--reward=correct:1,length:0.25,odd:long:0.5", "--max_iters=1").train[0]
-    assert line["reward"] == pytest.approx(line["rewards/correct"] + 0.25 * line["rewards/length"] + 0.5 * line["rewards/odd:long"])
+    assert line["reward"] == pytest.approx(
+        line["rewards/correct"] + 0.25 * line["rewards/length"] + 0.5 * line["rewards/odd:long"]
+    )
     assert line["rewards/odd:long"] == pytest.approx(line["completions/mean_length"] / 3)
 
 
@@ -915,7 +1188,12 @@ def num_generations(run):
 
 @effect
 def max_new_tokens(run):
-    assert {run(*GRPO, "--batch_size=32", "--temperature=99", f"--max_new_tokens={n}", "--max_iters=1", name=n).train[0]["completions/max_length"] for n in ("1", "2")} == {1, 2}
+    assert {
+        run(*GRPO, "--batch_size=32", "--temperature=99", f"--max_new_tokens={n}", "--max_iters=1", name=n).train[0][
+            "completions/max_length"
+        ]
+        for n in ("1", "2")
+    } == {1, 2}
 
 
 @effect
@@ -923,32 +1201,56 @@ def temperature(run, base):
     """A high one draws, and learns from, a nearly uniform distribution."""
     flags = [*GRPO, f"--init_from={base}", "--max_iters=1"]
     cold, hot = (run(*flags, f"--temperature={t}", name=t).train[0] for t in ("0.5", "1000"))
-    assert cold["entropy"] < 1 and hot["entropy"] == pytest.approx(math.log(13), abs=1e-3) and max(cold["rollout_logp_error"], hot["rollout_logp_error"]) < 1e-4
+    assert (
+        cold["entropy"] < 1
+        and hot["entropy"] == pytest.approx(math.log(13), abs=1e-3)
+        and max(cold["rollout_logp_error"], hot["rollout_logp_error"]) < 1e-4
+    )
 
 
 @effect
 def top_k(run):
-    greedy, free = (run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_k={k}", name=k).train[0] for k in ("1", "0"))
+    greedy, free = (
+        run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_k={k}", name=k).train[0]
+        for k in ("1", "0")
+    )
     assert greedy["frac_reward_zero_std"] == 1 > free["frac_reward_zero_std"]
 
 
 @effect
 def top_p(run):
-    greedy, free = (run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_p={p}", name=p).train[0] for p in ("1e-6", "1"))
+    greedy, free = (
+        run(*GRPO, "--batch_size=32", "--num_generations=8", "--max_iters=1", f"--top_p={p}", name=p).train[0]
+        for p in ("1e-6", "1")
+    )
     assert greedy["frac_reward_zero_std"] == 1 > free["frac_reward_zero_std"]
 
 
 @effect
 def num_iterations(run):
-    hashes = {n: [line["data_hash"] for line in run(*GRPO, f"--num_iterations={n}", "--log_data_hash", name=n).train] for n in ("1", "2")}
+    hashes = {
+        n: [line["data_hash"] for line in run(*GRPO, f"--num_iterations={n}", "--log_data_hash", name=n).train]
+        for n in ("1", "2")
+    }
     assert len(set(hashes["1"])) == 4 and hashes["2"][0] == hashes["2"][1] != hashes["2"][2] == hashes["2"][3]
     assert hashes["2"][0] == hashes["1"][0]
 
 
 def grpo_losses(run, flag: str, *values: str, more: tuple = ()) -> list[tuple]:
     """Losses and gradients' norms with each value of a flag, the second step being one more on the same answers."""
-    flags = [*GRPO, "--batch_size=8", "--gradient_accumulation_steps=2", "--num_iterations=2", "--learning_rate=0.05", "--max_iters=2", *more]
-    return [tuple((line["loss"], line["grad_norm"]) for line in run(*flags, f"{flag}={value}", name=value).train) for value in values]
+    flags = [
+        *GRPO,
+        "--batch_size=8",
+        "--gradient_accumulation_steps=2",
+        "--num_iterations=2",
+        "--learning_rate=0.05",
+        "--max_iters=2",
+        *more,
+    ]
+    return [
+        tuple((line["loss"], line["grad_norm"]) for line in run(*flags, f"{flag}={value}", name=value).train)
+        for value in values
+    ]
 
 
 @effect
@@ -970,9 +1272,19 @@ def importance_sampling_level(run):
 @effect
 def epsilon(run):
     """At 1 no ratio is too low."""
-    flags = [*GRPO, "--batch_size=16", "--num_iterations=2", "--learning_rate=0.05", "--max_iters=2", "--epsilon_high=99"]
+    flags = [
+        *GRPO,
+        "--batch_size=16",
+        "--num_iterations=2",
+        "--learning_rate=0.05",
+        "--max_iters=2",
+        "--epsilon_high=99",
+    ]
     narrow, wide = (run(*flags, f"--epsilon={e}", name=e).train[1] for e in ("1e-6", "1"))
-    assert narrow["clip_ratio/low"] > 0 == wide["clip_ratio/low"] and narrow["clip_ratio/high"] == wide["clip_ratio/high"] == 0
+    assert (
+        narrow["clip_ratio/low"] > 0 == wide["clip_ratio/low"]
+        and narrow["clip_ratio/high"] == wide["clip_ratio/high"] == 0
+    )
 
 
 @effect
@@ -985,9 +1297,19 @@ def epsilon_high(run):
 @effect
 def mask_truncated(run, tmp_path, monkeypatch):
     """Hardly an answer of one token ends; the others teach nothing."""
-    (tmp_path / "even.py").write_text("def even(completion, problem, tokens, limit, ended):\n    return float(completion[:1] in '02468')\n")
+    (tmp_path / "even.py").write_text(
+        "def even(completion, problem, tokens, limit, ended):\n    return float(completion[:1] in '02468')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    flags = [*GRPO, "--reward=even:even", "--max_new_tokens=1", "--num_generations=8", "--batch_size=8", "--max_iters=1", "--seed=3"]
+    flags = [
+        *GRPO,
+        "--reward=even:even",
+        "--max_new_tokens=1",
+        "--num_generations=8",
+        "--batch_size=8",
+        "--max_iters=1",
+        "--seed=3",
+    ]
     masked, plain = (run(*flags, f"--mask_truncated={on}", name=on).train[0] for on in ("true", "false"))
     assert masked["completions/clipped_ratio"] == plain["completions/clipped_ratio"] == 1
     assert masked["grad_norm"] == 0 < plain["grad_norm"]
@@ -996,24 +1318,34 @@ def mask_truncated(run, tmp_path, monkeypatch):
 @effect
 def eval_samples(run, base):
     flags = [flag for flag in sft(base) if "eval_samples" not in flag]
-    assert [len(run(*flags, f"--eval_samples={n}", "--max_iters=1", name=n).evals[0].get("samples", [])) for n in ("0", "2")] == [0, 2]
+    assert [
+        len(run(*flags, f"--eval_samples={n}", "--max_iters=1", name=n).evals[0].get("samples", [])) for n in ("0", "2")
+    ] == [0, 2]
 
 
 @effect
 def adapter(run, base):
-    assert {name.rpartition(".")[2] for name in shapes(run(*sft(base), "--adapter=lora", "--max_iters=1", name="lora"))} == {"lora_A", "lora_B"}
+    assert {
+        name.rpartition(".")[2] for name in shapes(run(*sft(base), "--adapter=lora", "--max_iters=1", name="lora"))
+    } == {"lora_A", "lora_B"}
     assert shapes(run(*soft(base), "--max_iters=1", name="soft")) == {"wte.prompt.rows": (3, 16)}
 
 
 @effect
 def lora_rank(run, base):
-    assert shapes(run(*sft(base), "--adapter=lora", "--lora_rank=3", "--max_iters=1"))["blocks.0.attn.qkv.lora_A"] == (3, 16)
+    assert shapes(run(*sft(base), "--adapter=lora", "--lora_rank=3", "--max_iters=1"))["blocks.0.attn.qkv.lora_A"] == (
+        3,
+        16,
+    )
 
 
 @effect
 def lora_alpha(run, base):
     """The gradient of B is proportional to it."""
-    norms = [run(*sft(base), "--adapter=lora", f"--lora_alpha={alpha}", "--max_iters=1", name=alpha).train[0]["grad_norm"] for alpha in ("4", "12")]
+    norms = [
+        run(*sft(base), "--adapter=lora", f"--lora_alpha={alpha}", "--max_iters=1", name=alpha).train[0]["grad_norm"]
+        for alpha in ("4", "12")
+    ]
     assert norms[1] == pytest.approx(3 * norms[0], rel=1e-4)
 
 
@@ -1022,13 +1354,19 @@ def lora_dropout(run, base):
     """B is 0 at first, so that only the gradient differs."""
     flags = [*sft(base), "--adapter=lora", "--learning_rate=0.1", "--eval_interval=9"]
     none, much = (run(*flags, f"--lora_dropout={p}", name=p) for p in ("0", "0.9"))
-    assert none.losses[0] == much.losses[0] and none.losses[1:] != much.losses[1:] and none.evals[0]["val_loss"] == much.evals[0]["val_loss"]
+    assert (
+        none.losses[0] == much.losses[0]
+        and none.losses[1:] != much.losses[1:]
+        and none.evals[0]["val_loss"] == much.evals[0]["val_loss"]
+    )
 
 
 @effect
 def lora_targets(run, base):
     done = run(*sft(base), "--adapter=lora", "--lora_targets", "attn.qkv", "up", "--max_iters=1")
-    assert set(shapes(done)) == {f"blocks.{i}.{name}.lora_{ab}" for i in range(2) for name in ("attn.qkv", "mlp.up") for ab in "AB"}
+    assert set(shapes(done)) == {
+        f"blocks.{i}.{name}.lora_{ab}" for i in range(2) for name in ("attn.qkv", "mlp.up") for ab in "AB"
+    }
 
 
 @effect
@@ -1038,15 +1376,26 @@ def prompt_format(run, base):
 
 @effect
 def prompt_provider(run, base):
-    lstm, tensor = (run(*soft(base), f"--prompt_provider={name}", "--learning_rate=0.01", name=name) for name in ("lstm", "tensor"))
-    assert "wte.prompt.lstm.weight_ih_l0" in shapes(lstm) and lstm.losses[0] == tensor.losses[0] and lstm.losses[1:] != tensor.losses[1:]
+    lstm, tensor = (
+        run(*soft(base), f"--prompt_provider={name}", "--learning_rate=0.01", name=name) for name in ("lstm", "tensor")
+    )
+    assert (
+        "wte.prompt.lstm.weight_ih_l0" in shapes(lstm)
+        and lstm.losses[0] == tensor.losses[0]
+        and lstm.losses[1:] != tensor.losses[1:]
+    )
 
 
 @effect
 def prompt_init(run, base):
     """Distinct rows of the embedding, or none of them but of their size."""
     embedding = pretrained.load(str(base)).weights["wte.weight"]
-    vocab, normal = (run(*soft(base, "<P*8>{prompt}"), f"--prompt_init={name}", "--max_iters=0", name=name).last.weights["wte.prompt.rows"] for name in ("vocab", "normal"))
+    vocab, normal = (
+        run(*soft(base, "<P*8>{prompt}"), f"--prompt_init={name}", "--max_iters=0", name=name).last.weights[
+            "wte.prompt.rows"
+        ]
+        for name in ("vocab", "normal")
+    )
     nearest = lambda rows: (rows[:, None] - embedding).norm(dim=-1).min(1)  # noqa: E731
     assert nearest(vocab).values.max() == 0 and len(set(nearest(vocab).indices.tolist())) == 8
     assert nearest(normal).values.min() > 0 and float(normal.std()) == pytest.approx(float(embedding.std()), rel=0.3)
@@ -1055,7 +1404,10 @@ def prompt_init(run, base):
 @effect
 def target_field(run, base, tmp_path):
     """The same as a completion of that text."""
-    both, one = (write_rows(tmp_path / f"{n}.jsonl", *[row] * 4) for n, row in enumerate(({"sum": "1+1=", "good": "2", "bad": "9+9"}, {"sum": "1+1=", "completion": "9+9"})))
+    both, one = (
+        write_rows(tmp_path / f"{n}.jsonl", *[row] * 4)
+        for n, row in enumerate(({"sum": "1+1=", "good": "2", "bad": "9+9"}, {"sum": "1+1=", "completion": "9+9"}))
+    )
     flags = [*soft(base, "<P*3>{sum}"), "--eval_samples=1", "--max_iters=2"]
     good, bad, plain = (
         run(*flags, f"--train_file={file}", f"--validation_file={file}", *target, name=f"{n}").losses
@@ -1067,9 +1419,15 @@ def target_field(run, base, tmp_path):
 @effect
 def truncation_field(run, base, tmp_path):
     """Cut to its first 5 characters, the example is one that has no more."""
-    long, short = (write_rows(tmp_path / f"{len(words)}.jsonl", *[{"sum": words, "completion": "2"}] * 4) for words in ("1+1+1+1+1+1+1=", "1+1+1"))
+    long, short = (
+        write_rows(tmp_path / f"{len(words)}.jsonl", *[{"sum": words, "completion": "2"}] * 4)
+        for words in ("1+1+1+1+1+1+1=", "1+1+1")
+    )
     flags = [*soft(base, "<P*3>{sum}="), "--max_tokens=11"]
     with pytest.raises(Mistake, match="exceeds"):
         run(*flags, f"--train_file={long}", f"--validation_file={long}")
-    losses = [run(*flags, f"--train_file={file}", f"--validation_file={file}", "--truncation_field=sum", name=f"{n}").losses for n, file in enumerate((long, short))]
+    losses = [
+        run(*flags, f"--train_file={file}", f"--validation_file={file}", "--truncation_field=sum", name=f"{n}").losses
+        for n, file in enumerate((long, short))
+    ]
     assert losses[0] == losses[1]

@@ -17,7 +17,9 @@ def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> bins
     folder = tmp_path / name
     folder.mkdir()
     for i, size in enumerate(sizes):
-        np.arange(first, first + size, dtype=np.uint16).tofile(folder / (f"train_{i:06d}.bin" if len(sizes) > 1 else "train.bin"))
+        np.arange(first, first + size, dtype=np.uint16).tofile(
+            folder / (f"train_{i:06d}.bin" if len(sizes) > 1 else "train.bin")
+        )
         first += size
     return bins.Bin(folder, "train", bins.Meta(2**16, "uint16", text.NumberTokenizer(2**16), {}))
 
@@ -40,7 +42,10 @@ def test_hash_is_uniform_and_counters_matter():
     values = batches.uniform(7, np.arange(100_000))
     counts, _ = np.histogram(values, bins=20, range=(0, 1))
     assert ((counts - 5000) ** 2 / 5000).sum() < 50  # chi-squared, 19 degrees of freedom
-    assert len({int(batches.mix(1, 2, 3)), int(batches.mix(1, 3, 2)), int(batches.mix(2, 1, 3)), int(batches.mix(1, 2))}) == 4
+    assert (
+        len({int(batches.mix(1, 2, 3)), int(batches.mix(1, 3, 2)), int(batches.mix(2, 1, 3)), int(batches.mix(1, 2))})
+        == 4
+    )
 
 
 def test_split_mix_64_is_the_published_generator():
@@ -88,7 +93,11 @@ def test_random_reaches_every_place_equally(tmp_path):
 
 def test_targets_are_the_next_tokens(tmp_path):
     batch = batches.as_batch(dataset(tmp_path, 500).gather(np.arange(6)), pin=False)
-    assert batch.idx.shape == batch.targets.shape == (6, 8) and torch.equal(batch.targets, batch.idx + 1) and batch.idx.dtype == torch.int64
+    assert (
+        batch.idx.shape == batch.targets.shape == (6, 8)
+        and torch.equal(batch.targets, batch.idx + 1)
+        and batch.idx.dtype == torch.int64
+    )
 
 
 def test_contexts_are_read_at_the_same_places(tmp_path):
@@ -99,7 +108,9 @@ def test_contexts_are_read_at_the_same_places(tmp_path):
     assert batches.as_batch(rows, pin=False).idx.shape == (10, 2, 8)
 
 
-@pytest.mark.parametrize("dtype, vocab_size, first", [("uint16", 2**16, 0), ("uint16", 2**16, 7), ("uint32", 100_000, 0)])
+@pytest.mark.parametrize(
+    "dtype, vocab_size, first", [("uint16", 2**16, 0), ("uint16", 2**16, 7), ("uint32", 100_000, 0)]
+)
 def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size, first):
     """Forty shards, some with llm.c's header, and a stream whose ids begin at another row of the model."""
     folder, drawn = tmp_path / "many", np.random.default_rng(0)
@@ -109,14 +120,30 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
         header = np.zeros(256, dtype=np.int32)
         header[:3] = {"uint16": 20240520, "uint32": 20240801}[dtype], 1, len(ids)
         (folder / f"train_{i:06d}.bin").write_bytes((header.tobytes() if i % 3 == 0 else b"") + ids.tobytes())
-    d = Dataset([bins.Bin(folder, "train", bins.Meta(vocab_size, dtype, text.NumberTokenizer(vocab_size), {}))], 8, "random", 1, 0, [first])
+    d = Dataset(
+        [bins.Bin(folder, "train", bins.Meta(vocab_size, dtype, text.NumberTokenizer(vocab_size), {}))],
+        8,
+        "random",
+        1,
+        0,
+        [first],
+    )
     shard, start = d.place(np.arange(500))
     assert len(set(shard.tolist())) == 40
-    rows, shards = d.gather(np.arange(500)), [np.fromfile(path, dtype, offset=1024 * (i % 3 == 0)) for i, path in enumerate(sorted(folder.iterdir()))]
+    rows, shards = (
+        d.gather(np.arange(500)),
+        [np.fromfile(path, dtype, offset=1024 * (i % 3 == 0)) for i, path in enumerate(sorted(folder.iterdir()))],
+    )
     assert rows.dtype == (np.uint16 if vocab_size + first <= 2**16 else np.int32)
-    assert np.array_equal(rows[:, 0], [shards[s][at : at + 9].astype(np.int64) + first for s, at in zip(shard, start, strict=True)])
+    assert np.array_equal(
+        rows[:, 0], [shards[s][at : at + 9].astype(np.int64) + first for s, at in zip(shard, start, strict=True)]
+    )
     batch = batches.Batch(torch.from_numpy(rows[:, 0])).to(torch.device("cpu"))  # as it is widened on a GPU
-    assert batch.idx.dtype == torch.int64 and np.array_equal(batch.idx, rows[:, 0, :-1]) and np.array_equal(batch.targets, rows[:, 0, 1:])
+    assert (
+        batch.idx.dtype == torch.int64
+        and np.array_equal(batch.idx, rows[:, 0, :-1])
+        and np.array_equal(batch.targets, rows[:, 0, 1:])
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel is not Linux")
@@ -126,7 +153,9 @@ def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
     folder.mkdir()
     with (folder / "train.bin").open("wb") as file:
         file.truncate(2**28)
-    d = Dataset([bins.Bin(folder, "train", bins.Meta(256, "uint16", text.NumberTokenizer(256), {}))], 1024, "random", 1, 0, [0])
+    d = Dataset(
+        [bins.Bin(folder, "train", bins.Meta(256, "uint16", text.NumberTokenizer(256), {}))], 1024, "random", 1, 0, [0]
+    )
     resident = []
     for i in range(100):
         d.gather(np.arange(64) + 64 * i)
@@ -150,9 +179,13 @@ def test_weights_of_any_scale_are_probabilities():
 
 
 def test_transitions_by_their_closed_forms():
-    linear, cosine, exponential = (mixture(2, (0.8, 0.2), (0.2, 0.8), how, 100) for how in ("linear", "cosine", "exponential"))
+    linear, cosine, exponential = (
+        mixture(2, (0.8, 0.2), (0.2, 0.8), how, 100) for how in ("linear", "cosine", "exponential")
+    )
     for m in (linear, cosine, exponential):
-        assert m.weights(0) == pytest.approx([0.8, 0.2]) and m.weights(100) == pytest.approx([0.2, 0.8]) == m.weights(500)
+        assert m.weights(0) == pytest.approx([0.8, 0.2]) and m.weights(100) == pytest.approx([0.2, 0.8]) == m.weights(
+            500
+        )
         assert m.weights(50) == pytest.approx([0.5, 0.5])
     assert linear.weights(25) == pytest.approx([0.65, 0.35])
     assert cosine.weights(25)[0] == pytest.approx(0.8 - 0.6 * (1 - np.cos(np.pi / 4)) / 2)
@@ -184,7 +217,10 @@ def test_transition_shifts_what_is_drawn():
 
 
 def source(tmp_path, per="sequence", method="without_replacement", rows=12) -> Source:
-    datasets = [Dataset([opened(tmp_path, 400, name=f"{per}{method}{i}", first=i * 1000)], 8, method, 5, i, [0]) for i in range(2)]
+    datasets = [
+        Dataset([opened(tmp_path, 400, name=f"{per}{method}{i}", first=i * 1000)], 8, method, 5, i, [0])
+        for i in range(2)
+    ]
     return Source(datasets, mixture(2, (2, 1), per=per), rows, 5)
 
 
@@ -197,7 +233,9 @@ def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
         assert np.array_equal(next(s.rows_from(step, 0, 12)), forward[step])
     for ranks in (2, 3, 4):
         share = 12 // ranks
-        assert np.array_equal(np.concatenate([next(s.rows_from(7, r * share, (r + 1) * share)) for r in range(ranks)]), forward[7])
+        assert np.array_equal(
+            np.concatenate([next(s.rows_from(7, r * share, (r + 1) * share)) for r in range(ranks)]), forward[7]
+        )
 
 
 def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_path):
@@ -214,7 +252,9 @@ def test_tally_counts_what_was_drawn(tmp_path):
     s = source(tmp_path)
     drawn, going_on = np.zeros(2, dtype=int), s.tally()
     for step in range(30):
-        assert np.array_equal(Tally(s.mixture, 12, 5).before(step), drawn) and np.array_equal(going_on.before(step), drawn)
+        assert np.array_equal(Tally(s.mixture, 12, 5).before(step), drawn) and np.array_equal(
+            going_on.before(step), drawn
+        )
         drawn += np.bincount((next(s.rows_from(step, 0, 12))[:, 0, 0] >= 1000).astype(int), minlength=2)
     per_batch = Tally(Mixture(np.array([0.5, 0.5]), np.array([0.5, 0.5])), 12, 5)
     assert per_batch.before(100).sum() == 1200 and (per_batch.before(100) % 12 == 0).all()
@@ -223,13 +263,18 @@ def test_tally_counts_what_was_drawn(tmp_path):
 def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
     s = source(tmp_path)
     whole = s.stream(3, 0, 12, 4, torch.device("cpu"), hashed=True)
-    halves = [s.__class__(s.datasets, s.mixture, 12, 5).stream(3, first, first + 6, 3, torch.device("cpu"), hashed=True) for first in (0, 6)]
+    halves = [
+        s.__class__(s.datasets, s.mixture, 12, 5).stream(3, first, first + 6, 3, torch.device("cpu"), hashed=True)
+        for first in (0, 6)
+    ]
     seen = set()
     for step in range(3, 8):
         micro, digest, tokens, _ = next(whole)
         assert tokens == 12 * 8
         assert [len(batch.idx) for batch in micro] == [4, 4, 4]
-        assert np.array_equal(torch.cat([batch.idx for batch in micro]).numpy(), next(s.rows_from(step, 0, 12))[:, 0, :-1])
+        assert np.array_equal(
+            torch.cat([batch.idx for batch in micro]).numpy(), next(s.rows_from(step, 0, 12))[:, 0, :-1]
+        )
         parts = [next(half) for half in halves]
         assert digest == sum(part[1] for part in parts) % 2**64
         seen.add(digest)
@@ -248,8 +293,13 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
         (batch,), digest, *_ = next(stream)
         rows = next(s.rows_from(step, 3, 7)).astype(np.int64)
         assert np.array_equal(batch.tokens, rows[:, 0])
-        words = [hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest() for i, row in enumerate(rows)]
-        assert digest == sum(int.from_bytes(word, "little") for word in words) % 2**64, "of int64 ids, however narrow the bins"
+        words = [
+            hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest()
+            for i, row in enumerate(rows)
+        ]
+        assert digest == sum(int.from_bytes(word, "little") for word in words) % 2**64, (
+            "of int64 ids, however narrow the bins"
+        )
     stream.close()
 
 

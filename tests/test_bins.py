@@ -46,8 +46,16 @@ def test_nanogpts_shakespeare_trains_unchanged(tmp_path, run):
     cut = int(len(words) * 0.9)
     np.array([stoi[c] for c in words[:cut]], dtype=np.uint16).tofile(folder / "train.bin")
     np.array([stoi[c] for c in words[cut:]], dtype=np.uint16).tofile(folder / "val.bin")
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}))
-    done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=shakespeare_char", "--max_iters=20", "--eval_interval=20", "--learning_rate=1e-2")
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi})
+    )
+    done = run(
+        f"--data_dir={tmp_path / 'data'}",
+        "--dataset=shakespeare_char",
+        "--max_iters=20",
+        "--eval_interval=20",
+        "--learning_rate=1e-2",
+    )
     assert done.evals[-1]["val_loss"] < done.evals[0]["val_loss"] and done.last.weights["wte.weight"].shape[0] == 65
 
 
@@ -67,7 +75,9 @@ def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     (folder / "meta.pkl").unlink()
     assert bins.read_meta(folder).vocab_size == 50257
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50257, "tokenizer": "tiktoken", "tiktoken_encoding": "gpt2"}))
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 50257, "tokenizer": "tiktoken", "tiktoken_encoding": "gpt2"})
+    )
     assert bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
 
 
@@ -77,7 +87,10 @@ def test_without_a_meta_file_and_offline_tokens_are_numbers(folder, monkeypatch,
 
     monkeypatch.setattr(text.TiktokenTokenizer, "named", offline)
     (folder / "meta.pkl").unlink()
-    assert bins.read_meta(folder).tokenizer.kind == "numbers" and "shown as numbers, because offline" in capsys.readouterr().out
+    assert (
+        bins.read_meta(folder).tokenizer.kind == "numbers"
+        and "shown as numbers, because offline" in capsys.readouterr().out
+    )
 
 
 def test_unknown_tokenizers_are_numbers(folder):
@@ -128,7 +141,14 @@ def test_shards_of_two_widths_are_told(folder):
 def test_bad_input_is_one_clear_line_with_status_2(folder, name, break_it, told, tmp_path_factory):
     break_it(folder)
     out_dir = tmp_path_factory.mktemp("out") / "x"
-    done = command(f"--data_dir={folder.parent}", f"--dataset={folder.name}", "--block_size=8", f"--out_dir={out_dir}", "--n_layer=1", check=False)
+    done = command(
+        f"--data_dir={folder.parent}",
+        f"--dataset={folder.name}",
+        "--block_size=8",
+        f"--out_dir={out_dir}",
+        "--n_layer=1",
+        check=False,
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(told, done.stderr), done.stderr
     assert not out_dir.exists()
@@ -148,7 +168,9 @@ def test_writer_leaves_a_whole_file_or_none(tmp_path):
     assert not (tmp_path / "train.bin").exists()
     told = writer.close()
     data = (tmp_path / "train.bin").read_bytes()
-    assert told == {"tokens": 5, "bytes": 7, "sha256": hashlib.sha256(data).hexdigest()} and list(tmp_path.iterdir()) == [tmp_path / "train.bin"]
+    assert told == {"tokens": 5, "bytes": 7, "sha256": hashlib.sha256(data).hexdigest()} and list(
+        tmp_path.iterdir()
+    ) == [tmp_path / "train.bin"]
     writer = bins.BinWriter(tmp_path, "val.bin", "uint16")
     writer.write(np.arange(5), 7)
     writer.discard()
@@ -159,4 +181,6 @@ def test_meta_is_read_back(folder):
     meta = bins.read_meta(folder)
     bins.write_meta(folder, meta.tokenizer, {})
     again = bins.read_meta(folder)
-    assert json.loads((folder / "meta.json").read_text())["dtype"] == "uint16" and text.to_json(again.tokenizer) == text.to_json(meta.tokenizer)
+    assert json.loads((folder / "meta.json").read_text())["dtype"] == "uint16" and text.to_json(
+        again.tokenizer
+    ) == text.to_json(meta.tokenizer)

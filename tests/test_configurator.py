@@ -37,11 +37,19 @@ def test_commands_of_the_guide_are_understood():
     assert a.dataset_list == ("a", "b") and a.dataset_sampling_probs == (0.5, 0.5)
     assert parse("--training_mode", "multicontext", "--multicontext_datasets", "a", "b").mixture == [("a", "b")]
     assert parse("--init_from=gpt2", "--gpt2_type=gpt2-medium").weights_source == "gpt2-medium"
-    assert parse("--training_mode=multidataset", "--dataset_list=a,b", "--dataset_sampling_probs=1 2").dataset_sampling_probs == (1.0, 2.0)
+    assert parse(
+        "--training_mode=multidataset", "--dataset_list=a,b", "--dataset_sampling_probs=1 2"
+    ).dataset_sampling_probs == (1.0, 2.0)
 
 
 def test_booleans_in_every_spelling():
-    for yes in (["--compile"], ["--compile=True"], ["--compile", "true"], ["--compile=1"], ["--no-compile", "--compile"]):
+    for yes in (
+        ["--compile"],
+        ["--compile=True"],
+        ["--compile", "true"],
+        ["--compile=1"],
+        ["--no-compile", "--compile"],
+    ):
         assert parse(*yes).compile is True
     for no in ([], ["--no-compile"], ["--compile=false"], ["--compile", "False"], ["--compile", "--no-compile"]):
         assert parse(*no).compile is False
@@ -71,7 +79,12 @@ def test_print_config_tells_where_values_come_from(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parse(str(tmp_path / "a.py"), "--seed=5", "--print_config")
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert end.value.code == 0 and rows["n_layer"] == ["3", str(tmp_path / "a.py")] and rows["seed"] == ["5", "command", "line"] and rows["n_head"] == ["6", "default"]
+    assert (
+        end.value.code == 0
+        and rows["n_layer"] == ["3", str(tmp_path / "a.py")]
+        and rows["seed"] == ["5", "command", "line"]
+        and rows["n_head"] == ["6", "default"]
+    )
     assert len(rows) == sum(map(len, train_args.TABLE.values()))
 
 
@@ -116,7 +129,18 @@ def test_names_and_arithmetic_in_configs():
 
 def test_all_mistakes_are_told_at_once(capsys, tmp_path):
     (tmp_path / "c.py").write_text("n_lyer = 3\nbatch_size = 'many'\n")
-    told = mistakes(capsys, str(tmp_path / "c.py"), "--learning_rat=1", "--n_head=0", "--dropout=2", "--lr_scheduler=cosin", "--compile=maybe", "--seed", "--max_iters=2.5", "nowhere.json")
+    told = mistakes(
+        capsys,
+        str(tmp_path / "c.py"),
+        "--learning_rat=1",
+        "--n_head=0",
+        "--dropout=2",
+        "--lr_scheduler=cosin",
+        "--compile=maybe",
+        "--seed",
+        "--max_iters=2.5",
+        "nowhere.json",
+    )
     for part in ("10 mistakes", "--learning_rat: no such argument; did you mean --learning_rate?", "n_lyer: no such argument; did you mean n_layer?", "batch_size=many: must be a whole number",
                  "--n_head=0: must be at least 1", "--dropout=2: must be at most 0.999", "did you mean cosine?", "--compile=maybe: must be true or false", "--seed: needs a value",
                  "--max_iters=2.5: must be a whole number", "nowhere.json: can't be read"):  # fmt: skip
@@ -161,11 +185,30 @@ def test_arguments_that_dont_fit_are_told_by_flag(capsys, flags, told):
 
 
 def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
-    (tmp_path / "train_config.json").write_text(json.dumps({"n_layer": 3, "learning_rate": 0.5, "out_dir": "elsewhere", "overwrite": True, "init_from": "gpt2", "_about": {}}))
+    (tmp_path / "train_config.json").write_text(
+        json.dumps(
+            {
+                "n_layer": 3,
+                "learning_rate": 0.5,
+                "out_dir": "elsewhere",
+                "overwrite": True,
+                "init_from": "gpt2",
+                "_about": {},
+            }
+        )
+    )
     a = parse("--init_from=resume", f"--out_dir={tmp_path}", "--learning_rate=0.25")
-    assert (a.n_layer, a.learning_rate, a.out_dir, a.overwrite, a.init_from) == (3, 0.25, str(tmp_path), False, "resume")
+    assert (a.n_layer, a.learning_rate, a.out_dir, a.overwrite, a.init_from) == (
+        3,
+        0.25,
+        str(tmp_path),
+        False,
+        "resume",
+    )
     assert parse("--init_from=resume", f"--out_dir={tmp_path}", "--n_layer=3").n_layer == 3
-    assert "--overwrite: deletes the run" in mistakes(capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite")
+    assert "--overwrite: deletes the run" in mistakes(
+        capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite"
+    )
 
 
 def test_every_shipped_config_is_valid(capsys):

@@ -47,7 +47,12 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
 
 
 def test_offline_download_says_what_to_do(tmp_path):
-    done = command(f"--data_dir={tmp_path}", script="data/shakespeare_char/prepare.py", check=False, env={"https_proxy": "http://127.0.0.1:9", "no_proxy": ""})
+    done = command(
+        f"--data_dir={tmp_path}",
+        script="data/shakespeare_char/prepare.py",
+        check=False,
+        env={"https_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--input FILE" in done.stderr
 
 
@@ -69,7 +74,13 @@ def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
         path.mkdir()
         for i, doc in enumerate(DOCS):
             (path / f"{i:03d}.txt").write_text(doc)
-    prepare(f"--input={path}", "--name=mine", f"--data_dir={tmp_path}", "--tokenizer=byte", *([] if kind == "folder" else ["--field=body"]))
+    prepare(
+        f"--input={path}",
+        "--name=mine",
+        f"--data_dir={tmp_path}",
+        "--tokenizer=byte",
+        *([] if kind == "folder" else ["--field=body"]),
+    )
     expected = {"train": [], "val": []}
     for i, doc in enumerate(DOCS):
         expected["val" if i % 10 == 9 else "train"] += [*doc.encode(), 256]
@@ -96,7 +107,14 @@ def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, piece):
     """Any Unicode, a byte order mark and every kind of line end, cut anywhere."""
     monkeypatch.setattr(corpus, "PIECE", piece)
     path = tmp_path / "one.txt"
-    for words in ("\ufeffnaïve café\r\n日本 👩‍🚀\r\r\n\n x" * 50, "no\r", "", "\ufeff", "   \u3000 " * 30, "日本語" * 100):
+    for words in (
+        "\ufeffnaïve café\r\n日本 👩‍🚀\r\r\n\n x" * 50,
+        "no\r",
+        "",
+        "\ufeff",
+        "   \u3000 " * 30,
+        "日本語" * 100,
+    ):
         path.write_bytes(words.encode())
         assert "".join(corpus.read_text(path)) == path.read_text(encoding="utf-8-sig")
 
@@ -119,11 +137,15 @@ def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 200)
     import tiktoken
 
-    words = (SHARED / "tinyshakespeare/input.txt").read_text()[:20_000] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
+    words = (SHARED / "tinyshakespeare/input.txt").read_text()[
+        :20_000
+    ] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
     (tmp_path / "one.txt").write_text(words)
     tokenizer = text.TiktokenTokenizer.named("gpt2")
     pieces = list(corpus.read_text(tmp_path / "one.txt"))
-    assert len(pieces) > 100 and np.concatenate([tokenizer.encode(piece) for piece in pieces]).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(words)
+    assert len(pieces) > 100 and np.concatenate(
+        [tokenizer.encode(piece) for piece in pieces]
+    ).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(words)
 
 
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
@@ -131,12 +153,20 @@ def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
     """Python's sorted set and dict, as nanoGPT's prepare.py has them, are the witness; 70,000 characters take uint32."""
     chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
     words = (chars * 3)[::-1]
-    corpus.write_dataset(tmp_path / "d", lambda: corpus.split_one(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1), "char")
+    corpus.write_dataset(
+        tmp_path / "d",
+        lambda: corpus.split_one(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1),
+        "char",
+    )
     stoi = {char: i for i, char in enumerate(sorted(set(words)))}
     cut = int(len(words) * 0.9)
-    assert tokens(tmp_path / "d") == [stoi[char] for char in words[:cut]] and tokens(tmp_path / "d", "val") == [stoi[char] for char in words[cut:]]
+    assert tokens(tmp_path / "d") == [stoi[char] for char in words[:cut]] and tokens(tmp_path / "d", "val") == [
+        stoi[char] for char in words[cut:]
+    ]
     meta = json.loads((tmp_path / "d/meta.json").read_text())
-    assert meta["files"]["val.bin"]["bytes"] == len(words[cut:].encode()) and meta["dtype"] == ("uint16" if len(stoi) <= 2**16 else "uint32")
+    assert meta["files"]["val.bin"]["bytes"] == len(words[cut:].encode()) and meta["dtype"] == (
+        "uint16" if len(stoi) <= 2**16 else "uint32"
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is not Linux")
@@ -225,7 +255,10 @@ def test_standard_library_and_its_classes_are_aligned(tmp_path):
     for name in ("stdlib_char", "stdlib_class"):
         told = command(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
     assert "tokens" in told
-    char, kind = (bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000]) for name in ("stdlib_char", "stdlib_class"))
+    char, kind = (
+        bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000])
+        for name in ("stdlib_char", "stdlib_class")
+    )
     assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > 1_000_000
     assert len(char) == len(kind) and all((a == "\n") == (b == "\n") for a, b in zip(char, kind, strict=True))
     words = [match.span() for match in re.finditer(r"^def (?=\w+\()", char, re.M)]
@@ -242,7 +275,6 @@ def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[[54], [6, 54], [6]]", done.stderr
-
 
 
 def test_classes_of_a_line():
@@ -269,7 +301,11 @@ def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     )
     env = {"PYTHONPATH": str(tmp_path), **skip_without_gpt2()}
     done = command(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
-    assert "'streaming': True" in done.stdout and {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu', 'sample-10BT'"}[name] in done.stdout
+    assert (
+        "'streaming': True" in done.stdout
+        and {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu', 'sample-10BT'"}[name]
+        in done.stdout
+    )
     train = np.array(tokens(tmp_path / name))
     assert (train == 50256).sum() == 4001 - {"openwebtext": 2, "fineweb_edu": 4}[name] and train[-1] == 50256
 

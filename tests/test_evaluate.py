@@ -31,14 +31,23 @@ def built(folder) -> GPT:
 def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
     """By hand: windows of block_size one after the other, each token after the first of the text predicted once; the last incomplete one is left."""
     done = run("--max_iters=20", "--learning_rate=1e-2")
-    told = evaluated(f"--out_dir={done.out_dir}", "--checkpoint=last", "--dtype=float32", "--batch_size=5")["losses"]["a"]
+    told = evaluated(f"--out_dir={done.out_dir}", "--checkpoint=last", "--dtype=float32", "--batch_size=5")["losses"][
+        "a"
+    ]
     model = built(done.out_dir / "checkpoints/000020")
     val = bins.Bin(data_dir / "a", "val", bins.read_meta(data_dir / "a"))
     tokens = torch.tensor(val.shards[0].astype("int64"))
     count = (len(tokens) - 1) // 8
-    losses = [F.cross_entropy(model(tokens[None, i * 8 : i * 8 + 8])[0], tokens[i * 8 + 1 : i * 8 + 9], reduction="sum") for i in range(count)]
+    losses = [
+        F.cross_entropy(model(tokens[None, i * 8 : i * 8 + 8])[0], tokens[i * 8 + 1 : i * 8 + 9], reduction="sum")
+        for i in range(count)
+    ]
     mean = sum(loss.item() for loss in losses) / (8 * count)
-    assert told["val_loss"] == pytest.approx(mean, rel=1e-5) and told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5) and told["tokens"] == 8 * count
+    assert (
+        told["val_loss"] == pytest.approx(mean, rel=1e-5)
+        and told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+        and told["tokens"] == 8 * count
+    )
     assert told["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-5), "a character is a byte here"
     assert json.loads((done.out_dir / "evaluation.json").read_text())["losses"]["a"] == told
 
@@ -47,19 +56,29 @@ def test_the_loss_of_examples_is_that_of_the_completions(base, data_dir):
     told = evaluated(f"--out_dir={base.parent.parent}", "--dtype=float32", "--batch_size=7")["losses"]["sums"]
     model, total, count = built(base), 0.0, 0
     for row in map(json.loads, (data_dir / "sums/val.jsonl").read_text().splitlines()):
-        prompt, completion = DIGITS.encode(row["prompt"]).tolist(), [*DIGITS.encode(row["completion"]).tolist(), DIGITS.eot]
+        prompt, completion = (
+            DIGITS.encode(row["prompt"]).tolist(),
+            [*DIGITS.encode(row["completion"]).tolist(), DIGITS.eot],
+        )
         logits = model(torch.tensor([prompt + completion[:-1]]))[0, len(prompt) - 1 :]
-        total, count = total + float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")), count + len(completion)
+        total, count = (
+            total + float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")),
+            count + len(completion),
+        )
     assert told["val_loss"] == pytest.approx(total / count, rel=1e-5) and told["tokens"] == count
 
 
 def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
-    told = evaluated(f"--out_dir={base.parent.parent}", "--tasks=sums", "--dtype=float32", "--batch_size=6")["tasks"]["sums"]
+    told = evaluated(f"--out_dir={base.parent.parent}", "--tasks=sums", "--dtype=float32", "--batch_size=6")["tasks"][
+        "sums"
+    ]
     model, rows = built(base), [json.loads(line) for line in (data_dir / "sums/val.jsonl").read_text().splitlines()]
     right = 0
     for row in rows:
         ids = DIGITS.encode(row["prompt"]).astype("int64")
-        out = generate.generate(model, torch.from_numpy(ids)[None], 8, torch.Generator(), temperature=0, cached=False)[0, len(ids) :].tolist()
+        out = generate.generate(model, torch.from_numpy(ids)[None], 8, torch.Generator(), temperature=0, cached=False)[
+            0, len(ids) :
+        ].tolist()
         right += DIGITS.decode(out[: out.index(DIGITS.eot)] if DIGITS.eot in out else out) == row["answer"]
     assert told["accuracy"]["value"] == pytest.approx(right / len(rows)) and told["n"] == len(rows)
     assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(tasks.wilson(right, len(rows)))
@@ -68,7 +87,14 @@ def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
 
 def test_passes_are_as_many_draws_and_depend_on_the_seed_alone(base, tmp_path):
     def told(*flags) -> dict:
-        return evaluated(f"--out_dir={base.parent.parent}", "--tasks=sums", "--decode=liberal", "--num_passes=4", f"--json={tmp_path / 'e.json'}", *flags)["tasks"]["sums"]
+        return evaluated(
+            f"--out_dir={base.parent.parent}",
+            "--tasks=sums",
+            "--decode=liberal",
+            "--num_passes=4",
+            f"--json={tmp_path / 'e.json'}",
+            *flags,
+        )["tasks"]["sums"]
 
     one = told()
     assert one == told() and one != told("--seed=2")
@@ -77,9 +103,15 @@ def test_passes_are_as_many_draws_and_depend_on_the_seed_alone(base, tmp_path):
 
 
 def test_mistakes_of_an_evaluation(base, capsys):
-    for flags, words in ((["--num_passes=2", "--tasks=sums"], "--num_passes"), (["--init_from=gpt2"], "--json"), (["--decode=standard"], "only with --tasks")):
+    for flags, words in (
+        (["--num_passes=2", "--tasks=sums"], "--num_passes"),
+        (["--init_from=gpt2"], "--json"),
+        (["--decode=standard"], "only with --tasks"),
+    ):
         with pytest.raises(SystemExit) as end:
-            evaluated(f"--out_dir={base.parent.parent}" if "--init_from=gpt2" not in flags else "--batch_size=1", *flags)
+            evaluated(
+                f"--out_dir={base.parent.parent}" if "--init_from=gpt2" not in flags else "--batch_size=1", *flags
+            )
         assert end.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -95,8 +127,21 @@ def prompts(base, data_dir, tmp_path_factory):
     import train_args
 
     tiny = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd", "--block_size"))]
-    for name, flags in {"a": ["--prompt_format=<P*3>{prompt}"], "b": ["--prompt_format={prompt}<P*2>", "--prompt_provider=lstm"]}.items():
-        given = [*tiny, *GENTLE, "--block_size=32", f"--data_dir={data_dir}", "--dataset=sums", "--objective=sft", "--adapter=soft_prompt", f"--init_from={base}", f"--out_dir={folder / name}"]
+    for name, flags in {
+        "a": ["--prompt_format=<P*3>{prompt}"],
+        "b": ["--prompt_format={prompt}<P*2>", "--prompt_provider=lstm"],
+    }.items():
+        given = [
+            *tiny,
+            *GENTLE,
+            "--block_size=32",
+            f"--data_dir={data_dir}",
+            "--dataset=sums",
+            "--objective=sft",
+            "--adapter=soft_prompt",
+            f"--init_from={base}",
+            f"--out_dir={folder / name}",
+        ]
         train.main(train_args.parse([*given, *flags]))
     return folder
 
@@ -107,15 +152,28 @@ def answers(*argv) -> list[str]:
 
 
 def test_prompts_of_several_runs_share_a_batch(prompts):
-    apart = [answers("--prompt_dir", prompts / name, "--fields", f'{{"prompt": "{words}"}}')[0] for name, words in (("a", "12+9="), ("b", "3+4="))]
-    together = answers("--prompt_dir", prompts / "a", prompts / "b", "--fields", '{"prompt": "12+9="}', '{"prompt": "3+4="}')
+    apart = [
+        answers("--prompt_dir", prompts / name, "--fields", f'{{"prompt": "{words}"}}')[0]
+        for name, words in (("a", "12+9="), ("b", "3+4="))
+    ]
+    together = answers(
+        "--prompt_dir", prompts / "a", prompts / "b", "--fields", '{"prompt": "12+9="}', '{"prompt": "3+4="}'
+    )
     assert together == apart
 
 
 def test_an_evaluation_of_a_soft_prompt_gives_its_answers(prompts):
-    told = evaluated(f"--out_dir={prompts / 'a'}", "--tasks=sums", "--dtype=float32", "--max_problems=3", f"--json={prompts / 'e.json'}")
+    told = evaluated(
+        f"--out_dir={prompts / 'a'}",
+        "--tasks=sums",
+        "--dtype=float32",
+        "--max_problems=3",
+        f"--json={prompts / 'e.json'}",
+    )
     for sample in told["tasks"]["sums"]["samples"]:
-        assert answers("--prompt_dir", prompts / "a", "--fields", json.dumps({"prompt": sample["prompt"]})) == [sample["completion"]]
+        assert answers("--prompt_dir", prompts / "a", "--fields", json.dumps({"prompt": sample["prompt"]})) == [
+            sample["completion"]
+        ]
 
 
 def test_mistakes_of_prompts(prompts, base):
@@ -128,7 +186,9 @@ def test_mistakes_of_prompts(prompts, base):
     assert "not JSON" in refuse("--prompt_dir", prompts / "a", "--fields", "{prompt}")
     assert "x not in the prompt" in refuse("--prompt_dir", prompts / "a", "--fields", '{"x": "1"}')
     assert "prompt" in refuse("--prompt_dir", prompts / "a", "--fields", "{}")
-    assert "not a run with --adapter=soft_prompt" in refuse("--prompt_dir", base.parent.parent, "--fields", '{"prompt": "1"}')
+    assert "not a run with --adapter=soft_prompt" in refuse(
+        "--prompt_dir", base.parent.parent, "--fields", '{"prompt": "1"}'
+    )
     assert "sample.py takes it as --prompt_dir" in refuse(f"--out_dir={prompts / 'a'}", "--start=1")
     assert "not trained on messages" in refuse(f"--out_dir={base.parent.parent}", "--start=1", "--chat")
 
@@ -154,8 +214,18 @@ def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
     done = run("--objective=sft", "--dataset=sums", "--adapter=lora", f"--init_from={base}", "--block_size=32", *GENTLE)
     command("merge", done.out_dir, f"--to={tmp_path / 'merged'}", script="export.py")
     ours, theirs = built(tmp_path / "merged"), built(done.out_dir / "checkpoints/000004")
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)) and not torch.equal(ours.blocks[0].attn.qkv.weight, built(base).blocks[0].attn.qkv.weight)
-    assert run("--objective=sft", "--dataset=sums", f"--init_from={tmp_path / 'merged'}", "--block_size=32", "--max_iters=1", "--eval_interval=1", name="next").steps == [1]
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    ) and not torch.equal(ours.blocks[0].attn.qkv.weight, built(base).blocks[0].attn.qkv.weight)
+    assert run(
+        "--objective=sft",
+        "--dataset=sums",
+        f"--init_from={tmp_path / 'merged'}",
+        "--block_size=32",
+        "--max_iters=1",
+        "--eval_interval=1",
+        name="next",
+    ).steps == [1]
     (tmp_path / "merged/model.safetensors").write_bytes(b"x" + (tmp_path / "merged/model.safetensors").read_bytes()[1:])
     assert checkpoint.damage(tmp_path / "merged", checkpoint.WEIGHTS)
 
@@ -163,12 +233,23 @@ def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
 def test_peft_loads_what_was_exported(run, tmp_path):
     """On the GPT-2 that it was trained on, with the logits of our own merged model."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
-    done = run("--adapter=lora", "--lora_rank=3", "--lora_alpha=5", f"--init_from={tmp_path / 'hf'}", "--learning_rate=1e-1", "--max_iters=8")
+    done = run(
+        "--adapter=lora",
+        "--lora_rank=3",
+        "--lora_alpha=5",
+        f"--init_from={tmp_path / 'hf'}",
+        "--learning_rate=1e-1",
+        "--max_iters=8",
+    )
     command("peft", done.out_dir / "checkpoints/000008", f"--to={tmp_path / 'adapter'}", script="export.py")
-    theirs = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf"), tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf"), tmp_path / "adapter"
+    ).eval()
     ours, idx = built(done.out_dir / "checkpoints/000008"), torch.randint(30, (2, 8))
     with torch.no_grad():
         plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()(idx).logits
@@ -177,7 +258,11 @@ def test_peft_loads_what_was_exported(run, tmp_path):
 
 
 def test_mistakes_of_exports(base, tmp_path):
-    for argv, words in ((["merge", base], "--to"), (["peft", base, f"--to={tmp_path}"], "not a run with --adapter=lora"), (["melt", base], "there is: consolidate, merge, peft")):
+    for argv, words in (
+        (["merge", base], "--to"),
+        (["peft", base, f"--to={tmp_path}"], "not a run with --adapter=lora"),
+        (["melt", base], "there is: consolidate, merge, peft"),
+    ):
         done = command(*argv, script="export.py", check=False)
         assert done.returncode == 2 and words in done.stderr
     shutil.rmtree(tmp_path, ignore_errors=True)

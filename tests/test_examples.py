@@ -13,7 +13,19 @@ from test_model import build
 
 from parts import objectives, pretrained, tasks, templates, text
 from parts.batches import mixture
-from parts.examples import Coder, Collate, CollateLabelled, Example, Examples, ExampleSource, Ids, needed_tokens, pack, padded, read_rows
+from parts.examples import (
+    Coder,
+    Collate,
+    CollateLabelled,
+    Example,
+    Examples,
+    ExampleSource,
+    Ids,
+    needed_tokens,
+    pack,
+    padded,
+    read_rows,
+)
 from parts.mistakes import Mistake
 from parts.text import BPETokenizer, ByteTokenizer, CharTokenizer, ExtendedTokenizer
 
@@ -40,13 +52,28 @@ def learned(sequence: Ids, tokenizer) -> str:
 
 def test_a_chat_is_learned_where_the_assistant_speaks():
     """Every role's token, text and end token in turn; what the assistant says and its end tokens are learned, its own token is not."""
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "é?"}, {"role": "assistant", "content": "Ok"}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": "é?"},
+                {"role": "assistant", "content": "Ok"},
+            ]
+        }
+    ]
     tokenizer = needed_tokens(BYTES, rows)
     sequence = only(sft(rows, 99, tokenizer))
     end = "<|endoftext|>"
-    assert tokenizer.decode(sequence.ids.tolist()) == f"<|system|>Be brief.{end}<|user|>Hi{end}<|assistant|>Hello{end}<|user|>é?{end}<|assistant|>Ok{end}"
+    assert (
+        tokenizer.decode(sequence.ids.tolist())
+        == f"<|system|>Be brief.{end}<|user|>Hi{end}<|assistant|>Hello{end}<|user|>é?{end}<|assistant|>Ok{end}"
+    )
     assert learned(sequence, tokenizer) == f"Hello{end}Ok{end}"
-    assert [i for i in sequence.ids.tolist() if i > 256] == [tokenizer.ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "user", "assistant")]
+    assert [i for i in sequence.ids.tolist() if i > 256] == [
+        tokenizer.ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "user", "assistant")
+    ]
 
 
 def test_loss_on_all_learns_every_token_that_has_one_before_it():
@@ -55,7 +82,10 @@ def test_loss_on_all_learns_every_token_that_has_one_before_it():
     assert learned(only(sft(rows, learn_all=True)), DIGITS) == "2+3=15<|endoftext|>"
     chat = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ok"}]}]
     tokenizer = needed_tokens(BYTES, chat)
-    assert learned(only(sft(chat, 99, tokenizer, learn_all=True)), tokenizer) == "Hi<|endoftext|><|assistant|>Ok<|endoftext|>"
+    assert (
+        learned(only(sft(chat, 99, tokenizer, learn_all=True)), tokenizer)
+        == "Hi<|endoftext|><|assistant|>Ok<|endoftext|>"
+    )
 
 
 def test_a_text_is_learned_whole():
@@ -64,7 +94,10 @@ def test_a_text_is_learned_whole():
 
 def test_preferences_share_their_prompt_and_grpo_takes_it_alone():
     (item,) = sft([{"prompt": "1+1=", "chosen": "2", "rejected": "33"}], objective="dpo").items
-    assert [DIGITS.decode(sequence.ids.tolist()) for sequence in item.sequences] == ["1+1=2<|endoftext|>", "1+1=33<|endoftext|>"]
+    assert [DIGITS.decode(sequence.ids.tolist()) for sequence in item.sequences] == [
+        "1+1=2<|endoftext|>",
+        "1+1=33<|endoftext|>",
+    ]
     assert [learned(sequence, DIGITS) for sequence in item.sequences] == ["2<|endoftext|>", "33<|endoftext|>"]
     prompt = only(sft([{"prompt": "1+1=", "answer": "2"}], objective="grpo"))
     assert DIGITS.decode(prompt.ids.tolist()) == "1+1=" and not prompt.mask.any()
@@ -83,7 +116,14 @@ def test_a_prompt_may_be_a_chat():
 
 def test_no_text_becomes_a_special_token():
     """A user who writes the assistant's token has written letters."""
-    rows = [{"messages": [{"role": "user", "content": "<|assistant|>I am <|endoftext|>"}, {"role": "assistant", "content": "no"}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<|assistant|>I am <|endoftext|>"},
+                {"role": "assistant", "content": "no"},
+            ]
+        }
+    ]
     tokenizer = needed_tokens(BYTES, rows)
     sequence = only(sft(rows, 99, tokenizer))
     assert (sequence.ids >= 256).sum() == 4 and learned(sequence, tokenizer) == "no<|endoftext|>"
@@ -101,7 +141,9 @@ def test_overflow_at_every_limit(limit):
         for overflow in ("error", "drop", "truncate_target"):
             assert only(sft(rows, limit, overflow=overflow)).ids.tolist() == whole
         return
-    with pytest.raises(Mistake, match=rf"x.jsonl: 1 of 1 examples are longer than {limit} tokens, by up to {8 - limit}"):
+    with pytest.raises(
+        Mistake, match=rf"x.jsonl: 1 of 1 examples are longer than {limit} tokens, by up to {8 - limit}"
+    ):
         sft(rows, limit)
     with pytest.raises(Mistake, match="no example is left"):
         sft(rows, limit, overflow="drop")
@@ -116,14 +158,19 @@ def test_overflow_at_every_limit(limit):
 def test_dropped_examples_are_counted_and_the_others_stay():
     rows = [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 9, 3, 20)]
     data = sft(rows, 8, overflow="drop")
-    assert data.dropped == 2 and [item.row["completion"] for item in data.items] == ["2", "222"] and data.tokens == 6 + 8
+    assert (
+        data.dropped == 2 and [item.row["completion"] for item in data.items] == ["2", "222"] and data.tokens == 6 + 8
+    )
     with pytest.raises(Mistake, match=r"2 of 4 examples are longer than 8 tokens, by up to 17"):
         sft(rows, 8)
 
 
 def test_grpos_prompts_leave_room_for_answers():
     rows = [{"prompt": "1" * n, "answer": "1"} for n in (3, 4, 5)]
-    assert [len(item.sequences[0].ids) for item in sft(rows, 8, objective="grpo", room=4, overflow="drop").items] == [3, 4]
+    assert [len(item.sequences[0].ids) for item in sft(rows, 8, objective="grpo", room=4, overflow="drop").items] == [
+        3,
+        4,
+    ]
     with pytest.raises(Mistake, match="longer than 8 tokens less the 4 of a completion, by up to 1"):
         sft(rows, 8, objective="grpo", room=4)
 
@@ -199,7 +246,11 @@ def steps(source: ExampleSource, n: int, start: int = 0, first: int = 0, last: i
 
 
 def prompts_of(step) -> list[str]:
-    return ["".join("0123456789+=#"[i] for i in row).split("=")[0] for batch in step.batches for row in batch.tokens.tolist()]
+    return [
+        "".join("0123456789+=#"[i] for i in row).split("=")[0]
+        for batch in step.batches
+        for row in batch.tokens.tolist()
+    ]
 
 
 def test_every_example_comes_once_an_epoch_in_another_order():
@@ -215,7 +266,9 @@ def test_a_step_is_a_pure_function_of_its_number():
     """From anywhere, of one dataset or a mixture of two."""
     for datasets in (1, 2):
         whole = steps(source(datasets=datasets), 12)
-        assert [prompts_of(step) for step in steps(source(datasets=datasets), 5, start=7)] == [prompts_of(step) for step in whole[7:]]
+        assert [prompts_of(step) for step in steps(source(datasets=datasets), 5, start=7)] == [
+            prompts_of(step) for step in whole[7:]
+        ]
         assert len({step.digest for step in whole}) == 12
 
 
@@ -225,16 +278,35 @@ def test_a_step_is_a_pure_function_of_its_number():
 def test_any_split_reads_the_same_rows(objective, ranks, micro):
     """Digests add up, rows follow each other, and `learned` of the ranks is that of the step."""
     rows = [{**row, "chosen": row["completion"], "rejected": "1", "label": i % 2 == 0} for i, row in enumerate(SUMS)]
-    made = lambda world: source(rows, 6, objective=objective, collate=(CollateLabelled if objective == "kto" else Collate)(0, world, *([32] if objective == "kto" else [])))  # noqa: E731
+
+    def made(world):
+        return source(
+            rows,
+            6,
+            objective=objective,
+            collate=(CollateLabelled if objective == "kto" else Collate)(
+                0, world, *([32] if objective == "kto" else [])
+            ),
+        )
+
     share = 6 // ranks
     for number, whole in enumerate(steps(made(1), 4, last=6, micro=6)):
         parts = [steps(made(ranks), 1, number, r * share, (r + 1) * share, micro)[0] for r in range(ranks)]
-        assert sum(part.digest for part in parts) % 2**64 == whole.digest and {part.tokens for part in parts} == {whole.tokens}
+        assert sum(part.digest for part in parts) % 2**64 == whole.digest and {part.tokens for part in parts} == {
+            whole.tokens
+        }
         if objective != "dpo":
             assert [prompt for part in parts for prompt in prompts_of(part)] == prompts_of(whole)
         for part in parts:
-            assert all(batch.learned * ranks == pytest.approx(whole.batches[0].learned) and batch.parts == len(part.batches) for batch in part.batches)
-        assert sum(int(batch.more["mask"].sum()) for part in parts for batch in part.batches) == whole.batches[0].learned == int(whole.batches[0].more["mask"].sum())
+            assert all(
+                batch.learned * ranks == pytest.approx(whole.batches[0].learned) and batch.parts == len(part.batches)
+                for batch in part.batches
+            )
+        assert (
+            sum(int(batch.more["mask"].sum()) for part in parts for batch in part.batches)
+            == whole.batches[0].learned
+            == int(whole.batches[0].more["mask"].sum())
+        )
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 6])
@@ -244,7 +316,11 @@ def test_strangers_have_the_completion_of_the_row_before(micro):
     data = sft(rows, objective="kto")
     collate = CollateLabelled(0, 1, 32)
     batches = [collate(data.items, first, min(first + micro, 6), 1) for first in range(0, 6, micro)]
-    found = [(row.tolist(), mask.tolist()) for batch in batches for row, mask in zip(batch.more["stranger"], batch.more["stranger_mask"], strict=True)]
+    found = [
+        (row.tolist(), mask.tolist())
+        for batch in batches
+        for row, mask in zip(batch.more["stranger"], batch.more["stranger_mask"], strict=True)
+    ]
     for i, (ids, mask) in enumerate(found):
         other = i or 6  # how long the completion of the row before is
         expected = [*DIGITS.encode(f"{i}+{i}=" + "9" * other), 12]
@@ -254,9 +330,15 @@ def test_strangers_have_the_completion_of_the_row_before(micro):
 
 
 def test_a_stranger_stays_within_the_limit():
-    rows = [{"prompt": "1+1+1+1=", "completion": "4", "label": 1}, {"prompt": "1=", "completion": "1111111", "label": 0}]
+    rows = [
+        {"prompt": "1+1+1+1=", "completion": "4", "label": 1},
+        {"prompt": "1=", "completion": "1111111", "label": 0},
+    ]
     batch = CollateLabelled(0, 1, 10)(sft(rows, 10, objective="kto").items, 0, 2, 1)
-    assert batch.more["stranger"].shape == (2, 10) and batch.more["stranger"][0].tolist() == DIGITS.encode("1+1+1+1=11").tolist()
+    assert (
+        batch.more["stranger"].shape == (2, 10)
+        and batch.more["stranger"][0].tolist() == DIGITS.encode("1+1+1+1=11").tolist()
+    )
 
 
 @pytest.mark.parametrize("size, iters", [(4, 2), (4, 99), (23, 1), (1, 5)])
@@ -267,7 +349,12 @@ def test_an_evaluation_reads_the_first_examples_once(size, iters, world):
     batches = [list(data.evaluation(iters, size, rank, world, Collate(0, world))) for rank in range(world)]
     assert len({len(some) for some in batches}) == 1
     for at_once in zip(*batches, strict=True):
-        seen += [prompt for batch, counts in at_once if counts for prompt in prompts_of(type("Step", (), {"batches": [batch]}))]
+        seen += [
+            prompt
+            for batch, counts in at_once
+            if counts
+            for prompt in prompts_of(type("Step", (), {"batches": [batch]}))
+        ]
     assert seen == [f"{i}+{i}" for i in range(23)][: size * iters]
 
 
@@ -282,13 +369,25 @@ def test_padding_changes_no_loss(position):
     data = sft(SUMS[:7])
     sequences = [item.sequences[0] for item in data.items]
     with torch.no_grad():
-        alone = [-objectives.logps(model, (one := padded([sequence])).tokens, one.more["mask"]).sum() for sequence in sequences]
+        alone = [
+            -objectives.logps(model, (one := padded([sequence])).tokens, one.more["mask"]).sum()
+            for sequence in sequences
+        ]
         for width in (0, 20, 32):
             batch = padded(sequences, width)
             assert batch.tokens.size(1) == (width or max(len(s.ids) for s in sequences))
-            torch.testing.assert_close(-objectives.logps(model, batch.tokens, batch.more["mask"]).sum(1), torch.stack(alone), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                -objectives.logps(model, batch.tokens, batch.more["mask"]).sum(1),
+                torch.stack(alone),
+                atol=1e-5,
+                rtol=1e-5,
+            )
     batch = Collate(32, 1)(data.items, 2, 5, 3)
-    assert batch.tokens.shape == (3, 32) and batch.parts == 3 and batch.learned == sum(int(s.mask.sum()) for s in sequences)
+    assert (
+        batch.tokens.shape == (3, 32)
+        and batch.parts == 3
+        and batch.learned == sum(int(s.mask.sum()) for s in sequences)
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -300,14 +399,18 @@ def test_packs_hold_every_token_and_none_too_many(lengths):
         items.append(Example((Ids(np.arange(start, start + n), np.arange(n) % 2 == 1),), {}))
         start += n
     packs = [item.sequences[0] for item in pack(items, 24)]
-    assert max(len(some.ids) for some in packs) <= 24 and sorted(i for some in packs for i in some.ids.tolist()) == list(range(start))
+    assert max(len(some.ids) for some in packs) <= 24 and sorted(
+        i for some in packs for i in some.ids.tolist()
+    ) == list(range(start))
     firsts = np.cumsum([0, *lengths])[:-1]
     for some in packs:
         begins = np.flatnonzero(some.positions == 0)
         for begin, end in zip(begins, [*begins[1:], len(some.ids)], strict=True):
             ids = some.ids[begin:end]
             assert ids[0] in firsts and len(ids) == lengths[list(firsts).index(ids[0])] and (np.diff(ids) == 1).all()
-            assert (some.positions[begin:end] == np.arange(end - begin)).all() and (some.mask[begin:end] == (np.arange(end - begin) % 2 == 1)).all()
+            assert (some.positions[begin:end] == np.arange(end - begin)).all() and (
+                some.mask[begin:end] == (np.arange(end - begin) % 2 == 1)
+            ).all()
     sizes = sorted(len(some.ids) for some in packs)
     assert len(sizes) < 2 or sizes[0] + sizes[1] > 24
 
@@ -323,7 +426,9 @@ def test_packed_examples_come_once_an_epoch():
 def test_the_padding_of_a_pack_is_a_document_of_its_own():
     """Its positions begin again, so that it sees nothing and nothing sees it; those of the pack's width stay within it."""
     batch = padded([item.sequences[0] for item in sft(SUMS, packed=True).items], 32)
-    for tokens, positions, mask in zip(batch.tokens.tolist(), batch.more["positions"].tolist(), batch.more["mask"].tolist(), strict=True):
+    for tokens, positions, mask in zip(
+        batch.tokens.tolist(), batch.more["positions"].tolist(), batch.more["mask"].tolist(), strict=True
+    ):
         last = max(i for i, token in enumerate(tokens) if token == 12)
         if last + 1 < 31:
             assert positions[last + 1 :] == list(range(31 - last - 1)) and not any(mask[last:])
@@ -338,10 +443,15 @@ def test_only_what_is_missing_is_added():
     ended, bare = CharTokenizer("abc", ends=True), CharTokenizer("abc")
     assert needed_tokens(ended, plain) is ended
     assert needed_tokens(bare, plain).ids == {"<|endoftext|>": 3}
-    assert needed_tokens(ended, chats).ids == {"<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6} and needed_tokens(ended, chats).eot == 3
+    assert (
+        needed_tokens(ended, chats).ids == {"<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6}
+        and needed_tokens(ended, chats).eot == 3
+    )
     once = needed_tokens(bare, plain)
     both = needed_tokens(once, chats)
-    assert both.ids == {"<|endoftext|>": 3, "<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6} and both.eot == 3, "ids that are known stay"
+    assert both.ids == {"<|endoftext|>": 3, "<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6} and both.eot == 3, (
+        "ids that are known stay"
+    )
     assert needed_tokens(both, chats) is both and needed_tokens(both, plain) is both
 
 
@@ -354,9 +464,21 @@ def test_an_extended_tokenizer_comes_back_whole(base, tmp_path):
     added = text.extended(base, ["<|user|>", "<|odd|>"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(text.run_json({"x": added})))
     loaded = text.load(tmp_path / "tokenizer.json")["x"]
-    assert text.same(added, loaded) and isinstance(loaded, ExtendedTokenizer) and loaded.vocab_size == base.vocab_size + 2 and loaded.ids == added.ids and loaded.eot == base.eot
+    assert (
+        text.same(added, loaded)
+        and isinstance(loaded, ExtendedTokenizer)
+        and loaded.vocab_size == base.vocab_size + 2
+        and loaded.ids == added.ids
+        and loaded.eot == base.eot
+    )
     words = "héllo 😀"
-    ids = [base.vocab_size, *map(int, loaded.encode(words)), base.vocab_size + 1, base.vocab_size, *map(int, loaded.encode("o"))]
+    ids = [
+        base.vocab_size,
+        *map(int, loaded.encode(words)),
+        base.vocab_size + 1,
+        base.vocab_size,
+        *map(int, loaded.encode("o")),
+    ]
     assert loaded.decode(ids) == f"<|user|>{words}<|odd|><|user|>o"
     assert loaded.encode(words).tolist() == base.encode(words).tolist()
 
@@ -366,7 +488,18 @@ def test_new_tokens_leave_the_base_rows_as_they_were(run, base):
     chat = run("--objective=sft", "--dataset=chat", f"--init_from={base}", "--block_size=16", "--max_iters=0")
     before, after = pretrained.load(str(base)).weights["wte.weight"], chat.last.weights["wte.weight"]
     assert after.shape == (16, 16) and torch.equal(after[:13], before) and (after[13:] != 0).any()
-    learns = run("--objective=sft", "--dataset=chat", f"--init_from={base}", "--block_size=16", "--max_iters=20", "--learning_rate=0.01", "--eval_interval=20", name="more")
-    assert learns.evals[-1]["val_loss"] < learns.evals[0]["val_loss"] and learns.evals[-1]["samples"][0]["prompt"].startswith("<|user|>")
+    learns = run(
+        "--objective=sft",
+        "--dataset=chat",
+        f"--init_from={base}",
+        "--block_size=16",
+        "--max_iters=20",
+        "--learning_rate=0.01",
+        "--eval_interval=20",
+        name="more",
+    )
+    assert learns.evals[-1]["val_loss"] < learns.evals[0]["val_loss"] and learns.evals[-1]["samples"][0][
+        "prompt"
+    ].startswith("<|user|>")
     with pytest.raises(Mistake, match="its embedding can't learn them"):
         run("--objective=sft", "--dataset=chat", f"--init_from={base}", "--adapter=lora", name="lora")

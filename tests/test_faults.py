@@ -90,8 +90,14 @@ def fork(data_dir, tmp_path):
     def fork(*flags: str, name: str = "run", fault: str = ""):
         out_dir = tmp_path / name
         begun = checkpoint.steps(out_dir / "checkpoints")
-        given = ["--init_from=resume"] if begun else [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--dropout=0.1", "--overwrite"]
-        process = FORKS.Process(target=child, args=([*given, f"--out_dir={out_dir}", *flags], fault, str(tmp_path / f"{name}.log"), {}))
+        given = (
+            ["--init_from=resume"]
+            if begun
+            else [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--dropout=0.1", "--overwrite"]
+        )
+        process = FORKS.Process(
+            target=child, args=([*given, f"--out_dir={out_dir}", *flags], fault, str(tmp_path / f"{name}.log"), {})
+        )
         process.start()
         return process
 
@@ -111,7 +117,9 @@ def assert_same_end(tmp_path, one: str, other: str) -> None:
     assert a.steps[-1] == b.steps[-1]
     assert equal_tensors(a.last.weights, b.last.weights) and equal_tensors(a.last.optimizer, b.last.optimizer)
     assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
-    assert not list((tmp_path / one / "checkpoints").glob("*.tmp")) and not list((tmp_path / one / "checkpoints").glob("*.old"))
+    assert not list((tmp_path / one / "checkpoints").glob("*.tmp")) and not list(
+        (tmp_path / one / "checkpoints").glob("*.old")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +127,12 @@ def assert_same_end(tmp_path, one: str, other: str) -> None:
 
 
 def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path):
-    flags = ["--checkpoint_interval=1", "--eval_interval=7", "--optimizer=muon", "--sampling_method=without_replacement"]
+    flags = [
+        "--checkpoint_interval=1",
+        "--eval_interval=7",
+        "--optimizer=muon",
+        "--sampling_method=without_replacement",
+    ]
     moments, kills = random.Random(0), 0
     while kills < 50:
         process = fork(*flags, "--max_iters=100000")
@@ -163,7 +176,10 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
 def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
     assert ended(fork(*flags, fault="full_disk:8")) == 1
-    assert read_run(tmp_path / "run").steps == [4, 6] and "the last save, of step 8, failed" in (tmp_path / "run.log").read_text()
+    assert (
+        read_run(tmp_path / "run").steps == [4, 6]
+        and "the last save, of step 8, failed" in (tmp_path / "run.log").read_text()
+    )
     assert all(checkpoint.damage(tmp_path / f"run/checkpoints/{step:06d}") is None for step in (4, 6))
     assert ended(fork(*flags)) == 0 and ended(fork(*flags, name="undisturbed")) == 0
     assert_same_end(tmp_path, "run", "undisturbed")
@@ -201,8 +217,19 @@ def flip(path):
     path.write_bytes(data)
 
 
-DAMAGES = {"a flipped byte": flip, "a truncated file": lambda path: os.truncate(path, path.stat().st_size // 2), "a deleted file": lambda path: path.unlink()}
-FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json", "manifest.json")
+DAMAGES = {
+    "a flipped byte": flip,
+    "a truncated file": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a deleted file": lambda path: path.unlink(),
+}
+FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "progress.json",
+    "train_config.json",
+    "tokenizer.json",
+    "manifest.json",
+)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -213,7 +240,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, ki
         shutil.copytree(whole.out_dir, tmp_path / "hurt")
         DAMAGES[kind](tmp_path / "hurt/checkpoints/000004" / name)
         resumed = run("--init_from=resume", name="hurt")
-        assert "passing over" in resumed.console and (name in resumed.console or name == "manifest.json") and "resuming" in resumed.console and "000003" in resumed.console
+        assert (
+            "passing over" in resumed.console
+            and (name in resumed.console or name == "manifest.json")
+            and "resuming" in resumed.console
+            and "000003" in resumed.console
+        )
         assert equal_tensors(resumed.last.weights, whole.last.weights)
 
 
@@ -222,20 +254,45 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, ki
 
 
 def torchrun(*flags: str, ranks: int = 2, script=ROOT / "train.py", options: tuple = ()) -> subprocess.Popen:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options, str(script)]
-    return subprocess.Popen([*start, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *options,
+        str(script),
+    ]
+    return subprocess.Popen(
+        [*start, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def workers(process: subprocess.Popen) -> list[int]:
     """Process ids of torchrun's ranks, in order."""
-    told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid), "--sort=pid"], capture_output=True, text=True).stdout
+    told = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid), "--sort=pid"], capture_output=True, text=True
+    ).stdout
     return [int(pid) for pid in told.split()]
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir, tmp_path, restarts):
-    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--eval_interval=100000", "--checkpoint_interval=20", "--rank_timeout=20"]
-    process = torchrun(*flags, "--max_iters=600", f"--out_dir={tmp_path / 'run'}", options=(f"--max-restarts={restarts}",))
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--eval_interval=100000",
+        "--checkpoint_interval=20",
+        "--rank_timeout=20",
+    ]
+    process = torchrun(
+        *flags, "--max_iters=600", f"--out_dir={tmp_path / 'run'}", options=(f"--max-restarts={restarts}",)
+    )
     for line in process.stdout:
         if "step 60:" in line:
             break
@@ -281,8 +338,14 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir, t
     assert process.wait(60) == 0, told
     command(*flags, "--max_iters=1", f"--out_dir={tmp_path / 'clean'}", ranks=2)
     hurt, clean = read_run(tmp_path / "hurt"), read_run(tmp_path / "clean")
-    assert equal_tensors(hurt.last.weights, clean.last.weights) and equal_tensors(hurt.last.optimizer, clean.last.optimizer)
-    assert [line["skipped"] for line in hurt.train] == [0, 1] and "1 skipped" in told and hurt.train[1]["grad_norm"] is None
+    assert equal_tensors(hurt.last.weights, clean.last.weights) and equal_tensors(
+        hurt.last.optimizer, clean.last.optimizer
+    )
+    assert (
+        [line["skipped"] for line in hurt.train] == [0, 1]
+        and "1 skipped" in told
+        and hurt.train[1]["grad_norm"] is None
+    )
 
 
 def poison(monkeypatch, steps, value=math.nan) -> None:
@@ -304,7 +367,9 @@ def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch, optim
     clean = run(f"--optimizer={optimizer}", "--max_iters=2", "--weight_decay=0.1", name="clean")
     poison(monkeypatch, [3])
     hurt = run(f"--optimizer={optimizer}", "--max_iters=3", "--weight_decay=0.1", name="hurt")
-    assert equal_tensors(hurt.last.weights, clean.last.weights) and equal_tensors(hurt.last.optimizer, clean.last.optimizer)
+    assert equal_tensors(hurt.last.weights, clean.last.weights) and equal_tensors(
+        hurt.last.optimizer, clean.last.optimizer
+    )
     assert [line["skipped"] for line in hurt.train] == [0, 0, 1]
 
 
@@ -350,7 +415,9 @@ def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch
     flags = ["--max_iters=44", "--eval_interval=100", "--spike_skip=8"]
     poison(monkeypatch, [40], 1000.0)
     whole = run(*flags, name="whole")
-    assert [line["step"] for line in whole.train if line["skipped"]] == [40, 41, 42, 43, 44] and whole.train[-1]["skipped"] == 1
+    assert [line["step"] for line in whole.train if line["skipped"]] == [40, 41, 42, 43, 44] and whole.train[-1][
+        "skipped"
+    ] == 1
     monkeypatch.undo()
     run("--max_iters=38", *flags[1:], name="parts")
     poison(monkeypatch, [2], 1000.0)
@@ -397,7 +464,16 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
 
 
 def test_an_evaluation_longer_than_the_timeout_hangs_nothing(data_dir, tmp_path):
-    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=2", "--eval_interval=2", "--eval_iters=1500", "--rank_timeout=1", "--early_stop_patience=1"]
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--max_iters=2",
+        "--eval_interval=2",
+        "--eval_iters=1500",
+        "--rank_timeout=1",
+        "--early_stop_patience=1",
+    ]
     began = time.monotonic()
     command(*flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
     assert read_run(tmp_path / "run").steps[-1] == 2 and time.monotonic() - began > 2
@@ -451,8 +527,53 @@ def test_data_that_ends_is_a_whole_run(run):
 
 ROWS = {row.name: row for group in train_args.TABLE.values() for row in group}
 # Not drawn: what leaves this machine, takes minutes to compile, or is fixed below.
-DRAWN = sorted(ROWS.keys() - {"out_dir", "data_dir", "dataset", "wandb_log", "tensorboard_log", "plot_loss", "compile", "init_from", "gpt2_type", "device", "eval_only", "deterministic", "resume", "max_iters", "eval_iters"})
-ODD = st.one_of(st.integers(-3, 40).map(str), st.sampled_from(["", "0.5", "1e-3", "-1e9", "nan", "inf", "true", "False", "None", "a", "a,b", "a a", "{}", '{"eps": 1}', "adamw", "no:such", "../..", "é", "\x00", "9" * 40]))
+DRAWN = sorted(
+    ROWS.keys()
+    - {
+        "out_dir",
+        "data_dir",
+        "dataset",
+        "wandb_log",
+        "tensorboard_log",
+        "plot_loss",
+        "compile",
+        "init_from",
+        "gpt2_type",
+        "device",
+        "eval_only",
+        "deterministic",
+        "resume",
+        "max_iters",
+        "eval_iters",
+    }
+)
+ODD = st.one_of(
+    st.integers(-3, 40).map(str),
+    st.sampled_from(
+        [
+            "",
+            "0.5",
+            "1e-3",
+            "-1e9",
+            "nan",
+            "inf",
+            "true",
+            "False",
+            "None",
+            "a",
+            "a,b",
+            "a a",
+            "{}",
+            '{"eps": 1}',
+            "adamw",
+            "no:such",
+            "../..",
+            "é",
+            "\x00",
+            "9" * 40,
+        ]
+    ),
+)
 
 
 @st.composite
@@ -460,7 +581,13 @@ def argument_line(draw) -> list[str]:
     line = []
     for name in draw(st.lists(st.sampled_from(DRAWN), max_size=5)):
         row = ROWS[name]
-        fitting = st.sampled_from(row.choices) if row.choices else st.sampled_from(["true", "false"]) if isinstance(row.default, bool) else st.integers(1, 12).map(str)
+        fitting = (
+            st.sampled_from(row.choices)
+            if row.choices
+            else st.sampled_from(["true", "false"])
+            if isinstance(row.default, bool)
+            else st.integers(1, 12).map(str)
+        )
         line.append(f"--{draw(st.sampled_from(['', '', '', '', 'x']))}{name}={draw(st.one_of(fitting, fitting, ODD))}")
     return line
 
@@ -469,7 +596,9 @@ def told_or_trained(line: list[str], data_dir, capsys) -> None:
     """A mistake is told with status 2 before anything is trained; otherwise the run runs."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            args = train_args.parse([*TINY, f"--data_dir={data_dir}", *line, "--max_iters=1", "--eval_iters=1", f"--out_dir={folder}/run"])
+            args = train_args.parse(
+                [*TINY, f"--data_dir={data_dir}", *line, "--max_iters=1", "--eval_iters=1", f"--out_dir={folder}/run"]
+            )
             train.main(args)
         except SystemExit as end:
             assert end.code == 2 or "not finite" in str(end.code), (line, end.code)
@@ -487,14 +616,30 @@ def test_random_argument_lines_are_told_or_run(line, data_dir, capsys):
 
 
 CONFIGS = {
-    ".py": (ROOT / "configs" / "modern.py").read_text() + "dataset = 'a'\nn_head = 2\nn_embd = 16\nblock_size = 8\nbatch_size = 4\nwarmup_iters = 0\n",
-    ".json": json.dumps({"dataset": "a", "n_embd": 16, "n_head": 2, "learning_rate": 1e-3, "decay_lr": True, "window": "SL", "norm": "rmsnorm", "optimizer_kwargs": {}}, indent=1),
+    ".py": (ROOT / "configs" / "modern.py").read_text()
+    + "dataset = 'a'\nn_head = 2\nn_embd = 16\nblock_size = 8\nbatch_size = 4\nwarmup_iters = 0\n",
+    ".json": json.dumps(
+        {
+            "dataset": "a",
+            "n_embd": 16,
+            "n_head": 2,
+            "learning_rate": 1e-3,
+            "decay_lr": True,
+            "window": "SL",
+            "norm": "rmsnorm",
+            "optimizer_kwargs": {},
+        },
+        indent=1,
+    ),
     ".yaml": "dataset: a\nn_embd: 16\nlearning_rate: 1e-3\nnorm: rmsnorm\nwindow: LS\noptimizer: muon\ndecay_lr: true\n",
 }
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(kind=st.sampled_from(list(CONFIGS)), cuts=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 6), st.text(max_size=3)), min_size=1, max_size=3))
+@given(
+    kind=st.sampled_from(list(CONFIGS)),
+    cuts=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 6), st.text(max_size=3)), min_size=1, max_size=3),
+)
 def test_mutated_configs_are_told_or_run(kind, cuts, data_dir, capsys, tmp_path_factory):
     words = CONFIGS[kind]
     for place, length, put in cuts:
@@ -510,9 +655,16 @@ def test_mutated_configs_are_told_or_run(kind, cuts, data_dir, capsys, tmp_path_
 
 
 def test_other_names_of_arguments_and_resuming_by_a_checkpoints_config(data_dir, tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps({flag.split("=")[0][2:]: flag.split("=")[1] for flag in TINY} | {"dataset": "a", "data_dir": str(data_dir), "eval_interval": 1000, "steps": 10}))
+    (tmp_path / "x.json").write_text(
+        json.dumps(
+            {flag.split("=")[0][2:]: flag.split("=")[1] for flag in TINY}
+            | {"dataset": "a", "data_dir": str(data_dir), "eval_interval": 1000, "steps": 10}
+        )
+    )
     out = tmp_path / "outputs/a"
-    command(f"--config_path={tmp_path / 'x.json'}", f"--output_dir={out}", "--steps", 40, "--log_freq", 5, "--save_freq", 20)
+    command(
+        f"--config_path={tmp_path / 'x.json'}", f"--output_dir={out}", "--steps", 40, "--log_freq", 5, "--save_freq", 20
+    )
     assert read_run(out).steps == [20, 40]
     told = command(f"--config_path={out}/checkpoints/000040/train_config.json", "--resume=true", "--steps=100").stdout
     resumed = read_run(out)

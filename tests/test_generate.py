@@ -11,7 +11,15 @@ def draw(model, idx, n, seed=0, **more):
     return generate(model.eval(), idx, n, torch.Generator().manual_seed(seed), **more)
 
 
-@pytest.mark.parametrize("variant", [{}, {"position": "rope", "n_kv_head": 2}, {"position": "rope", "window": "SL", "window_size": 3}, {"position": "none", "qk_norm": True}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"position": "rope", "n_kv_head": 2},
+        {"position": "rope", "window": "SL", "window_size": 3},
+        {"position": "none", "qk_norm": True},
+    ],
+)
 @pytest.mark.parametrize("prompt", [1, 5, 12, 20])
 def test_cached_equals_uncached(variant, prompt):
     """Inside the block and far beyond it, greedy and drawn."""
@@ -27,7 +35,13 @@ def test_cached_logits_equal_uncached_logits():
     idx = ids(2, 12)
     cache = Cache(2, 2, 2, 12, 8, idx.device, torch.float32)
     rows = []
-    for part, still in ((idx[:, :4], False), (idx[:, 4:5], False), (idx[:, 5:9], False), (idx[:, 9:10], True), (idx[:, 10:], False)):  # prefill, a token, chunks
+    for part, still in (
+        (idx[:, :4], False),
+        (idx[:, 4:5], False),
+        (idx[:, 5:9], False),
+        (idx[:, 9:10], True),
+        (idx[:, 10:], False),
+    ):  # prefill, a token, chunks
         cache.read(part.size(1), still)
         rows.append(model(part, cache=cache))
     torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
@@ -46,7 +60,11 @@ def test_greedy_equals_transformers(tmp_path):
     from parts import pretrained
 
     torch.manual_seed(3)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=31, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None)).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=31, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path)
     loaded = pretrained.load(str(tmp_path))
     ours = GPT(GPTConfig(**loaded.shape))
@@ -64,7 +82,9 @@ def frequencies(logits, n=20000, **filters):
 def test_draws_follow_the_tempered_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for temperature in (0.5, 1.0, 2.0):
-        torch.testing.assert_close(frequencies(logits, temperature=temperature), (logits / temperature).softmax(-1), atol=0.012, rtol=0)
+        torch.testing.assert_close(
+            frequencies(logits, temperature=temperature), (logits / temperature).softmax(-1), atol=0.012, rtol=0
+        )
 
 
 def test_filters_keep_what_their_definition_says():
@@ -81,7 +101,9 @@ def test_filters_keep_what_their_definition_says():
 
 def test_temperature_zero_is_greedy_and_seeds_matter():
     model = build()
-    assert torch.equal(draw(model, ids(2, 3), 20, seed=1, temperature=0.0), draw(model, ids(2, 3), 20, seed=2, temperature=0.0))
+    assert torch.equal(
+        draw(model, ids(2, 3), 20, seed=1, temperature=0.0), draw(model, ids(2, 3), 20, seed=2, temperature=0.0)
+    )
     assert torch.equal(draw(model, ids(2, 3), 20, seed=1), draw(model, ids(2, 3), 20, seed=1))
     assert not torch.equal(draw(model, ids(2, 3), 20, seed=1), draw(model, ids(2, 3), 20, seed=2))
 
@@ -95,12 +117,20 @@ def test_contexts_go_on_together_in_their_own_rows():
     model = build(vocab_sizes=(31, 7), vocabulary="contexts")
     idx = torch.stack((ids(2, 4), 31 + ids(2, 4, high=7)), 1)
     out = draw(model, idx, 30, temperature=3.0)
-    assert out.shape == (2, 2, 34) and out[:, 0].max() < 31 <= out[:, 1].min() and torch.equal(out, draw(model, idx, 30, temperature=3.0, cached=False))
+    assert (
+        out.shape == (2, 2, 34)
+        and out[:, 0].max() < 31 <= out[:, 1].min()
+        and torch.equal(out, draw(model, idx, 30, temperature=3.0, cached=False))
+    )
 
 
 def test_a_dataset_with_its_own_vocabulary_stays_in_it():
     model = build(vocab_sizes=(31, 7), vocabulary="separate")
-    assert draw(model, ids(2, 4), 50, temperature=5.0).max() < 31 <= draw(model, 31 + ids(2, 4, high=7), 50, temperature=5.0).min()
+    assert (
+        draw(model, ids(2, 4), 50, temperature=5.0).max()
+        < 31
+        <= draw(model, 31 + ids(2, 4, high=7), 50, temperature=5.0).min()
+    )
 
 
 def test_every_token_is_told_as_it_is_drawn():

@@ -13,7 +13,20 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, command
 
-from model import ACTIVATIONS, GPT, MLPS, NORMS, POSITIONS, ChunkedLoss, GPTConfig, RMSNorm, RotaryPosition, activation, chunked_attention, softcap
+from model import (
+    ACTIVATIONS,
+    GPT,
+    MLPS,
+    NORMS,
+    POSITIONS,
+    ChunkedLoss,
+    GPTConfig,
+    RMSNorm,
+    RotaryPosition,
+    activation,
+    chunked_attention,
+    softcap,
+)
 from parts import pretrained
 from parts.mistakes import Mistake
 
@@ -38,7 +51,9 @@ def hugging_face(tmp_path_factory):
     """A small GPT-2 of random weights in transformers, and its folder."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -73,7 +88,9 @@ def test_losses_and_gradients_equal_transformers(hugging_face):
     ours.backward()
     reference.backward()
     assert (model.wte.weight.grad - theirs.transformer.wte.weight.grad).abs().max() < 1e-6
-    assert (model.blocks[1].attn.qkv.weight.grad.t() - theirs.transformer.h[1].attn.c_attn.weight.grad).abs().max() < 1e-6
+    assert (
+        model.blocks[1].attn.qkv.weight.grad.t() - theirs.transformer.h[1].attn.c_attn.weight.grad
+    ).abs().max() < 1e-6
 
 
 def test_grouped_heads_equal_repeated_keys_and_values():
@@ -96,7 +113,9 @@ def test_modern_block_equals_transformers_llama():
         max_position_embeddings=12, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
-    ours = build(n_kv_head=2, norm="rmsnorm", position="rope", activation="silu", mlp="gated", mlp_ratio=2.0, tie_weights=False)
+    ours = build(
+        n_kv_head=2, norm="rmsnorm", position="rope", activation="silu", mlp="gated", mlp_ratio=2.0, tie_weights=False
+    )
     w, state = {name: p.detach() for name, p in ours.named_parameters()}, {}
     for i in range(2):
         q, k, v = w[f"blocks.{i}.attn.qkv.weight"].split([32, 16, 16])
@@ -104,7 +123,11 @@ def test_modern_block_equals_transformers_llama():
                  "mlp.gate_proj": w[f"blocks.{i}.mlp.gate.weight"], "mlp.up_proj": w[f"blocks.{i}.mlp.up.weight"], "mlp.down_proj": w[f"blocks.{i}.mlp.proj.weight"],
                  "input_layernorm": w[f"blocks.{i}.norm_1.weight"], "post_attention_layernorm": w[f"blocks.{i}.norm_2.weight"]}  # fmt: skip
         state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
-    state |= {"model.embed_tokens.weight": w["wte.weight"], "model.norm.weight": w["norm.weight"], "lm_head.weight": w["head.weight"]}
+    state |= {
+        "model.embed_tokens.weight": w["wte.weight"],
+        "model.norm.weight": w["norm.weight"],
+        "lm_head.weight": w["head.weight"],
+    }
     theirs.load_state_dict(state)
     with torch.no_grad():
         assert (ours(ids(3, 12)) - theirs(ids(3, 12)).logits).abs().max() < 1e-5
@@ -113,7 +136,9 @@ def test_modern_block_equals_transformers_llama():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_variant_is_causal(norm, position):
-    model = build(norm=norm, position=position, qk_norm=True, window="SL", window_size=3, logit_softcap=15.0, tie_weights=False).eval()
+    model = build(
+        norm=norm, position=position, qk_norm=True, window="SL", window_size=3, logit_softcap=15.0, tie_weights=False
+    ).eval()
     idx = ids(1, 12)
     changed = idx.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 31
@@ -125,7 +150,9 @@ def test_norms_equal_torchs_own():
     x = torch.randn(3, 5, 32)
     torch.testing.assert_close(NORMS["layernorm"](32, True)(x), torch.nn.LayerNorm(32)(x))
     torch.testing.assert_close(NORMS["rmsnorm"](32, False)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
-    torch.testing.assert_close(NORMS["rmsnorm_nogain"](32, False)(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    torch.testing.assert_close(
+        NORMS["rmsnorm_nogain"](32, False)(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    )
     assert not list(RMSNorm(32, gain=False).parameters())
 
 
@@ -148,7 +175,9 @@ def test_rotary_scores_depend_on_distance_alone():
     assert score(5, 2) == pytest.approx(score(43, 40), abs=1e-5) and score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
     assert rotary.rotate(q, slice(17, 18)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
     angle = rotary.rotate(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8), slice(1, 2))
-    assert angle[0, 0, 0, 0].item() == pytest.approx(math.cos(1)) and angle[0, 0, 0, 4].item() == pytest.approx(math.sin(1))
+    assert angle[0, 0, 0, 0].item() == pytest.approx(math.cos(1)) and angle[0, 0, 0, 4].item() == pytest.approx(
+        math.sin(1)
+    )
 
 
 def test_window_sees_its_last_tokens_alone():
@@ -187,7 +216,9 @@ def test_own_activations():
 def test_gated_mlp_by_hand():
     mlp = MLPS["gated"](dataclasses.replace(TINY, activation="silu", mlp_ratio=2.0, bias=True))
     x = torch.randn(4, 32)
-    by_hand = (F.silu(x @ mlp.gate.weight.t() + mlp.gate.bias) * (x @ mlp.up.weight.t() + mlp.up.bias)) @ mlp.proj.weight.t() + mlp.proj.bias
+    by_hand = (
+        F.silu(x @ mlp.gate.weight.t() + mlp.gate.bias) * (x @ mlp.up.weight.t() + mlp.up.bias)
+    ) @ mlp.proj.weight.t() + mlp.proj.bias
     torch.testing.assert_close(mlp(x), by_hand)
     assert mlp.up.weight.shape == (64, 32)
 
@@ -213,7 +244,9 @@ def test_initial_weights():
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(TINY, n_embd=256, n_layer=8, vocab_sizes=(4000,), bias=True))
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
-    assert std["wte.weight"] == pytest.approx(0.02, rel=0.02) and std["blocks.3.mlp.up.weight"] == pytest.approx(0.02, rel=0.02)
+    assert std["wte.weight"] == pytest.approx(0.02, rel=0.02) and std["blocks.3.mlp.up.weight"] == pytest.approx(
+        0.02, rel=0.02
+    )
     assert std["blocks.3.mlp.proj.weight"] == pytest.approx(0.02 / 4, rel=0.02)
     assert model(ids(2, 12), ids(2, 12, seed=2)).mean().item() == pytest.approx(math.log(4000), rel=0.02)
     zero = GPT(dataclasses.replace(TINY, zero_init=True, tie_weights=False))
@@ -229,7 +262,9 @@ def test_tied_head_is_the_embedding_and_untied_is_not():
 def test_one_context_equals_the_plain_model():
     plain, contexts = build(), build(vocabulary="contexts")
     idx, targets = ids(2, 12), ids(2, 12, seed=2)
-    assert torch.equal(plain(idx), contexts(idx[:, None])) and torch.equal(plain(idx, targets), contexts(idx[:, None], targets[:, None])[:, 0])
+    assert torch.equal(plain(idx), contexts(idx[:, None])) and torch.equal(
+        plain(idx, targets), contexts(idx[:, None], targets[:, None])[:, 0]
+    )
 
 
 def test_contexts_have_their_own_softmax():
@@ -258,7 +293,9 @@ def test_bfloat16_activations_stay_near_float32():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize(("T", "span", "chunk", "kv"), [(12, 12, 128, 4), (12, 12, 5, 2), (37, 8, 10, 4), (64, 64, 16, 1), (9, 1, 4, 4)])
+@pytest.mark.parametrize(
+    ("T", "span", "chunk", "kv"), [(12, 12, 128, 4), (12, 12, 5, 2), (37, 8, 10, 4), (64, 64, 16, 1), (9, 1, 4, 4)]
+)
 def test_chunked_attention_equals_torchs_own(T, span, chunk, kv):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv, kv))
@@ -289,7 +326,12 @@ def test_chunked_loss_equals_the_plain_one(bound, chunk):
     torch.manual_seed(0)
     x = torch.randn(2, 12, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
-    plain = lambda: F.cross_entropy((softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none")  # noqa: E731
+
+    def plain():
+        return F.cross_entropy(
+            (softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none"
+        )
+
     upstream = torch.rand(2, 12, dtype=torch.float64)
     expected = torch.autograd.grad(plain(), (x, head), upstream.flatten())
     ours = ChunkedLoss.apply(x, head, ids(2, 12), bound, chunk)
@@ -324,7 +366,13 @@ def test_residual_scalars_scale_the_stream_and_the_embedding():
     """(1, 0) is the plain block; (0, 1) in the second one makes it the only one."""
     plain, scaled, second = build(), build(residual_scalars=True), build(n_layer=1)
     scaled.load_state_dict(plain.state_dict(), strict=False)
-    second.load_state_dict({name.replace("blocks.1.", "blocks.0."): value for name, value in plain.state_dict().items() if "blocks.0." not in name})
+    second.load_state_dict(
+        {
+            name.replace("blocks.1.", "blocks.0."): value
+            for name, value in plain.state_dict().items()
+            if "blocks.0." not in name
+        }
+    )
     for scales, other in (((1.0, 0.0), plain), ((0.0, 1.0), second)):
         scaled.blocks[0].scales.data.copy_(torch.tensor([1.0, 0.0]))
         scaled.blocks[1].scales.data.copy_(torch.tensor(scales))
@@ -341,7 +389,9 @@ def test_embedding_norm_forgets_the_embeddings_size():
 def test_compiled_equals_eager():
     model = build()
     compiled = torch.compile(model, dynamic=False)
-    torch.testing.assert_close(compiled(ids(2, 12), ids(2, 12, seed=3)), model(ids(2, 12), ids(2, 12, seed=3)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compiled(ids(2, 12), ids(2, 12, seed=3)), model(ids(2, 12), ids(2, 12, seed=3)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_weights_that_dont_fit_are_named():
@@ -365,7 +415,13 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     back = {"position.": "wpe.", "norm.": "ln_f."}
     theirs = {}
     for name, parameter in model.named_parameters():
-        old = name.replace("blocks.", "h.").replace(".norm_", ".ln_").replace(".attn.qkv.", ".attn.c_attn.").replace(".mlp.up.", ".mlp.c_fc.").replace(".proj.", ".c_proj.")
+        old = (
+            name.replace("blocks.", "h.")
+            .replace(".norm_", ".ln_")
+            .replace(".attn.qkv.", ".attn.c_attn.")
+            .replace(".mlp.up.", ".mlp.c_fc.")
+            .replace(".proj.", ".c_proj.")
+        )
         for ours, nano in back.items():
             old = nano + old.removeprefix(ours) if old.startswith(ours) else old
         theirs[f"_orig_mod.transformer.{old}"] = parameter.detach()
@@ -396,7 +452,12 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
             found = self.path.startswith("/openai-community/gpt2-medium/resolve/main/") and path.exists()
             self.send_response(200 if found else 404)
             if found:
-                for name, value in {"ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40, "Content-Length": str(path.stat().st_size), "Accept-Ranges": "bytes"}.items():
+                for name, value in {
+                    "ETag": f'"{path.name}"',
+                    "X-Repo-Commit": "0" * 40,
+                    "Content-Length": str(path.stat().st_size),
+                    "Accept-Ranges": "bytes",
+                }.items():
                     self.send_header(name, value)
             self.end_headers()
             return path if found else None
@@ -411,9 +472,16 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = "import sys; from parts import pretrained; print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
-        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        }
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
         server.shutdown()
     assert done.stdout.split() == ["3", "False"], done.stderr
     done = command("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2 and "offline, give the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (
+        done.returncode == 2 and "offline, give the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    ), done.stderr

@@ -20,7 +20,16 @@ from parts import checkpoint, objectives
 from parts.batches import Batch
 from parts.examples import Coder, Collate, Examples
 from parts.mistakes import Mistake
-from parts.objectives import DPO_LOSSES, DirectPreference, FineTuning, GroupRelative, KahnemanTversky, Reference, advantages, kto_losses
+from parts.objectives import (
+    DPO_LOSSES,
+    DirectPreference,
+    FineTuning,
+    GroupRelative,
+    KahnemanTversky,
+    Reference,
+    advantages,
+    kto_losses,
+)
 from parts.parallel import Ranks
 from parts.text import CharTokenizer
 
@@ -35,7 +44,18 @@ def on_ranks(out_dir: Path, ranks: int, *flags: str) -> SimpleNamespace:
         port = str(free.getsockname()[1])
     log, processes = out_dir.with_suffix(".log"), []
     for rank in range(ranks):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+        env = (
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if ranks > 1
+            else {}
+        )
         processes.append(FORKS.Process(target=child, args=([*flags, f"--out_dir={out_dir}"], "", str(log), env)))
         processes[-1].start()
     assert [ended(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
@@ -59,7 +79,10 @@ def assert_same_lines(a: list[dict], b: list[dict], names) -> None:
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
         for name in names:
-            assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=1e-4, abs=1e-5)), (name, one["step"])
+            assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=1e-4, abs=1e-5)), (
+                name,
+                one["step"],
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,13 +103,18 @@ class Table(nn.Module):
 
 def spread(sums, lengths):
     """Log-probabilities of tokens with these sums a row, none like another."""
-    return torch.cat([total / n + 0.01 * (torch.arange(n) - (n - 1) / 2) for total, n in zip(sums, lengths, strict=True)]).double()
+    return torch.cat(
+        [total / n + 0.01 * (torch.arange(n) - (n - 1) / 2) for total, n in zip(sums, lengths, strict=True)]
+    ).double()
 
 
 def rows_of(lengths, first: int = 1) -> Batch:
     """Rows of so many learned tokens behind two that are not; their ids count from `first` on."""
     width = 2 + max(lengths)
-    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width - 1, dtype=torch.bool)
+    tokens, mask = (
+        torch.zeros(len(lengths), width, dtype=torch.long),
+        torch.zeros(len(lengths), width - 1, dtype=torch.bool),
+    )
     for row, n in enumerate(lengths):
         tokens[row, 2 : 2 + n], mask[row, 1 : 1 + n] = torch.arange(first, first + n), True
         first += n
@@ -111,7 +139,10 @@ DPO_NUMBERS = [
 @pytest.mark.parametrize("name, smoothing, number", DPO_NUMBERS)
 def test_dpo_losses_are_the_reference_numbers(name, smoothing, number):
     function, per_token, _ = DPO_LOSSES[name]
-    a, d = (torch.tensor(policy) - torch.tensor(reference) for policy, reference in ((CHOSEN, REFERENCE_CHOSEN), (REJECTED, REFERENCE_REJECTED)))
+    a, d = (
+        torch.tensor(policy) - torch.tensor(reference)
+        for policy, reference in ((CHOSEN, REFERENCE_CHOSEN), (REJECTED, REFERENCE_REJECTED))
+    )
     if per_token:
         a, d = a / torch.tensor(LENGTHS[:2]), d / torch.tensor(LENGTHS[2:])
     assert float(function(a, d, 0.1, smoothing).mean()) == pytest.approx(number, abs=1e-5)
@@ -121,21 +152,38 @@ def test_dpo_losses_are_the_reference_numbers(name, smoothing, number):
 @pytest.mark.parametrize("name, smoothing, number", DPO_NUMBERS)
 def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
     """Also in two micro-batches of one pair, whose losses add up."""
-    net, begun = Table(spread(CHOSEN + REJECTED, LENGTHS)), Table(spread(REFERENCE_CHOSEN + REFERENCE_REJECTED, LENGTHS))
+    net, begun = (
+        Table(spread(CHOSEN + REJECTED, LENGTHS)),
+        Table(spread(REFERENCE_CHOSEN + REFERENCE_REJECTED, LENGTHS)),
+    )
     objective = DirectPreference(name, 0.1, smoothing, Reference(begun, nullcontext))
     whole = rows_of(LENGTHS)
-    parts = [Batch(whole.tokens[i::cut], {"mask": whole.more["mask"][i::cut]}, cut) for i in range(cut)]  # a pair's rows are two apart
+    parts = [
+        Batch(whole.tokens[i::cut], {"mask": whole.more["mask"][i::cut]}, cut) for i in range(cut)
+    ]  # a pair's rows are two apart
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
     assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
     told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
-    expected = {"loss": number, "rewards/chosen": 0.0, "rewards/rejected": 0.02, "rewards/margins": -0.02, "rewards/accuracies": 0.5, "logps/chosen": -11.0, "logps/rejected": -10.0}
+    expected = {
+        "loss": number,
+        "rewards/chosen": 0.0,
+        "rewards/rejected": 0.02,
+        "rewards/margins": -0.02,
+        "rewards/accuracies": 0.5,
+        "logps/chosen": -11.0,
+        "logps/rejected": -10.0,
+    }
     assert {key: told[key] for key in expected} == pytest.approx(expected, abs=1e-5)
     assert told["entropy"] == pytest.approx(np.log(len(net.logp)), abs=1e-5), "of the stand-in's uniform distribution"
 
 
 def kto_batch():
     batch, strangers = rows_of([2, 1, 3, 2]), rows_of([1, 1, 1, 1], first=9)
-    more = {"label": torch.tensor([True, False, True, False]), "stranger": strangers.tokens, "stranger_mask": strangers.more["mask"]}
+    more = {
+        "label": torch.tensor([True, False, True, False]),
+        "stranger": strangers.tokens,
+        "stranger_mask": strangers.more["mask"],
+    }
     return batch.having(**more)
 
 
@@ -143,15 +191,29 @@ def kto_batch():
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_kto_is_the_reference_numbers(sign, z, number, cut):
     r, strange = torch.tensor([0.5, -0.2, -0.5, 0.6]), sign * torch.tensor([0.4, -0.1, 0.3, 0.2])
-    assert float(kto_losses(r, strange.mean().clamp(min=0), torch.tensor([True, False, True, False]), 0.1, 1.0, 1.33).mean()) == pytest.approx(number, abs=1e-5)
-    net = Table(torch.cat((spread([-3.0 + 0.5, -2.0 - 0.2, -4.0 - 0.5, -5.0 + 0.6], [2, 1, 3, 2]), (strange - 1).double())))
+    assert float(
+        kto_losses(r, strange.mean().clamp(min=0), torch.tensor([True, False, True, False]), 0.1, 1.0, 1.33).mean()
+    ) == pytest.approx(number, abs=1e-5)
+    net = Table(
+        torch.cat((spread([-3.0 + 0.5, -2.0 - 0.2, -4.0 - 0.5, -5.0 + 0.6], [2, 1, 3, 2]), (strange - 1).double()))
+    )
     begun = Table(torch.cat((spread([-3.0, -2.0, -4.0, -5.0], [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
     objective, whole = KahnemanTversky(0.1, 1.0, 1.33, Reference(begun, nullcontext), ONE), kto_batch()
-    parts = [Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.more.items()}, cut) for i in range(cut)]
+    parts = [
+        Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.more.items()}, cut)
+        for i in range(cut)
+    ]
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
     assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
     told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
-    expected = {"loss": number, "kl": z, "rewards/chosen": 0.0, "rewards/rejected": 0.02, "logps/chosen": -3.5, "logps/rejected": -3.3}
+    expected = {
+        "loss": number,
+        "kl": z,
+        "rewards/chosen": 0.0,
+        "rewards/rejected": 0.02,
+        "logps/chosen": -3.5,
+        "logps/rejected": -3.3,
+    }
     assert {key: told[key] for key in expected} == pytest.approx(expected, abs=1e-5)
 
 
@@ -181,9 +243,13 @@ def test_advantages_are_the_reference_numbers():
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
     torch.testing.assert_close(advantages(rewards, 2, "group"), GROUP_A, atol=1e-5, rtol=0)
     centred, spread_of_all = np.array([0.5, -0.5, 0, 0]), np.std([1, 0, 0.5, 0.5], ddof=1)
-    torch.testing.assert_close(advantages(rewards, 2, "batch").double(), torch.tensor(centred / (spread_of_all + 1e-4)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        advantages(rewards, 2, "batch").double(), torch.tensor(centred / (spread_of_all + 1e-4)), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(advantages(rewards, 2, "none").double(), torch.tensor(centred))
-    torch.testing.assert_close(advantages(rewards, 2, "batch", torch.tensor(2.0)).double(), torch.tensor(centred / 2.0001), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        advantages(rewards, 2, "batch", torch.tensor(2.0)).double(), torch.tensor(centred / 2.0001), atol=1e-6, rtol=0
+    )
 
 
 def flat(rows) -> torch.Tensor:
@@ -212,7 +278,10 @@ def test_grpo_is_the_reference_numbers(aggregation, level, high, number, cut):
     net, whole = Table(flat(LP)), grpo_batch()
     objective = GroupRelative(aggregation, 0.2, high, 0.08, level, 1.0, 4, Reference(Table(flat(REF)), nullcontext))
     rows = [slice(0, 4)] if cut == 1 else [slice(0, 2), slice(2, 4)]
-    parts = [Batch(whole.tokens[some], {name: value[some] for name, value in whole.more.items()}, cut, whole.learned) for some in rows]
+    parts = [
+        Batch(whole.tokens[some], {name: value[some] for name, value in whole.more.items()}, cut, whole.learned)
+        for some in rows
+    ]
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
     assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
     told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
@@ -222,7 +291,9 @@ def test_grpo_is_the_reference_numbers(aggregation, level, high, number, cut):
     if level == "token":
         w = np.exp(flat(LP) - flat(OLD)).numpy()
         A = np.repeat(GROUP_A.numpy(), [len(row) for row in LP])
-        assert told["clip_ratio/low"] == pytest.approx(((w < 0.8) & (A < 0)).mean()) and told["clip_ratio/high"] == pytest.approx(((w > 1 + high) & (A > 0)).mean())
+        assert told["clip_ratio/low"] == pytest.approx(((w < 0.8) & (A < 0)).mean()) and told[
+            "clip_ratio/high"
+        ] == pytest.approx(((w > 1 + high) & (A > 0)).mean())
 
 
 def clipped(rows) -> float:
@@ -252,7 +323,9 @@ def test_a_row_without_learned_tokens_adds_nothing():
         batch = grpo_batch()
         batch.more["mask"][:] = False
         net = Table(flat(LP))
-        loss, _ = GroupRelative(aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext))(net, batch.having(reference=torch.zeros(batch.more["mask"].shape)), False)
+        loss, _ = GroupRelative(
+            aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext)
+        )(net, batch.having(reference=torch.zeros(batch.more["mask"].shape)), False)
         loss.backward()
         assert loss.item() == 0 and (net.logp.grad == 0).all()
 
@@ -277,7 +350,9 @@ def test_gradients_through_the_objectives_by_finite_differences(kind):
         "sequence": (GroupRelative("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
     }[kind]  # fmt: skip
     net = Table(values)
-    assert torch.autograd.gradcheck(lambda logp: objective(lambda idx, targets, temperature: -logp[targets], batch, False)[0], (net.logp,))
+    assert torch.autograd.gradcheck(
+        lambda logp: objective(lambda idx, targets, temperature: -logp[targets], batch, False)[0], (net.logp,)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +382,15 @@ class Metrics(dict):
 
 def trainer(**settings) -> SimpleNamespace:
     """What a loss of TRL's asks of its trainer."""
-    common = {"model": SimpleNamespace(training=True), "accelerator": Gathered(), "aux_loss_enabled": False, "precompute_ref_logps": True, "_total_train_tokens": 0, "_tp_size": 1, "_metrics": Metrics()}
+    common = {
+        "model": SimpleNamespace(training=True),
+        "accelerator": Gathered(),
+        "aux_loss_enabled": False,
+        "precompute_ref_logps": True,
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+        "_metrics": Metrics(),
+    }
     return SimpleNamespace(**common, **settings)
 
 
@@ -317,7 +400,10 @@ def outputs(log_probs):
     return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None)
 
 
-@pytest.mark.parametrize("name, smoothing", [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.15), ("sigmoid_norm", 0.0), ("apo_zero", 0.0)])
+@pytest.mark.parametrize(
+    "name, smoothing",
+    [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.15), ("sigmoid_norm", 0.0), ("apo_zero", 0.0)],
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_dpo_equals_trls(name, smoothing, seed):
     """Loss, gradient and metrics; prompts of one length, completions of many."""
@@ -331,15 +417,36 @@ def test_dpo_equals_trls(name, smoothing, seed):
     ours, net.logp.grad = net.logp.grad, None
 
     completion = torch.cat((torch.zeros(8, 1, dtype=torch.bool), batch.more["mask"]), 1)
-    inputs = {"input_ids": batch.tokens, "attention_mask": torch.ones_like(batch.tokens), "completion_mask": completion.long(), "ref_chosen_logps": reference[:4], "ref_rejected_logps": reference[4:]}
-    theirs = trainer(ld_alpha=None, f_divergence_type="reverse_kl", loss_types=[name], loss_weights=[1.0], beta=0.3, label_smoothing=smoothing, use_weighting=False)
+    inputs = {
+        "input_ids": batch.tokens,
+        "attention_mask": torch.ones_like(batch.tokens),
+        "completion_mask": completion.long(),
+        "ref_chosen_logps": reference[:4],
+        "ref_rejected_logps": reference[4:],
+    }
+    theirs = trainer(
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=[name],
+        loss_weights=[1.0],
+        beta=0.3,
+        label_smoothing=smoothing,
+        use_weighting=False,
+    )
     model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.more["mask"])  # noqa: E731
     reference_loss = dpo_trainer.DPOTrainer._compute_loss(theirs, model, inputs, False)
     reference_loss.backward()
     assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-9)
     torch.testing.assert_close(ours, net.logp.grad)
     logged = theirs._metrics["train"]
-    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+    for key in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
         assert ratio(told[key]) == pytest.approx(logged[key][-1], abs=1e-5), key
 
 
@@ -351,7 +458,11 @@ def test_kto_equals_trls(seed):
     lengths = torch.randint(1, 7, (7,)).tolist()
     net = Table(-4 * torch.rand(sum(lengths) + 7, dtype=torch.double))
     begun = Table(net.logp.detach()[1:] + torch.randn(sum(lengths) + 7, dtype=torch.double))
-    batch, strangers, label = rows_of(lengths), rows_of([1] * 7, first=sum(lengths) + 1), torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
+    batch, strangers, label = (
+        rows_of(lengths),
+        rows_of([1] * 7, first=sum(lengths) + 1),
+        torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool),
+    )
     batch = batch.having(label=label, stranger=strangers.tokens, stranger_mask=strangers.more["mask"])
     objective = KahnemanTversky(0.3, 1.2, 0.7, Reference(begun, nullcontext), ONE)
     (prepared,) = objective.prepare(net, [batch])
@@ -363,8 +474,22 @@ def test_kto_equals_trls(seed):
         return (net.logp[batch.tokens[:, 1:]] * batch.more["mask"]).sum(1).detach()
 
     completion = torch.cat((torch.zeros(7, 1, dtype=torch.bool), batch.more["mask"]), 1)
-    inputs = {"input_ids": batch.tokens, "attention_mask": torch.ones_like(batch.tokens), "completion_mask": completion.long(), "label": label, "ref_logps": logps(begun, batch), "ref_KL_logps": logps(begun, strangers)}
-    theirs = trainer(calculate_KL=True, loss_type="kto", beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, _compute_kl_logps=lambda model, given: logps(net, strangers))
+    inputs = {
+        "input_ids": batch.tokens,
+        "attention_mask": torch.ones_like(batch.tokens),
+        "completion_mask": completion.long(),
+        "label": label,
+        "ref_logps": logps(begun, batch),
+        "ref_KL_logps": logps(begun, strangers),
+    }
+    theirs = trainer(
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
+        _compute_kl_logps=lambda model, given: logps(net, strangers),
+    )
     model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.more["mask"])  # noqa: E731
     reference_loss = kto_trainer.KTOTrainer._compute_loss(theirs, model, inputs, False)
     reference_loss.backward()
@@ -385,8 +510,15 @@ def test_grpo_equals_trls(aggregation, level, beta):
     lengths = torch.randint(1, 7, (8,)).tolist()
     batch = rows_of(lengths)
     mask, width = batch.more["mask"], max(lengths)
-    net, old, ref = Table(-2 * torch.rand(sum(lengths), dtype=torch.double)), torch.zeros(mask.shape, dtype=torch.double), torch.zeros(mask.shape, dtype=torch.double)
-    old[mask], ref[mask] = net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4, net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4
+    net, old, ref = (
+        Table(-2 * torch.rand(sum(lengths), dtype=torch.double)),
+        torch.zeros(mask.shape, dtype=torch.double),
+        torch.zeros(mask.shape, dtype=torch.double),
+    )
+    old[mask], ref[mask] = (
+        net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4,
+        net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4,
+    )
     A = torch.randn(8, dtype=torch.double)
     objective = GroupRelative(aggregation, 0.2, 0.3, beta, level, 1.0, 9, object() if beta else None)
     loss, told = objective(net, batch.having(old=old, advantage=A, reference=ref), True)
@@ -409,7 +541,10 @@ def test_grpo_equals_trls(aggregation, level, beta):
     if beta:
         assert ratio(told["kl"]) == pytest.approx(logged["kl"][-1], abs=1e-5)
     if level == "token":
-        ours, theirs = ([told[f"clip_ratio/{end}"] for end in ("low", "high")], [logged[f"clip_ratio/{end}_mean"][-1] for end in ("low", "high")])
+        ours, theirs = (
+            [told[f"clip_ratio/{end}"] for end in ("low", "high")],
+            [logged[f"clip_ratio/{end}_mean"][-1] for end in ("low", "high")],
+        )
         assert list(map(ratio, ours)) == pytest.approx(theirs) and min(theirs) > 0
 
 
@@ -424,14 +559,20 @@ def test_entropy_and_accuracy_are_those_of_the_distribution():
     for temperature in (1.0, 2.5):
         told = objectives.statistics(model, batch, temperature)
         logits, mask = model(batch.idx) / temperature, batch.more["mask"]
-        assert ratio(told["entropy"]) == pytest.approx(torch.distributions.Categorical(logits=logits).entropy()[mask].mean().item(), rel=1e-5)
-        assert ratio(told["mean_token_accuracy"]) == pytest.approx(float((logits.argmax(-1) == batch.targets)[mask].float().mean()))
+        assert ratio(told["entropy"]) == pytest.approx(
+            torch.distributions.Categorical(logits=logits).entropy()[mask].mean().item(), rel=1e-5
+        )
+        assert ratio(told["mean_token_accuracy"]) == pytest.approx(
+            float((logits.argmax(-1) == batch.targets)[mask].float().mean())
+        )
 
 
 def test_log_probabilities_are_those_of_the_tempered_softmax():
     model, batch = build(logit_softcap=3.0).eval(), rows_of([3, 5, 2])
     for temperature in (1.0, 0.4):
-        plain = (model(batch.idx) / temperature).log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0] * batch.more["mask"]
+        plain = (model(batch.idx) / temperature).log_softmax(-1).gather(-1, batch.targets[..., None])[
+            ..., 0
+        ] * batch.more["mask"]
         torch.testing.assert_close(objectives.logps(model, batch.tokens, batch.more["mask"], temperature), plain)
 
 
@@ -439,17 +580,30 @@ def test_log_probabilities_are_those_of_the_tempered_softmax():
 # no way of cutting a step changes it
 
 CUTS = [(4, 1), (2, 2), (1, 4)]
-SGD = ["--optimizer=sgd", "--learning_rate=0.05", "--weight_decay=0", "--max_iters=4", "--eval_interval=4", "--eval_samples=0", "--log_data_hash"]
+SGD = [
+    "--optimizer=sgd",
+    "--learning_rate=0.05",
+    "--weight_decay=0",
+    "--max_iters=4",
+    "--eval_interval=4",
+    "--eval_samples=0",
+    "--log_data_hash",
+]
 
 
 def cut(rows: int, accumulation: int) -> list[str]:
     return [f"--batch_size={rows}", f"--gradient_accumulation_steps={accumulation}"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--packing", "--block_size=24"], ["--loss_on=all"]], ids=["padded", "packed", "all"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--packing", "--block_size=24"], ["--loss_on=all"]], ids=["padded", "packed", "all"]
+)
 def test_fine_tuning_weighs_the_tokens_of_the_whole_step(run, base, flags):
     """Completions of 1 and 2 digits: means of micro-batches' means would differ."""
-    runs = [run("--objective=sft", "--dataset=sums", f"--init_from={base}", *SGD, *flags, *cut(*c), name=f"{c[0]}") for c in CUTS]
+    runs = [
+        run("--objective=sft", "--dataset=sums", f"--init_from={base}", *SGD, *flags, *cut(*c), name=f"{c[0]}")
+        for c in CUTS
+    ]
     for other in runs[1:]:
         assert_same_run(runs[0], other, "mean_token_accuracy", "entropy", "tokens")
         assert told_of(runs[0], "data_hash") == told_of(other, "data_hash")
@@ -460,7 +614,13 @@ def agreeing(folder: Path) -> list[str]:
     rows = [{"prompt": f"{i}+{i % 7}=", "completion": "7" if i % 3 else "9", "label": bool(i % 3)} for i in range(12)]
     path = folder / "agreeing.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--objective=kto", f"--train_file={path}", f"--validation_file={path}", "--undesirable_weight=0.1", "--beta=0.5"]
+    return [
+        "--objective=kto",
+        f"--train_file={path}",
+        f"--validation_file={path}",
+        "--undesirable_weight=0.1",
+        "--beta=0.5",
+    ]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
@@ -468,8 +628,15 @@ def agreeing(folder: Path) -> list[str]:
 def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tmp_path, more):
     """kto's reference point is that of the whole step."""
     flags = agreeing(tmp_path) if objective == "kto" else ["--objective=dpo", "--dataset=pairs"]
-    runs = [run(*flags, f"--init_from={base}", *SGD, "--learning_rate=0.3", *more, *cut(*c), name=f"{c[0]}") for c in CUTS]
-    names = ["logps/chosen", "rewards/chosen", "rewards/rejected", *(["kl"] if objective == "kto" else ["rewards/margins", "rewards/accuracies"])]
+    runs = [
+        run(*flags, f"--init_from={base}", *SGD, "--learning_rate=0.3", *more, *cut(*c), name=f"{c[0]}") for c in CUTS
+    ]
+    names = [
+        "logps/chosen",
+        "rewards/chosen",
+        "rewards/rejected",
+        *(["kl"] if objective == "kto" else ["rewards/margins", "rewards/accuracies"]),
+    ]
     for other in runs[1:]:
         assert told_of(runs[0], "data_hash") == told_of(other, "data_hash")
         for name in ("loss", "grad_norm"):
@@ -494,7 +661,19 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
 
 @pytest.mark.parametrize("loss_type, scale", [("grpo", "group"), ("dr_grpo", "batch"), ("dapo", "none")])
 def test_reinforcement_is_the_same_however_a_step_is_cut(run, base, loss_type, scale):
-    flags = ["--objective=grpo", "--dataset=sums", f"--init_from={base}", *SGD, "--num_generations=4", "--max_new_tokens=3", "--temperature=1.5", "--reward=length", f"--loss_type={loss_type}", f"--scale_rewards={scale}", "--num_iterations=2"]
+    flags = [
+        "--objective=grpo",
+        "--dataset=sums",
+        f"--init_from={base}",
+        *SGD,
+        "--num_generations=4",
+        "--max_new_tokens=3",
+        "--temperature=1.5",
+        "--reward=length",
+        f"--loss_type={loss_type}",
+        f"--scale_rewards={scale}",
+        "--num_iterations=2",
+    ]
     runs = [run(*flags, *cut(*c), name=f"{c[0]}") for c in ((8, 1), (4, 2), (1, 8))]
     for other in runs[1:]:
         assert told_of(runs[0], "data_hash") == told_of(other, "data_hash"), "the same answers"
@@ -507,21 +686,49 @@ OF_RANKS = {
     "dpo": ["--objective=dpo", "--dataset=pairs", *cut(2, 2), "--learning_rate=0.3"],
     "dpo_cache": ["--objective=dpo", "--dataset=pairs", "--reference=cache", *cut(2, 2), "--learning_rate=0.3"],
     "kto": [*cut(2, 3), "--learning_rate=0.3"],
-    "grpo": ["--objective=grpo", "--dataset=sums", "--num_generations=4", "--max_new_tokens=3", "--temperature=1.5", "--reward=length", "--loss_type=dapo", "--scale_rewards=batch", *cut(8, 1)],
+    "grpo": [
+        "--objective=grpo",
+        "--dataset=sums",
+        "--num_generations=4",
+        "--max_new_tokens=3",
+        "--temperature=1.5",
+        "--reward=length",
+        "--loss_type=dapo",
+        "--scale_rewards=batch",
+        *cut(8, 1),
+    ],
 }
 
 
-@pytest.mark.parametrize("kind, parallel", [*((kind, "ddp") for kind in OF_RANKS), *((kind, "fsdp") for kind in ("sft", "dpo", "kto", "grpo"))])
+@pytest.mark.parametrize(
+    "kind, parallel",
+    [*((kind, "ddp") for kind in OF_RANKS), *((kind, "fsdp") for kind in ("sft", "dpo", "kto", "grpo"))],
+)
 def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     """The same examples, and of grpo the same answers; the same losses and metrics."""
-    flags = [*PLAIN, f"--data_dir={data_dir}", f"--init_from={base}", *SGD, "--eval_interval=2", *OF_RANKS[kind], *(agreeing(tmp_path) if kind == "kto" else [])]
+    flags = [
+        *PLAIN,
+        f"--data_dir={data_dir}",
+        f"--init_from={base}",
+        *SGD,
+        "--eval_interval=2",
+        *OF_RANKS[kind],
+        *(agreeing(tmp_path) if kind == "kto" else []),
+    ]
     if kind == "dpo_cache":
         shutil.copytree(data_dir / "pairs", tmp_path / "one/pairs")
         shutil.copytree(data_dir / "pairs", tmp_path / "two/pairs")
     places = [[f"--data_dir={tmp_path / name}"] if kind == "dpo_cache" else [] for name in ("one", "two")]
-    one, two = on_ranks(tmp_path / "1", 1, *flags, *places[0]), on_ranks(tmp_path / "2", 2, *flags, *places[1], f"--parallel={parallel}")
+    one, two = (
+        on_ranks(tmp_path / "1", 1, *flags, *places[0]),
+        on_ranks(tmp_path / "2", 2, *flags, *places[1], f"--parallel={parallel}"),
+    )
     assert told_of(one, "data_hash") == told_of(two, "data_hash")
-    numbers = [name for name, value in one.train[0].items() if isinstance(value, float) and name not in ("seconds", "step_ms", "tokens_per_second", "mfu")]
+    numbers = [
+        name
+        for name, value in one.train[0].items()
+        if isinstance(value, float) and name not in ("seconds", "step_ms", "tokens_per_second", "mfu")
+    ]
     assert {"loss", "grad_norm", "entropy"} <= set(numbers)
     assert_same_lines(one.train, two.train, numbers)
     assert_same_lines(one.evals, two.evals, ["val_loss", "train_loss", *(["val_reward"] if kind == "grpo" else [])])
@@ -532,11 +739,25 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
 # packed is padded
 
 
-@pytest.mark.parametrize("variant", [{}, {"position": "rope", "window": "SL", "window_size": 4, "n_kv_head": 2}, {"position": "none", "value_residual": True}, {"activation_checkpointing": True, "position": "rope"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"position": "rope", "window": "SL", "window_size": 4, "n_kv_head": 2},
+        {"position": "none", "value_residual": True},
+        {"activation_checkpointing": True, "position": "rope"},
+    ],
+)
 def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     rng = np.random.default_rng(0)
     coder = Coder(CharTokenizer("0123456789+=", ends=True), 24)
-    rows = [{"prompt": "".join(rng.choice(list("0123456789+="), rng.integers(1, 8))), "completion": "".join(rng.choice(list("0123456789"), rng.integers(0, 6)))} for _ in range(17)]
+    rows = [
+        {
+            "prompt": "".join(rng.choice(list("0123456789+="), rng.integers(1, 8))),
+            "completion": "".join(rng.choice(list("0123456789"), rng.integers(0, 6))),
+        }
+        for _ in range(17)
+    ]
     results = []
     for packed in (False, True):
         data = Examples("x", rows, "sft", coder, 0, 0, "x", packed)
@@ -545,9 +766,20 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
         model = build(block_size=24, **variant)
         loss, told = FineTuning()(model, batch, True)
         loss.backward()
-        results.append((len(data.items), loss.item(), {name: ratio(pair) for name, pair in told.items()}, {name: p.grad for name, p in model.named_parameters()}))
+        results.append(
+            (
+                len(data.items),
+                loss.item(),
+                {name: ratio(pair) for name, pair in told.items()},
+                {name: p.grad for name, p in model.named_parameters()},
+            )
+        )
     (many, loss, told, gradients), (few, packed_loss, packed_told, packed_gradients) = results
-    assert few < many / 1.8 and packed_loss == pytest.approx(loss, rel=1e-6) and packed_told == pytest.approx(told, rel=1e-5)
+    assert (
+        few < many / 1.8
+        and packed_loss == pytest.approx(loss, rel=1e-6)
+        and packed_told == pytest.approx(told, rel=1e-5)
+    )
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -559,17 +791,32 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
 def test_the_cache_is_read_the_second_time_and_follows_the_weights(run, base, tmp_path, data_dir):
     """A number changed in it is seen; other weights have a file of their own."""
     shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
-    flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", *SGD, "--reference=cache", "--max_iters=2", "--batch_size=110"]
+    flags = [
+        "--objective=dpo",
+        "--dataset=pairs",
+        f"--data_dir={tmp_path / 'data'}",
+        *SGD,
+        "--reference=cache",
+        "--max_iters=2",
+        "--batch_size=110",
+    ]
     first = run(*flags, f"--init_from={base}", name="first")
     files = sorted((tmp_path / "data/pairs").glob("reference_*.safetensors"))
     assert [path.name.split("_")[1] for path in files] == ["train", "val"]
     before = [path.stat().st_mtime_ns for path in files]
     again = run(*flags, f"--init_from={base}", name="again")
-    assert again.losses == first.losses and equal_tensors(again.last.weights, first.last.weights) and [path.stat().st_mtime_ns for path in files] == before
+    assert (
+        again.losses == first.losses
+        and equal_tensors(again.last.weights, first.last.weights)
+        and [path.stat().st_mtime_ns for path in files] == before
+    )
     told = checkpoint.read_tensors(files[0])["logps"]
     checkpoint.write_tensors(files[0], {"logps": told - torch.tensor([10.0, 0.0])})  # each margin grows by 10 beta
     moved = run(*flags, f"--init_from={base}", name="moved")
-    assert moved.losses[0] == pytest.approx(np.log(1 + np.exp(-0.1 * 10)), rel=1e-4) and moved.evals[0]["val_loss"] == first.evals[0]["val_loss"]
+    assert (
+        moved.losses[0] == pytest.approx(np.log(1 + np.exp(-0.1 * 10)), rel=1e-4)
+        and moved.evals[0]["val_loss"] == first.evals[0]["val_loss"]
+    )
     run(*flags, f"--init_from={first.out_dir}", name="other")
     assert len(list((tmp_path / "data/pairs").glob("reference_*.safetensors"))) == 4
 
@@ -577,14 +824,29 @@ def test_the_cache_is_read_the_second_time_and_follows_the_weights(run, base, tm
 @pytest.mark.parametrize("objective, data", [("dpo", "pairs"), ("kto", "labelled")])
 def test_the_reference_is_what_the_run_began_with_after_a_resume_too(run, base, objective, data):
     """Bit for bit the run that never stopped, whose rewards are measured from the base."""
-    flags = [f"--objective={objective}", f"--dataset={data}", f"--init_from={base}", "--max_iters=4", "--eval_interval=2", "--eval_samples=0", "--learning_rate=0.01"]
+    flags = [
+        f"--objective={objective}",
+        f"--dataset={data}",
+        f"--init_from={base}",
+        "--max_iters=4",
+        "--eval_interval=2",
+        "--eval_samples=0",
+        "--learning_rate=0.01",
+    ]
     for more in ([], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]):
         name = "_".join(more).replace("=", "").replace("--", "") or "full"
         whole = run(*flags, *more, name=f"{name}_whole")
         run(*flags, *more, "--max_iters=2", name=f"{name}_parts")
         parts = run("--init_from=resume", "--max_iters=4", name=f"{name}_parts")
-        assert parts.losses == whole.losses and equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(parts.last.optimizer, whole.last.optimizer)
-        assert told_of(parts, "rewards/chosen") == told_of(whole, "rewards/chosen") and whole.train[-1]["rewards/chosen"] != 0
+        assert (
+            parts.losses == whole.losses
+            and equal_tensors(parts.last.weights, whole.last.weights)
+            and equal_tensors(parts.last.optimizer, whole.last.optimizer)
+        )
+        assert (
+            told_of(parts, "rewards/chosen") == told_of(whole, "rewards/chosen")
+            and whole.train[-1]["rewards/chosen"] != 0
+        )
 
 
 def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
@@ -597,4 +859,3 @@ def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
     (tmp_path / "base/manifest.json").unlink()
     with pytest.raises(Mistake, match="does not hold the weights that the run began with"):
         run("--init_from=resume", "--max_iters=4")
-

@@ -46,7 +46,10 @@ def test_each_optimizer_is_the_class_it_names(name):
              "sgd": {"momentum": 0.7}, "rmsprop": {"momentum": 0.7}}.get(name, {})  # fmt: skip
     matrices, vectors = [p for p in theirs.parameters() if p.dim() > 1], [p for p in theirs.parameters() if p.dim() < 2]
     train(ours, optimizer)
-    by_hand(theirs, [cls([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, **known)])
+    by_hand(
+        theirs,
+        [cls([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, **known)],
+    )
     assert_same(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -67,7 +70,9 @@ def test_every_parameter_is_in_exactly_one_group():
     for name in (*optim.OPTIMIZERS, "muon"):
         optimizer = Optimizer(name, model, Settings(), model.fused_rows())
         held = [p for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
-        assert sum(p.numel() for p in held) == model.count_parameters() and len({p.data_ptr() for p in held}) == len(held)
+        assert sum(p.numel() for p in held) == model.count_parameters() and len({p.data_ptr() for p in held}) == len(
+            held
+        )
 
 
 def test_lion_by_its_formula():
@@ -85,7 +90,9 @@ def test_lion_by_its_formula():
 def test_muon_is_torchs_with_q_k_v_apart():
     """A model whose q, k and v are separate parameters, under torch.optim.Muon itself."""
     ours, theirs = build(n_kv_head=2), build(n_kv_head=2)
-    settings = Settings(lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9)
+    settings = Settings(
+        lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9
+    )
     train(ours, Optimizer("muon", ours, settings, ours.fused_rows()))
     hidden, rest = [], []
     for name, p in theirs.named_parameters():
@@ -93,10 +100,24 @@ def test_muon_is_torchs_with_q_k_v_apart():
     for step in range(3):
         theirs(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
         if step == 0:
-            pieces = [torch.nn.Parameter(part) for name, p in hidden for part in p.detach().split([32, 16, 16] if "qkv" in name else [p.size(0)])]
+            pieces = [
+                torch.nn.Parameter(part)
+                for name, p in hidden
+                for part in p.detach().split([32, 16, 16] if "qkv" in name else [p.size(0)])
+            ]
             muon = torch.optim.Muon(pieces, lr=0.05, weight_decay=0.02, momentum=0.9)
-            adam = torch.optim.AdamW([{"params": [p for _, p in rest if p.dim() > 1], "weight_decay": 0.1}, {"params": [p for _, p in rest if p.dim() < 2], "weight_decay": 0.0}], lr=3e-3, betas=(0.8, 0.95), fused=True)
-        gradients = [part for name, p in hidden for part in p.grad.split([32, 16, 16] if "qkv" in name else [p.size(0)])]
+            adam = torch.optim.AdamW(
+                [
+                    {"params": [p for _, p in rest if p.dim() > 1], "weight_decay": 0.1},
+                    {"params": [p for _, p in rest if p.dim() < 2], "weight_decay": 0.0},
+                ],
+                lr=3e-3,
+                betas=(0.8, 0.95),
+                fused=True,
+            )
+        gradients = [
+            part for name, p in hidden for part in p.grad.split([32, 16, 16] if "qkv" in name else [p.size(0)])
+        ]
         for piece, gradient in zip(pieces, gradients, strict=True):
             piece.grad = gradient
         muon.step()
@@ -130,7 +151,10 @@ def test_clipping_is_torchs_and_reaches_the_slices():
 def test_saved_state_goes_on_as_if_never_stopped(name):
     whole, parts = build(), build()
     settings = Settings(lr=1e-2)
-    first, second = Optimizer(name, whole, settings, whole.fused_rows()), Optimizer(name, parts, settings, parts.fused_rows())
+    first, second = (
+        Optimizer(name, whole, settings, whole.fused_rows()),
+        Optimizer(name, parts, settings, parts.fused_rows()),
+    )
     train(whole, first, 4)
     train(parts, second, 2)
     tensors, rest = copy.deepcopy(second.state())
@@ -146,7 +170,11 @@ def test_saved_state_goes_on_as_if_never_stopped(name):
 
 def test_classes_by_name_are_checked():
     model = build()
-    for name, told in (("no_such_package:X", "no_such_package"), ("torch.optim:Adm", "Adm"), ("torch.nn:Linear", "not a torch.optim.Optimizer")):
+    for name, told in (
+        ("no_such_package:X", "no_such_package"),
+        ("torch.optim:Adm", "Adm"),
+        ("torch.nn:Linear", "not a torch.optim.Optimizer"),
+    ):
         with pytest.raises(Mistake, match=told):
             Optimizer(name, model, Settings(), {})
     with pytest.raises(Mistake, match="optimizer_kwargs"):
@@ -180,10 +208,16 @@ def test_schedules_by_their_closed_forms():
     at = lambda name, step: learning_rate(name, PLAN, step)  # noqa: E731
     assert at("none", 400) == 1e-3
     assert at("linear", 60) == pytest.approx(5.5e-4) and at("linear", 110) == pytest.approx(1e-4) == at("linear", 300)
-    assert at("exponential", 60) == pytest.approx(math.sqrt(1e-3 * 1e-4)) and at("exponential", 110) == pytest.approx(1e-4)
+    assert at("exponential", 60) == pytest.approx(math.sqrt(1e-3 * 1e-4)) and at("exponential", 110) == pytest.approx(
+        1e-4
+    )
     assert at("step", 39) == 1e-3 and at("step", 40) == 5e-4 and at("step", 70) == 2.5e-4 and at("step", 300) == 1e-4
     assert at("inverse_sqrt", 40) == pytest.approx(5e-4) and at("inverse_sqrt", 10**6) == 1e-4
-    assert at("wsd", 66) == 1e-3 and at("wsd", 88) == pytest.approx(5.5e-4) and at("wsd", 110) == pytest.approx(1e-4) == at("wsd", 200)
+    assert (
+        at("wsd", 66) == 1e-3
+        and at("wsd", 88) == pytest.approx(5.5e-4)
+        and at("wsd", 110) == pytest.approx(1e-4) == at("wsd", 200)
+    )
 
 
 def test_cosine_is_torchs_and_nanogpts():
@@ -200,4 +234,6 @@ def test_rates_follow_the_schedule_in_every_group():
     model = build()
     optimizer = Optimizer("muon", model, Settings(lr=1e-3, muon_lr=0.02), model.fused_rows())
     optimizer.set_rate(0.25)
-    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx([2.5e-4, 2.5e-4, 2.5e-4, 5e-3])
+    assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx(
+        [2.5e-4, 2.5e-4, 2.5e-4, 5e-3]
+    )

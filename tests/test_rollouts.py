@@ -31,7 +31,9 @@ PROMPTS = [ids(n, seed=n).tolist() for n in LENGTHS]
 
 def alone(model: GPT, prompt: list[int], n: int, end: int | None, known: int) -> tuple[list[int], bool]:
     """The likeliest answer, without a cache, one token after the other."""
-    out = generate(model, torch.tensor([prompt]), n, torch.Generator(), temperature=0.0, known=[known], cached=False)[0, len(prompt) :].tolist()
+    out = generate(model, torch.tensor([prompt]), n, torch.Generator(), temperature=0.0, known=[known], cached=False)[
+        0, len(prompt) :
+    ].tolist()
     return (out[: out.index(end) + 1], True) if end in out else (out, False)
 
 
@@ -64,10 +66,25 @@ def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, tempera
     model = build(block_size=40, **variant).eval()
     lengths = set()
     for filters in ({}, {"top_k": 4}, {"top_p": 0.7}):
-        answers = complete(model, PROMPTS, 20, 5, 31, temperature, repeats=4, uniform=lambda number, token: uniform(3, number, token), **filters)
+        answers = complete(
+            model,
+            PROMPTS,
+            20,
+            5,
+            31,
+            temperature,
+            repeats=4,
+            uniform=lambda number, token: uniform(3, number, token),
+            **filters,
+        )
         lengths |= {len(answer.ids) for answer in answers}
         for answer, prompt in zip(answers, [prompt for prompt in PROMPTS for _ in range(4)], strict=True):
-            torch.testing.assert_close(torch.tensor(answer.logps), plain_logps(model, prompt, answer.ids, temperature, 31), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.tensor(answer.logps),
+                plain_logps(model, prompt, answer.ids, temperature, 31),
+                atol=1e-4,
+                rtol=1e-4,
+            )
     assert len(lengths) > 1, "rows that end at different times"
 
 
@@ -75,11 +92,41 @@ def test_draws_are_those_of_one_prompt_at_a_time():
     """The same numbers decide, so the batch in which a prompt is answered does not matter, nor what filters keep."""
     model = build(block_size=40, position="rope").eval()
     for filters in ({}, {"top_k": 5}, {"top_p": 0.8}):
-        whole = complete(model, PROMPTS, 20, 5, 31, 1.0, repeats=2, uniform=lambda number, token: uniform(3, number, token), **filters)
+        whole = complete(
+            model,
+            PROMPTS,
+            20,
+            5,
+            31,
+            1.0,
+            repeats=2,
+            uniform=lambda number, token: uniform(3, number, token),
+            **filters,
+        )
         for i, prompt in enumerate(PROMPTS):
-            (one, other) = complete(model, [prompt], 20, 5, 31, 1.0, repeats=2, uniform=lambda number, token, i=i: uniform(3, number + 2 * i, token), **filters)
+            (one, other) = complete(
+                model,
+                [prompt],
+                20,
+                5,
+                31,
+                1.0,
+                repeats=2,
+                uniform=lambda number, token, i=i: uniform(3, number + 2 * i, token),
+                **filters,
+            )
             assert (one.ids, other.ids) == (whole[2 * i].ids, whole[2 * i + 1].ids) and one.ids != other.ids
-        some = complete(model, PROMPTS[2:4], 20, 5, 31, 1.0, repeats=2, uniform=lambda number, token: uniform(3, number + 4, token), **filters)
+        some = complete(
+            model,
+            PROMPTS[2:4],
+            20,
+            5,
+            31,
+            1.0,
+            repeats=2,
+            uniform=lambda number, token: uniform(3, number + 4, token),
+            **filters,
+        )
         assert [answer.ids for answer in some] == [answer.ids for answer in whole[4:8]]
 
 
@@ -131,7 +178,9 @@ def test_ids_that_are_padding_are_never_drawn():
         expected = (model(torch.tensor([PROMPTS[0]]))[0, -1, :5] / 1.5).softmax(-1)
     torch.testing.assert_close(seen, expected, atol=0.04, rtol=0)
     for answer in answers[:20]:
-        torch.testing.assert_close(torch.tensor(answer.logps), plain_logps(model, PROMPTS[0], answer.ids, 1.5, 5), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(answer.logps), plain_logps(model, PROMPTS[0], answer.ids, 1.5, 5), atol=1e-4, rtol=1e-4
+        )
     (greedy,) = complete(model, [PROMPTS[0]], 20, None, 5, temperature=0.0)
     assert greedy.ids == alone(model, PROMPTS[0], 20, None, 5)[0] != alone(model, PROMPTS[0], 20, None, 31)[0]
 
@@ -143,11 +192,16 @@ DIGITS = CharTokenizer("0123456789+=", ends=True)
 
 
 def made_of(words: list[str], objective: str = "grpo") -> Examples:
-    return Examples("x", [{"prompt": word, "answer": "1"} for word in words], objective, Coder(DIGITS, 16, room=4), 0, 0, "x")
+    return Examples(
+        "x", [{"prompt": word, "answer": "1"} for word in words], objective, Coder(DIGITS, 16, room=4), 0, 0, "x"
+    )
 
 
 def test_the_end_token_is_no_part_of_an_answers_text():
-    assert [rollouts.text_of(Completion([1, 10, *end], [0.0] * 3, bool(end)), DIGITS) for end in ([12], [])] == ["1+", "1+"]
+    assert [rollouts.text_of(Completion([1, 10, *end], [0.0] * 3, bool(end)), DIGITS) for end in ([12], [])] == [
+        "1+",
+        "1+",
+    ]
 
 
 def test_rewards_are_the_tasks_own_of_the_decoded_answers():
@@ -160,9 +214,13 @@ def test_rewards_are_the_tasks_own_of_the_decoded_answers():
     assert len({answer.ended for answer in drawn}) == 2
     for total, answer, item in zip(totals, drawn, [item for item in data.items for _ in range(5)], strict=True):
         words = DIGITS.decode(answer.ids).replace("<|endoftext|>", "")
-        expected = 2 * tasks.correct(words, item.row, len(answer.ids), 4, answer.ended) + tasks.short(words, item.row, len(answer.ids), 4, answer.ended)
+        expected = 2 * tasks.correct(words, item.row, len(answer.ids), 4, answer.ended) + tasks.short(
+            words, item.row, len(answer.ids), 4, answer.ended
+        )
         assert total == pytest.approx(expected)
-    assert float(told["rewards/correct"][1]) == 15 and float(told["rewards/length"][0]) == pytest.approx(sum(tasks.short("", {}, len(a.ids), 4, a.ended) for a in drawn))
+    assert float(told["rewards/correct"][1]) == 15 and float(told["rewards/length"][0]) == pytest.approx(
+        sum(tasks.short("", {}, len(a.ids), 4, a.ended) for a in drawn)
+    )
     assert model.training is False
     model.train()
     answers.draw(data.items, DIGITS, 1, 0.0)
@@ -176,25 +234,64 @@ def test_samples_are_the_likeliest_answers_to_the_first_prompts():
     told = samples(answers, data, 2, 13)
     expected = [alone(model, DIGITS.encode(words).tolist(), 4, 12, 13)[0] for words in ("1+1=", "23+4=")]
     assert [sample["prompt"] for sample in told] == ["1+1=", "23+4="]
-    assert [sample["completion"] for sample in told] == [DIGITS.decode([i for i in some if i != 12]) for some in expected]
+    assert [sample["completion"] for sample in told] == [
+        DIGITS.decode([i for i in some if i != 12]) for some in expected
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs
 
-GRPO = ["--objective=grpo", "--dataset=sums", "--num_generations=4", "--batch_size=8", "--max_new_tokens=3", "--temperature=1.5", "--reward=length", "--eval_samples=1", "--log_data_hash", "--eval_iters=2"]
+GRPO = [
+    "--objective=grpo",
+    "--dataset=sums",
+    "--num_generations=4",
+    "--batch_size=8",
+    "--max_new_tokens=3",
+    "--temperature=1.5",
+    "--reward=length",
+    "--eval_samples=1",
+    "--log_data_hash",
+    "--eval_iters=2",
+]
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-@pytest.mark.parametrize("more", [[], ["--adapter=lora", "--lora_dropout=0.1", "--gradient_accumulation_steps=2", "--loss_type=dapo", "--batch_size=4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        [
+            "--adapter=lora",
+            "--lora_dropout=0.1",
+            "--gradient_accumulation_steps=2",
+            "--loss_type=dapo",
+            "--batch_size=4",
+        ],
+    ],
+    ids=["full", "lora"],
+)
 def test_resumed_in_the_middle_is_bit_identical(run, base, iterations, more):
-    flags = [*GRPO, *more, f"--init_from={base}", f"--num_iterations={iterations}", "--learning_rate=0.01", "--max_iters=8", "--eval_interval=4", "--dropout=0.1"]
+    flags = [
+        *GRPO,
+        *more,
+        f"--init_from={base}",
+        f"--num_iterations={iterations}",
+        "--learning_rate=0.01",
+        "--max_iters=8",
+        "--eval_interval=4",
+        "--dropout=0.1",
+    ]
     whole = run(*flags, name="whole")
     run(*flags, "--max_iters=4", name="parts")
     parts = run("--init_from=resume", "--max_iters=8", name="parts")
-    assert [line["step"] for line in parts.train] == list(range(1, 9)) and told_of(parts, "data_hash") == told_of(whole, "data_hash")
+    assert [line["step"] for line in parts.train] == list(range(1, 9)) and told_of(parts, "data_hash") == told_of(
+        whole, "data_hash"
+    )
     assert parts.losses == whole.losses and told_of(parts, "reward") == told_of(whole, "reward")
-    assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(parts.last.optimizer, whole.last.optimizer)
+    assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(
+        parts.last.optimizer, whole.last.optimizer
+    )
     assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
     assert len(set(told_of(whole, "data_hash"))) == 8 // iterations
 
@@ -202,13 +299,26 @@ def test_resumed_in_the_middle_is_bit_identical(run, base, iterations, more):
 def test_a_step_that_would_split_a_draw_is_refused(base, capsys, data_dir):
     for flag in ("--max_iters=3", "--eval_interval=3", "--checkpoint_interval=1"):
         with pytest.raises(SystemExit):
-            train_args.parse([*GRPO, f"--data_dir={data_dir}", f"--init_from={base}", "--block_size=16", "--num_iterations=2", "--max_iters=4", "--eval_interval=2", flag])
+            train_args.parse(
+                [
+                    *GRPO,
+                    f"--data_dir={data_dir}",
+                    f"--init_from={base}",
+                    "--block_size=16",
+                    "--num_iterations=2",
+                    "--max_iters=4",
+                    "--eval_interval=2",
+                    flag,
+                ]
+            )
         assert f"{flag}: must be a multiple of --num_iterations=2" in capsys.readouterr().err
 
 
 def test_without_a_learning_rate_nothing_moves(run, base):
     """The control: weights bit for bit, ratios of 1, no divergence, and the reward of each draw as a model that stands still gives it."""
-    done = run(*GRPO, f"--init_from={base}", "--learning_rate=0", "--weight_decay=0", "--num_iterations=2", "--max_iters=4")
+    done = run(
+        *GRPO, f"--init_from={base}", "--learning_rate=0", "--weight_decay=0", "--num_iterations=2", "--max_iters=4"
+    )
     start = run(*GRPO, f"--init_from={base}", "--max_iters=0", name="start")
     assert equal_tensors(done.last.weights, start.last.weights)
     assert max(told_of(done, "rollout_logp_error")) < 1e-5 and max(map(abs, told_of(done, "kl"))) < 1e-9
@@ -218,11 +328,21 @@ def test_without_a_learning_rate_nothing_moves(run, base):
 
 def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base):
     """Of a model with every kind of attention, at a temperature: rollout and training agree to float32's precision."""
-    flags = ["--position=rope", "--n_kv_head=1", "--window=SL", "--window_size=3", "--n_layer=2", "--n_head=2", "--n_embd=16"]
+    flags = [
+        "--position=rope",
+        "--n_kv_head=1",
+        "--window=SL",
+        "--window_size=3",
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=16",
+    ]
     done = run(*GRPO, "--beta=0", *flags, "--learning_rate=0.02", "--num_iterations=2", "--max_iters=6")
     errors = told_of(done, "rollout_logp_error")
     assert max(errors[::2]) < 1e-5 and min(errors[1::2]) > 1e-3
-    assert done.losses[0] == pytest.approx(0, abs=1e-6), "advantages of a group add up to 0, and each answer counts as much"
+    assert done.losses[0] == pytest.approx(0, abs=1e-6), (
+        "advantages of a group add up to 0, and each answer counts as much"
+    )
 
 
 def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, tmp_path):
@@ -236,7 +356,15 @@ def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, t
 
     objectives.GroupRelative.__call__ = seen
     try:
-        run(*GRPO, f"--init_from={base}", "--mask_truncated", "--max_new_tokens=2", "--max_iters=1", "--batch_size=32", name="masked")
+        run(
+            *GRPO,
+            f"--init_from={base}",
+            "--mask_truncated",
+            "--max_new_tokens=2",
+            "--max_iters=1",
+            "--batch_size=32",
+            name="masked",
+        )
         run(*GRPO, f"--init_from={base}", "--max_new_tokens=2", "--max_iters=1", "--batch_size=32", name="plain")
     finally:
         objectives.GroupRelative.__call__ = plain
@@ -248,7 +376,9 @@ def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, t
     assert learned == masked.sum() and learned_of_all == every.sum()
     for row, mask in zip(tokens.tolist(), every.tolist(), strict=True):
         learned_ids = [token for token, on in zip(row[1:], mask, strict=True) if on]
-        assert learned_ids.count(12) == (12 in row) and len(learned_ids) <= 2, "the first end token learns, nothing behind it, and no prompt"
+        assert learned_ids.count(12) == (12 in row) and len(learned_ids) <= 2, (
+            "the first end token learns, nothing behind it, and no prompt"
+        )
 
 
 def test_what_is_told_of_a_draw(run, base):
@@ -266,7 +396,9 @@ def test_what_is_told_of_a_draw(run, base):
         line = run(*GRPO, f"--init_from={base}", "--max_iters=1", "--batch_size=32", "--eval_interval=9").train[0]
     finally:
         rollouts.Answers.rewarded = plain
-    totals, answers = next((totals, answers) for prompts, totals, answers in seen if prompts == 8 and len(answers) == 32)
+    totals, answers = next(
+        (totals, answers) for prompts, totals, answers in seen if prompts == 8 and len(answers) == 32
+    )
     groups, lengths = np.array(totals).reshape(8, 4), np.array([len(answer.ids) for answer in answers])
     expected = {
         "reward": groups.mean(), "reward_std": groups.std(1, ddof=1).mean(), "frac_reward_zero_std": (groups.std(1) == 0).mean(), "completions/mean_length": lengths.mean(),
@@ -294,5 +426,13 @@ def test_prompts_that_leave_no_room_are_told(run, base):
 
 def test_reinforcement_learns(run):
     """From nothing: answers of one token become the rule."""
-    done = run(*GRPO, "--beta=0", "--learning_rate=0.02", "--batch_size=32", "--max_iters=30", "--eval_interval=30", "--temperature=1")
+    done = run(
+        *GRPO,
+        "--beta=0",
+        "--learning_rate=0.02",
+        "--batch_size=32",
+        "--max_iters=30",
+        "--eval_interval=30",
+        "--temperature=1",
+    )
     assert done.train[0]["reward"] < 0.4 and done.train[-1]["reward"] > 0.6, "length pays 2/3 for the end token alone"

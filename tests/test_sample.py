@@ -18,7 +18,17 @@ def trained(data_dir, tmp_path_factory):
     import train
     import train_args
 
-    longer = [*TINY, "--n_embd=32", "--block_size=16", "--batch_size=16", "--max_iters=150", "--eval_interval=50", "--log_interval=150", "--learning_rate=1e-2", f"--data_dir={data_dir}"]
+    longer = [
+        *TINY,
+        "--n_embd=32",
+        "--block_size=16",
+        "--batch_size=16",
+        "--max_iters=150",
+        "--eval_interval=50",
+        "--log_interval=150",
+        "--learning_rate=1e-2",
+        f"--data_dir={data_dir}",
+    ]
     modes = {
         "single": ["--dataset=a"],
         "contexts": ["--training_mode=multicontext", "--multicontext_datasets", "a", "upper"],
@@ -40,34 +50,63 @@ def refuse(*argv, **more) -> str:
 
 
 def test_samples_resemble_the_text(trained):
-    told = sample(f"--out_dir={trained}/single", "--start=the quick", "--num_samples=2", "--max_new_tokens=200", "--temperature=2")
+    told = sample(
+        f"--out_dir={trained}/single", "--start=the quick", "--num_samples=2", "--max_new_tokens=200", "--temperature=2"
+    )
     samples = told.split("\n---------------\n")
-    assert len(samples) == 3 and samples[2] == "" and all(s.startswith("the quick") and len(s) == 209 for s in samples[:2]) and samples[0] != samples[1]
+    assert (
+        len(samples) == 3
+        and samples[2] == ""
+        and all(s.startswith("the quick") and len(s) == 209 for s in samples[:2])
+        and samples[0] != samples[1]
+    )
     words = set(re.findall(r"\w+", WORDS))
     assert sum(word in words for word in re.findall(r"\w+", told)) > 20
 
 
 def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
     flags = [f"--out_dir={trained}/single", "--start=pack", "--max_new_tokens=60", "--num_samples=2"]
-    assert sample(*flags) == sample(*flags) == sample(*flags, "--no-stream") != sample(*flags, "--seed=2", "--temperature=2")
+    assert (
+        sample(*flags)
+        == sample(*flags)
+        == sample(*flags, "--no-stream")
+        != sample(*flags, "--seed=2", "--temperature=2")
+    )
 
 
 def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
     (tmp_path / "p.txt").write_text("five dozen")
-    assert sample(*flags, f"--start=FILE:{tmp_path / 'p.txt'}") == sample(*flags, "--start=-", input="five dozen") == sample(*flags, "--start=five dozen")
+    assert (
+        sample(*flags, f"--start=FILE:{tmp_path / 'p.txt'}")
+        == sample(*flags, "--start=-", input="five dozen")
+        == sample(*flags, "--start=five dozen")
+    )
 
 
 def test_checkpoints_are_chosen(trained):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=50", "--num_samples=1"]
     assert sample(*flags, "--checkpoint=last") == sample(*flags, "--checkpoint=150")
-    assert "has those of steps" in refuse(*flags, "--checkpoint=77") and "best, last or a step" in refuse(*flags, "--checkpoint=first")
+    assert "has those of steps" in refuse(*flags, "--checkpoint=77") and "best, last or a step" in refuse(
+        *flags, "--checkpoint=first"
+    )
 
 
 def test_contexts_are_printed_aligned(trained):
-    told = sample(f"--out_dir={trained}/contexts", "--num_samples=1", "--max_new_tokens=80", "--start", "the ", "UUU.", "--temperature=0.3")
+    told = sample(
+        f"--out_dir={trained}/contexts",
+        "--num_samples=1",
+        "--max_new_tokens=80",
+        "--start",
+        "the ",
+        "UUU.",
+        "--temperature=0.3",
+    )
     lines = told.splitlines()[:-1]
-    a, upper = "".join(line[8:] for line in lines if line.startswith("a     |")), "".join(line[8:] for line in lines if line.startswith("upper |"))
+    a, upper = (
+        "".join(line[8:] for line in lines if line.startswith("a     |")),
+        "".join(line[8:] for line in lines if line.startswith("upper |")),
+    )
     assert a.startswith("the ") and upper.startswith("UUU.") and set(upper) <= set("U. ") and len(a) == len(upper)
     agree = [char.isalpha() == (kind == "U") for char, kind in zip(a, upper, strict=True)]
     assert sum(agree) > 0.8 * len(agree), "the contexts are continued together"
@@ -76,7 +115,9 @@ def test_contexts_are_printed_aligned(trained):
 
 
 def test_a_dataset_of_several_is_chosen(trained):
-    told = sample(f"--out_dir={trained}/separate", "--dataset=c", "--start=0123", "--num_samples=1", "--max_new_tokens=40")
+    told = sample(
+        f"--out_dir={trained}/separate", "--dataset=c", "--start=0123", "--num_samples=1", "--max_new_tokens=40"
+    )
     assert set(told.splitlines()[0]) <= set("0123456789 ")
     assert "vocabularies of a, c" in refuse(f"--out_dir={trained}/separate", "--dataset=x")
 
@@ -88,7 +129,9 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "can't be read" in refuse(f"--out_dir={trained}/single", "--start=FILE:/nowhere")
     assert "no such argument; did you mean --top_k?" in refuse("--topk=3")
     assert "must be at least 0" in refuse("--temperature=-1")
-    assert "must be auto, cpu" in refuse(f"--out_dir={trained}/single", "--device=gpu") and "did you mean gpt2-xl" in refuse("--init_from=gpt2-xxl")
+    assert "must be auto, cpu" in refuse(
+        f"--out_dir={trained}/single", "--device=gpu"
+    ) and "did you mean gpt2-xl" in refuse("--init_from=gpt2-xxl")
     assert "--top_k: has an effect only with --temperature above 0" in refuse("--temperature=0", "--top_k=3")
 
 
@@ -96,11 +139,17 @@ def test_gpt2_of_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
     env = skip_without_gpt2()
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    told = sample(f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env=env)
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path)
+    told = sample(
+        f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env=env
+    )
     assert told.count("Hello<|endoftext|>") == 2
 
 
 def test_help_is_quick():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"], capture_output=True, text=True
+    )
     assert "--top_p" in done.stdout and "torch" not in done.stderr

@@ -20,15 +20,32 @@ def train(data_dir, tmp_path_factory):
 
     def train(ranks: int, *flags: str, name: str):
         out_dir = folder / name
-        given = ["--init_from=resume"] if checkpoint.steps(out_dir / "checkpoints") else [*TINY, *BASE, f"--data_dir={data_dir}"]
+        given = (
+            ["--init_from=resume"]
+            if checkpoint.steps(out_dir / "checkpoints")
+            else [*TINY, *BASE, f"--data_dir={data_dir}"]
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         log = folder / f"{name}.log"
         processes = []
         for rank in range(ranks):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-            processes.append(FORKS.Process(target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(log), env)))
+            env = (
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                if ranks > 1
+                else {}
+            )
+            processes.append(
+                FORKS.Process(target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(log), env))
+            )
             processes[-1].start()
         assert [ended(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
         return read_run(out_dir)
@@ -39,12 +56,22 @@ def train(data_dir, tmp_path_factory):
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
 def test_sharded_training_is_the_plain_run_with_every_optimizer(train, optimizer):
     """Losses within 1e-5 of one process's, at 6 steps."""
-    flags = [f"--optimizer={optimizer}", "--max_iters=6", "--n_embd=12", "--weight_decay=0.1", "--grad_clip=0.5"]  # 12 and 31 rows: not all divide by 3
+    flags = [
+        f"--optimizer={optimizer}",
+        "--max_iters=6",
+        "--n_embd=12",
+        "--weight_decay=0.1",
+        "--grad_clip=0.5",
+    ]  # 12 and 31 rows: not all divide by 3
     one = train(1, *flags, name=f"{optimizer}-1")
     sharded = train(3, *flags, "--parallel=fsdp", name=f"{optimizer}-3")
     assert sharded.losses == pytest.approx(one.losses, rel=1e-5)
-    assert [line["grad_norm"] for line in sharded.train] == pytest.approx([line["grad_norm"] for line in one.train], rel=1e-4)
-    assert {name: tuple(tensor.shape) for name, tensor in sharded.last.weights.items()} == {name: tuple(tensor.shape) for name, tensor in one.last.weights.items()}
+    assert [line["grad_norm"] for line in sharded.train] == pytest.approx(
+        [line["grad_norm"] for line in one.train], rel=1e-4
+    )
+    assert {name: tuple(tensor.shape) for name, tensor in sharded.last.weights.items()} == {
+        name: tuple(tensor.shape) for name, tensor in one.last.weights.items()
+    }
 
 
 @pytest.mark.parametrize("variant", [
@@ -57,7 +84,9 @@ def test_sharded_variants_are_the_plain_run(train, variant):
     one = train(1, *[flag for flag in variant if "fsdp" not in flag], name=f"one{name}")
     sharded = train(2, "--parallel=fsdp", *variant, name=f"two{name}")
     assert sharded.losses == pytest.approx(one.losses, rel=tolerance)
-    assert [line["val_loss"] for line in sharded.evals] == pytest.approx([line["val_loss"] for line in one.evals], rel=tolerance)
+    assert [line["val_loss"] for line in sharded.evals] == pytest.approx(
+        [line["val_loss"] for line in one.evals], rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("first", WAYS)
@@ -68,17 +97,25 @@ def test_a_checkpoint_of_any_number_of_ranks_resumes_on_any_other(train, first, 
     ranks, flags = WAYS[first]
     train(ranks, *flags, name=f"{first} to {second}")
     ranks, flags = WAYS[second]
-    moved = train(ranks, "--max_iters=8", *(flags or (["--parallel=ddp"] if ranks > 1 else [])), name=f"{first} to {second}")
+    moved = train(
+        ranks, "--max_iters=8", *(flags or (["--parallel=ddp"] if ranks > 1 else [])), name=f"{first} to {second}"
+    )
     assert [line["step"] for line in moved.train] == list(range(1, 9))
     assert [line["data_hash"] for line in moved.train] == [line["data_hash"] for line in whole.train]
     assert moved.losses == pytest.approx(whole.losses, rel=1e-5)
-    assert [moved.last.progress[key] for key in ("step", "tokens")] == [whole.last.progress[key] for key in ("step", "tokens")]
+    assert [moved.last.progress[key] for key in ("step", "tokens")] == [
+        whole.last.progress[key] for key in ("step", "tokens")
+    ]
 
 
 def test_shards_become_one_file_that_samples_and_is_verified(train, tmp_path):
     run = train(2, "--parallel=fsdp", name="shards")
     folder = run.out_dir / "checkpoints/000004"
-    assert (folder / "model").is_dir() and not (folder / "model.safetensors").exists() and len(list((folder / "model").iterdir())) == 2
+    assert (
+        (folder / "model").is_dir()
+        and not (folder / "model.safetensors").exists()
+        and len(list((folder / "model").iterdir())) == 2
+    )
     shards = dict(run.last.weights.items())
     assert "head.weight" not in shards, "tied weights once"
     command(f"--out_dir={run.out_dir}", "--max_new_tokens=5", script="sample.py")
@@ -88,7 +125,9 @@ def test_shards_become_one_file_that_samples_and_is_verified(train, tmp_path):
 
     assert equal_tensors(load_file(folder / "model.safetensors"), shards)
     command("consolidate", folder, "--dtype=bfloat16", script="export.py")
-    assert equal_tensors(load_file(folder / "model.safetensors"), {name: tensor.bfloat16() for name, tensor in shards.items()})
+    assert equal_tensors(
+        load_file(folder / "model.safetensors"), {name: tensor.bfloat16() for name, tensor in shards.items()}
+    )
     (next((folder / "model").iterdir())).write_bytes(b"nothing")
     refused = command("consolidate", folder, script="export.py", check=False)
     assert refused.returncode == 2 and "instead of" in refused.stderr

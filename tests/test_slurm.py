@@ -21,7 +21,15 @@ import sweep
 from parts import outcomes, slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
-SECTION = {"job-name": "x", "nodes": "2", "cpus-per-task": "80", "gres": "gpu:4", "time": "2:00:00", "account": "bsc88", "qos": "acc_debug"}
+SECTION = {
+    "job-name": "x",
+    "nodes": "2",
+    "cpus-per-task": "80",
+    "gres": "gpu:4",
+    "time": "2:00:00",
+    "account": "bsc88",
+    "qos": "acc_debug",
+}
 
 
 def job(directives: dict, environment: dict | None = None) -> slurm.Job:
@@ -32,14 +40,25 @@ def job(directives: dict, environment: dict | None = None) -> slurm.Job:
 # what is written
 
 
-@pytest.mark.parametrize("directives", [{}, {"gres": "gpu:4"}, SECTION, {"nodes": "2", "ntasks-per-node": "3", "no-requeue": "true"}, {"output": "a b-%j.out", "exclusive": "true", "p": "main"}])
+@pytest.mark.parametrize(
+    "directives",
+    [
+        {},
+        {"gres": "gpu:4"},
+        SECTION,
+        {"nodes": "2", "ntasks-per-node": "3", "no-requeue": "true"},
+        {"output": "a b-%j.out", "exclusive": "true", "p": "main"},
+    ],
+)
 @pytest.mark.parametrize("array", [False, True])
 def test_scripts_are_clean(tmp_path, directives, array):
     runs = [Path("/out/lr=3e-4,optimizer=muon-1f3c9a"), Path("/out/it's $HOME/b")][: 2 if array else 1]
     one = job(directives, {"WANDB_NAME": NASTY, "EMPTY": ""})
     for name, text in {
         "train.sh": slurm.training("name", one, runs, ROOT / "train.py", Path("/logs 100%"), array, 2),
-        "evaluate.sh": slurm.evaluation("name", one, runs, ROOT / "evaluate.py", "evaluation.json", ["--tasks=a b"], Path("/logs"), array, 2),
+        "evaluate.sh": slurm.evaluation(
+            "name", one, runs, ROOT / "evaluate.py", "evaluation.json", ["--tasks=a b"], Path("/logs"), array, 2
+        ),
     }.items():
         (tmp_path / name).write_text(text)
         subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
@@ -51,18 +70,38 @@ def test_scripts_are_clean(tmp_path, directives, array):
 def test_directives_are_verbatim_and_what_is_not_given_is_computed():
     text = slurm.training("name", job(SECTION), [Path("/out/a")], ROOT / "train.py", Path("/logs"), False, 0)
     told = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
-    assert [f"--{key}={value}" for key, value in SECTION.items()] == [line for line in told if line.split("=")[0].removeprefix("--") in SECTION]
+    assert [f"--{key}={value}" for key, value in SECTION.items()] == [
+        line for line in told if line.split("=")[0].removeprefix("--") in SECTION
+    ]
     assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(told)
-    given = slurm.training("name", job({"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}), [Path("/out/a")], ROOT / "train.py", Path("/logs"), True, 4)
-    assert "#SBATCH --signal=B:USR1@60\n" in given and "#SBATCH --output=mine\n" in given and "#SBATCH --array=0-0%4\n" in given
+    given = slurm.training(
+        "name",
+        job({"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}),
+        [Path("/out/a")],
+        ROOT / "train.py",
+        Path("/logs"),
+        True,
+        4,
+    )
+    assert (
+        "#SBATCH --signal=B:USR1@60\n" in given
+        and "#SBATCH --output=mine\n" in given
+        and "#SBATCH --array=0-0%4\n" in given
+    )
     assert "--requeue" not in given and "scontrol requeue" not in given
 
 
 def test_the_environment_is_exported_as_it_is(tmp_path):
     environment = {"A": NASTY, "EMPTY": "", "PLAIN": "1e-05"}
-    text = slurm.training("name", slurm.Job({}, environment, "python", str(tmp_path)), [tmp_path], ROOT / "train.py", tmp_path, False, 0)
+    text = slurm.training(
+        "name", slurm.Job({}, environment, "python", str(tmp_path)), [tmp_path], ROOT / "train.py", tmp_path, False, 0
+    )
     head = text.split("\nruns=(")[0] + "\nenv -0\n"
-    told = dict(line.split("=", 1) for line in subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True).stdout.split("\0") if line)
+    told = dict(
+        line.split("=", 1)
+        for line in subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True).stdout.split("\0")
+        if line
+    )
     assert {name: told[name] for name in environment} == environment
 
 
@@ -75,7 +114,9 @@ def test_nodes_and_processes_follow_from_the_directives(directives, expected):
 
 
 def test_what_cannot_be_written_is_told():
-    wrong = slurm.check({"nodes": 2, "bad key": 1, "time": "1\n2", "array": "0-3"}, {"OK": "1", "1BAD": "2", "LIST": [1]})
+    wrong = slurm.check(
+        {"nodes": 2, "bad key": 1, "time": "1\n2", "array": "0-3"}, {"OK": "1", "1BAD": "2", "LIST": [1]}
+    )
     assert len(wrong) == 5
 
 
@@ -140,7 +181,9 @@ def install() -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             pytest.skip(f"Slurm can't be installed: {error}")
         if done.returncode:
-            pytest.skip(f"Slurm can't be installed: {' '.join(words)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            pytest.skip(
+                f"Slurm can't be installed: {' '.join(words)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -156,23 +199,46 @@ def cluster(tmp_path_factory):
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
-    (folder / "slurm.conf").write_text(CONF.format(host=host, dir=folder, port=free_port(), port1=free_port(), port2=free_port()))
+    (folder / "slurm.conf").write_text(
+        CONF.format(host=host, dir=folder, port=free_port(), port1=free_port(), port2=free_port())
+    )
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-    munged = ["munged", "--foreground", "--force", *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")), f"--socket={folder / 'munge.socket'}"]
+    munged = [
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")),
+        f"--socket={folder / 'munge.socket'}",
+    ]
     daemons = []
     try:
         for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
-            daemons.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            daemons.append(
+                subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            )
             if words is munged:
                 wait_for((folder / "munge.socket").exists)
         try:
-            wait_for(lambda: subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True).stdout.split() == ["idle", "2"], 30)
+            wait_for(
+                lambda: (
+                    subprocess.run(
+                        ["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True
+                    ).stdout.split()
+                    == ["idle", "2"]
+                ),
+                30,
+            )
         except AssertionError:
             logs = "\n".join(path.read_text(errors="replace")[-600:] for path in folder.glob("*.log"))
             pytest.fail(f"Slurm does not start:\n{logs}")
         yield environment
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
-        wait_for(lambda: not subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True).stdout.strip(), 30)
+        wait_for(
+            lambda: (
+                not subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True).stdout.strip()
+            ),
+            30,
+        )
     finally:
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
@@ -200,19 +266,37 @@ def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
     (tmp_path / "evaluate.py").write_text("import sys; print('no such task'); sys.exit(int(sys.argv[3][-1]))\n")
     for status, state in (("0", ("done", "finished: 3 steps")), ("3", ("failed", "status 3 after its training"))):
         job = slurm.Job({}, {}, sys.executable, str(tmp_path))
-        (tmp_path / "evaluate.sh").write_text(slurm.evaluation("name", job, [tmp_path], tmp_path / "evaluate.py", "evaluation.json", [f"--n={status}"], tmp_path, False, 0))
+        (tmp_path / "evaluate.sh").write_text(
+            slurm.evaluation(
+                "name",
+                job,
+                [tmp_path],
+                tmp_path / "evaluate.py",
+                "evaluation.json",
+                [f"--n={status}"],
+                tmp_path,
+                False,
+                0,
+            )
+        )
         assert subprocess.run(["bash", tmp_path / "evaluate.sh"]).returncode == int(status)
         assert outcomes.read(tmp_path)[:2] == state and outcomes.tail(tmp_path)[-1] == "no such task"
 
 
-def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster, data_dir, tmp_path, monkeypatch, capsys):
+def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
+    cluster, data_dir, tmp_path, monkeypatch, capsys
+):
     """The two-node job gets USR1 in its batch shell, as Slurm itself sends it before the end of the time, and requeues itself. While it is held back (two
     minutes, which are cut short here) the array runs; an evaluation follows each of its trainings. Submitting again submits nothing."""
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "evaluate.py").write_text("import sys\nprint('evaluated', *sys.argv[1:])\n")
     monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
-    two = write_grid(tmp_path / "two 100%.yaml", data_dir, "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n")
+    two = write_grid(
+        tmp_path / "two 100%.yaml",
+        data_dir,
+        "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n",
+    )
     three = write_grid(
         tmp_path / "three.yaml", data_dir,
         "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
@@ -242,10 +326,16 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
     wait_for(lambda: len(queue(cluster).splitlines()) == 1, 120)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
-    assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--submit")
+    assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(
+        three, "--launcher=slurm", "--submit"
+    )
     runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
     logs = "".join(path.read_text() for path in (tmp_path / "three/slurm/logs").glob("evaluate*"))
-    assert all(f"evaluated --out_dir={path} --json={path}/evaluation.json --tasks=x\n" in text for path in runs for text in (logs, (path / "log.txt").read_text()))
+    assert all(
+        f"evaluated --out_dir={path} --json={path}/evaluation.json --tasks=x\n" in text
+        for path in runs
+        for text in (logs, (path / "log.txt").read_text())
+    )
     for path in runs:
         command(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
         assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses
@@ -255,4 +345,6 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(cluster,
     assert "start 1" in told() and "resuming" in told() and "done" in swept(two, "--status")
     a, b = read_run(run), read_run(tmp_path / "whole")
     assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
-    assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(a.last.weights, b.last.weights)
+    assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(
+        a.last.weights, b.last.weights
+    )

@@ -30,7 +30,11 @@ def test_parts_import_no_command_and_no_model():
 def test_parts_are_flat_and_import_nothing_in_circles():
     assert not [path for path in (ROOT / "parts").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert (ROOT / "parts/__init__.py").read_text() == ""
-    needs = {path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("parts.")} & {p.stem for p in PARTS} for path in PARTS}
+    needs = {
+        path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("parts.")}
+        & {p.stem for p in PARTS}
+        for path in PARTS
+    }
     done: set[str] = set()
     while left := [name for name in needs if name not in done]:
         ready = [name for name in left if needs[name] <= done]
@@ -57,7 +61,11 @@ def test_arguments_and_configs_import_no_torch():
 def test_the_configurator_knows_no_argument_by_name():
     import train_args
 
-    words = {node.value for node in ast.walk(ast.parse((ROOT / "configurator.py").read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    words = {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / "configurator.py").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     assert not words & {row.name for group in train_args.TABLE.values() for row in group}
 
 
@@ -69,7 +77,11 @@ def test_every_row_of_the_table_is_used():
     from model import GPTConfig
 
     used = {field.name for field in dataclasses.fields(GPTConfig)}
-    derived = [node for node in ast.parse((ROOT / "train_args.py").read_text()).body if getattr(node, "name", "") in ("Derived", "follows")]
+    derived = [
+        node
+        for node in ast.parse((ROOT / "train_args.py").read_text()).body
+        if getattr(node, "name", "") in ("Derived", "follows")
+    ]
     for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "recipe.py")), *derived):
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {row.name for group in train_args.TABLE.values() for row in group} <= used

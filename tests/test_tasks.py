@@ -47,22 +47,52 @@ def test_what_is_no_number_or_more_than_one_is_none(text):
 
 
 @settings(deadline=None)
-@given(st.integers(-(10**30), 10**30), st.integers(0, 6), st.sampled_from(["{}", "${}", "{} miles", "{}.", r"\boxed{{{}}}", "**{}**", "x = {}", "{}%"]))
+@given(
+    st.integers(-(10**30), 10**30),
+    st.integers(0, 6),
+    st.sampled_from(["{}", "${}", "{} miles", "{}.", r"\boxed{{{}}}", "**{}**", "x = {}", "{}%"]),
+)
 def test_numbers_come_back_from_every_way_of_writing_them(n, places, around):
     """Python's own formatting is the witness."""
     value = Fraction(n, 10**places)
     digits = f"{abs(n):0{places + 1}d}"
     sign, whole, rest = "-" * (n < 0), digits[: len(digits) - places], digits[len(digits) - places :]
     tail = f".{rest}" if places else ""
-    for written in (f"{sign}{whole}{tail}", f"{sign}{int(whole):,}{tail}", f"{sign}{int(whole):,}{tail}".replace(",", " "), f"{n}/{10**places}", f"{n}e-{places}"):
+    for written in (
+        f"{sign}{whole}{tail}",
+        f"{sign}{int(whole):,}{tail}",
+        f"{sign}{int(whole):,}{tail}".replace(",", " "),
+        f"{n}/{10**places}",
+        f"{n}e-{places}",
+    ):
         assert tasks.number(around.format(written)) == value, written
     assert tasks.number(tasks.answer_of(f"12 and then {int(whole):,}{tail}")) == abs(value)
 
 
 def test_nothing_takes_long_to_read():
     many = 50_000
-    texts = ["1e400000", "1e-400000000000", f"1e{'9' * many}", "9" * many, "1 " * many, "1," * many, "1,111" * many, " " * many, "<answer>" * many, "</answer>" * many, "(" * many]
-    texts += ["\\frac{" * many, "\\boxed{" * many, "{" * many, "9" * many + ".", "- " * many, "1/" * many, "<reasoning>x</reasoning><answer>" + "y\n" * many + "</answer>z"]
+    texts = [
+        "1e400000",
+        "1e-400000000000",
+        f"1e{'9' * many}",
+        "9" * many,
+        "1 " * many,
+        "1," * many,
+        "1,111" * many,
+        " " * many,
+        "<answer>" * many,
+        "</answer>" * many,
+        "(" * many,
+    ]
+    texts += [
+        "\\frac{" * many,
+        "\\boxed{" * many,
+        "{" * many,
+        "9" * many + ".",
+        "- " * many,
+        "1/" * many,
+        "<reasoning>x</reasoning><answer>" + "y\n" * many + "</answer>z",
+    ]
     start = time.perf_counter()
     for text in texts:
         tasks.number(text)
@@ -70,7 +100,11 @@ def test_nothing_takes_long_to_read():
         tasks.partial(text, "1e900")
         tasks.formatted(text, {}, 1, 1, True)
     assert time.perf_counter() - start < 5
-    assert tasks.number("1e400000") is None and tasks.number("1e4000000000") is None and not tasks.right("1e400000", "400000")
+    assert (
+        tasks.number("1e400000") is None
+        and tasks.number("1e4000000000") is None
+        and not tasks.right("1e400000", "400000")
+    )
     assert tasks.number("1e1000") == 10**1000
 
 
@@ -99,7 +133,13 @@ def test_right_answers(given, answer, right):
 
 
 def test_bare_completions():
-    assert tasks.right("75", "75") and tasks.right("12+63 is 75.", "75") and tasks.right("75\n", "75") and not tasks.right("", "75") and not tasks.right("none", "75")
+    assert (
+        tasks.right("75", "75")
+        and tasks.right("12+63 is 75.", "75")
+        and tasks.right("75\n", "75")
+        and not tasks.right("", "75")
+        and not tasks.right("none", "75")
+    )
     assert tasks.right("The capital is Paris", "the capital is Paris.") and not tasks.right("Paris or London", "Paris")
     assert tasks.right("at 7:30", "at 7:30") and not tasks.right("30", "7:30")
 
@@ -147,9 +187,21 @@ def module(tmp_path, monkeypatch):
 
 def test_rewards_are_parsed_and_added_up(module):
     rewards = tasks.parse_rewards("correct:2,format:0.5, length:0,my_rewards:half:-1,my_rewards:yes:2e-1")
-    assert [(reward.name, reward.weight) for reward in rewards] == [("correct", 2), ("format", 0.5), ("length", 0), ("my_rewards:half", -1), ("my_rewards:yes", 0.2)]
+    assert [(reward.name, reward.weight) for reward in rewards] == [
+        ("correct", 2),
+        ("format", 0.5),
+        ("length", 0),
+        ("my_rewards:half", -1),
+        ("my_rewards:yes", 0.2),
+    ]
     value, each = tasks.total(rewards, SOLVED.format(75), {"answer": "75"}, 5, 10, True)
-    assert each == {"correct": 1, "format": 1, "length": 0.5, "my_rewards:half": 0.5, "my_rewards:yes": 1} and value == pytest.approx(2 + 0.5 - 0.5 + 0.2)
+    assert each == {
+        "correct": 1,
+        "format": 1,
+        "length": 0.5,
+        "my_rewards:half": 0.5,
+        "my_rewards:yes": 1,
+    } and value == pytest.approx(2 + 0.5 - 0.5 + 0.2)
     assert [(reward.name, reward.weight) for reward in tasks.parse_rewards("correct")] == [("correct", 1)]
     assert tasks.parse_rewards("my_rewards:half")[0].weight == 1
 
@@ -177,8 +229,16 @@ def test_a_reward_beyond_0_to_1_is_told(module, name, value):
 
 
 @settings(deadline=None)
-@given(*[st.floats(-1, 2, width=32)] * 2, st.floats(0, 4, width=32), st.integers(0, 10), st.integers(0, 10), *[st.booleans()] * 4)
-def test_a_wrong_answer_never_gets_as_much_as_a_right_one(form, length, weight, short, long, ended, also_ended, neat, also_neat):
+@given(
+    *[st.floats(-1, 2, width=32)] * 2,
+    st.floats(0, 4, width=32),
+    st.integers(0, 10),
+    st.integers(0, 10),
+    *[st.booleans()] * 4,
+)
+def test_a_wrong_answer_never_gets_as_much_as_a_right_one(
+    form, length, weight, short, long, ended, also_ended, neat, also_neat
+):
     """Whatever else the two completions do: the program that this one replaces paid 4 of 9.5 points for a wrong answer in the right format."""
     try:
         rewards = tasks.parse_rewards(f"format:{form},correct:{weight},length:{length}")
@@ -230,7 +290,13 @@ def test_majority_at_k_is_the_mean_over_stretches():
 def test_majority_at_k_is_unbiased():
     """Over all the orders of three draws from {1 twice as likely, 2, 3} the mean is the exact chance, enumerated by hand."""
     draws = list(itertools.product(["1", "1", "2", "3"], repeat=6))
-    exact = sum(sorted(three, key=lambda a: -three.count(a))[0] == "1" for three in itertools.product(["1", "1", "2", "3"], repeat=3)) / 4**3
+    exact = (
+        sum(
+            sorted(three, key=lambda a: -three.count(a))[0] == "1"
+            for three in itertools.product(["1", "1", "2", "3"], repeat=3)
+        )
+        / 4**3
+    )
     assert sum(tasks.majority_at_k(list(six), "1", 3) for six in draws) / len(draws) == pytest.approx(exact)
 
 
@@ -240,14 +306,23 @@ def test_wilsons_ends_are_z_standard_errors_away(n, part, z):
     """What defines them: the p for which |successes / n - p| = z sqrt(p (1 - p) / n)."""
     successes = round(part * n)
     low, high = tasks.wilson(successes, n, z)
-    assert 0 <= low <= successes / n <= high <= 1 or math.isclose(low, successes / n, abs_tol=1e-12) or math.isclose(high, successes / n, abs_tol=1e-12)
+    assert (
+        0 <= low <= successes / n <= high <= 1
+        or math.isclose(low, successes / n, abs_tol=1e-12)
+        or math.isclose(high, successes / n, abs_tol=1e-12)
+    )
     for p in (low, high):
         assert (successes / n - p) ** 2 == pytest.approx(z * z * p * (1 - p) / n, abs=1e-12)
 
 
 def test_wilsons_known_intervals():
     """Newcombe 1998, table I, method 3, to its four digits."""
-    for (r, n), (low, high) in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}.items():
+    for (r, n), (low, high) in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
         assert tasks.wilson(r, n) == pytest.approx((low, high), abs=5.1e-5)
     assert tasks.wilson(0, 0) == (0, 1)
 
@@ -257,12 +332,29 @@ def test_wilsons_known_intervals():
 
 
 def test_gsm8ks_rows_become_problems():
-    row = {"question": "How {many} clips?", "answer": "Half is 48/2 = <<48/2=24>>24.\nTogether <<48+24=72>>72.\n#### 1,072"}
+    row = {
+        "question": "How {many} clips?",
+        "answer": "Half is 48/2 = <<48/2=24>>24.\nTogether <<48+24=72>>72.\n#### 1,072",
+    }
     problem = tasks.problem(row)
-    assert problem["completion"] == "<reasoning>\nHalf is 48/2 = 24.\nTogether 72.\n</reasoning>\n<answer>1,072</answer>" and problem["answer"] == "1,072"
-    assert problem["prompt"].startswith("How {many} clips?\n") and all(tag in problem["prompt"] for tag in tasks.TAGS) and problem["prompt"].endswith("\n")
-    assert tasks.right(problem["completion"], problem["answer"]) and tasks.formatted(problem["completion"], problem, 1, 2, True) == 1
-    assert tasks.problem({"prompt": "1+1=", "answer": 2, "level": "easy"}) == {"prompt": "1+1=", "answer": "2", "level": "easy"}
+    assert (
+        problem["completion"] == "<reasoning>\nHalf is 48/2 = 24.\nTogether 72.\n</reasoning>\n<answer>1,072</answer>"
+        and problem["answer"] == "1,072"
+    )
+    assert (
+        problem["prompt"].startswith("How {many} clips?\n")
+        and all(tag in problem["prompt"] for tag in tasks.TAGS)
+        and problem["prompt"].endswith("\n")
+    )
+    assert (
+        tasks.right(problem["completion"], problem["answer"])
+        and tasks.formatted(problem["completion"], problem, 1, 2, True) == 1
+    )
+    assert tasks.problem({"prompt": "1+1=", "answer": 2, "level": "easy"}) == {
+        "prompt": "1+1=",
+        "answer": "2",
+        "level": "easy",
+    }
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "1+1="}', '{"answer": "2"}', '{"prompt": 3, "answer": "2"}', '{"prompt": "x", "answer": true}', '{"prompt": "x", "answer": null}',
@@ -283,7 +375,10 @@ def test_what_is_no_problem_is_told_with_its_line(tmp_path, line):
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):
     def broken():
-        yield "train", {"a": "ä\u2028"}  # str.splitlines takes the second for the end of a line: some of GSM8K's questions have it
+        yield (
+            "train",
+            {"a": "ä\u2028"},
+        )  # str.splitlines takes the second for the end of a line: some of GSM8K's questions have it
         yield "val", {"a": 2}
         raise Mistake("the disk is gone")
 
@@ -317,9 +412,17 @@ def test_every_real_answer_of_gsm8k_is_a_number():
         raw = [json.loads(line) for line in (SHARED / f"gsm8k/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for row, problem in zip(raw, tasks.read_problems(SHARED / f"gsm8k/{name}.jsonl"), strict=True):
             value = int(row["answer"].split("#### ")[1].replace(",", ""))
-            assert tasks.number(problem["answer"]) == value and tasks.right(problem["completion"], str(value)) and tasks.right(row["answer"], str(value))
+            assert (
+                tasks.number(problem["answer"]) == value
+                and tasks.right(problem["completion"], str(value))
+                and tasks.right(row["answer"], str(value))
+            )
             assert not tasks.right(problem["completion"], str(value + 1))
-            assert tasks.formatted(problem["completion"], problem, 1, 2, True) == 1 and "<<" not in problem["completion"] and ">>" not in problem["completion"]
+            assert (
+                tasks.formatted(problem["completion"], problem, 1, 2, True) == 1
+                and "<<" not in problem["completion"]
+                and ">>" not in problem["completion"]
+            )
             count += 1
     assert count == 8792
 
@@ -328,8 +431,18 @@ def test_every_real_answer_of_gsm8k_is_a_number():
 def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
     raw = SHARED / "gsm8k"
     told = command("--input", raw, f"--out_dir={tmp_path / 'a'}", script="data/gsm8k/prepare.py").stdout
-    command("--input", raw / "test.jsonl", raw / "train.jsonl", f"--out_dir={tmp_path / 'b'}", script="data/gsm8k/prepare.py")
-    assert "7,473 rows" in told and "1,319 rows" in told and sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train.jsonl", "val.jsonl"]
+    command(
+        "--input",
+        raw / "test.jsonl",
+        raw / "train.jsonl",
+        f"--out_dir={tmp_path / 'b'}",
+        script="data/gsm8k/prepare.py",
+    )
+    assert (
+        "7,473 rows" in told
+        and "1,319 rows" in told
+        and sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train.jsonl", "val.jsonl"]
+    )
     for split, name in {"train": "train", "val": "test"}.items():
         assert (tmp_path / f"a/{split}.jsonl").read_bytes() == (tmp_path / f"b/{split}.jsonl").read_bytes()
         assert rows(tmp_path / "a", split) == list(tasks.read_problems(raw / f"{name}.jsonl"))
@@ -345,7 +458,14 @@ def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, told):
     (tmp_path / "bad/train.jsonl").write_text('{"question": "x"}\n')
     for name in ("test.jsonl", "x.jsonl"):
         (tmp_path / name).write_text('{"question": "x", "answer": "#### 1"}\n')
-    done = command(*flags, f"--out_dir={tmp_path / 'out'}", script="data/gsm8k/prepare.py", check=False, cwd=tmp_path, env={"https_proxy": "http://127.0.0.1:9", "no_proxy": ""})
+    done = command(
+        *flags,
+        f"--out_dir={tmp_path / 'out'}",
+        script="data/gsm8k/prepare.py",
+        check=False,
+        cwd=tmp_path,
+        env={"https_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+    )
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -356,8 +476,13 @@ def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
     assert meta.vocab_size == 14 and meta.tokenizer.eot == 13
     for split in ("train", "val"):
         lines = meta.tokenizer.decode(bins.Bin(tmp_path, split, meta).shards[0].tolist()).splitlines()
-        assert [row["prompt"] + row["completion"] for row in rows(tmp_path, split)] == lines and len(lines) == {"train": 2250, "val": 250}[split]
-        assert all(row == tasks.problem(row) and tasks.right(row["completion"], row["answer"]) for row in rows(tmp_path, split))
+        assert [row["prompt"] + row["completion"] for row in rows(tmp_path, split)] == lines and len(lines) == {
+            "train": 2250,
+            "val": 250,
+        }[split]
+        assert all(
+            row == tasks.problem(row) and tasks.right(row["completion"], row["answer"]) for row in rows(tmp_path, split)
+        )
 
 
 def test_preferences_are_off_by_one(tmp_path):
@@ -369,22 +494,39 @@ def test_preferences_are_off_by_one(tmp_path):
     assert a == [*rows(tmp_path / "b", "train"), *rows(tmp_path / "b", "val")] and len(a) == 10_000
     steps = {row["prompt"]: int(row["rejected"]) - int(row["chosen"]) for row in a}
     assert set(steps.values()) == {-1, 1} and abs(sum(steps.values())) < 500 and len(steps) == 10_000
-    assert all(eval(row["prompt"][:-1]) == int(row["chosen"]) and int(row["rejected"]) >= 0 for row in a) and steps["0+0="] == 1
+    assert (
+        all(eval(row["prompt"][:-1]) == int(row["chosen"]) and int(row["rejected"]) >= 0 for row in a)
+        and steps["0+0="] == 1
+    )
     pairs = zip(steps.values(), c, strict=True)
-    assert 4000 < sum(step == int(row["rejected"]) - int(row["chosen"]) for step, row in pairs) < 6000, "another seed, other mistakes in the same places"
+    assert 4000 < sum(step == int(row["rejected"]) - int(row["chosen"]) for step, row in pairs) < 6000, (
+        "another seed, other mistakes in the same places"
+    )
 
 
 @pytest.mark.parametrize("unpaired", [1, 8])
 def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpaired):
-    command("--kind=preferences", f"--unpaired={unpaired}", f"--out_dir={tmp_path}", "--sums=1800", script="data/arithmetic/prepare.py")
+    command(
+        "--kind=preferences",
+        f"--unpaired={unpaired}",
+        f"--out_dir={tmp_path}",
+        "--sums=1800",
+        script="data/arithmetic/prepare.py",
+    )
     for split, count in {"train": 1620, "val": 180}.items():
         found = rows(tmp_path, split)
         labels = [row["label"] for row in found]
-        assert len(found) == count and sum(labels) == count // (unpaired + 1) and labels[: unpaired + 1] == [True, *[False] * unpaired]
+        assert (
+            len(found) == count
+            and sum(labels) == count // (unpaired + 1)
+            and labels[: unpaired + 1] == [True, *[False] * unpaired]
+        )
         assert all(abs(eval(row["prompt"][:-1]) - int(row["completion"])) == (not row["label"]) for row in found)
 
 
-@pytest.mark.parametrize("flags, told", [(["--kind=preferences"], "--out_dir"), (["--unpaired=8"], "only with --kind=preferences")])
+@pytest.mark.parametrize(
+    "flags, told", [(["--kind=preferences"], "--out_dir"), (["--unpaired=8"], "only with --kind=preferences")]
+)
 def test_preferences_dont_take_the_place_of_the_sums(flags, told):
     done = command(*flags, script="data/arithmetic/prepare.py", check=False)
     assert done.returncode == 2 and told in done.stderr

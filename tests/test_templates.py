@@ -61,6 +61,7 @@ def test_fields_are_named_once_in_order():
 
 def render(pieces) -> str:
     """parse's inverse: everything that could be special is escaped."""
+
     def escaped(words):
         return re.sub(r"[<\\]", r"\\\g<0>", words).replace("{", "{{").replace("}", "}}")
 
@@ -73,7 +74,9 @@ def render(pieces) -> str:
     )  # fmt: skip
 
 
-WORDS = st.text(st.one_of(st.sampled_from("<P>*/{}\\nt7"), st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9)
+WORDS = st.text(
+    st.one_of(st.sampled_from("<P>*/{}\\nt7"), st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9
+)
 PIECES = st.lists(st.one_of(
     st.integers(1, MOST_ROWS).map(Rows), st.just(Rows(1)), WORDS.map(Seeded), WORDS.map(Literal),
     WORDS.map(lambda words: re.sub("[{}]", "", words)).filter(str.strip).map(Field),
@@ -82,7 +85,11 @@ PIECES = st.lists(st.one_of(
 
 @given(PIECES)
 def test_parse_is_renders_inverse(pieces):
-    apart = [piece for i, piece in enumerate(pieces) if not (i and isinstance(piece, Literal) and isinstance(pieces[i - 1], Literal))]
+    apart = [
+        piece
+        for i, piece in enumerate(pieces)
+        if not (i and isinstance(piece, Literal) and isinstance(pieces[i - 1], Literal))
+    ]
     assert parse(render(apart)).pieces == tuple(apart)
 
 
@@ -90,7 +97,11 @@ def test_parse_is_renders_inverse(pieces):
 def test_braces_are_those_of_str_format(words):
     try:
         parts = [*string.Formatter().parse(words)]
-        expected = None if any(name is not None and not name.strip() for _, name, _, _ in parts) else "".join(f"[{name}]" if name else "" for _, name, _, _ in parts)
+        expected = (
+            None
+            if any(name is not None and not name.strip() for _, name, _, _ in parts)
+            else "".join(f"[{name}]" if name else "" for _, name, _, _ in parts)
+        )
         values = {name: f"[{name}]" for _, name, _, _ in parts if name}
     except ValueError:
         expected = None
@@ -98,17 +109,27 @@ def test_braces_are_those_of_str_format(words):
         assert "\n  <P*2>" + words + "\n" in mistake(parse, "<P*2>" + words)
     else:
         ids = parse("<P*2>" + words).encode(values, BYTES, 300)
-        assert ids[:2] == [300, 301] and BYTES.decode(ids[2:]) == "".join(literal + (f"[{name}]" if name else "") for literal, name, _, _ in parts)
+        assert ids[:2] == [300, 301] and BYTES.decode(ids[2:]) == "".join(
+            literal + (f"[{name}]" if name else "") for literal, name, _, _ in parts
+        )
 
 
-@given(st.lists(st.sampled_from(["<P>", "</P>", "<P*", "<P*3>", "<", ">", "{", "}", "{a}", "\\", "\n", "a", "7"]), max_size=9).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["<P>", "</P>", "<P*", "<P*3>", "<", ">", "{", "}", "{a}", "\\", "\n", "a", "7"]), max_size=9
+    ).map("".join)
+)
 def test_anything_else_is_a_mistake_with_its_caret(template):
     try:
         pieces = parse(template).pieces
     except Mistake as told:
         if "no trainable rows" not in str(told):
             _, shown, caret = str(told).split("\n")
-            assert shown == "  " + template.replace("\n", r"\n") and re.fullmatch(" +\\^", caret) and 2 < len(caret) <= len(shown) + 1
+            assert (
+                shown == "  " + template.replace("\n", r"\n")
+                and re.fullmatch(" +\\^", caret)
+                and 2 < len(caret) <= len(shown) + 1
+            )
     else:
         assert parse(render(pieces)).pieces == pieces
 
@@ -143,7 +164,12 @@ def test_anything_else_is_a_mistake_with_its_caret(template):
 ])  # fmt: skip
 def test_the_caret_is_under_the_place(template, place, expected):
     told, shown, caret = mistake(parse, template).split("\n")
-    assert told.startswith("--prompt_format: expected ") and expected in told and shown == "  " + template and caret == " " * (2 + place) + "^"
+    assert (
+        told.startswith("--prompt_format: expected ")
+        and expected in told
+        and shown == "  " + template
+        and caret == " " * (2 + place) + "^"
+    )
 
 
 @pytest.mark.parametrize("before, shown", [
@@ -168,7 +194,10 @@ def test_a_template_needs_rows(template):
 
 def test_templates_are_read_without_torch_and_numpy():
     code = "import sys; from parts import templates; templates.parse('<P>'); print('torch' in sys.modules, 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.split() == ["False", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.split() == [
+        "False",
+        "False",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,10 +242,17 @@ def test_tokens_are_tiktokens(monkeypatch):
     seeds, words = encode("Rephrase politely:"), encode("unbelievable nonsense")
     assert template.seeds(gpt2) == seeds
     values = {"toxic": "unbelievable nonsense", "polite": "dear"}
-    assert template.encode(values, gpt2, 50257) == [*range(50257, 50257 + len(seeds)), *encode(" text"), *words, *encode(" kindly")]
+    assert template.encode(values, gpt2, 50257) == [
+        *range(50257, 50257 + len(seeds)),
+        *encode(" text"),
+        *words,
+        *encode(" kindly"),
+    ]
     room = len(seeds) + 2 + 1 + len(encode("dear")) + 1
     ids, place = template.example(values, gpt2, 50257, "polite", "toxic", room, "error")
-    assert ids[len(seeds) :] == [*encode(" text"), words[0], *encode(" kindly"), *encode("dear"), 50256] and ids[place:] == [*encode("dear"), 50256]
+    assert ids[len(seeds) :] == [*encode(" text"), words[0], *encode(" kindly"), *encode("dear"), 50256] and ids[
+        place:
+    ] == [*encode("dear"), 50256]
     assert len(words) > 2 and words[0] != encode("unbelievable nonsense"[:1])[0], "tokens are cut, not letters"
 
 
@@ -225,9 +261,13 @@ def test_examples_that_dont_fit_the_template_are_told():
     told = mistake(template.encode, {"toxi": "a", "polite": "b"}, BYTES, 257)
     assert "no field 'toxic'; it has 'toxi', 'polite'; did you mean toxi?" in told
     for value in (None, ["a"], {"a": 1}):
-        assert f"the field 'toxic' must be text or a number, not {value!r}" in mistake(template.encode, {"toxic": value}, BYTES, 257)
+        assert f"the field 'toxic' must be text or a number, not {value!r}" in mistake(
+            template.encode, {"toxic": value}, BYTES, 257
+        )
     for tokenizer in (BYTES, CHARS):
-        assert "the field 'toxic': half of a surrogate pair" in mistake(template.encode, {"toxic": "\ud800"}, tokenizer, 257)
+        assert "the field 'toxic': half of a surrogate pair" in mistake(
+            template.encode, {"toxic": "\ud800"}, tokenizer, 257
+        )
     abc = text.CharTokenizer("ab!")
     assert "the field 'toxic': the tokenizer knows no 'c'" in mistake(template.encode, {"toxic": "c"}, abc, 3)
     assert "'?': the tokenizer knows no '?'" in mistake(parse("<P>?").encode, {}, abc, 3)
@@ -265,29 +305,45 @@ def test_overflow_at_every_length(tokenizer, template, cut):
             elif overflow == "error" or max_tokens <= len(prompt(0)):
                 excess = len(prompt(0)) + len(completion) - max_tokens
                 told = mistake(template.example, *given)
-                assert f"exceeds --max_tokens={max_tokens} by {excess} " in told and (f"all of --truncation_field={cut} cut" in told) == (cut is not None)
+                assert f"exceeds --max_tokens={max_tokens} by {excess} " in told and (
+                    f"all of --truncation_field={cut} cut" in told
+                ) == (cut is not None)
                 counts = [int(count) for count in re.findall(r" (\d+)[,)]", told)]
                 assert sum(counts) == excess + max_tokens and counts[-1] == len(completion)
             else:
                 ids, place = template.example(*given)
-                assert len(ids) == max_tokens and ids[:place] == prompt(0) and ids[place:] == completion[: max_tokens - place] != []
+                assert (
+                    len(ids) == max_tokens
+                    and ids[:place] == prompt(0)
+                    and ids[place:] == completion[: max_tokens - place] != []
+                )
                 assert tokenizer.eot not in ids, "the target is not whole"
 
 
 def test_from_its_place_on_an_example_is_the_target():
     randomly = random.Random(0)
     for _ in range(200):
-        values = {"a": "x" * randomly.randrange(9), "t": "".join(randomly.choices("{}<P>\\ab", k=randomly.randrange(1, 9)))}
+        values = {
+            "a": "x" * randomly.randrange(9),
+            "t": "".join(randomly.choices("{}<P>\\ab", k=randomly.randrange(1, 9))),
+        }
         ids, place = parse("<P*4>{a}<P>").example(values, ENDING, ENDING.vocab_size, "t", "a", 15, "error")
-        assert ENDING.decode(ids[place:]) == values["t"] + "<|endoftext|>" and ids[:4] == [*range(ENDING.vocab_size, ENDING.vocab_size + 4)]
+        assert ENDING.decode(ids[place:]) == values["t"] + "<|endoftext|>" and ids[:4] == [
+            *range(ENDING.vocab_size, ENDING.vocab_size + 4)
+        ]
         assert ids[place - 1] == ENDING.vocab_size + 4 and len(ids) <= 15
 
 
 def test_an_empty_target_is_its_end_token():
     values = {"a": "xyz", "t": ""}
-    assert parse("<P>{a}").example(values, ENDING, 200, "t", None, 9, "error") == ([200, *ENDING.encode("xyz"), ENDING.eot], 4)
+    assert parse("<P>{a}").example(values, ENDING, 200, "t", None, 9, "error") == (
+        [200, *ENDING.encode("xyz"), ENDING.eot],
+        4,
+    )
     assert "nothing to learn" in mistake(parse("<P>{a}").example, values, CHARS, 200, "t", None, 9, "error")
-    assert "exceeds --max_tokens=4 by 1 (" in mistake(parse("<P>{a}").example, values, ENDING, 200, "t", None, 4, "truncate_target")
+    assert "exceeds --max_tokens=4 by 1 (" in mistake(
+        parse("<P>{a}").example, values, ENDING, 200, "t", None, 4, "truncate_target"
+    )
 
 
 def test_fields_that_dont_go_together_are_told():
@@ -304,7 +360,12 @@ def test_fields_that_dont_go_together_are_told():
 # ---------------------------------------------------------------------------------------------------------------------
 # tables
 
-ROWS = [{"toxic": "you, \"fool\"!\r\n", "polite": "dear\tsir"}, {"toxic": "", "polite": "дорогой 日\u2028本"}, {"toxic": '"', "polite": "x" * 200_000}, {"toxic": "  ", "polite": "\\n"}]
+ROWS = [
+    {"toxic": 'you, "fool"!\r\n', "polite": "dear\tsir"},
+    {"toxic": "", "polite": "дорогой 日\u2028本"},
+    {"toxic": '"', "polite": "x" * 200_000},
+    {"toxic": "  ", "polite": "\\n"},
+]
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -319,7 +380,11 @@ def test_the_three_formats_hold_the_same(tmp_path, bom, end):
             for row in ROWS:
                 writer.writerow(row)
                 file.write(end)
-    (tmp_path / "t.jsonl").write_text(bom + f"{end} {end}".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(ROWS)), encoding="utf-8", newline="")
+    (tmp_path / "t.jsonl").write_text(
+        bom + f"{end} {end}".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(ROWS)),
+        encoding="utf-8",
+        newline="",
+    )
     for name in ("t.csv", "t.TSV", "t.jsonl"):
         assert [*read_table(tmp_path / name)] == ROWS
 

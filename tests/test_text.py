@@ -22,7 +22,10 @@ def through_json(tokenizer):
     return text.of_json(json.loads(json.dumps(text.to_json(tokenizer))), "here")
 
 
-@pytest.mark.parametrize("tokenizer", [text.CharTokenizer(sorted(set(SAMPLE))), text.CharTokenizer(sorted(set(SAMPLE)), ends=True), text.ByteTokenizer()])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [text.CharTokenizer(sorted(set(SAMPLE))), text.CharTokenizer(sorted(set(SAMPLE)), ends=True), text.ByteTokenizer()],
+)
 def test_round_trips(tokenizer):
     again = through_json(tokenizer)
     ids = tokenizer.encode(SAMPLE)
@@ -70,11 +73,17 @@ def test_trained_bpe_is_the_tokenizers_librarys():
     for sample in (words, SAMPLE):
         assert trained.encode(sample).tolist() == reference.encode(sample).ids == again.encode(sample).tolist()
         assert trained.decode(trained.encode(sample)) == sample
-    assert trained.vocab_size <= 300 and trained.decode([trained.eot]) == "<|endoftext|>" and len(trained.encode("lowest")) < 6
+    assert (
+        trained.vocab_size <= 300
+        and trained.decode([trained.eot]) == "<|endoftext|>"
+        and len(trained.encode("lowest")) < 6
+    )
 
 
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(text.run_json({"a": text.CharTokenizer("xyz"), "b": text.ByteTokenizer()})))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(text.run_json({"a": text.CharTokenizer("xyz"), "b": text.ByteTokenizer()}))
+    )
     loaded = text.load(tmp_path / "tokenizer.json")
     assert list(loaded) == ["a", "b"] and loaded["a"].decode([2, 0]) == "zx"
     (tmp_path / "tokenizer.json").write_text('{"tokenizers": [{"name": "a", "kind": "os.system"}]}')

@@ -31,9 +31,15 @@ def test_automatic_precision_is_measured_told_and_kept(run, monkeypatch):
     speed = {torch.bfloat16: 3e11, torch.float32: 2e11}
     monkeypatch.setattr(parallel, "product_flops", lambda device, dtype, n=0: speed[dtype])
     done = run("--dtype=auto", "--max_iters=1")
-    assert done.config["dtype"] == "bfloat16" and "bfloat16 (its matrix products take 0.67 of float32's time here)" in done.console
+    assert (
+        done.config["dtype"] == "bfloat16"
+        and "bfloat16 (its matrix products take 0.67 of float32's time here)" in done.console
+    )
     speed[torch.bfloat16] = 1e9
-    assert "float32 (bfloat16's matrix products take 2e+02 of its time here)" in run("--dtype=auto", "--max_iters=1", name="slow").console
+    assert (
+        "float32 (bfloat16's matrix products take 2e+02 of its time here)"
+        in run("--dtype=auto", "--max_iters=1", name="slow").console
+    )
     assert run("--init_from=resume", "--max_iters=2").config["dtype"] == done.config["dtype"]
 
 
@@ -43,13 +49,25 @@ def test_bfloat16_learns_as_float32_does(run):
     for name, flags in {"float32": [], "bfloat16": ["--dtype=bfloat16"], "seed": ["--seed=7"]}.items():
         curves[name] = run("--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", *flags, name=name).losses
     gap = lambda a, b: max(abs(x - y) for x, y in zip(curves[a], curves[b], strict=True))  # noqa: E731
-    assert gap("float32", "bfloat16") < 0.5 * gap("float32", "seed") and curves["bfloat16"][-1] < curves["bfloat16"][0] - 0.5
+    assert (
+        gap("float32", "bfloat16") < 0.5 * gap("float32", "seed")
+        and curves["bfloat16"][-1] < curves["bfloat16"][0] - 0.5
+    )
 
 
 @pytest.mark.parametrize("how", ["eager", "compiled", "adamw", "lion", "bfloat16"])
 def test_resumed_run_is_bit_identical(run, how):
     """N steps = N/2 steps, resume, N/2 steps: weights, optimizer state, losses and data hashes."""
-    flags = HARD + {"eager": [], "compiled": ["--compile", "--deterministic", "--n_layer=1"], "adamw": ["--optimizer=adamw"], "lion": ["--optimizer=lion"], "bfloat16": ["--dtype=bfloat16"]}[how]
+    flags = (
+        HARD
+        + {
+            "eager": [],
+            "compiled": ["--compile", "--deterministic", "--n_layer=1"],
+            "adamw": ["--optimizer=adamw"],
+            "lion": ["--optimizer=lion"],
+            "bfloat16": ["--dtype=bfloat16"],
+        }[how]
+    )
     whole = run(*flags, name="whole")
     run(*flags, "--max_iters=4", "--lr_decay_iters=8", name="parts")
     parts = run("--init_from=resume", "--max_iters=8", name="parts")
@@ -63,7 +81,11 @@ def test_resumed_run_is_bit_identical(run, how):
 
 
 def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
-    first, again, other = run("--dropout=0.2", name="1"), run("--dropout=0.2", name="2"), run("--dropout=0.2", "--seed=7", name="3")
+    first, again, other = (
+        run("--dropout=0.2", name="1"),
+        run("--dropout=0.2", name="2"),
+        run("--dropout=0.2", "--seed=7", name="3"),
+    )
     assert first.losses == again.losses and equal_tensors(first.last.weights, again.last.weights)
     assert first.losses != other.losses
 
@@ -74,7 +96,14 @@ def test_evaluating_and_logging_change_nothing_learned(run):
     assert equal_tensors(often.last.weights, rarely.last.weights)
 
 
-@pytest.mark.parametrize("shape", [["--batch_size=64"], ["--batch_size=6", "--gradient_accumulation_steps=3"], ["--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=muon"]])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ["--batch_size=64"],
+        ["--batch_size=6", "--gradient_accumulation_steps=3"],
+        ["--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=muon"],
+    ],
+)
 def test_two_ranks_train_the_same_run(data_dir, tmp_path, shape):
     """The same global batches, losses within 1e-5: averaged gradients are those of the whole batch."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--log_data_hash", "--max_iters=6", *shape]
@@ -84,12 +113,22 @@ def test_two_ranks_train_the_same_run(data_dir, tmp_path, shape):
     assert [line["data_hash"] for line in one.train] == [line["data_hash"] for line in two.train]
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert [line["val_loss"] for line in two.evals] == pytest.approx([line["val_loss"] for line in one.evals], rel=1e-5)
-    assert [line["grad_norm"] for line in two.train] == pytest.approx([line["grad_norm"] for line in one.train], rel=1e-4)
+    assert [line["grad_norm"] for line in two.train] == pytest.approx(
+        [line["grad_norm"] for line in one.train], rel=1e-4
+    )
     assert one.last.progress["tokens"] == two.last.progress["tokens"]
 
 
 def test_ranks_that_dont_divide_the_batch_are_told_which_do(data_dir, tmp_path):
-    done = command(*TINY, f"--data_dir={data_dir}", "--dataset=a", "--batch_size=9", f"--out_dir={tmp_path / 'x'}", ranks=2, check=False)
+    done = command(
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--batch_size=9",
+        f"--out_dir={tmp_path / 'x'}",
+        ranks=2,
+        check=False,
+    )
     assert done.returncode != 0 and "2 ranks don't divide the 9 sequences" in done.stderr and "1, 3, 9" in done.stderr
     assert done.stderr.count("don't divide") == 1 and not (tmp_path / "x").exists()
 
@@ -101,7 +140,10 @@ def test_accumulation_equals_a_large_batch(run):
 
 
 def test_activation_checkpointing_changes_no_number(run):
-    plain, checkpointed = run("--dropout=0.3", name="plain"), run("--dropout=0.3", "--activation_checkpointing", name="checkpointed")
+    plain, checkpointed = (
+        run("--dropout=0.3", name="plain"),
+        run("--dropout=0.3", "--activation_checkpointing", name="checkpointed"),
+    )
     assert equal_tensors(plain.last.weights, checkpointed.last.weights)
 
 
@@ -138,7 +180,11 @@ def test_resume_drops_what_was_told_after_the_checkpoint(run):
 def test_resume_keeps_the_runs_arguments_unless_told(run):
     run("--learning_rate=0.005", "--n_layer=3")
     resumed = run("--init_from=resume", "--max_iters=5", "--weight_decay=0.3")
-    assert resumed.config["learning_rate"] == 0.005 and resumed.config["n_layer"] == 3 and resumed.config["weight_decay"] == 0.3
+    assert (
+        resumed.config["learning_rate"] == 0.005
+        and resumed.config["n_layer"] == 3
+        and resumed.config["weight_decay"] == 0.3
+    )
     assert resumed.train[-1]["lr"] == 0.005
 
 
@@ -163,15 +209,29 @@ def test_resume_passes_over_a_damaged_checkpoint(run):
     data[-1] ^= 1
     path.write_bytes(data)
     resumed = run("--init_from=resume")
-    assert "passing over" in resumed.console and "its sha256 differs" in resumed.console and "resuming" in resumed.console and "000004" in resumed.console
+    assert (
+        "passing over" in resumed.console
+        and "its sha256 differs" in resumed.console
+        and "resuming" in resumed.console
+        and "000004" in resumed.console
+    )
     assert equal_tensors(resumed.last.weights, done.last.weights)
     assert [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
-    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'x'}"], stdout=subprocess.PIPE, text=True)
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--max_iters=100000",
+        "--eval_interval=100000",
+        "--log_interval=10",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'x'}"], stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step 20:"):
             break
@@ -184,8 +244,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
 
 def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
     """An evaluation of minutes is left at once, and made by the resumed run: as if nothing had happened."""
-    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=20", "--eval_interval=20", "--eval_iters=200000", f"--out_dir={tmp_path / 'x'}"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--log_interval=20"], stdout=subprocess.PIPE, text=True)
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--max_iters=20",
+        "--eval_interval=20",
+        "--eval_iters=200000",
+        f"--out_dir={tmp_path / 'x'}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags, "--log_interval=20"], stdout=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     time.sleep(6)  # the evaluation before the first step lasts
     began = time.monotonic()
@@ -198,7 +268,10 @@ def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
     command("--init_from=resume", f"--out_dir={tmp_path / 'x'}", "--eval_iters=1")
     command(*flags, "--eval_iters=1", f"--out_dir={tmp_path / 'whole'}")
     resumed, whole = read_run(tmp_path / "x"), read_run(tmp_path / "whole")
-    assert equal_tensors(resumed.last.weights, whole.last.weights) and [line["step"] for line in resumed.evals] == [0, 20]
+    assert equal_tensors(resumed.last.weights, whole.last.weights) and [line["step"] for line in resumed.evals] == [
+        0,
+        20,
+    ]
 
 
 def test_a_second_signal_ends_at_once(data_dir, tmp_path):
@@ -212,9 +285,30 @@ def test_a_second_signal_ends_at_once(data_dir, tmp_path):
 
 
 def test_two_ranks_save_together_on_a_signal(data_dir, tmp_path):
-    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=100000", "--eval_interval=100000", "--log_interval=10", f"--out_dir={tmp_path / 'x'}"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    process = subprocess.Popen([*start, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--dataset=a",
+        "--max_iters=100000",
+        "--eval_interval=100000",
+        "--log_interval=10",
+        f"--out_dir={tmp_path / 'x'}",
+    ]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
+    process = subprocess.Popen(
+        [*start, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     for line in process.stdout:
         if line.startswith("step 20:"):
             break
@@ -240,7 +334,9 @@ def test_help_is_quick_and_imports_no_torch():
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        told = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", "--help"], capture_output=True, text=True)
+        told = subprocess.run(
+            [sys.executable, "-X", "importtime", ROOT / "train.py", "--help"], capture_output=True, text=True
+        )
         seconds.append(time.perf_counter() - begin)
     assert told.returncode == 0 and "--learning_rate" in told.stdout and "torch" not in told.stderr
     assert min(seconds) < 0.5
@@ -276,7 +372,11 @@ def test_a_checkpoint_that_was_being_replaced_is_not_lost(run):
     last = done.out_dir / "checkpoints/000004"
     last.rename(last.with_suffix(".old"))
     resumed = run("--init_from=resume", "--max_iters=5")
-    assert "resuming" in resumed.console and "000004" in resumed.console and [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5]
+    assert (
+        "resuming" in resumed.console
+        and "000004" in resumed.console
+        and [line["step"] for line in resumed.train] == [1, 2, 3, 4, 5]
+    )
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
@@ -290,8 +390,16 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
 def test_resume_refuses_vocabularies_in_another_order(run):
     """Each dataset's rows in the model follow from the order."""
     for name, flags, turned in (
-        ("wte", ["--training_mode=multidataset", "--multidataset_wte", "--dataset_list", "a", "b"], ["--dataset_list", "b", "a"]),
-        ("contexts", ["--training_mode=multicontext", "--multicontext_datasets", "a", "upper"], ["--multicontext_datasets", "upper", "a"]),
+        (
+            "wte",
+            ["--training_mode=multidataset", "--multidataset_wte", "--dataset_list", "a", "b"],
+            ["--dataset_list", "b", "a"],
+        ),
+        (
+            "contexts",
+            ["--training_mode=multicontext", "--multicontext_datasets", "a", "upper"],
+            ["--multicontext_datasets", "upper", "a"],
+        ),
     ):
         run(*flags, name=name)
         with pytest.raises(Mistake, match=r"in this order|another tokenizer"):
@@ -301,7 +409,11 @@ def test_resume_refuses_vocabularies_in_another_order(run):
 def test_resume_with_another_batch_size_counts_on(run):
     first = run("--max_tokens=96", "--max_iters=100")
     resumed = run("--init_from=resume", "--batch_size=8", "--max_tokens=256")
-    assert first.progress.step == 3 and resumed.progress.step == 3 + math.ceil((256 - 96) / 64) and resumed.progress.tokens == 96 + 3 * 64
+    assert (
+        first.progress.step == 3
+        and resumed.progress.step == 3 + math.ceil((256 - 96) / 64)
+        and resumed.progress.tokens == 96 + 3 * 64
+    )
     assert "another number of sequences before" in resumed.console
 
 
@@ -311,23 +423,32 @@ def test_resume_restores_a_lost_tokenizer_and_best_json(run):
     (done.out_dir / "best.json").unlink()
     resumed = run("--init_from=resume", "--max_iters=6", "--learning_rate=0")
     assert resumed.steps[-1] == 6 and (done.out_dir / "tokenizer.json").exists()
-    assert json.loads((done.out_dir / "best.json").read_text())["val_loss"] == min(line["val_loss"] for line in resumed.evals if line["step"])
+    assert json.loads((done.out_dir / "best.json").read_text())["val_loss"] == min(
+        line["val_loss"] for line in resumed.evals if line["step"]
+    )
 
 
 def test_one_context_is_a_plain_run(run):
-    assert run("--training_mode=multicontext", "--multicontext_datasets", "a", name="one").losses == run(name="plain").losses
+    assert (
+        run("--training_mode=multicontext", "--multicontext_datasets", "a", name="one").losses
+        == run(name="plain").losses
+    )
 
 
 def test_datasets_of_one_folder_name_are_told_apart(run, tmp_path, data_dir):
     for parent, name in (("x", "a"), ("y", "b")):
         shutil.copytree(data_dir / name, tmp_path / f"data/{parent}/same")
-    line = run(f"--data_dir={tmp_path / 'data'}", "--training_mode=multidataset", "--dataset_list", "x/same", "y/same").evals[-1]
+    line = run(
+        f"--data_dir={tmp_path / 'data'}", "--training_mode=multidataset", "--dataset_list", "x/same", "y/same"
+    ).evals[-1]
     assert line["val_loss"] == pytest.approx((line["val_loss/x/same"] + line["val_loss/y/same"]) / 2)
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(data_dir, tmp_path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=40", f"--out_dir={tmp_path / 'x'}"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     process.stdout.close()
     told = process.stderr.read()
@@ -350,7 +471,14 @@ def test_an_out_dir_that_cant_be_written_is_told(run, tmp_path):
 
 def test_best_checkpoint_outlives_later_worse_ones(run):
     """A rate that ruins the model after step 2: best.json stays with the better step."""
-    done = run("--max_iters=8", "--eval_interval=2", "--lr_scheduler=none", "--learning_rate=3e-2", "--warmup_iters=0", "--weight_decay=0")
+    done = run(
+        "--max_iters=8",
+        "--eval_interval=2",
+        "--lr_scheduler=none",
+        "--learning_rate=3e-2",
+        "--warmup_iters=0",
+        "--weight_decay=0",
+    )
     best = json.loads((done.out_dir / "best.json").read_text())
     losses = {line["step"]: line["val_loss"] for line in done.evals if line["step"]}
     assert best["val_loss"] == min(losses.values()) and losses[best["step"]] == best["val_loss"]
@@ -366,7 +494,15 @@ def test_val_loss_of_a_mixture_is_the_weighted_mean(run):
 
 
 def test_multicontext_loss_is_the_mean_of_the_contexts(run):
-    done = run("--training_mode=multicontext", "--multicontext_datasets", "a", "upper", "--max_iters=30", "--learning_rate=1e-2", "--eval_interval=30")
+    done = run(
+        "--training_mode=multicontext",
+        "--multicontext_datasets",
+        "a",
+        "upper",
+        "--max_iters=30",
+        "--learning_rate=1e-2",
+        "--eval_interval=30",
+    )
     line = done.evals[-1]
     assert line["val_loss"] == pytest.approx((line["val_loss/a"] + line["val_loss/upper"]) / 2, rel=1e-6)
     assert line["val_loss/upper"] < math.log(2) < line["val_loss/a"]
@@ -392,14 +528,47 @@ def test_fine_tuning_starts_from_another_runs_weights(run):
 
 def test_a_run_folder_is_whole(run):
     done = run()
-    for words in ("run      ", "model    ", "data     ", "a step   ", "length   ", "device   ", "time     at least", "estimated time: "):
+    for words in (
+        "run      ",
+        "model    ",
+        "data     ",
+        "a step   ",
+        "length   ",
+        "device   ",
+        "time     at least",
+        "estimated time: ",
+    ):
         assert words in done.console
-    assert {path.name for path in done.out_dir.iterdir()} == {".lock", "train_config.json", "metrics.jsonl", "tokenizer.json", "best.json", "checkpoints"}
-    files = {"model.safetensors", "optimizer.safetensors", "progress.json", "train_config.json", "tokenizer.json", "manifest.json"}
+    assert {path.name for path in done.out_dir.iterdir()} == {
+        ".lock",
+        "train_config.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "best.json",
+        "checkpoints",
+    }
+    files = {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "progress.json",
+        "train_config.json",
+        "tokenizer.json",
+        "manifest.json",
+    }
     assert {path.name for path in (done.out_dir / "checkpoints" / "000004").iterdir()} == files
     assert {row.name for group in train_args.TABLE.values() for row in group} <= done.config.keys()
     for line in done.train:
-        assert {"event", "step", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms"} <= line.keys()
+        assert {
+            "event",
+            "step",
+            "seconds",
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens",
+            "tokens_per_second",
+            "step_ms",
+        } <= line.keys()
     for line in done.evals:
         assert {"event", "step", "seconds", "train_loss", "val_loss", "bits_per_byte"} <= line.keys()
         assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))  # a byte is a character here
@@ -460,7 +629,14 @@ def test_the_hot_loop_reads_nothing_back(run, optimizer):
     counts = []
     for steps in (10, 40):
         with Reads() as reads:
-            run(f"--optimizer={optimizer}", f"--max_iters={steps}", "--log_interval=1000", "--eval_interval=1000", "--dropout=0.1", name=f"{steps}")
+            run(
+                f"--optimizer={optimizer}",
+                f"--max_iters={steps}",
+                "--log_interval=1000",
+                "--eval_interval=1000",
+                "--dropout=0.1",
+                name=f"{steps}",
+            )
         counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 

@@ -48,7 +48,10 @@ def numbers(digits: int, count: int, seed: int) -> Iterator[list[tuple[int, str,
     pairs = 100**digits
     order = permute(np.arange(min(pairs, count)), pairs, seed)
     for first in range(0, len(order), 1000):
-        yield [(number, "val" if number % 10 == 9 else "train", *divmod(pair, 10**digits)) for number, pair in enumerate(order[first : first + 1000].tolist(), start=first)]
+        yield [
+            (number, "val" if number % 10 == 9 else "train", *divmod(pair, 10**digits))
+            for number, pair in enumerate(order[first : first + 1000].tolist(), start=first)
+        ]
 
 
 def sums(digits: int, count: int, seed: int) -> Iterator[Piece]:

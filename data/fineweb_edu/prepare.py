@@ -1,6 +1,6 @@
 """FineWeb-Edu (Penedo et al. 2024), its sample of 10 G tokens, in GPT-2's tokens.
 
-    python data/fineweb_edu/prepare.py           needs `pip install datasets`; streams, and keeps nothing but the bins
+python data/fineweb_edu/prepare.py           needs `pip install datasets`; streams, and keeps nothing but the bins
 """
 
 import sys

@@ -22,7 +22,12 @@ URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 NAMES = {"train": "train.jsonl", "val": "test.jsonl"}  # GSM8K's own
 TABLE = {
     "prepare": [
-        Row("input", (), "the folder with GSM8K's own train.jsonl and test.jsonl, or these two files; none: they are downloaded", split=False),
+        Row(
+            "input",
+            (),
+            "the folder with GSM8K's own train.jsonl and test.jsonl, or these two files; none: they are downloaded",
+            split=False,
+        ),
         Row("out_dir", str(Path(__file__).parent), "folder to write to"),
     ]
 }
@@ -39,7 +44,9 @@ def sources(inputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
         if path.name not in found or path.name not in NAMES.values():
             raise Mistake(f"--input: {path} is not there, or is neither of GSM8K's {' and '.join(NAMES.values())}")
     if missing := [name for name in NAMES.values() if name not in found]:
-        raise Mistake(f"--input: {' and '.join(missing)} of GSM8K is missing too; give the folder that holds both, or both files")
+        raise Mistake(
+            f"--input: {' and '.join(missing)} of GSM8K is missing too; give the folder that holds both, or both files"
+        )
     return {split: found[name] for split, name in NAMES.items()}
 
 

@@ -1,6 +1,6 @@
 """OpenWebText in GPT-2's tokens, a document after the other: about 9 G tokens of 8 M documents.
 
-    python data/openwebtext/prepare.py           needs `pip install datasets`; streams, and keeps nothing but the bins
+python data/openwebtext/prepare.py           needs `pip install datasets`; streams, and keeps nothing but the bins
 """
 
 import sys

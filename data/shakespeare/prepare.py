@@ -1,6 +1,6 @@
 """Tiny Shakespeare in GPT-2's tokens, the same bins as nanoGPT's: 301,966 tokens to train on, 36,059 to validate.
 
-    python data/shakespeare/prepare.py [--input input.txt]
+python data/shakespeare/prepare.py [--input input.txt]
 """
 
 import sys

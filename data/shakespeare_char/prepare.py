@@ -1,6 +1,6 @@
 """Tiny Shakespeare by characters, the same bins as nanoGPT's: 1,003,854 tokens to train on, 111,540 to validate.
 
-    python data/shakespeare_char/prepare.py [--input input.txt]
+python data/shakespeare_char/prepare.py [--input input.txt]
 """
 
 import sys

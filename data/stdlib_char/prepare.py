@@ -51,7 +51,9 @@ def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
 
 def main(a) -> None:
     found = list(documents(a.packages, a.max_bytes))
-    print(f"{len(found)} modules of Python {sys.version.split()[0]}'s standard library, {sum(map(len, found)):,} characters")
+    print(
+        f"{len(found)} modules of Python {sys.version.split()[0]}'s standard library, {sum(map(len, found)):,} characters"
+    )
     corpus.write_dataset(Path(a.out_dir), lambda: corpus.split_documents(([source] for source in found), 0.1), "char")
 
 

@@ -27,9 +27,14 @@ def classes(source: str) -> str:
     starts = [0]  # of each line
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    out = [char if char in "\n\t " else "s" for char in source]  # what no token covers is inside an f-string, or white space
+    out = [
+        char if char in "\n\t " else "s" for char in source
+    ]  # what no token covers is inside an f-string, or white space
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        first, last = starts[token.start[0] - 1] + token.start[1], starts[min(token.end[0], len(starts)) - 1] + token.end[1]
+        first, last = (
+            starts[token.start[0] - 1] + token.start[1],
+            starts[min(token.end[0], len(starts)) - 1] + token.end[1],
+        )
         name = "k" if keyword.iskeyword(token.string) else "n"
         symbol = name if token.type == tokenize.NAME else CLASSES.get(token.type)
         for place in range(first, last if symbol else first):
@@ -38,7 +43,9 @@ def classes(source: str) -> str:
 
 
 def main(a) -> None:
-    corpus.write_dataset(Path(a.out_dir), lambda: corpus.split_documents(([classes(source)] for source in documents()), 0.1), "char")
+    corpus.write_dataset(
+        Path(a.out_dir), lambda: corpus.split_documents(([classes(source)] for source in documents()), 0.1), "char"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ from parts.batches import mix
 from parts.text import CharTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TASKS = {"copy": lambda word: word, "reverse": lambda word: word[::-1], "upper": str.upper, "double": lambda word: "".join(letter * 2 for letter in word)}
+TASKS = {
+    "copy": lambda word: word,
+    "reverse": lambda word: word[::-1],
+    "upper": str.upper,
+    "double": lambda word: "".join(letter * 2 for letter in word),
+}
 TABLE = {
     "prepare": [
         Row("words", 20_000, "words, of which every tenth is for validation", low=20),
@@ -48,9 +53,17 @@ def words(count: int, longest: int, seed: int) -> Iterator[tuple[str, str]]:
 
 def main(a) -> None:
     folder, some = Path(a.out_dir), list(words(a.words, a.longest, a.seed))
-    named = ((split, {"prompt": f"{name}:{word}>", "completion": task(word), "answer": task(word)}) for split, word in some for name, task in TASKS.items())
+    named = (
+        (split, {"prompt": f"{name}:{word}>", "completion": task(word), "answer": task(word)})
+        for split, word in some
+        for name, task in TASKS.items()
+    )
     tasks.write_rows(folder, named)
-    tasks.write_rows(folder, ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some), [f"hidden_{split}" for split in bins.SPLITS])
+    tasks.write_rows(
+        folder,
+        ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some),
+        [f"hidden_{split}" for split in bins.SPLITS],
+    )
     bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", ends=True), {})
 
 
