@@ -12,10 +12,10 @@ faster. Knows nothing of how either works inside, apart from what they print.
 import sys
 
 import configurator
-from configurator import Needs, Row
+from configurator import OnlyWith, Row
 
 SECTIONS = ("train", "sample", "data", "startup", "race", "all")
-NANOGPT = Needs("--peer of --peer_kind=nanogpt", lambda a: a.peer != "" and a.peer_kind == "nanogpt")
+NANOGPT = OnlyWith("--peer of --peer_kind=nanogpt", lambda a: a.peer != "" and a.peer_kind == "nanogpt")
 TABLE = {
     "what": [
         Row("device", "auto", "auto, cpu or cuda"),
@@ -98,8 +98,8 @@ sys.exit(status)
 
 def shell(argv: list[str], cwd: Path = ROOT, until: str = "", **env: str) -> dict:
     """Run a process: {"output", "seconds", "peak_bytes", "reached"}; `reached`: seconds until a line of its output held `until`;
-    `peak_bytes`: of the largest process among it and its children. Raises Mistake with its last words if it fails."""
-    from parts.mistakes import Mistake
+    `peak_bytes`: of the largest process among it and its children. Raises UserError with its last words if it fails."""
+    from nanoforge.errors import UserError
 
     begin, reached, lines = time.perf_counter(), None, []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
@@ -118,7 +118,7 @@ def shell(argv: list[str], cwd: Path = ROOT, until: str = "", **env: str) -> dic
                 reached = time.perf_counter() - begin
     output, _, metered = "".join(lines).rpartition("meter ")
     if process.returncode:
-        raise Mistake(f"{' '.join(argv[-6:])}: failed\n" + "\n".join(output.splitlines()[-8:]))
+        raise UserError(f"{' '.join(argv[-6:])}: failed\n" + "\n".join(output.splitlines()[-8:]))
     seconds, peak = metered.split()
     return {
         "output": output,
@@ -174,14 +174,14 @@ class Bench:
     def __init__(self, a, folder: Path):
         import torch
 
-        from parts import parallel
-        from parts.mistakes import Mistake
+        from nanoforge.device import get_device
+        from nanoforge.errors import UserError
 
-        self.a, self.folder, self.device = a, folder, parallel.find_device(a.device)
+        self.a, self.folder, self.device = a, folder, get_device(a.device)
         self.peer = Path(a.peer).resolve() if a.peer else None
         self.data_dir = Path(a.data_dir or (self.peer / "data" if self.peer else ROOT / "data")).resolve()
         if a.peer and not (self.data_dir / "shakespeare_char" / "meta.pkl").exists():
-            raise Mistake(
+            raise UserError(
                 f"--peer={a.peer}: its data isn't prepared; run python {self.peer / 'data/shakespeare_char/prepare.py'}"
             )
         self.name = (
@@ -322,7 +322,7 @@ def train_section(bench: Bench) -> dict:
     import torch
 
     from model import GPT, GPTConfig
-    from parts import parallel
+    from nanoforge.device import measure_matmul_flops
 
     a, figures = bench.a, {}
     cpu = bench.device.type == "cpu"
@@ -347,8 +347,7 @@ def train_section(bench: Bench) -> dict:
             shape = {key: tuple(value) if isinstance(value, list) else value for key, value in config["_model"].items()}
             dtype = getattr(torch, config["dtype"])
             peak = max(
-                parallel.product_flops(bench.device, dtype, n)
-                for n in ((512, 768, 1024, 2048) if cpu else (4096, 8192))
+                measure_matmul_flops(bench.device, dtype, n) for n in ((512, 768, 1024, 2048) if cpu else (4096, 8192))
             )
             flops = GPT(GPTConfig(**shape)).flops_per_token() * told["tokens_per_second"][name]["median"]
             told[f"of peak, {name}"] = {
@@ -374,17 +373,19 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
 
     import train
     import train_args
-    from parts import parallel, record
+    from nanoforge import distributed
+    from nanoforge.device import tune_malloc
+    from nanoforge.training import logger
 
     out = Path(tempfile.mkdtemp(dir=bench.folder))
     args = train_args.parse(
         flags(**case, data_dir=bench.data_dir, dataset="shakespeare_char", out_dir=out, device=bench.device.type)
     )
     wait = torch.cuda.synchronize if bench.device.type == "cuda" else lambda: None
-    parallel.keep_freed_memory()
-    with parallel.ranks(args.device) as ranks:
+    tune_malloc()
+    with distributed.ranks(args.device) as ranks:
         run = train.build(args, ranks, lambda words: None)
-        log = record.Record(out, False, 0, False, 0.0, 20)
+        log = logger.Record(out, False, 0, False, 0.0, 20)
         stream, weights = run.data.source.stream(0, *run.share, ranks.device, False), list(run.model.parameters())
 
         def step(number: int) -> None:
@@ -482,7 +483,10 @@ def sample_section(bench: Bench) -> dict:
 
         sides = {
             "ours": lambda timed=timed, letters=letters, numbers=numbers: timed(
-                ROOT, "parts.generate", "generate", [*source, f"--start=FILE:{numbers if bench.peer else letters}"]
+                ROOT,
+                "nanoforge.models.generation",
+                "generate",
+                [*source, f"--start=FILE:{numbers if bench.peer else letters}"],
             )
         }
         if a.peer_kind == "hf" and prompt + new <= block:  # its learned positions end with the block
@@ -547,8 +551,8 @@ def batches_figures(bench: Bench) -> dict:
     import numpy as np
     import torch
 
-    from parts import batches, text
-    from parts.bins import Meta
+    from nanoforge.data import batches, tokenization
+    from nanoforge.data.token_bins import Meta
 
     a, B, T = bench.a, 64, 1024
     folder = bench.folder / "bin" / "large"
@@ -558,9 +562,9 @@ def batches_figures(bench: Bench) -> dict:
         with (folder / name).open("wb") as file:
             for first in range(0, tokens, 10**7):
                 draw.integers(0, 50257, min(10**7, tokens - first), dtype=np.uint16).tofile(file)
-    metas = {"large": Meta(50257, "uint16", text.NumberTokenizer(50257), {})}
+    metas = {"large": Meta(50257, "uint16", tokenization.NumberTokenizer(50257), {})}
     data = batches.open_data(folder.parent, [("large",)], metas, {}, batches.mixture(1), T, B, "random", 0)
-    cpu, rows = torch.device("cpu"), data.source.rows_from(0, 0, B)
+    cpu, rows = torch.device("cpu"), data.source.iter_windows(0, 0, B)
     sides = {"ours": lambda: batches.as_batch(next(rows), pin=False).to(cpu)}
     if bench.peer:
         tree = ast.parse((bench.peer / "train.py").read_text())
@@ -664,6 +668,9 @@ runpy.run_path(script, run_name="__main__")
 OURS = """
 import json, sys
 from pathlib import Path
+from nanoforge.device import tune_malloc
+from nanoforge.device import measure_matmul_flops
+from nanoforge.device import get_device
 import bench, train, train_args
 val, block, out, *argv = sys.argv[1:]
 plain, curve = train.evaluate, []
@@ -699,12 +706,12 @@ def race_section(bench: Bench) -> dict:
     """Our recipe and the peer's, to the peer's final loss on the held-out tokens. Seconds are those of training steps, without start-up
     and evaluation; `wall` is the whole process."""
     from model import GPT, GPTConfig
-    from parts import pretrained
-    from parts.mistakes import Mistake
+    from nanoforge.errors import UserError
+    from nanoforge.models import pretrained
 
     a, cpu = bench.a, bench.device.type == "cpu"
     if not bench.peer:
-        raise Mistake("race: needs --peer, whose final loss is the goal")
+        raise UserError("race: needs --peer, whose final loss is the goal")
     case = SMALL if cpu else CASES["shakespeare_char"]
     config = a.race_config or str(ROOT / "configs" / ("shakespeare_cpu.py" if cpu else "shakespeare_gpu.py"))
     val, block = bench.data_dir / "shakespeare_char" / "val.bin", case["block_size"]

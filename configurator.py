@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parts.mistakes import Mistake, did_you_mean
+from nanoforge.errors import UserError, did_you_mean
 
 
-class Needs(NamedTuple):
+class OnlyWith(NamedTuple):
     """When an argument has an effect: told as `words`, tested by `holds(arguments)`."""
 
     words: str
@@ -45,7 +45,7 @@ class Row:
     high: float = math.inf
     item: type = str  # of a list's items
     split: bool = True  # whether a list's words are split at spaces and commas
-    needs: Needs | None = None
+    needs: OnlyWith | None = None
     shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
     once: bool = False  # meant for this command alone: a resumed run does not inherit it
     alias: str = ""  # another name, on the command line and in config files
@@ -76,7 +76,7 @@ def number(text: Any, kind: type) -> int | float:
 
 
 def convert(row: Row, given: Any) -> Any:
-    """The row's value from what a command line (text) or a file (anything) gave. Raises Mistake with the reason."""
+    """The row's value from what a command line (text) or a file (anything) gave. Raises UserError with the reason."""
     kind = type(row.default)
     if kind is tuple:
         items = given if isinstance(given, list | tuple) else [given]
@@ -91,32 +91,32 @@ def convert(row: Row, given: Any) -> Any:
         try:
             value = json.loads(given) if isinstance(given, str) else given
         except json.JSONDecodeError as error:
-            raise Mistake(f"not JSON ({error})") from None
+            raise UserError(f"not JSON ({error})") from None
         if not isinstance(value, dict):
-            raise Mistake('must be a JSON object such as {"eps": 1e-10}')
+            raise UserError('must be a JSON object such as {"eps": 1e-10}')
         return value
     if kind is bool:
         word = str(given).lower()
         if word not in TRUE + FALSE:
-            raise Mistake("must be true or false")
+            raise UserError("must be true or false")
         return word in TRUE
     if kind in (int, float):
         try:
             value = number(given, kind)
         except (ValueError, TypeError, OverflowError):
-            raise Mistake("must be a whole number" if kind is int else "must be a number") from None
+            raise UserError("must be a whole number" if kind is int else "must be a number") from None
         if value < row.low:
-            raise Mistake(f"must be at least {row.low:g}")
+            raise UserError(f"must be at least {row.low:g}")
         if value <= row.above:
-            raise Mistake(f"must be above {row.above:g}")
+            raise UserError(f"must be above {row.above:g}")
         if value > row.high:
-            raise Mistake(f"must be at most {row.high:g}")
+            raise UserError(f"must be at most {row.high:g}")
         return value
     if isinstance(given, list | tuple | dict | bool) or given is None:
-        raise Mistake("must be text")
+        raise UserError("must be text")
     value = str(given)
     if row.choices and value not in row.choices:
-        raise Mistake(f"must be one of {', '.join(row.choices)}{did_you_mean(value, row.choices)}")
+        raise UserError(f"must be one of {', '.join(row.choices)}{did_you_mean(value, row.choices)}")
     return value
 
 
@@ -169,12 +169,12 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def read_python(text: str, path: str) -> dict[str, Any]:
-    """The assignments of a Python config, in order. Raises Mistake with the line."""
+    """The assignments of a Python config, in order. Raises UserError with the line."""
     values: dict[str, Any] = {}
     try:
         body = ast.parse(text, path).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Mistake(f"{path}: not a Python config ({error})") from None
+        raise UserError(f"{path}: not a Python config ({error})") from None
     for statement in body:
         try:
             match statement:
@@ -189,37 +189,37 @@ def read_python(text: str, path: str) -> dict[str, Any]:
                 case _:
                     raise ValueError("only `name = value` lines are read")
         except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise Mistake(f"{path}:{statement.lineno}: {error}") from None
+            raise UserError(f"{path}:{statement.lineno}: {error}") from None
     return values
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The values of one config file; names that begin with an underscore are remarks. Raises Mistake."""
+    """The values of one config file; names that begin with an underscore are remarks. Raises UserError."""
     kind = Path(path).suffix
     if kind not in CONFIG_SUFFIXES:
-        raise Mistake(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
+        raise UserError(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path}: can't be read ({error})") from None
+        raise UserError(f"{path}: can't be read ({error})") from None
     if kind == ".py":
         values = read_python(text, path)
     elif kind == ".json":
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise Mistake(f"{path}: not JSON ({error})") from None
+            raise UserError(f"{path}: not JSON ({error})") from None
     else:
         try:
             import yaml
         except ModuleNotFoundError:
-            raise Mistake(f"{path}: reading YAML needs a package: pip install pyyaml") from None
+            raise UserError(f"{path}: reading YAML needs a package: pip install pyyaml") from None
         try:
             values = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise Mistake(f"{path}: not YAML ({error})".replace("\n", " ")) from None
+            raise UserError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
     if not isinstance(values, dict):
-        raise Mistake(f"{path}: must hold names with values")
+        raise UserError(f"{path}: must hold names with values")
     return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
 
 
@@ -229,7 +229,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise Mistake(message)
+        raise UserError(message)
 
 
 def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
@@ -324,7 +324,7 @@ class Layers:
                 continue
             try:
                 self.values[name], self.source[name] = convert(self.rows[name], given), origin
-            except Mistake as mistake:
+            except UserError as mistake:
                 self.mistakes.append(f"{label}--{name}={given}: {mistake}")
 
     def lay_beneath(self, origin: str, layer: dict[str, Any]) -> None:
@@ -378,7 +378,7 @@ def resolve(
         lower = beneath(arguments_class(**values))
         if lower:
             layers.lay_beneath(lower, read_file(lower))
-    except Mistake as mistake:
+    except UserError as mistake:
         return Resolved(None, source, [*layers.mistakes, str(mistake)], [], [])
     origin, layer = follows(arguments_class(**values), source)
     followed = [name for name in layer if source[name] == "default"]
@@ -408,13 +408,13 @@ def parse(
     rows = {row.name: row for group in table.values() for row in group}
     try:
         given, files, print_config, mistakes = read_command_line(build_parser(table, description), rows, argv)
-    except Mistake as mistake:
+    except UserError as mistake:
         tell([str(mistake)])
     layers = []
     for path in files:
         try:
             layers.append((path, read_file(path)))
-        except Mistake as mistake:
+        except UserError as mistake:
             mistakes.append(str(mistake))
     arguments, source, wrong, unused, followed = resolve(
         table, [*layers, (COMMAND_LINE, given)], base, beneath, follows, check
@@ -453,12 +453,12 @@ def tell(mistakes: list[str]) -> None:
 
 
 def run(main: Callable[[Any], Any], arguments: Any) -> None:
-    """Run a command; a Mistake that only the data or the weights could show is told like the others. Ctrl-C ends it without a
+    """Run a command; a UserError that only the data or the weights could show is told like the others. Ctrl-C ends it without a
     traceback, and so does a reader of its output that went away."""
     try:
         main(arguments)
         sys.stdout.flush()
-    except Mistake as mistake:
+    except UserError as mistake:
         tell([str(mistake)])
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -12,15 +12,15 @@ import sys
 
 import configurator
 import train_args
-from configurator import Needs, Row
+from configurator import OnlyWith, Row
 
 DECODE = {
     "greedy": (0.0, 0, 1.0),
     "standard": (0.7, 50, 0.95),
     "liberal": (0.85, 2000, 1.0),
 }  # temperature, top_k, top_p, as in agent_tunix
-RUN = Needs("--init_from=resume", lambda a: a.init_from == "resume")
-TASKS = Needs("--tasks", lambda a: bool(a.tasks))
+RUN = OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")
+TASKS = OnlyWith("--tasks", lambda a: bool(a.tasks))
 TABLE = {
     "model": [
         Row("out_dir", "out", "the run", needs=RUN),
@@ -84,20 +84,13 @@ from tqdm import tqdm
 
 import sample
 from model import GPT, GPTConfig
-from parts import (
-    batches,
-    bins,
-    checkpoint,
-    examples,
-    generate,
-    objectives,
-    parallel,
-    pretrained,
-    tasks,
-    templates,
-    text,
-)
-from parts.mistakes import Mistake
+from nanoforge import files, rng
+from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.device import choose_dtype, get_device
+from nanoforge.errors import UserError
+from nanoforge.models import generation, pretrained
+from nanoforge.posttraining import examples, objectives, prompt_format, tasks
+from nanoforge.training import checkpoint
 
 
 def say(words: str) -> None:
@@ -108,31 +101,33 @@ class Subject:
     """The model, its tokenizers, and the arguments of its run, if it comes from one."""
 
     def __init__(self, a):
-        """Raises Mistake."""
+        """Raises UserError."""
         self.folder = checkpoint.chosen(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
         self.run = train_args.of_run(self.folder) if self.folder else None
         self.template, self.first_row = None, 0
         if self.run and self.run.adapter == "soft_prompt":
             self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder])
-            self.tokenizers, self.template = {"tokens": tokenizer}, templates.parse(self.run.prompt_format)
+            self.tokenizers, self.template = {"tokens": tokenizer}, prompt_format.parse(self.run.prompt_format)
         else:
             loaded = pretrained.load(str(self.folder or a.init_from), say)
             self.model = GPT(GPTConfig(**loaded.shape))
             self.model.load_weights(loaded.weights, str(self.folder or a.init_from))
-            self.tokenizers = loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(self.model.config.vocab_sizes))}
-        self.device = parallel.find_device(a.device)
+            self.tokenizers = loaded.tokenizers or {
+                "tokens": tokenization.NumberTokenizer(sum(self.model.config.vocab_sizes))
+            }
+        self.device = get_device(a.device)
         self.model.to(self.device).eval()
-        self.model.compute_dtype, _ = parallel.choose_dtype(a.dtype, self.device)
+        self.model.compute_dtype, _ = choose_dtype(a.dtype, self.device)
         self.data_dir = Path(a.data_dir or (self.run.data_dir if self.run else "data"))
         self.target, self.truncated = (
             ((self.run.target_field or "completion"), self.run.truncation_field) if self.run else ("completion", "")
         )
 
     @property
-    def tokenizer(self) -> text.Tokenizer:
-        """The only one. Raises Mistake."""
+    def tokenizer(self) -> tokenization.Tokenizer:
+        """The only one. Raises UserError."""
         if len(self.tokenizers) > 1:
-            raise Mistake("--tasks: the model has several vocabularies; tasks and examples need one")
+            raise UserError("--tasks: the model has several vocabularies; tasks and examples need one")
         return next(iter(self.tokenizers.values()))
 
 
@@ -142,14 +137,14 @@ class Subject:
 
 @torch.no_grad()
 def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
-    """Over the windows of val.bin, one after the other, so that each token is predicted once. Raises Mistake."""
-    meta = bins.read_meta(subject.data_dir / name)
+    """Over the windows of val.bin, one after the other, so that each token is predicted once. Raises UserError."""
+    meta = token_bins.read_meta(subject.data_dir / name)
     names = list(subject.tokenizers)
     own = names.index(name) if name in names else 0
-    if not text.same(meta.tokenizer, list(subject.tokenizers.values())[own]):
-        raise Mistake(f"--datasets={name}: has another tokenizer than the model")
+    if not tokenization.same(meta.tokenizer, list(subject.tokenizers.values())[own]):
+        raise UserError(f"--datasets={name}: has another tokenizer than the model")
     model, T = subject.model, subject.model.config.block_size
-    val = bins.Bin(subject.data_dir / name, "val", meta, name)
+    val = token_bins.Bin(subject.data_dir / name, "val", meta, name)
     windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.firsts[own]])
     count = min(windows.windows, a.max_windows or windows.windows)
     total = tokens = 0.0
@@ -165,11 +160,11 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
 
 @torch.no_grad()
 def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
-    """Over the completions of the examples in a file, their end tokens included. Raises Mistake."""
+    """Over the completions of the examples in a file, their end tokens included. Raises UserError."""
     fields = [*subject.template.fields, subject.target] if subject.template else []
     rows = examples.read_rows(path, "sft", lambda row: tasks.problem(row) if "question" in row else row, fields)
     rows = rows[: a.max_windows or len(rows)]
-    coder = examples.Coder(
+    coder = examples.ExampleEncoder(
         subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
     )  # fmt: skip
     held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
@@ -178,7 +173,7 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
         range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
     ):
         some = held.items[first : first + a.batch_size]
-        batch = examples.Collate()(some, 0, len(some), 1).to(subject.device)
+        batch = examples.Collator()(some, 0, len(some), 1).to(subject.device)
         total, tokens = (
             total - float(objectives.logps(subject.model, batch.tokens, batch.more["mask"]).sum()),
             tokens + int(batch.more["mask"].sum()),
@@ -188,14 +183,14 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
 
 
 def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
-    """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises Mistake."""
+    """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises UserError."""
     run, told = subject.run, {}
     own = (
         run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")
     )  # without its reference a loss of preferences means little
     for name in a.datasets or (run.folders if own else ()):
         folder, reads = subject.data_dir / name, run.reads if run else "bins"
-        bins.prepare_if_missing(folder, reads)
+        token_bins.prepare_if_missing(folder, reads)
         told[name] = (
             loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)
         )
@@ -209,10 +204,10 @@ def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
 
 
 def problems_of(subject: Subject, task: str) -> list[dict]:
-    """The problems of a dataset's val.jsonl, or of a file; for a soft prompt with the fields of its format. Raises Mistake."""
+    """The problems of a dataset's val.jsonl, or of a file; for a soft prompt with the fields of its format. Raises UserError."""
     path = Path(task)
     if path.suffix != ".jsonl":
-        bins.prepare_if_missing(subject.data_dir / task, "examples")
+        token_bins.prepare_if_missing(subject.data_dir / task, "examples")
         path = subject.data_dir / task / "val.jsonl"
     if subject.template is not None:
         rows = examples.read_rows(path, "grpo", dict, [*subject.template.fields, "answer"])
@@ -230,7 +225,9 @@ def judged(subject: Subject, task: str, a) -> dict:
     problems = problems_of(subject, task)
     problems = problems[: a.max_problems or len(problems)]
     tokenizer, model = subject.tokenizer, subject.model
-    coder = examples.Coder(tokenizer, model.config.block_size, template=subject.template, first_row=subject.first_row)
+    coder = examples.ExampleEncoder(
+        tokenizer, model.config.block_size, template=subject.template, first_row=subject.first_row
+    )
     prompts = [coder.prompt(row) for row in problems]
     temperature, top_k, top_p = DECODE[a.decode]
     longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
@@ -241,9 +238,9 @@ def judged(subject: Subject, task: str, a) -> dict:
     ]  # the others can't be answered
     for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
         some = fit[first : first + a.batch_size]
-        answers = generate.complete(
+        answers = generation.complete(
             model, [prompts[number] for number in some], longest, tokenizer.eot, tokenizer.vocab_size, temperature, top_k, top_p, repeats=a.num_passes,
-            uniform=lambda number, token, first=first: batches.uniform(a.seed, first * a.num_passes + number, token),
+            uniform=lambda number, token, first=first: rng.uniform(a.seed, first * a.num_passes + number, token),
         )  # fmt: skip
         for place, answer in enumerate(answers):
             said[some[place // a.num_passes]].append(tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids))
@@ -293,9 +290,9 @@ def judged(subject: Subject, task: str, a) -> dict:
 
 
 def main(a) -> dict:
-    """Prints and writes what was found. Raises Mistake."""
+    """Prints and writes what was found. Raises UserError."""
     if not a.tasks and a.init_from != "resume" and not a.datasets:
-        raise Mistake("--tasks, --datasets: say what to evaluate on; there is no run that knows")
+        raise UserError("--tasks, --datasets: say what to evaluate on; there is no run that knows")
     subject = Subject(a)
     told = {
         "checkpoint": str(subject.folder or a.init_from), "decode": a.decode, "seed": a.seed, "dtype": str(subject.model.compute_dtype).removeprefix("torch."),
@@ -318,7 +315,7 @@ def main(a) -> dict:
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")
     path = Path(a.json or Path(a.out_dir) / "evaluation.json")
-    checkpoint.write_json(path, told)
+    files.write_json(path, told)
     print(path)
     return told
 

@@ -14,13 +14,13 @@ A run's folder stands for its best checkpoint (consolidate: its last).
 import sys
 
 import configurator
-from configurator import Needs, Row
+from configurator import OnlyWith, Row
 
 ACTIONS = ("consolidate", "merge", "peft")
 ACTION = sys.argv[1] if len(sys.argv) > 1 else ""
 TABLE = {
     "what": [
-        Row("to", "", "folder to write to", needs=Needs("merge and peft", lambda a: ACTION in ("merge", "peft"))),
+        Row("to", "", "folder to write to", needs=OnlyWith("merge and peft", lambda a: ACTION in ("merge", "peft"))),
         Row("dtype", "float32", "of the weights that are written", choices=("float32", "bfloat16", "float16")),
     ]
 }
@@ -47,20 +47,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from parts import checkpoint, pretrained
-from parts.mistakes import Mistake
+from nanoforge import files
+from nanoforge.errors import UserError
+from nanoforge.models import pretrained
+from nanoforge.training import checkpoint
 
 
 def consolidate(folder: Path, dtype: torch.dtype) -> Path:
-    """Write folder/model.safetensors from folder/model/, verified; the manifest then lists it too. Raises Mistake."""
+    """Write folder/model.safetensors from folder/model/, verified; the manifest then lists it too. Raises UserError."""
     if (folder / "checkpoints").is_dir():
         folder = checkpoint.chosen(folder, "last")
     if wrong := checkpoint.damage(folder):
-        raise Mistake(wrong)
+        raise UserError(wrong)
     if not (folder / "model").is_dir():
-        raise Mistake(f"{folder}: nothing to consolidate; its model.safetensors is whole")
+        raise UserError(f"{folder}: nothing to consolidate; its model.safetensors is whole")
     shards = checkpoint.tensors(folder, "model")
-    target, beside = folder / "model.safetensors", folder / f"model.safetensors{checkpoint.LEFTOVER}"
+    target, beside = folder / "model.safetensors", folder / f"model.safetensors{files.TMP_SUFFIX}"
     save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, beside)
     with safe_open(beside, framework="pt") as file:
         if set(file.keys()) != set(shards) or not all(
@@ -73,26 +75,26 @@ def consolidate(folder: Path, dtype: torch.dtype) -> Path:
 
 
 def lora_run(folder: Path) -> tuple[Path, dict]:
-    """The checkpoint of a LoRA, and what its run was told. Raises Mistake."""
+    """The checkpoint of a LoRA, and what its run was told. Raises UserError."""
     if (folder / "checkpoints").is_dir():
         folder = checkpoint.chosen(folder, "best")
     if wrong := checkpoint.damage(folder):
-        raise Mistake(wrong)
+        raise UserError(wrong)
     config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
     if config.get("adapter") != "lora":
-        raise Mistake(f"{folder}: not a run with --adapter=lora")
+        raise UserError(f"{folder}: not a run with --adapter=lora")
     return folder, config
 
 
 def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write a folder of weights: the base with the LoRA in it, the arguments that tell the shape, and the tokenizer. Raises Mistake."""
+    """Write a folder of weights: the base with the LoRA in it, the arguments that tell the shape, and the tokenizer. Raises UserError."""
     folder, config = lora_run(folder)
     loaded = pretrained.load_own(folder)
     to.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: weight.to(dtype).contiguous() for name, weight in loaded.weights.items()}, to / "model.safetensors"
     )
-    checkpoint.write_json(to / "train_config.json", config | {"adapter": "none", "_base": {}})
+    files.write_json(to / "train_config.json", config | {"adapter": "none", "_base": {}})
     (to / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     checkpoint.write_manifest(to)
     return to / "model.safetensors"
@@ -108,7 +110,7 @@ TO_PEFT = (
 
 
 def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors. Raises Mistake for a model that is no GPT-2."""
+    """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is no GPT-2."""
     folder, config = lora_run(folder)
     model = config["_model"]
     gpt2 = {
@@ -123,7 +125,7 @@ def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
         "n_kv_head": 0,
     }
     if odd := [f"{name}={model[name]}" for name, usual in gpt2.items() if model[name] != usual]:
-        raise Mistake(
+        raise UserError(
             f"{folder}: {', '.join(odd)}: no GPT-2, which is what transformers could put it on; merge it instead"
         )
     to.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config["_base"]["source"], "r": config["lora_rank"], "lora_alpha": config["lora_alpha"],
         "lora_dropout": config["lora_dropout"], "target_modules": targets, "fan_in_fan_out": True, "bias": "none", "inference_mode": True,
     }  # fmt: skip
-    checkpoint.write_json(to / "adapter_config.json", about)
+    files.write_json(to / "adapter_config.json", about)
     return to / "adapter_model.safetensors"
 
 

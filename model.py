@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from parts.mistakes import Mistake, did_you_mean
-from parts.parallel import sharded_like
+from nanoforge.distributed import sharded_like
+from nanoforge.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class GPTConfig:
         return cls(**{name: getattr(values, name) for name in names if hasattr(values, name)} | more)
 
 
-class KeyValueCache(Protocol):
-    """What attention asks of a cache (parts/generate.py has one)."""
+class KVCache(Protocol):
+    """What attention asks of a cache (nanoforge/models/generation.py has one)."""
 
     where: slice | Tensor  # positions of the tokens that are read now, in all layers: (T,) of all sequences, or (B, T)
 
@@ -94,7 +94,7 @@ class LayerNorm(nn.Module):
         )
 
 
-class FewPasses(torch.autograd.Function):
+class RMSNormCPU(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) in half the passes over memory, and half the time, that torch's rms_norm takes on CPUs."""
 
     @staticmethod
@@ -124,7 +124,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = FewPasses.apply(x, 1e-5) if x.device.type == "cpu" else F.rms_norm(x, (self.width,), eps=1e-5)
+        y = RMSNormCPU.apply(x, 1e-5) if x.device.type == "cpu" else F.rms_norm(x, (self.width,), eps=1e-5)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
@@ -190,13 +190,13 @@ ACTIVATIONS = {
 
 
 def activation(name: str):
-    """An entry of ACTIVATIONS or a function of torch.nn.functional that maps a tensor to one of its shape. Raises Mistake."""
+    """An entry of ACTIVATIONS or a function of torch.nn.functional that maps a tensor to one of its shape. Raises UserError."""
     function = ACTIVATIONS.get(name) or getattr(F, name, None)
     try:
         assert not name.startswith("_") and function(torch.zeros(2, 4)).shape == (2, 4)
     except Exception:
         near = did_you_mean(name, [*ACTIVATIONS, *(n for n in dir(F) if n[0].islower())])
-        raise Mistake(
+        raise UserError(
             f"--activation={name}: not an activation of torch.nn.functional, nor {' or '.join(ACTIVATIONS)}{near}"
         ) from None
     return function
@@ -282,7 +282,7 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KeyValueCache | None
+        self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """first: the first layer's values, None in that layer itself; they come back beside the output."""
         B, T, C = x.shape
@@ -522,7 +522,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
         positions: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
@@ -549,22 +549,22 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], where: str, grow: bool = False) -> None:
         """Copy weights by the names of the parameters that learn; longer learned positions are cropped, and with `grow` rows of the vocabulary that
-        the weights have not stay as they are. Raises Mistake unless all fit."""
+        the weights have not stay as they are. Raises UserError unless all fit."""
         parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         if strange := sorted(weights.keys() ^ parameters.keys()):
             whose = "the weights have no" if strange[0] in parameters else "the model has no"
-            raise Mistake(f"{where}: {whose} {strange[0]}{f' and {len(strange) - 1} more' if strange[1:] else ''}")
+            raise UserError(f"{where}: {whose} {strange[0]}{f' and {len(strange) - 1} more' if strange[1:] else ''}")
         for name, parameter in parameters.items():
             given = weights[name][: self.config.block_size] if name == "position.weight" else weights[name]
             if grow and name in ("wte.weight", "head.weight") and len(given) < len(parameter):
                 given = torch.cat((given, parameter[len(given) :]))
             if given.shape != parameter.shape:
-                raise Mistake(
+                raise UserError(
                     f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model"
                 )
             parameter.copy_(sharded_like(given, parameter))
 
-    def fused_rows(self) -> dict[str, list[int]]:
+    def muon_splits(self) -> dict[str, list[int]]:
         """Names of the weights that hold several matrices one above the other, with the rows of each."""
         return {f"blocks.{i}.attn.qkv.weight": block.attn.fused for i, block in enumerate(self.blocks)}
 

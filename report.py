@@ -4,19 +4,19 @@
     python report.py out --watch              serves the page on http://127.0.0.1:8765 and follows runs that are still going
 
 The words are folders of runs, or folders that hold such; with --watch, runs that begin there later appear too. The page needs no network.
-How runs are read is in parts/runs.py, what the page shows of them in parts/page.py, the pictures in parts/pictures.py. Imports no torch.
+How runs are read is in nanoforge/report/read_runs.py, what the page shows of them in nanoforge/report/page.py, the pictures in nanoforge/report/plots.py. Imports no torch.
 """
 
 import os
 import sys
 
 import configurator
-from configurator import Needs, Row
+from configurator import OnlyWith, Row
 
-WATCH = Needs("--watch", lambda a: a.watch)
+WATCH = OnlyWith("--watch", lambda a: a.watch)
 TABLE = {
     "what": [
-        Row("out", "report", "folder of the page and the pictures", needs=Needs("a report that is written, not --watch", lambda a: not a.watch)),
+        Row("out", "report", "folder of the page and the pictures", needs=OnlyWith("a report that is written, not --watch", lambda a: not a.watch)),
         Row("by", "best", "which val_loss runs are judged by: the best of their evaluations, or the final one", choices=("best", "final")),
         Row("points", 400, "points that a curve is drawn with; more lines than that are thinned out", low=10),
         Row("title", "", "title of the page (none: the folders)"),
@@ -35,7 +35,7 @@ def given(argv: list[str]) -> tuple[list[str], list[str]]:
         _, words, _, _ = configurator.read_command_line(
             configurator.build_parser(TABLE, ""), {row.name: row for rows in TABLE.values() for row in rows}, argv
         )
-    except configurator.Mistake:
+    except configurator.UserError:
         return [], argv  # it is told with the others
     folders = [word for word in words if not (word.endswith(configurator.CONFIG_SUFFIXES) and os.path.isfile(word))]
     return folders, [word for word in argv if word not in folders]
@@ -52,8 +52,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from parts import outcomes, page, pictures, runs
-from parts.mistakes import Mistake
+from nanoforge import run_dir
+from nanoforge.errors import UserError
+from nanoforge.report import page, plots, read_runs
 
 
 class Reader:
@@ -61,23 +62,28 @@ class Reader:
 
     def __init__(self, paths: list[str], points: int):
         self.paths, self.points = paths, points
-        self.known: dict[Path, tuple[list, runs.Run]] = {}
+        self.known: dict[Path, tuple[list, read_runs.Run]] = {}
 
-    def read(self) -> tuple[list[runs.Run], list[str]]:
-        """The runs, and the paths without any. Raises Mistake when there is none at all."""
-        folders, without = runs.find(self.paths)
+    def read(self) -> tuple[list[read_runs.Run], list[str]]:
+        """The runs, and the paths without any. Raises UserError when there is none at all."""
+        folders, without = read_runs.find(self.paths)
         told = []
-        for folder, name in zip(folders, runs.names(folders), strict=True):
+        for folder, name in zip(folders, read_runs.names(folders), strict=True):
             stamp = [
                 name,
                 *map(
                     stamp_of,
-                    (folder / runs.METRICS, folder / runs.CONFIG, folder / outcomes.STATUS, folder / outcomes.PRUNED),
+                    (
+                        folder / read_runs.METRICS,
+                        folder / read_runs.CONFIG,
+                        folder / run_dir.STATUS,
+                        folder / run_dir.PRUNED,
+                    ),
                 ),
-                outcomes.going(folder),
+                run_dir.going(folder),
             ]
             if folder not in self.known or self.known[folder][0] != stamp:
-                self.known[folder] = stamp, runs.read(folder, name, self.points)
+                self.known[folder] = stamp, read_runs.read(folder, name, self.points)
             told.append(self.known[folder][1])
         return told, without
 
@@ -106,14 +112,14 @@ def write(a, reader: Reader, title: str) -> None:
     beside = out / "report.html.tmp"
     beside.write_text(whole, encoding="utf-8")
     os.replace(beside, out / "report.html")
-    drawn = pictures.draw(told, shown, out)
+    drawn = plots.draw(told, shown, out)
     print(
         f"{len(told)} runs: {out / 'report.html'} ({len(whole) / 1e6:.1f} MB), {', '.join(path.name for path in drawn) or 'no pictures: there is nothing to draw yet'}"
     )
 
 
 def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
-    """Serves the page at / and its data at /data.json, on 127.0.0.1 alone. Raises Mistake when the port is taken."""
+    """Serves the page at / and its data at /data.json, on 127.0.0.1 alone. Raises UserError when the port is taken."""
     looking, last = threading.Lock(), {}
 
     def shown() -> dict:
@@ -141,7 +147,7 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
                     return self.answer(page.page(shown(), title).encode(), "text/html")
                 if self.path == "/data.json":
                     return self.answer(page.as_json(shown()).encode(), "application/json")
-            except Mistake as mistake:
+            except UserError as mistake:
                 return self.send_error(503, str(mistake).encode("ascii", "replace").decode())
             self.send_error(404)
 
@@ -168,7 +174,7 @@ def server(a, reader: Reader, title: str) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
     except OSError as error:
-        raise Mistake(f"--port={a.port}: {error.strerror}; take another, or 0 for any that is free") from None
+        raise UserError(f"--port={a.port}: {error.strerror}; take another, or 0 for any that is free") from None
 
 
 def main(asked) -> None:

@@ -15,11 +15,11 @@ import json
 import sys
 
 import configurator
-from configurator import Needs, Row
+from configurator import OnlyWith, Row
 
-RUN = Needs("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
-PROMPTED = Needs("--prompt_dir", lambda a: bool(a.prompt_dir))
-DRAWN = Needs("--temperature above 0", lambda a: a.temperature > 0)
+RUN = OnlyWith("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
+PROMPTED = OnlyWith("--prompt_dir", lambda a: bool(a.prompt_dir))
+DRAWN = OnlyWith("--temperature above 0", lambda a: a.temperature > 0)
 
 TABLE = {
     "model": [
@@ -29,7 +29,7 @@ TABLE = {
             "checkpoint",
             "best",
             "best, last, or a step",
-            needs=Needs("--init_from=resume", lambda a: a.init_from == "resume"),
+            needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume"),
         ),
         Row(
             "init_from",
@@ -110,12 +110,16 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from parts import adapters, checkpoint, examples, generate, parallel, pretrained, templates, text
-from parts.mistakes import Mistake
+from nanoforge.data import tokenization
+from nanoforge.device import choose_dtype, get_device
+from nanoforge.errors import UserError
+from nanoforge.models import adapters, generation, pretrained
+from nanoforge.posttraining import examples, prompt_format
+from nanoforge.training import checkpoint
 
 
 def prompt(given: str) -> str:
-    """The text that --start names. Raises Mistake."""
+    """The text that --start names. Raises UserError."""
     if given == "-":
         return sys.stdin.read()
     if not given.startswith("FILE:"):
@@ -123,28 +127,28 @@ def prompt(given: str) -> str:
     try:
         return Path(given[5:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"--start={given}: can't be read ({error})") from None
+        raise UserError(f"--start={given}: can't be read ({error})") from None
 
 
-def encode(tokenizer: text.Tokenizer, words: str) -> np.ndarray:
-    """Ids of a prompt, in which <|endoftext|> is the token. Raises Mistake for unknown characters and empty prompts."""
-    parts = words.split(text.END_OF_TEXT) if tokenizer.eot is not None else [words]
+def encode(tokenizer: tokenization.Tokenizer, words: str) -> np.ndarray:
+    """Ids of a prompt, in which <|endoftext|> is the token. Raises UserError for unknown characters and empty prompts."""
+    parts = words.split(tokenization.END_OF_TEXT) if tokenizer.eot is not None else [words]
     try:
         ids = [tokenizer.encode(parts[0])]
         for part in parts[1:]:
             ids += [[tokenizer.eot], tokenizer.encode(part)]
-    except (Mistake, UnicodeError) as error:
-        raise Mistake(f"--start: {error}") from None
+    except (UserError, UnicodeError) as error:
+        raise UserError(f"--start: {error}") from None
     ids = np.concatenate(ids).astype(np.int64)
     if not len(ids):
-        raise Mistake("--start: empty; a model needs at least one token to go on from")
+        raise UserError("--start: empty; a model needs at least one token to go on from")
     return ids
 
 
 class Stream:
     """Prints ids as text as soon as they make whole characters."""
 
-    def __init__(self, tokenizer: text.Tokenizer):
+    def __init__(self, tokenizer: tokenization.Tokenizer):
         self.tokenizer, self.waiting = tokenizer, []
 
     def put(self, token: int) -> None:
@@ -162,13 +166,13 @@ def say(words: str) -> None:
     print(words, file=sys.stderr)
 
 
-def load(a) -> tuple[GPT, dict[str, text.Tokenizer]]:
-    """The model and its tokenizers. Raises Mistake."""
+def load(a) -> tuple[GPT, dict[str, tokenization.Tokenizer]]:
+    """The model and its tokenizers. Raises UserError."""
     source = str(checkpoint.chosen(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
     loaded = pretrained.load(source, say)
     model = GPT(GPTConfig(**loaded.shape))
     model.load_weights(loaded.weights, source)
-    return model.eval(), loaded.tokenizers or {"tokens": text.NumberTokenizer(sum(model.config.vocab_sizes))}
+    return model.eval(), loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
 
 
 def told_of(run: Path) -> dict:
@@ -176,8 +180,8 @@ def told_of(run: Path) -> dict:
     return json.loads((run / "train_config.json").read_text(encoding="utf-8"))
 
 
-def base_with_prompts(runs: list[Path]) -> tuple[GPT, text.Tokenizer, list[int]]:
-    """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises Mistake."""
+def base_with_prompts(runs: list[Path]) -> tuple[GPT, tokenization.Tokenizer, list[int]]:
+    """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises UserError."""
     configs = [told_of(run) for run in runs]
     base, shape = pretrained.load_base(configs[0]["_base"], say), configs[0]["_model"]
     model = GPT(
@@ -190,56 +194,58 @@ def base_with_prompts(runs: list[Path]) -> tuple[GPT, text.Tokenizer, list[int]]
     ]
     adapters.soft_prompt(model, torch.cat(rows), "tensor")
     firsts = [sum(shape["vocab_sizes"]) + sum(map(len, rows[:i])) for i in range(len(rows))]
-    return model.eval(), next(iter(text.load(runs[0] / "tokenizer.json").values())), firsts
+    return model.eval(), next(iter(tokenization.load(runs[0] / "tokenizer.json").values())), firsts
 
 
-def load_prompted(a) -> tuple[GPT, text.Tokenizer, list[list[int]]]:
-    """The base with all soft prompts, its tokenizer, and the ids of each text. Raises Mistake."""
+def load_prompted(a) -> tuple[GPT, tokenization.Tokenizer, list[list[int]]]:
+    """The base with all soft prompts, its tokenizer, and the ids of each text. Raises UserError."""
     runs = [checkpoint.chosen(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
     configs = [told_of(run) for run in runs]
     for folder, config in zip(a.prompt_dir, configs, strict=True):
         if config.get("adapter") != "soft_prompt":
-            raise Mistake(f"--prompt_dir={folder}: not a run with --adapter=soft_prompt; --out_dir samples from it")
+            raise UserError(f"--prompt_dir={folder}: not a run with --adapter=soft_prompt; --out_dir samples from it")
         if config["_base"]["sha256"] != configs[0]["_base"]["sha256"]:
-            raise Mistake(f"--prompt_dir={folder}: was trained on another base than {a.prompt_dir[0]}; a batch has one")
+            raise UserError(
+                f"--prompt_dir={folder}: was trained on another base than {a.prompt_dir[0]}; a batch has one"
+            )
     texts = [row for given in a.fields for row in read_fields(given)]
     if len(runs) not in (1, len(texts)):
-        raise Mistake(f"--prompt_dir: {len(runs)} given for {len(texts)} texts; give one, or one for each")
+        raise UserError(f"--prompt_dir: {len(runs)} given for {len(texts)} texts; give one, or one for each")
     model, tokenizer, firsts = base_with_prompts(runs)
     prompts = []
     for number, row in enumerate(texts):
         which = number if len(runs) > 1 else 0
-        template = templates.parse(configs[which]["prompt_format"])
+        template = prompt_format.parse(configs[which]["prompt_format"])
         if strange := sorted(row.keys() - set(template.fields)):
-            raise Mistake(f"--fields: {', '.join(strange)} not in the prompt {configs[which]['prompt_format']!r}")
+            raise UserError(f"--fields: {', '.join(strange)} not in the prompt {configs[which]['prompt_format']!r}")
         prompts.append(template.encode(row, tokenizer, firsts[which]))
     return model, tokenizer, prompts
 
 
 def read_fields(given: str) -> list[dict]:
-    """The rows that --fields names. Raises Mistake."""
+    """The rows that --fields names. Raises UserError."""
     if given.startswith("FILE:"):
-        return list(templates.read_table(Path(given[5:])))
+        return list(prompt_format.read_table(Path(given[5:])))
     try:
         row = json.loads(given)
     except ValueError as error:
-        raise Mistake(f"--fields={given}: not JSON ({error})") from None
+        raise UserError(f"--fields={given}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise Mistake(f'--fields={given}: must be a JSON object such as {{"toxic": "..."}}')
+        raise UserError(f'--fields={given}: must be a JSON object such as {{"toxic": "..."}}')
     return [row]
 
 
-def answer(a, model: GPT, tokenizer: text.Tokenizer, prompts: list[list[int]], titles: list[str]) -> None:
+def answer(a, model: GPT, tokenizer: tokenization.Tokenizer, prompts: list[list[int]], titles: list[str]) -> None:
     """Print what the model answers to each prompt, until its end token."""
-    device = parallel.find_device(a.device)
+    device = get_device(a.device)
     model.to(device)
-    model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
+    model.compute_dtype, _ = choose_dtype(a.dtype, device)
     if (longest := max(map(len, prompts))) >= model.config.block_size:
-        raise Mistake(
+        raise UserError(
             f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}"
         )
     torch.manual_seed(a.seed)
-    answers = generate.complete(
+    answers = generation.complete(
         model,
         prompts,
         a.max_new_tokens,
@@ -261,15 +267,15 @@ def main(a) -> None:
     if a.prompt_dir:
         model, tokenizer, prompts = load_prompted(a)
         return answer(a, model, tokenizer, prompts, [""] * len(prompts))
-    device = parallel.find_device(a.device)
+    device = get_device(a.device)
     model, tokenizers = load(a)
     if a.chat or a.stop_at_end:
         if len(tokenizers) > 1:
-            raise Mistake(f"--{'chat' if a.chat else 'stop_at_end'}: the model has several vocabularies")
+            raise UserError(f"--{'chat' if a.chat else 'stop_at_end'}: the model has several vocabularies")
         tokenizer, words = next(iter(tokenizers.values())), prompt(a.start[0])
         if a.chat and examples.ROLES["assistant"] not in getattr(tokenizer, "ids", {}):
-            raise Mistake("--chat: this model was not trained on messages")
-        coder = examples.Coder(tokenizer, model.config.block_size)
+            raise UserError("--chat: this model was not trained on messages")
+        coder = examples.ExampleEncoder(tokenizer, model.config.block_size)
         ids = (
             coder.prompt({"prompt": [{"role": "user", "content": words}]})
             if a.chat
@@ -277,14 +283,14 @@ def main(a) -> None:
         )
         return answer(a, model, tokenizer, [ids], ["" if a.chat else words])
     model.to(device)
-    model.compute_dtype, _ = parallel.choose_dtype(a.dtype, device)
+    model.compute_dtype, _ = choose_dtype(a.dtype, device)
     model.to(model.compute_dtype)  # once, rather than at every token
     vocabulary = model.vocabulary
     contexts = vocabulary.sizes if model.config.vocabulary == "contexts" else None
     names = list(tokenizers)
 
     if a.dataset and (a.dataset not in names or contexts):
-        raise Mistake(
+        raise UserError(
             f"--dataset={a.dataset}: "
             + (
                 "the contexts are continued together"
@@ -298,14 +304,14 @@ def main(a) -> None:
     elif len(a.start) == len(chosen):
         starts = a.start
     else:
-        raise Mistake(
+        raise UserError(
             f"--start: {len(a.start)} given, {len(chosen)} needed"
             + (f", one for each context ({', '.join(names)})" if contexts else "")
         )
     firsts = [vocabulary.firsts[names.index(name)] for name in chosen]
     prompts = [encode(tokenizers[name], prompt(start)) for name, start in zip(chosen, starts, strict=True)]
     if len({len(ids) for ids in prompts}) > 1:
-        raise Mistake(
+        raise UserError(
             f"--start: the contexts' prompts must be equally long, not {', '.join(str(len(ids)) for ids in prompts)} tokens"
         )
 
@@ -317,7 +323,7 @@ def main(a) -> None:
     if stream:
         for token in prompts[0].tolist():
             stream.put(token)
-    out = generate.generate(
+    out = generation.generate(
         model, idx, a.max_new_tokens, torch.Generator(device).manual_seed(a.seed), a.temperature, a.top_k, a.top_p, a.min_p, known,
         on_token=lambda ids: stream.put(int(ids[0]) - firsts[0]) if stream else None, compiled=a.compile,
     ).cpu()  # fmt: skip

@@ -6,7 +6,7 @@
     python sweep.py configs/grids/x.yaml --status                            (or --collect: results.csv and results.md)
     python sweep.py --learning_rate=1e-4,3e-4 --optimizer=adamw,muon         a grid without a file
 
-A grid file's form is told in parts/grid.py, that of an experiment file of rl_salamandra_alignment in parts/translate.py; every argument of
+A grid file's form is told in nanoforge/sweeps/grid.py, that of an experiment file of rl_salamandra_alignment in nanoforge/sweeps/hf_keys.py; every argument of
 train.py may stand in it and on the command line, which wins. The same command again skips runs that are done, resumes those that are not and
 retries those that failed. docs/sweeps.md has more.
 """
@@ -23,14 +23,15 @@ from typing import Any
 
 import configurator
 import train_args
-from configurator import Needs, Row
-from parts import grid, launch, outcomes, slurm, translate
-from parts.mistakes import Mistake, did_you_mean
+from configurator import OnlyWith, Row
+from nanoforge import console, run_dir
+from nanoforge.errors import UserError, did_you_mean
+from nanoforge.sweeps import grid, hf_keys, local, slurm, summary
 
 ROOT = Path(__file__).resolve().parent
 TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
 
-SLURM = Needs("--launcher=slurm", lambda a: a.launcher == "slurm")
+SLURM = OnlyWith("--launcher=slurm", lambda a: a.launcher == "slurm")
 TABLE: dict[str, list[Row]] = {
     "sweep (then: all arguments of train.py; values with commas between them vary, and so do those of a [list])": [
         Row(
@@ -50,7 +51,7 @@ TABLE: dict[str, list[Row]] = {
             1,
             "GPUs dealt to each run, which runs under torchrun if they are several",
             low=1,
-            needs=Needs("--launcher=local", lambda a: a.launcher == "local"),
+            needs=OnlyWith("--launcher=local", lambda a: a.launcher == "local"),
         ),
         Row("array", False, "one job array instead of a job for each run", needs=SLURM),
         Row("submit", False, "hand the scripts to sbatch", needs=SLURM),
@@ -61,7 +62,7 @@ TABLE: dict[str, list[Row]] = {
             "",
             "random:N (N points of the grid, from lists and from ranges {low: 1e-5, high: 1e-2, log: true}) or tpe:N (needs optuna; runs worse than the median are given up)",
         ),
-        Row("search_seed", 0, "which random points", low=0, needs=Needs("--search", lambda a: bool(a.search))),
+        Row("search_seed", 0, "which random points", low=0, needs=OnlyWith("--search", lambda a: bool(a.search))),
     ],
 }
 OWN = {row.name: row for group in TABLE.values() for row in group}
@@ -111,7 +112,7 @@ class Asked:
 
 
 def cell(row: Row, given: Any) -> Any:
-    """What a flag's text gives for a grid: a list where there are commas or brackets, a mapping for a range. Raises Mistake."""
+    """What a flag's text gives for a grid: a list where there are commas or brackets, a mapping for a range. Raises UserError."""
     kind = type(row.default)
     text = given[0] if isinstance(given, list) and len(given) == 1 else given
     if isinstance(text, str) and (text.startswith("[") or (text.startswith("{") and kind in (int, float))):
@@ -126,15 +127,15 @@ def cell(row: Row, given: Any) -> Any:
 
 def read_grid(path: str, wrong: list[str]) -> tuple[dict[str, Any], list[str], bool]:
     """A grid's or an experiment's file: its names and values, those of sections as "section.key"; the config files that it names; whether it is
-    of rl_salamandra_alignment's kind. Raises Mistake."""
+    of rl_salamandra_alignment's kind. Raises UserError."""
     spec, verbatim = grid.read_file(path)
-    if translate.is_experiment(spec):
-        translate.check_file(spec, wrong)
-        flat = translate.flatten(spec, verbatim, wrong)
+    if hf_keys.is_experiment(spec):
+        hf_keys.check_file(spec, wrong)
+        flat = hf_keys.flatten(spec, verbatim, wrong)
         out = flat.pop("execution.output_dir", None)
         return flat | ({"out_dir": out} if out else {}), [], True
     named = spec.pop("base", None) or []
-    sections = translate.flatten(
+    sections = hf_keys.flatten(
         {name: spec.pop(name) for name in JOB_SECTIONS if name in spec}, verbatim, wrong, JOB_SECTIONS
     )
     venv = {"execution.venv": spec.pop("venv")} if spec.get("venv") else {}
@@ -152,7 +153,7 @@ def read_grid(path: str, wrong: list[str]) -> tuple[dict[str, Any], list[str], b
 
 
 def ask(argv: list[str], wrong: list[str]) -> Asked:
-    """Read the command line and the files. What is wrong is added to `wrong`; raises Mistake when nothing can be made of it."""
+    """Read the command line and the files. What is wrong is added to `wrong`; raises UserError when nothing can be made of it."""
     words = []
     for word in argv:  # -j 4, -j4
         words += ["--jobs"] if word == "-j" else [f"--jobs={word[2:].lstrip('=')}"] if word.startswith("-j") else [word]
@@ -190,13 +191,13 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
                 wrong.append(f"--{name}: the file has it in zip or groups; change it there")
             try:
                 spec[name] = cell(ROWS[name], value)
-            except Mistake as mistake:
+            except UserError as mistake:
                 wrong.append(str(mistake))
     layers = []
     for path in bases:
         try:
             layers.append((path, configurator.read_file(path)))
-        except Mistake as mistake:
+        except UserError as mistake:
             wrong.append(str(mistake))
     out = spec.pop("out_dir", None) or f"out/{Path(grids[0]).stem if len(grids) == 1 else 'sweep'}"
     if not isinstance(out, str):
@@ -238,18 +239,18 @@ def normal(name: str, value: Any) -> Any:
     """A value as the argument table has it, so that 1e-4 is 0.0001; anything else as it is."""
     try:
         return configurator.convert(ROWS[name], value)
-    except (KeyError, Mistake):
+    except (KeyError, UserError):
         return value
 
 
 def count_examples(folder: str) -> int:
-    """How many examples a dataset's folder has to train on. Raises Mistake."""
+    """How many examples a dataset's folder has to train on. Raises UserError."""
     path = Path(folder) / "train.jsonl"
     try:
         with path.open("rb") as file:
             return max(1, sum(1 for line in file if line.strip()))
     except OSError:
-        raise Mistake(
+        raise UserError(
             f"dataset_name={folder}: {path} is not there; num_train_epochs, warmup_ratio and parts of a run need to know how many examples it has"
         ) from None
 
@@ -279,13 +280,13 @@ class Checker:
         mistakes += slurm.check(section["slurm"], section["environment"])
         try:
             shape = slurm.shape(section["slurm"])
-        except Mistake as mistake:
+        except UserError as mistake:
             mistakes, shape = [*mistakes, str(mistake)], slurm.Shape(1, 1)
         layers = list(asked.bases)
         if asked.experiment:
             try:
-                layers.append((GRID, translate.arguments(point.values, shape.ranks, self.examples)))
-            except Mistake as mistake:
+                layers.append((GRID, hf_keys.arguments(point.values, shape.ranks, self.examples)))
+            except UserError as mistake:
                 mistakes += str(mistake).splitlines()
         layers.append((GRID, own))
         mistakes += [
@@ -348,7 +349,8 @@ class Checker:
         for run in runs:
             if run.folder in seen:
                 words = (
-                    ", ".join(f"{name}={grid.brief(value)}" for name, value in run.told.items()) or "no argument varies"
+                    ", ".join(f"{name}={console.format_value(value)}" for name, value in run.told.items())
+                    or "no argument varies"
                 )
                 self.wrong.setdefault(
                     f"two equal runs: {words}; what differs between them has no effect, or is told twice", []
@@ -380,7 +382,7 @@ class Checker:
 def column(name: str) -> str:
     """How a varied name is called in tables: a key of an experiment file as the argument that it becomes."""
     key = name.rpartition(".")[2]
-    return translate.COLUMNS.get(key, key) if "." in name else name
+    return hf_keys.COLUMNS.get(key, key) if "." in name else name
 
 
 def evaluations_of(section: dict[str, Any]) -> dict[str, list[str]]:
@@ -388,7 +390,7 @@ def evaluations_of(section: dict[str, Any]) -> dict[str, list[str]]:
     points = [[]]
     for name, value in section.items():
         points = [
-            [*flags, f"--{name}={grid.brief(item) if isinstance(item, bool) else item}"]
+            [*flags, f"--{name}={console.format_value(item) if isinstance(item, bool) else item}"]
             for flags in points
             for item in (value if isinstance(value, list) else [value])
         ]
@@ -406,7 +408,7 @@ def wrong_evaluation(flags: tuple[str, ...]) -> list[str]:
 def another(run: Run) -> str | None:
     """What to say if the run's folder holds a run with other arguments."""
     try:
-        before = json.loads((run.folder / outcomes.CONFIG).read_text(encoding="utf-8"))["_all"]
+        before = json.loads((run.folder / run_dir.CONFIG).read_text(encoding="utf-8"))["_all"]
     except (OSError, ValueError, KeyError):
         return None
     ours = json.loads(json.dumps(run.effective))
@@ -417,54 +419,54 @@ def another(run: Run) -> str | None:
 def write_config(run: Run) -> None:
     """run.json: a config of train.py."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    beside = run.folder / f"{outcomes.CONFIG}.tmp"
+    beside = run.folder / f"{run_dir.CONFIG}.tmp"
     beside.write_text(
         json.dumps({**run.arguments, "_told": run.told, "_all": run.effective}, indent=1) + "\n", encoding="utf-8"
     )
-    beside.replace(run.folder / outcomes.CONFIG)
+    beside.replace(run.folder / run_dir.CONFIG)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # telling
 
 
-def states(asked: Asked, runs: list[Run]) -> list[outcomes.Outcome]:
-    """What became of each run, as its folder and, for those that were handed to it, Slurm's queue tell. Raises Mistake when that is needed and can't be read."""
+def states(asked: Asked, runs: list[Run]) -> list[run_dir.Outcome]:
+    """What became of each run, as its folder and, for those that were handed to it, Slurm's queue tell. Raises UserError when that is needed and can't be read."""
     jobs = slurm.Jobs(asked.out_dir / "slurm" / "jobs.json").ids
     queue = slurm.queue() if jobs.keys() & {run.name for run in runs} else {}
     told = []
     for run in runs:
-        outcome, queued = outcomes.read(run.folder), queue.get(jobs.get(run.name, ""))
+        outcome, queued = run_dir.read(run.folder), queue.get(jobs.get(run.name, ""))
         if queued:
             outcome = outcome._replace(state=queued, why=f"job {jobs[run.name]}")
         told.append(outcome)
     return told
 
 
-def say_failed(runs: list[Run], told: list[outcomes.Outcome]) -> None:
+def say_failed(runs: list[Run], told: list[run_dir.Outcome]) -> None:
     for run, outcome in zip(runs, told, strict=True):
         if outcome.state in ("failed", "stopped"):
-            print(f"\n{run.name}: {outcome.state}, {outcome.why}; {run.folder / outcomes.LOG} ends with")
-            print("\n".join(f"    {line}" for line in outcomes.tail(run.folder)))
+            print(f"\n{run.name}: {outcome.state}, {outcome.why}; {run.folder / run_dir.LOG} ends with")
+            print("\n".join(f"    {line}" for line in run_dir.tail(run.folder)))
 
 
-def table(runs: list[Run], told: list[outcomes.Outcome]) -> tuple[list[str], list[list[Any]]]:
-    return outcomes.rows([run.name for run in runs], [run.told for run in runs], told)
+def table(runs: list[Run], told: list[run_dir.Outcome]) -> tuple[list[str], list[list[Any]]]:
+    return summary.rows([run.name for run in runs], [run.told for run in runs], told)
 
 
-def collect(asked: Asked, runs: list[Run], told: list[outcomes.Outcome]) -> None:
+def collect(asked: Asked, runs: list[Run], told: list[run_dir.Outcome]) -> None:
     """Write results.csv and results.md, the best run first."""
     header, rows = table(runs, told)
     best = header.index("best_val_loss")
     rows.sort(key=lambda row: (row[best] is None, row[best] or 0.0))
     asked.out_dir.mkdir(parents=True, exist_ok=True)
     for name, words in (
-        ("results.csv", outcomes.as_csv(header, rows)),
-        ("results.md", outcomes.as_markdown(header, rows)),
+        ("results.csv", summary.as_csv(header, rows)),
+        ("results.md", summary.as_markdown(header, rows)),
     ):
         (asked.out_dir / name).write_text(words, encoding="utf-8")
         print(f"{asked.out_dir / name}", file=sys.stderr)
-    print(outcomes.as_markdown(header, rows), end="")
+    print(summary.as_markdown(header, rows), end="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,29 +474,29 @@ def collect(asked: Asked, runs: list[Run], told: list[outcomes.Outcome]) -> None
 
 
 def prepare_data(runs: list[Run]) -> None:
-    """Make the datasets that are not there yet, once, before runs do so side by side. Raises Mistake."""
-    from parts import bins
+    """Make the datasets that are not there yet, once, before runs do so side by side. Raises UserError."""
+    from nanoforge.data import token_bins
 
     for folder, what in dict.fromkeys(item for run in runs for item in run.data.items()):
-        bins.prepare_if_missing(folder, what)
+        token_bins.prepare_if_missing(folder, what)
 
 
 def commands(run: Run, gpus: int) -> list[list[str]]:
     """What is left to do of a run: train.py from where it is, then evaluate.py. Writes its run.json."""
-    outcome = outcomes.read(run.folder, running=False)
-    if outcome.state in outcomes.ENDED:
+    outcome = run_dir.read(run.folder, running=False)
+    if outcome.state in run_dir.ENDED:
         return []
     python = [
         run.job.python,
         *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []),
     ]
-    going_on = outcomes.begun(run.folder)
+    going_on = run_dir.begun(run.folder)
     if not going_on:
         write_config(run)
     which = (
         ["--init_from=resume", f"--out_dir={run.folder}"]
         if going_on
-        else [str(run.folder / outcomes.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
+        else [str(run.folder / run_dir.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
     )
     evaluations = [
         [run.job.python, str(EVALUATE), f"--out_dir={run.folder}", f"--json={run.folder / told}", *flags]
@@ -503,20 +505,20 @@ def commands(run: Run, gpus: int) -> list[list[str]]:
     return evaluations if outcome.trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
 
 
-def task(run: Run, gpus: int, data: Any = None) -> launch.Task:
-    return launch.Task(run.name, run.folder, lambda: commands(run, gpus), run.job.environment, data)
+def task(run: Run, gpus: int, data: Any = None) -> local.Task:
+    return local.Task(run.name, run.folder, lambda: commands(run, gpus), run.job.environment, data)
 
 
 def places(a) -> tuple[list[list[str]], int]:
     """The GPUs of each place that runs one at a time, and the threads of a run."""
-    names = launch.gpus()
+    names = local.gpus()
     jobs = a.jobs or max(1, len(names) // a.gpus_per_run)
-    return launch.deal(names, jobs, a.gpus_per_run), max(1, (os.cpu_count() or 1) // jobs)
+    return local.deal(names, jobs, a.gpus_per_run), max(1, (os.cpu_count() or 1) // jobs)
 
 
-def say_ended(attempt: launch.Attempt, total: str) -> outcomes.Outcome:
+def say_ended(attempt: local.Attempt, total: str) -> run_dir.Outcome:
     """A line about a run that is over."""
-    outcome = outcomes.read(attempt.task.folder)
+    outcome = run_dir.read(attempt.task.folder)
     words = (
         "is run by another process"
         if attempt.elsewhere
@@ -537,30 +539,30 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
     left = [
         run
         for run, outcome in zip(runs, states(asked, runs), strict=True)
-        if outcome.state in (*outcomes.IDLE, "running")
+        if outcome.state in (*run_dir.IDLE, "running")
     ]
     waiting, over = iter(left), [len(runs) - len(left)]
     if over[0]:
         print(f"{over[0]} of {len(runs)} runs are done")
 
-    def ended(attempt: launch.Attempt) -> None:
+    def ended(attempt: local.Attempt) -> None:
         over[0] += 1
         say_ended(attempt, f"[{over[0]}/{len(runs)}]")
 
-    def draw() -> launch.Task | None:
+    def draw() -> local.Task | None:
         run = next(waiting, None)
         return run and task(run, min(asked.own.gpus_per_run, len(seats[0]) or 1))
 
-    number = launch.run(draw, seats, threads, lambda task: print(f"begins {task.name}", flush=True), ended)
+    number = local.run(draw, seats, threads, lambda task: print(f"begins {task.name}", flush=True), ended)
     return finish(asked, runs, number)
 
 
 def finish(asked: Asked, runs: list[Run], number: int) -> int:
     """Tell how the runs stand; the exit status: 0 if all are done, 128 + the signal that ended the sweep, or 1."""
     told = states(asked, runs)
-    print("\n" + outcomes.as_text(*table(runs, told)))
+    print("\n" + summary.as_text(*table(runs, told)))
     say_failed(runs, told)
-    return 128 + number if number else int(any(outcome.state not in outcomes.ENDED for outcome in told))
+    return 128 + number if number else int(any(outcome.state not in run_dir.ENDED for outcome in told))
 
 
 def run_slurm(asked: Asked, runs: list[Run]) -> int:
@@ -568,12 +570,12 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
     folder = asked.out_dir / "slurm"
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    lock = launch.take(folder)
+    lock = local.take(folder)
     if lock is None:
-        raise Mistake(f"{folder}: another sweep is writing there")
+        raise UserError(f"{folder}: another sweep is writing there")
     prepare_data(runs)
     jobs = slurm.Jobs(folder / "jobs.json")
-    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in outcomes.IDLE]
+    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in run_dir.IDLE]
     groups: dict[str, list[Run]] = {}
     for run in left:
         write_config(run)
@@ -616,7 +618,7 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
 
 def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
     """Search by TPE: each place asks for a point when the run before is over. The exit status."""
-    from parts.search import Tpe
+    from nanoforge.sweeps.search import Tpe
 
     asked.out_dir.mkdir(parents=True, exist_ok=True)
     search = Tpe(
@@ -626,7 +628,7 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
     active: set[str] = set()
     prepared: set[str] = set()
 
-    def draw() -> launch.Task | None:
+    def draw() -> local.Task | None:
         drawn = search.ask()
         if drawn is None:
             return None
@@ -639,21 +641,21 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
         active.add(run.name)
         return task(run, min(asked.own.gpus_per_run, len(seats[0]) or 1), trial)
 
-    def ended(attempt: launch.Attempt) -> None:
+    def ended(attempt: local.Attempt) -> None:
         if attempt.given_up and attempt.status:
-            (attempt.task.folder / outcomes.PRUNED).touch()
+            (attempt.task.folder / run_dir.PRUNED).touch()
         outcome = say_ended(attempt, f"[trial {attempt.task.data.number + 1}]")
         search.tell(
             attempt.task.data, outcome.best_val_loss if outcome.state == "done" else None, outcome.state == "pruned"
         )
 
-    number = launch.run(
+    number = local.run(
         draw,
         seats,
         threads,
         lambda task: print(f"begins {task.name}", flush=True),
         ended,
-        lambda attempt: search.prune(attempt.task.data, outcomes.read(attempt.task.folder).evaluations),
+        lambda attempt: search.prune(attempt.task.data, run_dir.read(attempt.task.folder).evaluations),
     )
     return finish(asked, distinct(checker.runs(search.points())), number)
 
@@ -667,12 +669,12 @@ def distinct(runs: list[Run]) -> list[Run]:
 
 
 def main(asked: Asked, wrong: list[str]) -> int:
-    """Do what was asked for, unless something is wrong; the exit status. Raises Mistake."""
+    """Do what was asked for, unless something is wrong; the exit status. Raises UserError."""
     checker = Checker(asked)
     lists, dicts, whole = (
         {name for name, row in ROWS.items() if type(row.default) is kind} for kind in (tuple, dict, int)
     )
-    lists |= {f"{section}.{key}" for section in translate.KEY_SECTIONS for key in translate.LIST_KEYS} | {
+    lists |= {f"{section}.{key}" for section in hf_keys.KEY_SECTIONS for key in hf_keys.LIST_KEYS} | {
         name for name in asked.spec if name.startswith("evaluation.")
     }
     space = grid.read(asked.spec, lists, dicts, whole, ("seed", ROWS["seed"].default), wrong)
@@ -685,7 +687,7 @@ def main(asked: Asked, wrong: list[str]) -> int:
         checker.tell(wrong, len(points))
         if asked.own.launcher == "local":
             return run_tpe(asked, space, checker)
-        from parts.search import Tpe
+        from nanoforge.sweeps.search import Tpe
 
         journal = asked.out_dir / "study.journal"
         runs = (
@@ -712,7 +714,7 @@ def main(asked: Asked, wrong: list[str]) -> int:
     if asked.own.collect:
         collect(asked, runs, told)
         return 0
-    print(outcomes.as_text(*table(runs, told)))
+    print(summary.as_text(*table(runs, told)))
     print(
         f"{len(runs)} runs in {asked.out_dir}"
         + (
@@ -732,7 +734,7 @@ def command(argv: list[str]) -> None:
     wrong: list[str] = []
     try:
         asked = ask(argv, wrong)
-    except Mistake as mistake:
+    except UserError as mistake:
         configurator.tell([*wrong, str(mistake)])
     raise SystemExit(main(asked, wrong))
 

@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
 A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). These, the model and the optimizer
-are chosen in recipe.py, before the loop; the loop asks for no mode. The arguments are in train_args.py, the model in model.py, everything
-else in parts/.
+are chosen in builders.py, before the loop; the loop asks for no mode. The arguments are in train_args.py, the model in model.py, everything
+else in the package nanoforge/.
 """
 
 import gc
@@ -34,13 +34,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import builders
 import configurator
-import recipe
 from model import GPT
-from parts import batches, bins, checkpoint, optim, parallel, record, rollouts, text
-from parts.guard import Guard
-from parts.mistakes import Mistake
-from parts.signals import Signals
+from nanoforge import console, distributed, files, rng, run_dir
+from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.device import measure_matmul_flops, peak_flops, set_attention_kernel, tune_malloc
+from nanoforge.errors import UserError
+from nanoforge.posttraining import rollouts
+from nanoforge.training import checkpoint, logger, optimizers
+from nanoforge.training.grad_guard import GradGuard
+from nanoforge.training.signals import Signals
 
 
 @dataclass
@@ -65,11 +69,11 @@ def begin_run(
     args,
     out_dir: Path,
     model: GPT,
-    tokenizers: dict[str, text.Tokenizer],
+    tokenizers: dict[str, tokenization.Tokenizer],
     progress: Progress,
     fingerprints: dict,
     base: dict,
-    lock: checkpoint.Lock,
+    lock: run_dir.RunLock,
 ) -> None:
     """Write what the run is: its tokenizers, arguments, data, base, versions and commit. A resumed run keeps where it came from."""
     config, about = (
@@ -85,9 +89,9 @@ def begin_run(
             name: value for name, value in began_as(out_dir).items() if name in ("init_from", "gpt2_type", "task_name")
         }
     else:
-        checkpoint.claim(out_dir, lock)
-    checkpoint.write_json(out_dir / "tokenizer.json", text.run_json(tokenizers))
-    checkpoint.write_json(
+        run_dir.prepare_out_dir(out_dir, lock)
+    files.write_json(out_dir / "tokenizer.json", tokenization.run_json(tokenizers))
+    files.write_json(
         config,
         values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_base": base, "_about": about},
     )
@@ -96,7 +100,7 @@ def begin_run(
 
 
 def write_best(out_dir: Path, progress: Progress) -> None:
-    checkpoint.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
+    files.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
 
 
 def began_as(out_dir: Path) -> dict:
@@ -105,7 +109,7 @@ def began_as(out_dir: Path) -> dict:
 
 
 def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], allowed: bool, say) -> None:
-    """Compare the data with what the run began with. Raises Mistake when they differ, unless that is allowed."""
+    """Compare the data with what the run began with. Raises UserError when they differ, unless that is allowed."""
     changed = [
         f"{name}/{file}"
         for name in fingerprints.keys() & before.keys()
@@ -115,7 +119,7 @@ def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], 
     if changed:
         words = f"{', '.join(sorted(changed))}: not what this run began with"
         if not allowed:
-            raise Mistake(
+            raise UserError(
                 f"--init_from=resume: {words}; restore the data, or go on with the new with --allow_data_change"
             )
         say(f"{words}; going on, as --allow_data_change says")
@@ -124,19 +128,19 @@ def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], 
 def resume(
     out_dir: Path,
     model: GPT,
-    optimizer: optim.Optimizer,
+    optimizer: optimizers.Optimizer,
     scaler: torch.amp.GradScaler,
-    guard: Guard,
+    guard: GradGuard,
     tokenizers: dict,
     say,
 ) -> Progress:
-    """Take up the newest whole checkpoint. Raises Mistake when there is none or it does not fit."""
+    """Take up the newest whole checkpoint. Raises UserError when there is none or it does not fit."""
     loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
-    saved = text.load(loaded.folder / "tokenizer.json")
-    if len(saved) != len(tokenizers) or not all(map(text.same, saved.values(), tokenizers.values())):
-        raise Mistake(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
+    saved = tokenization.load(loaded.folder / "tokenizer.json")
+    if len(saved) != len(tokenizers) or not all(map(tokenization.same, saved.values(), tokenizers.values())):
+        raise UserError(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
     if len(saved) > 1 and list(saved) != list(tokenizers):
-        raise Mistake(
+        raise UserError(
             f"--init_from=resume: {loaded.folder} was trained on {', '.join(saved)}, in this order, which the model's vocabularies follow"
         )
     model.load_weights(loaded.weights, str(loaded.folder))
@@ -162,21 +166,21 @@ class Run:
     """All that the loop needs."""
 
     args: object
-    ranks: parallel.Ranks
-    tokenizers: dict[str, text.Tokenizer]  # one for each vocabulary of the model
-    data: recipe.Data
+    ranks: distributed.Ranks
+    tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
+    data: builders.Data
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
     replica: torch.nn.Module  # the same under DDP, where there are several ranks
-    optimizer: optim.Optimizer
+    optimizer: optimizers.Optimizer
     scaler: torch.amp.GradScaler
-    guard: Guard
+    guard: GradGuard
     saver: checkpoint.Saver
     fingerprints: dict[str, dict]  # of the data
     base: dict  # where the weights came from that the run began with: source, sha256
     progress: Progress
-    tally: batches.Tally  # of the sequences drawn from each dataset
-    share: parallel.Share  # of this rank in the rows of a step
+    tally: batches.SampleCounter  # of the sequences drawn from each dataset
+    share: distributed.Share  # of this rank in the rows of a step
     dtype_reason: str
     peak_flops: float | None  # of one device, where it is known
 
@@ -214,7 +218,7 @@ class Run:
             self.args,
             self.data.source,
             self.model.config,
-            self.ranks.world,
+            self.ranks.world_size,
             self.args.batch_size * self.args.gradient_accumulation_steps,
         )
         chip = (
@@ -228,7 +232,7 @@ class Run:
         share = f"{rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         left = max(0, self.total_steps - self.progress.step) * tokens * self.model.flops_per_token() / world
-        fastest = left / parallel.product_flops(self.ranks.device, self.model.compute_dtype)
+        fastest = left / measure_matmul_flops(self.ranks.device, self.model.compute_dtype)
         learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         adapter = (
             f"; {a.adapter}: {learning:,} learn ({learning / self.model.count_parameters():.2%})"
@@ -244,33 +248,33 @@ class Run:
             f"a step  {objective} {tokens:,.0f} tokens: {rows} {'sequences of' if a.objective == 'lm' else 'examples of at most'} {a.block_size} ({share}); {a.optimizer}, lr {a.learning_rate:g}, schedule {a.schedule}",
             f"length   {self.total_steps:,} steps, {self.total_steps * tokens:,.0f} tokens, {epochs:.2f} epochs",
             f"device   {self.ranks.device} ({chip}), {dtype} ({self.dtype_reason}){', compiled' if a.compile else ''}",
-            f"time     at least {record.duration(fastest)}, by the speed of matrix products here; an estimate follows from the first steps",
+            f"time     at least {console.format_duration(fastest)}, by the speed of matrix products here; an estimate follows from the first steps",
         ))  # fmt: skip
 
 
-def build(args, ranks: parallel.Ranks, say) -> Run:
-    """Everything from the arguments, resumed if asked. Raises Mistake before anything of an older run is touched."""
+def build(args, ranks: distributed.Ranks, say) -> Run:
+    """Everything from the arguments, resumed if asked. Raises UserError before anything of an older run is touched."""
     if not (args.init_from == "resume" or args.overwrite or args.eval_only):
-        checkpoint.refuse_held(Path(args.out_dir))
+        run_dir.refuse_existing_run(Path(args.out_dir))
     began = began_as(Path(args.out_dir)) if args.init_from == "resume" else {}
     with ranks.main_first():
         for folder in args.folders.values():
-            bins.prepare_if_missing(folder, args.reads)
-    fingerprints = recipe.fingerprints(args)
+            token_bins.prepare_if_missing(folder, args.reads)
+    fingerprints = builders.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(began.get("_data", {}), fingerprints, args.allow_data_change, say)
-    share = parallel.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
-    args, tokenizers, model, data, base, reason = recipe.make(args, began, ranks, say)
+    share = distributed.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
+    args, tokenizers, model, data, base, reason = builders.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
-    optimizer = optim.Optimizer(args.optimizer, model, recipe.settings(args), model.fused_rows())
-    guard = Guard(args.spike_skip, ranks.device)
+    optimizer = optimizers.Optimizer(args.optimizer, model, builders.settings(args), model.muon_splits())
+    guard = GradGuard(args.spike_skip, ranks.device)
     progress = (
         resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say)
         if args.init_from == "resume"
         else Progress()
     )
     net = model
-    if args.compile and parallel.is_sharded(model):
+    if args.compile and distributed.is_sharded(model):
         model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
     elif args.compile:
         net = torch.compile(model, dynamic=False)
@@ -282,12 +286,12 @@ def build(args, ranks: parallel.Ranks, say) -> Run:
             "a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start"
         )
     peak = (
-        record.peak_flops(torch.cuda.get_device_name(ranks.device))
+        peak_flops(torch.cuda.get_device_name(ranks.device))
         if ranks.device.type == "cuda" and model.compute_dtype != torch.float32
         else None
     )
     saver = checkpoint.Saver()
-    replica = net if parallel.is_sharded(model) else parallel.replicate(net, ranks)
+    replica = net if distributed.is_sharded(model) else distributed.replicate(net, ranks)
     return Run(
         args,
         ranks,
@@ -325,14 +329,16 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
         for dataset in some:
             sums: dict[str, torch.Tensor] = {}
             for told, counts in dataset.told(run.net):
-                if ranks.largest(signals.number):
+                if ranks.all_reduce_max(signals.number):
                     run.net.train()
                     return None
                 for name, pair in told.items():  # a rank without a part in the batch has read one with the others
                     sums[name] = sums.get(name, torch.zeros_like(pair, device=ranks.device)) + (
                         pair.to(ranks.device) if counts else 0
                     )
-            measured.setdefault(split, []).append({name: divided(ranks.sum(pair)) for name, pair in sums.items()})
+            measured.setdefault(split, []).append(
+                {name: divided(ranks.all_reduce_(pair)) for name, pair in sums.items()}
+            )
     run.net.train()
 
     def weighted(split: str, name: str) -> float:
@@ -370,9 +376,9 @@ def answers_to_tell(run: Run) -> list[dict]:
     return rollouts.samples(data.answers, dataset, a.eval_samples, run.model.wte.weight.size(0))
 
 
-def save(run: Run, log: record.Record) -> None:
+def save(run: Run, log: logger.Record) -> None:
     """Begin to save a checkpoint: a snapshot now, the files in a thread. Waits for the save before."""
-    sharded, main = parallel.is_sharded(run.model), run.ranks.main
+    sharded, main = distributed.is_sharded(run.model), run.ranks.is_main
     if not main and not sharded:
         return
     tell_saved(run, log, wait=True)
@@ -386,12 +392,12 @@ def save(run: Run, log: record.Record) -> None:
     tensors, others = run.optimizer.state()
     learned = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     weights, tensors = (
-        {name: parallel.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors)
+        {name: distributed.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors)
     )
     if strange := [
         name
         for name, tensor in {**weights, **tensors}.items()
-        if tensor.is_floating_point() and not parallel.local(tensor).isfinite().all()
+        if tensor.is_floating_point() and not distributed.local(tensor).isfinite().all()
     ]:
         raise SystemExit(f"{strange[0]} is not finite at step {progress.step}: stopped, nothing was saved")
     state = dataclasses.asdict(progress) | {
@@ -404,22 +410,20 @@ def save(run: Run, log: record.Record) -> None:
 
     def work() -> Path:
         folder = checkpoint.save(
-            checkpoints, progress.step, weights, tensors, state, copied, run.ranks.saving if sharded else None, main
+            checkpoints, progress.step, weights, tensors, state, copied, run.ranks.save_group if sharded else None, main
         )
         if not main:
             return folder
         there = checkpoint.steps(checkpoints)
         if progress.best_step in there:
             write_best(run.out_dir, progress)
-        checkpoint.prune(
-            checkpoints, checkpoint.kept(there, checkpoint.best_step(run.out_dir), a.keep_last, a.keep_every)
-        )
+        checkpoint.prune(checkpoints, checkpoint.kept(there, run_dir.best_step(run.out_dir), a.keep_last, a.keep_every))
         return folder
 
     run.saver.begin(progress.step, work, since=begin)
 
 
-def tell_saved(run: Run, log: record.Record, wait: bool) -> None:
+def tell_saved(run: Run, log: logger.Record, wait: bool) -> None:
     """Tell what became of the save that was begun, if it is over. Without room for it training goes on."""
     outcome = run.saver.outcome(wait)
     if outcome is None:
@@ -439,7 +443,7 @@ def tell_saved(run: Run, log: record.Record, wait: bool) -> None:
         )
 
 
-def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: bool) -> None:
+def evaluate_and_save(run: Run, log: logger.Record, signals: Signals, final: bool) -> None:
     """Evaluate, tell it, and save if the arguments ask for it; the weights that a run begins with are not saved."""
     a, p = run.args, run.progress
     losses = evaluate(run, signals)
@@ -467,11 +471,11 @@ def evaluate_and_save(run: Run, log: record.Record, signals: Signals, final: boo
             p.best_val_loss, p.best_step = losses["val_loss"], p.step
         if better or final or a.always_save_checkpoint:
             save(run, log)
-    if a.plot_loss and run.ranks.main:
-        record.draw_loss(log.metrics, run.out_dir / "loss.png")
+    if a.plot_loss and run.ranks.is_main:
+        logger.draw_loss(log.metrics, run.out_dir / "loss.png")
 
 
-def end_saves(run: Run, log: record.Record) -> None:
+def end_saves(run: Run, log: logger.Record) -> None:
     """Wait for the last save; the run fails if that one did."""
     tell_saved(run, log, wait=True)
     if run.saver.failed:
@@ -489,7 +493,7 @@ def refuse_nonfinite(value: float, name: str, run: Run) -> None:
 class Meter:
     """Reads the training metrics back from the device, and the time between two readings."""
 
-    def __init__(self, run: Run, log: record.Record):
+    def __init__(self, run: Run, log: logger.Record):
         self.run, self.log, self.readings = run, log, 0
         self.restart()
 
@@ -504,7 +508,7 @@ class Meter:
         """Tell the step just made: told of this rank's batches, norm that of the whole gradient."""
         run, p = self.run, self.run.progress
         pairs = torch.stack([pair.reshape(2, -1).sum(1).to(run.ranks.device, torch.float32) for pair in told.values()])
-        means = dict(zip(told, divided(run.ranks.sum(pairs).T), strict=True))  # waits for the device
+        means = dict(zip(told, divided(run.ranks.all_reduce_(pairs).T), strict=True))  # waits for the device
         loss_now, skipped = means.pop("loss"), int(run.guard.skipped)
         seconds = (time.perf_counter() - self.time) / (p.step - self.step)
         speed = (p.tokens - self.tokens) / (p.step - self.step) / seconds
@@ -519,10 +523,10 @@ class Meter:
             **means,
         }
         if run.peak_flops:
-            told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world)
+            told["mfu"] = speed * run.model.flops_per_token() / (run.peak_flops * run.ranks.world_size)
         if run.args.log_data_hash:
             signed = digest - 2**64 if digest >= 2**63 else digest
-            told["data_hash"] = f"{int(run.ranks.sum(torch.tensor(signed))) % 2**64:016x}"
+            told["data_hash"] = f"{int(run.ranks.all_reduce_(torch.tensor(signed))) % 2**64:016x}"
         mfu = f", mfu {told['mfu']:.1%}" if run.peak_flops else ""
         most = "".join(
             f", {name} {means[name]:.3f}"
@@ -542,7 +546,7 @@ class Meter:
         if self.readings == 2:  # the first one includes what is made at the first step
             left = run.total_steps - p.step
             self.log.say(
-                f"estimated time: {record.duration(left * seconds)} for {left:,} more steps, evaluations apart"
+                f"estimated time: {console.format_duration(left * seconds)} for {left:,} more steps, evaluations apart"
             )
         self.restart()
 
@@ -555,7 +559,7 @@ class Diverged(Exception):
     """Too many steps in a row were skipped."""
 
 
-def loop(run: Run, log: record.Record, signals: Signals) -> None:
+def loop(run: Run, log: logger.Record, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
     a, progress, optimizer, scaler, source, objective = (
         run.args,
@@ -567,7 +571,7 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
     )
     parameters, factor = (
         [parameter for parameter in run.model.parameters() if parameter.requires_grad],
-        recipe.rate_factor(a),
+        builders.lr_scale(a),
     )
     stream = source.stream(progress.step, *run.share, run.ranks.device, a.log_data_hash)
     meter = Meter(run, log)
@@ -576,10 +580,10 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
         tell_saved(run, log, wait=False)
         # evaluate, save, stop; the ranks agree on what came to one of them
         if progress.step % source.period == 0:
-            out_of_time = a.max_seconds > 0 and bool(run.ranks.largest(log.seconds >= a.max_seconds))
+            out_of_time = a.max_seconds > 0 and bool(run.ranks.all_reduce_max(log.seconds >= a.max_seconds))
             finished = run.finished(out_of_time)
             due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
-            if due and not run.ranks.largest(signals.number):
+            if due and not run.ranks.all_reduce_max(signals.number):
                 evaluate_and_save(run, log, signals, final=bool(finished))
                 finished = run.finished(out_of_time)  # perhaps by the patience
                 due = progress.evaluated_at < progress.step
@@ -593,8 +597,8 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
                 meter.restart()
             if finished and not due:
                 end_saves(run, log)
-                return log.note(progress.step, f"finished: {finished} in {record.duration(log.seconds)}")
-            if number := run.ranks.largest(signals.number):
+                return log.note(progress.step, f"finished: {finished} in {console.format_duration(log.seconds)}")
+            if number := run.ranks.all_reduce_max(signals.number):
                 save(run, log)
                 end_saves(run, log)
                 log.note(
@@ -605,12 +609,12 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
 
         # one step
         optimizer.set_rate(factor(progress.step))
-        torch.manual_seed(int(batches.mix(a.seed, batches.NOISE, progress.step, run.ranks.rank)) >> 1)
+        torch.manual_seed(int(rng.hash_u64(a.seed, rng.DROPOUT, progress.step, run.ranks.rank)) >> 1)
         step = next(stream)
         told, telling = dict(step.told), meter.due(progress.step + 1)
         micro_batches = objective.prepare(run.net, step.batches)
         for i, batch in enumerate(micro_batches):
-            parallel.sync_gradients(model, i == len(micro_batches) - 1)  # averaged over the ranks in the last one
+            distributed.sync_gradients(model, i == len(micro_batches) - 1)  # averaged over the ranks in the last one
             loss, more = objective(model, batch, telling)
             scaler.scale(loss).backward()
             told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
@@ -626,12 +630,12 @@ def loop(run: Run, log: record.Record, signals: Signals) -> None:
                 raise Diverged
 
 
-def go_back(run: Run, log: record.Record) -> Run:
+def go_back(run: Run, log: logger.Record) -> Run:
     """The run at its newest whole checkpoint, once; ends it the second time, or where there is none."""
     words = f"{run.args.skip_patience} steps in a row were skipped until step {run.progress.step}, their gradients not finite or outliers"
     advice = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
     tell_saved(run, log, wait=True)
-    run.ranks.wait()
+    run.ranks.barrier()
     if run.progress.rollbacks or not checkpoint.steps(run.out_dir / "checkpoints"):
         raise SystemExit(
             f"{words}{', again' if run.progress.rollbacks else ', and there is no checkpoint to go back to'}: stopped; {advice}"
@@ -645,46 +649,46 @@ def go_back(run: Run, log: record.Record) -> Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def folder_of_task(args, ranks: parallel.Ranks) -> str:
+def folder_of_task(args, ranks: distributed.Ranks) -> str:
     """--out_dir, or where a task has its own place, outputs/TASK/DATE_TIME, on which the ranks agree."""
     if not args.task_name or args.out_dir != "out":
         return args.out_dir
-    now = time.localtime(ranks.largest(int(time.time()) if ranks.main else 0))
+    now = time.localtime(ranks.all_reduce_max(int(time.time()) if ranks.is_main else 0))
     return str(args.task_folder / time.strftime("%Y%m%d_%H%M%S", now))
 
 
 def main(args) -> Progress:
-    """One run, from the arguments to its end; its progress. Raises Mistake."""
+    """One run, from the arguments to its end; its progress. Raises UserError."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    parallel.keep_freed_memory()
-    with parallel.ranks(args.device, args.rank_timeout) as ranks, ExitStack() as stack:
+    tune_malloc()
+    with distributed.ranks(args.device, args.rank_timeout) as ranks, ExitStack() as stack:
         args = dataclasses.replace(args, out_dir=folder_of_task(args, ranks))
-        lock = stack.enter_context(checkpoint.Lock(Path(args.out_dir)))
-        parallel.choose_attention_kernel(args.attention_kernel, ranks.device)
+        lock = stack.enter_context(run_dir.RunLock(Path(args.out_dir)))
+        set_attention_kernel(args.attention_kernel, ranks.device)
         notes: list[str] = []
         with ranks.main_first():
-            if ranks.main and args.init_from == "resume" and not args.eval_only:
+            if ranks.is_main and args.init_from == "resume" and not args.eval_only:
                 lock.take()
         run = build(args, ranks, notes.append)
-        if ranks.main:
-            record.say("\n".join((*notes, run.summary())))
+        if ranks.is_main:
+            console.print_line("\n".join((*notes, run.summary())))
         if args.eval_only:
             losses = evaluate(run, Signals())
-            if ranks.main:
-                record.say(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+            if ranks.is_main:
+                console.print_line(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
             return run.progress
-        ranks.wait()  # none still reads what may be overwritten
+        ranks.barrier()  # none still reads what may be overwritten
         with ranks.main_first():
-            if ranks.main:
+            if ranks.is_main:
                 begin_run(
                     run.args, run.out_dir, run.model, run.tokenizers, run.progress, run.fingerprints, run.base, lock
                 )
         while True:
             p = run.progress
-            log = record.Record(
-                run.out_dir, not ranks.main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps
+            log = logger.Record(
+                run.out_dir, not ranks.is_main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps
             )
             for words in notes:
                 log.event("note", p.step, "", text=words)

@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import configurator
-from configurator import Needs, Row
-from parts import dial, templates
-from parts.mistakes import Mistake, did_you_mean
-from parts.schedules import SCHEDULES
+from configurator import OnlyWith, Row
+from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining import prompt_format
+from nanoforge.training import depth
+from nanoforge.training.schedules import SCHEDULES
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
@@ -24,36 +25,36 @@ GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # ---------------------------------------------------------------------------------------------------------------------
 # when an argument has an effect
 
-MULTIDATASET = Needs("--training_mode=multidataset", lambda a: a.training_mode == "multidataset")
-DRAWN = Needs(
+MULTIDATASET = OnlyWith("--training_mode=multidataset", lambda a: a.training_mode == "multidataset")
+DRAWN = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
     lambda a: a.training_mode == "multidataset" and not a.dataset_interleaving,
 )
-FINAL_PROBS = Needs("--dataset_sampling_probs_final", lambda a: bool(a.dataset_sampling_probs_final))
-DECAYING = Needs("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
-DECAY_HORIZON = Needs(
+FINAL_PROBS = OnlyWith("--dataset_sampling_probs_final", lambda a: bool(a.dataset_sampling_probs_final))
+DECAYING = OnlyWith("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
+DECAY_HORIZON = OnlyWith(
     "--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr",
     lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"),
 )
-FSDP = Needs("--parallel=fsdp", lambda a: a.parallel == "fsdp")
+FSDP = OnlyWith("--parallel=fsdp", lambda a: a.parallel == "fsdp")
 
 
-def objective_in(*names: str) -> Needs:
-    return Needs("--objective=" + "|".join(names), lambda a: a.objective in names)
+def objective_in(*names: str) -> OnlyWith:
+    return OnlyWith("--objective=" + "|".join(names), lambda a: a.objective in names)
 
 
 EXAMPLES = objective_in("sft", "dpo", "kto", "grpo")
-LORA = Needs("--adapter=lora", lambda a: a.adapter == "lora")
-SOFT_PROMPT = Needs("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
-TASK = Needs("--task_name", lambda a: bool(a.task_name))
-DEPTH = Needs("--depth", lambda a: a.depth > 0)
-FROM_SCRATCH = Needs(
+LORA = OnlyWith("--adapter=lora", lambda a: a.adapter == "lora")
+SOFT_PROMPT = OnlyWith("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
+TASK = OnlyWith("--task_name", lambda a: bool(a.task_name))
+DEPTH = OnlyWith("--depth", lambda a: a.depth > 0)
+FROM_SCRATCH = OnlyWith(
     "--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume")
 )
 
 
-def optimizer_in(*names: str) -> Needs:
-    return Needs("--optimizer=" + "|".join(names), lambda a: a.optimizer in names)
+def optimizer_in(*names: str) -> OnlyWith:
+    return OnlyWith("--optimizer=" + "|".join(names), lambda a: a.optimizer in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,15 +68,15 @@ TABLE: dict[str, list[Row]] = {
         Row("overwrite", False, "start anew in an out_dir that already holds a run, deleting that run", once=True),
         Row("init_from", "scratch", "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
             "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt", once=True),
-        Row("gpt2_type", "gpt2", "which GPT-2 --init_from=gpt2 loads", choices=GPT2_TYPES, needs=Needs("--init_from=gpt2", lambda a: a.init_from == "gpt2"), once=True),
-        Row("allow_data_change", False, "resume on bins that differ from those that the run began with", once=True, needs=Needs("--init_from=resume", lambda a: a.init_from == "resume")),
+        Row("gpt2_type", "gpt2", "which GPT-2 --init_from=gpt2 loads", choices=GPT2_TYPES, needs=OnlyWith("--init_from=gpt2", lambda a: a.init_from == "gpt2"), once=True),
+        Row("allow_data_change", False, "resume on bins that differ from those that the run began with", once=True, needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")),
         Row("eval_only", False, "evaluate once, write no checkpoint, and stop", once=True),
         Row("seed", 1337, "all randomness follows from it: weights, data order, dropout", low=0, high=2**32 - 1),
     ],
     "data": [
         Row("data_dir", "data", "folder that holds the dataset folders"),
         Row("training_mode", "single", "one dataset, a mixture of several, or aligned streams whose embeddings are summed", choices=("single", "multidataset", "multicontext")),
-        Row("dataset", "shakespeare_char", "folder in data_dir; made by its prepare.py if its bins are missing", needs=Needs("--training_mode=single", lambda a: a.training_mode == "single")),
+        Row("dataset", "shakespeare_char", "folder in data_dir; made by its prepare.py if its bins are missing", needs=OnlyWith("--training_mode=single", lambda a: a.training_mode == "single")),
         Row("train_file", "", "examples: a .jsonl, .csv or .tsv file (none: train.jsonl in the dataset's folder)", needs=EXAMPLES),
         Row("validation_file", "", "examples to validate on (none: val.jsonl in the dataset's folder)", needs=EXAMPLES),
         Row("overflow", "error", "of examples longer than block_size (or than --max_tokens, with --prompt_format): an error, drop them, or cut their end", needs=EXAMPLES, choices=("error", "drop", "truncate_target")),
@@ -89,7 +90,7 @@ TABLE: dict[str, list[Row]] = {
         Row("dataset_mixing", "batch", "draw a dataset for each whole batch or for each sequence", choices=("batch", "sequence"), needs=MULTIDATASET),
         Row("dataset_interleaving", False, "take the datasets in turn instead of at random", needs=MULTIDATASET),
         Row("multidataset_wte", False, "each dataset has its own embedding and head (they may differ in tokenizer)", needs=MULTIDATASET, shape=True),
-        Row("multicontext_datasets", (), "aligned datasets of equal length, one context each", needs=Needs("--training_mode=multicontext", lambda a: a.training_mode == "multicontext")),
+        Row("multicontext_datasets", (), "aligned datasets of equal length, one context each", needs=OnlyWith("--training_mode=multicontext", lambda a: a.training_mode == "multicontext")),
     ],
     "depth": [
         Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
@@ -110,19 +111,19 @@ TABLE: dict[str, list[Row]] = {
         Row("bias", False, "biases in linear layers and LayerNorm", shape=True, needs=FROM_SCRATCH),
         Row("norm", "layernorm", "layernorm, rmsnorm, or rmsnorm_nogain", choices=("layernorm", "rmsnorm", "rmsnorm_nogain"), shape=True, needs=FROM_SCRATCH),
         Row("position", "learned", "learned positions, rotary (rope), or none", choices=("learned", "rope", "none"), shape=True, needs=FROM_SCRATCH),
-        Row("rope_base", 10000.0, "base of the rotary frequencies", above=0, shape=True, needs=Needs("--position=rope", lambda a: a.position == "rope")),
+        Row("rope_base", 10000.0, "base of the rotary frequencies", above=0, shape=True, needs=OnlyWith("--position=rope", lambda a: a.position == "rope")),
         Row("activation", "gelu", "any of torch.nn.functional by its name, gelu_tanh, or relu2 (ReLU squared)", shape=True, needs=FROM_SCRATCH),
         Row("mlp", "plain", "plain, or gated (SwiGLU with --activation=silu)", choices=("plain", "gated"), shape=True, needs=FROM_SCRATCH),
         Row("mlp_ratio", 4.0, "hidden width of the MLP over n_embd", above=0, shape=True, needs=FROM_SCRATCH),
         Row("qk_norm", False, "RMS-normalise queries and keys, before they are rotated", shape=True, needs=FROM_SCRATCH),
         Row("window", "L", "attention of the layers, repeated: L long (all of the block), S short (window_size)", shape=True, needs=FROM_SCRATCH),
-        Row("window_size", 0, "tokens that a short layer sees, itself included (0: half of block_size)", low=0, shape=True, needs=Needs("an S in --window", lambda a: "S" in a.window)),
+        Row("window_size", 0, "tokens that a short layer sees, itself included (0: half of block_size)", low=0, shape=True, needs=OnlyWith("an S in --window", lambda a: "S" in a.window)),
         Row("logit_softcap", 0.0, "bound c on the logits: c z / sqrt(z^2 + c^2) (0: none)", low=0, shape=True, needs=FROM_SCRATCH),
         Row("embedding_norm", False, "RMS-normalise the embedding, before the first block", shape=True, needs=FROM_SCRATCH),
         Row("value_residual", False, "mix each layer's values with the first layer's, in learned parts", shape=True, needs=FROM_SCRATCH),
         Row("residual_scalars", False, "each block sees r x + a x0, of the stream x and the embedding x0, with learned r and a", shape=True, needs=FROM_SCRATCH),
         Row("tie_weights", True, "the head is the token embedding", shape=True, needs=FROM_SCRATCH),
-        Row("zero_init", False, "output projections of attention and MLP (and an untied head) start at zero", needs=Needs("--init_from=scratch", lambda a: a.init_from == "scratch")),
+        Row("zero_init", False, "output projections of attention and MLP (and an untied head) start at zero", needs=OnlyWith("--init_from=scratch", lambda a: a.init_from == "scratch")),
         Row("dropout", 0.0, "chance that an activation is dropped in training", low=0, high=0.999),
     ],
     "objective": [
@@ -133,7 +134,7 @@ TABLE: dict[str, list[Row]] = {
         Row("reference", "auto", "what the reference is: the model with its adapter switched off, log-probabilities computed beforehand and kept beside the data, or a frozen copy (auto: adapter where there is one, else copy)",
             choices=("auto", "adapter", "cache", "copy"), needs=objective_in("dpo", "kto", "grpo")),
         Row("dpo_loss", "sigmoid", "loss of a pair", choices=DPO_LOSSES, needs=objective_in("dpo")),
-        Row("label_smoothing", 0.0, "part of the preferences that is taken to be wrong", low=0, high=0.499, needs=Needs("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED)),
+        Row("label_smoothing", 0.0, "part of the preferences that is taken to be wrong", low=0, high=0.499, needs=OnlyWith("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED)),
         Row("desirable_weight", "1", "weight of desirable completions, or auto: as much of them in all as of undesirable ones", needs=objective_in("kto")),
         Row("undesirable_weight", "1", "weight of undesirable completions, or auto", needs=objective_in("kto")),
         Row("reward", "correct:1", "rewards and weights: correct, format, length, or module:function; as in correct:1,format:0.5,module:function:0.2", needs=objective_in("grpo")),
@@ -174,7 +175,7 @@ TABLE: dict[str, list[Row]] = {
         Row("optimizer", "adamw", "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, muon (Muon for hidden matrices, AdamW for the rest), or package:Class"),
         Row("learning_rate", 1e-3, "largest learning rate", low=0),
         Row("embedding_learning_rate", 0.0, "largest learning rate of the token embedding (0: learning_rate)", low=0),
-        Row("head_learning_rate", 0.0, "largest learning rate of an untied head (0: learning_rate)", low=0, needs=Needs("--no-tie_weights", lambda a: not a.tie_weights)),
+        Row("head_learning_rate", 0.0, "largest learning rate of an untied head (0: learning_rate)", low=0, needs=OnlyWith("--no-tie_weights", lambda a: not a.tie_weights)),
         Row("weight_decay", 0.1, "of matrices (embeddings included); vectors are never decayed", low=0),
         Row("beta1", 0.9, "first beta of Adam's kind", low=0, high=0.9999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
         Row("beta2", 0.99, "second beta of Adam's kind", low=0, high=0.99999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
@@ -193,9 +194,9 @@ TABLE: dict[str, list[Row]] = {
         Row("warmup_iters", 100, "steps of linear warm-up, with every schedule", low=0),
         Row("lr_decay_iters", 3500, "step at which the decay is over", low=1, needs=DECAY_HORIZON),
         Row("min_lr", 1e-4, "learning rate after the decay", low=0, needs=DECAYING),
-        Row("lr_step_size", 1000, "steps between drops", low=1, needs=Needs("--lr_scheduler=step", lambda a: a.schedule == "step")),
-        Row("lr_step_gamma", 0.1, "factor of a drop", above=0, high=1, needs=Needs("--lr_scheduler=step", lambda a: a.schedule == "step")),
-        Row("wsd_decay_fraction", 0.4, "part of lr_decay_iters that decays, linearly", above=0, high=1, needs=Needs("--lr_scheduler=wsd", lambda a: a.schedule == "wsd")),
+        Row("lr_step_size", 1000, "steps between drops", low=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step")),
+        Row("lr_step_gamma", 0.1, "factor of a drop", above=0, high=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step")),
+        Row("wsd_decay_fraction", 0.4, "part of lr_decay_iters that decays, linearly", above=0, high=1, needs=OnlyWith("--lr_scheduler=wsd", lambda a: a.schedule == "wsd")),
     ],
     "evaluation and checkpoints": [
         Row("eval_interval", 250, "steps between evaluations; each is followed by a checkpoint", low=1),
@@ -210,8 +211,8 @@ TABLE: dict[str, list[Row]] = {
         Row("log_data_hash", False, "add data_hash, a hash of the step's global batch, to the training metrics"),
         Row("plot_loss", False, "draw the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)"),
         Row("wandb_log", False, "log to Weights & Biases; a resumed run continues the same one there"),
-        Row("wandb_project", "nanoforge", "project on wandb", needs=Needs("--wandb_log", lambda a: a.wandb_log)),
-        Row("wandb_run_name", "", "name on wandb (none: the name of out_dir)", needs=Needs("--wandb_log", lambda a: a.wandb_log)),
+        Row("wandb_project", "nanoforge", "project on wandb", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log)),
+        Row("wandb_run_name", "", "name on wandb (none: the name of out_dir)", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log)),
         Row("tensorboard_log", False, "log to out_dir/tensorboard (needs tensorboard)"),
     ],
     "system": [
@@ -294,7 +295,9 @@ def run_config(arguments) -> str | None:
         return None
     path = os.path.join(arguments.out_dir, "train_config.json")
     if not os.path.exists(path):
-        raise Mistake(f"--init_from=resume: no run in {arguments.out_dir} (no {path}); name its folder with --out_dir")
+        raise UserError(
+            f"--init_from=resume: no run in {arguments.out_dir} (no {path}); name its folder with --out_dir"
+        )
     return path
 
 
@@ -303,7 +306,7 @@ def follows(a, source: dict[str, str]) -> tuple[str, dict]:
     if not a.depth or a.init_from != "scratch":
         return "", {}
     given = {name: getattr(a, name) for name, origin in source.items() if origin != "default"}
-    return f"--depth={a.depth}", dial.turned(a.depth, a.aspect, a.tokens_per_weight, a.block_size, given)
+    return f"--depth={a.depth}", depth.derive_args(a.depth, a.aspect, a.tokens_per_weight, a.block_size, given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,8 +453,8 @@ def check_objective(a, source: dict[str, str], must) -> None:
     must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
     if a.adapter == "soft_prompt":
         try:
-            templates.parse(a.prompt_format).check(a.target_field or "completion", a.truncation_field or None)
-        except Mistake as mistake:
+            prompt_format.parse(a.prompt_format).check(a.target_field or "completion", a.truncation_field or None)
+        except UserError as mistake:
             must(False, str(mistake) if a.prompt_format else "--adapter=soft_prompt: needs --prompt_format")
         must(a.objective != "lm", "--adapter=soft_prompt: goes with examples: --objective=sft, dpo, kto or grpo")
         must(
@@ -525,7 +528,7 @@ def is_weight(words: str) -> bool:
 
 
 def of_run(folder: Path):
-    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises Mistake when that can't be read."""
+    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises UserError when that can't be read."""
     path = str(folder / "train_config.json")
     return resolve([(path, configurator.read_file(path))]).arguments
 

@@ -21,8 +21,10 @@ from matplotlib.figure import Figure
 
 from bench import ROOT, flags, resident_mb, shell
 from model import GPT, GPTConfig
-from parts import batches, optim, parallel, text
-from parts.bins import Meta
+from nanoforge.data import batches, tokenization
+from nanoforge.data.token_bins import Meta
+from nanoforge.device import choose_dtype, get_device, tune_malloc
+from nanoforge.training import optimizers
 
 WIDTHS, DEPTH, CONTEXTS, TOKENS = (64, 128, 192, 256, 384, 512, 768), 4, (64, 128, 256, 512, 1024, 2048), 4096
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -38,13 +40,13 @@ BIN_TOKENS, SHARD_TOKENS = (10**6, 10**7, 10**8, 10**9, 4 * 10**9), 10**8
 
 def step_ms(device: torch.device, width: int, context: int, steps: int = 5) -> dict[str, float]:
     """A training step of TOKENS tokens in the automatic precision: median ms, weights in products, FLOPs."""
-    dtype, _ = parallel.choose_dtype("auto", device)
+    dtype, _ = choose_dtype("auto", device)
     model = GPT(
         GPTConfig(vocab_sizes=(65,), block_size=context, n_layer=DEPTH, n_head=width // 64, n_embd=width, bias=False)
     ).to(device)
     model.compute_dtype = dtype
     optimizer, scaler = (
-        optim.Optimizer("adamw", model, optim.Settings(), model.fused_rows()),
+        optimizers.Optimizer("adamw", model, optimizers.OptimConfig(), model.muon_splits()),
         torch.amp.GradScaler(device.type, enabled=False),
     )
     idx, times = torch.randint(65, (max(1, TOKENS // context), context), device=device), []
@@ -65,7 +67,7 @@ def step_ms(device: torch.device, width: int, context: int, steps: int = 5) -> d
 
 
 def grow_step(device: torch.device) -> dict:
-    parallel.keep_freed_memory()
+    tune_malloc()
     widths = [step_ms(device, width, 256) for width in WIDTHS]
     contexts = [step_ms(device, 256, context) for context in CONTEXTS]
     by_width = np.polyfit([p["flops"] for p in widths], [p["ms"] for p in widths], 1)
@@ -94,7 +96,7 @@ def grow_memory(folder: Path, device: torch.device) -> dict[str, list[float]]:
                 "dtype": "uint16",
                 "vocab_size": 50257,
                 "files": {},
-                "tokenizer": text.to_json(text.NumberTokenizer(50257)),
+                "tokenizer": tokenization.to_json(tokenization.NumberTokenizer(50257)),
             }
         )
     )
@@ -159,10 +161,10 @@ def grow_batches(folder: Path) -> list[dict[str, float]]:
             draw.integers(0, 50257, size, dtype=np.uint16).tofile(data / f"train_{written // SHARD_TOKENS:06d}.bin")
             written += size
         for method in ("random", "without_replacement"):
-            metas = {"large": Meta(50257, "uint16", text.NumberTokenizer(50257), {})}
+            metas = {"large": Meta(50257, "uint16", tokenization.NumberTokenizer(50257), {})}
             begin = time.perf_counter()
             opened = batches.open_data(folder, [("large",)], metas, {}, batches.mixture(1), 1024, 64, method, 0)
-            open_seconds, rows, times = time.perf_counter() - begin, opened.source.rows_from(0, 0, 64), []
+            open_seconds, rows, times = time.perf_counter() - begin, opened.source.iter_windows(0, 0, 64), []
             for _ in range(640):
                 begin = time.perf_counter()
                 batches.as_batch(next(rows), pin=False)
@@ -248,7 +250,7 @@ def draw(told: dict, picture: Path) -> None:
 
 
 def main() -> None:
-    device = parallel.find_device("auto")
+    device = get_device("auto")
     with tempfile.TemporaryDirectory(prefix="growth") as name:
         folder = Path(name)
         told = {

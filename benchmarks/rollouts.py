@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from parts import generate
+from nanoforge.models import generation
 
 
 def main(prompts: int, tokens: int, rounds: int) -> dict:
@@ -22,12 +22,12 @@ def main(prompts: int, tokens: int, rounds: int) -> dict:
     generator, speeds, same = torch.Generator(), [], True
     for _ in range(rounds):
         begin = time.perf_counter()
-        answers = generate.complete(model, given, tokens, None, 256, temperature=0)
+        answers = generation.complete(model, given, tokens, None, 256, temperature=0)
         together = prompts * tokens / (time.perf_counter() - begin)
         begin = time.perf_counter()
         some = given[:: max(1, prompts // 4)]
         for number, prompt in enumerate(some):
-            alone = generate.generate(model, torch.tensor([prompt]), tokens, generator, temperature=0, cached=False)[
+            alone = generation.generate(model, torch.tensor([prompt]), tokens, generator, temperature=0, cached=False)[
                 0, len(prompt) :
             ].tolist()
             same &= alone == answers[number * max(1, prompts // 4)].ids

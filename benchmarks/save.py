@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import flags, shell
-from parts import text
+from nanoforge.data import tokenization
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
                     "dtype": "uint16",
                     "vocab_size": 50257,
                     "files": {},
-                    "tokenizer": text.to_json(text.NumberTokenizer(50257)),
+                    "tokenizer": tokenization.to_json(tokenization.NumberTokenizer(50257)),
                 }
             )
         )

@@ -2,7 +2,7 @@
 
 import random
 
-from parts import tasks
+from nanoforge.posttraining import tasks
 
 DICE = random.Random(0)
 POOL = [1.0] * 85 + [

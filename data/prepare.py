@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 from configurator import Row
-from parts import corpus
-from parts.download import fetch
+from nanoforge.data import corpus
+from nanoforge.files import download
 
 TABLE = {
     "prepare": [
@@ -43,7 +43,7 @@ def check(a, source: dict[str, str]) -> list[str]:
 def main(a) -> None:
     folder = Path(a.data_dir) / a.name
     inputs = [
-        str(fetch(given, folder / given.rsplit("/", 1)[1])) if given.startswith("https://") else given
+        str(download(given, folder / given.rsplit("/", 1)[1])) if given.startswith("https://") else given
         for given in a.input
     ]
     corpus.write_dataset(folder, lambda: corpus.pieces_of(inputs, a.field, a.val_fraction), a.tokenizer, a.vocab_size)

@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 import train
 import train_args
-from parts import checkpoint, corpus, text
-from parts.text import CharTokenizer
+from nanoforge import files
+from nanoforge.data import corpus, tokenization
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.training import checkpoint
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--max_iters=4", "--eval_iters=1", "--eval_interval=2",
         "--log_interval=1", "--warmup_iters=0", "--device=cpu", "--dtype=float32"]  # fmt: skip
@@ -40,12 +42,17 @@ def write_text(folder: Path, words: str, chars: str | None = None) -> None:
 DIGITS = CharTokenizer("0123456789+=", ends=True)
 
 
-def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: text.Tokenizer = DIGITS) -> None:
+def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: tokenization.Tokenizer = DIGITS) -> None:
     """Examples with a tokenizer; the first `train` rows are for training, the others for validation."""
     folder.mkdir(parents=True)
-    checkpoint.write_json(
+    files.write_json(
         folder / "meta.json",
-        {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "tokenizer": text.to_json(tokenizer), "files": {}},
+        {
+            "dtype": "uint16",
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenization.to_json(tokenizer),
+            "files": {},
+        },
     )
     for split, some in (("train", rows[:train]), ("val", rows[train:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -126,7 +133,6 @@ def pytest_collection_modifyitems(items) -> None:
 
 def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace:
     """A run's folder as its files tell it."""
-    from parts import checkpoint
 
     metrics = out_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []

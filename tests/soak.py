@@ -17,7 +17,7 @@ from pathlib import Path
 from conftest import TINY, WORDS, read_run, write_text
 from test_faults import FORKS, child
 
-from parts import checkpoint
+from nanoforge.training import checkpoint
 
 FLAGS = [
     *TINY,

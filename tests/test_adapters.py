@@ -12,11 +12,13 @@ from test_objectives import PLAIN, assert_same_lines, on_ranks, told_of
 
 import train
 from model import GPT, GPTConfig
-from parts import adapters, checkpoint, pretrained, templates
-from parts.examples import Coder, Examples, padded
-from parts.mistakes import Mistake
-from parts.objectives import FineTuning
-from parts.text import CharTokenizer
+from nanoforge import files
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.errors import UserError
+from nanoforge.models import adapters, pretrained
+from nanoforge.posttraining import objectives, prompt_format
+from nanoforge.posttraining.examples import ExampleEncoder, Examples, padded
+from nanoforge.training import checkpoint
 
 SFT = ["--objective=sft", "--dataset=sums", "--eval_samples=0", "--weight_decay=0"]
 LORA = [*SFT, "--adapter=lora", "--learning_rate=0.01"]
@@ -74,7 +76,7 @@ def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
     shaken(model)
     moved = model(idx)
     assert (moved - expected).abs().max() > 0.01
-    with adapters.switched_off(model):
+    with adapters.disable_adapter(model):
         assert torch.equal(model(idx), expected)
     assert torch.equal(model(idx), moved), "on again"
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -170,7 +172,7 @@ def test_dropout_is_on_the_additions_input_in_training_alone():
     shaken(model)
     idx = ids(2, 12)
     assert torch.equal(model.eval()(idx), model(idx)) and not torch.equal(model.train()(idx), model(idx))
-    with adapters.switched_off(model):
+    with adapters.disable_adapter(model):
         assert torch.equal(model(idx), model(idx)), "none in the base"
     layer = adapters.LoraLinear(torch.nn.Linear(64, 8, bias=False), 2, 2.0, 0.25).train()
     torch.nn.init.normal_(layer.lora_B)
@@ -188,7 +190,7 @@ def test_dropout_is_on_the_additions_input_in_training_alone():
     ],
 )
 def test_targets_that_are_not_there_are_told(targets, told):
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         adapters.lora(build(), targets, 4, 8.0, 0.0)
 
 
@@ -227,7 +229,7 @@ def test_a_trained_lora_loads_merged(run, base, built):
     model, merged, idx = built[0].model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
     torch.testing.assert_close(merged(idx), model(idx), atol=1e-5, rtol=1e-4)
     assert (merged(idx) - base_model(base)(idx)).abs().max() > 0.01
-    with adapters.switched_off(model):
+    with adapters.disable_adapter(model):
         torch.testing.assert_close(model(idx), base_model(base)(idx))
 
 
@@ -242,13 +244,11 @@ def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
     damaged = tmp_path / "base/model.safetensors"
     checkpoint.write_tensors(damaged, weights)
     manifest = tmp_path / "base/manifest.json"
-    manifest.write_text(
-        manifest.read_text().replace(checkpoint.sha256(base / "model.safetensors"), checkpoint.sha256(damaged))
-    )
-    with pytest.raises(Mistake, match="does not hold the weights that the run began with"):
+    manifest.write_text(manifest.read_text().replace(files.sha256(base / "model.safetensors"), files.sha256(damaged)))
+    with pytest.raises(UserError, match="does not hold the weights that the run began with"):
         run("--init_from=resume", "--max_iters=4")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(Mistake, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         run("--init_from=resume", "--max_iters=4")
 
 
@@ -353,8 +353,8 @@ DIGITS = CharTokenizer("0123456789+=", ends=True)
 V = 13
 
 
-def prompted(base, prompt_format: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, templates.Template]:
-    model, template = base_model(base), templates.parse(prompt_format)
+def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, prompt_format.Template]:
+    model, template = base_model(base), prompt_format.parse(text)
     torch.manual_seed(seed)
     adapters.soft_prompt(
         model, adapters.initial_rows(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider
@@ -383,7 +383,7 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
         shaken(model)
         moved = model(torch.tensor([idx]))
         assert not torch.allclose(moved, base_model(base)(torch.tensor([plain])))
-        with adapters.switched_off(model):
+        with adapters.disable_adapter(model):
             assert torch.equal(model(torch.tensor([idx])), base_model(base)(torch.tensor([plain])))
         assert torch.equal(model(torch.tensor([idx])), moved)
 
@@ -397,20 +397,26 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         {"prompt": "", "more": "3+3+3", "completion": "9"},
     ]
     data = Examples(
-        "x", rows, "sft", Coder(DIGITS, 32, template=template, first_row=V, target_field="completion"), 0, 0, "x"
+        "x",
+        rows,
+        "sft",
+        ExampleEncoder(DIGITS, 32, template=template, first_row=V, target_field="completion"),
+        0,
+        0,
+        "x",
     )
     for item, row in zip(data.items, rows, strict=True):
         ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].mask
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
     batch = padded([item.sequences[0] for item in data.items])
     batch = type(batch)(batch.tokens, batch.more, 1, 7.0)
-    loss, told = FineTuning()(model, batch, True)
+    loss, told = objectives.SFT()(model, batch, True)
     loss.backward()
     together, model.wte.prompt.rows.grad = model.wte.prompt.rows.grad, None
     total = 0.0
     for item in data.items:
         one = padded([item.sequences[0]])
-        alone, _ = FineTuning()(model, type(one)(one.tokens, one.more, 1, 7.0), False)
+        alone, _ = objectives.SFT()(model, type(one)(one.tokens, one.more, 1, 7.0), False)
         alone.backward()
         total += alone.item()
     assert loss.item() == pytest.approx(total, rel=1e-6) and told["loss"][1] == 7

@@ -15,8 +15,10 @@ from conftest import TINY, WORDS, equal_tensors, read_run, skip_without_gpt2
 
 import train
 import train_args
-from parts import parallel, pretrained
-from parts.mistakes import Mistake
+from nanoforge import distributed
+from nanoforge.device import ATTENTION_KERNELS, set_attention_kernel
+from nanoforge.errors import UserError
+from nanoforge.models import pretrained
 
 MIX = ["--training_mode=multidataset", "--dataset_list", "a", "b"]
 V = len(set(WORDS))
@@ -61,7 +63,7 @@ def out_dir(run, tmp_path):
 @effect
 def overwrite(run):
     run()
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         run()
     assert len(run("--overwrite", "--max_iters=1").train) == 1
 
@@ -82,7 +84,7 @@ def gpt2_type(run, tmp_path, monkeypatch):
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path / "hub")
-    from parts import corpus
+    from nanoforge.data import corpus
 
     corpus.write_dataset(
         tmp_path / "data/text",
@@ -337,7 +339,7 @@ def n_embd(run):
 @effect
 def vocab_size(run):
     assert shapes(run("--vocab_size=64"))["wte.weight"] == (64, 16)
-    with pytest.raises(Mistake, match="less than the tokenizer's 30"):
+    with pytest.raises(UserError, match="less than the tokenizer's 30"):
         run("--vocab_size=29", name="less")
 
 
@@ -468,7 +470,9 @@ def max_iters(run):
 @effect
 def max_tokens(run, base):
     assert run("--max_tokens=65").progress.step == 3  # 32 a step
-    with pytest.raises(Mistake, match="exceeds --max_tokens=10 "):  # of the 3 rows and the 6 to 8 tokens of an example
+    with pytest.raises(
+        UserError, match="exceeds --max_tokens=10 "
+    ):  # of the 3 rows and the 6 to 8 tokens of an example
         run(*soft(base), "--max_tokens=10", name="soft")
     assert run(*soft(base), "--max_tokens=11", name="more").progress.step == 4
 
@@ -758,7 +762,7 @@ def tensorboard_log(run):
 def device(run):
     assert "device   cpu" in run("--device=cpu").console
     if not torch.cuda.is_available():
-        with pytest.raises(Mistake, match="no CUDA GPU"):
+        with pytest.raises(UserError, match="no CUDA GPU"):
             run("--device=cuda", name="cuda")
 
 
@@ -774,15 +778,15 @@ def dtype(run):
 
 @effect
 def attention_kernel(run, monkeypatch):
-    with pytest.raises(Mistake, match="only a CUDA GPU"):
+    with pytest.raises(UserError, match="only a CUDA GPU"):
         run("--attention_kernel=flash")
     given = {}
     monkeypatch.setattr(
-        parallel,
+        distributed,
         "ATTENTION_KERNELS",
-        {name: lambda on, name=name: given.update({name: on}) for name in parallel.ATTENTION_KERNELS},
+        {name: lambda on, name=name: given.update({name: on}) for name in ATTENTION_KERNELS},
     )
-    parallel.choose_attention_kernel("cudnn", torch.device("cuda"))
+    set_attention_kernel("cudnn", torch.device("cuda"))
     assert given == {"flash": False, "cudnn": True, "efficient": False, "math": False}
 
 
@@ -859,7 +863,7 @@ def allow_data_change(run, tmp_path, data_dir):
     run(f"--data_dir={tmp_path / 'data'}")
     path = tmp_path / "data/a/train.bin"
     path.write_bytes(path.read_bytes()[::-1][1:] + b"\0")
-    with pytest.raises(Mistake, match="not what this run began with"):
+    with pytest.raises(UserError, match="not what this run began with"):
         run("--init_from=resume", "--max_iters=5")
     assert run("--init_from=resume", "--max_iters=5", "--allow_data_change").steps[-1] == 5
 
@@ -887,13 +891,13 @@ def parallel_(run):
 def given_to_fsdp(monkeypatch, *flags: str) -> dict:
     """What FSDP2 is told for each module."""
     given = {}
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda *shape: None)
-    monkeypatch.setattr(parallel, "fully_shard", lambda module, **options: given.update(options))
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *shape: None)
+    monkeypatch.setattr(distributed, "fully_shard", lambda module, **options: given.update(options))
     args = train_args.parse(["--parallel=fsdp", *flags])
-    parallel.shard(
+    distributed.shard(
         torch.nn.Linear(1, 1),
         [],
-        parallel.Ranks(0, 2, torch.device("cpu")),
+        distributed.Ranks(0, 2, torch.device("cpu")),
         torch.bfloat16,
         args.fsdp_reshard,
         args.fsdp_offload,
@@ -915,8 +919,10 @@ def fsdp_offload(monkeypatch):
 
 @effect
 def rank_timeout(run, monkeypatch):
-    given, plain = [], parallel.ranks
-    monkeypatch.setattr(parallel, "ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1])
+    given, plain = [], distributed.ranks
+    monkeypatch.setattr(
+        distributed, "ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1]
+    )
     run("--rank_timeout=7")
     assert given == [7]
 
@@ -1035,7 +1041,7 @@ def validation_file(run, tmp_path, base):
 @effect
 def overflow(run, base, data_dir):
     """The sums have 6 to 8 tokens."""
-    with pytest.raises(Mistake, match="longer than 7 tokens, by up to 1"):
+    with pytest.raises(UserError, match="longer than 7 tokens, by up to 1"):
         run(*sft(base), "--block_size=7")
     dropped = run(*sft(base), "--block_size=7", "--overflow=drop", name="drop")
     cut = run(*sft(base), "--block_size=7", "--overflow=truncate_target", name="cut")
@@ -1424,7 +1430,7 @@ def truncation_field(run, base, tmp_path):
         for words in ("1+1+1+1+1+1+1=", "1+1+1")
     )
     flags = [*soft(base, "<P*3>{sum}="), "--max_tokens=11"]
-    with pytest.raises(Mistake, match="exceeds"):
+    with pytest.raises(UserError, match="exceeds"):
         run(*flags, f"--train_file={long}", f"--validation_file={long}")
     losses = [
         run(*flags, f"--train_file={file}", f"--validation_file={file}", "--truncation_field=sum", name=f"{n}").losses

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from parts import batches, bins, text
-from parts.batches import Dataset, Mixture, Source, Tally, mixture, permute
-from parts.mistakes import Mistake
+from nanoforge import rng
+from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.data.batches import Dataset, Mixture, SampleCounter, Source, mixture
+from nanoforge.errors import UserError
+from nanoforge.rng import permute
 
 
-def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> bins.Bin:
+def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> token_bins.Bin:
     """A bin of consecutive numbers, in shards of these sizes."""
     folder = tmp_path / name
     folder.mkdir()
@@ -21,7 +23,7 @@ def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> bins
             folder / (f"train_{i:06d}.bin" if len(sizes) > 1 else "train.bin")
         )
         first += size
-    return bins.Bin(folder, "train", bins.Meta(2**16, "uint16", text.NumberTokenizer(2**16), {}))
+    return token_bins.Bin(folder, "train", token_bins.Meta(2**16, "uint16", tokenization.NumberTokenizer(2**16), {}))
 
 
 def dataset(tmp_path, *sizes, T=8, method="random", seed=1, **more) -> Dataset:
@@ -39,11 +41,18 @@ def test_permutation_is_a_bijection_and_depends_on_its_key(n):
 
 
 def test_hash_is_uniform_and_counters_matter():
-    values = batches.uniform(7, np.arange(100_000))
+    values = rng.uniform(7, np.arange(100_000))
     counts, _ = np.histogram(values, bins=20, range=(0, 1))
     assert ((counts - 5000) ** 2 / 5000).sum() < 50  # chi-squared, 19 degrees of freedom
     assert (
-        len({int(batches.mix(1, 2, 3)), int(batches.mix(1, 3, 2)), int(batches.mix(2, 1, 3)), int(batches.mix(1, 2))})
+        len(
+            {
+                int(rng.hash_u64(1, 2, 3)),
+                int(rng.hash_u64(1, 3, 2)),
+                int(rng.hash_u64(2, 1, 3)),
+                int(rng.hash_u64(1, 2)),
+            }
+        )
         == 4
     )
 
@@ -53,7 +62,7 @@ def test_split_mix_64_is_the_published_generator():
     golden, expected = 0x9E3779B97F4A7C15, [6457827717110365317, 3203168211198807973, 9817491932198370423]
     state = 1234567
     for value in expected:
-        assert int(batches.mix(state)) == value
+        assert int(rng.hash_u64(state)) == value
         state = (state + golden) % 2**64
 
 
@@ -121,7 +130,11 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
         header[:3] = {"uint16": 20240520, "uint32": 20240801}[dtype], 1, len(ids)
         (folder / f"train_{i:06d}.bin").write_bytes((header.tobytes() if i % 3 == 0 else b"") + ids.tobytes())
     d = Dataset(
-        [bins.Bin(folder, "train", bins.Meta(vocab_size, dtype, text.NumberTokenizer(vocab_size), {}))],
+        [
+            token_bins.Bin(
+                folder, "train", token_bins.Meta(vocab_size, dtype, tokenization.NumberTokenizer(vocab_size), {})
+            )
+        ],
         8,
         "random",
         1,
@@ -154,7 +167,12 @@ def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
     with (folder / "train.bin").open("wb") as file:
         file.truncate(2**28)
     d = Dataset(
-        [bins.Bin(folder, "train", bins.Meta(256, "uint16", text.NumberTokenizer(256), {}))], 1024, "random", 1, 0, [0]
+        [token_bins.Bin(folder, "train", token_bins.Meta(256, "uint16", tokenization.NumberTokenizer(256), {}))],
+        1024,
+        "random",
+        1,
+        0,
+        [0],
     )
     resident = []
     for i in range(100):
@@ -164,9 +182,9 @@ def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
 
 
 def test_unequal_contexts_and_short_bins_are_told(tmp_path):
-    with pytest.raises(Mistake, match="aligned token by token"):
+    with pytest.raises(UserError, match="aligned token by token"):
         Dataset([opened(tmp_path, 300, name="x"), opened(tmp_path, 299, name="y")], 8, "random", 3, 0, [0, 0])
-    with pytest.raises(Mistake, match=r"8 tokens are less than one window of --block_size=8"):
+    with pytest.raises(UserError, match=r"8 tokens are less than one window of --block_size=8"):
         dataset(tmp_path, 8, name="z")
 
 
@@ -228,13 +246,13 @@ def source(tmp_path, per="sequence", method="without_replacement", rows=12) -> S
 @pytest.mark.parametrize("method", ["random", "without_replacement", "sequential"])
 def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
     s = source(tmp_path, per, method)
-    forward = [next(s.rows_from(step, 0, 12)) for step in range(20)]
+    forward = [next(s.iter_windows(step, 0, 12)) for step in range(20)]
     for step in (19, 3, 11, 0):
-        assert np.array_equal(next(s.rows_from(step, 0, 12)), forward[step])
+        assert np.array_equal(next(s.iter_windows(step, 0, 12)), forward[step])
     for ranks in (2, 3, 4):
         share = 12 // ranks
         assert np.array_equal(
-            np.concatenate([next(s.rows_from(7, r * share, (r + 1) * share)) for r in range(ranks)]), forward[7]
+            np.concatenate([next(s.iter_windows(7, r * share, (r + 1) * share)) for r in range(ranks)]), forward[7]
         )
 
 
@@ -243,7 +261,7 @@ def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_pat
     windows = s.datasets[0].windows
     firsts, step = [], 0
     while len(firsts) < windows:
-        firsts += [row[0, 0] for row in next(s.rows_from(step, 0, 12)) if row[0, 0] < 1000]
+        firsts += [row[0, 0] for row in next(s.iter_windows(step, 0, 12)) if row[0, 0] < 1000]
         step += 1
     assert len(set(firsts[:windows])) == windows
 
@@ -252,11 +270,11 @@ def test_tally_counts_what_was_drawn(tmp_path):
     s = source(tmp_path)
     drawn, going_on = np.zeros(2, dtype=int), s.tally()
     for step in range(30):
-        assert np.array_equal(Tally(s.mixture, 12, 5).before(step), drawn) and np.array_equal(
+        assert np.array_equal(SampleCounter(s.mixture, 12, 5).before(step), drawn) and np.array_equal(
             going_on.before(step), drawn
         )
-        drawn += np.bincount((next(s.rows_from(step, 0, 12))[:, 0, 0] >= 1000).astype(int), minlength=2)
-    per_batch = Tally(Mixture(np.array([0.5, 0.5]), np.array([0.5, 0.5])), 12, 5)
+        drawn += np.bincount((next(s.iter_windows(step, 0, 12))[:, 0, 0] >= 1000).astype(int), minlength=2)
+    per_batch = SampleCounter(Mixture(np.array([0.5, 0.5]), np.array([0.5, 0.5])), 12, 5)
     assert per_batch.before(100).sum() == 1200 and (per_batch.before(100) % 12 == 0).all()
 
 
@@ -273,13 +291,13 @@ def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
         assert tokens == 12 * 8
         assert [len(batch.idx) for batch in micro] == [4, 4, 4]
         assert np.array_equal(
-            torch.cat([batch.idx for batch in micro]).numpy(), next(s.rows_from(step, 0, 12))[:, 0, :-1]
+            torch.cat([batch.idx for batch in micro]).numpy(), next(s.iter_windows(step, 0, 12))[:, 0, :-1]
         )
         parts = [next(half) for half in halves]
         assert digest == sum(part[1] for part in parts) % 2**64
         seen.add(digest)
     assert len(seen) == 5
-    rows = next(s.rows_from(0, 0, 12))
+    rows = next(s.iter_windows(0, 0, 12))
     assert batches.row_hash(rows, 0) != batches.row_hash(rows[::-1], 0), "the order counts"
     for stream in (whole, *halves):
         stream.close()
@@ -291,7 +309,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
     stream = s.stream(0, 3, 7, 4, torch.device("cpu"), hashed=True)
     for step in range(10):
         (batch,), digest, *_ = next(stream)
-        rows = next(s.rows_from(step, 3, 7)).astype(np.int64)
+        rows = next(s.iter_windows(step, 3, 7)).astype(np.int64)
         assert np.array_equal(batch.tokens, rows[:, 0])
         words = [
             hashlib.blake2b(row.tobytes(), digest_size=8, salt=(3 + i).to_bytes(8, "little")).digest()

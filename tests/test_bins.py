@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, command, needs_shared
 
-from parts import bins, text
-from parts.mistakes import Mistake
+from nanoforge.data import token_bins, tokenization
+from nanoforge.errors import UserError
 
 CHARS = sorted(set("hello world\n"))
 
@@ -28,8 +28,8 @@ def folder(tmp_path):
 
 
 def test_nanogpts_folder_is_read_as_it_is(folder):
-    meta = bins.read_meta(folder)
-    train = bins.Bin(folder, "train", meta)
+    meta = token_bins.read_meta(folder)
+    train = token_bins.Bin(folder, "train", meta)
     assert meta.vocab_size == len(CHARS) and train.tokens == 480
     assert meta.tokenizer.decode(train.shards[0][:12].tolist()) == "hello world\n"
     assert meta.tokenizer.encode("low").tolist() == [CHARS.index(char) for char in "low"]
@@ -65,8 +65,8 @@ def test_a_pickle_with_code_is_refused_unexecuted(folder):
             return (open, (str(folder / "executed"), "w"))
 
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "stoi": Evil()}))
-    with pytest.raises(Mistake, match="only plain containers"):
-        bins.read_meta(folder)
+    with pytest.raises(UserError, match="only plain containers"):
+        token_bins.read_meta(folder)
     assert not (folder / "executed").exists()
 
 
@@ -74,58 +74,58 @@ def test_a_pickle_with_code_is_refused_unexecuted(folder):
 def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     (folder / "meta.pkl").unlink()
-    assert bins.read_meta(folder).vocab_size == 50257
+    assert token_bins.read_meta(folder).vocab_size == 50257
     (folder / "meta.pkl").write_bytes(
         pickle.dumps({"vocab_size": 50257, "tokenizer": "tiktoken", "tiktoken_encoding": "gpt2"})
     )
-    assert bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
+    assert token_bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
 
 
 def test_without_a_meta_file_and_offline_tokens_are_numbers(folder, monkeypatch, capsys):
     def offline(name):
-        raise Mistake("offline")
+        raise UserError("offline")
 
-    monkeypatch.setattr(text.TiktokenTokenizer, "named", offline)
+    monkeypatch.setattr(tokenization.TiktokenTokenizer, "named", offline)
     (folder / "meta.pkl").unlink()
     assert (
-        bins.read_meta(folder).tokenizer.kind == "numbers"
+        token_bins.read_meta(folder).tokenizer.kind == "numbers"
         and "shown as numbers, because offline" in capsys.readouterr().out
     )
 
 
 def test_unknown_tokenizers_are_numbers(folder):
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 99, "tokenizer": "sentencepiece"}))
-    meta = bins.read_meta(folder)
+    meta = token_bins.read_meta(folder)
     assert meta.tokenizer.decode([1, 98]) == "1 98 " and meta.tokenizer.encode("5 6").tolist() == [5, 6]
 
 
 def test_vocabularies_above_65536_take_uint32(folder):
-    assert (bins.dtype_for(65536), bins.dtype_for(65537)) == ("uint16", "uint32")
+    assert (token_bins.dtype_for(65536), token_bins.dtype_for(65537)) == ("uint16", "uint32")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100277}))
     np.array([1, 100_000, 70_000], dtype=np.uint32).tofile(folder / "train.bin")
-    assert bins.Bin(folder, "train", bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
+    assert token_bins.Bin(folder, "train", token_bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
 
 
 def test_shards_with_llm_c_headers(folder):
     (folder / "train.bin").unlink()
-    meta = bins.read_meta(folder)
+    meta = token_bins.read_meta(folder)
     for i, size in enumerate((100, 50)):
         header = np.zeros(256, dtype=np.int32)
         header[:3] = 20240520, 1, size
         with (folder / f"edu_train_{i:06d}.bin").open("wb") as file:
             file.write(header.tobytes() + np.full(size, i, dtype=np.uint16).tobytes())
-    train = bins.Bin(folder, "train", meta)
+    train = token_bins.Bin(folder, "train", meta)
     assert [len(shard) for shard in train.shards] == [100, 50] and train.shards[1].max() == 1 and train.tokens == 150
 
 
 def test_shards_of_two_widths_are_told(folder):
-    meta = bins.read_meta(folder)
+    meta = token_bins.read_meta(folder)
     (folder / "train.bin").rename(folder / "train_000000.bin")
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240801, 1, 50
     (folder / "train_000001.bin").write_bytes(header.tobytes() + np.zeros(50, dtype=np.uint32).tobytes())
-    with pytest.raises(Mistake, match="of uint16 and of uint32"):
-        bins.Bin(folder, "train", meta)
+    with pytest.raises(UserError, match="of uint16 and of uint32"):
+        token_bins.Bin(folder, "train", meta)
 
 
 @pytest.mark.parametrize("name, break_it, told", [
@@ -155,15 +155,15 @@ def test_bad_input_is_one_clear_line_with_status_2(folder, name, break_it, told,
 
 
 def test_counts_that_differ_from_the_meta_are_told(folder):
-    meta = bins.read_meta(folder)
+    meta = token_bins.read_meta(folder)
     (folder / "meta.pkl").unlink()
-    bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
-    with pytest.raises(Mistake, match=r"meta\.json counts 479"):
-        bins.Bin(folder, "train", bins.read_meta(folder))
+    token_bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
+    with pytest.raises(UserError, match=r"meta\.json counts 479"):
+        token_bins.Bin(folder, "train", token_bins.read_meta(folder))
 
 
 def test_writer_leaves_a_whole_file_or_none(tmp_path):
-    writer = bins.BinWriter(tmp_path, "train.bin", "uint16")
+    writer = token_bins.BinWriter(tmp_path, "train.bin", "uint16")
     writer.write(np.arange(5), 7)
     assert not (tmp_path / "train.bin").exists()
     told = writer.close()
@@ -171,16 +171,16 @@ def test_writer_leaves_a_whole_file_or_none(tmp_path):
     assert told == {"tokens": 5, "bytes": 7, "sha256": hashlib.sha256(data).hexdigest()} and list(
         tmp_path.iterdir()
     ) == [tmp_path / "train.bin"]
-    writer = bins.BinWriter(tmp_path, "val.bin", "uint16")
+    writer = token_bins.BinWriter(tmp_path, "val.bin", "uint16")
     writer.write(np.arange(5), 7)
     writer.discard()
     assert list(tmp_path.iterdir()) == [tmp_path / "train.bin"]
 
 
 def test_meta_is_read_back(folder):
-    meta = bins.read_meta(folder)
-    bins.write_meta(folder, meta.tokenizer, {})
-    again = bins.read_meta(folder)
-    assert json.loads((folder / "meta.json").read_text())["dtype"] == "uint16" and text.to_json(
+    meta = token_bins.read_meta(folder)
+    token_bins.write_meta(folder, meta.tokenizer, {})
+    again = token_bins.read_meta(folder)
+    assert json.loads((folder / "meta.json").read_text())["dtype"] == "uint16" and tokenization.to_json(
         again.tokenizer
-    ) == text.to_json(meta.tokenizer)
+    ) == tokenization.to_json(meta.tokenizer)

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 import configurator
 import train_args
-from parts.mistakes import Mistake
+from nanoforge.errors import UserError
 
 
 def parse(*argv):
@@ -226,7 +226,7 @@ def test_arguments_are_frozen():
 
 def test_mistakes_of_the_data_are_told_like_the_others(capsys):
     def main(arguments):
-        raise Mistake("the file is odd")
+        raise UserError("the file is odd")
 
     with pytest.raises(SystemExit) as end:
         configurator.run(main, None)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, WORDS, command, needs_shared, skip_without_gpt2
 
-from parts import bins, corpus, text
-from parts.mistakes import Mistake
+from nanoforge.data import corpus, token_bins, tokenization
+from nanoforge.errors import UserError
 
 DOCS = [f"document {i}: " + WORDS for i in range(25)]
 
@@ -22,7 +22,7 @@ def prepare(*argv, check=True, **more):
 
 
 def tokens(folder, split="train"):
-    return bins.Bin(folder, split, bins.read_meta(folder)).shards[0].tolist()
+    return token_bins.Bin(folder, split, token_bins.read_meta(folder)).shards[0].tolist()
 
 
 @needs_shared
@@ -99,7 +99,9 @@ def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
     assert "".join(p.text for p in pieces if p.split == "train") == whole[: int(len(whole) * 0.75)]
     assert "".join(p.text for p in pieces) == whole
     corpus.write_dataset(tmp_path / "d", lambda: corpus.pieces_of([str(path)], "text", 0.25), "char")
-    assert bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
+    assert (
+        token_bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
+    )
 
 
 @pytest.mark.parametrize("piece", [7, 100, 2**17])
@@ -126,7 +128,7 @@ def test_bytes_that_are_not_utf_8_are_told_by_their_place(tmp_path, monkeypatch)
         path.write_bytes(broken)
         with pytest.raises(UnicodeDecodeError) as told:
             broken.decode()
-        with pytest.raises(Mistake, match=rf"at byte {told.value.start}\)"):
+        with pytest.raises(UserError, match=rf"at byte {told.value.start}\)"):
             list(corpus.read_text(path))
 
 
@@ -141,7 +143,7 @@ def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
         :20_000
     ] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
     (tmp_path / "one.txt").write_text(words)
-    tokenizer = text.TiktokenTokenizer.named("gpt2")
+    tokenizer = tokenization.TiktokenTokenizer.named("gpt2")
     pieces = list(corpus.read_text(tmp_path / "one.txt"))
     assert len(pieces) > 100 and np.concatenate(
         [tokenizer.encode(piece) for piece in pieces]
@@ -191,7 +193,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
         prepare(f"--input={path}", f"--name={name}", f"--data_dir={tmp_path}", "--tokenizer=bpe", "--vocab_size=320")
     for file in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
-    assert bins.read_meta(tmp_path / "x").vocab_size <= 320
+    assert token_bins.read_meta(tmp_path / "x").vocab_size <= 320
 
 
 @pytest.mark.parametrize("fraction, count", [(0.1, 10), (0.4, 40), (0.25, 25), (0.0005, 0)])
@@ -240,10 +242,10 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
 
     def broken():
         yield corpus.Piece("train", "fine")
-        raise Mistake("the disk is gone")
+        raise UserError("the disk is gone")
 
-    with pytest.raises(Mistake, match="disk"):
-        corpus.write_dataset(tmp_path / "d", broken, text.ByteTokenizer())
+    with pytest.raises(UserError, match="disk"):
+        corpus.write_dataset(tmp_path / "d", broken, tokenization.ByteTokenizer())
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
 
 
@@ -256,7 +258,7 @@ def test_standard_library_and_its_classes_are_aligned(tmp_path):
         told = command(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
     assert "tokens" in told
     char, kind = (
-        bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000])
+        token_bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000])
         for name in ("stdlib_char", "stdlib_class")
     )
     assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > 1_000_000
@@ -287,7 +289,7 @@ def test_classes_of_a_line():
 
 def test_arithmetic_is_right_and_held_out(tmp_path):
     command(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
-    tokenizer = bins.read_meta(tmp_path).tokenizer
+    tokenizer = token_bins.read_meta(tmp_path).tokenizer
     train, val = (tokenizer.decode(tokens(tmp_path, split)).splitlines() for split in ("train", "val"))
     assert len(set(train) | set(val)) == 10_000 == len(train) + len(val) and len(val) == 1000
     assert all(eval(line.replace("=", "==")) for line in [*train, *val])

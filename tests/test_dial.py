@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_args
-from parts import dial, scaling
+from nanoforge.report import scaling
+from nanoforge.training.depth import derive_args
 
 
 def turned(depth: int, *flags: str):
@@ -21,7 +22,7 @@ def turned(depth: int, *flags: str):
     block=st.sampled_from([64, 128, 1000, 4096]),
 )
 def test_what_follows_is_a_run_of_the_tokens_asked_for(depth, aspect, ratio, block):
-    values = dial.turned(depth, aspect, ratio, block, {})
+    values = derive_args(depth, aspect, ratio, block, {})
     assert (
         values["n_layer"] == depth
         and values["n_embd"] % values["n_head"] == 0
@@ -44,13 +45,13 @@ def test_the_weights_that_tokens_are_counted_by_are_those_of_the_blocks():
         "mlp": "plain",
         "vocab_sizes": [0],
     }
-    values = dial.turned(3, 32, 10, 100, {"batch_size": 1, "gradient_accumulation_steps": 1})
+    values = derive_args(3, 32, 10, 100, {"batch_size": 1, "gradient_accumulation_steps": 1})
     assert values["max_iters"] == round(10 * scaling.matrices(shape) / 100)
 
 
 def test_the_rules_meet_the_recipe_for_gpt2s_size():
     """configs/gpt2_124m_modern.py, for 14 tokens a weight."""
-    values = dial.turned(12, 64, 14, 1024, {})
+    values = derive_args(12, 64, 14, 1024, {})
     assert (values["n_layer"], values["n_embd"], values["n_head"]) == (12, 768, 6) and values["batch_size"] * values[
         "gradient_accumulation_steps"
     ] * 1024 == 2**19
@@ -60,13 +61,13 @@ def test_the_rules_meet_the_recipe_for_gpt2s_size():
 
 
 def test_rates_follow_the_root_of_a_batch_that_is_not_the_rules_and_of_the_width():
-    ruled = dial.turned(4, 32, 10, 128, {})
+    ruled = derive_args(4, 32, 10, 128, {})
     rows = ruled["batch_size"] * ruled["gradient_accumulation_steps"]
     for times in (0.25, 4):
-        other = dial.turned(4, 32, 10, 128, {"batch_size": int(rows * times), "gradient_accumulation_steps": 1})
+        other = derive_args(4, 32, 10, 128, {"batch_size": int(rows * times), "gradient_accumulation_steps": 1})
         for name in ("learning_rate", "muon_learning_rate"):
             assert other[name] / ruled[name] == pytest.approx(times**0.5, rel=0.01)
-    assert dial.turned(3, 128, 10, 128, {})["learning_rate"] / dial.turned(3, 32, 10, 128, {})[
+    assert derive_args(3, 128, 10, 128, {})["learning_rate"] / derive_args(3, 32, 10, 128, {})[
         "learning_rate"
     ] == pytest.approx(0.5, rel=0.01)
 

@@ -12,7 +12,10 @@ from conftest import DIGITS, TINY, command
 import configurator
 import evaluate
 from model import GPT, GPTConfig
-from parts import bins, checkpoint, generate, pretrained, tasks
+from nanoforge.data import token_bins
+from nanoforge.models import generation, pretrained
+from nanoforge.posttraining import tasks
+from nanoforge.training import checkpoint
 
 GENTLE = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
 
@@ -35,7 +38,7 @@ def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
         "a"
     ]
     model = built(done.out_dir / "checkpoints/000020")
-    val = bins.Bin(data_dir / "a", "val", bins.read_meta(data_dir / "a"))
+    val = token_bins.Bin(data_dir / "a", "val", token_bins.read_meta(data_dir / "a"))
     tokens = torch.tensor(val.shards[0].astype("int64"))
     count = (len(tokens) - 1) // 8
     losses = [
@@ -76,9 +79,9 @@ def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
     right = 0
     for row in rows:
         ids = DIGITS.encode(row["prompt"]).astype("int64")
-        out = generate.generate(model, torch.from_numpy(ids)[None], 8, torch.Generator(), temperature=0, cached=False)[
-            0, len(ids) :
-        ].tolist()
+        out = generation.generate(
+            model, torch.from_numpy(ids)[None], 8, torch.Generator(), temperature=0, cached=False
+        )[0, len(ids) :].tolist()
         right += DIGITS.decode(out[: out.index(DIGITS.eot)] if DIGITS.eot in out else out) == row["answer"]
     assert told["accuracy"]["value"] == pytest.approx(right / len(rows)) and told["n"] == len(rows)
     assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(tasks.wilson(right, len(rows)))
@@ -196,7 +199,7 @@ def test_mistakes_of_prompts(prompts, base):
 def test_a_chat_and_an_end_token(run, base, tmp_path):
     """A model that has learned one chat by heart says it, without the end token; until that token is learned to come."""
     rows = [{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}]
-    for split in bins.SPLITS:
+    for split in token_bins.SPLITS:
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(rows[0]) + "\n")
     run("--objective=sft", f"--init_from={base}", f"--train_file={tmp_path}/train.jsonl", f"--validation_file={tmp_path}/val.jsonl", "--block_size=32",
         "--max_iters=60", "--eval_interval=60", *GENTLE)  # fmt: skip

@@ -11,29 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import build
 
-from parts import objectives, pretrained, tasks, templates, text
-from parts.batches import mixture
-from parts.examples import (
-    Coder,
-    Collate,
-    CollateLabelled,
+from nanoforge.data import tokenization
+from nanoforge.data.batches import mixture
+from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, ExtendedTokenizer
+from nanoforge.errors import UserError
+from nanoforge.models import pretrained
+from nanoforge.posttraining import objectives, prompt_format, tasks
+from nanoforge.posttraining.examples import (
+    Collator,
     Example,
+    ExampleEncoder,
     Examples,
     ExampleSource,
     Ids,
+    KTOCollator,
     needed_tokens,
     pack,
     padded,
     read_rows,
 )
-from parts.mistakes import Mistake
-from parts.text import BPETokenizer, ByteTokenizer, CharTokenizer, ExtendedTokenizer
 
 BYTES = ByteTokenizer()
 
 
 def sft(rows, limit=32, tokenizer=DIGITS, objective="sft", packed=False, seed=0, number=0, **more) -> Examples:
-    return Examples("x", rows, objective, Coder(tokenizer, limit, **more), seed, number, "x.jsonl", packed)
+    return Examples("x", rows, objective, ExampleEncoder(tokenizer, limit, **more), seed, number, "x.jsonl", packed)
 
 
 def only(data: Examples) -> Ids:
@@ -142,13 +144,13 @@ def test_overflow_at_every_limit(limit):
             assert only(sft(rows, limit, overflow=overflow)).ids.tolist() == whole
         return
     with pytest.raises(
-        Mistake, match=rf"x.jsonl: 1 of 1 examples are longer than {limit} tokens, by up to {8 - limit}"
+        UserError, match=rf"x.jsonl: 1 of 1 examples are longer than {limit} tokens, by up to {8 - limit}"
     ):
         sft(rows, limit)
-    with pytest.raises(Mistake, match="no example is left"):
+    with pytest.raises(UserError, match="no example is left"):
         sft(rows, limit, overflow="drop")
     if limit <= 5:
-        with pytest.raises(Mistake, match="no example is left"):
+        with pytest.raises(UserError, match="no example is left"):
             sft(rows, limit, overflow="truncate_target")  # nothing to learn would be left
     else:
         sequence = only(sft(rows, limit, overflow="truncate_target"))
@@ -161,7 +163,7 @@ def test_dropped_examples_are_counted_and_the_others_stay():
     assert (
         data.dropped == 2 and [item.row["completion"] for item in data.items] == ["2", "222"] and data.tokens == 6 + 8
     )
-    with pytest.raises(Mistake, match=r"2 of 4 examples are longer than 8 tokens, by up to 17"):
+    with pytest.raises(UserError, match=r"2 of 4 examples are longer than 8 tokens, by up to 17"):
         sft(rows, 8)
 
 
@@ -171,13 +173,13 @@ def test_grpos_prompts_leave_room_for_answers():
         3,
         4,
     ]
-    with pytest.raises(Mistake, match="longer than 8 tokens less the 4 of a completion, by up to 1"):
+    with pytest.raises(UserError, match="longer than 8 tokens less the 4 of a completion, by up to 1"):
         sft(rows, 8, objective="grpo", room=4)
 
 
 def test_a_template_stands_around_the_fields():
     """Rows of the prompt are ids behind the vocabulary; test_templates.py has the language."""
-    template = templates.parse("<P*2>{a}+<P>=</P>")
+    template = prompt_format.parse("<P*2>{a}+<P>=</P>")
     sequence = only(sft([{"a": "12", "sum": "3", "more": "x"}], template=template, first_row=13, target_field="sum"))
     assert sequence.ids.tolist() == [13, 14, 1, 2, 10, 15, 3, 12] and sequence.mask.tolist() == [False] * 6 + [True] * 2
 
@@ -208,7 +210,7 @@ def test_rows_of_three_formats_are_the_same(tmp_path):
 def test_wrong_rows_are_told_by_file_and_row(tmp_path, objective, row, told):
     good = {"prompt": "x", "completion": "y", "chosen": "y", "rejected": "z", "label": True}
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n" + json.dumps(good) + "\n")
-    with pytest.raises(Mistake, match=f"a.jsonl: {told}"):
+    with pytest.raises(UserError, match=f"a.jsonl: {told}"):
         read_rows(tmp_path / "a.jsonl", objective, dict)
 
 
@@ -225,7 +227,7 @@ def test_gsm8ks_rows_are_problems(tmp_path):
 ])  # fmt: skip
 def test_what_cant_be_encoded_is_told_by_its_row(objective, row, told):
     good = {"prompt": "1", "completion": "2", "label": False}
-    with pytest.raises(Mistake, match=f"x.jsonl: {told}"):
+    with pytest.raises(UserError, match=f"x.jsonl: {told}"):
         sft([good, row], objective=objective)
 
 
@@ -237,11 +239,11 @@ SUMS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(23)]
 
 def source(rows=SUMS, per_step=5, seed=0, objective="sft", collate=None, datasets=1) -> ExampleSource:
     data = [sft(rows[d::datasets], seed=seed, number=d, objective=objective) for d in range(datasets)]
-    return ExampleSource(data, mixture(datasets, per="sequence"), per_step, seed, collate or Collate())
+    return ExampleSource(data, mixture(datasets, per="sequence"), per_step, seed, collate or Collator())
 
 
 def steps(source: ExampleSource, n: int, start: int = 0, first: int = 0, last: int = 5, micro: int = 5) -> list:
-    stream = source.steps_from(start, first, last, micro, False, True)
+    stream = source.iter_steps(start, first, last, micro, False, True)
     return [next(stream) for _ in range(n)]
 
 
@@ -284,9 +286,7 @@ def test_any_split_reads_the_same_rows(objective, ranks, micro):
             rows,
             6,
             objective=objective,
-            collate=(CollateLabelled if objective == "kto" else Collate)(
-                0, world, *([32] if objective == "kto" else [])
-            ),
+            collate=(KTOCollator if objective == "kto" else Collator)(0, world, *([32] if objective == "kto" else [])),
         )
 
     share = 6 // ranks
@@ -314,7 +314,7 @@ def test_strangers_have_the_completion_of_the_row_before(micro):
     """The first row that of the last one, in the whole step, however it is cut."""
     rows = [{"prompt": f"{i}+{i}=", "completion": "9" * (i + 1), "label": i % 2} for i in range(6)]
     data = sft(rows, objective="kto")
-    collate = CollateLabelled(0, 1, 32)
+    collate = KTOCollator(0, 1, 32)
     batches = [collate(data.items, first, min(first + micro, 6), 1) for first in range(0, 6, micro)]
     found = [
         (row.tolist(), mask.tolist())
@@ -334,7 +334,7 @@ def test_a_stranger_stays_within_the_limit():
         {"prompt": "1+1+1+1=", "completion": "4", "label": 1},
         {"prompt": "1=", "completion": "1111111", "label": 0},
     ]
-    batch = CollateLabelled(0, 1, 10)(sft(rows, 10, objective="kto").items, 0, 2, 1)
+    batch = KTOCollator(0, 1, 10)(sft(rows, 10, objective="kto").items, 0, 2, 1)
     assert (
         batch.more["stranger"].shape == (2, 10)
         and batch.more["stranger"][0].tolist() == DIGITS.encode("1+1+1+1=11").tolist()
@@ -346,7 +346,7 @@ def test_a_stranger_stays_within_the_limit():
 def test_an_evaluation_reads_the_first_examples_once(size, iters, world):
     """All ranks have as many batches; those that count are each example once."""
     data, seen = sft(SUMS), []
-    batches = [list(data.evaluation(iters, size, rank, world, Collate(0, world))) for rank in range(world)]
+    batches = [list(data.evaluation(iters, size, rank, world, Collator(0, world))) for rank in range(world)]
     assert len({len(some) for some in batches}) == 1
     for at_once in zip(*batches, strict=True):
         seen += [
@@ -382,7 +382,7 @@ def test_padding_changes_no_loss(position):
                 atol=1e-5,
                 rtol=1e-5,
             )
-    batch = Collate(32, 1)(data.items, 2, 5, 3)
+    batch = Collator(32, 1)(data.items, 2, 5, 3)
     assert (
         batch.tokens.shape == (3, 32)
         and batch.parts == 3
@@ -418,7 +418,7 @@ def test_packs_hold_every_token_and_none_too_many(lengths):
 def test_packed_examples_come_once_an_epoch():
     data = sft(SUMS, packed=True)
     assert data.windows < 10 and data.tokens == sum(len(f"{i}+{i}={2 * i}") + 1 for i in range(23))
-    found = ExampleSource([data], mixture(1), 1, 0, Collate())
+    found = ExampleSource([data], mixture(1), 1, 0, Collator())
     rows = [row for step in steps(found, data.windows, last=1) for row in step.batches[0].tokens.flatten().tolist()]
     assert rows.count(12) == 23, "as many end tokens"
 
@@ -461,11 +461,11 @@ def test_an_extended_tokenizer_comes_back_whole(base, tmp_path):
     if base == "bpe":
         pytest.importorskip("tokenizers")
         base = BPETokenizer.train(["héllo 😀 " * 20], 280)
-    added = text.extended(base, ["<|user|>", "<|odd|>"])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(text.run_json({"x": added})))
-    loaded = text.load(tmp_path / "tokenizer.json")["x"]
+    added = tokenization.extended(base, ["<|user|>", "<|odd|>"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenization.run_json({"x": added})))
+    loaded = tokenization.load(tmp_path / "tokenizer.json")["x"]
     assert (
-        text.same(added, loaded)
+        tokenization.same(added, loaded)
         and isinstance(loaded, ExtendedTokenizer)
         and loaded.vocab_size == base.vocab_size + 2
         and loaded.ids == added.ids
@@ -501,5 +501,5 @@ def test_new_tokens_leave_the_base_rows_as_they_were(run, base):
     assert learns.evals[-1]["val_loss"] < learns.evals[0]["val_loss"] and learns.evals[-1]["samples"][0][
         "prompt"
     ].startswith("<|user|>")
-    with pytest.raises(Mistake, match="its embedding can't learn them"):
+    with pytest.raises(UserError, match="its embedding can't learn them"):
         run("--objective=sft", "--dataset=chat", f"--init_from={base}", "--adapter=lora", name="lora")

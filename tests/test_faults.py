@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 import train
 import train_args
-from parts import checkpoint
-from parts.mistakes import Mistake
+from nanoforge.errors import UserError
+from nanoforge.training import checkpoint
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch._dynamo"])
@@ -187,7 +187,7 @@ def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fo
 
 def test_metrics_survive_a_full_disk(tmp_path, capsys):
     """Lines for which there is no room are told on the console; those after it are whole again."""
-    from parts.record import Record
+    from nanoforge.training.logger import Record
 
     log = Record(tmp_path, False, 0, False, 0.0, 10)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -313,8 +313,8 @@ POISONED = """
 import math, os, sys
 sys.path.insert(0, {root!r})
 import torch, train, train_args
-from parts import parallel
-plain = parallel.replicate
+from nanoforge import distributed
+plain = distributed.replicate
 steps, rank = {steps!r}, int(os.environ.get("RANK", 0))
 def replicate(model, ranks):
     count = [0]
@@ -323,7 +323,7 @@ def replicate(model, ranks):
         return grad * math.nan if rank == {rank} and count[0] in steps else grad
     next(model.parameters()).register_hook(hook)
     return plain(model, ranks)
-parallel.replicate = replicate
+distributed.replicate = replicate
 train.main(train_args.parse(sys.argv[1:]))
 """
 
@@ -350,7 +350,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir, t
 
 def poison(monkeypatch, steps, value=math.nan) -> None:
     """Gradients of these steps, by how many the process has made, are not finite, or `value` times as large."""
-    plain, count = train.optim.Optimizer.clip, [0]
+    plain, count = train.optimizers.Optimizer.clip, [0]
 
     def clip(self, parameters, scaler, bound):
         count[0] += 1
@@ -359,7 +359,7 @@ def poison(monkeypatch, steps, value=math.nan) -> None:
                 parameter.grad *= value
         return plain(self, parameters, scaler, bound)
 
-    monkeypatch.setattr(train.optim.Optimizer, "clip", clip)
+    monkeypatch.setattr(train.optimizers.Optimizer, "clip", clip)
 
 
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
@@ -398,13 +398,13 @@ def test_too_many_skipped_steps_twice_are_the_end(run, monkeypatch, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, tmp_path):
-    plain = train.optim.Optimizer.update
+    plain = train.optimizers.Optimizer.update
 
     def update(self, scaler, skip):
         plain(self, scaler, skip)
         self.optimizers[0].param_groups[0]["params"][0].data[0, 0] = math.inf
 
-    monkeypatch.setattr(train.optim.Optimizer, "update", update)
+    monkeypatch.setattr(train.optimizers.Optimizer, "update", update)
     with pytest.raises(SystemExit, match="not finite"):
         run("--max_iters=4", "--eval_interval=100", "--checkpoint_interval=2")
     assert checkpoint.steps(tmp_path / "run/checkpoints") == []
@@ -434,7 +434,7 @@ def test_changed_data_is_refused_on_resume(run, data_dir, tmp_path):
     where = f"--data_dir={tmp_path / 'data'}"
     run(where)
     flip(tmp_path / "data/a/train.bin")
-    with pytest.raises(Mistake, match=r"a/train.bin: not what this run began with"):
+    with pytest.raises(UserError, match=r"a/train.bin: not what this run began with"):
         run("--init_from=resume", "--max_iters=6")
     resumed = run("--init_from=resume", "--max_iters=6", "--allow_data_change")
     assert "going on, as --allow_data_change says" in resumed.console and resumed.steps[-1] == 6
@@ -450,7 +450,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
     while not checkpoint.steps(tmp_path / "run/checkpoints"):
         time.sleep(0.05)
     for flags in (["--init_from=resume"], ["--overwrite"]):
-        with pytest.raises(Mistake, match=f"process {first.pid} .* is training there"):
+        with pytest.raises(UserError, match=f"process {first.pid} .* is training there"):
             run(*flags)
     assert first.is_alive()
     first.kill()
@@ -498,10 +498,10 @@ def test_nothing_in_a_file_is_executed(run, tmp_path, data_dir, capsys):
     shutil.copytree(data_dir / "a", bad)
     (bad / "meta.json").unlink()
     (bad / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 10, "itos": Payload(trap)}))
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         run(f"--data_dir={tmp_path / 'data'}", "--dataset=bad", name="pkl")
     torch.save({"model": {}, "model_args": Payload(trap)}, tmp_path / "ckpt.pt")
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         run(f"--init_from={tmp_path / 'ckpt.pt'}", name="pt")
     (tmp_path / "c.py").write_text(f"n_layer = __import__('os').mkdir({str(trap)!r})\n")
     with pytest.raises(SystemExit):
@@ -604,7 +604,7 @@ def told_or_trained(line: list[str], data_dir, capsys) -> None:
             assert end.code == 2 or "not finite" in str(end.code), (line, end.code)
             told = capsys.readouterr().err
             assert end.code != 2 or (told.strip() and "Traceback" not in told)
-        except Mistake as mistake:
+        except UserError as mistake:
             assert str(mistake)
         capsys.readouterr()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_model import build, ids
 
-from parts.generate import Cache, choose, generate
+from nanoforge.models.generation import Cache, choose, generate
 
 
 def draw(model, idx, n, seed=0, **more):
@@ -57,7 +57,7 @@ def test_compiled_steps_draw_what_eager_ones_draw(position):
 def test_greedy_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     from model import GPT, GPTConfig
-    from parts import pretrained
+    from nanoforge.models import pretrained
 
     torch.manual_seed(3)
     theirs = transformers.GPT2LMHeadModel(

@@ -27,8 +27,8 @@ from model import (
     chunked_attention,
     softcap,
 )
-from parts import pretrained
-from parts.mistakes import Mistake
+from nanoforge.errors import UserError
+from nanoforge.models import pretrained
 
 TINY = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_embd=32, bias=False)
 
@@ -207,9 +207,9 @@ def test_own_activations():
     cubic = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), cubic)
     for wrong in ("no_such", "cross_entropy", "_in_projection", "siluu"):
-        with pytest.raises(Mistake, match="--activation"):
+        with pytest.raises(UserError, match="--activation"):
             activation(wrong)
-    with pytest.raises(Mistake, match="did you mean silu"):
+    with pytest.raises(UserError, match="did you mean silu"):
         activation("siluu")
 
 
@@ -397,9 +397,9 @@ def test_compiled_equals_eager():
 def test_weights_that_dont_fit_are_named():
     model = build()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with pytest.raises(Mistake, match=r"norm.weight is \(3,\) there and \(32,\)"):
+    with pytest.raises(UserError, match=r"norm.weight is \(3,\) there and \(32,\)"):
         model.load_weights(weights | {"norm.weight": torch.ones(3)}, "here")
-    with pytest.raises(Mistake, match=r"the weights have no norm\.weight"):
+    with pytest.raises(UserError, match=r"the weights have no norm\.weight"):
         model.load_weights({name: tensor for name, tensor in weights.items() if name != "norm.weight"}, "here")
 
 
@@ -437,7 +437,7 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
             return (open, (str(tmp_path / "executed"), "w"))
 
     torch.save({"model": Evil(), "model_args": {}}, tmp_path / "evil.pt")
-    with pytest.raises(Mistake, match="not a checkpoint of nanoGPT"):
+    with pytest.raises(UserError, match="not a checkpoint of nanoGPT"):
         pretrained.load(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "executed").exists()
 
@@ -471,7 +471,7 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = "import sys; from parts import pretrained; print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
+        code = "import sys; from nanoforge.models import pretrained; print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
         env = {
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",

@@ -16,22 +16,23 @@ from test_model import build
 from torch import nn
 
 import train_args
-from parts import checkpoint, objectives
-from parts.batches import Batch
-from parts.examples import Coder, Collate, Examples
-from parts.mistakes import Mistake
-from parts.objectives import (
+from nanoforge.data.batches import Batch
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.distributed import Ranks
+from nanoforge.errors import UserError
+from nanoforge.posttraining import objectives
+from nanoforge.posttraining.examples import Collator, ExampleEncoder, Examples
+from nanoforge.posttraining.objectives import (
+    DPO,
     DPO_LOSSES,
-    DirectPreference,
-    FineTuning,
-    GroupRelative,
-    KahnemanTversky,
+    GRPO,
+    KTO,
+    SFT,
     Reference,
     advantages,
-    kto_losses,
+    kto_loss,
 )
-from parts.parallel import Ranks
-from parts.text import CharTokenizer
+from nanoforge.training import checkpoint
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 PLAIN = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd"))]  # a base brings its shape
@@ -156,7 +157,7 @@ def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
         Table(spread(CHOSEN + REJECTED, LENGTHS)),
         Table(spread(REFERENCE_CHOSEN + REFERENCE_REJECTED, LENGTHS)),
     )
-    objective = DirectPreference(name, 0.1, smoothing, Reference(begun, nullcontext))
+    objective = DPO(name, 0.1, smoothing, Reference(begun, nullcontext))
     whole = rows_of(LENGTHS)
     parts = [
         Batch(whole.tokens[i::cut], {"mask": whole.more["mask"][i::cut]}, cut) for i in range(cut)
@@ -192,13 +193,13 @@ def kto_batch():
 def test_kto_is_the_reference_numbers(sign, z, number, cut):
     r, strange = torch.tensor([0.5, -0.2, -0.5, 0.6]), sign * torch.tensor([0.4, -0.1, 0.3, 0.2])
     assert float(
-        kto_losses(r, strange.mean().clamp(min=0), torch.tensor([True, False, True, False]), 0.1, 1.0, 1.33).mean()
+        kto_loss(r, strange.mean().clamp(min=0), torch.tensor([True, False, True, False]), 0.1, 1.0, 1.33).mean()
     ) == pytest.approx(number, abs=1e-5)
     net = Table(
         torch.cat((spread([-3.0 + 0.5, -2.0 - 0.2, -4.0 - 0.5, -5.0 + 0.6], [2, 1, 3, 2]), (strange - 1).double()))
     )
     begun = Table(torch.cat((spread([-3.0, -2.0, -4.0, -5.0], [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
-    objective, whole = KahnemanTversky(0.1, 1.0, 1.33, Reference(begun, nullcontext), ONE), kto_batch()
+    objective, whole = KTO(0.1, 1.0, 1.33, Reference(begun, nullcontext), ONE), kto_batch()
     parts = [
         Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.more.items()}, cut)
         for i in range(cut)
@@ -221,7 +222,7 @@ def test_ktos_reference_point_has_no_gradient():
     r = torch.zeros(4, dtype=torch.double)
     net = Table(torch.cat((spread(r - 1, [2, 1, 3, 2]), torch.full((4,), -0.5).double())))
     begun = Table(torch.cat((spread(r - 1, [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
-    objective = KahnemanTversky(0.1, 1.0, 1.0, Reference(begun, nullcontext), ONE)
+    objective = KTO(0.1, 1.0, 1.0, Reference(begun, nullcontext), ONE)
     objective(net, objective.prepare(net, [kto_batch()])[0], False)[0].backward()
     assert (net.logp.grad[1:9] != 0).all() and (net.logp.grad[9:] == 0).all() and net.logp.grad[0] == 0
 
@@ -276,7 +277,7 @@ def test_grpo_is_the_reference_numbers(aggregation, level, high, number, cut):
         parts_numbers = [clipped(range(2)), clipped(range(2, 4))]
         number = sum(parts_numbers) / 2
     net, whole = Table(flat(LP)), grpo_batch()
-    objective = GroupRelative(aggregation, 0.2, high, 0.08, level, 1.0, 4, Reference(Table(flat(REF)), nullcontext))
+    objective = GRPO(aggregation, 0.2, high, 0.08, level, 1.0, 4, Reference(Table(flat(REF)), nullcontext))
     rows = [slice(0, 4)] if cut == 1 else [slice(0, 2), slice(2, 4)]
     parts = [
         Batch(whole.tokens[some], {name: value[some] for name, value in whole.more.items()}, cut, whole.learned)
@@ -310,7 +311,7 @@ def clipped(rows) -> float:
 def test_on_its_own_samples_the_gradient_is_reinforces():
     """Where the policy is still the one that sampled, w is 1 and the gradient of the loss -A grad logp (Williams 1992)."""
     net, batch = Table(flat(OLD)), grpo_batch()
-    loss, told = GroupRelative("dapo", 0.2, 0.2, 0.0, "token", 1.0, 4, None)(net, batch, True)
+    loss, told = GRPO("dapo", 0.2, 0.2, 0.0, "token", 1.0, 4, None)(net, batch, True)
     loss.backward()
     expected = -torch.repeat_interleave(GROUP_A.double(), torch.tensor([3, 2, 1, 2])) / 8
     torch.testing.assert_close(net.logp.grad[1:], expected)
@@ -323,9 +324,9 @@ def test_a_row_without_learned_tokens_adds_nothing():
         batch = grpo_batch()
         batch.more["mask"][:] = False
         net = Table(flat(LP))
-        loss, _ = GroupRelative(
-            aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext)
-        )(net, batch.having(reference=torch.zeros(batch.more["mask"].shape)), False)
+        loss, _ = GRPO(aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext))(
+            net, batch.having(reference=torch.zeros(batch.more["mask"].shape)), False
+        )
         loss.backward()
         assert loss.item() == 0 and (net.logp.grad == 0).all()
 
@@ -344,10 +345,10 @@ def test_gradients_of_preferences_by_finite_differences(name):
 @pytest.mark.parametrize("kind", ["dpo", "kto", "token", "sequence"])
 def test_gradients_through_the_objectives_by_finite_differences(kind):
     objective, batch, values = {
-        "dpo": (DirectPreference("ipo", 0.1, 0.0, None), rows_of(LENGTHS).having(reference=torch.tensor(REFERENCE_CHOSEN + REFERENCE_REJECTED)), spread(CHOSEN + REJECTED, LENGTHS)),
-        "kto": (KahnemanTversky(0.3, 1.0, 1.3, None, ONE), kto_batch().having(z=torch.tensor(0.2), reference=torch.full((4,), -3.0)), spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [2, 1, 3, 2, 1, 1, 1, 1])),
-        "token": (GroupRelative("grpo", 0.2, 0.2, 0.08, "token", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
-        "sequence": (GroupRelative("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
+        "dpo": (DPO("ipo", 0.1, 0.0, None), rows_of(LENGTHS).having(reference=torch.tensor(REFERENCE_CHOSEN + REFERENCE_REJECTED)), spread(CHOSEN + REJECTED, LENGTHS)),
+        "kto": (KTO(0.3, 1.0, 1.3, None, ONE), kto_batch().having(z=torch.tensor(0.2), reference=torch.full((4,), -3.0)), spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [2, 1, 3, 2, 1, 1, 1, 1])),
+        "token": (GRPO("grpo", 0.2, 0.2, 0.08, "token", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
+        "sequence": (GRPO("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
     }[kind]  # fmt: skip
     net = Table(values)
     assert torch.autograd.gradcheck(
@@ -412,7 +413,7 @@ def test_dpo_equals_trls(name, smoothing, seed):
     lengths = torch.randint(1, 7, (8,)).tolist()
     net, reference = Table(-4 * torch.rand(sum(lengths), dtype=torch.double)), -10 * torch.rand(8, dtype=torch.double)
     batch = rows_of(lengths)
-    loss, told = DirectPreference(name, 0.3, smoothing, None)(net, batch.having(reference=reference), True)
+    loss, told = DPO(name, 0.3, smoothing, None)(net, batch.having(reference=reference), True)
     loss.backward()
     ours, net.logp.grad = net.logp.grad, None
 
@@ -464,7 +465,7 @@ def test_kto_equals_trls(seed):
         torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool),
     )
     batch = batch.having(label=label, stranger=strangers.tokens, stranger_mask=strangers.more["mask"])
-    objective = KahnemanTversky(0.3, 1.2, 0.7, Reference(begun, nullcontext), ONE)
+    objective = KTO(0.3, 1.2, 0.7, Reference(begun, nullcontext), ONE)
     (prepared,) = objective.prepare(net, [batch])
     loss, told = objective(net, prepared, True)
     loss.backward()
@@ -520,7 +521,7 @@ def test_grpo_equals_trls(aggregation, level, beta):
         net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4,
     )
     A = torch.randn(8, dtype=torch.double)
-    objective = GroupRelative(aggregation, 0.2, 0.3, beta, level, 1.0, 9, object() if beta else None)
+    objective = GRPO(aggregation, 0.2, 0.3, beta, level, 1.0, 9, object() if beta else None)
     loss, told = objective(net, batch.having(old=old, advantage=A, reference=ref), True)
     loss.backward()
     ours, net.logp.grad = net.logp.grad, None
@@ -652,7 +653,7 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5) and max(told_of(whole, "kl")) > 1e-3
     assert parts.evals[0]["val_loss"] > 0, "of two rows, as one is none"
     (tmp_path / "lone.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "label": true}\n')
-    with pytest.raises(Mistake, match="kto: agreeing, val: has one example"):
+    with pytest.raises(UserError, match="kto: agreeing, val: has one example"):
         run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
         train_args.parse([*PLAIN, *flags, *cut(1, 1)])
@@ -750,7 +751,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
 )
 def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     rng = np.random.default_rng(0)
-    coder = Coder(CharTokenizer("0123456789+=", ends=True), 24)
+    coder = ExampleEncoder(CharTokenizer("0123456789+=", ends=True), 24)
     rows = [
         {
             "prompt": "".join(rng.choice(list("0123456789+="), rng.integers(1, 8))),
@@ -761,10 +762,10 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     results = []
     for packed in (False, True):
         data = Examples("x", rows, "sft", coder, 0, 0, "x", packed)
-        batch = Collate()(data.items, 0, len(data.items), 1)
+        batch = Collator()(data.items, 0, len(data.items), 1)
         assert batch.learned == sum(len(row["completion"]) + 1 for row in rows)
         model = build(block_size=24, **variant)
-        loss, told = FineTuning()(model, batch, True)
+        loss, told = SFT()(model, batch, True)
         loss.backward()
         results.append(
             (
@@ -857,5 +858,5 @@ def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
     weights["norm.weight"][0] += 1e-3
     checkpoint.write_tensors(tmp_path / "base/model.safetensors", weights)
     (tmp_path / "base/manifest.json").unlink()
-    with pytest.raises(Mistake, match="does not hold the weights that the run began with"):
+    with pytest.raises(UserError, match="does not hold the weights that the run began with"):
         run("--init_from=resume", "--max_iters=4")

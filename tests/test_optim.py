@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_model import build, ids
 
-from parts import optim
-from parts.mistakes import Mistake
-from parts.optim import Lion, Optimizer, Settings
-from parts.schedules import SCHEDULES, Plan, learning_rate
+from nanoforge.errors import UserError
+from nanoforge.training import optimizers
+from nanoforge.training.optimizers import Lion, OptimConfig, Optimizer
+from nanoforge.training.schedules import SCHEDULES, Plan, learning_rate
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -35,13 +35,13 @@ def assert_same(a, b, **tolerance) -> None:
         torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
-@pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "torch.optim:Adamax"])
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "torch.optim:Adamax"])
 def test_each_optimizer_is_the_class_it_names(name):
     """Same updates as that class, built by hand with decay on matrices alone."""
-    settings = Settings(lr=2e-3, weight_decay=0.1, betas=(0.8, 0.95), momentum=0.7)
+    settings = OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.8, 0.95), momentum=0.7)
     ours, theirs = build(bias=True), build(bias=True)
-    optimizer = Optimizer(name, ours, settings, ours.fused_rows())
-    cls = optim.OPTIMIZERS[name][0] if name in optim.OPTIMIZERS else torch.optim.Adamax
+    optimizer = Optimizer(name, ours, settings, ours.muon_splits())
+    cls = optimizers.OPTIMIZERS[name][0] if name in optimizers.OPTIMIZERS else torch.optim.Adamax
     known = {"adamw": {"betas": (0.8, 0.95), "fused": True}, "adam": {"betas": (0.8, 0.95), "fused": True}, "nadam": {"betas": (0.8, 0.95)}, "radam": {"betas": (0.8, 0.95)}, "lion": {"betas": (0.8, 0.95)},
              "sgd": {"momentum": 0.7}, "rmsprop": {"momentum": 0.7}}.get(name, {})  # fmt: skip
     matrices, vectors = [p for p in theirs.parameters() if p.dim() > 1], [p for p in theirs.parameters() if p.dim() < 2]
@@ -57,7 +57,7 @@ def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
     """With no gradient AdamW only decays: matrices shrink by 1 - lr x decay, vectors stay."""
     model = build(bias=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer("adamw", model, Settings(lr=0.1, weight_decay=0.5), model.fused_rows())
+    optimizer = Optimizer("adamw", model, OptimConfig(lr=0.1, weight_decay=0.5), model.muon_splits())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.update(OFF)
@@ -67,8 +67,8 @@ def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
 
 def test_every_parameter_is_in_exactly_one_group():
     model = build(bias=True, tie_weights=False)
-    for name in (*optim.OPTIMIZERS, "muon"):
-        optimizer = Optimizer(name, model, Settings(), model.fused_rows())
+    for name in (*optimizers.OPTIMIZERS, "muon"):
+        optimizer = Optimizer(name, model, OptimConfig(), model.muon_splits())
         held = [p for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
         assert sum(p.numel() for p in held) == model.count_parameters() and len({p.data_ptr() for p in held}) == len(
             held
@@ -90,10 +90,10 @@ def test_lion_by_its_formula():
 def test_muon_is_torchs_with_q_k_v_apart():
     """A model whose q, k and v are separate parameters, under torch.optim.Muon itself."""
     ours, theirs = build(n_kv_head=2), build(n_kv_head=2)
-    settings = Settings(
+    settings = OptimConfig(
         lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9
     )
-    train(ours, Optimizer("muon", ours, settings, ours.fused_rows()))
+    train(ours, Optimizer("muon", ours, settings, ours.muon_splits()))
     hidden, rest = [], []
     for name, p in theirs.named_parameters():
         (hidden if name.startswith("blocks.") and p.dim() == 2 else rest).append((name, p))
@@ -128,17 +128,17 @@ def test_muon_is_torchs_with_q_k_v_apart():
 
 def test_compiled_muon_is_the_eager_one():
     ours, theirs = build(n_layer=1), build(n_layer=1)
-    compiled = Optimizer("muon", ours, Settings(), ours.fused_rows())
+    compiled = Optimizer("muon", ours, OptimConfig(), ours.muon_splits())
     compiled.compile()
     train(ours, compiled)
-    train(theirs, Optimizer("muon", theirs, Settings(), theirs.fused_rows()))
+    train(theirs, Optimizer("muon", theirs, OptimConfig(), theirs.muon_splits()))
     assert_same(ours, theirs, atol=2e-3, rtol=0)  # of steps of 0.02; bfloat16 is rounded in other places
 
 
 def test_clipping_is_torchs_and_reaches_the_slices():
     for name in ("adamw", "muon"):
         ours, theirs = build(), build()
-        optimizer = Optimizer(name, ours, Settings(), ours.fused_rows())
+        optimizer = Optimizer(name, ours, OptimConfig(), ours.muon_splits())
         for model in (ours, theirs):
             model(ids(4, 12), ids(4, 12, seed=2)).mean().backward()
         norm = optimizer.clip(list(ours.parameters()), OFF, 0.01)
@@ -147,18 +147,18 @@ def test_clipping_is_torchs_and_reaches_the_slices():
         assert math.sqrt(sum(g.square().sum().item() for g in held)) == pytest.approx(0.01, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "muon"])
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "muon"])
 def test_saved_state_goes_on_as_if_never_stopped(name):
     whole, parts = build(), build()
-    settings = Settings(lr=1e-2)
+    settings = OptimConfig(lr=1e-2)
     first, second = (
-        Optimizer(name, whole, settings, whole.fused_rows()),
-        Optimizer(name, parts, settings, parts.fused_rows()),
+        Optimizer(name, whole, settings, whole.muon_splits()),
+        Optimizer(name, parts, settings, parts.muon_splits()),
     )
     train(whole, first, 4)
     train(parts, second, 2)
     tensors, rest = copy.deepcopy(second.state())
-    again = Optimizer(name, parts, settings, parts.fused_rows())
+    again = Optimizer(name, parts, settings, parts.muon_splits())
     again.load_state(tensors, rest)
     for step in (2, 3):
         parts(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
@@ -175,19 +175,19 @@ def test_classes_by_name_are_checked():
         ("torch.optim:Adm", "Adm"),
         ("torch.nn:Linear", "not a torch.optim.Optimizer"),
     ):
-        with pytest.raises(Mistake, match=told):
-            Optimizer(name, model, Settings(), {})
-    with pytest.raises(Mistake, match="optimizer_kwargs"):
-        Optimizer("adamw", model, Settings(kwargs={"no_such": 1}), {})
+        with pytest.raises(UserError, match=told):
+            Optimizer(name, model, OptimConfig(), {})
+    with pytest.raises(UserError, match="optimizer_kwargs"):
+        Optimizer("adamw", model, OptimConfig(kwargs={"no_such": 1}), {})
     for name, kwargs in (("adamw", {"weight_decay": 1}), ("sgd", {"momentum": 0.5}), ("muon", {"momentum": 0.5})):
-        with pytest.raises(Mistake, match="arguments of their own"):
-            Optimizer(name, model, Settings(kwargs=kwargs), model.fused_rows())
-    with pytest.raises(Mistake, match="fused"):
-        Optimizer("adamw", model, Settings(kwargs={"foreach": True}), {})
-    tensors, rest = Optimizer("adamw", model, Settings(), {}).state()
-    with pytest.raises(Mistake, match="resume with the run's own"):
-        Optimizer("adamw", model, Settings(kwargs={"amsgrad": True}), {}).load_state(tensors, rest)
-    assert Optimizer("adamw", model, Settings(kwargs={"eps": 1e-3}), {}).optimizers[0].param_groups[0]["eps"] == 1e-3
+        with pytest.raises(UserError, match="arguments of their own"):
+            Optimizer(name, model, OptimConfig(kwargs=kwargs), model.muon_splits())
+    with pytest.raises(UserError, match="fused"):
+        Optimizer("adamw", model, OptimConfig(kwargs={"foreach": True}), {})
+    tensors, rest = Optimizer("adamw", model, OptimConfig(), {}).state()
+    with pytest.raises(UserError, match="resume with the run's own"):
+        Optimizer("adamw", model, OptimConfig(kwargs={"amsgrad": True}), {}).load_state(tensors, rest)
+    assert Optimizer("adamw", model, OptimConfig(kwargs={"eps": 1e-3}), {}).optimizers[0].param_groups[0]["eps"] == 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_cosine_is_torchs_and_nanogpts():
 
 def test_rates_follow_the_schedule_in_every_group():
     model = build()
-    optimizer = Optimizer("muon", model, Settings(lr=1e-3, muon_lr=0.02), model.fused_rows())
+    optimizer = Optimizer("muon", model, OptimConfig(lr=1e-3, muon_lr=0.02), model.muon_splits())
     optimizer.set_rate(0.25)
     assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx(
         [2.5e-4, 2.5e-4, 2.5e-4, 5e-3]

@@ -19,8 +19,9 @@ from conftest import ROOT, command
 
 import report
 from model import GPT, GPTConfig
-from parts import checkpoint, page, pictures, runs, scaling, significance
-from parts.mistakes import Mistake
+from nanoforge import run_dir
+from nanoforge.errors import UserError
+from nanoforge.report import page, plots, read_runs, scaling, stats
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"><b>\x1b[31m\u202egnp.exe\u2066\u200b\ud800 $x_$ {{data}} &lt;"
 
@@ -82,14 +83,16 @@ def trained(tmp_path):
     return trained
 
 
-def read(folder: Path, points: int = 400) -> runs.Run:
-    return runs.read(folder, folder.name, points)
+def read(folder: Path, points: int = 400) -> read_runs.Run:
+    return read_runs.read(folder, folder.name, points)
 
 
 def shown(*paths, by: str = "best") -> dict:
-    folders, without = runs.find([str(path) for path in paths])
+    folders, without = read_runs.find([str(path) for path in paths])
     return page.payload(
-        [runs.read(folder, name, 400) for folder, name in zip(folders, runs.names(folders), strict=True)], without, by
+        [read_runs.read(folder, name, 400) for folder, name in zip(folders, read_runs.names(folders), strict=True)],
+        without,
+        by,
     )
 
 
@@ -112,37 +115,36 @@ def test_size_and_flops_are_those_of_the_model(more):
 
 def test_students_t_has_its_closed_forms():
     for t in (0.0, 0.3, 1.7, 12.0):
-        assert significance.student_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
-        assert significance.student_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
-        assert significance.student_p(t, 1e8) == pytest.approx(math.erfc(t / math.sqrt(2)), abs=1e-7)
-    assert significance.student_quantile(0.95, 4) == pytest.approx(2.776445, abs=1e-6)
+        assert stats.student_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
+        assert stats.student_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+        assert stats.student_p(t, 1e8) == pytest.approx(math.erfc(t / math.sqrt(2)), abs=1e-7)
+    assert stats.student_quantile(0.95, 4) == pytest.approx(2.776445, abs=1e-6)
 
 
 def test_welch_on_students_own_data():
     """The sleep data of Student 1908, against the output of R's t.test."""
     a, b = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    test = significance.welch(a, b)
+    test = stats.welch(a, b)
     assert test.p == pytest.approx(0.07939, abs=1e-5) and (test.low, test.high) == pytest.approx(
         (-0.2054832, 3.3654832), abs=1e-6
     )
-    assert significance.welch([1.0, 1.0], [1.0, 1.0]).p == 1 and significance.welch([1.0, 1.0], [2.0, 2.0]).p == 0
+    assert stats.welch([1.0, 1.0], [1.0, 1.0]).p == 1 and stats.welch([1.0, 1.0], [2.0, 2.0]).p == 0
 
 
 def test_equals_are_seldom_called_different():
     draw = np.random.default_rng(0).normal(size=(800, 8))
-    called = [significance.welch(row[:4], row[4:]).p < 0.05 for row in draw]
+    called = [stats.welch(row[:4], row[4:]).p < 0.05 for row in draw]
     assert 0.02 < np.mean(called) < 0.07
-    permuted = [significance.permutation_p(row[:4], row[4:]) <= 0.1 for row in draw[:300]]
+    permuted = [stats.permutation_p(row[:4], row[4:]) <= 0.1 for row in draw[:300]]
     assert np.mean(permuted) < 0.13
 
 
 def test_permutations_are_counted_and_claims_corrected():
     assert (
-        significance.permutation_p([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
-        and significance.permutation_p([1, 2], [1, 2]) == 1
+        stats.permutation_p([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20) and stats.permutation_p([1, 2], [1, 2]) == 1
     )
-    assert significance.permutation_p(range(20), range(20)) is None
-    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.permutation_p(range(20), range(20)) is None
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_a_known_power_law_is_found_again():
@@ -226,7 +228,7 @@ def test_runs_in_every_state_are_told(trained, tmp_path):
     stopped = trained("stopped", end="stopped by SIGTERM; --init_from=resume goes on")
     assert (read(stopped).state, read(stopped).why) == ("stopped", "stopped by SIGTERM")
     going = trained("going", end="")
-    with checkpoint.Lock(going) as lock:
+    with run_dir.RunLock(going) as lock:
         lock.take()
         assert read(going).state == "running"
     (out / "new").mkdir()
@@ -292,13 +294,13 @@ def test_thinning_keeps_the_mean_the_peaks_and_the_best():
     random = np.random.default_rng(0)
     whole = {"step": np.arange(1.0, 10_001), "loss": random.normal(size=10_000), "grad_norm": random.random(10_000)}
     whole["loss"][123] = math.nan
-    few = runs.thinned(whole, 100)
+    few = read_runs.thinned(whole, 100)
     assert len(few["step"]) == 100 and few["grad_norm"].max() == whole["grad_norm"].max() and few["step"][0] == 50.5
     assert few["loss"][2:].mean() == pytest.approx(whole["loss"][200:].mean()) and few["loss"][1] == pytest.approx(
         np.nanmean(whole["loss"][100:200])
     )
     evals = {"step": np.arange(1000.0), "val_loss": np.where(np.arange(1000) == 777, 1.0, 2.0)}
-    picked = runs.thinned(evals, 20)
+    picked = read_runs.thinned(evals, 20)
     assert len(picked["step"]) <= 21 and {0.0, 777.0, 999.0} <= set(picked["step"])
 
 
@@ -308,14 +310,14 @@ def test_runs_are_found_beneath_folders_and_named_apart(trained, tmp_path):
     (folder / "checkpoints" / "000020").mkdir(parents=True)
     (folder / "checkpoints" / "000020" / "train_config.json").write_text("{}")
     (tmp_path / "table.csv").touch()
-    folders, without = runs.find([str(tmp_path / "out"), str(folder), str(tmp_path / "table.csv")])
+    folders, without = read_runs.find([str(tmp_path / "out"), str(folder), str(tmp_path / "table.csv")])
     assert (
-        runs.names(folders) == ["a/one", "b/one"]
+        read_runs.names(folders) == ["a/one", "b/one"]
         and without == [str(tmp_path / "table.csv")]
-        and runs.names(folders[:1]) == ["one"]
+        and read_runs.names(folders[:1]) == ["one"]
     )
-    with pytest.raises(Mistake, match="no such folder"):
-        runs.find([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs.find([str(tmp_path / "nowhere")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,15 +481,15 @@ def test_pictures_are_drawn_also_of_odd_names(trained, tmp_path):
         trained(f"w{width}", n_embd=width, loss=lambda step, width=width: 3 - width / 100 + (20 - step) / 50)
     out = tmp_path / "pictures"
     out.mkdir()
-    folders, _ = runs.find([str(folder.parent)])
-    read_runs = [runs.read(one, name, 400) for one, name in zip(folders, runs.names(folders), strict=True)]
-    drawn = pictures.draw(read_runs, page.payload(read_runs, [], "best"), out)
+    folders, _ = read_runs.find([str(folder.parent)])
+    runs = [read_runs.read(one, name, 400) for one, name in zip(folders, read_runs.names(folders), strict=True)]
+    drawn = plots.draw(runs, page.payload(runs, [], "best"), out)
     assert [path.name for path in drawn] == ["loss.png", "training.png", "datasets.png", "seeds.png", "scaling.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     (tmp_path / "out2").mkdir()
     (tmp_path / "out2" / "train_config.json").write_text("{}")
     empty = [read(tmp_path / "out2")]
-    assert pictures.draw(empty, page.payload(empty, [], "best"), out) == [] and list(out.iterdir()) == []
+    assert plots.draw(empty, page.payload(empty, [], "best"), out) == [] and list(out.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,7 +581,7 @@ def test_watching_follows_runs(serving, trained):
     assert serving.get("/data.json", If_None_Match=headers["ETag"])[0] == 304
     first = serving.reader.known.copy()
     folder = trained("b", end="")
-    with checkpoint.Lock(folder) as lock:
+    with run_dir.RunLock(folder) as lock:
         lock.take()
         status, _, body = serving.get("/data.json", If_None_Match=headers["ETag"])
         assert status == 200 and [one["state"] for one in json.loads(body)["runs"]] == ["done", "running"]

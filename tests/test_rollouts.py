@@ -12,14 +12,14 @@ from test_objectives import told_of
 
 import train_args
 from model import GPT
-from parts import objectives, rollouts, tasks
-from parts.batches import uniform
-from parts.examples import Coder, Examples
-from parts.generate import Completion, complete, generate, probabilities
-from parts.mistakes import Mistake
-from parts.parallel import Ranks
-from parts.rollouts import Answers, samples
-from parts.text import CharTokenizer
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.distributed import Ranks
+from nanoforge.errors import UserError
+from nanoforge.models.generation import Completion, complete, generate, probabilities
+from nanoforge.posttraining import objectives, rollouts, tasks
+from nanoforge.posttraining.examples import ExampleEncoder, Examples
+from nanoforge.posttraining.rollouts import Answers, samples
+from nanoforge.rng import uniform
 
 VARIANTS = [
     {}, {"position": "rope", "n_kv_head": 2}, {"position": "rope", "window": "SL", "window_size": 3}, {"position": "none", "qk_norm": True},
@@ -193,7 +193,13 @@ DIGITS = CharTokenizer("0123456789+=", ends=True)
 
 def made_of(words: list[str], objective: str = "grpo") -> Examples:
     return Examples(
-        "x", [{"prompt": word, "answer": "1"} for word in words], objective, Coder(DIGITS, 16, room=4), 0, 0, "x"
+        "x",
+        [{"prompt": word, "answer": "1"} for word in words],
+        objective,
+        ExampleEncoder(DIGITS, 16, room=4),
+        0,
+        0,
+        "x",
     )
 
 
@@ -348,13 +354,13 @@ def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base):
 def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, tmp_path):
     """The loss is that of the ended answers alone, which the tokens' mask tells."""
     masks = []
-    plain = objectives.GroupRelative.__call__
+    plain = objectives.GRPO.__call__
 
     def seen(self, net, batch, detailed):
         masks.append((batch.tokens.clone(), batch.more["mask"].clone(), batch.learned))
         return plain(self, net, batch, detailed)
 
-    objectives.GroupRelative.__call__ = seen
+    objectives.GRPO.__call__ = seen
     try:
         run(
             *GRPO,
@@ -367,7 +373,7 @@ def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, t
         )
         run(*GRPO, f"--init_from={base}", "--max_new_tokens=2", "--max_iters=1", "--batch_size=32", name="plain")
     finally:
-        objectives.GroupRelative.__call__ = plain
+        objectives.GRPO.__call__ = plain
     (tokens, masked, learned), (same, every, learned_of_all) = masks
     assert torch.equal(tokens, same)
     ended = torch.tensor([12 in row for row in tokens.tolist()])
@@ -418,7 +424,7 @@ def test_evaluation_tells_the_reward_of_the_likeliest_answers(run, base, data_di
 
 
 def test_prompts_that_leave_no_room_are_told(run, base):
-    with pytest.raises(Mistake, match="less the 4 of a completion"):
+    with pytest.raises(UserError, match="less the 4 of a completion"):
         run(*GRPO, f"--init_from={base}", "--max_new_tokens=4", "--block_size=8")
     done = run(*GRPO, f"--init_from={base}", "--max_new_tokens=4", "--overflow=drop", "--max_iters=1", name="dropped")
     assert "are left out, as --overflow says" in done.console

@@ -7,7 +7,7 @@ from conftest import TINY, command, equal_tensors, read_run
 from test_faults import FORKS, child, ended
 
 import train_args
-from parts import checkpoint
+from nanoforge.training import checkpoint
 
 BASE = ["--dataset=a", "--batch_size=12", "--max_iters=4", "--eval_interval=4", "--log_data_hash", "--dropout=0"]
 WAYS = {"1": (1, []), "2 DDP": (2, []), "2 FSDP": (2, ["--parallel=fsdp"]), "3 FSDP": (3, ["--parallel=fsdp"])}

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT, TINY, command, equal_tensors, read_run
 
 import sweep
-from parts import outcomes, slurm
+from nanoforge import run_dir
+from nanoforge.sweeps import slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
 SECTION = {
@@ -280,7 +281,7 @@ def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
             )
         )
         assert subprocess.run(["bash", tmp_path / "evaluate.sh"]).returncode == int(status)
-        assert outcomes.read(tmp_path)[:2] == state and outcomes.tail(tmp_path)[-1] == "no such task"
+        assert run_dir.read(tmp_path)[:2] == state and run_dir.tail(tmp_path)[-1] == "no such task"
 
 
 def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(

@@ -1,17 +1,40 @@
-"""The law of the map, read from the imports: commands import parts, parts import no command; nothing circular; one place for everything."""
+"""The law of imports (docs/ARCHITECTURE.md), read from the source: which wing may import which, and what imports no torch."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-PARTS = sorted((ROOT / "parts").glob("*.py"))
+PACKAGE = ROOT / "nanoforge"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 COMMANDS = sorted(ROOT.glob("*.py"))
+MAY_IMPORT = {  # wing -> the wings that it may import, itself included; "" is the core
+    "": {""},
+    "data": {"", "data"},
+    "training": {"", "data", "training"},
+    "models": {"", "data", "training", "models"},
+    "posttraining": {"", "data", "training", "models", "posttraining"},
+    "sweeps": {"", "sweeps"},
+    "report": {"", "report"},
+}
+TORCH_FREE = ("errors", "files", "rng", "console", "run_dir", "data.tables", "posttraining.prompt_format", "sweeps", "report")
 
 
-def imported(path) -> set[str]:
+def module_name(path: Path) -> str:
+    """nanoforge/data/rng.py -> data.rng"""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def wing_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names that a file imports anywhere, `from a import b` as a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -21,29 +44,46 @@ def imported(path) -> set[str]:
     return names
 
 
-def test_parts_import_no_command_and_no_model():
-    roots = {path.stem for path in COMMANDS}
-    for path in PARTS:
-        assert not {name.split(".")[0] for name in imported(path)} & roots, path
+def imported_modules(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    return {name.removeprefix("nanoforge.") for name in imported(path)} & {module_name(module) for module in MODULES}
 
 
-def test_parts_are_flat_and_import_nothing_in_circles():
-    assert not [path for path in (ROOT / "parts").iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert (ROOT / "parts/__init__.py").read_text() == ""
-    needs = {
-        path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("parts.")}
-        & {p.stem for p in PARTS}
-        for path in PARTS
-    }
-    done: set[str] = set()
-    while left := [name for name in needs if name not in done]:
-        ready = [name for name in left if needs[name] <= done]
-        assert ready, f"a circle among {left}"
-        done |= set(ready)
+def test_every_wing_imports_only_those_below_it():
+    assert {wing_of(module_name(path)) for path in MODULES} == set(MAY_IMPORT)
+    for path in MODULES:
+        allowed = MAY_IMPORT[wing_of(module_name(path))]
+        upward = {name for name in imported_modules(path) if wing_of(name) not in allowed}
+        assert not upward, f"{path} imports {upward}"
 
 
-@pytest.mark.parametrize("path", [*PARTS, *COMMANDS], ids=lambda path: path.name)
-def test_files_say_what_they_are_and_do_nothing_when_imported(path):
+def test_the_package_imports_no_root_script():
+    scripts = {path.stem for path in COMMANDS}
+    for path in MODULES:
+        assert not {name.split(".")[0] for name in imported(path)} & scripts, path
+
+
+def test_no_module_is_in_an_import_cycle():
+    imports = {module_name(path): imported_modules(path) for path in MODULES}
+    sorted_modules: set[str] = set()
+    while unsorted := imports.keys() - sorted_modules:
+        ready = {name for name in unsorted if imports[name] <= sorted_modules}
+        assert ready, f"a cycle among {unsorted}"
+        sorted_modules |= ready
+
+
+def test_no_room_holds_more_than_a_quarter_of_the_house():
+    """A room is a wing, or the root; measured in lines of code."""
+    lines: dict[str, int] = {}
+    for path in [*MODULES, *COMMANDS]:
+        room = path.relative_to(ROOT).parent.as_posix()
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    wings = {room: count for room, count in lines.items() if room != "."}
+    assert max(wings.values()) <= sum(lines.values()) / 4, lines
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *COMMANDS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_have_a_docstring_and_do_nothing_at_import(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree) or path.name == "__init__.py"
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
@@ -52,8 +92,18 @@ def test_files_say_what_they_are_and_do_nothing_when_imported(path):
         assert not isinstance(node, ast.If) or "__name__" in ast.unparse(node.test)
 
 
+def test_torch_free_modules_import_no_torch():
+    names = [module_name(path) for path in MODULES]
+    light = [name for name in names if any(name == free or name.startswith(f"{free}.") for free in TORCH_FREE)]
+    code = f"import sys; {'; '.join(f'import nanoforge.{name}' for name in light)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False"], done.stderr
+
+
 def test_arguments_and_configs_import_no_torch():
-    code = "import sys, train_args, configurator; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, train_args, configurator; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
@@ -61,18 +111,16 @@ def test_arguments_and_configs_import_no_torch():
 def test_the_configurator_knows_no_argument_by_name():
     import train_args
 
-    words = {
+    strings = {
         node.value
         for node in ast.walk(ast.parse((ROOT / "configurator.py").read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert not words & {row.name for group in train_args.TABLE.values() for row in group}
+    assert not strings & {row.name for group in train_args.TABLE.values() for row in group}
 
 
 def test_every_row_of_the_table_is_used():
-    """Its name stands in the code that trains, as an attribute of the arguments or a field of the model's configuration; being checked is no use."""
-    import dataclasses
-
+    """Its name is an attribute in the code that trains, or a field of the model's config; being checked is no use."""
     import train_args
     from model import GPTConfig
 
@@ -82,7 +130,7 @@ def test_every_row_of_the_table_is_used():
         for node in ast.parse((ROOT / "train_args.py").read_text()).body
         if getattr(node, "name", "") in ("Derived", "follows")
     ]
-    for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "recipe.py")), *derived):
+    for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "builders.py")), *derived):
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {row.name for group in train_args.TABLE.values() for row in group} <= used
 
@@ -90,12 +138,24 @@ def test_every_row_of_the_table_is_used():
 def test_choices_of_the_table_are_the_entries_of_the_registries():
     import model
     import train_args
-    from parts import adapters, objectives, optim, schedules, templates
+    from nanoforge.models import adapters
+    from nanoforge.posttraining import objectives, prompt_format
+    from nanoforge.training import optimizers, schedules
 
     rows = {row.name: row for group in train_args.TABLE.values() for row in group}
-    for name, registry in {"norm": model.NORMS, "position": model.POSITIONS, "mlp": model.MLPS, "lr_scheduler": schedules.SCHEDULES, "dpo_loss": objectives.DPO_LOSSES,
-                           "loss_type": objectives.AGGREGATIONS, "prompt_provider": adapters.PROVIDERS, "overflow": templates.OVERFLOWS}.items():  # fmt: skip
+    registries = {
+        "norm": model.NORMS,
+        "position": model.POSITIONS,
+        "mlp": model.MLPS,
+        "lr_scheduler": schedules.SCHEDULES,
+        "dpo_loss": objectives.DPO_LOSSES,
+        "loss_type": objectives.AGGREGATIONS,
+        "prompt_provider": adapters.PROVIDERS,
+        "overflow": prompt_format.OVERFLOWS,
+    }
+    for name, registry in registries.items():
         assert set(rows[name].choices) == set(registry)
-    assert set(train_args.SMOOTHED) == {name for name, (_, _, smoothed) in objectives.DPO_LOSSES.items() if smoothed}
-    assert set(train_args.OPTIMIZERS) == {*optim.OPTIMIZERS, "muon"}
+    smoothed = {name for name, (_, _, has_smoothing) in objectives.DPO_LOSSES.items() if has_smoothing}
+    assert set(train_args.SMOOTHED) == smoothed
+    assert set(train_args.OPTIMIZERS) == {*optimizers.OPTIMIZERS, "muon"}
     assert all(name in rows["activation"].help for name in model.ACTIVATIONS)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 import sweep
 import train_args
-from parts import grid, launch, outcomes, translate
-from parts.mistakes import Mistake
+from nanoforge import console
+from nanoforge.errors import UserError
+from nanoforge.sweeps import grid, hf_keys, local, summary
 
 BASE = "".join(f"{flag[2:].replace('=', ': ', 1)}\n" for flag in TINY)
 
@@ -63,7 +64,7 @@ def told(swept, yaml: str, *argv: str) -> list[dict[str, str]]:
     code, _, err = swept("--collect", "--out_dir=o", *argv, yaml=yaml)
     assert code == 0, err
     rows = results()
-    reached = {"state", *outcomes.NUMBERS, "run"}
+    reached = {"state", *summary.NUMBERS, "run"}
     return [{name: value for name, value in row.items() if name not in reached} for row in rows]
 
 
@@ -156,7 +157,7 @@ def test_scalars_of_yaml_are_what_they_look_like(tmp_path):
     }
     theirs = yaml.safe_load(text.replace("m: <<\n", ""))
     assert theirs["a"] == "1e-5" and theirs["b"] == 7200 and theirs["c"] == 8 and theirs["d"] is True
-    with pytest.raises(Mistake, match="x:3: a: told twice"):
+    with pytest.raises(UserError, match="x:3: a: told twice"):
         grid.read_yaml(
             "b:\n  c: 1\n  a: 1\n  a: 2\n".replace("b:\n  c", "b: 1\nc: {}\nd:\n  c")[len("b: 1\nc: {}\n") :].replace(
                 "d:\n", "b: 1\nd:\n"
@@ -299,7 +300,9 @@ def test_names_are_safe_for_file_systems_and_bounded():
     told = {"init_from": "/a/b c/weird:näme?*", "optimizer_kwargs": {"x": "y" * 300}, "window": "../.."}
     name = grid.label(told, {})
     assert name.startswith("init_from=weird_n_me__,") and len(name) <= grid.LONGEST and not set(name) & set("/ :?*\\")
-    assert [grid.brief(value) for value in (3e-4, 0.1, 1000.0, 1e-5, 0.00012345, 7, True, (1, 2), 0.0, -2.5e-7)] == [
+    assert [
+        console.format_value(value) for value in (3e-4, 0.1, 1000.0, 1e-5, 0.00012345, 7, True, (1, 2), 0.0, -2.5e-7)
+    ] == [
         "3e-4",
         "0.1",
         "1e3",
@@ -411,15 +414,15 @@ def test_so_many_run_at_once_with_gpus_dealt_out(swept, stand_in, monkeypatch):
     events = sorted((float(at), -1 if word == "end" else 1) for _, word, at in starts())
     assert max(itertools.accumulate(change for _, change in events)) == 2
     assert (
-        launch.deal(["0", "1", "2", "3"], 2, 2) == [["0", "1"], ["2", "3"]]
-        and launch.deal(["0"], 2, 1) == [["0"], ["0"]]
-        and launch.deal([], 1, 1) == [[]]
+        local.deal(["0", "1", "2", "3"], 2, 2) == [["0", "1"], ["2", "3"]]
+        and local.deal(["0"], 2, 1) == [["0"], ["0"]]
+        and local.deal([], 1, 1) == [[]]
     )
 
 
 def test_several_gpus_of_a_run_are_used_by_torchrun(swept, stand_in, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    monkeypatch.setattr(launch, "run", lambda draw, places, *rest: print(places, draw().commands()[0]) or 0)
+    monkeypatch.setattr(local, "run", lambda draw, places, *rest: print(places, draw().commands()[0]) or 0)
     out = swept("--launcher=local", "--gpus_per_run=2", yaml=stand_in)[1]
     assert (
         "[['0', '1'], ['2', '3']]" in out
@@ -733,12 +736,12 @@ def translated(guide: str, **changes) -> list[dict]:
     """The arguments of its runs, by the translation alone."""
     wrong: list[str] = []
     typed, verbatim = grid.read_yaml(guide, "x")
-    translate.check_file(typed, wrong)
-    spec = translate.flatten(typed, verbatim, wrong) | changes
+    hf_keys.check_file(typed, wrong)
+    spec = hf_keys.flatten(typed, verbatim, wrong) | changes
     del spec["execution.output_dir"]
     space = grid.read(
         spec,
-        {f"{section}.{key}" for section in translate.KEY_SECTIONS for key in translate.LIST_KEYS},
+        {f"{section}.{key}" for section in hf_keys.KEY_SECTIONS for key in hf_keys.LIST_KEYS},
         set(),
         set(),
         ("seed", 1),
@@ -746,7 +749,7 @@ def translated(guide: str, **changes) -> list[dict]:
     )
     assert not wrong, wrong
     return [
-        translate.arguments(point.values, sweep.slurm.shape(sweep_section(point.values)).ranks, sweep.count_examples)
+        hf_keys.arguments(point.values, sweep.slurm.shape(sweep_section(point.values)).ranks, sweep.count_examples)
         for point in grid.product(space, sweep.normal, wrong)
     ]
 
@@ -792,7 +795,7 @@ def test_keys_of_one_algorithm_are_translated(guide):
     ):
         (run, *_) = translated(only, **{"execution.algorithm": "sft", f"rl_config_args.{key}": value})
         assert run.get("loss_on") == expected and run["objective"] == "sft"
-    with pytest.raises(Mistake, match="completion_only_loss and assistant_only_loss differ"):
+    with pytest.raises(UserError, match="completion_only_loss and assistant_only_loss differ"):
         translated(
             only,
             **{
@@ -812,7 +815,7 @@ def test_keys_of_one_algorithm_are_translated(guide):
         )[0]["reference"]
         == "cache"
     )
-    with pytest.raises(Mistake, match="disable_dropout"):
+    with pytest.raises(UserError, match="disable_dropout"):
         translated(guide, **{"execution.algorithm": "dpo", "rl_config_args.disable_dropout": False})
 
 
@@ -853,7 +856,7 @@ def test_the_guides_example_gives_twelve_jobs(swept, guide, tmp_path):
 
 def test_the_page_documents_every_key():
     page = (ROOT / "docs/sweeps.md").read_text()
-    for key, row in translate.KEYS.items():
+    for key, row in hf_keys.KEYS.items():
         assert f"`{key}`" in page and row.words in page, key
 
 
@@ -861,7 +864,7 @@ def test_every_argument_of_the_translation_is_in_the_table():
     rows = {row.name for group in train_args.TABLE.values() for row in group}
     words = {
         node.args[0].value
-        for node in ast.walk(ast.parse((ROOT / "parts/translate.py").read_text()))
+        for node in ast.walk(ast.parse((ROOT / "nanoforge/sweeps/hf_keys.py").read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "same"
     }
     assert words <= rows, words - rows

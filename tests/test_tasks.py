@@ -13,8 +13,9 @@ from conftest import SHARED, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parts import bins, tasks
-from parts.mistakes import Mistake
+from nanoforge.data import token_bins
+from nanoforge.errors import UserError
+from nanoforge.posttraining import tasks
 
 needs_gsm8k = pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the real GSM8K of ../shared is not here")
 SOLVED = "<reasoning>\n40+35\n</reasoning>\n<answer>{}</answer>"
@@ -216,7 +217,7 @@ def test_rewards_are_parsed_and_added_up(module):
     ("correct:0", "could beat"), ("correct:-1", "could beat"), ("format:1,correct:0.9", "could beat"),
 ])  # fmt: skip
 def test_mistakes_in_rewards_name_the_flag(module, text, told):
-    with pytest.raises(Mistake) as mistake:
+    with pytest.raises(UserError) as mistake:
         tasks.parse_rewards(text)
     assert told in str(mistake.value) and "--reward" in str(mistake.value)
 
@@ -224,7 +225,7 @@ def test_mistakes_in_rewards_name_the_flag(module, text, told):
 @pytest.mark.parametrize("name, value", [("nan", "nan"), ("two", "2"), ("less", "-0.1"), ("none", "None")])
 def test_a_reward_beyond_0_to_1_is_told(module, name, value):
     rewards = tasks.parse_rewards(f"my_rewards:{name}")
-    with pytest.raises(Mistake, match=f"my_rewards:{name} returned {value};"):
+    with pytest.raises(UserError, match=f"my_rewards:{name} returned {value};"):
         tasks.total(rewards, "75", {"answer": "75"}, 1, 10, True)
 
 
@@ -242,7 +243,7 @@ def test_a_wrong_answer_never_gets_as_much_as_a_right_one(
     """Whatever else the two completions do: the program that this one replaces paid 4 of 9.5 points for a wrong answer in the right format."""
     try:
         rewards = tasks.parse_rewards(f"format:{form},correct:{weight},length:{length}")
-    except Mistake:
+    except UserError:
         return
     problem = {"answer": "75"}
     of = lambda answer, neat: SOLVED.format(answer) if neat else str(answer)  # noqa: E731
@@ -364,12 +365,12 @@ def test_what_is_no_problem_is_told_with_its_line(tmp_path, line):
     path.write_text('\n{"prompt": "1+1=", "answer": "2"}\n' + line + "\n")
     read = tasks.read_problems(path)
     assert next(read)["answer"] == "2"
-    with pytest.raises(Mistake, match=r"p\.jsonl"):
+    with pytest.raises(UserError, match=r"p\.jsonl"):
         next(read)
-    with pytest.raises(Mistake, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         list(tasks.read_problems(tmp_path / "nowhere.jsonl"))
     path.write_bytes('{"prompt": "café", "answer": "2"}'.encode("latin-1"))
-    with pytest.raises(Mistake, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         list(tasks.read_problems(path))
 
 
@@ -380,19 +381,19 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path):
             {"a": "ä\u2028"},
         )  # str.splitlines takes the second for the end of a line: some of GSM8K's questions have it
         yield "val", {"a": 2}
-        raise Mistake("the disk is gone")
+        raise UserError("the disk is gone")
 
     folder = tmp_path / "d"
     tasks.write_rows(folder, itertools.islice(broken(), 2))
     assert rows(folder, "train") == [{"a": "ä\u2028"}] and rows(folder, "val") == [{"a": 2}]
     before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.iterdir()}
-    with pytest.raises(Mistake, match="disk"):
+    with pytest.raises(UserError, match="disk"):
         tasks.write_rows(folder, broken())
-    with pytest.raises(Mistake, match=r"no rows for val\.jsonl"):
+    with pytest.raises(UserError, match=r"no rows for val\.jsonl"):
         tasks.write_rows(folder, itertools.islice(broken(), 1))
     assert before == {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.iterdir()}
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match="can't be written"):
+    with pytest.raises(UserError, match="can't be written"):
         tasks.write_rows(tmp_path / "file", broken())
 
 
@@ -472,10 +473,10 @@ def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, told):
 
 def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
     command(f"--out_dir={tmp_path}", "--sums=2500", script="data/arithmetic/prepare.py")
-    meta = bins.read_meta(tmp_path)
+    meta = token_bins.read_meta(tmp_path)
     assert meta.vocab_size == 14 and meta.tokenizer.eot == 13
     for split in ("train", "val"):
-        lines = meta.tokenizer.decode(bins.Bin(tmp_path, split, meta).shards[0].tolist()).splitlines()
+        lines = meta.tokenizer.decode(token_bins.Bin(tmp_path, split, meta).shards[0].tolist()).splitlines()
         assert [row["prompt"] + row["completion"] for row in rows(tmp_path, split)] == lines and len(lines) == {
             "train": 2250,
             "val": 250,

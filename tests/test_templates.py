@@ -13,18 +13,18 @@ from conftest import ROOT, needs_shared, skip_without_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parts import text
-from parts.mistakes import Mistake
-from parts.templates import MOST_ROWS, OVERFLOWS, Field, Literal, Rows, Seeded, parse, read_table
+from nanoforge.data import tokenization
+from nanoforge.errors import UserError
+from nanoforge.posttraining.prompt_format import MOST_ROWS, OVERFLOWS, Field, Literal, Rows, Seeded, parse, read_table
 
-BYTES = text.ByteTokenizer()
-CHARS = text.CharTokenizer(sorted(set(string.printable)))
-ENDING = text.CharTokenizer(sorted(set(string.printable)), ends=True)
+BYTES = tokenization.ByteTokenizer()
+CHARS = tokenization.CharTokenizer(sorted(set(string.printable)))
+ENDING = tokenization.CharTokenizer(sorted(set(string.printable)), ends=True)
 VALUES = {"toxic": "you fool!", "polite": "dear sir", "n": 7, "share": 0.5}
 
 
 def mistake(call, *given) -> str:
-    with pytest.raises(Mistake) as told:
+    with pytest.raises(UserError) as told:
         call(*given)
     return str(told.value)
 
@@ -122,7 +122,7 @@ def test_braces_are_those_of_str_format(words):
 def test_anything_else_is_a_mistake_with_its_caret(template):
     try:
         pieces = parse(template).pieces
-    except Mistake as told:
+    except UserError as told:
         if "no trainable rows" not in str(told):
             _, shown, caret = str(told).split("\n")
             assert (
@@ -193,7 +193,7 @@ def test_a_template_needs_rows(template):
 
 
 def test_templates_are_read_without_torch_and_numpy():
-    code = "import sys; from parts import templates; templates.parse('<P>'); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from nanoforge.posttraining import prompt_format; prompt_format.parse('<P>'); print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.split() == [
         "False",
         "False",
@@ -237,7 +237,7 @@ def test_tokens_are_tiktokens(monkeypatch):
         monkeypatch.setenv(name, value)
     import tiktoken
 
-    gpt2, encode = text.TiktokenTokenizer.named("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
+    gpt2, encode = tokenization.TiktokenTokenizer.named("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
     template = parse("<P>Rephrase politely:</P> text{toxic} kindly")
     seeds, words = encode("Rephrase politely:"), encode("unbelievable nonsense")
     assert template.seeds(gpt2) == seeds
@@ -268,11 +268,11 @@ def test_examples_that_dont_fit_the_template_are_told():
         assert "the field 'toxic': half of a surrogate pair" in mistake(
             template.encode, {"toxic": "\ud800"}, tokenizer, 257
         )
-    abc = text.CharTokenizer("ab!")
+    abc = tokenization.CharTokenizer("ab!")
     assert "the field 'toxic': the tokenizer knows no 'c'" in mistake(template.encode, {"toxic": "c"}, abc, 3)
     assert "'?': the tokenizer knows no '?'" in mistake(parse("<P>?").encode, {}, abc, 3)
     assert "<P>a?</P>: the tokenizer knows no '?'" in mistake(parse("<P>a?</P>").seeds, abc)
-    assert "no token" in mistake(parse("<P> </P>").seeds, text.NumberTokenizer(9))
+    assert "no token" in mistake(parse("<P> </P>").seeds, tokenization.NumberTokenizer(9))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
-from parts import text
-from parts.mistakes import Mistake
+from nanoforge.data import tokenization
+from nanoforge.errors import UserError
 
 SAMPLE = "Don't panic: naïve café, 1,000 €!\n\tdef f(x):  return x\n日本 👩‍🚀"
 
@@ -15,16 +15,20 @@ SAMPLE = "Don't panic: naïve café, 1,000 €!\n\tdef f(x):  return x\n日本 �
 @pytest.fixture
 def gpt2(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    return text.TiktokenTokenizer.named("gpt2")
+    return tokenization.TiktokenTokenizer.named("gpt2")
 
 
 def through_json(tokenizer):
-    return text.of_json(json.loads(json.dumps(text.to_json(tokenizer))), "here")
+    return tokenization.of_json(json.loads(json.dumps(tokenization.to_json(tokenizer))), "here")
 
 
 @pytest.mark.parametrize(
     "tokenizer",
-    [text.CharTokenizer(sorted(set(SAMPLE))), text.CharTokenizer(sorted(set(SAMPLE)), ends=True), text.ByteTokenizer()],
+    [
+        tokenization.CharTokenizer(sorted(set(SAMPLE))),
+        tokenization.CharTokenizer(sorted(set(SAMPLE)), ends=True),
+        tokenization.ByteTokenizer(),
+    ],
 )
 def test_round_trips(tokenizer):
     again = through_json(tokenizer)
@@ -36,14 +40,14 @@ def test_round_trips(tokenizer):
 
 
 def test_bytes_are_utf_8():
-    assert text.ByteTokenizer().encode(SAMPLE).tolist() == list(SAMPLE.encode())
+    assert tokenization.ByteTokenizer().encode(SAMPLE).tolist() == list(SAMPLE.encode())
 
 
 def test_unknown_characters_are_named():
-    with pytest.raises(Mistake, match="knows no 'ö', '€'"):
-        text.CharTokenizer("abc").encode("a€öc")
-    with pytest.raises(Mistake, match="knows no"):
-        text.CharTokenizer("ac").encode("b")
+    with pytest.raises(UserError, match="knows no 'ö', '€'"):
+        tokenization.CharTokenizer("abc").encode("a€öc")
+    with pytest.raises(UserError, match="knows no"):
+        tokenization.CharTokenizer("ac").encode("b")
 
 
 @needs_shared
@@ -52,22 +56,22 @@ def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch):
 
     ids = gpt2.encode(SAMPLE)
     assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(SAMPLE) and gpt2.decode(ids) == SAMPLE
-    spec = json.dumps(text.to_json(gpt2))
+    spec = json.dumps(tokenization.to_json(gpt2))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
-    again = text.of_json(json.loads(spec), "here")
+    again = tokenization.of_json(json.loads(spec), "here")
     assert np.array_equal(again.encode(SAMPLE), ids) and again.eot == 50256 and again.vocab_size == 50257
-    assert text.to_json(again) == text.to_json(gpt2)
+    assert tokenization.to_json(again) == tokenization.to_json(gpt2)
 
 
 def test_unknown_encodings_are_told():
-    with pytest.raises(Mistake, match="did you mean gpt2"):
-        text.TiktokenTokenizer.named("gpt22")
+    with pytest.raises(UserError, match="did you mean gpt2"):
+        tokenization.TiktokenTokenizer.named("gpt22")
 
 
 def test_trained_bpe_is_the_tokenizers_librarys():
     tokenizers = pytest.importorskip("tokenizers")
     words = "low lower lowest new newer newest wide wider widest\n" * 50
-    trained = text.BPETokenizer.train([words], 300)
+    trained = tokenization.BPETokenizer.train([words], 300)
     again = through_json(trained)
     reference = tokenizers.Tokenizer.from_str(json.dumps(trained.to_json()["tokenizer"]))
     for sample in (words, SAMPLE):
@@ -82,10 +86,10 @@ def test_trained_bpe_is_the_tokenizers_librarys():
 
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text(
-        json.dumps(text.run_json({"a": text.CharTokenizer("xyz"), "b": text.ByteTokenizer()}))
+        json.dumps(tokenization.run_json({"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}))
     )
-    loaded = text.load(tmp_path / "tokenizer.json")
+    loaded = tokenization.load(tmp_path / "tokenizer.json")
     assert list(loaded) == ["a", "b"] and loaded["a"].decode([2, 0]) == "zx"
     (tmp_path / "tokenizer.json").write_text('{"tokenizers": [{"name": "a", "kind": "os.system"}]}')
-    with pytest.raises(Mistake, match="not a tokenizer"):
-        text.load(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        tokenization.load(tmp_path / "tokenizer.json")

@@ -16,8 +16,8 @@ from conftest import ROOT, TINY, command, equal_tensors, read_run
 import train
 import train_args
 from model import GPT, GPTConfig
-from parts import checkpoint
-from parts.mistakes import Mistake
+from nanoforge.errors import UserError
+from nanoforge.training import checkpoint
 
 HARD = ["--dropout=0.1", "--gradient_accumulation_steps=3", "--optimizer=muon", "--training_mode=multidataset", "--dataset_list", "a", "b",
         "--dataset_sampling_probs", "3", "1", "--dataset_mixing=sequence", "--sampling_method=without_replacement", "--lr_scheduler=cosine",
@@ -26,10 +26,10 @@ HARD = ["--dropout=0.1", "--gradient_accumulation_steps=3", "--optimizer=muon", 
 
 def test_automatic_precision_is_measured_told_and_kept(run, monkeypatch):
     """On CPU the faster of float32 and bfloat16; a resumed run goes on in it."""
-    from parts import parallel
+    from nanoforge import device
 
     speed = {torch.bfloat16: 3e11, torch.float32: 2e11}
-    monkeypatch.setattr(parallel, "product_flops", lambda device, dtype, n=0: speed[dtype])
+    monkeypatch.setattr(device, "measure_matmul_flops", lambda device, dtype, n=0: speed[dtype])
     done = run("--dtype=auto", "--max_iters=1")
     assert (
         done.config["dtype"] == "bfloat16"
@@ -158,7 +158,7 @@ def test_max_iters_are_updates(run):
 def test_out_dir_that_holds_a_run_is_not_overwritten(run):
     first = run()
     before = {path: path.read_bytes() for path in first.out_dir.rglob("*") if path.is_file()}
-    with pytest.raises(Mistake, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run"):
         run()
     assert before == {path: path.read_bytes() for path in first.out_dir.rglob("*") if path.is_file()}
     again = run("--overwrite", "--max_iters=2")
@@ -198,7 +198,7 @@ def test_resume_refuses_another_shape(run, capsys):
 
 def test_resume_refuses_another_optimizer(run):
     run()
-    with pytest.raises(Mistake, match="optimizer"):
+    with pytest.raises(UserError, match="optimizer"):
         run("--init_from=resume", "--optimizer=sgd", "--max_iters=6")
 
 
@@ -275,7 +275,7 @@ def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(data_dir, tmp_path):
-    code = "import signal, sys, time; from parts.signals import Signals; s = Signals(); s.__enter__(); print('ready', flush=True); time.sleep(9); print(s.number); time.sleep(9)"
+    code = "import signal, sys, time; from nanoforge.training.signals import Signals; s = Signals(); s.__enter__(); print('ready', flush=True); time.sleep(9); print(s.number); time.sleep(9)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
@@ -349,7 +349,7 @@ def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path):
     run("--init_from=resume", "--max_iters=5")
     config = json.loads((first.out_dir / "train_config.json").read_text())
     assert config["init_from"] == "scratch" and config["overwrite"] is False and config["max_iters"] == 5
-    with pytest.raises(Mistake, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run"):
         train.main(train_args.parse([str(first.out_dir / "train_config.json")]))
     train.main(train_args.parse([str(first.out_dir / "train_config.json"), f"--out_dir={tmp_path / 'again'}"]))
     assert read_run(tmp_path / "again").losses == read_run(first.out_dir).losses
@@ -402,7 +402,7 @@ def test_resume_refuses_vocabularies_in_another_order(run):
         ),
     ):
         run(*flags, name=name)
-        with pytest.raises(Mistake, match=r"in this order|another tokenizer"):
+        with pytest.raises(UserError, match=r"in this order|another tokenizer"):
             run("--init_from=resume", *turned, "--max_iters=6", name=name)
 
 
@@ -465,7 +465,7 @@ def test_overwrite_keeps_a_linked_folder(run, tmp_path):
 
 def test_an_out_dir_that_cant_be_written_is_told(run, tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(Mistake, match="can't be written"):
+    with pytest.raises(UserError, match="can't be written"):
         run()
 
 
@@ -509,7 +509,7 @@ def test_multicontext_loss_is_the_mean_of_the_contexts(run):
 
 
 def test_separate_embeddings_for_datasets_with_other_tokenizers(run):
-    with pytest.raises(Mistake, match="different tokenizers"):
+    with pytest.raises(UserError, match="different tokenizers"):
         run("--training_mode=multidataset", "--dataset_list", "a", "c")
     done = run("--training_mode=multidataset", "--dataset_list", "a", "c", "--multidataset_wte", "--max_iters=2")
     line = done.evals[0]
@@ -522,7 +522,7 @@ def test_fine_tuning_starts_from_another_runs_weights(run):
     best = checkpoint.chosen(first.out_dir, "best")
     tuned = run(f"--init_from={first.out_dir}", "--max_iters=0", name="tuned")
     assert equal_tensors(tuned.last.weights, checkpoint.load(best).weights)
-    with pytest.raises(Mistake, match="tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         run(f"--init_from={first.out_dir}", "--dataset=c", name="other")
 
 
@@ -583,13 +583,13 @@ def nondeterministic_again():
 
 def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     """One infinite gradient in one matrix that Muon trains: no parameter of AdamW moves either, and the scale is halved."""
-    original = train.optim.Optimizer.clip
+    original = train.optimizers.Optimizer.clip
 
     def poisoned(self, parameters, scaler, bound):
         parameters[3].grad[0] = math.inf
         return original(self, parameters, scaler, bound)
 
-    monkeypatch.setattr(train.optim.Optimizer, "clip", poisoned)
+    monkeypatch.setattr(train.optimizers.Optimizer, "clip", poisoned)
     start = run("--dtype=float16", "--max_iters=0", "--optimizer=muon", name="start")
     done = run("--dtype=float16", "--max_iters=3", "--optimizer=muon", name="overflow")
     assert equal_tensors(start.last.weights, done.last.weights) and done.last.progress["scaler"]["scale"] == 2.0**13

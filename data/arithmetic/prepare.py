@@ -18,11 +18,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Needs, Row
-from parts import corpus, tasks
-from parts.batches import mix, permute
-from parts.corpus import Piece
-from parts.text import CharTokenizer
+from configurator import OnlyWith, Row
+from nanoforge.data import corpus
+from nanoforge.data.corpus import Piece
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.posttraining import tasks
+from nanoforge.rng import hash_u64, permute
 
 HERE = Path(__file__).resolve().parent
 TABLE = {
@@ -32,7 +33,7 @@ TABLE = {
         Row("seed", 0, "of the order, and of what is wrong by one more or one less", low=0),
         Row("kind", "sums", "sums: bins, and problems with their answers; preferences: right answers and wrong ones", choices=("sums", "preferences")),
         Row("unpaired", 0, "rows with a label instead of pairs: so many wrong answers to a right one, each of another sum; 0: pairs", low=0,
-            needs=Needs("--kind=preferences", lambda a: a.kind == "preferences")),
+            needs=OnlyWith("--kind=preferences", lambda a: a.kind == "preferences")),
         Row("out_dir", str(HERE), "folder to write to"),
     ]
 }  # fmt: skip
@@ -75,7 +76,7 @@ def preferences(digits: int, count: int, seed: int, unpaired: int) -> Iterator[t
     right and the next `unpaired` wrong."""
     seen = {"train": 0, "val": 0}
     for group in numbers(digits, count, seed):
-        ups = mix(seed, np.array([number for number, *_ in group])) % 2
+        ups = hash_u64(seed, np.array([number for number, *_ in group])) % 2
         for (_, split, a, b), up in zip(group, ups.tolist(), strict=True):
             wrong = a + b + (1 if up or a + b == 0 else -1)  # never below 0: there is no minus among the characters
             if unpaired:

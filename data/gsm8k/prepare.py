@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import Row
-from parts import tasks
-from parts.download import fetch
-from parts.mistakes import Mistake
+from nanoforge.errors import UserError
+from nanoforge.files import download
+from nanoforge.posttraining import tasks
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 NAMES = {"train": "train.jsonl", "val": "test.jsonl"}  # GSM8K's own
@@ -34,17 +34,17 @@ TABLE = {
 
 
 def sources(inputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
-    """The file of each split. Raises Mistake."""
+    """The file of each split. Raises UserError."""
     if not inputs:
-        return {split: fetch(URL + name, folder / f"input_{name}") for split, name in NAMES.items()}
+        return {split: download(URL + name, folder / f"input_{name}") for split, name in NAMES.items()}
     given = [path for path in map(Path, inputs) if not path.is_dir()]
     given += [path / name for path in map(Path, inputs) if path.is_dir() for name in NAMES.values()]
     found = {path.name: path for path in given if path.is_file()}
     for path in given:
         if path.name not in found or path.name not in NAMES.values():
-            raise Mistake(f"--input: {path} is not there, or is neither of GSM8K's {' and '.join(NAMES.values())}")
+            raise UserError(f"--input: {path} is not there, or is neither of GSM8K's {' and '.join(NAMES.values())}")
     if missing := [name for name in NAMES.values() if name not in found]:
-        raise Mistake(
+        raise UserError(
             f"--input: {' and '.join(missing)} of GSM8K is missing too; give the folder that holds both, or both files"
         )
     return {split: found[name] for split, name in NAMES.items()}

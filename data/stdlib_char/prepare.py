@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import Row
-from parts import corpus
-from parts.mistakes import Mistake
+from nanoforge.data import corpus
+from nanoforge.errors import UserError
 
 BYTES = 3_000_000
 TABLE = {
@@ -31,7 +31,7 @@ TABLE = {
 
 
 def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
-    """The modules' sources. Raises Mistake where Python came without them."""
+    """The modules' sources. Raises UserError where Python came without them."""
     size = 0
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py") if packages else library.glob("*.py")):
@@ -46,7 +46,7 @@ def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
             size += len(source)
             yield source
     if not size:
-        raise Mistake(f"{sysconfig.get_path('stdlib')}: this Python came without the source of its library")
+        raise UserError(f"{sysconfig.get_path('stdlib')}: this Python came without the source of its library")
 
 
 def main(a) -> None:

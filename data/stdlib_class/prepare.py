@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import Row
 from data.stdlib_char.prepare import documents
-from parts import corpus
+from nanoforge.data import corpus
 
 TABLE = {"prepare": [Row("out_dir", str(Path(__file__).parent), "folder to write to")]}
 CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}

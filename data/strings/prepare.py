@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import Row
-from parts import bins, tasks
-from parts.batches import mix
-from parts.text import CharTokenizer
+from nanoforge.data import token_bins
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.posttraining import tasks
+from nanoforge.rng import hash_u64
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TASKS = {
@@ -44,11 +45,11 @@ def words(count: int, longest: int, seed: int) -> Iterator[tuple[str, str]]:
     room = sum(26**length for length in range(2, longest + 1))
     while len(seen) < min(count, room // 2):
         number += 1
-        length = 2 + int(mix(seed, 0, number) % np.uint64(longest - 1))
-        word = "".join(LETTERS[int(mix(seed, 1, number, place) % np.uint64(26))] for place in range(length))
+        length = 2 + int(hash_u64(seed, 0, number) % np.uint64(longest - 1))
+        word = "".join(LETTERS[int(hash_u64(seed, 1, number, place) % np.uint64(26))] for place in range(length))
         if word not in seen:
             seen.add(word)
-            yield ("val" if int(mix(seed, 2, *map(ord, word)) % np.uint64(10)) == 0 else "train"), word
+            yield ("val" if int(hash_u64(seed, 2, *map(ord, word)) % np.uint64(10)) == 0 else "train"), word
 
 
 def main(a) -> None:
@@ -62,9 +63,9 @@ def main(a) -> None:
     tasks.write_rows(
         folder,
         ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some),
-        [f"hidden_{split}" for split in bins.SPLITS],
+        [f"hidden_{split}" for split in token_bins.SPLITS],
     )
-    bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", ends=True), {})
+    token_bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", ends=True), {})
 
 
 if __name__ == "__main__":
