@@ -8,14 +8,12 @@ run (one process), and the losses within 1e-4 of its: sums over another number o
 """
 
 import random
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from conftest import TINY, WORDS, read_run, write_text
-from test_faults import FORKS, child
+from helpers import TINY, WORDS, read_run, start_ranks, write_text
 
 from nanoforge.training import checkpoint
 
@@ -36,30 +34,7 @@ def start(folder: Path, name: str, ranks: int, *flags: str) -> list:
     """Processes of a run, new or resumed."""
     out_dir = folder / name
     given = ["--init_from=resume"] if checkpoint.steps(out_dir / "checkpoints") else [*FLAGS, f"--data_dir={folder}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(ranks):
-        env = (
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            if ranks > 1
-            else {}
-        )
-        processes.append(
-            FORKS.Process(
-                target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(folder / f"{name}.log"), env)
-            )
-        )
-        processes[-1].start()
-    return processes
+    return start_ranks([*given, f"--out_dir={out_dir}", *flags], ranks, folder / f"{name}.log")
 
 
 def main(minutes: float) -> None:

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, WORDS, command, skip_without_gpt2
+from helpers import ROOT, WORDS, command, skip_without_gpt2
 
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
     """Runs of the three modes, long enough to have learned something."""
-    from conftest import TINY
+    from helpers import TINY
 
     folder = tmp_path_factory.mktemp("runs")
     import train

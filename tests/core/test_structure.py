@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PACKAGE = ROOT / "nanoforge"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
@@ -21,7 +21,17 @@ MAY_IMPORT = {  # wing -> the wings that it may import, itself included; "" is t
     "sweeps": {"", "sweeps"},
     "report": {"", "report"},
 }
-TORCH_FREE = ("errors", "files", "rng", "console", "run_dir", "data.tables", "posttraining.prompt_format", "sweeps", "report")
+TORCH_FREE = (
+    "errors",
+    "files",
+    "rng",
+    "console",
+    "run_dir",
+    "data.tables",
+    "posttraining.prompt_format",
+    "sweeps",
+    "report",
+)
 
 
 def module_name(path: Path) -> str:
@@ -101,9 +111,7 @@ def test_torch_free_modules_import_no_torch():
 
 
 def test_arguments_and_configs_import_no_torch():
-    code = (
-        "import sys, train_args, configurator; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
-    )
+    code = "import sys, train_args, configurator; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

@@ -6,7 +6,6 @@ Processes are real; those that only need to die quickly are forked from one that
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -17,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, command, equal_tensors, exit_status, read_run, start_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,21 +28,6 @@ import train
 import train_args
 from nanoforge.errors import UserError
 from nanoforge.training import checkpoint
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])
-
-
-def child(flags: list[str], fault: str, log: str, env: dict[str, str]) -> None:
-    """A run in a process of its own, with a fault of those below."""
-    os.environ |= env
-    sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
-    torch.set_num_threads(1)
-    name, _, which = fault.partition(":")
-    if fault:
-        globals()[name](int(which))
-    train.main(train_args.parse(flags))
-    sys.stdout.flush()
 
 
 def die_at(which: int) -> None:
@@ -62,7 +47,7 @@ def die_at(which: int) -> None:
 
         setattr(module, name, call)
 
-    for module, name in ((checkpoint, "sync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+    for module, name in ((checkpoint, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
         deadly(module, name)
 
 
@@ -95,20 +80,14 @@ def fork(data_dir, tmp_path):
             if begun
             else [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--dropout=0.1", "--overwrite"]
         )
-        process = FORKS.Process(
-            target=child, args=([*given, f"--out_dir={out_dir}", *flags], fault, str(tmp_path / f"{name}.log"), {})
-        )
-        process.start()
+        before = None
+        if fault:
+            name_of_fault, _, which = fault.partition(":")
+            before = partial({"die_at": die_at, "full_disk": full_disk}[name_of_fault], int(which))
+        (process,) = start_ranks([*given, f"--out_dir={out_dir}", *flags], 1, tmp_path / f"{name}.log", before)
         return process
 
     return fork
-
-
-def ended(process, seconds: float = 60) -> int:
-    """The exit status of a process that must end in time."""
-    process.join(seconds)
-    assert process.exitcode is not None, "still running"
-    return process.exitcode
 
 
 def assert_same_end(tmp_path, one: str, other: str) -> None:
@@ -138,24 +117,24 @@ def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path):
         process = fork(*flags, "--max_iters=100000")
         time.sleep(moments.uniform(0.05, 0.7))
         process.kill()
-        kills += ended(process) == -signal.SIGKILL
+        kills += exit_status(process) == -signal.SIGKILL
     last = checkpoint.steps(tmp_path / "run/checkpoints")[-1] + 3
     assert last > 20, "the run got on between the kills"
-    assert ended(fork(*flags, f"--max_iters={last}")) == 0
-    assert ended(fork(*flags, f"--max_iters={last}", name="undisturbed")) == 0
+    assert exit_status(fork(*flags, f"--max_iters={last}")) == 0
+    assert exit_status(fork(*flags, f"--max_iters={last}", name="undisturbed")) == 0
     assert_same_end(tmp_path, "run", "undisturbed")
 
 
 def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
     flags = ["--checkpoint_interval=4", "--eval_interval=100", "--max_iters=10", "--keep_last=1"]
-    assert ended(fork(*flags, name="undisturbed")) == 0
+    assert exit_status(fork(*flags, name="undisturbed")) == 0
     for which in range(1, 100):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        status = ended(fork(*flags, fault=f"die_at:{which}"))
+        status = exit_status(fork(*flags, fault=f"die_at:{which}"))
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        assert ended(fork(*flags)) == 0
+        assert exit_status(fork(*flags)) == 0
         assert_same_end(tmp_path, "run", "undisturbed")
     assert which > 20, "each file of two saves, their folders and renames"
 
@@ -166,7 +145,7 @@ def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
 
 def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
-    assert ended(fork(*flags, fault="full_disk:4")) == 0
+    assert exit_status(fork(*flags, fault="full_disk:4")) == 0
     done, log = read_run(tmp_path / "run"), (tmp_path / "run.log").read_text()
     assert "could not save step 4" in log and "File too large" in log and done.steps == [6, 8]
     assert [line["step"] for line in done.train] == list(range(1, 9)), "training went on"
@@ -175,13 +154,13 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
 
 def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
-    assert ended(fork(*flags, fault="full_disk:8")) == 1
+    assert exit_status(fork(*flags, fault="full_disk:8")) == 1
     assert (
         read_run(tmp_path / "run").steps == [4, 6]
         and "the last save, of step 8, failed" in (tmp_path / "run.log").read_text()
     )
     assert all(checkpoint.damage(tmp_path / f"run/checkpoints/{step:06d}") is None for step in (4, 6))
-    assert ended(fork(*flags)) == 0 and ended(fork(*flags, name="undisturbed")) == 0
+    assert exit_status(fork(*flags)) == 0 and exit_status(fork(*flags, name="undisturbed")) == 0
     assert_same_end(tmp_path, "run", "undisturbed")
 
 
@@ -454,7 +433,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
             run(*flags)
     assert first.is_alive()
     first.kill()
-    ended(first)
+    exit_status(first)
     newest = checkpoint.steps(tmp_path / "run/checkpoints")[-1]
     assert run("--init_from=resume", f"--max_iters={newest}").progress.step == newest
 

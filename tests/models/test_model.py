@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command
+from helpers import ROOT, TINY_MODEL, build, command, ids
 
 from model import (
     ACTIVATIONS,
@@ -29,21 +29,6 @@ from model import (
 )
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
-
-TINY = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_embd=32, bias=False)
-
-
-def build(seed: int = 0, **changes) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(dataclasses.replace(TINY, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from the special values of initialisation
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +154,7 @@ def test_rms_norm_of_few_passes_equals_torchs(dtype):
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    rotary = RotaryPosition(dataclasses.replace(TINY, block_size=64))
+    rotary = RotaryPosition(dataclasses.replace(TINY_MODEL, block_size=64))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     score = lambda i, j: (rotary.rotate(q, slice(i, i + 1)) * rotary.rotate(k, torch.tensor([j]))).sum().item()  # noqa: E731
     assert score(5, 2) == pytest.approx(score(43, 40), abs=1e-5) and score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
@@ -214,7 +199,7 @@ def test_own_activations():
 
 
 def test_gated_mlp_by_hand():
-    mlp = MLPS["gated"](dataclasses.replace(TINY, activation="silu", mlp_ratio=2.0, bias=True))
+    mlp = MLPS["gated"](dataclasses.replace(TINY_MODEL, activation="silu", mlp_ratio=2.0, bias=True))
     x = torch.randn(4, 32)
     by_hand = (
         F.silu(x @ mlp.gate.weight.t() + mlp.gate.bias) * (x @ mlp.up.weight.t() + mlp.up.bias)
@@ -242,14 +227,14 @@ def test_qk_norm_bounds_the_scores():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY, n_embd=256, n_layer=8, vocab_sizes=(4000,), bias=True))
+    model = GPT(dataclasses.replace(TINY_MODEL, n_embd=256, n_layer=8, vocab_sizes=(4000,), bias=True))
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
     assert std["wte.weight"] == pytest.approx(0.02, rel=0.02) and std["blocks.3.mlp.up.weight"] == pytest.approx(
         0.02, rel=0.02
     )
     assert std["blocks.3.mlp.proj.weight"] == pytest.approx(0.02 / 4, rel=0.02)
     assert model(ids(2, 12), ids(2, 12, seed=2)).mean().item() == pytest.approx(math.log(4000), rel=0.02)
-    zero = GPT(dataclasses.replace(TINY, zero_init=True, tie_weights=False))
+    zero = GPT(dataclasses.replace(TINY_MODEL, zero_init=True, tie_weights=False))
     assert zero(ids(2, 12)).abs().max() == 0 and zero.wte.weight.abs().max() > 0
 
 

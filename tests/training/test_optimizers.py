@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_model import build, ids
+from helpers import build, ids
 
 from nanoforge.errors import UserError
 from nanoforge.training import optimizers

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, command, equal_tensors, read_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

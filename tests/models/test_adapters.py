@@ -6,9 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_tensors
-from test_model import build, ids
-from test_objectives import PLAIN, assert_same_lines, on_ranks, told_of
+from helpers import WITHOUT_SHAPE, assert_same_lines, build, equal_tensors, ids, metric, run_on_ranks
 
 import train
 from model import GPT, GPTConfig
@@ -284,7 +282,7 @@ def test_resumed_is_bit_identical(run, base, kind):
     )
     assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
     if "dpo" in kind:
-        assert told_of(parts, "rewards/margins") == told_of(whole, "rewards/margins") and whole.losses[
+        assert metric(parts, "rewards/margins") == metric(whole, "rewards/margins") and whole.losses[
             0
         ] == pytest.approx(math.log(2), abs=0.1)
 
@@ -309,9 +307,19 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
         "lstm": [*SOFT, "--prompt_provider=lstm"],
         "dpo": [*LORA, "--objective=dpo", "--dataset=pairs"],
     }[kind]
-    flags = [*PLAIN, f"--data_dir={data_dir}", f"--init_from={base}", *flags, "--optimizer=sgd", "--log_data_hash"]
-    one, two = on_ranks(tmp_path / "1", 1, *flags), on_ranks(tmp_path / "2", 2, *flags, f"--parallel={parallel}")
-    assert told_of(one, "data_hash") == told_of(two, "data_hash")
+    flags = [
+        *WITHOUT_SHAPE,
+        f"--data_dir={data_dir}",
+        f"--init_from={base}",
+        *flags,
+        "--optimizer=sgd",
+        "--log_data_hash",
+    ]
+    one, two = (
+        run_on_ranks(tmp_path / "1", 1, *flags),
+        run_on_ranks(tmp_path / "2", 2, *flags, f"--parallel={parallel}"),
+    )
+    assert metric(one, "data_hash") == metric(two, "data_hash")
     assert_same_lines(
         one.train, two.train, ["loss", "grad_norm", "entropy", *(["rewards/margins"] if kind == "dpo" else [])]
     )
@@ -340,7 +348,7 @@ def test_every_objective_takes_an_adapter(run, base, flags):
         name="grpo",
     )
     assert (
-        max(told_of(grpo, "rollout_logp_error")) < 1e-4
+        max(metric(grpo, "rollout_logp_error")) < 1e-4
         and abs(grpo.train[0]["kl"]) < 1e-9
         and grpo.train[-1]["kl"] > 1e-6
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, WORDS, command, needs_shared, skip_without_gpt2
+from helpers import ROOT, SHARED, WORDS, command, needs_shared, skip_without_gpt2
 
 from nanoforge.data import corpus, token_bins, tokenization
 from nanoforge.errors import UserError

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import SHARED, command
+from helpers import SHARED, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from helpers import ROOT, command
 
 import report
 from model import GPT, GPTConfig

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, command, equal_tensors, read_run
 
 import train
 import train_args
@@ -608,7 +608,7 @@ def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
     folder = tmp_path / "data/made"
     folder.mkdir(parents=True)
     (folder / "prepare.py").write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom conftest import WORDS, write_text\nwrite_text(Path(__file__).parent, WORDS * 9)\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom helpers import WORDS, write_text\nwrite_text(Path(__file__).parent, WORDS * 9)\n"
     )
     done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=made", "--max_iters=1")
     assert "no bins yet; running" in done.console and len(done.train) == 1

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, needs_shared, skip_without_gpt2
+from helpers import ROOT, needs_shared, skip_without_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 

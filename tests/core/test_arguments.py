@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import TINY, WORDS, equal_tensors, read_run, skip_without_gpt2
+from helpers import TINY, WORDS, equal_tensors, read_run, skip_without_gpt2
 
 import train
 import train_args

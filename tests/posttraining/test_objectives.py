@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, equal_tensors, read_run
-from test_faults import FORKS, child, ended
-from test_model import build
+from helpers import WITHOUT_SHAPE, assert_same_lines, build, equal_tensors, metric, run_on_ranks
 from torch import nn
 
 import train_args
@@ -35,55 +32,14 @@ from nanoforge.posttraining.objectives import (
 from nanoforge.training import checkpoint
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-PLAIN = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd"))]  # a base brings its shape
-
-
-def on_ranks(out_dir: Path, ranks: int, *flags: str) -> SimpleNamespace:
-    """A run on so many ranks, in forked processes; its files."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    log, processes = out_dir.with_suffix(".log"), []
-    for rank in range(ranks):
-        env = (
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            if ranks > 1
-            else {}
-        )
-        processes.append(FORKS.Process(target=child, args=([*flags, f"--out_dir={out_dir}"], "", str(log), env)))
-        processes[-1].start()
-    assert [ended(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
-    return read_run(out_dir)
-
-
-def told_of(done, name: str) -> list[float]:
-    return [line[name] for line in done.train]
 
 
 def assert_same_run(a, b, *names: str) -> None:
     """Losses, gradients' norms, weights and further metrics, all within 1e-5."""
     for name in ("loss", "grad_norm", *names):
-        assert told_of(a, name) == pytest.approx(told_of(b, name), rel=1e-5, abs=1e-6), name
+        assert metric(a, name) == pytest.approx(metric(b, name), rel=1e-5, abs=1e-6), name
     for name, weight in a.last.weights.items():
         torch.testing.assert_close(weight, b.last.weights[name], atol=1e-5, rtol=1e-5, msg=name)
-
-
-def assert_same_lines(a: list[dict], b: list[dict], names) -> None:
-    """Of metrics, within 1e-4; None is told where there was nothing to take a mean of."""
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        for name in names:
-            assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=1e-4, abs=1e-5)), (
-                name,
-                one["step"],
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,7 +563,7 @@ def test_fine_tuning_weighs_the_tokens_of_the_whole_step(run, base, flags):
     ]
     for other in runs[1:]:
         assert_same_run(runs[0], other, "mean_token_accuracy", "entropy", "tokens")
-        assert told_of(runs[0], "data_hash") == told_of(other, "data_hash")
+        assert metric(runs[0], "data_hash") == metric(other, "data_hash")
 
 
 def agreeing(folder: Path) -> list[str]:
@@ -639,24 +595,24 @@ def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tm
         *(["kl"] if objective == "kto" else ["rewards/margins", "rewards/accuracies"]),
     ]
     for other in runs[1:]:
-        assert told_of(runs[0], "data_hash") == told_of(other, "data_hash")
+        assert metric(runs[0], "data_hash") == metric(other, "data_hash")
         for name in ("loss", "grad_norm"):
-            assert told_of(other, name) == pytest.approx(told_of(runs[0], name), rel=1e-4)
+            assert metric(other, name) == pytest.approx(metric(runs[0], name), rel=1e-4)
         assert_same_lines(runs[0].train, other.train, names)
-    assert objective == "dpo" or min(told_of(runs[0], "kl")[1:]) > 1e-3
+    assert objective == "dpo" or min(metric(runs[0], "kl")[1:]) > 1e-3
     assert runs[0].losses[0] != runs[0].losses[-1]
 
 
 def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     flags = [*agreeing(tmp_path), f"--init_from={base}", *SGD, "--learning_rate=0.3"]
     whole, parts = run(*flags, *cut(3, 1), name="3"), run(*flags, *cut(1, 3), name="1")
-    assert parts.losses == pytest.approx(whole.losses, rel=1e-5) and max(told_of(whole, "kl")) > 1e-3
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5) and max(metric(whole, "kl")) > 1e-3
     assert parts.evals[0]["val_loss"] > 0, "of two rows, as one is none"
     (tmp_path / "lone.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "label": true}\n')
     with pytest.raises(UserError, match="kto: agreeing, val: has one example"):
         run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
-        train_args.parse([*PLAIN, *flags, *cut(1, 1)])
+        train_args.parse([*WITHOUT_SHAPE, *flags, *cut(1, 1)])
     assert "at least 2 rows make a step" in capsys.readouterr().err
 
 
@@ -677,9 +633,9 @@ def test_reinforcement_is_the_same_however_a_step_is_cut(run, base, loss_type, s
     ]
     runs = [run(*flags, *cut(*c), name=f"{c[0]}") for c in ((8, 1), (4, 2), (1, 8))]
     for other in runs[1:]:
-        assert told_of(runs[0], "data_hash") == told_of(other, "data_hash"), "the same answers"
+        assert metric(runs[0], "data_hash") == metric(other, "data_hash"), "the same answers"
         assert_same_run(runs[0], other, "reward", "kl", "clip_ratio/low", "clip_ratio/high", "completions/mean_length")
-    assert max(map(abs, told_of(runs[0], "grad_norm"))) > 1e-3
+    assert max(map(abs, metric(runs[0], "grad_norm"))) > 1e-3
 
 
 OF_RANKS = {
@@ -708,7 +664,7 @@ OF_RANKS = {
 def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     """The same examples, and of grpo the same answers; the same losses and metrics."""
     flags = [
-        *PLAIN,
+        *WITHOUT_SHAPE,
         f"--data_dir={data_dir}",
         f"--init_from={base}",
         *SGD,
@@ -721,10 +677,10 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
         shutil.copytree(data_dir / "pairs", tmp_path / "two/pairs")
     places = [[f"--data_dir={tmp_path / name}"] if kind == "dpo_cache" else [] for name in ("one", "two")]
     one, two = (
-        on_ranks(tmp_path / "1", 1, *flags, *places[0]),
-        on_ranks(tmp_path / "2", 2, *flags, *places[1], f"--parallel={parallel}"),
+        run_on_ranks(tmp_path / "1", 1, *flags, *places[0]),
+        run_on_ranks(tmp_path / "2", 2, *flags, *places[1], f"--parallel={parallel}"),
     )
-    assert told_of(one, "data_hash") == told_of(two, "data_hash")
+    assert metric(one, "data_hash") == metric(two, "data_hash")
     numbers = [
         name
         for name, value in one.train[0].items()
@@ -733,7 +689,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     assert {"loss", "grad_norm", "entropy"} <= set(numbers)
     assert_same_lines(one.train, two.train, numbers)
     assert_same_lines(one.evals, two.evals, ["val_loss", "train_loss", *(["val_reward"] if kind == "grpo" else [])])
-    assert kind != "kto" or min(told_of(one, "kl")[1:]) > 1e-3
+    assert kind != "kto" or min(metric(one, "kl")[1:]) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,7 +801,7 @@ def test_the_reference_is_what_the_run_began_with_after_a_resume_too(run, base, 
             and equal_tensors(parts.last.optimizer, whole.last.optimizer)
         )
         assert (
-            told_of(parts, "rewards/chosen") == told_of(whole, "rewards/chosen")
+            metric(parts, "rewards/chosen") == metric(whole, "rewards/chosen")
             and whole.train[-1]["rewards/chosen"] != 0
         )
 

@@ -1,10 +1,7 @@
 """FSDP2: the same run on any number of ranks, sharded or not, also when it is resumed on another number; shards become one file."""
 
-import socket
-
 import pytest
-from conftest import TINY, command, equal_tensors, read_run
-from test_faults import FORKS, child, ended
+from helpers import TINY, command, equal_tensors, run_on_ranks
 
 import train_args
 from nanoforge.training import checkpoint
@@ -25,30 +22,7 @@ def train(data_dir, tmp_path_factory):
             if checkpoint.steps(out_dir / "checkpoints")
             else [*TINY, *BASE, f"--data_dir={data_dir}"]
         )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        log = folder / f"{name}.log"
-        processes = []
-        for rank in range(ranks):
-            env = (
-                {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
-                if ranks > 1
-                else {}
-            )
-            processes.append(
-                FORKS.Process(target=child, args=([*given, f"--out_dir={out_dir}", *flags], "", str(log), env))
-            )
-            processes[-1].start()
-        assert [ended(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
-        return read_run(out_dir)
+        return run_on_ranks(out_dir, ranks, *given, *flags)
 
     return train
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SHARED, needs_shared
+from helpers import SHARED, needs_shared
 
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError

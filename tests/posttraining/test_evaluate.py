@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIGITS, TINY, command
+from helpers import DIGITS, TINY, command
 
 import configurator
 import evaluate

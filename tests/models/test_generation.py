@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import build, ids
+from helpers import build, ids
 
 from nanoforge.models.generation import Cache, choose, generate
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, command, equal_tensors, read_run
 
 import sweep
 from nanoforge import run_dir

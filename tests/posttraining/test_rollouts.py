@@ -6,9 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import equal_tensors
-from test_model import build, ids
-from test_objectives import told_of
+from helpers import build, equal_tensors, ids, metric
 
 import train_args
 from model import GPT
@@ -291,15 +289,15 @@ def test_resumed_in_the_middle_is_bit_identical(run, base, iterations, more):
     whole = run(*flags, name="whole")
     run(*flags, "--max_iters=4", name="parts")
     parts = run("--init_from=resume", "--max_iters=8", name="parts")
-    assert [line["step"] for line in parts.train] == list(range(1, 9)) and told_of(parts, "data_hash") == told_of(
+    assert [line["step"] for line in parts.train] == list(range(1, 9)) and metric(parts, "data_hash") == metric(
         whole, "data_hash"
     )
-    assert parts.losses == whole.losses and told_of(parts, "reward") == told_of(whole, "reward")
+    assert parts.losses == whole.losses and metric(parts, "reward") == metric(whole, "reward")
     assert equal_tensors(parts.last.weights, whole.last.weights) and equal_tensors(
         parts.last.optimizer, whole.last.optimizer
     )
     assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
-    assert len(set(told_of(whole, "data_hash"))) == 8 // iterations
+    assert len(set(metric(whole, "data_hash"))) == 8 // iterations
 
 
 def test_a_step_that_would_split_a_draw_is_refused(base, capsys, data_dir):
@@ -327,8 +325,8 @@ def test_without_a_learning_rate_nothing_moves(run, base):
     )
     start = run(*GRPO, f"--init_from={base}", "--max_iters=0", name="start")
     assert equal_tensors(done.last.weights, start.last.weights)
-    assert max(told_of(done, "rollout_logp_error")) < 1e-5 and max(map(abs, told_of(done, "kl"))) < 1e-9
-    assert told_of(done, "clip_ratio/low") == told_of(done, "clip_ratio/high") == [0.0] * 4
+    assert max(metric(done, "rollout_logp_error")) < 1e-5 and max(map(abs, metric(done, "kl"))) < 1e-9
+    assert metric(done, "clip_ratio/low") == metric(done, "clip_ratio/high") == [0.0] * 4
     assert done.train[0]["reward"] == done.train[1]["reward"] and len({line["val_loss"] for line in done.evals}) == 1
 
 
@@ -344,7 +342,7 @@ def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base):
         "--n_embd=16",
     ]
     done = run(*GRPO, "--beta=0", *flags, "--learning_rate=0.02", "--num_iterations=2", "--max_iters=6")
-    errors = told_of(done, "rollout_logp_error")
+    errors = metric(done, "rollout_logp_error")
     assert max(errors[::2]) < 1e-5 and min(errors[1::2]) > 1e-3
     assert done.losses[0] == pytest.approx(0, abs=1e-6), (
         "advantages of a group add up to 0, and each answer counts as much"

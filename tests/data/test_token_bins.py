@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SHARED, command, needs_shared
+from helpers import SHARED, command, needs_shared
 
 from nanoforge.data import token_bins, tokenization
 from nanoforge.errors import UserError

@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS
+from helpers import DIGITS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import build
 
 from nanoforge.data import tokenization
 from nanoforge.data.batches import mixture

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import command
+from helpers import command
 
 import bench
 from model import GPT, GPTConfig
