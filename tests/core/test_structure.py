@@ -29,6 +29,7 @@ TORCH_FREE = (
     "run_dir",
     "data.tables",
     "posttraining.prompt_format",
+    "posttraining.objective_specs",
     "sweeps",
     "report",
 )

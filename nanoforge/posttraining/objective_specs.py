@@ -1,0 +1,85 @@
+"""The registry of objectives: which rows each one reads, whether it needs a reference model, and what builds it.
+
+To add an objective, write its builder and add one entry to OBJECTIVES. train_args.py takes the choices of --objective
+from here, builders.py all the rest. Imports no torch: a builder is named as "module:function" and imported when used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class ObjectiveArgs(Protocol):
+    """What a spec may ask of a run's arguments."""
+
+    @property
+    def beta(self) -> float: ...
+
+
+def never(args: ObjectiveArgs) -> bool:
+    """No reference model, whatever the arguments."""
+    return False
+
+
+def always(args: ObjectiveArgs) -> bool:
+    """A reference model, whatever the arguments."""
+    return True
+
+
+def with_kl_coefficient(args: ObjectiveArgs) -> bool:
+    """A reference model if the loss has a KL term."""
+    return args.beta > 0
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """One objective.
+
+    fields: the alternatives that a row may choose from, each the fields it then must have; none: it reads token bins.
+    example_type: what a row becomes, as TRL names the types of datasets: "prompt_completion", "preference" (a pair),
+        "unpaired_preference" (a completion with a label) or "prompt_only" (the model answers it itself).
+    build: "module:function"; the function takes (args: TrainArgs, context: BuildContext) and returns RunData.
+    """
+
+    build: str
+    fields: tuple[tuple[str, ...], ...] = ()
+    example_type: str = ""
+    needs_reference: Callable[[ObjectiveArgs], bool] = never
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether it reads rows of examples; otherwise it reads token bins."""
+        return bool(self.fields)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the model generates the completions that it learns from."""
+        return self.example_type == "prompt_only"
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "lm": ObjectiveSpec(build="builders:build_lm"),
+    "sft": ObjectiveSpec(
+        build="builders:build_sft",
+        fields=(("prompt", "completion"), ("messages",), ("text",)),
+        example_type="prompt_completion",
+    ),
+    "dpo": ObjectiveSpec(
+        build="builders:build_dpo",
+        fields=(("prompt", "chosen", "rejected"),),
+        example_type="preference",
+        needs_reference=always,
+    ),
+    "kto": ObjectiveSpec(
+        build="builders:build_kto",
+        fields=(("prompt", "completion", "label"),),
+        example_type="unpaired_preference",
+        needs_reference=always,
+    ),
+    "grpo": ObjectiveSpec(
+        build="builders:build_grpo",
+        fields=(("prompt", "answer"),),
+        example_type="prompt_only",
+        needs_reference=with_kl_coefficient,
+    ),
+}
