@@ -385,7 +385,7 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
     tune_malloc()
     with distributed.ranks(args.device) as ranks:
         run = train.build(args, ranks, lambda words: None)
-        log = logger.Record(out, False, 0, False, 0.0, 20)
+        log = logger.RunLogger(out, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=20)
         stream, weights = run.data.source.stream(0, *run.share, ranks.device, False), list(run.model.parameters())
 
         def step(number: int) -> None:

@@ -22,6 +22,7 @@ from nanoforge.device import choose_dtype
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.posttraining import examples, objectives, prompt_format, rollouts, tasks
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint, optimizers, schedules
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def example_tokenizer(
 # model
 
 
-def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
+def load_base(args, began: RunRecord | None, say) -> pretrained.Pretrained | None:
     """The weights that the run begins with, or began with where a resumed one needs them; None otherwise. Raises UserError."""
     if args.init_from == "scratch":
         return None
@@ -144,15 +145,15 @@ def load_base(args, began: dict, say) -> pretrained.Pretrained | None:
         return pretrained.load(args.weights_source, say)
     if args.adapter == "none" and not args.compares:
         return None
-    if "source" not in began.get("_base", {}):
+    if "source" not in began.base:
         raise UserError(
             f"--init_from=resume: {args.out_dir} does not tell what its reference is; it began from scratch"
         )
-    return pretrained.load_base(began["_base"], say)
+    return pretrained.load_base(began.base, say)
 
 
 def build_model(
-    args, tokenizers: dict[str, tokenization.Tokenizer], base: pretrained.Pretrained | None, began: dict
+    args, tokenizers: dict[str, tokenization.Tokenizer], base: pretrained.Pretrained | None, began: RunRecord | None
 ) -> tuple[GPT, dict]:
     """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises UserError."""
     sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
@@ -160,7 +161,7 @@ def build_model(
     if (
         args.init_from == "resume" and base is not None
     ):  # its arguments are known; the shape follows from them and the base's vocabulary
-        model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began["_model"]["vocab_sizes"])))
+        model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began.model["vocab_sizes"])))
         model.load_weights(base.weights, "the base", grow=True)
         return model, {}
     if base is None:
@@ -398,7 +399,7 @@ def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[
 
 
 def make(
-    args, began: dict, ranks: distributed.Ranks, say
+    args, began: RunRecord | None, ranks: distributed.Ranks, say
 ) -> tuple[object, dict[str, tokenization.Tokenizer], GPT, Data, dict, str]:
     """(arguments, with what loaded weights and this machine decide of them; tokenizers; model, on the device and sharded; data; where the weights
     came from, if that must be known to resume: source and sha256; why the precision was chosen).

@@ -102,7 +102,7 @@ class Subject:
 
     def __init__(self, a):
         """Raises UserError."""
-        self.folder = checkpoint.chosen(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
+        self.folder = checkpoint.resolve(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
         self.run = train_args.of_run(self.folder) if self.folder else None
         self.template, self.first_row = None, 0
         if self.run and self.run.adapter == "soft_prompt":

@@ -56,12 +56,12 @@ from nanoforge.training import checkpoint
 def consolidate(folder: Path, dtype: torch.dtype) -> Path:
     """Write folder/model.safetensors from folder/model/, verified; the manifest then lists it too. Raises UserError."""
     if (folder / "checkpoints").is_dir():
-        folder = checkpoint.chosen(folder, "last")
-    if wrong := checkpoint.damage(folder):
+        folder = checkpoint.resolve(folder, "last")
+    if wrong := checkpoint.verify(folder):
         raise UserError(wrong)
     if not (folder / "model").is_dir():
         raise UserError(f"{folder}: nothing to consolidate; its model.safetensors is whole")
-    shards = checkpoint.tensors(folder, "model")
+    shards = checkpoint.load_tensors(folder, "model")
     target, beside = folder / "model.safetensors", folder / f"model.safetensors{files.TMP_SUFFIX}"
     save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, beside)
     with safe_open(beside, framework="pt") as file:
@@ -77,8 +77,8 @@ def consolidate(folder: Path, dtype: torch.dtype) -> Path:
 def lora_run(folder: Path) -> tuple[Path, dict]:
     """The checkpoint of a LoRA, and what its run was told. Raises UserError."""
     if (folder / "checkpoints").is_dir():
-        folder = checkpoint.chosen(folder, "best")
-    if wrong := checkpoint.damage(folder):
+        folder = checkpoint.resolve(folder, "best")
+    if wrong := checkpoint.verify(folder):
         raise UserError(wrong)
     config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
     if config.get("adapter") != "lora":
@@ -130,7 +130,7 @@ def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
         )
     to.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for name, tensor in checkpoint.tensors(folder, "model").items():
+    for name, tensor in checkpoint.load_tensors(folder, "model").items():
         for pattern, new in TO_PEFT:
             name = re.sub(pattern, new, name)
         tensors[name] = tensor.to(dtype).contiguous()

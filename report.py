@@ -52,7 +52,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nanoforge import run_dir
+from nanoforge import run_state
 from nanoforge.errors import UserError
 from nanoforge.report import page, plots, read_runs
 
@@ -76,11 +76,11 @@ class Reader:
                     (
                         folder / read_runs.METRICS,
                         folder / read_runs.CONFIG,
-                        folder / run_dir.STATUS,
-                        folder / run_dir.PRUNED,
+                        folder / run_state.STATUS_FILE,
+                        folder / run_state.PRUNED_FILE,
                     ),
                 ),
-                run_dir.going(folder),
+                run_state.is_running(folder),
             ]
             if folder not in self.known or self.known[folder][0] != stamp:
                 self.known[folder] = stamp, read_runs.read(folder, name, self.points)

@@ -168,7 +168,7 @@ def say(words: str) -> None:
 
 def load(a) -> tuple[GPT, dict[str, tokenization.Tokenizer]]:
     """The model and its tokenizers. Raises UserError."""
-    source = str(checkpoint.chosen(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
+    source = str(checkpoint.resolve(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
     loaded = pretrained.load(source, say)
     model = GPT(GPTConfig(**loaded.shape))
     model.load_weights(loaded.weights, source)
@@ -189,7 +189,7 @@ def base_with_prompts(runs: list[Path]) -> tuple[GPT, tokenization.Tokenizer, li
     )
     model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
     rows = [
-        adapters.prompt_rows(checkpoint.tensors(folder, "model"), config["prompt_provider"])
+        adapters.prompt_rows(checkpoint.load_tensors(folder, "model"), config["prompt_provider"])
         for folder, config in zip(runs, configs, strict=True)
     ]
     adapters.soft_prompt(model, torch.cat(rows), "tensor")
@@ -199,7 +199,7 @@ def base_with_prompts(runs: list[Path]) -> tuple[GPT, tokenization.Tokenizer, li
 
 def load_prompted(a) -> tuple[GPT, tokenization.Tokenizer, list[list[int]]]:
     """The base with all soft prompts, its tokenizer, and the ids of each text. Raises UserError."""
-    runs = [checkpoint.chosen(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
+    runs = [checkpoint.resolve(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
     configs = [told_of(run) for run in runs]
     for folder, config in zip(a.prompt_dir, configs, strict=True):
         if config.get("adapter") != "soft_prompt":

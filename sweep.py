@@ -24,7 +24,7 @@ from typing import Any
 import configurator
 import train_args
 from configurator import OnlyWith, Row
-from nanoforge import console, run_dir
+from nanoforge import console, run_state
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.sweeps import grid, hf_keys, local, slurm, summary
 
@@ -408,7 +408,7 @@ def wrong_evaluation(flags: tuple[str, ...]) -> list[str]:
 def another(run: Run) -> str | None:
     """What to say if the run's folder holds a run with other arguments."""
     try:
-        before = json.loads((run.folder / run_dir.CONFIG).read_text(encoding="utf-8"))["_all"]
+        before = json.loads((run.folder / run_state.CONFIG_FILE).read_text(encoding="utf-8"))["_all"]
     except (OSError, ValueError, KeyError):
         return None
     ours = json.loads(json.dumps(run.effective))
@@ -419,42 +419,42 @@ def another(run: Run) -> str | None:
 def write_config(run: Run) -> None:
     """run.json: a config of train.py."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    beside = run.folder / f"{run_dir.CONFIG}.tmp"
+    beside = run.folder / f"{run_state.CONFIG_FILE}.tmp"
     beside.write_text(
         json.dumps({**run.arguments, "_told": run.told, "_all": run.effective}, indent=1) + "\n", encoding="utf-8"
     )
-    beside.replace(run.folder / run_dir.CONFIG)
+    beside.replace(run.folder / run_state.CONFIG_FILE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # telling
 
 
-def states(asked: Asked, runs: list[Run]) -> list[run_dir.Outcome]:
+def states(asked: Asked, runs: list[Run]) -> list[run_state.RunStatus]:
     """What became of each run, as its folder and, for those that were handed to it, Slurm's queue tell. Raises UserError when that is needed and can't be read."""
     jobs = slurm.Jobs(asked.out_dir / "slurm" / "jobs.json").ids
     queue = slurm.queue() if jobs.keys() & {run.name for run in runs} else {}
     told = []
     for run in runs:
-        outcome, queued = run_dir.read(run.folder), queue.get(jobs.get(run.name, ""))
+        outcome, queued = run_state.run_status(run.folder), queue.get(jobs.get(run.name, ""))
         if queued:
-            outcome = outcome._replace(state=queued, why=f"job {jobs[run.name]}")
+            outcome = outcome._replace(state=queued, reason=f"job {jobs[run.name]}")
         told.append(outcome)
     return told
 
 
-def say_failed(runs: list[Run], told: list[run_dir.Outcome]) -> None:
+def say_failed(runs: list[Run], told: list[run_state.RunStatus]) -> None:
     for run, outcome in zip(runs, told, strict=True):
         if outcome.state in ("failed", "stopped"):
-            print(f"\n{run.name}: {outcome.state}, {outcome.why}; {run.folder / run_dir.LOG} ends with")
-            print("\n".join(f"    {line}" for line in run_dir.tail(run.folder)))
+            print(f"\n{run.name}: {outcome.state}, {outcome.reason}; {run.folder / run_state.LOG_FILE} ends with")
+            print("\n".join(f"    {line}" for line in run_state.log_tail(run.folder)))
 
 
-def table(runs: list[Run], told: list[run_dir.Outcome]) -> tuple[list[str], list[list[Any]]]:
+def table(runs: list[Run], told: list[run_state.RunStatus]) -> tuple[list[str], list[list[Any]]]:
     return summary.rows([run.name for run in runs], [run.told for run in runs], told)
 
 
-def collect(asked: Asked, runs: list[Run], told: list[run_dir.Outcome]) -> None:
+def collect(asked: Asked, runs: list[Run], told: list[run_state.RunStatus]) -> None:
     """Write results.csv and results.md, the best run first."""
     header, rows = table(runs, told)
     best = header.index("best_val_loss")
@@ -483,26 +483,26 @@ def prepare_data(runs: list[Run]) -> None:
 
 def commands(run: Run, gpus: int) -> list[list[str]]:
     """What is left to do of a run: train.py from where it is, then evaluate.py. Writes its run.json."""
-    outcome = run_dir.read(run.folder, running=False)
-    if outcome.state in run_dir.ENDED:
+    outcome = run_state.run_status(run.folder, running=False)
+    if outcome.state in run_state.FINISHED:
         return []
     python = [
         run.job.python,
         *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []),
     ]
-    going_on = run_dir.begun(run.folder)
+    going_on = run_state.has_checkpoint(run.folder)
     if not going_on:
         write_config(run)
     which = (
         ["--init_from=resume", f"--out_dir={run.folder}"]
         if going_on
-        else [str(run.folder / run_dir.CONFIG), f"--out_dir={run.folder}", "--overwrite"]
+        else [str(run.folder / run_state.CONFIG_FILE), f"--out_dir={run.folder}", "--overwrite"]
     )
     evaluations = [
         [run.job.python, str(EVALUATE), f"--out_dir={run.folder}", f"--json={run.folder / told}", *flags]
         for told, flags in run.evaluations.items()
     ]
-    return evaluations if outcome.trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
+    return evaluations if outcome.is_trained and evaluations else [[*python, str(TRAIN), *which], *evaluations]
 
 
 def task(run: Run, gpus: int, data: Any = None) -> local.Task:
@@ -516,13 +516,13 @@ def places(a) -> tuple[list[list[str]], int]:
     return local.deal(names, jobs, a.gpus_per_run), max(1, (os.cpu_count() or 1) // jobs)
 
 
-def say_ended(attempt: local.Attempt, total: str) -> run_dir.Outcome:
+def say_ended(attempt: local.Attempt, total: str) -> run_state.RunStatus:
     """A line about a run that is over."""
-    outcome = run_dir.read(attempt.task.folder)
+    outcome = run_state.run_status(attempt.task.folder)
     words = (
         "is run by another process"
         if attempt.elsewhere
-        else outcome.state + (f" ({outcome.why})" if outcome.why and outcome.state != "done" else "")
+        else outcome.state + (f" ({outcome.reason})" if outcome.reason and outcome.state != "done" else "")
     )
     loss = f", val_loss {outcome.best_val_loss:.4f}" if outcome.best_val_loss is not None else ""
     print(
@@ -539,7 +539,7 @@ def run_local(asked: Asked, runs: list[Run]) -> int:
     left = [
         run
         for run, outcome in zip(runs, states(asked, runs), strict=True)
-        if outcome.state in (*run_dir.IDLE, "running")
+        if outcome.state in (*run_state.NEEDS_WORK, "running")
     ]
     waiting, over = iter(left), [len(runs) - len(left)]
     if over[0]:
@@ -562,7 +562,7 @@ def finish(asked: Asked, runs: list[Run], number: int) -> int:
     told = states(asked, runs)
     print("\n" + summary.as_text(*table(runs, told)))
     say_failed(runs, told)
-    return 128 + number if number else int(any(outcome.state not in run_dir.ENDED for outcome in told))
+    return 128 + number if number else int(any(outcome.state not in run_state.FINISHED for outcome in told))
 
 
 def run_slurm(asked: Asked, runs: list[Run]) -> int:
@@ -575,7 +575,9 @@ def run_slurm(asked: Asked, runs: list[Run]) -> int:
         raise UserError(f"{folder}: another sweep is writing there")
     prepare_data(runs)
     jobs = slurm.Jobs(folder / "jobs.json")
-    left = [run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in run_dir.IDLE]
+    left = [
+        run for run, outcome in zip(runs, states(asked, runs), strict=True) if outcome.state in run_state.NEEDS_WORK
+    ]
     groups: dict[str, list[Run]] = {}
     for run in left:
         write_config(run)
@@ -643,7 +645,7 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
 
     def ended(attempt: local.Attempt) -> None:
         if attempt.given_up and attempt.status:
-            (attempt.task.folder / run_dir.PRUNED).touch()
+            (attempt.task.folder / run_state.PRUNED_FILE).touch()
         outcome = say_ended(attempt, f"[trial {attempt.task.data.number + 1}]")
         search.tell(
             attempt.task.data, outcome.best_val_loss if outcome.state == "done" else None, outcome.state == "pruned"
@@ -655,7 +657,7 @@ def run_tpe(asked: Asked, space: grid.Grid, checker: Checker) -> int:
         threads,
         lambda task: print(f"begins {task.name}", flush=True),
         ended,
-        lambda attempt: search.prune(attempt.task.data, run_dir.read(attempt.task.folder).evaluations),
+        lambda attempt: search.prune(attempt.task.data, run_state.run_status(attempt.task.folder).evaluations),
     )
     return finish(asked, distinct(checker.runs(search.points())), number)
 

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # tell mistakes, and --help, before the seconds that
     gc.disable()  # a sixth of these seconds; until the first step is told
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -76,36 +75,31 @@ def begin_run(
     lock: run_dir.RunLock,
 ) -> None:
     """Write what the run is: its tokenizers, arguments, data, base, versions and commit. A resumed run keeps where it came from."""
-    config, about = (
-        out_dir / "train_config.json",
-        {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    )
+    about = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about["git_commit"] = git.stdout.strip()
     values = dataclasses.asdict(args) | {"overwrite": False}  # whoever takes this file as a config deletes nothing
     if args.init_from == "resume":
         values |= {
-            name: value for name, value in began_as(out_dir).items() if name in ("init_from", "gpt2_type", "task_name")
+            name: value
+            for name, value in run_dir.RunRecord.load(out_dir).args.items()
+            if name in ("init_from", "gpt2_type", "task_name")
         }
     else:
         run_dir.prepare_out_dir(out_dir, lock)
     files.write_json(out_dir / "tokenizer.json", tokenization.run_json(tokenizers))
-    files.write_json(
-        config,
-        values | {"_model": dataclasses.asdict(model.config), "_data": fingerprints, "_base": base, "_about": about},
+    record = run_dir.RunRecord(
+        args=values,
+        model=dataclasses.asdict(model.config),
+        counts={"parameters": model.count_parameters(), "flops_per_token": model.flops_per_token()},
+        data=fingerprints,
+        base=base,
+        about=about,
     )
+    record.save(out_dir)
     if progress.best_step >= 0:  # a damaged checkpoint that was passed over may have been the best
-        write_best(out_dir, progress)
-
-
-def write_best(out_dir: Path, progress: Progress) -> None:
-    files.write_json(out_dir / "best.json", {"step": progress.best_step, "val_loss": progress.best_val_loss})
-
-
-def began_as(out_dir: Path) -> dict:
-    """What train_config.json tells of a run."""
-    return json.loads((out_dir / "train_config.json").read_text(encoding="utf-8"))
+        run_dir.write_best(out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
 
 
 def refuse_changed_data(before: dict[str, dict], fingerprints: dict[str, dict], allowed: bool, say) -> None:
@@ -175,7 +169,7 @@ class Run:
     optimizer: optimizers.Optimizer
     scaler: torch.amp.GradScaler
     guard: GradGuard
-    saver: checkpoint.Saver
+    saver: checkpoint.CheckpointSaver
     fingerprints: dict[str, dict]  # of the data
     base: dict  # where the weights came from that the run began with: source, sha256
     progress: Progress
@@ -256,13 +250,13 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
     """Everything from the arguments, resumed if asked. Raises UserError before anything of an older run is touched."""
     if not (args.init_from == "resume" or args.overwrite or args.eval_only):
         run_dir.refuse_existing_run(Path(args.out_dir))
-    began = began_as(Path(args.out_dir)) if args.init_from == "resume" else {}
+    began = run_dir.RunRecord.load(Path(args.out_dir)) if args.init_from == "resume" else None
     with ranks.main_first():
         for folder in args.folders.values():
             token_bins.prepare_if_missing(folder, args.reads)
     fingerprints = builders.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
-        refuse_changed_data(began.get("_data", {}), fingerprints, args.allow_data_change, say)
+        refuse_changed_data(began.data, fingerprints, args.allow_data_change, say)
     share = distributed.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
     args, tokenizers, model, data, base, reason = builders.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
@@ -281,7 +275,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
     if args.compile:
         optimizer.compile()
     rows = args.batch_size * args.gradient_accumulation_steps
-    if began and began["batch_size"] * began["gradient_accumulation_steps"] != rows:
+    if began and began.args["batch_size"] * began.args["gradient_accumulation_steps"] != rows:
         say(
             "a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start"
         )
@@ -290,7 +284,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
         if ranks.device.type == "cuda" and model.compute_dtype != torch.float32
         else None
     )
-    saver = checkpoint.Saver()
+    saver = checkpoint.CheckpointSaver()
     replica = net if distributed.is_sharded(model) else distributed.replicate(net, ranks)
     return Run(
         args,
@@ -376,7 +370,7 @@ def answers_to_tell(run: Run) -> list[dict]:
     return rollouts.samples(data.answers, dataset, a.eval_samples, run.model.wte.weight.size(0))
 
 
-def save(run: Run, log: logger.Record) -> None:
+def save(run: Run, log: logger.RunLogger) -> None:
     """Begin to save a checkpoint: a snapshot now, the files in a thread. Waits for the save before."""
     sharded, main = distributed.is_sharded(run.model), run.ranks.is_main
     if not main and not sharded:
@@ -414,16 +408,18 @@ def save(run: Run, log: logger.Record) -> None:
         )
         if not main:
             return folder
-        there = checkpoint.steps(checkpoints)
+        there = checkpoint.list_steps(checkpoints)
         if progress.best_step in there:
-            write_best(run.out_dir, progress)
-        checkpoint.prune(checkpoints, checkpoint.kept(there, run_dir.best_step(run.out_dir), a.keep_last, a.keep_every))
+            run_dir.write_best(run.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
+        checkpoint.prune(
+            checkpoints, checkpoint.steps_to_keep(there, run_dir.read_best_step(run.out_dir), a.keep_last, a.keep_every)
+        )
         return folder
 
     run.saver.begin(progress.step, work, since=begin)
 
 
-def tell_saved(run: Run, log: logger.Record, wait: bool) -> None:
+def tell_saved(run: Run, log: logger.RunLogger, wait: bool) -> None:
     """Tell what became of the save that was begun, if it is over. Without room for it training goes on."""
     outcome = run.saver.outcome(wait)
     if outcome is None:
@@ -443,7 +439,7 @@ def tell_saved(run: Run, log: logger.Record, wait: bool) -> None:
         )
 
 
-def evaluate_and_save(run: Run, log: logger.Record, signals: Signals, final: bool) -> None:
+def evaluate_and_save(run: Run, log: logger.RunLogger, signals: Signals, final: bool) -> None:
     """Evaluate, tell it, and save if the arguments ask for it; the weights that a run begins with are not saved."""
     a, p = run.args, run.progress
     losses = evaluate(run, signals)
@@ -464,7 +460,7 @@ def evaluate_and_save(run: Run, log: logger.Record, signals: Signals, final: boo
     better = losses["val_loss"] < p.best_val_loss
     log.event("eval", p.step, f"step {p.step}: {words}{' (best so far)' if better and p.step else ''}", **told)
     for sample in told.get("samples", []):
-        log.say(f"    {sample['prompt']!r} -> {sample['completion']!r}")
+        log.print(f"    {sample['prompt']!r} -> {sample['completion']!r}")
     if p.step or final:
         p.worse_evaluations = 0 if better else p.worse_evaluations + 1
         if better:
@@ -475,7 +471,7 @@ def evaluate_and_save(run: Run, log: logger.Record, signals: Signals, final: boo
         logger.draw_loss(log.metrics, run.out_dir / "loss.png")
 
 
-def end_saves(run: Run, log: logger.Record) -> None:
+def end_saves(run: Run, log: logger.RunLogger) -> None:
     """Wait for the last save; the run fails if that one did."""
     tell_saved(run, log, wait=True)
     if run.saver.failed:
@@ -493,7 +489,7 @@ def refuse_nonfinite(value: float, name: str, run: Run) -> None:
 class Meter:
     """Reads the training metrics back from the device, and the time between two readings."""
 
-    def __init__(self, run: Run, log: logger.Record):
+    def __init__(self, run: Run, log: logger.RunLogger):
         self.run, self.log, self.readings = run, log, 0
         self.restart()
 
@@ -545,7 +541,7 @@ class Meter:
             gc.enable()
         if self.readings == 2:  # the first one includes what is made at the first step
             left = run.total_steps - p.step
-            self.log.say(
+            self.log.print(
                 f"estimated time: {console.format_duration(left * seconds)} for {left:,} more steps, evaluations apart"
             )
         self.restart()
@@ -559,7 +555,7 @@ class Diverged(Exception):
     """Too many steps in a row were skipped."""
 
 
-def loop(run: Run, log: logger.Record, signals: Signals) -> None:
+def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
     """Train until the run is finished or a signal ends it."""
     a, progress, optimizer, scaler, source, objective = (
         run.args,
@@ -630,18 +626,18 @@ def loop(run: Run, log: logger.Record, signals: Signals) -> None:
                 raise Diverged
 
 
-def go_back(run: Run, log: logger.Record) -> Run:
+def go_back(run: Run, log: logger.RunLogger) -> Run:
     """The run at its newest whole checkpoint, once; ends it the second time, or where there is none."""
     words = f"{run.args.skip_patience} steps in a row were skipped until step {run.progress.step}, their gradients not finite or outliers"
     advice = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
     tell_saved(run, log, wait=True)
     run.ranks.barrier()
-    if run.progress.rollbacks or not checkpoint.steps(run.out_dir / "checkpoints"):
+    if run.progress.rollbacks or not checkpoint.list_steps(run.out_dir / "checkpoints"):
         raise SystemExit(
             f"{words}{', again' if run.progress.rollbacks else ', and there is no checkpoint to go back to'}: stopped; {advice}"
         )
     log.note(run.progress.step, f"{words}: going back to the newest checkpoint")
-    progress = resume(run.out_dir, run.model, run.optimizer, run.scaler, run.guard, run.tokenizers, log.say)
+    progress = resume(run.out_dir, run.model, run.optimizer, run.scaler, run.guard, run.tokenizers, log.print)
     progress.rollbacks += 1
     return dataclasses.replace(run, progress=progress, tally=run.data.source.tally())
 
@@ -670,7 +666,7 @@ def main(args) -> Progress:
         notes: list[str] = []
         with ranks.main_first():
             if ranks.is_main and args.init_from == "resume" and not args.eval_only:
-                lock.take()
+                lock.acquire()
         run = build(args, ranks, notes.append)
         if ranks.is_main:
             console.print_line("\n".join((*notes, run.summary())))
@@ -687,8 +683,13 @@ def main(args) -> Progress:
                 )
         while True:
             p = run.progress
-            log = logger.Record(
-                run.out_dir, not ranks.is_main, p.step, p.evaluated_at == p.step, p.seconds, run.total_steps
+            log = logger.RunLogger(
+                run.out_dir,
+                silent=not ranks.is_main,
+                start_step=p.step,
+                evaluated=p.evaluated_at == p.step,
+                seconds=p.seconds,
+                total_steps=run.total_steps,
             )
             for words in notes:
                 log.event("note", p.step, "", text=words)

@@ -28,6 +28,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def plural(count: int, noun: str) -> str:
+    """1 line, 2 lines."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def shortest_float(value: float) -> str:
     """A float in as few characters as give the same float back: 3e-4, 0.1, 1000."""
     plain = repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)

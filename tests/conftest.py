@@ -7,7 +7,7 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test runs on each core: their threads would be in each other's way
 
 import pytest
-from helpers import TINY, WORDS, read_run, write_sums, write_text
+from helpers import TEXT, TINY, read_run, write_char_dataset, write_sum_datasets
 
 import train
 import train_args
@@ -15,13 +15,13 @@ import train_args
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """Datasets a and b with one tokenizer, c with another, and upper, aligned with a; those of `write_sums` hold examples."""
+    """Datasets a and b with one tokenizer, c with another, and upper, aligned with a; those of `write_sum_datasets` hold examples."""
     folder = tmp_path_factory.mktemp("data")
-    write_text(folder / "a", WORDS * 20)
-    write_text(folder / "b", WORDS[::-1] * 10, sorted(set(WORDS)))
-    write_text(folder / "c", "0123456789 " * 50)
-    write_text(folder / "upper", "".join("U" if char.isalpha() else "." for char in WORDS * 20))
-    write_sums(folder)
+    write_char_dataset(folder / "a", TEXT * 20)
+    write_char_dataset(folder / "b", TEXT[::-1] * 10, sorted(set(TEXT)))
+    write_char_dataset(folder / "c", "0123456789 " * 50)
+    write_char_dataset(folder / "upper", "".join("U" if char.isalpha() else "." for char in TEXT * 20))
+    write_sum_datasets(folder)
     return folder
 
 

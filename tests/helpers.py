@@ -31,10 +31,10 @@ from nanoforge.training import checkpoint
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--max_iters=4", "--eval_iters=1", "--eval_interval=2",
         "--log_interval=1", "--warmup_iters=0", "--device=cpu", "--dtype=float32"]  # fmt: skip
-WORDS = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n"
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n"
 
 
-def write_text(folder: Path, words: str, chars: str | None = None) -> None:
+def write_char_dataset(folder: Path, words: str, chars: str | None = None) -> None:
     """A character dataset; the last tenth is for validation."""
     cut = int(len(words) * 0.9)
     corpus.write_dataset(
@@ -63,7 +63,7 @@ def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: tokeni
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
-def write_sums(folder: Path) -> None:
+def write_sum_datasets(folder: Path) -> None:
     """The sums 12+9= 21 of prompts and completions of different lengths, of at most 8 tokens with their end: 110 to train, 20 to validate; as
     sft and grpo take them in `sums`, as preferences of the right answer to a wrong one in `pairs` and `labelled`, as chats in `chat`."""
     sums = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
@@ -95,7 +95,7 @@ def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace
     metrics = out_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     config = out_dir / "train_config.json"
-    steps = checkpoint.steps(out_dir / "checkpoints")
+    steps = checkpoint.list_steps(out_dir / "checkpoints")
     last = checkpoint.load(out_dir / "checkpoints" / f"{steps[-1]:06d}") if steps else None
     return SimpleNamespace(
         out_dir=out_dir, progress=progress, console=console, steps=steps, last=last,
@@ -105,7 +105,7 @@ def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace
     )  # fmt: skip
 
 
-def command(
+def run_script(
     *argv: str,
     check: bool = True,
     ranks: int = 1,
@@ -139,7 +139,7 @@ def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> boo
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def skip_without_gpt2() -> dict[str, str]:
+def gpt2_tokenizer_env() -> dict[str, str]:
     """The environment in which tiktoken finds its gpt2 offline; skips the test where that is not there."""
     if not (SHARED / "tiktoken_cache").exists():
         pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
@@ -157,7 +157,7 @@ needs_shared = pytest.mark.skipif(
 TINY_MODEL = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_embd=32, bias=False)
 
 
-def build(seed: int = 0, **changes) -> GPT:
+def tiny_model(seed: int = 0, **changes) -> GPT:
     """A GPT of TINY_MODEL's shape, changed; its weights are random, away from the special values of initialisation."""
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(TINY_MODEL, **changes))
@@ -175,9 +175,9 @@ def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # runs in forked processes, which start fast because torch is loaded already
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])
-WITHOUT_SHAPE = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd"))]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train", "torch._dynamo"])
+TINY_WITHOUT_SHAPE = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd"))]
 
 
 def train_in_fork(flags: list[str], log: Path, env: dict[str, str], before: Callable[[], None] | None) -> None:
@@ -202,12 +202,12 @@ def start_ranks(flags: list[str], ranks: int, log: Path, before: Callable[[], No
         if ranks > 1:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        processes.append(FORKS.Process(target=train_in_fork, args=(flags, log, env, before)))
+        processes.append(FORKSERVER.Process(target=train_in_fork, args=(flags, log, env, before)))
         processes[-1].start()
     return processes
 
 
-def exit_status(process, seconds: float = 60) -> int:
+def wait_for_exit(process, seconds: float = 60) -> int:
     """The exit status of a process that must end in time."""
     process.join(seconds)
     assert process.exitcode is not None, "still running"
@@ -218,7 +218,7 @@ def run_on_ranks(out_dir: Path, ranks: int, *flags: str) -> SimpleNamespace:
     """A run on so many ranks, in forked processes; its files."""
     log = out_dir.with_suffix(".log")
     processes = start_ranks([*flags, f"--out_dir={out_dir}"], ranks, log)
-    assert [exit_status(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
+    assert [wait_for_exit(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
     return read_run(out_dir)
 
 

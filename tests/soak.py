@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import TINY, WORDS, read_run, start_ranks, write_text
+from helpers import TEXT, TINY, read_run, start_ranks, write_char_dataset
 
 from nanoforge.training import checkpoint
 
@@ -33,7 +33,9 @@ FLAGS = [
 def start(folder: Path, name: str, ranks: int, *flags: str) -> list:
     """Processes of a run, new or resumed."""
     out_dir = folder / name
-    given = ["--init_from=resume"] if checkpoint.steps(out_dir / "checkpoints") else [*FLAGS, f"--data_dir={folder}"]
+    given = (
+        ["--init_from=resume"] if checkpoint.list_steps(out_dir / "checkpoints") else [*FLAGS, f"--data_dir={folder}"]
+    )
     return start_ranks([*given, f"--out_dir={out_dir}", *flags], ranks, folder / f"{name}.log")
 
 
@@ -41,7 +43,7 @@ def main(minutes: float) -> None:
     dice, until, parts, ends = random.Random(0), time.monotonic() + 60 * minutes, 0, {}
     with tempfile.TemporaryDirectory(prefix="soak") as name:
         folder = Path(name)
-        write_text(folder / "a", WORDS * 200)
+        write_char_dataset(folder / "a", TEXT * 200)
         while time.monotonic() < until:
             ranks, way = dice.randint(1, 3), dice.choice(("ddp", "fsdp"))
             processes = start(folder, "run", ranks, "--max_iters=10000000", f"--parallel={way}")
@@ -56,10 +58,10 @@ def main(minutes: float) -> None:
                 assert how == "all ranks killed" or process.exitcode != 0
             parts, ends[how] = parts + 1, ends.get(how, 0) + 1
             print(
-                f"part {parts}: {ranks} ranks ({way}), {how}, exit statuses {[process.exitcode for process in processes]}, newest checkpoint {checkpoint.steps(folder / 'run/checkpoints')[-1:]}",
+                f"part {parts}: {ranks} ranks ({way}), {how}, exit statuses {[process.exitcode for process in processes]}, newest checkpoint {checkpoint.list_steps(folder / 'run/checkpoints')[-1:]}",
                 flush=True,
             )
-        last = checkpoint.steps(folder / "run/checkpoints")[-1] + 10
+        last = checkpoint.list_steps(folder / "run/checkpoints")[-1] + 10
         for run in ("run", "undisturbed"):
             (process,) = start(folder, run, 1, f"--max_iters={last}", *(["--parallel=ddp"] if run == "run" else []))
             process.join()

@@ -40,7 +40,7 @@ def load(source: str, say=print) -> Pretrained:
     if not path.exists():
         return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))._replace(source=source)
     whole = (path / "checkpoints").is_dir()
-    path = checkpoint.chosen(path, "best", say) if whole else path
+    path = checkpoint.resolve(path, "best", say) if whole else path
     return read(path, source, whole, say)._replace(source=str(path.resolve()))
 
 
@@ -51,7 +51,7 @@ def read(path: Path, source: str, whole: bool, say) -> Pretrained:
     if whole:
         return load_own(path, say)
     if (path / "manifest.json").exists():
-        if wrong := checkpoint.damage(path, checkpoint.WEIGHTS):
+        if wrong := checkpoint.verify(path, checkpoint.WEIGHT_FILES):
             raise UserError(wrong)
         return load_own(path, say)
     weights = path / "model.safetensors" if path.is_dir() else path
@@ -177,7 +177,7 @@ def load_own(folder: Path, say=print) -> Pretrained:
         for name, value in config["_model"].items()
         if name not in NOT_SHAPE
     }
-    weights, adapter = checkpoint.tensors(folder, "model"), config.get("adapter", "none")
+    weights, adapter = checkpoint.load_tensors(folder, "model"), config.get("adapter", "none")
     if adapter == "soft_prompt":
         raise UserError(
             f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, and its base is {config['_base']['source']}"

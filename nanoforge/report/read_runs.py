@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from nanoforge import run_dir
+from nanoforge import run_dir, run_state
 from nanoforge.errors import UserError
 from nanoforge.report import scaling
 
-CONFIG, METRICS = "train_config.json", run_dir.METRICS
+CONFIG, METRICS = run_dir.RECORD_FILE, run_dir.METRICS_FILE
 NAMES = (
     "out_dir",
     "overwrite",
@@ -197,9 +197,9 @@ def read(folder: Path, name: str, points: int) -> Run:
     remarks: list[str] = []
     config = read_json(folder / CONFIG, remarks) if (folder / CONFIG).exists() else remarks.append(f"no {CONFIG}")
     run = Run(folder, name, config if isinstance(config, dict) else {}, remarks=remarks)
-    lines = run_dir.read_lines(folder / METRICS, remarks)
-    run.state, run.why = run_dir.state(folder, lines)
-    run.log = [line[:400] for line in run_dir.tail(folder, 12)] if run.state in ("failed", "stopped") else []
+    lines = run_state.read_metrics(folder / METRICS, remarks)
+    run.state, run.why = run_state.state_and_reason(folder, lines)
+    run.log = [line[:400] for line in run_state.log_tail(folder, 12)] if run.state in ("failed", "stopped") else []
     train, evals = (series([line for line in lines if line["event"] == event]) for event in ("train", "eval"))
     run.notes = [(line["step"], shortened(line.get("text", ""))) for line in lines if line["event"] == "note"]
     run.samples = told_samples([line for line in lines if line["event"] == "eval"])

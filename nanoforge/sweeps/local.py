@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanoforge import run_dir
+from nanoforge import run_state
 
 POLL = 0.2  # seconds
 
@@ -52,7 +52,7 @@ def deal(names: list[str], jobs: int, each: int) -> list[list[str]]:
 
 def take(folder: Path) -> int | None:
     """The run's lock as a file descriptor that a child may inherit, or None when another process holds it."""
-    handle = os.open(folder / run_dir.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / run_state.SWEEP_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     for _ in range(10):  # somebody may just be looking
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,7 @@ class Attempt:
         self.elsewhere = self.lock is None
         self.left = [] if self.elsewhere else task.commands()
         if self.left:
-            (task.folder / run_dir.STATUS).unlink(missing_ok=True)
+            (task.folder / run_state.STATUS_FILE).unlink(missing_ok=True)
             self.begin()
         else:
             self.release()
@@ -89,7 +89,7 @@ class Attempt:
     def begin(self) -> None:
         """Start the next command."""
         words = self.left.pop(0)
-        with (self.task.folder / run_dir.LOG).open("a", encoding="utf-8") as log:
+        with (self.task.folder / run_state.LOG_FILE).open("a", encoding="utf-8") as log:
             print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {subprocess.list2cmdline(words)}", file=log, flush=True)
             self.process = subprocess.Popen(
                 words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -106,7 +106,7 @@ class Attempt:
         if self.status == 0 and self.left and not self.stopped:
             self.begin()
             return False
-        (self.task.folder / run_dir.STATUS).write_text(f"{self.status}\n")
+        (self.task.folder / run_state.STATUS_FILE).write_text(f"{self.status}\n")
         self.release()
         return True
 

@@ -2,7 +2,7 @@
 
 A script runs one run, or as a job array one of several: under torchrun where there are several processes, with a c10d rendezvous on the first
 node where there are several nodes. Two minutes before its end Slurm signals the batch shell (--signal=B:USR1@120), which passes it on; the
-training saves and ends, and the job requeues itself. A run's folder gets the same files as from a launcher on this machine (nanoforge/run_dir.py).
+training saves and ends, and the job requeues itself. A run's folder gets the same files as from a launcher on this machine (nanoforge/run_state.py).
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanoforge import run_dir
+from nanoforge import run_state
 from nanoforge.errors import UserError
 
 TASKS = ("ntasks-per-node",)
@@ -229,7 +229,7 @@ def computed(name: str, logs: Path, runs: int, at_once: int, array: bool) -> dic
 def training(name: str, job: Job, runs: list[Path], train: Path, logs: Path, array: bool, at_once: int) -> str:
     """The script that trains a run, or in an array one of several."""
     return head(job, computed(name, logs, len(runs), at_once, array) | DIRECTIVES) + TRAIN.format(
-        runs="\n".join(f"    {quote(str(run))}" for run in runs), log=run_dir.LOG, lock=run_dir.LOCK, status=run_dir.STATUS, config=run_dir.CONFIG,
+        runs="\n".join(f"    {quote(str(run))}" for run in runs), log=run_state.LOG_FILE, lock=run_state.SWEEP_LOCK_FILE, status=run_state.STATUS_FILE, config=run_state.CONFIG_FILE,
         start=start(shape(job.directives), job.python), train=quote(str(train)), requeue=REQUEUE if requeues(job.directives) else "",
     )  # fmt: skip
 
@@ -253,7 +253,7 @@ def evaluation(
     }
     own = {key: 1 if key == "nodes" else value for key, value in own.items()}
     return head(job._replace(directives=own), computed(name, logs, len(runs), at_once, array)) + EVALUATE.format(
-        runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), told=told, flags=" ".join(map(quote, flags)), log=run_dir.LOG, status=run_dir.STATUS,
+        runs="\n".join(f"    {quote(str(run))}" for run in runs), python=quote(job.python), evaluate=quote(str(evaluate)), told=told, flags=" ".join(map(quote, flags)), log=run_state.LOG_FILE, status=run_state.STATUS_FILE,
     )  # fmt: skip
 
 

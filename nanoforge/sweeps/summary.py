@@ -5,12 +5,12 @@ import io
 from typing import Any
 
 from nanoforge.console import format_value
-from nanoforge.run_dir import Outcome
+from nanoforge.run_state import RunStatus
 
 NUMBERS = ("step", "loss", "val_loss", "best_val_loss", "best_step", "seconds")
 
 
-def rows(names: list[str], told: list[dict[str, Any]], outcomes: list[Outcome]) -> tuple[list[str], list[list[Any]]]:
+def rows(names: list[str], told: list[dict[str, Any]], outcomes: list[RunStatus]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: what varies, the state, what was reached, accuracies, the run's name."""
     columns = list(dict.fromkeys(name for one in told for name in one))
     tasks = list(dict.fromkeys(task for outcome in outcomes for task, _ in outcome.scores))

@@ -5,7 +5,7 @@
 
 A sharded run has folders model/ and optimizer/ instead, which torch.distributed.checkpoint fills with one safetensors file a rank.
 
-A checkpoint is written beside, synced, then renamed. No pickle is written or read. A `Saver` does so in a thread, from a snapshot.
+A checkpoint is written beside, synced, then renamed. No pickle is written or read. A `CheckpointSaver` does so in a thread, from a snapshot.
 """
 
 import json
@@ -29,9 +29,9 @@ from nanoforge import run_dir
 from nanoforge.errors import UserError
 from nanoforge.files import TMP_SUFFIX, fsync, sha256, write_json
 
-REPLACED = ".old"
-WEIGHTS = {"model.safetensors", "train_config.json", "tokenizer.json"}
-NEEDED = WEIGHTS | {"optimizer.safetensors", "progress.json"}
+REPLACED_SUFFIX = ".old"
+WEIGHT_FILES = {"model.safetensors", "train_config.json", "tokenizer.json"}
+REQUIRED_FILES = WEIGHT_FILES | {"optimizer.safetensors", "progress.json"}
 
 
 class Checkpoint(NamedTuple):
@@ -110,7 +110,7 @@ def save(
     for name, content in copied.items():
         (beside / name).write_bytes(content)
     write_manifest(beside)
-    replaced = checkpoints / f"{step:06d}{REPLACED}"
+    replaced = checkpoints / f"{step:06d}{REPLACED_SUFFIX}"
     if final.exists():
         os.rename(final, replaced)  # `newest` brings it back if this process ends here
     os.rename(beside, final)
@@ -132,7 +132,7 @@ def write_manifest(folder: Path) -> None:
     fsync(folder)
 
 
-class Outcome(NamedTuple):
+class SaveResult(NamedTuple):
     """Of a save: the folder, or the error that kept it from being; ms that training stood still for it, and that its thread took."""
 
     step: int
@@ -142,12 +142,12 @@ class Outcome(NamedTuple):
     written_ms: float
 
 
-class Saver:
+class CheckpointSaver:
     """Runs one save at a time in a thread. An error of the disk is an outcome; any other is raised by `outcome`."""
 
     def __init__(self):
         self.thread: threading.Thread | None = None
-        self.ended: Outcome | None = None
+        self.ended: SaveResult | None = None
         self.step = 0  # of the save begun last
 
     @property
@@ -167,14 +167,14 @@ class Saver:
                 folder = work()
             except Exception as raised:
                 error = raised
-            self.ended = Outcome(step, folder, error, 1e3 * (begin - since), 1e3 * (time.perf_counter() - begin))
+            self.ended = SaveResult(step, folder, error, 1e3 * (begin - since), 1e3 * (time.perf_counter() - begin))
 
         self.thread = threading.Thread(
             target=run, name="save"
         )  # not a daemon: the process does not end in the middle of it
         self.thread.start()
 
-    def outcome(self, wait: bool) -> Outcome | None:
+    def outcome(self, wait: bool) -> SaveResult | None:
         """The outcome of the save that was begun, once; None when there is none, or it is not over and is not waited for."""
         if self.thread is None or (self.thread.is_alive() and not wait):
             return None
@@ -185,7 +185,7 @@ class Saver:
         return self.ended
 
 
-def damage(folder: Path, needed: set[str] = NEEDED) -> str | None:
+def verify(folder: Path, needed: set[str] = REQUIRED_FILES) -> str | None:
     """What is wrong with a checkpoint, which must have the needed files, by its manifest; or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -205,58 +205,60 @@ def damage(folder: Path, needed: set[str] = NEEDED) -> str | None:
     return None
 
 
-def steps(checkpoints: Path) -> list[int]:
+def list_steps(checkpoints: Path) -> list[int]:
     """Steps of the checkpoints there, ascending."""
     return (
         sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()) if checkpoints.is_dir() else []
     )
 
 
-def newest(checkpoints: Path, say=print) -> Path:
+def newest(checkpoints: Path, log: Callable[[str], None] = print) -> Path:
     """The newest undamaged checkpoint; says which ones it passes over. Raises UserError when there is none."""
-    for path in checkpoints.glob(f"*{REPLACED}"):
+    for path in checkpoints.glob(f"*{REPLACED_SUFFIX}"):
         if not path.with_suffix("").exists():
             os.rename(path, path.with_suffix(""))
-    for step in reversed(steps(checkpoints)):
+    for step in reversed(list_steps(checkpoints)):
         folder = checkpoints / f"{step:06d}"
-        wrong = damage(folder)
+        wrong = verify(folder)
         if wrong is None:
             return folder
-        say(f"passing over {folder}: {wrong}")
+        log(f"passing over {folder}: {wrong}")
     raise UserError(f"{checkpoints}: holds no whole checkpoint to go on from; begin the run anew with --overwrite")
 
 
-def chosen(out_dir: Path, which: str, say=print) -> Path:
+def resolve(out_dir: Path, which: str, log: Callable[[str], None] = print) -> Path:
     """The checkpoint of a run that `which` names: best (the newest where there is none), last, or a step. Raises UserError."""
     checkpoints = out_dir / "checkpoints"
-    if not steps(checkpoints):
+    if not list_steps(checkpoints):
         raise UserError(
             f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir"
         )
-    step = run_dir.best_step(out_dir) if which == "best" else None if which == "last" else int(which)
+    step = run_dir.read_best_step(out_dir) if which == "best" else None if which == "last" else int(which)
     if step is None:
         if which == "best":
-            say(f"{out_dir / 'best.json'} names no best checkpoint; taking the newest")
-        return newest(checkpoints, say)
+            log(f"{out_dir / 'best.json'} names no best checkpoint; taking the newest")
+        return newest(checkpoints, log)
     folder = checkpoints / f"{step:06d}"
     wrong = (
-        damage(folder) if folder.exists() else f"the run has those of steps {', '.join(map(str, steps(checkpoints)))}"
+        verify(folder)
+        if folder.exists()
+        else f"the run has those of steps {', '.join(map(str, list_steps(checkpoints)))}"
     )
     if wrong is None:
         return folder
     if which == "best":
-        say(f"passing over the best checkpoint, {folder}: {wrong}")
-        return newest(checkpoints, say)
+        log(f"passing over the best checkpoint, {folder}: {wrong}")
+        return newest(checkpoints, log)
     raise UserError(f"--checkpoint={which}: {wrong}; take another one")
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` or `chosen` found whole, into memory of its own: safetensors only maps the file."""
+    """Read a checkpoint that `newest` or `resolve` found whole, into memory of its own: safetensors only maps the file."""
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Checkpoint(folder, tensors(folder, "model"), tensors(folder, "optimizer"), progress)
+    return Checkpoint(folder, load_tensors(folder, "model"), load_tensors(folder, "optimizer"), progress)
 
 
-def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
+def load_tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's "model" or "optimizer", in memory of their own; those of shards are read when they are asked for."""
     if (folder / name).is_dir():
         return Shards(folder / name)
@@ -295,7 +297,7 @@ class Shards(Mapping[str, Tensor]):
         return len(self.parts)
 
 
-def kept(all_steps: list[int], best: int | None, last: int, every: int) -> set[int]:
+def steps_to_keep(all_steps: list[int], best: int | None, last: int, every: int) -> set[int]:
     """Steps to keep: the best, the `last` ones, and the multiples of `every` (0: none)."""
     return {best, *all_steps[-last:], *(step for step in all_steps if every and step % every == 0)} - {None}
 
@@ -303,5 +305,5 @@ def kept(all_steps: list[int], best: int | None, last: int, every: int) -> set[i
 def prune(checkpoints: Path, keep: set[int]) -> None:
     """Delete all checkpoints but those of the steps to keep, and what an interrupted save left."""
     for path in checkpoints.glob("*"):
-        if path.suffix in (TMP_SUFFIX, REPLACED) or (path.name.isdigit() and int(path.name) not in keep):
+        if path.suffix in (TMP_SUFFIX, REPLACED_SUFFIX) or (path.name.isdigit() and int(path.name) not in keep):
             shutil.rmtree(path, ignore_errors=True)

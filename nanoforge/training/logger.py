@@ -1,6 +1,6 @@
 """What a run tells: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
 
-Only the main rank has a Record that writes; the others' are silent. wandb and tensorboard are imported only when they are asked for.
+Only the main rank has a RunLogger that writes; the others' are silent. wandb and tensorboard are imported only when they are asked for.
 """
 
 import json
@@ -35,10 +35,12 @@ def keep_until(path: Path, step: int, evaluated: bool) -> None:
     os.replace(beside, path)
 
 
-class Record:
+class RunLogger:
     """Tells events of a run. `silent` ranks do nothing."""
 
-    def __init__(self, out_dir: Path, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int):
+    def __init__(
+        self, out_dir: Path, *, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int
+    ):
         self.silent, self.start_step, self.out_dir, self.metrics = (
             silent,
             start_step,
@@ -85,7 +87,7 @@ class Record:
 
         self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=self.start_step + 1)
 
-    def say(self, words: str) -> None:
+    def print(self, words: str) -> None:
         """A line on the console."""
         if words and not self.silent:
             print_line(words)
@@ -99,7 +101,7 @@ class Record:
         """A line on the console and one in metrics.jsonl, flushed at once; numbers also go to the trackers."""
         if self.silent:
             return
-        self.say(words)
+        self.print(words)
         values = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -125,9 +127,9 @@ class Record:
             self.torn = written < len(data)
         except OSError as error:
             written = 0
-            self.say(f"{self.metrics}: {error}")
+            self.print(f"{self.metrics}: {error}")
         if written < len(data):
-            self.say(f"{self.metrics}: a line is lost: {line}")
+            self.print(f"{self.metrics}: a line is lost: {line}")
 
     def note(self, step: int, words: str) -> None:
         """A remark, on the console and in metrics.jsonl."""

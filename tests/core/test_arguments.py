@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from helpers import TINY, WORDS, equal_tensors, read_run, skip_without_gpt2
+from helpers import TEXT, TINY, equal_tensors, gpt2_tokenizer_env, read_run
 
 import train
 import train_args
@@ -21,7 +21,7 @@ from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 
 MIX = ["--training_mode=multidataset", "--dataset_list", "a", "b"]
-V = len(set(WORDS))
+V = len(set(TEXT))
 EFFECTS = {}
 
 
@@ -80,7 +80,7 @@ def init_from(run):
 def gpt2_type(run, tmp_path, monkeypatch):
     """The hub's answer is a small GPT-2 on the disk; what is asked for is seen."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setenv(*next(iter(skip_without_gpt2().items())))
+    monkeypatch.setenv(*next(iter(gpt2_tokenizer_env().items())))
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path / "hub")

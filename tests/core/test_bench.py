@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import command
+from helpers import run_script
 
 import bench
 from model import GPT, GPTConfig
@@ -84,7 +84,7 @@ def test_held_out_loss_reads_every_token_once(tmp_path):
 
 
 def test_training_in_turn_with_a_peer(peer, tmp_path):
-    done = command(
+    done = run_script(
         "train",
         f"--peer={peer}",
         "--cases=tiny",
@@ -115,7 +115,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path):
         share["utilisation"] == pytest.approx(share["flops"] / share["measured_peak_flops"])
         and results["train"]["about"]["torch"] == torch.__version__
     )
-    again = command(
+    again = run_script(
         "startup",
         "--pairs=1",
         "--device=cpu",
@@ -130,7 +130,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path):
 
 def test_sampling_in_turn_with_transformers(peer, tmp_path):
     pytest.importorskip("transformers")
-    command(
+    run_script(
         "sample",
         "--peer_kind=hf",
         "--cases=small",
@@ -151,5 +151,5 @@ def test_mistakes_are_told_in_a_line(tmp_path):
         (["train", "--cases=huge"], "no huge"),
         (["race", "--device=cpu"], "needs --peer"),
     ):
-        done = command(*argv, script="bench.py", check=False)
+        done = run_script(*argv, script="bench.py", check=False)
         assert done.returncode == 2 and words in done.stderr, done.stderr

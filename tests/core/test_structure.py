@@ -27,6 +27,7 @@ TORCH_FREE = (
     "rng",
     "console",
     "run_dir",
+    "run_state",
     "data.tables",
     "posttraining.prompt_format",
     "posttraining.objective_specs",

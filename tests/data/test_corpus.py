@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SHARED, WORDS, command, needs_shared, skip_without_gpt2
+from helpers import ROOT, SHARED, TEXT, gpt2_tokenizer_env, needs_shared, run_script
 
 from nanoforge.data import corpus, token_bins, tokenization
 from nanoforge.errors import UserError
 
-DOCS = [f"document {i}: " + WORDS for i in range(25)]
+DOCS = [f"document {i}: " + TEXT for i in range(25)]
 
 
 def prepare(*argv, check=True, **more):
-    return command(*argv, script="data/prepare.py", check=check, **more)
+    return run_script(*argv, script="data/prepare.py", check=check, **more)
 
 
 def tokens(folder, split="train"):
@@ -31,7 +31,7 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
     """Its prepare.py by hand: sorted characters or tiktoken's gpt2 over the first nine tenths."""
     env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
     path = SHARED / "tinyshakespeare/input.txt"
-    command(f"--input={path}", f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
+    run_script(f"--input={path}", f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
     words = path.read_text()
     if name == "shakespeare_char":
         stoi = {char: i for i, char in enumerate(sorted(set(words)))}
@@ -47,7 +47,7 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
 
 
 def test_offline_download_says_what_to_do(tmp_path):
-    done = command(
+    done = run_script(
         f"--data_dir={tmp_path}",
         script="data/shakespeare_char/prepare.py",
         check=False,
@@ -92,10 +92,10 @@ def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
 def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 100)
     path = tmp_path / "one.txt"
-    path.write_text(WORDS * 30)
+    path.write_text(TEXT * 30)
     pieces = list(corpus.pieces_of([str(path)], "text", 0.25))
     assert max(len(piece.text) for piece in pieces) <= 100 and not any(piece.ends for piece in pieces)
-    whole = WORDS * 30
+    whole = TEXT * 30
     assert "".join(p.text for p in pieces if p.split == "train") == whole[: int(len(whole) * 0.75)]
     assert "".join(p.text for p in pieces) == whole
     corpus.write_dataset(tmp_path / "d", lambda: corpus.pieces_of([str(path)], "text", 0.25), "char")
@@ -135,7 +135,7 @@ def test_bytes_that_are_not_utf_8_are_told_by_their_place(tmp_path, monkeypatch)
 @needs_shared
 def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
     """tiktoken, given the text at once, is the witness; pieces end where no token goes on."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", skip_without_gpt2()["TIKTOKEN_CACHE_DIR"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_tokenizer_env()["TIKTOKEN_CACHE_DIR"])
     monkeypatch.setattr(corpus, "PIECE", 200)
     import tiktoken
 
@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     peaks = []
     for megabytes in (1, 30):
         path = tmp_path / "one.txt"
-        path.write_text(WORDS * (megabytes * 10**6 // len(WORDS)))
+        path.write_text(TEXT * (megabytes * 10**6 // len(TEXT)))
         code = f"import runpy, sys; sys.argv = ['prepare.py', '--input={path}', '--name=d', '--data_dir={tmp_path}', '--tokenizer=char']; " \
                f"runpy.run_path('{ROOT / 'data/prepare.py'}', run_name='__main__'); print('torch' in sys.modules, open('/proc/self/status').read())"  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -255,7 +255,7 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
 
 def test_standard_library_and_its_classes_are_aligned(tmp_path):
     for name in ("stdlib_char", "stdlib_class"):
-        told = command(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
+        told = run_script(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
     assert "tokens" in told
     char, kind = (
         token_bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000])
@@ -288,7 +288,7 @@ def test_classes_of_a_line():
 
 
 def test_arithmetic_is_right_and_held_out(tmp_path):
-    command(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
+    run_script(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
     tokenizer = token_bins.read_meta(tmp_path).tokenizer
     train, val = (tokenizer.decode(tokens(tmp_path, split)).splitlines() for split in ("train", "val"))
     assert len(set(train) | set(val)) == 10_000 == len(train) + len(val) and len(val) == 1000
@@ -301,8 +301,8 @@ def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     (tmp_path / "datasets.py").write_text(
         "def load_dataset(*args, **kwargs):\n    print('asked', args, kwargs)\n    return [{'text': f'document {i}'} for i in range(4001)]\n"
     )
-    env = {"PYTHONPATH": str(tmp_path), **skip_without_gpt2()}
-    done = command(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
+    env = {"PYTHONPATH": str(tmp_path), **gpt2_tokenizer_env()}
+    done = run_script(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
     assert (
         "'streaming': True" in done.stdout
         and {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu', 'sample-10BT'"}[name]

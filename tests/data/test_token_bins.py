@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import SHARED, command, needs_shared
+from helpers import SHARED, needs_shared, run_script
 
 from nanoforge.data import token_bins, tokenization
 from nanoforge.errors import UserError
@@ -141,7 +141,7 @@ def test_shards_of_two_widths_are_told(folder):
 def test_bad_input_is_one_clear_line_with_status_2(folder, name, break_it, told, tmp_path_factory):
     break_it(folder)
     out_dir = tmp_path_factory.mktemp("out") / "x"
-    done = command(
+    done = run_script(
         f"--data_dir={folder.parent}",
         f"--dataset={folder.name}",
         "--block_size=8",

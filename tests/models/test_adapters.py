@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import WITHOUT_SHAPE, assert_same_lines, build, equal_tensors, ids, metric, run_on_ranks
+from helpers import TINY_WITHOUT_SHAPE, assert_same_lines, equal_tensors, ids, metric, run_on_ranks, tiny_model
 
 import train
 from model import GPT, GPTConfig
@@ -66,7 +66,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("targets", [[], ["attn.qkv", "up"]])
 def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
-    plain, model, idx = build(**variant).eval(), build(**variant).eval(), ids(2, 12)
+    plain, model, idx = tiny_model(**variant).eval(), tiny_model(**variant).eval(), ids(2, 12)
     expected = plain(idx)
     adapters.lora(model, targets, 4, 8.0, 0.0)
     adapters.freeze(model)
@@ -93,7 +93,7 @@ def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_merged_weights_give_the_unmerged_logits(variant):
-    plain, model, idx = build(**variant).eval(), build(**variant).eval(), ids(2, 12)
+    plain, model, idx = tiny_model(**variant).eval(), tiny_model(**variant).eval(), ids(2, 12)
     weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     adapters.lora(model, [], 4, 10.0, 0.0)
     adapters.freeze(model)
@@ -101,7 +101,7 @@ def test_merged_weights_give_the_unmerged_logits(variant):
     own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain.load_weights(adapters.merged(weights, own, 10.0 / 4), "merged")
     torch.testing.assert_close(plain(idx), model(idx), atol=1e-5, rtol=1e-4)
-    assert (plain(idx) - build(**variant).eval()(idx)).abs().max() > 0.01
+    assert (plain(idx) - tiny_model(**variant).eval()(idx)).abs().max() > 0.01
 
 
 THEIR_NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
@@ -164,7 +164,7 @@ def test_lora_is_pefts(tmp_path, theirs_of):
 
 
 def test_dropout_is_on_the_additions_input_in_training_alone():
-    model = build(dropout=0.0)
+    model = tiny_model(dropout=0.0)
     adapters.lora(model, [], 4, 8.0, 0.5)
     adapters.freeze(model)
     shaken(model)
@@ -189,7 +189,7 @@ def test_dropout_is_on_the_additions_input_in_training_alone():
 )
 def test_targets_that_are_not_there_are_told(targets, told):
     with pytest.raises(UserError, match=told):
-        adapters.lora(build(), targets, 4, 8.0, 0.0)
+        adapters.lora(tiny_model(), targets, 4, 8.0, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
         "dpo": [*LORA, "--objective=dpo", "--dataset=pairs"],
     }[kind]
     flags = [
-        *WITHOUT_SHAPE,
+        *TINY_WITHOUT_SHAPE,
         f"--data_dir={data_dir}",
         f"--init_from={base}",
         *flags,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import build, ids
+from helpers import ids, tiny_model
 
 from nanoforge.models.generation import Cache, choose, generate
 
@@ -23,7 +23,7 @@ def draw(model, idx, n, seed=0, **more):
 @pytest.mark.parametrize("prompt", [1, 5, 12, 20])
 def test_cached_equals_uncached(variant, prompt):
     """Inside the block and far beyond it, greedy and drawn."""
-    model = build(**variant)
+    model = tiny_model(**variant)
     for temperature in (0.0, 1.0):
         cached = draw(model, ids(3, prompt), 40, temperature=temperature)
         assert torch.equal(cached, draw(model, ids(3, prompt), 40, temperature=temperature, cached=False))
@@ -31,7 +31,7 @@ def test_cached_equals_uncached(variant, prompt):
 
 
 def test_cached_logits_equal_uncached_logits():
-    model = build(position="rope", n_kv_head=2, window="SL", window_size=5).eval()
+    model = tiny_model(position="rope", n_kv_head=2, window="SL", window_size=5).eval()
     idx = ids(2, 12)
     cache = Cache(2, 2, 2, 12, 8, idx.device, torch.float32)
     rows = []
@@ -50,7 +50,7 @@ def test_cached_logits_equal_uncached_logits():
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_compiled_steps_draw_what_eager_ones_draw(position):
     """Through the end of the block, where the context is cut and read again."""
-    model = build(position=position, window="SL", window_size=5, value_residual=True)
+    model = tiny_model(position=position, window="SL", window_size=5, value_residual=True)
     assert torch.equal(draw(model, ids(3, 5), 20, compiled=True), draw(model, ids(3, 5), 20))
 
 
@@ -100,7 +100,7 @@ def test_filters_keep_what_their_definition_says():
 
 
 def test_temperature_zero_is_greedy_and_seeds_matter():
-    model = build()
+    model = tiny_model()
     assert torch.equal(
         draw(model, ids(2, 3), 20, seed=1, temperature=0.0), draw(model, ids(2, 3), 20, seed=2, temperature=0.0)
     )
@@ -109,12 +109,12 @@ def test_temperature_zero_is_greedy_and_seeds_matter():
 
 
 def test_padding_rows_are_never_drawn():
-    model = build()
+    model = tiny_model()
     assert draw(model, ids(4, 3, high=5), 200, known=[5], temperature=5.0).max() < 5
 
 
 def test_contexts_go_on_together_in_their_own_rows():
-    model = build(vocab_sizes=(31, 7), vocabulary="contexts")
+    model = tiny_model(vocab_sizes=(31, 7), vocabulary="contexts")
     idx = torch.stack((ids(2, 4), 31 + ids(2, 4, high=7)), 1)
     out = draw(model, idx, 30, temperature=3.0)
     assert (
@@ -125,7 +125,7 @@ def test_contexts_go_on_together_in_their_own_rows():
 
 
 def test_a_dataset_with_its_own_vocabulary_stays_in_it():
-    model = build(vocab_sizes=(31, 7), vocabulary="separate")
+    model = tiny_model(vocab_sizes=(31, 7), vocabulary="separate")
     assert (
         draw(model, ids(2, 4), 50, temperature=5.0).max()
         < 31
@@ -135,5 +135,5 @@ def test_a_dataset_with_its_own_vocabulary_stays_in_it():
 
 def test_every_token_is_told_as_it_is_drawn():
     told = []
-    out = draw(build(), ids(2, 4), 20, on_token=lambda new: told.append(new))
+    out = draw(tiny_model(), ids(2, 4), 20, on_token=lambda new: told.append(new))
     assert torch.equal(torch.stack(told, 1), out[:, 4:])

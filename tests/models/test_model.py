@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TINY_MODEL, build, command, ids
+from helpers import ROOT, TINY_MODEL, ids, run_script, tiny_model
 
 from model import (
     ACTIVATIONS,
@@ -80,7 +80,7 @@ def test_losses_and_gradients_equal_transformers(hugging_face):
 
 def test_grouped_heads_equal_repeated_keys_and_values():
     """Llama's attention with 2 of 4 heads equals full attention whose k and v rows are repeated."""
-    grouped, full = build(n_kv_head=2), build()
+    grouped, full = tiny_model(n_kv_head=2), tiny_model()
     weights = {name: parameter.detach().clone() for name, parameter in grouped.named_parameters()}
     for name in [name for name in weights if "qkv" in name]:
         q, k, v = weights[name].split([32, 16, 16])
@@ -98,7 +98,7 @@ def test_modern_block_equals_transformers_llama():
         max_position_embeddings=12, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
-    ours = build(
+    ours = tiny_model(
         n_kv_head=2, norm="rmsnorm", position="rope", activation="silu", mlp="gated", mlp_ratio=2.0, tie_weights=False
     )
     w, state = {name: p.detach() for name, p in ours.named_parameters()}, {}
@@ -121,7 +121,7 @@ def test_modern_block_equals_transformers_llama():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_variant_is_causal(norm, position):
-    model = build(
+    model = tiny_model(
         norm=norm, position=position, qk_norm=True, window="SL", window_size=3, logit_softcap=15.0, tie_weights=False
     ).eval()
     idx = ids(1, 12)
@@ -168,7 +168,7 @@ def test_rotary_scores_depend_on_distance_alone():
 def test_window_sees_its_last_tokens_alone():
     """One layer, window 3: a change 3 tokens back has no effect, 2 back it has; without a window it has."""
     for window, back, same in (("S", 3, True), ("S", 2, False), ("L", 11, False)):
-        model = build(n_layer=1, window=window, window_size=3, position="rope").eval()
+        model = tiny_model(n_layer=1, window=window, window_size=3, position="rope").eval()
         idx = ids(1, 12)
         changed = idx.clone()
         changed[0, 11 - back] = (changed[0, 11 - back] + 1) % 31
@@ -176,7 +176,7 @@ def test_window_sees_its_last_tokens_alone():
 
 
 def test_window_pattern_repeats_over_the_layers():
-    model = build(n_layer=5, window="SSL", window_size=4)
+    model = tiny_model(n_layer=5, window="SSL", window_size=4)
     assert [block.attn.span for block in model.blocks] == [4, 4, 12, 4, 4]
 
 
@@ -217,7 +217,7 @@ def test_softcap_is_bounded_with_slope_one():
 
 def test_qk_norm_bounds_the_scores():
     """Queries and keys scaled by a thousand change nothing once they are normalised."""
-    model = build(qk_norm=True).eval()
+    model = tiny_model(qk_norm=True).eval()
     before = model(ids(2, 12))
     with torch.no_grad():
         for block in model.blocks:
@@ -239,13 +239,13 @@ def test_initial_weights():
 
 
 def test_tied_head_is_the_embedding_and_untied_is_not():
-    tied, untied = build(), build(tie_weights=False)
+    tied, untied = tiny_model(), tiny_model(tie_weights=False)
     assert tied.head.weight is tied.wte.weight and "head.weight" not in dict(tied.named_parameters())
     assert untied.count_parameters() - tied.count_parameters() == 31 * 32
 
 
 def test_one_context_equals_the_plain_model():
-    plain, contexts = build(), build(vocabulary="contexts")
+    plain, contexts = tiny_model(), tiny_model(vocabulary="contexts")
     idx, targets = ids(2, 12), ids(2, 12, seed=2)
     assert torch.equal(plain(idx), contexts(idx[:, None])) and torch.equal(
         plain(idx, targets), contexts(idx[:, None], targets[:, None])[:, 0]
@@ -253,7 +253,7 @@ def test_one_context_equals_the_plain_model():
 
 
 def test_contexts_have_their_own_softmax():
-    model = build(vocab_sizes=(31, 7), vocabulary="contexts")
+    model = tiny_model(vocab_sizes=(31, 7), vocabulary="contexts")
     idx = torch.stack((ids(2, 12), 31 + ids(2, 12, high=7)), 1)
     losses, logits = model(idx, idx), model(idx)
     first = F.cross_entropy(logits[..., :31].flatten(0, 1), idx[:, 0].flatten(), reduction="none").view(2, 12)
@@ -262,7 +262,7 @@ def test_contexts_have_their_own_softmax():
 
 
 def test_separate_vocabularies_ignore_each_others_rows():
-    model = build(vocab_sizes=(31, 7), vocabulary="separate")
+    model = tiny_model(vocab_sizes=(31, 7), vocabulary="separate")
     idx = torch.stack((ids(12), 31 + ids(12, high=7)))
     losses, logits = model(idx, idx), model(idx)
     torch.testing.assert_close(losses[0], F.cross_entropy(logits[0, :, :31], idx[0], reduction="none"))
@@ -270,7 +270,7 @@ def test_separate_vocabularies_ignore_each_others_rows():
 
 
 def test_bfloat16_activations_stay_near_float32():
-    model = build(tie_weights=False, norm="rmsnorm", position="rope").eval()
+    model = tiny_model(tie_weights=False, norm="rmsnorm", position="rope").eval()
     exact = model(ids(2, 12))
     model.compute_dtype = torch.bfloat16
     rough = model(ids(2, 12))
@@ -299,7 +299,7 @@ def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch):
 
     calls = []
     monkeypatch.setattr(module, "chunked_attention", lambda *given: calls.append(given) or chunked_attention(*given))
-    model = build(position="rope", window="SL", window_size=4, n_kv_head=2)
+    model = tiny_model(position="rope", window="SL", window_size=4, n_kv_head=2)
     exact = model(ids(2, 12))
     assert not calls
     model.compute_dtype = torch.bfloat16
@@ -328,7 +328,7 @@ def test_model_with_chunked_loss_learns_the_same():
     for changes in ({}, {"tie_weights": False, "logit_softcap": 4.0}):
         gradients = []
         for chunk in (0, 5):
-            model = build(loss_chunk=chunk, **changes)
+            model = tiny_model(loss_chunk=chunk, **changes)
             model(ids(2, 12), ids(2, 12, seed=3)).mean().backward()
             gradients.append([p.grad for p in model.parameters()])
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
@@ -336,7 +336,7 @@ def test_model_with_chunked_loss_learns_the_same():
 
 def test_value_residual_mixes_in_the_first_layers_values():
     """With no part the model is the plain one; with the whole part a later layer's own values don't matter, the first one's do."""
-    plain, mixed = build(), build(value_residual=True)
+    plain, mixed = tiny_model(), tiny_model(value_residual=True)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     values = mixed.blocks[1].attn.qkv.weight[64:]
     for part, same in ((0.0, True), (1.0, False)):
@@ -349,7 +349,7 @@ def test_value_residual_mixes_in_the_first_layers_values():
 
 def test_residual_scalars_scale_the_stream_and_the_embedding():
     """(1, 0) is the plain block; (0, 1) in the second one makes it the only one."""
-    plain, scaled, second = build(), build(residual_scalars=True), build(n_layer=1)
+    plain, scaled, second = tiny_model(), tiny_model(residual_scalars=True), tiny_model(n_layer=1)
     scaled.load_state_dict(plain.state_dict(), strict=False)
     second.load_state_dict(
         {
@@ -365,14 +365,14 @@ def test_residual_scalars_scale_the_stream_and_the_embedding():
 
 
 def test_embedding_norm_forgets_the_embeddings_size():
-    model = build(embedding_norm=True, position="rope", tie_weights=False)
+    model = tiny_model(embedding_norm=True, position="rope", tie_weights=False)
     before = model(ids(2, 12))
     model.wte.weight.data.mul_(100)
     torch.testing.assert_close(model(ids(2, 12)), before, atol=1e-3, rtol=1e-3)
 
 
 def test_compiled_equals_eager():
-    model = build()
+    model = tiny_model()
     compiled = torch.compile(model, dynamic=False)
     torch.testing.assert_close(
         compiled(ids(2, 12), ids(2, 12, seed=3)), model(ids(2, 12), ids(2, 12, seed=3)), atol=1e-5, rtol=1e-5
@@ -380,7 +380,7 @@ def test_compiled_equals_eager():
 
 
 def test_weights_that_dont_fit_are_named():
-    model = build()
+    model = tiny_model()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with pytest.raises(UserError, match=r"norm.weight is \(3,\) there and \(32,\)"):
         model.load_weights(weights | {"norm.weight": torch.ones(3)}, "here")
@@ -389,14 +389,14 @@ def test_weights_that_dont_fit_are_named():
 
 
 def test_longer_positions_are_cropped():
-    model, short = build(), build(seed=5, block_size=6)
+    model, short = tiny_model(), tiny_model(seed=5, block_size=6)
     short.load_weights({name: parameter.detach() for name, parameter in model.named_parameters()}, "here")
     torch.testing.assert_close(short(ids(2, 12)[:, :6]), model(ids(2, 12))[:, :6])
 
 
 def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     """Names and layout of nanoGPT's ckpt.pt, compiled prefix included; a pickle with code is refused."""
-    model = build(bias=True)
+    model = tiny_model(bias=True)
     back = {"position.": "wpe.", "norm.": "ln_f."}
     theirs = {}
     for name, parameter in model.named_parameters():
@@ -466,7 +466,7 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
         server.shutdown()
     assert done.stdout.split() == ["3", "False"], done.stderr
-    done = command("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
+    done = run_script("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
     assert (
         done.returncode == 2 and "offline, give the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     ), done.stderr

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, WORDS, command, skip_without_gpt2
+from helpers import ROOT, TEXT, gpt2_tokenizer_env, run_script
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ def trained(data_dir, tmp_path_factory):
 
 
 def sample(*argv, **more) -> str:
-    return command(*argv, script="sample.py", **more).stdout
+    return run_script(*argv, script="sample.py", **more).stdout
 
 
 def refuse(*argv, **more) -> str:
-    done = command(*argv, script="sample.py", check=False, **more)
+    done = run_script(*argv, script="sample.py", check=False, **more)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout, done.stderr
     return done.stderr
 
@@ -60,7 +60,7 @@ def test_samples_resemble_the_text(trained):
         and all(s.startswith("the quick") and len(s) == 209 for s in samples[:2])
         and samples[0] != samples[1]
     )
-    words = set(re.findall(r"\w+", WORDS))
+    words = set(re.findall(r"\w+", TEXT))
     assert sum(word in words for word in re.findall(r"\w+", told)) > 20
 
 
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
 
 def test_gpt2_of_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    env = skip_without_gpt2()
+    env = gpt2_tokenizer_env()
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)

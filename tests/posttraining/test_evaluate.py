@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIGITS, TINY, command
+from helpers import DIGITS, TINY, run_script
 
 import configurator
 import evaluate
@@ -151,7 +151,7 @@ def prompts(base, data_dir, tmp_path_factory):
 
 def answers(*argv) -> list[str]:
     flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=6", "--dtype=float32", "--device=cpu"]
-    return command(*argv, *flags, script="sample.py").stdout.split("\n---------------\n")[:-1]
+    return run_script(*argv, *flags, script="sample.py").stdout.split("\n---------------\n")[:-1]
 
 
 def test_prompts_of_several_runs_share_a_batch(prompts):
@@ -181,7 +181,7 @@ def test_an_evaluation_of_a_soft_prompt_gives_its_answers(prompts):
 
 def test_mistakes_of_prompts(prompts, base):
     def refuse(*argv) -> str:
-        done = command(*argv, script="sample.py", check=False)
+        done = run_script(*argv, script="sample.py", check=False)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
         return done.stderr
 
@@ -215,7 +215,7 @@ def test_a_chat_and_an_end_token(run, base, tmp_path):
 
 def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
     done = run("--objective=sft", "--dataset=sums", "--adapter=lora", f"--init_from={base}", "--block_size=32", *GENTLE)
-    command("merge", done.out_dir, f"--to={tmp_path / 'merged'}", script="export.py")
+    run_script("merge", done.out_dir, f"--to={tmp_path / 'merged'}", script="export.py")
     ours, theirs = built(tmp_path / "merged"), built(done.out_dir / "checkpoints/000004")
     assert all(
         torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
@@ -230,7 +230,7 @@ def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
         name="next",
     ).steps == [1]
     (tmp_path / "merged/model.safetensors").write_bytes(b"x" + (tmp_path / "merged/model.safetensors").read_bytes()[1:])
-    assert checkpoint.damage(tmp_path / "merged", checkpoint.WEIGHTS)
+    assert checkpoint.verify(tmp_path / "merged", checkpoint.WEIGHT_FILES)
 
 
 def test_peft_loads_what_was_exported(run, tmp_path):
@@ -249,7 +249,7 @@ def test_peft_loads_what_was_exported(run, tmp_path):
         "--learning_rate=1e-1",
         "--max_iters=8",
     )
-    command("peft", done.out_dir / "checkpoints/000008", f"--to={tmp_path / 'adapter'}", script="export.py")
+    run_script("peft", done.out_dir / "checkpoints/000008", f"--to={tmp_path / 'adapter'}", script="export.py")
     theirs = peft.PeftModel.from_pretrained(
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf"), tmp_path / "adapter"
     ).eval()
@@ -266,6 +266,6 @@ def test_mistakes_of_exports(base, tmp_path):
         (["peft", base, f"--to={tmp_path}"], "not a run with --adapter=lora"),
         (["melt", base], "there is: consolidate, merge, peft"),
     ):
-        done = command(*argv, script="export.py", check=False)
+        done = run_script(*argv, script="export.py", check=False)
         assert done.returncode == 2 and words in done.stderr
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, build
+from helpers import DIGITS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -364,7 +364,7 @@ def test_an_evaluation_reads_the_first_examples_once(size, iters, world):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_padding_changes_no_loss(position):
     """To the longest of the batch, or to a width for compiled steps: the same losses of the learned tokens, and those of each row alone."""
-    model = build(vocab_sizes=(13,), block_size=32, position=position).eval()
+    model = tiny_model(vocab_sizes=(13,), block_size=32, position=position).eval()
     data = sft(SUMS[:7])
     sequences = [item.sequences[0] for item in data.items]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import WITHOUT_SHAPE, assert_same_lines, build, equal_tensors, metric, run_on_ranks
+from helpers import TINY_WITHOUT_SHAPE, assert_same_lines, equal_tensors, metric, run_on_ranks, tiny_model
 from torch import nn
 
 import train_args
@@ -511,7 +511,7 @@ def test_grpo_equals_trls(aggregation, level, beta):
 
 def test_entropy_and_accuracy_are_those_of_the_distribution():
     """torch.distributions is the witness, at a temperature too."""
-    model, batch = build().eval(), rows_of([3, 5, 2])
+    model, batch = tiny_model().eval(), rows_of([3, 5, 2])
     batch.tokens[:, :2] = 30
     for temperature in (1.0, 2.5):
         told = objectives.statistics(model, batch, temperature)
@@ -525,7 +525,7 @@ def test_entropy_and_accuracy_are_those_of_the_distribution():
 
 
 def test_log_probabilities_are_those_of_the_tempered_softmax():
-    model, batch = build(logit_softcap=3.0).eval(), rows_of([3, 5, 2])
+    model, batch = tiny_model(logit_softcap=3.0).eval(), rows_of([3, 5, 2])
     for temperature in (1.0, 0.4):
         plain = (model(batch.idx) / temperature).log_softmax(-1).gather(-1, batch.targets[..., None])[
             ..., 0
@@ -612,7 +612,7 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     with pytest.raises(UserError, match="kto: agreeing, val: has one example"):
         run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
-        train_args.parse([*WITHOUT_SHAPE, *flags, *cut(1, 1)])
+        train_args.parse([*TINY_WITHOUT_SHAPE, *flags, *cut(1, 1)])
     assert "at least 2 rows make a step" in capsys.readouterr().err
 
 
@@ -664,7 +664,7 @@ OF_RANKS = {
 def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     """The same examples, and of grpo the same answers; the same losses and metrics."""
     flags = [
-        *WITHOUT_SHAPE,
+        *TINY_WITHOUT_SHAPE,
         f"--data_dir={data_dir}",
         f"--init_from={base}",
         *SGD,
@@ -720,7 +720,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
         data = Examples("x", rows, "sft", coder, 0, 0, "x", packed)
         batch = Collator()(data.items, 0, len(data.items), 1)
         assert batch.learned == sum(len(row["completion"]) + 1 for row in rows)
-        model = build(block_size=24, **variant)
+        model = tiny_model(block_size=24, **variant)
         loss, told = SFT()(model, batch, True)
         loss.backward()
         results.append(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, needs_shared, skip_without_gpt2
+from helpers import ROOT, gpt2_tokenizer_env, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,12 +74,12 @@ def render(pieces) -> str:
     )  # fmt: skip
 
 
-WORDS = st.text(
+TEXT = st.text(
     st.one_of(st.sampled_from("<P>*/{}\\nt7"), st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9
 )
 PIECES = st.lists(st.one_of(
-    st.integers(1, MOST_ROWS).map(Rows), st.just(Rows(1)), WORDS.map(Seeded), WORDS.map(Literal),
-    WORDS.map(lambda words: re.sub("[{}]", "", words)).filter(str.strip).map(Field),
+    st.integers(1, MOST_ROWS).map(Rows), st.just(Rows(1)), TEXT.map(Seeded), TEXT.map(Literal),
+    TEXT.map(lambda words: re.sub("[{}]", "", words)).filter(str.strip).map(Field),
 ), max_size=9).filter(lambda pieces: any(isinstance(piece, Rows | Seeded) for piece in pieces))  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def test_pieces_are_encoded_each_by_itself(pieces):
 
 @needs_shared
 def test_tokens_are_tiktokens(monkeypatch):
-    for name, value in skip_without_gpt2().items():
+    for name, value in gpt2_tokenizer_env().items():
         monkeypatch.setenv(name, value)
     import tiktoken
 

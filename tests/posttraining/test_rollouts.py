@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import build, equal_tensors, ids, metric
+from helpers import equal_tensors, ids, metric, tiny_model
 
 import train_args
 from model import GPT
@@ -39,7 +39,7 @@ def alone(model: GPT, prompt: list[int], n: int, end: int | None, known: int) ->
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_likeliest_answers_are_those_of_one_prompt_at_a_time(variant, repeats):
     """Prompts of 1 to 12 tokens; each end token in turn, so that rows leave the cache at other times."""
-    model = build(block_size=40, **variant).eval()
+    model = tiny_model(block_size=40, **variant).eval()
     frequent = {new for prompt in PROMPTS for new in alone(model, prompt, 25, None, 31)[0]}
     lengths = set()
     for end in [None, *sorted(frequent)[:6]]:
@@ -61,7 +61,7 @@ def plain_logps(model: GPT, prompt: list[int], answer: list[int], temperature: f
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, temperature):
     """Also of those that were drawn from fewer ids: what the model would give is told, not what was left by top_k."""
-    model = build(block_size=40, **variant).eval()
+    model = tiny_model(block_size=40, **variant).eval()
     lengths = set()
     for filters in ({}, {"top_k": 4}, {"top_p": 0.7}):
         answers = complete(
@@ -88,7 +88,7 @@ def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, tempera
 
 def test_draws_are_those_of_one_prompt_at_a_time():
     """The same numbers decide, so the batch in which a prompt is answered does not matter, nor what filters keep."""
-    model = build(block_size=40, position="rope").eval()
+    model = tiny_model(block_size=40, position="rope").eval()
     for filters in ({}, {"top_k": 5}, {"top_p": 0.8}):
         whole = complete(
             model,
@@ -131,7 +131,7 @@ def test_draws_are_those_of_one_prompt_at_a_time():
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 2.0}])
 def test_first_tokens_follow_the_distribution(filters):
     """Of 4,000 answers to a prompt, against `probabilities`, which test_generate.py holds to its definition."""
-    model, settings = build().eval(), {"temperature": 1.0} | filters
+    model, settings = tiny_model().eval(), {"temperature": 1.0} | filters
     answers = complete(model, [PROMPTS[0]], 1, None, 31, repeats=4000, **settings)
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=31) / 4000
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_first_tokens_follow_the_distribution(filters):
 
 def test_the_end_token_ends_an_answer_and_is_its_last():
     """A model that says the end token as its third."""
-    model = build(block_size=40).eval()
+    model = tiny_model(block_size=40).eval()
     first = alone(model, PROMPTS[0], 10, None, 31)[0]
     end = first[2]
     (answer,) = complete(model, [PROMPTS[0]], 10, end, 31, temperature=0.0)
@@ -157,7 +157,7 @@ def test_the_end_token_ends_an_answer_and_is_its_last():
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_answers_stop_where_the_block_is_full(position):
     """A sequence has block_size tokens at most; those of shorter prompts go on."""
-    model = build(block_size=16, position=position).eval()
+    model = tiny_model(block_size=16, position=position).eval()
     answers = complete(model, PROMPTS, 50, None, 31, temperature=0.0)
     assert [len(answer.ids) for answer in answers] == [16 - n for n in LENGTHS]
     for answer, prompt in zip(answers, PROMPTS, strict=True):
@@ -169,7 +169,7 @@ def test_answers_stop_where_the_block_is_full(position):
 
 def test_ids_that_are_padding_are_never_drawn():
     """The ids that are known share all of the probability, as if there were no others."""
-    model = build(block_size=40).eval()
+    model = tiny_model(block_size=40).eval()
     answers = complete(model, [PROMPTS[0]], 2, None, 5, temperature=1.5, repeats=4000)
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=5) / 4000
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_the_end_token_is_no_part_of_an_answers_text():
 
 def test_rewards_are_the_tasks_own_of_the_decoded_answers():
     """The end token is not a part of the text, and counts as one of the tokens."""
-    model = build(vocab_sizes=(13,), block_size=16).eval()
+    model = tiny_model(vocab_sizes=(13,), block_size=16).eval()
     data, rewards = made_of(["1+1=", "23+4=", "5+="]), tasks.parse_rewards("correct:2,length:1")
     answers = Answers(model, Ranks(0, 1, torch.device("cpu")), rewards, 5, 4, temperature=2.0)
     drawn = answers.draw(data.items, DIGITS, 5, 2.0, (1, 2), 0)
@@ -232,7 +232,7 @@ def test_rewards_are_the_tasks_own_of_the_decoded_answers():
 
 
 def test_samples_are_the_likeliest_answers_to_the_first_prompts():
-    model = build(vocab_sizes=(13,), block_size=16).eval()
+    model = tiny_model(vocab_sizes=(13,), block_size=16).eval()
     data = made_of(["1+1=", "23+4=", "5+="])
     answers = Answers(model, Ranks(0, 1, torch.device("cpu")), [], 1, 4)
     told = samples(answers, data, 2, 13)

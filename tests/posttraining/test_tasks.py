@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import SHARED, command
+from helpers import SHARED, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -431,8 +431,8 @@ def test_every_real_answer_of_gsm8k_is_a_number():
 @needs_gsm8k
 def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
     raw = SHARED / "gsm8k"
-    told = command("--input", raw, f"--out_dir={tmp_path / 'a'}", script="data/gsm8k/prepare.py").stdout
-    command(
+    told = run_script("--input", raw, f"--out_dir={tmp_path / 'a'}", script="data/gsm8k/prepare.py").stdout
+    run_script(
         "--input",
         raw / "test.jsonl",
         raw / "train.jsonl",
@@ -459,7 +459,7 @@ def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, told):
     (tmp_path / "bad/train.jsonl").write_text('{"question": "x"}\n')
     for name in ("test.jsonl", "x.jsonl"):
         (tmp_path / name).write_text('{"question": "x", "answer": "#### 1"}\n')
-    done = command(
+    done = run_script(
         *flags,
         f"--out_dir={tmp_path / 'out'}",
         script="data/gsm8k/prepare.py",
@@ -472,7 +472,7 @@ def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, told):
 
 
 def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
-    command(f"--out_dir={tmp_path}", "--sums=2500", script="data/arithmetic/prepare.py")
+    run_script(f"--out_dir={tmp_path}", "--sums=2500", script="data/arithmetic/prepare.py")
     meta = token_bins.read_meta(tmp_path)
     assert meta.vocab_size == 14 and meta.tokenizer.eot == 13
     for split in ("train", "val"):
@@ -488,9 +488,9 @@ def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
 
 def test_preferences_are_off_by_one(tmp_path):
     for name in ("a", "b"):
-        command("--kind=preferences", f"--out_dir={tmp_path / name}", script="data/arithmetic/prepare.py")
+        run_script("--kind=preferences", f"--out_dir={tmp_path / name}", script="data/arithmetic/prepare.py")
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["train.jsonl", "val.jsonl"]
-    command("--kind=preferences", "--seed=1", f"--out_dir={tmp_path / 'c'}", script="data/arithmetic/prepare.py")
+    run_script("--kind=preferences", "--seed=1", f"--out_dir={tmp_path / 'c'}", script="data/arithmetic/prepare.py")
     a, c = ([*rows(tmp_path / name, "train"), *rows(tmp_path / name, "val")] for name in "ac")
     assert a == [*rows(tmp_path / "b", "train"), *rows(tmp_path / "b", "val")] and len(a) == 10_000
     steps = {row["prompt"]: int(row["rejected"]) - int(row["chosen"]) for row in a}
@@ -507,7 +507,7 @@ def test_preferences_are_off_by_one(tmp_path):
 
 @pytest.mark.parametrize("unpaired", [1, 8])
 def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpaired):
-    command(
+    run_script(
         "--kind=preferences",
         f"--unpaired={unpaired}",
         f"--out_dir={tmp_path}",
@@ -529,5 +529,5 @@ def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpair
     "flags, told", [(["--kind=preferences"], "--out_dir"), (["--unpaired=8"], "only with --kind=preferences")]
 )
 def test_preferences_dont_take_the_place_of_the_sums(flags, told):
-    done = command(*flags, script="data/arithmetic/prepare.py", check=False)
+    done = run_script(*flags, script="data/arithmetic/prepare.py", check=False)
     assert done.returncode == 2 and told in done.stderr

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, command
+from helpers import ROOT, run_script
 
 import report
 from model import GPT, GPTConfig
@@ -214,7 +214,7 @@ def test_runs_in_every_state_are_told(trained, tmp_path):
         file.write('{"event": "train", "step": 21, "lo')
     assert (
         read(broken).state == "stopped"
-        and read(broken).remarks == ["its last line is broken off"]
+        and read(broken).remarks == ["its last line is incomplete"]
         and read(broken).step == 20
     )
     failed = trained("failed", end="")
@@ -229,7 +229,7 @@ def test_runs_in_every_state_are_told(trained, tmp_path):
     assert (read(stopped).state, read(stopped).why) == ("stopped", "stopped by SIGTERM")
     going = trained("going", end="")
     with run_dir.RunLock(going) as lock:
-        lock.take()
+        lock.acquire()
         assert read(going).state == "running"
     (out / "new").mkdir()
     (out / "new" / "train_config.json").write_text("{}")
@@ -261,9 +261,7 @@ def test_lines_that_mean_nothing_are_told_and_left_out(trained):
         )
         file.write('{"event": "train", "step": 22, "loss": null, "reward": 2}\n')
     told = read(folder)
-    assert (
-        "6 broken lines in metrics.jsonl, left out" in told.remarks and "loss is not finite in 2 lines" in told.remarks
-    )
+    assert "6 broken lines in metrics.jsonl ignored" in told.remarks and "loss is not finite in 2 lines" in told.remarks
     assert (
         told.train["reward"][-1] == 2
         and math.isnan(told.train["reward"][-2])
@@ -500,7 +498,7 @@ def test_the_command_writes_page_and_pictures(trained, tmp_path):
     pytest.importorskip("plotly")
     trained("a")
     trained("b", learning_rate=1e-2)
-    done = command(
+    done = run_script(
         str(tmp_path / "out" / "a"),
         str(tmp_path / "out" / "b"),
         str(tmp_path / "out"),
@@ -522,10 +520,10 @@ def test_mistakes_are_told_in_a_line_and_help_is_quick(tmp_path):
         ([tmp_path, "--port=80"], "only with --watch"),
         ([tmp_path, "--wach"], "did you mean --watch"),
     ):
-        done = command(*argv, script="report.py", check=False)
+        done = run_script(*argv, script="report.py", check=False)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     begin = time.perf_counter()
-    assert "--watch" in command("--help", script="report.py").stdout and time.perf_counter() - begin < 5
+    assert "--watch" in run_script("--help", script="report.py").stdout and time.perf_counter() - begin < 5
 
 
 def test_folders_stand_anywhere_among_the_words():
@@ -582,7 +580,7 @@ def test_watching_follows_runs(serving, trained):
     first = serving.reader.known.copy()
     folder = trained("b", end="")
     with run_dir.RunLock(folder) as lock:
-        lock.take()
+        lock.acquire()
         status, _, body = serving.get("/data.json", If_None_Match=headers["ETag"])
         assert status == 200 and [one["state"] for one in json.loads(body)["runs"]] == ["done", "running"]
         with (folder / "metrics.jsonl").open("a") as file:

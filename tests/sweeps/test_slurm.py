@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, equal_tensors, read_run, run_script
 
 import sweep
-from nanoforge import run_dir
+from nanoforge import run_state
 from nanoforge.sweeps import slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
@@ -281,7 +281,7 @@ def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
             )
         )
         assert subprocess.run(["bash", tmp_path / "evaluate.sh"]).returncode == int(status)
-        assert run_dir.read(tmp_path)[:2] == state and run_dir.tail(tmp_path)[-1] == "no such task"
+        assert run_state.run_status(tmp_path)[:2] == state and run_state.log_tail(tmp_path)[-1] == "no such task"
 
 
 def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
@@ -338,10 +338,10 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
         for text in (logs, (path / "log.txt").read_text())
     )
     for path in runs:
-        command(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
+        run_script(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
         assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses
 
-    command(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+    run_script(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
     wait_for(lambda: not queue(cluster), 120)
     assert "start 1" in told() and "resuming" in told() and "done" in swept(two, "--status")
     a, b = read_run(run), read_run(tmp_path / "whole")

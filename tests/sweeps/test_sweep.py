@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, equal_tensors, read_run, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -553,7 +553,7 @@ def test_a_grid_with_one_run_killed_and_one_failing_is_done_the_second_time(data
     )
     (tmp_path / "g.yaml").write_text(yaml.replace("max_iters: 4\n", "").replace("eval_interval: 2\n", ""))
     words = [tmp_path / "g.yaml", f"--out_dir={tmp_path / 'o'}"]
-    listed = names(command(*words, script="sweep.py").stdout)
+    listed = names(run_script(*words, script="sweep.py").stdout)
     assert len(listed) == 4
     hurt, failing = (tmp_path / "o" / name for name in (listed[0], listed[2]))
     failing.mkdir(parents=True)
@@ -583,21 +583,21 @@ def test_a_grid_with_one_run_killed_and_one_failing_is_done_the_second_time(data
         if path.is_file() and path.parent not in (hurt, failing)
     }
     (failing / "checkpoints").unlink()
-    again = command(*words, "--launcher=local", "-j2", script="sweep.py")
+    again = run_script(*words, "--launcher=local", "-j2", script="sweep.py")
     assert (
         "2 of 4 runs are done" in again.stdout
         and again.stdout.count("begins") == 2
         and "resuming" in (hurt / "log.txt").read_text()
     )
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    table = command(*words, "--collect", script="sweep.py").stdout.splitlines()
+    table = run_script(*words, "--collect", script="sweep.py").stdout.splitlines()
     assert len(table) == 6 and all("| done | 200 |" in line for line in table[2:])
     rows = {row["run"]: row for row in results(tmp_path / "o")}
     assert {(row["dataset"], row["optimizer"]) for row in rows.values()} == set(
         itertools.product("ab", ("adamw", "muon"))
     )
     for run in (hurt, failing):
-        command(run / "run.json", f"--out_dir={tmp_path / 'alone' / run.name}")
+        run_script(run / "run.json", f"--out_dir={tmp_path / 'alone' / run.name}")
         ours, alone = read_run(run), read_run(tmp_path / "alone" / run.name)
         assert (
             equal_tensors(ours.last.weights, alone.last.weights)
@@ -880,4 +880,4 @@ def test_the_example_grids_are_whole(path):
     if "execution:" in text:
         pytest.skip("its models and data are the user's")
     search = ["--search=random:5"] if "low:" in text else []
-    assert "runs in" in command(path.relative_to(ROOT), *search, script="sweep.py").stdout
+    assert "runs in" in run_script(path.relative_to(ROOT), *search, script="sweep.py").stdout

@@ -20,7 +20,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, TINY, command, equal_tensors, exit_status, read_run, start_ranks
+from helpers import ROOT, TINY, equal_tensors, read_run, run_script, start_ranks, wait_for_exit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +74,7 @@ def fork(data_dir, tmp_path):
 
     def fork(*flags: str, name: str = "run", fault: str = ""):
         out_dir = tmp_path / name
-        begun = checkpoint.steps(out_dir / "checkpoints")
+        begun = checkpoint.list_steps(out_dir / "checkpoints")
         given = (
             ["--init_from=resume"]
             if begun
@@ -117,24 +117,24 @@ def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path):
         process = fork(*flags, "--max_iters=100000")
         time.sleep(moments.uniform(0.05, 0.7))
         process.kill()
-        kills += exit_status(process) == -signal.SIGKILL
-    last = checkpoint.steps(tmp_path / "run/checkpoints")[-1] + 3
+        kills += wait_for_exit(process) == -signal.SIGKILL
+    last = checkpoint.list_steps(tmp_path / "run/checkpoints")[-1] + 3
     assert last > 20, "the run got on between the kills"
-    assert exit_status(fork(*flags, f"--max_iters={last}")) == 0
-    assert exit_status(fork(*flags, f"--max_iters={last}", name="undisturbed")) == 0
+    assert wait_for_exit(fork(*flags, f"--max_iters={last}")) == 0
+    assert wait_for_exit(fork(*flags, f"--max_iters={last}", name="undisturbed")) == 0
     assert_same_end(tmp_path, "run", "undisturbed")
 
 
 def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
     flags = ["--checkpoint_interval=4", "--eval_interval=100", "--max_iters=10", "--keep_last=1"]
-    assert exit_status(fork(*flags, name="undisturbed")) == 0
+    assert wait_for_exit(fork(*flags, name="undisturbed")) == 0
     for which in range(1, 100):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        status = exit_status(fork(*flags, fault=f"die_at:{which}"))
+        status = wait_for_exit(fork(*flags, fault=f"die_at:{which}"))
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        assert exit_status(fork(*flags)) == 0
+        assert wait_for_exit(fork(*flags)) == 0
         assert_same_end(tmp_path, "run", "undisturbed")
     assert which > 20, "each file of two saves, their folders and renames"
 
@@ -145,7 +145,7 @@ def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
 
 def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
-    assert exit_status(fork(*flags, fault="full_disk:4")) == 0
+    assert wait_for_exit(fork(*flags, fault="full_disk:4")) == 0
     done, log = read_run(tmp_path / "run"), (tmp_path / "run.log").read_text()
     assert "could not save step 4" in log and "File too large" in log and done.steps == [6, 8]
     assert [line["step"] for line in done.train] == list(range(1, 9)), "training went on"
@@ -154,21 +154,21 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
 
 def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
-    assert exit_status(fork(*flags, fault="full_disk:8")) == 1
+    assert wait_for_exit(fork(*flags, fault="full_disk:8")) == 1
     assert (
         read_run(tmp_path / "run").steps == [4, 6]
         and "the last save, of step 8, failed" in (tmp_path / "run.log").read_text()
     )
-    assert all(checkpoint.damage(tmp_path / f"run/checkpoints/{step:06d}") is None for step in (4, 6))
-    assert exit_status(fork(*flags)) == 0 and exit_status(fork(*flags, name="undisturbed")) == 0
+    assert all(checkpoint.verify(tmp_path / f"run/checkpoints/{step:06d}") is None for step in (4, 6))
+    assert wait_for_exit(fork(*flags)) == 0 and wait_for_exit(fork(*flags, name="undisturbed")) == 0
     assert_same_end(tmp_path, "run", "undisturbed")
 
 
 def test_metrics_survive_a_full_disk(tmp_path, capsys):
     """Lines for which there is no room are told on the console; those after it are whole again."""
-    from nanoforge.training.logger import Record
+    from nanoforge.training.logger import RunLogger
 
-    log = Record(tmp_path, False, 0, False, 0.0, 10)
+    log = RunLogger(tmp_path, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=10)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     log.note(1, "x" * 200)
     try:
@@ -280,7 +280,7 @@ def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir, tmp_path, restarts)
     told = process.stdout.read()
     assert (process.wait(60) == 0) == bool(restarts) and time.monotonic() - began < 60, told
     if restarts:
-        command(*flags, "--max_iters=600", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+        run_script(*flags, "--max_iters=600", f"--out_dir={tmp_path / 'whole'}", ranks=2)
         assert "resuming" in told
         assert_same_end(tmp_path, "run", "whole")
 
@@ -315,7 +315,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir, t
     process = torchrun(*flags, "--max_iters=2", f"--out_dir={tmp_path / 'hurt'}", script=script)
     told = process.stdout.read()
     assert process.wait(60) == 0, told
-    command(*flags, "--max_iters=1", f"--out_dir={tmp_path / 'clean'}", ranks=2)
+    run_script(*flags, "--max_iters=1", f"--out_dir={tmp_path / 'clean'}", ranks=2)
     hurt, clean = read_run(tmp_path / "hurt"), read_run(tmp_path / "clean")
     assert equal_tensors(hurt.last.weights, clean.last.weights) and equal_tensors(
         hurt.last.optimizer, clean.last.optimizer
@@ -386,7 +386,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, tmp_path)
     monkeypatch.setattr(train.optimizers.Optimizer, "update", update)
     with pytest.raises(SystemExit, match="not finite"):
         run("--max_iters=4", "--eval_interval=100", "--checkpoint_interval=2")
-    assert checkpoint.steps(tmp_path / "run/checkpoints") == []
+    assert checkpoint.list_steps(tmp_path / "run/checkpoints") == []
 
 
 def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch):
@@ -426,15 +426,15 @@ def test_changed_data_is_refused_on_resume(run, data_dir, tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, tmp_path):
     first = fork("--max_iters=1000000", "--checkpoint_interval=5", "--eval_interval=1000000")
-    while not checkpoint.steps(tmp_path / "run/checkpoints"):
+    while not checkpoint.list_steps(tmp_path / "run/checkpoints"):
         time.sleep(0.05)
     for flags in (["--init_from=resume"], ["--overwrite"]):
         with pytest.raises(UserError, match=f"process {first.pid} .* is training there"):
             run(*flags)
     assert first.is_alive()
     first.kill()
-    exit_status(first)
-    newest = checkpoint.steps(tmp_path / "run/checkpoints")[-1]
+    wait_for_exit(first)
+    newest = checkpoint.list_steps(tmp_path / "run/checkpoints")[-1]
     assert run("--init_from=resume", f"--max_iters={newest}").progress.step == newest
 
 
@@ -454,7 +454,7 @@ def test_an_evaluation_longer_than_the_timeout_hangs_nothing(data_dir, tmp_path)
         "--early_stop_patience=1",
     ]
     began = time.monotonic()
-    command(*flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
+    run_script(*flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
     assert read_run(tmp_path / "run").steps[-1] == 2 and time.monotonic() - began > 2
 
 
@@ -487,7 +487,7 @@ def test_nothing_in_a_file_is_executed(run, tmp_path, data_dir, capsys):
         train_args.parse([str(tmp_path / "c.py")])
     done = run()
     (done.out_dir / "tokenizer.json").write_text(json.dumps({"kind": f"__import__('os').mkdir({str(trap)!r})"}))
-    refused = command(f"--out_dir={done.out_dir}", script="sample.py", check=False)
+    refused = run_script(f"--out_dir={done.out_dir}", script="sample.py", check=False)
     assert refused.returncode in (0, 2) and "Traceback" not in refused.stderr
     assert not trap.exists()
 
@@ -641,12 +641,16 @@ def test_other_names_of_arguments_and_resuming_by_a_checkpoints_config(data_dir,
         )
     )
     out = tmp_path / "outputs/a"
-    command(
+    run_script(
         f"--config_path={tmp_path / 'x.json'}", f"--output_dir={out}", "--steps", 40, "--log_freq", 5, "--save_freq", 20
     )
     assert read_run(out).steps == [20, 40]
-    told = command(f"--config_path={out}/checkpoints/000040/train_config.json", "--resume=true", "--steps=100").stdout
+    told = run_script(
+        f"--config_path={out}/checkpoints/000040/train_config.json", "--resume=true", "--steps=100"
+    ).stdout
     resumed = read_run(out)
     assert "resuming" in told and resumed.steps == [80, 100] and [line["step"] for line in resumed.train][-1] == 100
-    command(f"--config_path={tmp_path / 'x.json'}", f"--output_dir={tmp_path / 'whole'}", "--steps=100", "--log_freq=5")
+    run_script(
+        f"--config_path={tmp_path / 'x.json'}", f"--output_dir={tmp_path / 'whole'}", "--steps=100", "--log_freq=5"
+    )
     assert equal_tensors(resumed.last.weights, read_run(tmp_path / "whole").last.weights)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import build, ids
+from helpers import ids, tiny_model
 
 from nanoforge.errors import UserError
 from nanoforge.training import optimizers
@@ -39,7 +39,7 @@ def assert_same(a, b, **tolerance) -> None:
 def test_each_optimizer_is_the_class_it_names(name):
     """Same updates as that class, built by hand with decay on matrices alone."""
     settings = OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.8, 0.95), momentum=0.7)
-    ours, theirs = build(bias=True), build(bias=True)
+    ours, theirs = tiny_model(bias=True), tiny_model(bias=True)
     optimizer = Optimizer(name, ours, settings, ours.muon_splits())
     cls = optimizers.OPTIMIZERS[name][0] if name in optimizers.OPTIMIZERS else torch.optim.Adamax
     known = {"adamw": {"betas": (0.8, 0.95), "fused": True}, "adam": {"betas": (0.8, 0.95), "fused": True}, "nadam": {"betas": (0.8, 0.95)}, "radam": {"betas": (0.8, 0.95)}, "lion": {"betas": (0.8, 0.95)},
@@ -55,7 +55,7 @@ def test_each_optimizer_is_the_class_it_names(name):
 
 def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
     """With no gradient AdamW only decays: matrices shrink by 1 - lr x decay, vectors stay."""
-    model = build(bias=True)
+    model = tiny_model(bias=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer("adamw", model, OptimConfig(lr=0.1, weight_decay=0.5), model.muon_splits())
     for p in model.parameters():
@@ -66,7 +66,7 @@ def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = build(bias=True, tie_weights=False)
+    model = tiny_model(bias=True, tie_weights=False)
     for name in (*optimizers.OPTIMIZERS, "muon"):
         optimizer = Optimizer(name, model, OptimConfig(), model.muon_splits())
         held = [p for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
@@ -89,7 +89,7 @@ def test_lion_by_its_formula():
 
 def test_muon_is_torchs_with_q_k_v_apart():
     """A model whose q, k and v are separate parameters, under torch.optim.Muon itself."""
-    ours, theirs = build(n_kv_head=2), build(n_kv_head=2)
+    ours, theirs = tiny_model(n_kv_head=2), tiny_model(n_kv_head=2)
     settings = OptimConfig(
         lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9
     )
@@ -127,7 +127,7 @@ def test_muon_is_torchs_with_q_k_v_apart():
 
 
 def test_compiled_muon_is_the_eager_one():
-    ours, theirs = build(n_layer=1), build(n_layer=1)
+    ours, theirs = tiny_model(n_layer=1), tiny_model(n_layer=1)
     compiled = Optimizer("muon", ours, OptimConfig(), ours.muon_splits())
     compiled.compile()
     train(ours, compiled)
@@ -137,7 +137,7 @@ def test_compiled_muon_is_the_eager_one():
 
 def test_clipping_is_torchs_and_reaches_the_slices():
     for name in ("adamw", "muon"):
-        ours, theirs = build(), build()
+        ours, theirs = tiny_model(), tiny_model()
         optimizer = Optimizer(name, ours, OptimConfig(), ours.muon_splits())
         for model in (ours, theirs):
             model(ids(4, 12), ids(4, 12, seed=2)).mean().backward()
@@ -149,7 +149,7 @@ def test_clipping_is_torchs_and_reaches_the_slices():
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "muon"])
 def test_saved_state_goes_on_as_if_never_stopped(name):
-    whole, parts = build(), build()
+    whole, parts = tiny_model(), tiny_model()
     settings = OptimConfig(lr=1e-2)
     first, second = (
         Optimizer(name, whole, settings, whole.muon_splits()),
@@ -169,7 +169,7 @@ def test_saved_state_goes_on_as_if_never_stopped(name):
 
 
 def test_classes_by_name_are_checked():
-    model = build()
+    model = tiny_model()
     for name, told in (
         ("no_such_package:X", "no_such_package"),
         ("torch.optim:Adm", "Adm"),
@@ -231,7 +231,7 @@ def test_cosine_is_torchs_and_nanogpts():
 
 
 def test_rates_follow_the_schedule_in_every_group():
-    model = build()
+    model = tiny_model()
     optimizer = Optimizer("muon", model, OptimConfig(lr=1e-3, muon_lr=0.02), model.muon_splits())
     optimizer.set_rate(0.25)
     assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx(

@@ -1,7 +1,7 @@
 """FSDP2: the same run on any number of ranks, sharded or not, also when it is resumed on another number; shards become one file."""
 
 import pytest
-from helpers import TINY, command, equal_tensors, run_on_ranks
+from helpers import TINY, equal_tensors, run_on_ranks, run_script
 
 import train_args
 from nanoforge.training import checkpoint
@@ -19,7 +19,7 @@ def train(data_dir, tmp_path_factory):
         out_dir = folder / name
         given = (
             ["--init_from=resume"]
-            if checkpoint.steps(out_dir / "checkpoints")
+            if checkpoint.list_steps(out_dir / "checkpoints")
             else [*TINY, *BASE, f"--data_dir={data_dir}"]
         )
         return run_on_ranks(out_dir, ranks, *given, *flags)
@@ -92,23 +92,23 @@ def test_shards_become_one_file_that_samples_and_is_verified(train, tmp_path):
     )
     shards = dict(run.last.weights.items())
     assert "head.weight" not in shards, "tied weights once"
-    command(f"--out_dir={run.out_dir}", "--max_new_tokens=5", script="sample.py")
-    told = command("consolidate", folder, script="export.py").stdout
-    assert "compared with the shards" in told and checkpoint.damage(folder) is None
+    run_script(f"--out_dir={run.out_dir}", "--max_new_tokens=5", script="sample.py")
+    told = run_script("consolidate", folder, script="export.py").stdout
+    assert "compared with the shards" in told and checkpoint.verify(folder) is None
     from safetensors.torch import load_file
 
     assert equal_tensors(load_file(folder / "model.safetensors"), shards)
-    command("consolidate", folder, "--dtype=bfloat16", script="export.py")
+    run_script("consolidate", folder, "--dtype=bfloat16", script="export.py")
     assert equal_tensors(
         load_file(folder / "model.safetensors"), {name: tensor.bfloat16() for name, tensor in shards.items()}
     )
     (next((folder / "model").iterdir())).write_bytes(b"nothing")
-    refused = command("consolidate", folder, script="export.py", check=False)
+    refused = run_script("consolidate", folder, script="export.py", check=False)
     assert refused.returncode == 2 and "instead of" in refused.stderr
 
 
 def test_a_plain_checkpoint_needs_no_consolidating(train):
     run = train(1, name="plain")
-    refused = command("consolidate", run.out_dir / "checkpoints/000004", script="export.py", check=False)
+    refused = run_script("consolidate", run.out_dir / "checkpoints/000004", script="export.py", check=False)
     assert refused.returncode == 2 and "nothing to consolidate" in refused.stderr
-    assert command(script="export.py", check=False).returncode == 2
+    assert run_script(script="export.py", check=False).returncode == 2

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, TINY, command, equal_tensors, read_run
+from helpers import ROOT, TINY, equal_tensors, read_run, run_script
 
 import train
 import train_args
@@ -107,8 +107,8 @@ def test_evaluating_and_logging_change_nothing_learned(run):
 def test_two_ranks_train_the_same_run(data_dir, tmp_path, shape):
     """The same global batches, losses within 1e-5: averaged gradients are those of the whole batch."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--log_data_hash", "--max_iters=6", *shape]
-    command(*flags, f"--out_dir={tmp_path / 'one'}")
-    command(*flags, f"--out_dir={tmp_path / 'two'}", ranks=2)
+    run_script(*flags, f"--out_dir={tmp_path / 'one'}")
+    run_script(*flags, f"--out_dir={tmp_path / 'two'}", ranks=2)
     one, two = read_run(tmp_path / "one"), read_run(tmp_path / "two")
     assert [line["data_hash"] for line in one.train] == [line["data_hash"] for line in two.train]
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
@@ -120,7 +120,7 @@ def test_two_ranks_train_the_same_run(data_dir, tmp_path, shape):
 
 
 def test_ranks_that_dont_divide_the_batch_are_told_which_do(data_dir, tmp_path):
-    done = command(
+    done = run_script(
         *TINY,
         f"--data_dir={data_dir}",
         "--dataset=a",
@@ -265,8 +265,8 @@ def test_a_signal_during_evaluation_is_not_kept_waiting(data_dir, tmp_path):
     process.stdout.read()
     assert process.wait(20) == 128 + signal.SIGTERM and time.monotonic() - began < 5
     assert read_run(tmp_path / "x").steps == [0]
-    command("--init_from=resume", f"--out_dir={tmp_path / 'x'}", "--eval_iters=1")
-    command(*flags, "--eval_iters=1", f"--out_dir={tmp_path / 'whole'}")
+    run_script("--init_from=resume", f"--out_dir={tmp_path / 'x'}", "--eval_iters=1")
+    run_script(*flags, "--eval_iters=1", f"--out_dir={tmp_path / 'whole'}")
     resumed, whole = read_run(tmp_path / "x"), read_run(tmp_path / "whole")
     assert equal_tensors(resumed.last.weights, whole.last.weights) and [line["step"] for line in resumed.evals] == [
         0,
@@ -383,7 +383,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
     done = run("--learning_rate=0", "--max_iters=8")  # step 2 stays the best
     assert done.steps == [2, 6, 8]
     (done.out_dir / "checkpoints/000002/progress.json").write_text("{}")
-    told = command(f"--out_dir={done.out_dir}", "--max_new_tokens=5", script="sample.py")
+    told = run_script(f"--out_dir={done.out_dir}", "--max_new_tokens=5", script="sample.py")
     assert "passing over the best checkpoint" in told.stderr and told.stdout
 
 
@@ -519,7 +519,7 @@ def test_separate_embeddings_for_datasets_with_other_tokenizers(run):
 
 def test_fine_tuning_starts_from_another_runs_weights(run):
     first = run(name="first")
-    best = checkpoint.chosen(first.out_dir, "best")
+    best = checkpoint.resolve(first.out_dir, "best")
     tuned = run(f"--init_from={first.out_dir}", "--max_iters=0", name="tuned")
     assert equal_tensors(tuned.last.weights, checkpoint.load(best).weights)
     with pytest.raises(UserError, match="tokenizer"):
@@ -608,7 +608,7 @@ def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
     folder = tmp_path / "data/made"
     folder.mkdir(parents=True)
     (folder / "prepare.py").write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom helpers import WORDS, write_text\nwrite_text(Path(__file__).parent, WORDS * 9)\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom helpers import TEXT, write_text\nwrite_text(Path(__file__).parent, TEXT * 9)\n"
     )
     done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=made", "--max_iters=1")
     assert "no bins yet; running" in done.console and len(done.train) == 1

@@ -1,0 +1,242 @@
+"""What the files in a run's folder say about the run: its state, what it has reached, the lines of its metrics. Starts nothing.
+
+Besides what train.py writes (run_dir.py), whoever started the run keeps in its folder:
+
+    run.json       its arguments: a config for train.py
+    log.txt        the console output of all attempts
+    exit_status    of the last attempt; absent while one is running
+    .sweep.lock    held by the process that runs an attempt (flock)
+    pruned         exists once a search has stopped the run for good
+
+Imports no torch.
+"""
+
+import fcntl
+import json
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+from nanoforge.console import plural
+from nanoforge.run_dir import METRICS_FILE, TRAIN_LOCK_FILE
+
+CONFIG_FILE = "run.json"
+LOG_FILE = "log.txt"
+STATUS_FILE = "exit_status"
+SWEEP_LOCK_FILE = ".sweep.lock"
+PRUNED_FILE = "pruned"
+
+FINISHED = ("done", "pruned")  # states in which nothing is left to do
+NEEDS_WORK = ("new", "stopped", "failed")  # states in which something is left to do and no process does it
+STOP_STATUSES = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+MAX_STEP = 2**53  # a float still holds every integer up to here
+LOG_TAIL_BYTES = 20_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of the folder
+
+
+class MetricsLines:
+    """The lines of a metrics.jsonl as they are read, with what a resumed run logged again replaced."""
+
+    def __init__(self):
+        self.lines: list[dict] = []
+        self.n_broken = 0
+        self.n_replaced = 0
+        self.last_step = 0
+
+    def add(self, text: str) -> bool:
+        """Append a line; False where it is not a line of metrics."""
+        try:
+            line = json.loads(text)
+            step, event = line["step"], line["event"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        if not isinstance(event, str) or not isinstance(step, int) or isinstance(step, bool) or abs(step) > MAX_STEP:
+            return False
+        if event in ("train", "eval"):  # a save is logged when it is over, which may be some steps later
+            if step < self.last_step:
+                self.drop_from(step, event)
+            self.last_step = step
+        self.lines.append(line)
+        return True
+
+    def drop_from(self, step: int, event: str) -> None:
+        """Forget training and evaluation lines from a step on: a run was resumed there without trimming its file."""
+        kept = [
+            line
+            for line in self.lines
+            if line["event"] not in ("train", "eval")
+            or line["step"] < step
+            or (line["step"] == step and line["event"] != event)
+        ]
+        self.n_replaced += len(self.lines) - len(kept)
+        self.lines = kept
+
+
+def read_metrics(path: Path, warnings: list[str]) -> list[dict]:
+    """The valid lines of a metrics.jsonl. What was logged twice for a step counts as logged last; `warnings` gets what is wrong."""
+    try:
+        texts = path.read_bytes().decode("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        warnings.append(f"no {METRICS_FILE}")
+        return []
+    except OSError as error:
+        warnings.append(f"{METRICS_FILE} can't be read ({error.strerror})")
+        return []
+    metrics = MetricsLines()
+    for text in texts[:-1]:
+        if text and not metrics.add(text):
+            metrics.n_broken += 1
+    if texts[-1] and not metrics.add(texts[-1]):
+        warnings.append("its last line is incomplete")
+    if metrics.n_broken:
+        warnings.append(f"{plural(metrics.n_broken, 'broken line')} in {METRICS_FILE} ignored")
+    if metrics.n_replaced:
+        lines = plural(metrics.n_replaced, "earlier line")
+        warnings.append(f"steps go back in {METRICS_FILE}: {lines} ignored")
+    return metrics.lines
+
+
+def log_tail(folder: Path, count: int = 5) -> list[str]:
+    """The last lines of the run's console log, blank ones left out."""
+    try:
+        with (folder / LOG_FILE).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return lines[-count:]
+
+
+def read_exit_status(folder: Path) -> int | None:
+    """The exit status of the last attempt, or None."""
+    try:
+        return int((folder / STATUS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_scores(folder: Path) -> tuple[tuple[str, float], ...]:
+    """Accuracies in the evaluation*.json files of evaluate.py: accuracy/TASK for greedy decoding, else accuracy/TASK/DECODE."""
+    scores: dict[str, float] = {}
+    for path in sorted(folder.glob("evaluation*.json")):
+        try:
+            evaluation = json.loads(path.read_text(encoding="utf-8"))
+            suffix = "" if evaluation["decode"] == "greedy" else f"/{evaluation['decode']}"
+            accuracies = {
+                f"accuracy/{Path(task).name}{suffix}": float(values["accuracy"]["value"])
+                for task, values in evaluation["tasks"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # incomplete, or another program's file
+        scores |= accuracies
+    return tuple(scores.items())
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run can be resumed."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine holds a lock file. The lock is shared for an instant to find out: acquiring it is retried."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in the folder, or is about to."""
+    return is_locked(folder / TRAIN_LOCK_FILE) or is_locked(folder / SWEEP_LOCK_FILE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the status of a run
+
+
+class RunStatus(NamedTuple):
+    """The state of a run (new, running, done, pruned, stopped, failed, or a queue's own state), and what it has reached."""
+
+    state: str
+    reason: str = ""
+    step: int | None = None
+    loss: float | None = None  # of the last training step logged
+    val_loss: float | None = None  # of the last evaluation
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    seconds: float | None = None
+    evaluations: tuple[tuple[int, float], ...] = ()  # (step, val_loss)
+    scores: tuple[tuple[str, float], ...] = ()  # (name, accuracy), by evaluate.py
+    is_trained: bool = False  # training is finished; evaluations that follow it may still fail
+
+
+def last_note(lines: list[dict]) -> str:
+    """The note that ends a metrics.jsonl: a run that ends by itself says why. Empty where the last line is no note."""
+    if not lines or lines[-1]["event"] != "note":
+        return ""
+    return str(lines[-1].get("text", ""))
+
+
+def state_and_reason(folder: Path, lines: list[dict], running: bool | None = None) -> tuple[str, str]:
+    """(state, reason) from a run's folder and the lines of its metrics.jsonl. `running`: where it is known without looking at locks."""
+    note, status = last_note(lines), read_exit_status(folder)
+    if running is None:
+        running = is_running(folder)
+    if running:
+        return "running", ""
+    if (folder / PRUNED_FILE).exists():
+        return "pruned", ""
+    if note.startswith("finished") and not status:
+        return "done", note
+    if note.startswith("stopped by") or status in STOP_STATUSES:
+        return "stopped", note.partition(";")[0] or f"stopped by {signal.Signals(STOP_STATUSES[status]).name}"
+    if status is not None:
+        reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        return "failed", f"{reason} after its training" if note.startswith("finished") else reason
+    if lines or (folder / LOG_FILE).exists():
+        return "stopped", "ended without an exit status (killed or crashed)"
+    return "new", ""
+
+
+def run_status(folder: Path, running: bool | None = None) -> RunStatus:
+    """The status of the run in a folder. `running`: where it is known without looking at locks."""
+    lines = read_metrics(folder / METRICS_FILE, warnings=[])
+    train = [line for line in lines if line["event"] == "train"]
+    evaluations = [
+        (line["step"], line["val_loss"])
+        for line in lines
+        if line["event"] == "eval" and line.get("val_loss") is not None
+    ]
+    trained = [(loss, step) for step, loss in evaluations if step]  # step 0 shows the initial weights
+    best_val_loss, best_step = min(trained, default=(None, None))
+    state, reason = state_and_reason(folder, lines, running)
+    return RunStatus(
+        state=state,
+        reason=reason,
+        step=max((line["step"] for line in lines), default=None),
+        loss=train[-1].get("loss") if train else None,
+        val_loss=evaluations[-1][1] if evaluations else None,
+        best_val_loss=best_val_loss,
+        best_step=best_step,
+        seconds=lines[-1].get("seconds") if lines else None,
+        evaluations=tuple(evaluations),
+        scores=read_scores(folder),
+        is_trained=last_note(lines).startswith("finished"),
+    )
