@@ -383,10 +383,10 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
     )
     wait = torch.cuda.synchronize if bench.device.type == "cuda" else lambda: None
     tune_malloc()
-    with distributed.ranks(args.device) as ranks:
+    with distributed.join_ranks(args.device) as ranks:
         run = train.build(args, ranks, lambda words: None)
         log = logger.RunLogger(out, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=20)
-        stream, weights = run.data.source.stream(0, *run.share, ranks.device, False), list(run.model.parameters())
+        stream, weights = run.data.source.stream(0, run.share, ranks.device, hashed=False), list(run.model.parameters())
 
         def step(number: int) -> None:
             with record_function("part: data"):
@@ -563,9 +563,11 @@ def batches_figures(bench: Bench) -> dict:
             for first in range(0, tokens, 10**7):
                 draw.integers(0, 50257, min(10**7, tokens - first), dtype=np.uint16).tofile(file)
     metas = {"large": Meta(50257, "uint16", tokenization.NumberTokenizer(50257), {})}
-    data = batches.open_data(folder.parent, [("large",)], metas, {}, batches.mixture(1), T, B, "random", 0)
+    data = batches.open_data(
+        folder.parent, [("large",)], metas, {}, batches.make_mixture([1]), batches.WindowSampling(T, B, "random", 0)
+    )
     cpu, rows = torch.device("cpu"), data.source.iter_windows(0, 0, B)
-    sides = {"ours": lambda: batches.as_batch(next(rows), pin=False).to(cpu)}
+    sides = {"ours": lambda: batches.to_batch(next(rows), pin=False).to(cpu)}
     if bench.peer:
         tree = ast.parse((bench.peer / "train.py").read_text())
         (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_batch"]

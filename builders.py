@@ -231,22 +231,21 @@ def open_bins(
         metas,
         firsts,
         mixture,
-        args.block_size,
-        rows,
-        args.sampling_method,
-        args.seed,
+        batches.WindowSampling(args.block_size, rows, args.sampling_method, args.seed),
     )
     objective = objectives.LanguageModel()
 
     def told(dataset: batches.Dataset, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-        for batch, counts in dataset.evaluation(args.eval_iters, args.batch_size, ranks.rank, ranks.world_size, pin):
+        for batch, counts in dataset.eval_batches(
+            args.eval_iters, args.batch_size, ranks.rank, ranks.world_size, pin=pin
+        ):
             yield objective(net, batch.to(ranks.device), detailed=True)[1], counts
 
     evaluated = {
         split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some]
-        for split, some in windows.evaluated.items()
+        for split, some in windows.eval_datasets.items()
     }
-    return Data(windows.source, evaluated, windows.weights, objective)
+    return Data(windows.source, evaluated, windows.eval_weights, objective)
 
 
 def open_examples(
@@ -325,9 +324,12 @@ def open_examples(
             objective = objectives.DPO(a.dpo_loss, a.beta, a.label_smoothing, reference)
         else:
             good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
-            bad = sum(dataset.windows for dataset in opened["train"]) - good
+            bad = sum(dataset.n_windows for dataset in opened["train"]) - good
             if lone := [
-                f"{dataset.name}, {split}" for split, some in opened.items() for dataset in some if dataset.windows < 2
+                f"{dataset.name}, {split}"
+                for split, some in opened.items()
+                for dataset in some
+                if dataset.n_windows < 2
             ]:
                 raise UserError(f"--objective=kto: {lone[0]}: has one example; each needs another's completion")
             objective = objectives.KTO(
@@ -336,7 +338,9 @@ def open_examples(
         source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
 
         def measured(dataset: examples.Examples, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-            for batch, counts in dataset.evaluation(a.eval_iters, a.batch_size, ranks.rank, ranks.world_size, collate):
+            for batch, counts in dataset.eval_batches(
+                a.eval_iters, a.batch_size, ranks.rank, ranks.world_size, collate
+            ):
                 yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], detailed=True)[1], counts
 
         told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
@@ -344,7 +348,7 @@ def open_examples(
         split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)]
         for split, hows in told.items()
     }
-    return Data(source, evaluated, mixture.final, objective, answers)
+    return Data(source, evaluated, mixture.final_weights, objective, answers)
 
 
 @torch.no_grad()
@@ -371,7 +375,12 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: distrib
                     batch = (
                         collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
                     ).to(ranks.device)
-                    logp = objectives.logps(model.eval(), batch.tokens, batch.more["mask"]).sum(1).view(2, -1).T.cpu()
+                    logp = (
+                        objectives.logps(model.eval(), batch.tokens, batch.extras["loss_mask"])
+                        .sum(1)
+                        .view(2, -1)
+                        .T.cpu()
+                    )
                     if mine:
                         told[mine.start : mine.stop] = logp
                 told = ranks.all_reduce_(told)
@@ -421,10 +430,15 @@ def make(
         if base is not None and (args.adapter != "none" or args.compares)
         else {}
     )
-    mixture = batches.mixture(
-        1 if args.train_file else len(args.mixture), args.dataset_sampling_probs, args.dataset_sampling_probs_final,
-        args.dataset_sampling_probs_transition_method, args.max_iters, args.dataset_mixing, args.dataset_interleaving,
-    )  # fmt: skip
+    n_datasets = 1 if args.train_file else len(args.mixture)
+    mixture = batches.make_mixture(
+        args.dataset_sampling_probs or [1.0] * n_datasets,
+        args.dataset_sampling_probs_final,
+        transition=args.dataset_sampling_probs_transition_method,
+        transition_steps=args.max_iters,
+        per=args.dataset_mixing,
+        interleave=args.dataset_interleaving,
+    )
     model.compute_dtype, reason = choose_dtype(args.dtype, ranks.device)
     if ranks.all_reduce_max(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
         model.compute_dtype = torch.bfloat16
@@ -444,7 +458,14 @@ def make(
         say("--parallel=fsdp: one process holds all, nothing is sharded")
     elif args.parallel == "fsdp":
         for part in dict.fromkeys((model, still)):
-            distributed.shard(part, part.blocks, ranks, model.compute_dtype, args.fsdp_reshard, args.fsdp_offload)
+            distributed.apply_fsdp(
+                part,
+                part.blocks,
+                ranks,
+                dtype=model.compute_dtype,
+                reshard_after_forward=args.fsdp_reshard,
+                cpu_offload=args.fsdp_offload,
+            )
     if args.objective == "lm":
         data = open_bins(args, metas, tokenizers, model, mixture, ranks)
     else:

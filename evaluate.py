@@ -146,10 +146,10 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
     model, T = subject.model, subject.model.config.block_size
     val = token_bins.Bin(subject.data_dir / name, "val", meta, name)
     windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.firsts[own]])
-    count = min(windows.windows, a.max_windows or windows.windows)
+    count = min(windows.n_windows, a.max_windows or windows.n_windows)
     total = tokens = 0.0
     for first in tqdm(range(0, count, a.batch_size), desc=name, disable=not sys.stderr.isatty(), leave=False):
-        batch = batches.as_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(
+        batch = batches.to_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(
             subject.device
         )
         losses = model(batch.idx, batch.targets)
@@ -170,13 +170,13 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
     held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
     total = tokens = 0.0
     for first in tqdm(
-        range(0, held.windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
+        range(0, held.n_windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
     ):
         some = held.items[first : first + a.batch_size]
         batch = examples.Collator()(some, 0, len(some), 1).to(subject.device)
         total, tokens = (
-            total - float(objectives.logps(subject.model, batch.tokens, batch.more["mask"]).sum()),
-            tokens + int(batch.more["mask"].sum()),
+            total - float(objectives.logps(subject.model, batch.tokens, batch.extras["loss_mask"]).sum()),
+            tokens + int(batch.extras["loss_mask"].sum()),
         )
     told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
     return told | ({"left_out": held.dropped} if held.dropped else {})

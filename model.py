@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nanoforge.distributed import sharded_like
+from nanoforge.distributed import shard_like
 from nanoforge.errors import UserError, did_you_mean
 
 
@@ -562,7 +562,7 @@ class GPT(nn.Module):
                 raise UserError(
                     f"{where}: {name} is {tuple(given.shape)} there and {tuple(parameter.shape)} in this model"
                 )
-            parameter.copy_(sharded_like(given, parameter))
+            parameter.copy_(shard_like(given, parameter))
 
     def muon_splits(self) -> dict[str, list[int]]:
         """Names of the weights that hold several matrices one above the other, with the rows of each."""

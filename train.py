@@ -174,7 +174,7 @@ class Run:
     base: dict  # where the weights came from that the run began with: source, sha256
     progress: Progress
     tally: batches.SampleCounter  # of the sequences drawn from each dataset
-    share: distributed.Share  # of this rank in the rows of a step
+    share: distributed.RankSlice  # of this rank in the rows of a step
     dtype_reason: str
     peak_flops: float | None  # of one device, where it is known
 
@@ -223,7 +223,7 @@ class Run:
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
         val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
         tokens, epochs = source.tokens_per_step, self.total_steps * source.epochs_per_step
-        share = f"{rows // world // self.share.micro} x {self.share.micro} on each of {world} rank{'s' * (world > 1)}"
+        share = f"{rows // world // self.share.micro_batch_size} x {self.share.micro_batch_size} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         left = max(0, self.total_steps - self.progress.step) * tokens * self.model.flops_per_token() / world
         fastest = left / measure_matmul_flops(self.ranks.device, self.model.compute_dtype)
@@ -257,7 +257,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
     fingerprints = builders.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(began.data, fingerprints, args.allow_data_change, say)
-    share = distributed.share_of_rows(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
+    share = distributed.rank_slice(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
     args, tokenizers, model, data, base, reason = builders.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optimizers.Optimizer(args.optimizer, model, builders.settings(args), model.muon_splits())
@@ -285,7 +285,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
         else None
     )
     saver = checkpoint.CheckpointSaver()
-    replica = net if distributed.is_sharded(model) else distributed.replicate(net, ranks)
+    replica = net if distributed.is_sharded(model) else distributed.wrap_ddp(net, ranks)
     return Run(
         args,
         ranks,
@@ -301,7 +301,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
         fingerprints,
         base,
         progress,
-        data.source.tally(),
+        data.source.sample_counter(),
         share,
         reason,
         peak,
@@ -386,12 +386,12 @@ def save(run: Run, log: logger.RunLogger) -> None:
     tensors, others = run.optimizer.state()
     learned = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     weights, tensors = (
-        {name: distributed.on_host(tensor) for name, tensor in some.items()} for some in (learned, tensors)
+        {name: distributed.cpu_snapshot(tensor) for name, tensor in some.items()} for some in (learned, tensors)
     )
     if strange := [
         name
         for name, tensor in {**weights, **tensors}.items()
-        if tensor.is_floating_point() and not distributed.local(tensor).isfinite().all()
+        if tensor.is_floating_point() and not distributed.local_shard(tensor).isfinite().all()
     ]:
         raise SystemExit(f"{strange[0]} is not finite at step {progress.step}: stopped, nothing was saved")
     state = dataclasses.asdict(progress) | {
@@ -448,13 +448,13 @@ def evaluate_and_save(run: Run, log: logger.RunLogger, signals: Signals, final: 
     told = losses | ({"samples": some} if (some := answers_to_tell(run)) else {})
     refuse_nonfinite(losses["val_loss"], "val_loss", run)
     p.evaluated_at = p.step
-    sequences = run.tally.before(p.step // run.data.source.period)
-    told["epochs"] = float(sequences.sum() / run.data.source.windows)
+    sequences = run.tally.counts_before(p.step // run.data.source.steps_per_rollout)
+    told["epochs"] = float(sequences.sum() / run.data.source.n_windows)
     if len(sequences) > 1:
         for dataset, count in zip(run.data.source.datasets, sequences.tolist(), strict=True):
             told |= {
-                f"tokens/{dataset.name}": round(count * dataset.tokens_of_one),
-                f"epochs/{dataset.name}": count / dataset.windows,
+                f"tokens/{dataset.name}": round(count * dataset.tokens_per_window),
+                f"epochs/{dataset.name}": count / dataset.n_windows,
             }
     words = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
     better = losses["val_loss"] < p.best_val_loss
@@ -569,13 +569,13 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
         [parameter for parameter in run.model.parameters() if parameter.requires_grad],
         builders.lr_scale(a),
     )
-    stream = source.stream(progress.step, *run.share, run.ranks.device, a.log_data_hash)
+    stream = source.stream(progress.step, run.share, run.ranks.device, hashed=a.log_data_hash)
     meter = Meter(run, log)
     model = run.replica.train()
     while True:
         tell_saved(run, log, wait=False)
         # evaluate, save, stop; the ranks agree on what came to one of them
-        if progress.step % source.period == 0:
+        if progress.step % source.steps_per_rollout == 0:
             out_of_time = a.max_seconds > 0 and bool(run.ranks.all_reduce_max(log.seconds >= a.max_seconds))
             finished = run.finished(out_of_time)
             due = progress.evaluated_at < progress.step and (progress.step % a.eval_interval == 0 or finished)
@@ -607,10 +607,12 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
         optimizer.set_rate(factor(progress.step))
         torch.manual_seed(int(rng.hash_u64(a.seed, rng.DROPOUT, progress.step, run.ranks.rank)) >> 1)
         step = next(stream)
-        told, telling = dict(step.told), meter.due(progress.step + 1)
+        told, telling = dict(step.metrics), meter.due(progress.step + 1)
         micro_batches = objective.prepare(run.net, step.batches)
         for i, batch in enumerate(micro_batches):
-            distributed.sync_gradients(model, i == len(micro_batches) - 1)  # averaged over the ranks in the last one
+            distributed.set_gradient_sync(
+                model, sync=i == len(micro_batches) - 1
+            )  # averaged over the ranks in the last one
             loss, more = objective(model, batch, telling)
             scaler.scale(loss).backward()
             told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
@@ -620,7 +622,7 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
         progress.tokens += step.tokens
         log.advance()
         if telling:
-            meter.tell(told, norm, step.digest, a.learning_rate * factor(progress.step - 1))
+            meter.tell(told, norm, step.data_hash, a.learning_rate * factor(progress.step - 1))
             if int(run.guard.most_in_a_row) >= a.skip_patience:
                 stream.close()
                 raise Diverged
@@ -639,7 +641,7 @@ def go_back(run: Run, log: logger.RunLogger) -> Run:
     log.note(run.progress.step, f"{words}: going back to the newest checkpoint")
     progress = resume(run.out_dir, run.model, run.optimizer, run.scaler, run.guard, run.tokenizers, log.print)
     progress.rollbacks += 1
-    return dataclasses.replace(run, progress=progress, tally=run.data.source.tally())
+    return dataclasses.replace(run, progress=progress, tally=run.data.source.sample_counter())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,7 +661,7 @@ def main(args) -> Progress:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     tune_malloc()
-    with distributed.ranks(args.device, args.rank_timeout) as ranks, ExitStack() as stack:
+    with distributed.join_ranks(args.device, args.rank_timeout) as ranks, ExitStack() as stack:
         args = dataclasses.replace(args, out_dir=folder_of_task(args, ranks))
         lock = stack.enter_context(run_dir.RunLock(Path(args.out_dir)))
         set_attention_kernel(args.attention_kernel, ranks.device)

@@ -163,11 +163,13 @@ def grow_batches(folder: Path) -> list[dict[str, float]]:
         for method in ("random", "without_replacement"):
             metas = {"large": Meta(50257, "uint16", tokenization.NumberTokenizer(50257), {})}
             begin = time.perf_counter()
-            opened = batches.open_data(folder, [("large",)], metas, {}, batches.mixture(1), 1024, 64, method, 0)
+            opened = batches.open_data(
+                folder, [("large",)], metas, {}, batches.make_mixture([1]), batches.WindowSampling(1024, 64, method, 0)
+            )
             open_seconds, rows, times = time.perf_counter() - begin, opened.source.iter_windows(0, 0, 64), []
             for _ in range(640):
                 begin = time.perf_counter()
-                batches.as_batch(next(rows), pin=False)
+                batches.to_batch(next(rows), pin=False)
                 times.append(1e3 * (time.perf_counter() - begin))
             told.append(
                 {

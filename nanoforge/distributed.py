@@ -1,6 +1,6 @@
-"""Ranks: who we are, one process or several under torchrun, and what they agree on.
+"""Ranks: this process among those of torchrun, what the ranks agree on, and how a model is spread over them (DDP, FSDP2).
 
-Collectives on CPU tensors go through gloo, on GPU tensors through NCCL; with one process all of them are the identity.
+Collectives on CPU tensors go through gloo, on GPU tensors through NCCL. With one process all of them are the identity.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -23,15 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 from nanoforge.device import get_device
 from nanoforge.errors import UserError
 
+MIN_RENDEZVOUS_SECONDS = 300.0
+SLOW_TIMEOUT = timedelta(days=7)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among `world_size`, its device, and what the ranks agree on. With one process all is the identity."""
+    """This process's rank, its device, and the collectives that training needs."""
 
     rank: int
     world_size: int
     device: torch.device
-    slow_group: dist.ProcessGroup | None = None  # all ranks, with a timeout of days: for work that one does alone
+    slow_group: dist.ProcessGroup | None = None  # all ranks, with a timeout of days: for work that one rank does alone
     save_group: dist.ProcessGroup | None = None  # all ranks, for the threads that write checkpoints
 
     @property
@@ -59,7 +65,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The block runs on rank 0 first, for as long as it takes, then on the others. If it fails on rank 0 the others fail too."""
+        """The block runs on rank 0 first, for as long as it takes, then on the others. They fail too if it fails on rank 0."""
         failed = False
         try:
             if self.is_main:
@@ -68,135 +74,166 @@ class Ranks:
             failed = True
             raise
         finally:
-            if self.all_reduce_max(failed, self.slow_group) and not self.is_main:
-                raise UserError("rank 0 could not go on")
+            main_failed = self.all_reduce_max(failed, self.slow_group)
+            if main_failed and not self.is_main:
+                raise UserError("rank 0 failed; see its error above")
         if not self.is_main:
             yield
 
 
 @contextmanager
-def ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
-    """Join the process group that torchrun made, if it did, and leave it at the end. A rank waits `timeout` seconds for the others."""
+def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
+    """Join torchrun's process group, if there is one, and leave it at the end. A rank waits `timeout` seconds for the others."""
     device = get_device(device_name)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
         yield Ranks(0, 1, device)
         return
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=max(300.0, timeout))))
-    if (
-        os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    ):  # torchrun on one machine restarts with the same store, where the addresses of the dead still are
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    rendezvous_timeout = timedelta(seconds=max(MIN_RENDEZVOUS_SECONDS, timeout))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=rendezvous_timeout))
+    # torchrun on one machine restarts with the same store, which still holds the addresses of the dead processes.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {restart}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
-        world_size=world,
+        world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
     try:
-        patient, saving = (dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2))
-        yield Ranks(dist.get_rank(), world, device, patient, saving)
+        slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+        save_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+        yield Ranks(rank, world_size, device, slow_group, save_group)
     finally:
         host_mesh.cache_clear()
         dist.destroy_process_group()
 
 
-class Share(NamedTuple):
-    """Rows [first, last) of a global batch, in micro-batches of `micro` rows."""
-
-    first: int
-    last: int
-    micro: int
+# ---------------------------------------------------------------------------------------------------------------------
+# which rows a rank reads
 
 
-def share_of_rows(batch_size: int, accumulation: int, ranks: Ranks, group: int = 1) -> Share:
-    """This rank's share of a global batch of batch_size x accumulation rows, of which each `group` stay together.
+class RankSlice(NamedTuple):
+    """Rows [start, stop) of a global batch, in micro-batches of micro_batch_size rows."""
+
+    start: int
+    stop: int
+    micro_batch_size: int
+
+
+def rank_range(n: int, rank: int, world_size: int) -> range:
+    """This rank's part of n things: consecutive, the parts as equal as can be, perhaps empty."""
+    return range(rank * n // world_size, (rank + 1) * n // world_size)
+
+
+def rank_slice(batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, group_size: int = 1) -> RankSlice:
+    """This rank's rows of a global batch of batch_size x gradient_accumulation_steps, of which each group stays together.
 
     Micro-batches are equal, as large as possible, at most batch_size. Raises UserError when the ranks don't divide the rows.
     """
-    rows = batch_size * accumulation
-    if rows // group % ranks.world_size:
-        fit = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows // group % n == 0)
-        what = f"{rows} sequences" if group == 1 else f"{rows // group} groups of {group}"
+    rows = batch_size * gradient_accumulation_steps
+    n_groups = rows // group_size
+    if n_groups % ranks.world_size:
+        divisors = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if n_groups % n == 0)
+        batch = f"{rows} sequences" if group_size == 1 else f"{n_groups} groups of {group_size}"
         raise UserError(
-            f"{ranks.world_size} ranks don't divide the {what} of a step (--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {fit}"
+            f"{ranks.world_size} ranks don't divide the {batch} of a step "
+            f"(--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {divisors}"
         )
-    share = rows // ranks.world_size
-    micro = max(n for n in range(1, min(share, batch_size) + 1) if share % n == 0)
-    return Share(ranks.rank * share, (ranks.rank + 1) * share, micro)
+    rows_per_rank = rows // ranks.world_size
+    micro_batch_size = max(n for n in range(1, min(rows_per_rank, batch_size) + 1) if rows_per_rank % n == 0)
+    return RankSlice(ranks.rank * rows_per_rank, (ranks.rank + 1) * rows_per_rank, micro_batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DDP: every rank holds all parameters; FSDP2: every rank holds its rows of each, gathered block by block when they are used
+# DDP: every rank holds all parameters. FSDP2: every rank holds its rows of each, gathered block by block when they are used
 
 
-def shard(
-    model: torch.nn.Module,
-    blocks: Iterable[torch.nn.Module],
+def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model under DDP, which averages gradients over the ranks; itself with one process. Its buffers are constants."""
+    if ranks.world_size == 1:
+        return model
+    # The argument's name before and since torch 2.13.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+
+
+def apply_fsdp(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
     ranks: Ranks,
+    *,
     dtype: torch.dtype,
-    reshard: bool,
-    offload: bool,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
 ) -> None:
-    """Shard the parameters over the ranks, in place (FSDP2: Zhao et al. 2023, one group a block and one for the rest, tied weights in it).
+    """Shard the parameters over the ranks, in place (FSDP2: Zhao et al. 2023): one group a block, one for the rest.
 
-    dtype: in which they are gathered; gradients are summed in float32. reshard: forget a block's gathered parameters after its forward.
-    offload: keep the shards, gradients and optimizer state in host memory.
+    dtype: in which parameters are gathered; gradients are summed in float32. reshard_after_forward: free a block's gathered
+    parameters after its forward. cpu_offload: keep the shards, gradients and optimizer state in host memory.
     """
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
-    )  # nothing here writes to one
-    mesh, on_gpu = init_device_mesh(ranks.device.type, (ranks.world_size,)), ranks.device.type == "cuda"
-    policy = MixedPrecisionPolicy(
+    # The warning is about writing to a view; nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if cpu_offload else OffloadPolicy()
     for module in (*blocks, model):
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy(),
+            mp_policy=precision,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=offload,
         )
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `shard` was called on it."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `apply_fsdp` was called on it."""
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered if it is sharded: all ranks must ask."""
+def set_gradient_sync(model: nn.Module, *, sync: bool) -> None:
+    """Whether the next backward averages the gradients over the ranks, or each rank only adds up its own."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(sync)
+    else:
+        model.require_backward_grad_sync = sync
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sharded tensors
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, gathered if it is sharded: a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's rows of the tensor; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that is the same on all ranks, sharded as `model` is; the tensor if that is whole."""
-    return (
-        distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
-        if isinstance(model, DTensor)
-        else tensor
-    )
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A full tensor, the same on all ranks, sharded as `other` is; no communication."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-@functools.cache
-def host_mesh(world: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (world,))
-
-
-def on_host(tensor: Tensor) -> Tensor:
+def cpu_snapshot(tensor: Tensor) -> Tensor:
     """A copy in host memory that training does not touch, sharded if the tensor is."""
+    copy = local_shard(tensor).detach().to("cpu", copy=True).contiguous()
     if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True).contiguous()
-    local = tensor.to_local().detach().to("cpu", copy=True).contiguous()
+        return copy
     return DTensor.from_local(
-        local,
+        copy,
         host_mesh(tensor.device_mesh.size()),
         tensor.placements,
         run_check=False,
@@ -205,22 +242,7 @@ def on_host(tensor: Tensor) -> Tensor:
     )
 
 
-def sync_gradients(model: torch.nn.Module, on: bool) -> None:
-    """Whether the next backward averages the gradients over the ranks, or they only add up on each."""
-    if is_sharded(model):
-        model.set_requires_gradient_sync(on)
-    else:
-        model.require_backward_grad_sync = on
-
-
-def replicate(model: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """The model under DDP, which averages the gradients over the ranks; itself with one process. Its buffers are constants."""
-    if ranks.world_size == 1:
-        return model
-    known = inspect.signature(DistributedDataParallel).parameters
-    unsynced = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its name before torch 2.13
-    return DistributedDataParallel(
-        model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, **{unsynced: False}
-    )
+@functools.cache
+def host_mesh(world_size: int) -> DeviceMesh:
+    """A mesh of all ranks' CPUs, for the shards of snapshots."""
+    return init_device_mesh("cpu", (world_size,))

@@ -1,109 +1,217 @@
 """Token bins to batches: the batch of a step is a pure function of the arguments and the step.
 
-A source is a mixture of datasets, each of K aligned streams (one, unless it is a multicontext one). Sequence c of a run, c = step *
-rows + row, is told its dataset and its window by hashes of (seed, c), so resuming needs no state, a prefetching thread can corrupt
-nothing, and every number of ranks sees the same global batch, of which each gathers its own rows.
+A source is a mixture of datasets. A dataset has K aligned streams of tokens: one, or several for a multicontext model.
+Sequence number c of a run, c = step * rows + row, gets its dataset and its window from hashes of (seed, c). So resuming
+needs no state, a prefetching thread can corrupt nothing, and any number of ranks sees the same global batch.
 
-Knows nothing of the model; knows of ranks only which rows are asked for.
+Knows nothing of the model, and of ranks only which rows of the global batch they read.
 """
 
 import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanoforge.data.token_bins import SPLITS, Bin, Meta
+from nanoforge.distributed import RankSlice, rank_range
 from nanoforge.errors import UserError
 from nanoforge.rng import DATASET, EVALUATION, OFFSET, ORDER, WINDOW, hash_u64, permute, uniform
+
+Metrics = dict[
+    str, Tensor
+]  # name -> (2, ...): a sum and its count, of this rank; the metric is their ratio over all ranks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts.
+
+    tokens are int64, but in pinned memory as narrow as the bins' ids. extras are the objective's further tensors by name; of
+    examples at least `loss_mask`, (B, T) bool: the targets that count in the loss.
+    """
+
+    tokens: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    n_micro_batches: int = 1  # that this rank makes of its rows of the step
+    num_loss_tokens: float = 0.0  # targets in the loss masks of the whole step, divided by the number of ranks
+
+    @property
+    def idx(self) -> Tensor:
+        return self.tokens[..., :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.tokens[..., 1:]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device, its tokens as int64. The copy is asynchronous from pinned memory, and only from there."""
+        tokens = self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long()
+        extras = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.extras.items()}
+        return replace(self, tokens=tokens, extras=extras)
+
+    def with_tensors(self, **tensors: Tensor) -> "Batch":
+        """The batch with further (or replaced) extras."""
+        return replace(self, extras=self.extras | tensors)
+
+
+class Step(NamedTuple):
+    """What a rank reads for one optimizer step."""
+
+    batches: list[Batch]
+    data_hash: int = (
+        0  # of this rank's rows; the ranks' hashes add up (mod 2^64) to the same sum for any split of the rows
+    )
+    tokens: int = 0  # of the whole step, without padding
+    metrics: Mapping[str, Tensor] = {}
+
+
+def to_batch(windows: np.ndarray, *, pin: bool, n_micro_batches: int = 1) -> Batch:
+    """(B, K, T + 1) windows to a batch; a single context loses its dimension."""
+    tokens = torch.from_numpy(windows if windows.shape[1] > 1 else windows[:, 0])
+    return Batch(tokens.pin_memory() if pin else tokens.long(), n_micro_batches=n_micro_batches)
+
+
+def row_hash(rows: Iterable[np.ndarray], start: int) -> int:
+    """Sum mod 2^64 of a hash of each row's ids, salted with the row's index in the global batch; `start` is the first row's."""
+    total = 0
+    for row, ids in enumerate(rows, start=start):
+        digest = hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest()
+        total += int.from_bytes(digest, "little")
+    return total % 2**64
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # which window of a dataset
 
 
 class Dataset:
-    """Aligned streams of one split, cut into windows of block_size + 1 tokens; the targets are the inputs' successors.
+    """Aligned streams of one split, cut into windows of block_size + 1 tokens: inputs and, shifted by one, their targets.
 
-    windows: how many make one epoch. `window(c)` places sequence number c of this dataset: (stream-independent) shard and start.
+    n_windows is the number of windows of an epoch. method: "random" places each window anywhere; "sequential" reads the
+    windows in order; "without_replacement" reads each once an epoch in random order, from a grid whose offset changes every epoch.
     """
 
     def __init__(
-        self, streams: Sequence[Bin], block_size: int, method: str, seed: int, number: int, firsts: Sequence[int]
+        self,
+        streams: Sequence[Bin],
+        block_size: int,
+        method: str,
+        seed: int,
+        index: int,
+        vocab_offsets: Sequence[int],
     ):
-        self.streams, self.T, self.method, self.seed, self.number, self.firsts = (
-            streams,
-            block_size,
-            method,
-            seed,
-            number,
-            firsts,
-        )
-        sizes = [[len(shard) for shard in stream.shards] for stream in streams]
-        for stream, size in zip(streams, sizes, strict=True):
-            if size != sizes[0]:
-                raise UserError(
-                    f"{stream.paths[0]}: {stream.tokens:,} tokens, but {streams[0].paths[0]} has {streams[0].tokens:,}; contexts must be aligned token by token"
-                )
-        self.sizes = np.array(sizes[0])
-        if (short := int(self.sizes.min())) < block_size + 1:
-            path = streams[0].paths[int(self.sizes.argmin())]
-            raise UserError(
-                f"{path}: {short} tokens are less than one window of --block_size={block_size} and its targets; lower it or prepare more text"
-            )
-        if (
-            method == "without_replacement"
-        ):  # another offset of the grid each epoch, any of block_size where there is room
-            self.per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
-        else:
-            self.per_shard = (self.sizes - 1) // block_size
-        self.windows = int(self.per_shard.sum())
-        self.tokens_of_one = block_size
-        largest = max(first + stream.meta.vocab_size for stream, first in zip(streams, firsts, strict=True))
-        self.dtype = np.dtype(np.uint16 if largest <= 2**16 else np.int32)  # torch takes no uint32
-        self.name = streams[0].name if len(streams) == 1 else "+".join(stream.name for stream in streams)
+        """index: this dataset's number in the mixture. vocab_offsets: the model's row of each stream's token 0.
 
-    def place(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, start) of sequences, by their numbers in this dataset: int64 arrays of the same shape."""
+        Raises UserError when streams differ in length, or a shard is shorter than a window.
+        """
+        self.streams = streams
+        self.T = block_size
+        self.method = method
+        self.seed = seed
+        self.index = index
+        self.vocab_offsets = vocab_offsets
+        self.name = "+".join(stream.name for stream in streams)
+        self.sizes = aligned_sizes(streams)  # (shards,) tokens
+        if self.sizes.min() < block_size + 1:
+            shortest = int(self.sizes.argmin())
+            raise UserError(
+                f"{streams[0].paths[shortest]}: {self.sizes[shortest]} tokens are less than one window of "
+                f"--block_size={block_size} and its targets; lower it or prepare more text"
+            )
+
+        # Windows of each shard in an epoch. A grid that moves needs a spare window for its offset, if the shard has one.
+        if method == "without_replacement":
+            self.windows_per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
+        else:
+            self.windows_per_shard = (self.sizes - 1) // block_size
+        self.n_windows = int(self.windows_per_shard.sum())
+        self.tokens_per_window = block_size
+
+        rows = zip(streams, vocab_offsets, strict=True)
+        largest = max(offset + stream.meta.vocab_size for stream, offset in rows)
+        self.dtype = np.dtype(np.uint16 if largest <= 2**16 else np.int32)  # torch takes no uint32
+
+    def locate(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where sequences of this dataset lie, by their numbers in the run: (shard, start), int64 of the same shape."""
         if self.method == "random":
-            ends = np.cumsum(self.sizes - self.T)  # places where a window may start
-            at = (hash_u64(self.seed, WINDOW, self.number, sequence) % np.uint64(ends[-1])).astype(np.int64)
-            shard = np.searchsorted(ends, at, side="right")
-            return shard, at - (ends - (self.sizes - self.T))[shard]
-        epoch, index = np.divmod(sequence, self.windows)
+            return self.locate_random(sequence)
+
+        # 1. The window of the grid: in order, or in the epoch's own random order.
+        epoch, window = np.divmod(sequence, self.n_windows)
         if self.method == "without_replacement":
-            index = permute(index, self.windows, self.seed, ORDER, self.number, epoch)
-        ends = np.cumsum(self.per_shard)
-        shard = np.searchsorted(ends, index, side="right")
-        start = (index - (ends - self.per_shard)[shard]) * self.T
+            window = permute(window, self.n_windows, self.seed, ORDER, self.index, epoch)
+
+        # 2. The shard that holds it, and its place there.
+        ends = np.cumsum(self.windows_per_shard)
+        shard = np.searchsorted(ends, window, side="right")
+        start = (window - (ends - self.windows_per_shard)[shard]) * self.T
+
+        # 3. The grid's offset in this shard and epoch.
         if self.method == "without_replacement":
-            room = np.minimum(self.T, self.sizes - self.per_shard * self.T)[shard]  # offsets the grid may take
-            start += (hash_u64(self.seed, OFFSET, self.number, epoch, shard) % room.astype(np.uint64)).astype(np.int64)
+            n_offsets = np.minimum(self.T, self.sizes - self.windows_per_shard * self.T)[shard].astype(np.uint64)
+            offset = hash_u64(self.seed, OFFSET, self.index, epoch, shard) % n_offsets
+            start += offset.astype(np.int64)
         return shard, start
 
+    def locate_random(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, start) of each sequence, uniform over all positions where a window fits."""
+        n_starts = self.sizes - self.T
+        ends = np.cumsum(n_starts)
+        position = (hash_u64(self.seed, WINDOW, self.index, sequence) % np.uint64(ends[-1])).astype(np.int64)
+        shard = np.searchsorted(ends, position, side="right")
+        return shard, position - (ends - n_starts)[shard]
+
+    def read_windows(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The windows at these places, as rows of the model's embedding: (len(shard), K, block_size + 1) of `dtype`."""
+        contexts = []
+        for stream, offset in zip(self.streams, self.vocab_offsets, strict=True):
+            ids = stream.read_windows(shard, start, self.T + 1).astype(self.dtype, copy=False)  # (B, T + 1)
+            if offset:
+                ids += offset
+            contexts.append(ids)
+        if len(contexts) == 1:
+            return contexts[0][:, None]  # a view
+        return np.stack(contexts, axis=1)
+
     def gather(self, sequence: np.ndarray) -> np.ndarray:
-        """(len(sequence), K, block_size + 1) ids in the model's rows, of `dtype`."""
-        return self.windows_at(*self.place(sequence))
+        """The windows of sequences by their numbers in the run: (len(sequence), K, block_size + 1) of `dtype`."""
+        return self.read_windows(*self.locate(sequence))
 
-    def windows_at(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """The windows, as `gather` gives them, at places that `place` told."""
-        rows = [stream.windows(shard, start, self.T + 1).astype(self.dtype, copy=False) for stream in self.streams]
-        for row, first in zip(rows, self.firsts, strict=True):
-            if first:
-                row += first
-        return np.stack(rows, axis=1) if len(rows) > 1 else rows[0][:, None]
+    def eval_batches(
+        self, n_batches: int, batch_size: int, rank: int, world_size: int, *, pin: bool
+    ) -> Iterator[tuple[Batch, bool]]:
+        """This rank's part of each of `n_batches` batches of batch_size windows, and whether it has one.
 
-    def evaluation(self, iters: int, size: int, rank: int, world: int, pin: bool) -> Iterator[tuple["Batch", bool]]:
-        """This rank's part of each of `iters` batches of `size` windows, and whether it has one: a rank without a window reads the first one
-        with the others."""
-        first, last = rank * size // world, (rank + 1) * size // world
-        for i in range(iters):
-            yield as_batch(self.gather(i * size + np.arange(first, max(last, first + 1))), pin), last > first
+        A rank without a window in a batch reads one all the same, since all ranks must call the model as often.
+        """
+        rows = rank_range(batch_size, rank, world_size)
+        for i in range(n_batches):
+            sequence = i * batch_size + np.arange(rows.start, max(rows.stop, rows.start + 1))
+            yield to_batch(self.gather(sequence), pin=pin), len(rows) > 0
+
+
+def aligned_sizes(streams: Sequence[Bin]) -> np.ndarray:
+    """Tokens of each shard, (shards,), the same in all streams. Raises UserError when they are not."""
+    first = streams[0]
+    sizes = [len(shard) for shard in first.shards]
+    for stream in streams[1:]:
+        if [len(shard) for shard in stream.shards] != sizes:
+            raise UserError(
+                f"{stream.paths[0]}: {stream.tokens:,} tokens, but {first.paths[0]} has {first.tokens:,}; "
+                "contexts must be aligned token by token"
+            )
+    return np.array(sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,128 +220,204 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights of the datasets, and how they are drawn.
+    """Which dataset each sequence, or each whole batch, is drawn from.
 
-    Either in turn, each `counts` times, or at random with weights that go from `first` to `final` over `steps`.
-    Drawn once a batch or once a sequence (`per`).
+    At random, with weights that move from initial_weights to final_weights over transition_steps; or, where `turns` is
+    given, in a fixed rotation: turns[0] times the first dataset, turns[1] times the second, and so on.
     """
 
-    first: np.ndarray
-    final: np.ndarray
+    initial_weights: np.ndarray  # (datasets,), sum 1
+    final_weights: np.ndarray
     transition: str = "linear"  # or cosine, exponential
-    steps: int = 1
-    per: str = "batch"  # or sequence
-    counts: tuple[int, ...] = ()
+    transition_steps: int = 1
+    per: str = "batch"  # or sequence: what one draw decides
+    turns: tuple[int, ...] = ()
 
     def weights(self, step: np.ndarray | int) -> np.ndarray:
         """Probabilities at steps: (*step.shape, datasets)."""
-        part = np.clip(np.asarray(step, dtype=float) / max(1, self.steps), 0, 1)[..., None]
+        initial, final = self.initial_weights, self.final_weights
+        progress = np.clip(np.asarray(step, dtype=float) / max(1, self.transition_steps), 0, 1)[..., None]
         if self.transition == "cosine":
-            part = (1 - np.cos(np.pi * part)) / 2
-        if self.transition == "exponential" and (self.first != self.final).any():
-            mixed = self.first ** (1 - part) * self.final**part
+            progress = (1 - np.cos(np.pi * progress)) / 2
+        if self.transition == "exponential" and (initial != final).any():
+            mixed = initial ** (1 - progress) * final**progress
         else:
-            mixed = (1 - part) * self.first + part * self.final
+            mixed = (1 - progress) * initial + progress * final
         return mixed / mixed.sum(-1, keepdims=True)
 
     def draw(self, seed: int, step: np.ndarray, rows: int) -> np.ndarray:
-        """The dataset of each sequence of these steps, (len(step), rows), or of each whole batch, (len(step), 1)."""
-        turn = step[:, None] * rows + np.arange(rows) if self.per == "sequence" else step[:, None]
-        if self.counts:
-            return np.searchsorted(np.cumsum(self.counts), turn % sum(self.counts), side="right")
+        """Indices of datasets: of each sequence of these steps, (len(step), rows), or of each whole batch, (len(step), 1)."""
+        draw = step[:, None] * rows + np.arange(rows) if self.per == "sequence" else step[:, None]
+        if self.turns:
+            return np.searchsorted(np.cumsum(self.turns), draw % sum(self.turns), side="right")
         bounds = np.cumsum(self.weights(step), axis=-1)[:, None, :-1]  # (steps, 1, datasets - 1)
-        return (uniform(seed, DATASET, turn)[..., None] >= bounds).sum(-1)
+        return (uniform(seed, DATASET, draw)[..., None] >= bounds).sum(-1)
 
 
-def mixture(
-    n: int,
-    probs: Sequence[float] = (),
-    final: Sequence[float] = (),
+def make_mixture(
+    initial_weights: Sequence[float],
+    final_weights: Sequence[float] = (),
     transition: str = "linear",
-    steps: int = 1,
+    transition_steps: int = 1,
     per: str = "batch",
+    *,
     interleave: bool = False,
 ) -> Mixture:
-    """A mixture of n datasets from the arguments: weights of any positive scale, none meaning equal ones."""
-    first = np.array(probs or [1.0] * n, dtype=float)
-    counts = tuple(int(count) for count in first) if interleave else ()
-    last = np.array(final, dtype=float) if final else first
-    return Mixture(first / first.sum(), last / last.sum(), transition, steps, per, counts)
+    """A mixture from weights of any positive scale; interleave: the initial weights are numbers of turns."""
+    initial = np.array(initial_weights, dtype=float)
+    final = np.array(final_weights, dtype=float) if final_weights else initial
+    return Mixture(
+        initial_weights=initial / initial.sum(),
+        final_weights=final / final.sum(),
+        transition=transition,
+        transition_steps=transition_steps,
+        per=per,
+        turns=tuple(int(weight) for weight in initial) if interleave else (),
+    )
+
+
+class SampleCounter:
+    """Counts the sequences drawn from each dataset before a step.
+
+    The count runs: a step after the last one asked for is quick, an earlier one is counted from the start of the run.
+    """
+
+    def __init__(self, mixture: Mixture, rows: int, seed: int):
+        self.mixture = mixture
+        self.rows = rows
+        self.seed = seed
+        self.step = 0
+        self.counts = np.zeros(len(mixture.initial_weights), dtype=np.int64)
+
+    def counts_before(self, step: int) -> np.ndarray:
+        """(datasets,) int64."""
+        if step < self.step:
+            self.step = 0
+            self.counts = np.zeros_like(self.counts)
+        chunk = max(1, 2**20 // self.rows)
+        for start in range(self.step, step, chunk):
+            drawn = self.mixture.draw(self.seed, np.arange(start, min(step, start + chunk)), self.rows)
+            sequences_per_draw = self.rows // drawn.shape[1]
+            self.counts = self.counts + np.bincount(drawn.ravel(), minlength=len(self.counts)) * sequences_per_draw
+        self.step = step
+        return self.counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# batches
+# what a step reads
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts: int64, but in pinned memory as narrow as the bins'.
+class Plan(NamedTuple):
+    """Where the rows of a step are read: (rows,) int64 each."""
 
-    more: what an objective needs besides, by name; of examples at least `mask`, (B, T) bools, the targets that are learned.
-    """
+    dataset_id: np.ndarray
+    shard: np.ndarray
+    start: np.ndarray
 
-    tokens: torch.Tensor
-    more: dict[str, torch.Tensor] = field(default_factory=dict)
-    parts: int = 1  # micro-batches that this rank makes of its rows of the step
-    learned: float = 0.0  # targets in the masks of the whole step, over the number of ranks
+
+class Source:
+    """Training batches of `rows` sequences a step, drawn from datasets by a mixture."""
+
+    steps_per_rollout = 1  # steps on the same rows; a run is saved and resumed only between two rollouts
+
+    def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
+        self.datasets = datasets
+        self.mixture = mixture
+        self.rows = rows
+        self.seed = seed
+        self.n_windows = sum(dataset.n_windows for dataset in datasets)
 
     @property
-    def idx(self) -> torch.Tensor:
-        return self.tokens[..., :-1]
+    def tokens_per_step(self) -> float:
+        return self.rows * self.datasets[0].T
 
     @property
-    def targets(self) -> torch.Tensor:
-        return self.tokens[..., 1:]
+    def epochs_per_step(self) -> float:
+        return self.rows / self.steps_per_rollout / self.n_windows
 
-    def to(self, device: torch.device) -> "Batch":
-        """On the device, tokens as int64; from pinned memory, and only from there, the copy is asynchronous."""
-        more = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.more.items()}
-        return replace(self, tokens=self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long(), more=more)
+    def sample_counter(self) -> SampleCounter:
+        """A new counter: threads can't share one."""
+        return SampleCounter(self.mixture, self.rows, self.seed)
 
-    def having(self, **more: torch.Tensor) -> "Batch":
-        """The same with further tensors."""
-        return replace(self, more=self.more | more)
+    def plan(self, steps: range, start_row: int, stop_row: int, counter: SampleCounter) -> list[Plan]:
+        """Rows [start_row, stop_row) of the global batches of consecutive steps. The counter only saves counting."""
+        # 1. The dataset of each row of the global batches.
+        drawn = self.mixture.draw(self.seed, np.arange(steps.start, steps.stop), self.rows)
+        drawn = np.broadcast_to(drawn, (len(steps), self.rows))
+        dataset_id = drawn[:, start_row:stop_row]
 
+        # 2. The number of each row among the sequences of its dataset since the run began, and where that sequence lies.
+        counts = counter.counts_before(steps.start)
+        shard = np.empty(dataset_id.shape, dtype=np.int64)
+        start = np.empty(dataset_id.shape, dtype=np.int64)
+        for i, dataset in enumerate(self.datasets):
+            sequence = counts[i] + np.cumsum(drawn == i).reshape(drawn.shape) - 1
+            chosen = dataset_id == i
+            shard[chosen], start[chosen] = dataset.locate(sequence[:, start_row:stop_row][chosen])
 
-class Step(NamedTuple):
-    """What a rank reads for one optimizer step."""
+        return [Plan(*step) for step in zip(dataset_id, shard, start, strict=True)]
 
-    batches: list[Batch]
-    digest: int = (
-        0  # hash of this rank's rows; those of all ranks add up (mod 2^64) to the same number for any split of the rows
-    )
-    tokens: int = 0  # of the whole step, padding not counted
-    told: dict[str, torch.Tensor] = {}  # noqa: RUF012  # metrics, (2,) each: a sum and what it is to be divided by, both of this rank
+    def iter_plans(self, start_step: int, start_row: int, stop_row: int) -> Iterator[Plan]:
+        """The plans of step `start_step` and of all after it."""
+        counter = self.sample_counter()
+        chunk = max(1, 4096 // self.rows)  # a numpy call takes longer than hashing the few rows of a step
+        for step in itertools.count(start_step, chunk):
+            yield from self.plan(range(step, step + chunk), start_row, stop_row, counter)
 
+    def read_windows(self, plan: Plan) -> np.ndarray:
+        """The windows of a plan: (rows, K, T + 1) ids."""
+        drawn = set(plan.dataset_id.tolist())
+        if len(drawn) == 1:
+            return self.datasets[drawn.pop()].read_windows(plan.shard, plan.start)
+        first = self.datasets[0]
+        dtype = np.result_type(*(self.datasets[i].dtype for i in drawn))
+        windows = np.empty((len(plan.dataset_id), len(first.streams), first.T + 1), dtype=dtype)
+        for i in drawn:
+            chosen = plan.dataset_id == i
+            windows[chosen] = self.datasets[i].read_windows(plan.shard[chosen], plan.start[chosen])
+        return windows
 
-def as_batch(windows: np.ndarray, pin: bool, parts: int = 1) -> Batch:
-    """(B, K, T + 1) windows to a batch; a single context has no dimension of its own."""
-    tokens = torch.from_numpy(windows if windows.shape[1] > 1 else windows[:, 0])
-    return Batch(tokens.pin_memory() if pin else tokens.long(), parts=parts)
+    def iter_windows(self, start_step: int, start_row: int, stop_row: int) -> Iterator[np.ndarray]:
+        """Rows of the global batches of step `start_step` and of all after it: (stop_row - start_row, K, T + 1) ids each."""
+        return map(self.read_windows, self.iter_plans(start_step, start_row, stop_row))
+
+    def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
+        """What a rank reads from a step on: micro-batches in host memory. pin: in pinned memory; hashed: with data_hash."""
+        for windows in self.iter_windows(start_step, rows.start, rows.stop):
+            cuts = range(0, len(windows), rows.micro_batch_size)
+            batches = [
+                to_batch(windows[cut : cut + rows.micro_batch_size], pin=pin, n_micro_batches=len(cuts)) for cut in cuts
+            ]
+            data_hash = row_hash(windows, rows.start) if hashed else 0
+            yield Step(batches, data_hash, self.tokens_per_step)
+
+    def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
+        """What a rank reads from a step on, on the device: prefetched, and through pinned memory where that is a GPU."""
+        return prefetch(self.iter_steps(start_step, rows, pin=device.type == "cuda", hashed=hashed), device)
 
 
 def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
     """The steps on the device; a thread makes `ahead` of them in advance."""
-    ready: queue.Queue = queue.Queue(ahead)
+    ready: queue.Queue[Step | BaseException] = queue.Queue(ahead)
     closed = threading.Event()
 
-    def put(item) -> None:
+    def put(item: Step | BaseException) -> None:
         while not closed.is_set():
             try:
                 return ready.put(item, timeout=0.2)
             except queue.Full:
                 continue
 
-    def gather() -> None:
+    def produce() -> None:
         try:
             for step in steps:
                 if closed.is_set():
                     return
                 put(step)
-        except BaseException as error:  # told by the thread that trains
+        except BaseException as error:  # raised again in the thread that trains
             put(error)
 
-    thread = threading.Thread(target=gather, name="batches", daemon=True)
+    thread = threading.Thread(target=produce, name="batches", daemon=True)
     thread.start()
     try:
         while True:
@@ -246,146 +430,55 @@ def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Ite
         thread.join()
 
 
-class SampleCounter:
-    """Sequences drawn from each dataset before a step. A running count: to go on from the last step asked for is quick,
-    an earlier one is counted from the start of the run."""
-
-    def __init__(self, mixture: Mixture, rows: int, seed: int):
-        self.mixture, self.rows, self.seed = mixture, rows, seed
-        self.step, self.counts = 0, np.zeros(len(mixture.first), dtype=np.int64)
-
-    def before(self, step: int) -> np.ndarray:
-        if step < self.step:
-            self.step, self.counts = 0, np.zeros_like(self.counts)
-        chunk = max(1, 2**20 // self.rows)
-        for first in range(self.step, step, chunk):
-            which = self.mixture.draw(self.seed, np.arange(first, min(step, first + chunk)), self.rows)
-            self.counts = self.counts + np.bincount(which.ravel(), minlength=len(self.counts)) * (
-                self.rows // which.shape[1]
-            )
-        self.step = step
-        return self.counts
-
-
-class Source:
-    """Training batches of `rows` sequences a step, drawn from datasets by a mixture."""
-
-    period = 1  # steps between two at which a run may be saved and resumed; all of them read the same rows
-
-    def __init__(self, datasets: Sequence[Dataset], mixture: Mixture, rows: int, seed: int):
-        self.datasets, self.mixture, self.rows, self.seed = datasets, mixture, rows, seed
-        self.windows = sum(dataset.windows for dataset in datasets)
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.rows * self.datasets[0].T
-
-    @property
-    def epochs_per_step(self) -> float:
-        return self.rows / self.period / self.windows
-
-    def tally(self) -> SampleCounter:
-        """A count of one's own: a thread may not use another's."""
-        return SampleCounter(self.mixture, self.rows, self.seed)
-
-    def places(self, steps: np.ndarray, first: int, last: int, tally: SampleCounter) -> np.ndarray:
-        """(len(steps), 3, last - first): dataset, shard and start of rows [first, last) of the global batches of steps that follow
-        each other; the tally only saves counting."""
-        which = np.broadcast_to(self.mixture.draw(self.seed, steps, self.rows), (len(steps), self.rows))
-        before, here = tally.before(int(steps[0])), which[:, first:last]
-        found = np.empty((len(steps), 3, last - first), dtype=np.int64)
-        found[:, 0] = here
-        for d, dataset in enumerate(self.datasets):
-            number = (
-                before[d] + np.cumsum(which == d).reshape(which.shape) - 1
-            )  # of each row, among its dataset's sequences
-            found[:, 1][here == d], found[:, 2][here == d] = dataset.place(number[:, first:last][here == d])
-        return found
-
-    def windows_at(self, place: np.ndarray) -> np.ndarray:
-        """(rows, K, T + 1) ids of the rows of a step, from their (3, rows) place."""
-        drawn = set(place[0].tolist())
-        if len(drawn) == 1:
-            return self.datasets[drawn.pop()].windows_at(*place[1:])
-        shape = (place.shape[1], len(self.datasets[0].streams), self.datasets[0].T + 1)
-        windows = np.empty(shape, dtype=np.result_type(*(self.datasets[d].dtype for d in drawn)))
-        for d in drawn:
-            here = place[0] == d
-            windows[here] = self.datasets[d].windows_at(*place[1:, here])
-        return windows
-
-    def iter_windows(self, start: int, first: int, last: int) -> Iterator[np.ndarray]:
-        """Rows [first, last) of the global batches of step `start` and of all after it: (last - first, K, T + 1) ids each."""
-        tally, chunk = (
-            self.tally(),
-            max(1, 4096 // self.rows),
-        )  # a call of numpy's takes longer than hashing the few rows of a step
-        for step in itertools.count(start, chunk):
-            yield from map(self.windows_at, self.places(np.arange(step, step + chunk), first, last, tally))
-
-    def iter_steps(
-        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
-    ) -> Iterator[Step]:
-        """What a rank of rows [first, last) reads from step `start` on: micro-batches in the host's memory, pinned if asked."""
-        for windows in self.iter_windows(start, first, last):
-            cuts = range(0, len(windows), micro_batch)
-            made = [as_batch(windows[row : row + micro_batch], pin, len(cuts)) for row in cuts]
-            yield Step(made, row_hash(windows, first) if hashed else 0, self.tokens_per_step)
-
-    def stream(
-        self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool
-    ) -> Iterator[Step]:
-        """From step `start` on what a rank of rows [first, last) reads, on the device; through pinned memory where that is a GPU."""
-        return prefetch(self.iter_steps(start, first, last, micro_batch, device.type == "cuda", hashed), device)
-
-
-def row_hash(windows: Iterable[np.ndarray], first: int) -> int:
-    """Sum mod 2^64 of a hash of each row with its place in the global batch."""
-    total = 0
-    for row, window in enumerate(windows, start=first):
-        total += int.from_bytes(
-            hashlib.blake2b(window.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest(),
-            "little",
-        )
-    return total % 2**64
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# all of a run's windows
+# all the token bins of a run
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowSampling:
+    """How windows are drawn from token bins."""
+
+    block_size: int
+    rows: int  # sequences of a step
+    method: str  # random, without_replacement or sequential
+    seed: int
+
+
+@dataclass(frozen=True)
+class TokenData:
     source: Source
-    evaluated: dict[str, list[Dataset]]  # split -> datasets, with random windows that are the same at every evaluation
-    weights: np.ndarray  # of the datasets in the validation loss
+    eval_datasets: dict[str, list[Dataset]]  # split -> datasets; random windows, the same ones at every evaluation
+    eval_weights: np.ndarray  # of the datasets in the validation loss
 
 
 def open_data(
-    root: Path,
+    data_dir: Path,
     names: Sequence[Sequence[str]],
-    metas: dict[str, Meta],
-    firsts: dict[str, int],
+    metas: Mapping[str, Meta],
+    vocab_offsets: Mapping[str, int],
     mixture: Mixture,
-    block_size: int,
-    rows: int,
-    method: str,
-    seed: int,
-) -> Windows:
-    """The datasets in root, each named by its aligned streams.
+    sampling: WindowSampling,
+) -> TokenData:
+    """The datasets in data_dir, each given by the names of its aligned streams.
 
-    metas: of each stream; firsts: of streams that don't begin at the model's row 0, the first of theirs; rows: sequences of a step.
-    Raises UserError.
+    metas: of each stream; vocab_offsets: the model's first row of each stream, 0 where it is missing. Raises UserError.
     """
-    opened = {(split, name): Bin(root / name, split, meta, name) for split in SPLITS for name, meta in metas.items()}
+    bins = {(split, name): Bin(data_dir / name, split, meta, name) for split in SPLITS for name, meta in metas.items()}
 
     def datasets(split: str, method: str, seed: int) -> list[Dataset]:
         return [
             Dataset(
-                [opened[split, s] for s in streams], block_size, method, seed, i, [firsts.get(s, 0) for s in streams]
+                streams=[bins[split, stream] for stream in streams],
+                block_size=sampling.block_size,
+                method=method,
+                seed=seed,
+                index=index,
+                vocab_offsets=[vocab_offsets.get(stream, 0) for stream in streams],
             )
-            for i, streams in enumerate(names)
+            for index, streams in enumerate(names)
         ]
 
-    evaluation = {split: datasets(split, "random", int(hash_u64(seed, EVALUATION))) for split in SPLITS}
-    return Windows(Source(datasets("train", method, seed), mixture, rows, seed), evaluation, mixture.final)
+    source = Source(datasets("train", sampling.method, sampling.seed), mixture, sampling.rows, sampling.seed)
+    eval_seed = int(hash_u64(sampling.seed, EVALUATION))
+    eval_datasets = {split: datasets(split, "random", eval_seed) for split in SPLITS}
+    return TokenData(source, eval_datasets, mixture.final_weights)

@@ -177,7 +177,7 @@ class Bin:
                 )
         return tokens
 
-    def windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
+    def read_windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
         """(len(start), length) ids from these places of these shards.
 
         Read by pread: through the map, every window would fault in up to a megabyte around it, and the process would grow to the

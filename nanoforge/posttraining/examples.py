@@ -10,7 +10,6 @@ Knows nothing of the model but its number of rows, of ranks only which rows are 
 """
 
 import bisect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from nanoforge.data import tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
+from nanoforge.distributed import RankSlice, rank_range
 from nanoforge.errors import UserError
 from nanoforge.posttraining.prompt_format import Template, read_table
 from nanoforge.rng import ORDER, permute
@@ -235,15 +235,15 @@ class Examples:
         self.tokens = sum(len(sequence.ids) for item in self.items for sequence in item.sequences)
         if packed:
             self.items = pack(self.items, coder.limit)
-        self.windows = len(self.items)
-        self.tokens_of_one = self.tokens / self.windows  # the mean
+        self.n_windows = len(self.items)
+        self.tokens_per_window = self.tokens / self.n_windows  # the mean
 
-    def place(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(zeros, which example) for examples by their numbers in the run, as the places of windows are told."""
-        epoch, index = np.divmod(number, self.windows)
-        return np.zeros_like(index), permute(index, self.windows, self.seed, ORDER, self.number, epoch)
+    def locate(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(zeros, which example) for examples by their numbers in the run, as Dataset.locate gives them."""
+        epoch, index = np.divmod(number, self.n_windows)
+        return np.zeros_like(index), permute(index, self.n_windows, self.seed, ORDER, self.number, epoch)
 
-    def evaluation(
+    def eval_batches(
         self, iters: int, size: int, rank: int, world: int, collate: Callable
     ) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of each of the first `iters` batches of `size` examples, in the order of the file, and whether it has one: a rank
@@ -253,13 +253,13 @@ class Examples:
             whole = self.items[first : min(first + size, len(self.items), iters * size)]
             if len(whole) < collate.least:
                 return
-            first_of_mine, last = (r * len(whole) // world for r in (rank, rank + 1))
-            batch, counts = collate(whole, first_of_mine, max(last, first_of_mine + 1), 1), last > first_of_mine
+            mine = rank_range(len(whole), rank, world)
+            batch, counts = collate(whole, mine.start, max(mine.stop, mine.start + 1), 1), len(mine) > 0
             yield (
                 batch
                 if counts
-                else batch.having(
-                    **{name: torch.zeros_like(mask) for name, mask in batch.more.items() if name.endswith("mask")}
+                else batch.with_tensors(
+                    **{name: torch.zeros_like(mask) for name, mask in batch.extras.items() if name.endswith("mask")}
                 ),
                 counts,
             )
@@ -299,7 +299,7 @@ def padded(sequences: Sequence[Ids], width: int = 0) -> Batch:
     tokens, mask = np.zeros((len(sequences), width), dtype=np.int64), np.zeros((len(sequences), width), dtype=bool)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence.ids)], mask[row, : len(sequence.ids)] = sequence.ids, sequence.mask
-    more = {"mask": torch.from_numpy(mask[:, 1:].copy())}
+    more = {"loss_mask": torch.from_numpy(mask[:, 1:].copy())}
     if sequences[0].positions is not None:
         positions = np.zeros((len(sequences), width - 1), dtype=np.int64)
         for row, sequence in enumerate(sequences):
@@ -307,7 +307,7 @@ def padded(sequences: Sequence[Ids], width: int = 0) -> Batch:
             positions[row] = np.concatenate(
                 (places, np.arange(width - 1 - len(places)))
             )  # the padding is a document of its own
-        more["positions"] = torch.from_numpy(positions)
+        more["position_ids"] = torch.from_numpy(positions)
     return Batch(torch.from_numpy(tokens), more)
 
 
@@ -327,14 +327,14 @@ class Collator:
         )
         learned = sum(int(sequence.mask.sum()) for item in whole for sequence in item.sequences)
         more = self.further(whole, first, last)
-        return Batch(batch.tokens, batch.more | more, parts, learned / self.world)
+        return Batch(batch.tokens, batch.extras | more, parts, learned / self.world)
 
     def further(self, whole: Sequence[Example], first: int, last: int) -> dict[str, torch.Tensor]:
         """What else the rows need."""
         here = whole[first:last]
         return (
             {
-                "reference": torch.tensor(
+                "ref_logps": torch.tensor(
                     [value for kind in zip(*(item.reference for item in here), strict=True) for value in kind]
                 )
             }
@@ -359,8 +359,8 @@ class KTOCollator(Collator):
             strangers.append(Ids(ids, np.arange(len(ids)) >= start))
         batch = padded(strangers, self.width)
         return {
-            "label": torch.tensor([bool(item.row["label"]) for item in whole[first:last]]),
-            "stranger": batch.tokens, "stranger_mask": batch.more["mask"],
+            "desirable": torch.tensor([bool(item.row["label"]) for item in whole[first:last]]),
+            "kl_completion": batch.tokens, "kl_completion_mask": batch.extras["loss_mask"],
         }  # fmt: skip
 
 
@@ -374,28 +374,26 @@ class ExampleSource(Source):
     @property
     def tokens_per_step(self) -> float:
         """About, by the mean example; without padding."""
-        return self.rows / self.period * sum(dataset.tokens for dataset in self.datasets) / self.windows
+        return self.rows / self.steps_per_rollout * sum(dataset.tokens for dataset in self.datasets) / self.n_windows
 
-    def iter_examples(self, start: int) -> Iterator[list[Example]]:
-        """The examples of step `start` and of all after it."""
-        tally, chunk = self.tally(), max(1, 4096 // self.rows)
-        for step in itertools.count(start, chunk):
-            for place in self.places(np.arange(step, step + chunk), 0, self.rows, tally):
-                yield [self.datasets[d].items[index] for d, _, index in place.T.tolist()]
+    def iter_examples(self, start_step: int) -> Iterator[list[Example]]:
+        """The examples of step `start_step` and of all after it."""
+        for plan in self.iter_plans(start_step, 0, self.rows):
+            pairs = zip(plan.dataset_id.tolist(), plan.start.tolist(), strict=True)
+            yield [self.datasets[dataset_id].items[index] for dataset_id, index in pairs]
 
-    def iter_steps(
-        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
-    ) -> Iterator[Step]:
-        for whole in self.iter_examples(start):
-            cuts = range(first, last, micro_batch)
-            made = [self.collate(whole, row, min(row + micro_batch, last), len(cuts)) for row in cuts]
+    def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
+        first, last, size = rows
+        for whole in self.iter_examples(start_step):
+            cuts = range(first, last, size)
+            made = [self.collate(whole, row, min(row + size, last), len(cuts)) for row in cuts]
             if pin:
                 made = [
                     Batch(
                         b.tokens.pin_memory(),
-                        {name: tensor.pin_memory() for name, tensor in b.more.items()},
-                        b.parts,
-                        b.learned,
+                        {name: tensor.pin_memory() for name, tensor in b.extras.items()},
+                        b.n_micro_batches,
+                        b.num_loss_tokens,
                     )
                     for b in made
                 ]

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoforge.data.batches import Batch
+from nanoforge.data.batches import Batch, Metrics
 from nanoforge.distributed import Ranks
-
-Metrics = dict[str, Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # preferences: a, d are the log-ratios of chosen and rejected completions, (B,); beta is the strength of the tie to the reference
@@ -139,7 +137,7 @@ def mean_of(values: Tensor, mask: Tensor | None = None) -> Tensor:
 def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Metrics:
     """Entropy of the model at the learned targets, and how often its likeliest token is the target. A pass of its own: telling changes nothing that is learned."""
     logits = net(batch.idx, **where(batch)).float() / temperature
-    log_p, mask = logits.log_softmax(-1), batch.more["mask"]
+    log_p, mask = logits.log_softmax(-1), batch.extras["loss_mask"]
     return {
         "entropy": mean_of(-(log_p.exp() * log_p).sum(-1), mask),
         "mean_token_accuracy": mean_of(logits.argmax(-1) == batch.targets, mask),
@@ -148,7 +146,7 @@ def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Metric
 
 def where(batch: Batch) -> dict[str, Tensor]:
     """The positions of packed examples, if they are."""
-    return {"positions": batch.more["positions"]} if "positions" in batch.more else {}
+    return {"positions": batch.extras["position_ids"]} if "position_ids" in batch.extras else {}
 
 
 class Objective(Protocol):
@@ -171,7 +169,7 @@ class LanguageModel(Plain):
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
         losses = net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
-        loss = losses.mean() / batch.parts
+        loss = losses.mean() / batch.n_micro_batches
         if not detailed:
             return loss, {}
         by_context = losses.detach().view(len(losses), -1, losses.size(-1)).sum((0, 2))
@@ -182,10 +180,10 @@ class SFT(Plain):
     """The mean cross-entropy of the learned targets of the whole step."""
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask = batch.more["mask"]
+        mask = batch.extras["loss_mask"]
         losses = net(batch.idx, batch.targets * mask, **where(batch)) * mask
         told = {"loss": mean_of(losses, mask), **statistics(net, batch)} if detailed else {}
-        return losses.sum() / batch.learned, told
+        return losses.sum() / batch.num_loss_tokens, told
 
 
 @dataclass(frozen=True)
@@ -214,24 +212,25 @@ class DPO:
         if self.reference is None:
             return batches
         return [
-            batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1)) for batch in batches
+            batch.with_tensors(ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"]).sum(1))
+            for batch in batches
         ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask = batch.more["mask"]
+        mask = batch.extras["loss_mask"]
         logp = logps(net, batch.tokens, mask).sum(1)
-        ratios = logp - batch.more["reference"]
+        ratios = logp - batch.extras["ref_logps"]
         function, per_token, _ = DPO_LOSSES[self.loss]
         a, d = (ratios / mask.sum(1) if per_token else ratios).chunk(2)
         losses = function(a, d, self.beta, self.smoothing)
         if not detailed:
-            return losses.mean() / batch.parts, {}
+            return losses.mean() / batch.n_micro_batches, {}
         (chosen, rejected), (good, bad) = (self.beta * ratios).chunk(2), logp.chunk(2)
         told = {
             "loss": mean_of(losses), "rewards/chosen": mean_of(chosen), "rewards/rejected": mean_of(rejected), "rewards/margins": mean_of(chosen - rejected),
             "rewards/accuracies": mean_of(chosen > rejected), "logps/chosen": mean_of(good), "logps/rejected": mean_of(bad),
         }  # fmt: skip
-        return losses.mean() / batch.parts, told | statistics(net, batch)
+        return losses.mean() / batch.n_micro_batches, told | statistics(net, batch)
 
 
 @dataclass(frozen=True)
@@ -249,27 +248,31 @@ class KTO:
     def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
         total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:
-            tokens, mask = batch.more["stranger"], batch.more["stranger_mask"]
+            tokens, mask = batch.extras["kl_completion"], batch.extras["kl_completion_mask"]
             total += mean_of((logps(net, tokens, mask) - self.reference.logps(tokens, mask)).sum(1), mask.any(1))
         total = self.ranks.all_reduce_(total)
         z = (total[0] / total[1]).clamp(min=0)
         return [
-            batch.having(z=z, reference=self.reference.logps(batch.tokens, batch.more["mask"]).sum(1))
+            batch.with_tensors(kl=z, ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"]).sum(1))
             for batch in batches
         ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        logp, desirable, z = logps(net, batch.tokens, batch.more["mask"]).sum(1), batch.more["label"], batch.more["z"]
-        ratio = logp - batch.more["reference"]
+        logp, desirable, z = (
+            logps(net, batch.tokens, batch.extras["loss_mask"]).sum(1),
+            batch.extras["desirable"],
+            batch.extras["kl"],
+        )
+        ratio = logp - batch.extras["ref_logps"]
         losses = kto_loss(ratio, z, desirable, self.beta, self.desirable_weight, self.undesirable_weight)
         if not detailed:
-            return losses.mean() / batch.parts, {}
+            return losses.mean() / batch.n_micro_batches, {}
         reward = self.beta * ratio
         told = {
             "loss": mean_of(losses), "kl": mean_of(z.view(1)), "rewards/chosen": mean_of(reward, desirable), "rewards/rejected": mean_of(reward, ~desirable),
             "logps/chosen": mean_of(logp, desirable), "logps/rejected": mean_of(logp, ~desirable),
         }  # fmt: skip
-        return losses.mean() / batch.parts, told | statistics(net, batch)
+        return losses.mean() / batch.n_micro_batches, told | statistics(net, batch)
 
 
 @dataclass(frozen=True)
@@ -289,22 +292,26 @@ class GRPO:
         if self.reference is None:
             return batches
         return [
-            batch.having(reference=self.reference.logps(batch.tokens, batch.more["mask"], self.temperature))
+            batch.with_tensors(
+                ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"], self.temperature)
+            )
             for batch in batches
         ]
 
     def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask, old, advantage = batch.more["mask"], batch.more["old"], batch.more["advantage"]
+        mask, old, advantage = batch.extras["loss_mask"], batch.extras["old_logps"], batch.extras["advantages"]
         logp = logps(net, batch.tokens, mask, self.temperature)
         losses, w = ppo_clip_loss(logp, old, advantage, mask, self.epsilon, self.epsilon_high, self.level)
-        kl = divergence(logp, batch.more["reference"]) if self.reference is not None else torch.zeros_like(logp)
+        kl = divergence(logp, batch.extras["ref_logps"]) if self.reference is not None else torch.zeros_like(logp)
         total, by = AGGREGATIONS[self.aggregation](losses + self.beta * kl, mask.float(), self.longest)
-        loss = total / (batch.learned if self.aggregation == "dapo" else by.clamp(min=1) * batch.parts)
+        loss = total / (
+            batch.num_loss_tokens if self.aggregation == "dapo" else by.clamp(min=1) * batch.n_micro_batches
+        )
         if not detailed:
             return loss, {}
         A = advantage[:, None].expand_as(logp)
         told = {
-            "loss": mean_of(loss.view(1) * batch.parts), "kl": mean_of(kl, mask), "clip_ratio/low": mean_of((w < 1 - self.epsilon) & (A < 0), mask),
+            "loss": mean_of(loss.view(1) * batch.n_micro_batches), "kl": mean_of(kl, mask), "clip_ratio/low": mean_of((w < 1 - self.epsilon) & (A < 0), mask),
             "clip_ratio/high": mean_of((w > 1 + self.epsilon_high) & (A > 0), mask), "rollout_logp_error": mean_of((logp - old).abs(), mask),
         }  # fmt: skip
         return loss, told | statistics(net, batch, self.temperature)

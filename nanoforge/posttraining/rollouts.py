@@ -1,7 +1,7 @@
 """GRPO's source: prompts are answered by the model that trains, the answers are rewarded, and the answers are the batch.
 
 Which prompts a step takes is a pure function of (arguments, step); the answers follow from the model and from numbers that are a function of
-(seed, step, answer, token), so any number of ranks makes the same ones. A draw serves `period` steps, and only between two draws is a run
+(seed, step, answer, token), so any number of ranks makes the same ones. A draw serves `steps_per_rollout` steps, and only between two draws is a run
 saved: resuming needs no state.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoforge.data.batches import Mixture, Step, row_hash
-from nanoforge.distributed import Ranks, is_sharded
+from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, complete
 from nanoforge.posttraining import tasks
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, Ids, padded
@@ -89,30 +89,32 @@ class RolloutSource(ExampleSource):
         rows: int,
         seed: int,
         answers: Answers,
-        period: int,
+        steps_per_rollout: int,
         scale: str,
         mask_truncated: bool,
     ):
         super().__init__(datasets, mixture, rows // answers.generations, seed, Collator())
-        self.answers, self.period, self.scale, self.mask_truncated = answers, period, scale, mask_truncated
+        self.answers, self.steps_per_rollout, self.scale, self.mask_truncated = (
+            answers,
+            steps_per_rollout,
+            scale,
+            mask_truncated,
+        )
 
     @property
     def tokens_per_step(self) -> float:
         """About, and of the prompts alone: how long answers will be is not known."""
-        return super().tokens_per_step * self.period * self.answers.generations
+        return super().tokens_per_step * self.steps_per_rollout * self.answers.generations
 
-    def iter_steps(
-        self, start: int, first: int, last: int, micro_batch: int, pin: bool, hashed: bool
-    ) -> Iterator[Step]:
-        assert start % self.period == 0
-        for draw, items in enumerate(self.iter_examples(start // self.period), start=start // self.period):
-            yield from itertools.repeat(self.draw(draw, items, first, last, micro_batch, hashed), self.period)
+    def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
+        start_rollout, remainder = divmod(start_step, self.steps_per_rollout)
+        assert remainder == 0
+        for draw, items in enumerate(self.iter_examples(start_rollout), start=start_rollout):
+            yield from itertools.repeat(self.draw(draw, items, *rows, hashed), self.steps_per_rollout)
 
-    def stream(
-        self, start: int, first: int, last: int, micro_batch: int, device: torch.device, hashed: bool
-    ) -> Iterator[Step]:
-        """From step `start` on what a rank of answers [first, last) reads, drawn when it is asked for: by then the model has learned."""
-        for step in self.iter_steps(start, first, last, micro_batch, False, hashed):
+    def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
+        """What a rank reads from a step on, sampled only when it is asked for: by then the model has learned."""
+        for step in self.iter_steps(start_step, rows, pin=False, hashed=hashed):
             yield step._replace(batches=[batch.to(device) for batch in step.batches])
 
     def draw(self, draw: int, items: Sequence[Example], first: int, last: int, micro_batch: int, hashed: bool) -> Step:
@@ -142,11 +144,11 @@ class RolloutSource(ExampleSource):
         for row in cuts:
             some = slice(row, row + micro_batch)
             batch = padded(sequences[some])
-            before = torch.zeros(batch.more["mask"].shape)
+            before = torch.zeros(batch.extras["loss_mask"].shape)
             for line, values in zip(before, old[some], strict=True):
                 line[: len(values)] = torch.from_numpy(values)
-            batch = batch.having(old=before, advantage=advantage[some])
-            made.append(type(batch)(batch.tokens, batch.more, len(cuts), max(1, tokens[0]) / ranks.world_size))
+            batch = batch.with_tensors(old_logps=before, advantages=advantage[some])
+            made.append(type(batch)(batch.tokens, batch.extras, len(cuts), max(1, tokens[0]) / ranks.world_size))
         return Step(
             made,
             row_hash([s.ids for s in sequences], first) if hashed else 0,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanoforge.distributed import sharded_like, whole
+from nanoforge.distributed import full_tensor, shard_like
 from nanoforge.errors import UserError
 
 
@@ -101,7 +101,7 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
             matrices = [
                 piece
                 for p, update in zip(params, updates, strict=True)
-                for piece in whole(update).split(self.rows.get(p, p.size(0)))
+                for piece in full_tensor(update).split(self.rows.get(p, p.size(0)))
             ]
             by_shape: dict[tuple[int, ...], list[int]] = {}
             for i, matrix in enumerate(matrices):
@@ -126,7 +126,7 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
                     if group["adjust_lr_fn"] == "match_rms_adamw"
                     else math.sqrt(max(1, rows / cols))
                 )
-                p.add_(sharded_like(update * kept, p), alpha=-group["lr"] * scale)
+                p.add_(shard_like(update * kept, p), alpha=-group["lr"] * scale)
         return loss
 
 
@@ -261,7 +261,7 @@ class Optimizer:
     def clip(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
         """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
         scaler.unscale_(self)
-        return whole(nn.utils.clip_grad_norm_(parameters, bound or math.inf))
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, bound or math.inf))
 
     def step(self) -> None:
         """Update the parameters by their gradients, unless `skip` is 1: then neither parameters nor state change. Those that can't be told
@@ -272,11 +272,11 @@ class Optimizer:
                 optimizer.step()
             elif self.skip is None or not self.skip:
                 for p, all_of_it in self.gathered.items():
-                    all_of_it.data, all_of_it.grad = whole(p.detach()), whole(p.grad)
+                    all_of_it.data, all_of_it.grad = full_tensor(p.detach()), full_tensor(p.grad)
                 optimizer.step()
                 with torch.no_grad():
                     for p, all_of_it in self.gathered.items():
-                        p.copy_(sharded_like(all_of_it.detach(), p))
+                        p.copy_(shard_like(all_of_it.detach(), p))
                 self.forget_gathered()
 
     def forget_gathered(self) -> None:
@@ -326,7 +326,7 @@ class Optimizer:
             n, parameter = known[int(i)][name]
             value = tensors[key] if key in tensors else rest[key]
             value = (
-                sharded_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+                shard_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
             )  # whole for a gathered one
             states[int(i)].setdefault(n, {})[what] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):

@@ -894,13 +894,13 @@ def given_to_fsdp(monkeypatch, *flags: str) -> dict:
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *shape: None)
     monkeypatch.setattr(distributed, "fully_shard", lambda module, **options: given.update(options))
     args = train_args.parse(["--parallel=fsdp", *flags])
-    distributed.shard(
+    distributed.apply_fsdp(
         torch.nn.Linear(1, 1),
         [],
         distributed.Ranks(0, 2, torch.device("cpu")),
-        torch.bfloat16,
-        args.fsdp_reshard,
-        args.fsdp_offload,
+        dtype=torch.bfloat16,
+        reshard_after_forward=args.fsdp_reshard,
+        cpu_offload=args.fsdp_offload,
     )
     return given
 
@@ -919,9 +919,9 @@ def fsdp_offload(monkeypatch):
 
 @effect
 def rank_timeout(run, monkeypatch):
-    given, plain = [], distributed.ranks
+    given, plain = [], distributed.join_ranks
     monkeypatch.setattr(
-        distributed, "ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1]
+        distributed, "join_ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1]
     )
     run("--rank_timeout=7")
     assert given == [7]

@@ -9,7 +9,8 @@ import torch
 
 from nanoforge import rng
 from nanoforge.data import batches, token_bins, tokenization
-from nanoforge.data.batches import Dataset, Mixture, SampleCounter, Source, mixture
+from nanoforge.data.batches import Dataset, Mixture, SampleCounter, Source, make_mixture
+from nanoforge.distributed import RankSlice
 from nanoforge.errors import UserError
 from nanoforge.rng import permute
 
@@ -71,7 +72,7 @@ def test_split_mix_64_is_the_published_generator():
 def test_without_replacement_visits_every_window_once(tmp_path, sizes, epoch):
     """The windows of an epoch don't overlap, lie within their shards, and leave out less than two windows a shard."""
     d = dataset(tmp_path, *sizes, method="without_replacement")
-    rows = d.gather(epoch * d.windows + np.arange(d.windows))[:, 0]
+    rows = d.gather(epoch * d.n_windows + np.arange(d.n_windows))[:, 0]
     assert (np.diff(rows, axis=1) == 1).all(), "consecutive numbers: no window crosses shards"
     inputs = rows[:, :-1].ravel()
     assert len(set(inputs.tolist())) == len(inputs), "no token is an input twice"
@@ -80,7 +81,7 @@ def test_without_replacement_visits_every_window_once(tmp_path, sizes, epoch):
 
 def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path):
     d = dataset(tmp_path, 1000, method="without_replacement")
-    starts = [d.place(epoch * d.windows + np.arange(d.windows))[1] for epoch in range(8)]
+    starts = [d.locate(epoch * d.n_windows + np.arange(d.n_windows))[1] for epoch in range(8)]
     assert len({int(s[0]) % 8 for s in starts}) > 2, "offsets of the grid differ"
     assert all((s % 8 == s[0] % 8).all() for s in starts), "one grid an epoch"
     assert not np.array_equal(np.argsort(starts[0]), np.argsort(starts[1]))
@@ -88,7 +89,7 @@ def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path):
 
 def test_sequential_reads_in_order_and_starts_again(tmp_path):
     d = dataset(tmp_path, 100, method="sequential")
-    assert d.windows == 12
+    assert d.n_windows == 12
     assert d.gather(np.arange(13))[:, 0, 0].tolist() == [*range(0, 96, 8), 0]
 
 
@@ -101,7 +102,7 @@ def test_random_reaches_every_place_equally(tmp_path):
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    batch = batches.as_batch(dataset(tmp_path, 500).gather(np.arange(6)), pin=False)
+    batch = batches.to_batch(dataset(tmp_path, 500).gather(np.arange(6)), pin=False)
     assert (
         batch.idx.shape == batch.targets.shape == (6, 8)
         and torch.equal(batch.targets, batch.idx + 1)
@@ -114,7 +115,7 @@ def test_contexts_are_read_at_the_same_places(tmp_path):
     for method in ("random", "without_replacement", "sequential"):
         rows = Dataset(streams, 8, method, 3, 0, [0, 5000]).gather(np.arange(10))
         assert rows.shape == (10, 2, 9) and (rows[:, 1] - rows[:, 0] == 6000).all()
-    assert batches.as_batch(rows, pin=False).idx.shape == (10, 2, 8)
+    assert batches.to_batch(rows, pin=False).idx.shape == (10, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
         0,
         [first],
     )
-    shard, start = d.place(np.arange(500))
+    shard, start = d.locate(np.arange(500))
     assert len(set(shard.tolist())) == 40
     rows, shards = (
         d.gather(np.arange(500)),
@@ -192,13 +193,15 @@ def test_unequal_contexts_and_short_bins_are_told(tmp_path):
 
 
 def test_weights_of_any_scale_are_probabilities():
-    m = mixture(3, (30, 10, 60))
-    assert m.weights(0) == pytest.approx([0.3, 0.1, 0.6]) and mixture(2).weights(5) == pytest.approx([0.5, 0.5])
+    m = make_mixture((30, 10, 60))
+    assert m.weights(0) == pytest.approx([0.3, 0.1, 0.6]) and make_mixture((1, 1)).weights(5) == pytest.approx(
+        [0.5, 0.5]
+    )
 
 
 def test_transitions_by_their_closed_forms():
     linear, cosine, exponential = (
-        mixture(2, (0.8, 0.2), (0.2, 0.8), how, 100) for how in ("linear", "cosine", "exponential")
+        make_mixture((0.8, 0.2), (0.2, 0.8), how, 100) for how in ("linear", "cosine", "exponential")
     )
     for m in (linear, cosine, exponential):
         assert m.weights(0) == pytest.approx([0.8, 0.2]) and m.weights(100) == pytest.approx([0.2, 0.8]) == m.weights(
@@ -213,21 +216,21 @@ def test_transitions_by_their_closed_forms():
 
 @pytest.mark.parametrize("per", ["batch", "sequence"])
 def test_datasets_are_drawn_as_often_as_their_weights_say(per):
-    which = np.broadcast_to(mixture(3, (5, 3, 2), per=per).draw(1, np.arange(20_000), 8), (20_000, 8))
+    which = np.broadcast_to(make_mixture((5, 3, 2), per=per).draw(1, np.arange(20_000), 8), (20_000, 8))
     assert np.bincount(which.ravel()) / which.size == pytest.approx([0.5, 0.3, 0.2], abs=0.012)
     mixed = (which != which[:, :1]).any(1).mean()
     assert mixed == 0 if per == "batch" else mixed > 0.9
 
 
 def test_interleaving_takes_turns():
-    m = mixture(2, (2, 1), interleave=True)
+    m = make_mixture((2, 1), interleave=True)
     assert m.draw(1, np.arange(6), 4)[:, 0].tolist() == [0, 0, 1, 0, 0, 1]
-    m = mixture(2, (2, 1), per="sequence", interleave=True)
+    m = make_mixture((2, 1), per="sequence", interleave=True)
     assert m.draw(1, np.arange(2), 4).tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
 
 def test_transition_shifts_what_is_drawn():
-    which = mixture(2, (1, 0), (0, 1), "linear", 1000).draw(1, np.arange(1000), 4)[:, 0]
+    which = make_mixture((1, 0), (0, 1), "linear", 1000).draw(1, np.arange(1000), 4)[:, 0]
     assert which[:200].mean() == pytest.approx(0.1, abs=0.06) and which[-200:].mean() == pytest.approx(0.9, abs=0.06)
 
 
@@ -239,7 +242,7 @@ def source(tmp_path, per="sequence", method="without_replacement", rows=12) -> S
         Dataset([opened(tmp_path, 400, name=f"{per}{method}{i}", first=i * 1000)], 8, method, 5, i, [0])
         for i in range(2)
     ]
-    return Source(datasets, mixture(2, (2, 1), per=per), rows, 5)
+    return Source(datasets, make_mixture((2, 1), per=per), rows, 5)
 
 
 @pytest.mark.parametrize("per", ["batch", "sequence"])
@@ -258,7 +261,7 @@ def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
 
 def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_path):
     s = source(tmp_path)
-    windows = s.datasets[0].windows
+    windows = s.datasets[0].n_windows
     firsts, step = [], 0
     while len(firsts) < windows:
         firsts += [row[0, 0] for row in next(s.iter_windows(step, 0, 12)) if row[0, 0] < 1000]
@@ -268,21 +271,23 @@ def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_pat
 
 def test_tally_counts_what_was_drawn(tmp_path):
     s = source(tmp_path)
-    drawn, going_on = np.zeros(2, dtype=int), s.tally()
+    drawn, going_on = np.zeros(2, dtype=int), s.sample_counter()
     for step in range(30):
-        assert np.array_equal(SampleCounter(s.mixture, 12, 5).before(step), drawn) and np.array_equal(
-            going_on.before(step), drawn
+        assert np.array_equal(SampleCounter(s.mixture, 12, 5).counts_before(step), drawn) and np.array_equal(
+            going_on.counts_before(step), drawn
         )
         drawn += np.bincount((next(s.iter_windows(step, 0, 12))[:, 0, 0] >= 1000).astype(int), minlength=2)
     per_batch = SampleCounter(Mixture(np.array([0.5, 0.5]), np.array([0.5, 0.5])), 12, 5)
-    assert per_batch.before(100).sum() == 1200 and (per_batch.before(100) % 12 == 0).all()
+    assert per_batch.counts_before(100).sum() == 1200 and (per_batch.counts_before(100) % 12 == 0).all()
 
 
 def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
     s = source(tmp_path)
-    whole = s.stream(3, 0, 12, 4, torch.device("cpu"), hashed=True)
+    whole = s.stream(3, RankSlice(0, 12, 4), torch.device("cpu"), hashed=True)
     halves = [
-        s.__class__(s.datasets, s.mixture, 12, 5).stream(3, first, first + 6, 3, torch.device("cpu"), hashed=True)
+        s.__class__(s.datasets, s.mixture, 12, 5).stream(
+            3, RankSlice(first, first + 6, 3), torch.device("cpu"), hashed=True
+        )
         for first in (0, 6)
     ]
     seen = set()
@@ -306,7 +311,7 @@ def test_stream_gathers_ahead_and_hashes_add_up(tmp_path):
 def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
     """Places are told for several steps at once, here four, which is not seen."""
     s = source(tmp_path, rows=1024)
-    stream = s.stream(0, 3, 7, 4, torch.device("cpu"), hashed=True)
+    stream = s.stream(0, RankSlice(3, 7, 4), torch.device("cpu"), hashed=True)
     for step in range(10):
         (batch,), digest, *_ = next(stream)
         rows = next(s.iter_windows(step, 3, 7)).astype(np.int64)
@@ -324,7 +329,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
 def test_an_error_of_the_gathering_thread_is_raised_where_batches_are_taken(tmp_path):
     s = source(tmp_path)
     s.datasets[1].streams[0].files = []
-    stream = s.stream(0, 0, 12, 4, torch.device("cpu"), hashed=False)
+    stream = s.stream(0, RankSlice(0, 12, 4), torch.device("cpu"), hashed=False)
     with pytest.raises(IndexError):
         for _ in range(10):
             next(stream)

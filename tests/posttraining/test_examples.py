@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoforge.data import tokenization
-from nanoforge.data.batches import mixture
+from nanoforge.data.batches import make_mixture
 from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, ExtendedTokenizer
+from nanoforge.distributed import RankSlice
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 from nanoforge.posttraining import objectives, prompt_format, tasks
@@ -238,11 +239,11 @@ SUMS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(23)]
 
 def source(rows=SUMS, per_step=5, seed=0, objective="sft", collate=None, datasets=1) -> ExampleSource:
     data = [sft(rows[d::datasets], seed=seed, number=d, objective=objective) for d in range(datasets)]
-    return ExampleSource(data, mixture(datasets, per="sequence"), per_step, seed, collate or Collator())
+    return ExampleSource(data, make_mixture([1] * datasets, per="sequence"), per_step, seed, collate or Collator())
 
 
 def steps(source: ExampleSource, n: int, start: int = 0, first: int = 0, last: int = 5, micro: int = 5) -> list:
-    stream = source.iter_steps(start, first, last, micro, False, True)
+    stream = source.iter_steps(start, RankSlice(first, last, micro), pin=False, hashed=True)
     return [next(stream) for _ in range(n)]
 
 
@@ -270,7 +271,7 @@ def test_a_step_is_a_pure_function_of_its_number():
         assert [prompts_of(step) for step in steps(source(datasets=datasets), 5, start=7)] == [
             prompts_of(step) for step in whole[7:]
         ]
-        assert len({step.digest for step in whole}) == 12
+        assert len({step.data_hash for step in whole}) == 12
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
@@ -291,20 +292,21 @@ def test_any_split_reads_the_same_rows(objective, ranks, micro):
     share = 6 // ranks
     for number, whole in enumerate(steps(made(1), 4, last=6, micro=6)):
         parts = [steps(made(ranks), 1, number, r * share, (r + 1) * share, micro)[0] for r in range(ranks)]
-        assert sum(part.digest for part in parts) % 2**64 == whole.digest and {part.tokens for part in parts} == {
+        assert sum(part.data_hash for part in parts) % 2**64 == whole.data_hash and {part.tokens for part in parts} == {
             whole.tokens
         }
         if objective != "dpo":
             assert [prompt for part in parts for prompt in prompts_of(part)] == prompts_of(whole)
         for part in parts:
             assert all(
-                batch.learned * ranks == pytest.approx(whole.batches[0].learned) and batch.parts == len(part.batches)
+                batch.num_loss_tokens * ranks == pytest.approx(whole.batches[0].num_loss_tokens)
+                and batch.n_micro_batches == len(part.batches)
                 for batch in part.batches
             )
         assert (
-            sum(int(batch.more["mask"].sum()) for part in parts for batch in part.batches)
-            == whole.batches[0].learned
-            == int(whole.batches[0].more["mask"].sum())
+            sum(int(batch.extras["loss_mask"].sum()) for part in parts for batch in part.batches)
+            == whole.batches[0].num_loss_tokens
+            == int(whole.batches[0].extras["loss_mask"].sum())
         )
 
 
@@ -318,14 +320,14 @@ def test_strangers_have_the_completion_of_the_row_before(micro):
     found = [
         (row.tolist(), mask.tolist())
         for batch in batches
-        for row, mask in zip(batch.more["stranger"], batch.more["stranger_mask"], strict=True)
+        for row, mask in zip(batch.extras["kl_completion"], batch.extras["kl_completion_mask"], strict=True)
     ]
     for i, (ids, mask) in enumerate(found):
         other = i or 6  # how long the completion of the row before is
         expected = [*DIGITS.encode(f"{i}+{i}=" + "9" * other), 12]
         assert ids[: len(expected)] == expected and not any(ids[len(expected) :])
         assert [j + 1 for j, on in enumerate(mask) if on] == list(range(4, 4 + other + 1))
-    assert [label for batch in batches for label in batch.more["label"].tolist()] == [False, True] * 3
+    assert [label for batch in batches for label in batch.extras["desirable"].tolist()] == [False, True] * 3
 
 
 def test_a_stranger_stays_within_the_limit():
@@ -335,8 +337,8 @@ def test_a_stranger_stays_within_the_limit():
     ]
     batch = KTOCollator(0, 1, 10)(sft(rows, 10, objective="kto").items, 0, 2, 1)
     assert (
-        batch.more["stranger"].shape == (2, 10)
-        and batch.more["stranger"][0].tolist() == DIGITS.encode("1+1+1+1=11").tolist()
+        batch.extras["kl_completion"].shape == (2, 10)
+        and batch.extras["kl_completion"][0].tolist() == DIGITS.encode("1+1+1+1=11").tolist()
     )
 
 
@@ -345,7 +347,7 @@ def test_a_stranger_stays_within_the_limit():
 def test_an_evaluation_reads_the_first_examples_once(size, iters, world):
     """All ranks have as many batches; those that count are each example once."""
     data, seen = sft(SUMS), []
-    batches = [list(data.evaluation(iters, size, rank, world, Collator(0, world))) for rank in range(world)]
+    batches = [list(data.eval_batches(iters, size, rank, world, Collator(0, world))) for rank in range(world)]
     assert len({len(some) for some in batches}) == 1
     for at_once in zip(*batches, strict=True):
         seen += [
@@ -369,14 +371,14 @@ def test_padding_changes_no_loss(position):
     sequences = [item.sequences[0] for item in data.items]
     with torch.no_grad():
         alone = [
-            -objectives.logps(model, (one := padded([sequence])).tokens, one.more["mask"]).sum()
+            -objectives.logps(model, (one := padded([sequence])).tokens, one.extras["loss_mask"]).sum()
             for sequence in sequences
         ]
         for width in (0, 20, 32):
             batch = padded(sequences, width)
             assert batch.tokens.size(1) == (width or max(len(s.ids) for s in sequences))
             torch.testing.assert_close(
-                -objectives.logps(model, batch.tokens, batch.more["mask"]).sum(1),
+                -objectives.logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1),
                 torch.stack(alone),
                 atol=1e-5,
                 rtol=1e-5,
@@ -384,8 +386,8 @@ def test_padding_changes_no_loss(position):
     batch = Collator(32, 1)(data.items, 2, 5, 3)
     assert (
         batch.tokens.shape == (3, 32)
-        and batch.parts == 3
-        and batch.learned == sum(int(s.mask.sum()) for s in sequences)
+        and batch.n_micro_batches == 3
+        and batch.num_loss_tokens == sum(int(s.mask.sum()) for s in sequences)
     )
 
 
@@ -416,9 +418,9 @@ def test_packs_hold_every_token_and_none_too_many(lengths):
 
 def test_packed_examples_come_once_an_epoch():
     data = sft(SUMS, packed=True)
-    assert data.windows < 10 and data.tokens == sum(len(f"{i}+{i}={2 * i}") + 1 for i in range(23))
-    found = ExampleSource([data], mixture(1), 1, 0, Collator())
-    rows = [row for step in steps(found, data.windows, last=1) for row in step.batches[0].tokens.flatten().tolist()]
+    assert data.n_windows < 10 and data.tokens == sum(len(f"{i}+{i}={2 * i}") + 1 for i in range(23))
+    found = ExampleSource([data], make_mixture([1]), 1, 0, Collator())
+    rows = [row for step in steps(found, data.n_windows, last=1) for row in step.batches[0].tokens.flatten().tolist()]
     assert rows.count(12) == 23, "as many end tokens"
 
 
@@ -426,7 +428,7 @@ def test_the_padding_of_a_pack_is_a_document_of_its_own():
     """Its positions begin again, so that it sees nothing and nothing sees it; those of the pack's width stay within it."""
     batch = padded([item.sequences[0] for item in sft(SUMS, packed=True).items], 32)
     for tokens, positions, mask in zip(
-        batch.tokens.tolist(), batch.more["positions"].tolist(), batch.more["mask"].tolist(), strict=True
+        batch.tokens.tolist(), batch.extras["position_ids"].tolist(), batch.extras["loss_mask"].tolist(), strict=True
     ):
         last = max(i for i, token in enumerate(tokens) if token == 12)
         if last + 1 < 31:

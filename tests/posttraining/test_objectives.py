@@ -75,7 +75,7 @@ def rows_of(lengths, first: int = 1) -> Batch:
     for row, n in enumerate(lengths):
         tokens[row, 2 : 2 + n], mask[row, 1 : 1 + n] = torch.arange(first, first + n), True
         first += n
-    return Batch(tokens, {"mask": mask}, 1, float(sum(lengths)))
+    return Batch(tokens, {"loss_mask": mask}, 1, float(sum(lengths)))
 
 
 def ratio(told) -> float:
@@ -116,7 +116,7 @@ def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
     objective = DPO(name, 0.1, smoothing, Reference(begun, nullcontext))
     whole = rows_of(LENGTHS)
     parts = [
-        Batch(whole.tokens[i::cut], {"mask": whole.more["mask"][i::cut]}, cut) for i in range(cut)
+        Batch(whole.tokens[i::cut], {"loss_mask": whole.extras["loss_mask"][i::cut]}, cut) for i in range(cut)
     ]  # a pair's rows are two apart
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
     assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
@@ -137,11 +137,11 @@ def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
 def kto_batch():
     batch, strangers = rows_of([2, 1, 3, 2]), rows_of([1, 1, 1, 1], first=9)
     more = {
-        "label": torch.tensor([True, False, True, False]),
-        "stranger": strangers.tokens,
-        "stranger_mask": strangers.more["mask"],
+        "desirable": torch.tensor([True, False, True, False]),
+        "kl_completion": strangers.tokens,
+        "kl_completion_mask": strangers.extras["loss_mask"],
     }
-    return batch.having(**more)
+    return batch.with_tensors(**more)
 
 
 @pytest.mark.parametrize("sign, z, number", [(1, 0.2, 0.584998), (-1, 0.0, 0.585824)])
@@ -157,7 +157,7 @@ def test_kto_is_the_reference_numbers(sign, z, number, cut):
     begun = Table(torch.cat((spread([-3.0, -2.0, -4.0, -5.0], [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
     objective, whole = KTO(0.1, 1.0, 1.33, Reference(begun, nullcontext), ONE), kto_batch()
     parts = [
-        Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.more.items()}, cut)
+        Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.extras.items()}, cut)
         for i in range(cut)
     ]
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
@@ -222,7 +222,7 @@ def padded(rows, mask) -> torch.Tensor:
 
 def grpo_batch() -> Batch:
     batch = rows_of([len(row) for row in LP])
-    return batch.having(old=padded(OLD, batch.more["mask"]), advantage=GROUP_A.double())
+    return batch.with_tensors(old_logps=padded(OLD, batch.extras["loss_mask"]), advantages=GROUP_A.double())
 
 
 @pytest.mark.parametrize("aggregation, level, high, number", GRPO_NUMBERS)
@@ -236,7 +236,9 @@ def test_grpo_is_the_reference_numbers(aggregation, level, high, number, cut):
     objective = GRPO(aggregation, 0.2, high, 0.08, level, 1.0, 4, Reference(Table(flat(REF)), nullcontext))
     rows = [slice(0, 4)] if cut == 1 else [slice(0, 2), slice(2, 4)]
     parts = [
-        Batch(whole.tokens[some], {name: value[some] for name, value in whole.more.items()}, cut, whole.learned)
+        Batch(
+            whole.tokens[some], {name: value[some] for name, value in whole.extras.items()}, cut, whole.num_loss_tokens
+        )
         for some in rows
     ]
     results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
@@ -278,10 +280,10 @@ def test_a_row_without_learned_tokens_adds_nothing():
     """As --mask_truncated leaves them."""
     for aggregation in ("grpo", "bnpo", "dapo", "dr_grpo"):
         batch = grpo_batch()
-        batch.more["mask"][:] = False
+        batch.extras["loss_mask"][:] = False
         net = Table(flat(LP))
         loss, _ = GRPO(aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext))(
-            net, batch.having(reference=torch.zeros(batch.more["mask"].shape)), False
+            net, batch.with_tensors(ref_logps=torch.zeros(batch.extras["loss_mask"].shape)), False
         )
         loss.backward()
         assert loss.item() == 0 and (net.logp.grad == 0).all()
@@ -301,10 +303,10 @@ def test_gradients_of_preferences_by_finite_differences(name):
 @pytest.mark.parametrize("kind", ["dpo", "kto", "token", "sequence"])
 def test_gradients_through_the_objectives_by_finite_differences(kind):
     objective, batch, values = {
-        "dpo": (DPO("ipo", 0.1, 0.0, None), rows_of(LENGTHS).having(reference=torch.tensor(REFERENCE_CHOSEN + REFERENCE_REJECTED)), spread(CHOSEN + REJECTED, LENGTHS)),
-        "kto": (KTO(0.3, 1.0, 1.3, None, ONE), kto_batch().having(z=torch.tensor(0.2), reference=torch.full((4,), -3.0)), spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [2, 1, 3, 2, 1, 1, 1, 1])),
-        "token": (GRPO("grpo", 0.2, 0.2, 0.08, "token", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
-        "sequence": (GRPO("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().having(reference=padded(REF, grpo_batch().more["mask"])), flat(LP)),
+        "dpo": (DPO("ipo", 0.1, 0.0, None), rows_of(LENGTHS).with_tensors(ref_logps=torch.tensor(REFERENCE_CHOSEN + REFERENCE_REJECTED)), spread(CHOSEN + REJECTED, LENGTHS)),
+        "kto": (KTO(0.3, 1.0, 1.3, None, ONE), kto_batch().with_tensors(kl=torch.tensor(0.2), ref_logps=torch.full((4,), -3.0)), spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [2, 1, 3, 2, 1, 1, 1, 1])),
+        "token": (GRPO("grpo", 0.2, 0.2, 0.08, "token", 1.0, 4, object()), grpo_batch().with_tensors(ref_logps=padded(REF, grpo_batch().extras["loss_mask"])), flat(LP)),
+        "sequence": (GRPO("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().with_tensors(ref_logps=padded(REF, grpo_batch().extras["loss_mask"])), flat(LP)),
     }[kind]  # fmt: skip
     net = Table(values)
     assert torch.autograd.gradcheck(
@@ -369,11 +371,11 @@ def test_dpo_equals_trls(name, smoothing, seed):
     lengths = torch.randint(1, 7, (8,)).tolist()
     net, reference = Table(-4 * torch.rand(sum(lengths), dtype=torch.double)), -10 * torch.rand(8, dtype=torch.double)
     batch = rows_of(lengths)
-    loss, told = DPO(name, 0.3, smoothing, None)(net, batch.having(reference=reference), True)
+    loss, told = DPO(name, 0.3, smoothing, None)(net, batch.with_tensors(ref_logps=reference), True)
     loss.backward()
     ours, net.logp.grad = net.logp.grad, None
 
-    completion = torch.cat((torch.zeros(8, 1, dtype=torch.bool), batch.more["mask"]), 1)
+    completion = torch.cat((torch.zeros(8, 1, dtype=torch.bool), batch.extras["loss_mask"]), 1)
     inputs = {
         "input_ids": batch.tokens,
         "attention_mask": torch.ones_like(batch.tokens),
@@ -390,7 +392,7 @@ def test_dpo_equals_trls(name, smoothing, seed):
         label_smoothing=smoothing,
         use_weighting=False,
     )
-    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.more["mask"])  # noqa: E731
+    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.extras["loss_mask"])  # noqa: E731
     reference_loss = dpo_trainer.DPOTrainer._compute_loss(theirs, model, inputs, False)
     reference_loss.backward()
     assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-9)
@@ -420,7 +422,9 @@ def test_kto_equals_trls(seed):
         rows_of([1] * 7, first=sum(lengths) + 1),
         torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool),
     )
-    batch = batch.having(label=label, stranger=strangers.tokens, stranger_mask=strangers.more["mask"])
+    batch = batch.with_tensors(
+        desirable=label, kl_completion=strangers.tokens, kl_completion_mask=strangers.extras["loss_mask"]
+    )
     objective = KTO(0.3, 1.2, 0.7, Reference(begun, nullcontext), ONE)
     (prepared,) = objective.prepare(net, [batch])
     loss, told = objective(net, prepared, True)
@@ -428,9 +432,9 @@ def test_kto_equals_trls(seed):
     ours, net.logp.grad = net.logp.grad, None
 
     def logps(net, batch):
-        return (net.logp[batch.tokens[:, 1:]] * batch.more["mask"]).sum(1).detach()
+        return (net.logp[batch.tokens[:, 1:]] * batch.extras["loss_mask"]).sum(1).detach()
 
-    completion = torch.cat((torch.zeros(7, 1, dtype=torch.bool), batch.more["mask"]), 1)
+    completion = torch.cat((torch.zeros(7, 1, dtype=torch.bool), batch.extras["loss_mask"]), 1)
     inputs = {
         "input_ids": batch.tokens,
         "attention_mask": torch.ones_like(batch.tokens),
@@ -447,7 +451,7 @@ def test_kto_equals_trls(seed):
         undesirable_weight=0.7,
         _compute_kl_logps=lambda model, given: logps(net, strangers),
     )
-    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.more["mask"])  # noqa: E731
+    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.extras["loss_mask"])  # noqa: E731
     reference_loss = kto_trainer.KTOTrainer._compute_loss(theirs, model, inputs, False)
     reference_loss.backward()
     assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-7)
@@ -466,7 +470,7 @@ def test_grpo_equals_trls(aggregation, level, beta):
     torch.manual_seed(5)
     lengths = torch.randint(1, 7, (8,)).tolist()
     batch = rows_of(lengths)
-    mask, width = batch.more["mask"], max(lengths)
+    mask, width = batch.extras["loss_mask"], max(lengths)
     net, old, ref = (
         Table(-2 * torch.rand(sum(lengths), dtype=torch.double)),
         torch.zeros(mask.shape, dtype=torch.double),
@@ -478,7 +482,7 @@ def test_grpo_equals_trls(aggregation, level, beta):
     )
     A = torch.randn(8, dtype=torch.double)
     objective = GRPO(aggregation, 0.2, 0.3, beta, level, 1.0, 9, object() if beta else None)
-    loss, told = objective(net, batch.having(old=old, advantage=A, reference=ref), True)
+    loss, told = objective(net, batch.with_tensors(old_logps=old, advantages=A, ref_logps=ref), True)
     loss.backward()
     ours, net.logp.grad = net.logp.grad, None
 
@@ -515,7 +519,7 @@ def test_entropy_and_accuracy_are_those_of_the_distribution():
     batch.tokens[:, :2] = 30
     for temperature in (1.0, 2.5):
         told = objectives.statistics(model, batch, temperature)
-        logits, mask = model(batch.idx) / temperature, batch.more["mask"]
+        logits, mask = model(batch.idx) / temperature, batch.extras["loss_mask"]
         assert ratio(told["entropy"]) == pytest.approx(
             torch.distributions.Categorical(logits=logits).entropy()[mask].mean().item(), rel=1e-5
         )
@@ -529,8 +533,8 @@ def test_log_probabilities_are_those_of_the_tempered_softmax():
     for temperature in (1.0, 0.4):
         plain = (model(batch.idx) / temperature).log_softmax(-1).gather(-1, batch.targets[..., None])[
             ..., 0
-        ] * batch.more["mask"]
-        torch.testing.assert_close(objectives.logps(model, batch.tokens, batch.more["mask"], temperature), plain)
+        ] * batch.extras["loss_mask"]
+        torch.testing.assert_close(objectives.logps(model, batch.tokens, batch.extras["loss_mask"], temperature), plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,7 +723,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     for packed in (False, True):
         data = Examples("x", rows, "sft", coder, 0, 0, "x", packed)
         batch = Collator()(data.items, 0, len(data.items), 1)
-        assert batch.learned == sum(len(row["completion"]) + 1 for row in rows)
+        assert batch.num_loss_tokens == sum(len(row["completion"]) + 1 for row in rows)
         model = tiny_model(block_size=24, **variant)
         loss, told = SFT()(model, batch, True)
         loss.backward()

@@ -355,7 +355,7 @@ def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, t
     plain = objectives.GRPO.__call__
 
     def seen(self, net, batch, detailed):
-        masks.append((batch.tokens.clone(), batch.more["mask"].clone(), batch.learned))
+        masks.append((batch.tokens.clone(), batch.extras["loss_mask"].clone(), batch.num_loss_tokens))
         return plain(self, net, batch, detailed)
 
     objectives.GRPO.__call__ = seen

@@ -293,16 +293,16 @@ import math, os, sys
 sys.path.insert(0, {root!r})
 import torch, train, train_args
 from nanoforge import distributed
-plain = distributed.replicate
+plain = distributed.wrap_ddp
 steps, rank = {steps!r}, int(os.environ.get("RANK", 0))
-def replicate(model, ranks):
+def wrap_ddp(model, ranks):
     count = [0]
     def hook(grad):
         count[0] += 1
         return grad * math.nan if rank == {rank} and count[0] in steps else grad
     next(model.parameters()).register_hook(hook)
     return plain(model, ranks)
-distributed.replicate = replicate
+distributed.wrap_ddp = wrap_ddp
 train.main(train_args.parse(sys.argv[1:]))
 """
 
