@@ -10,33 +10,49 @@ faster. Knows nothing of how either works inside, apart from what they print.
 """
 
 import sys
+from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Rules, arg
 
 SECTIONS = ("train", "sample", "data", "startup", "race", "all")
 NANOGPT = OnlyWith("--peer of --peer_kind=nanogpt", lambda a: a.peer != "" and a.peer_kind == "nanogpt")
-TABLE = {
-    "what": [
-        Row("device", "auto", "auto, cpu or cuda"),
-        Row("peer", "", "folder of the peer's checkout (none: ours alone, unless --peer_kind=hf)"),
-        Row("peer_kind", "nanogpt", "nanogpt (needs --peer), or hf (transformers)", choices=("nanogpt", "hf")),
-        Row("data_dir", "", "folder that holds shakespeare_char (none: the peer's data, or ours)"),
-        Row("cases", (), "shapes to time (none: those of the device)"),
-        Row("out", "benchmarks", "folder of the results"),
-    ],
-    "how much": [
-        Row("pairs", 5, "times that each side runs, in turn", low=1),
-        Row("steps", 20, "timed steps of a training run", low=2),
-        Row("text_mb", 100, "megabytes of text to prepare", low=1),
-        Row("bin_tokens", 10**9, "tokens of the bin that batches come from", low=10**5),
-        Row("batches", 10_000, "batches over which memory is watched", low=100),
-        Row("seeds", 3, "seeds of each side of the race", low=1),
-        Row("race_config", "", "our recipe in the race (none: configs/shakespeare_cpu.py, or on a GPU shakespeare_gpu.py)"),
-        Row("peer_lr", (1e-3,), "learning rates that the peer races with; the best is its tuned one", item=float, needs=NANOGPT),
-        Row("peer_iters", 2000, "iterations of the peer in the race", low=2, needs=NANOGPT),
-    ],
-}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatArgs:
+    """what"""
+
+    device: str = arg("auto", "auto, cpu or cuda")
+    peer: str = arg("", "folder of the peer's checkout (none: ours alone, unless --peer_kind=hf)")
+    peer_kind: str = arg("nanogpt", "nanogpt (needs --peer), or hf (transformers)", choices=("nanogpt", "hf"))
+    data_dir: str = arg("", "folder that holds shakespeare_char (none: the peer's data, or ours)")
+    cases: tuple[str, ...] = arg((), "shapes to time (none: those of the device)")
+    out: str = arg("benchmarks", "folder of the results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmountArgs:
+    """how much"""
+
+    pairs: int = arg(5, "times that each side runs, in turn", low=1)
+    steps: int = arg(20, "timed steps of a training run", low=2)
+    text_mb: int = arg(100, "megabytes of text to prepare", low=1)
+    bin_tokens: int = arg(10**9, "tokens of the bin that batches come from", low=10**5)
+    batches: int = arg(10_000, "batches over which memory is watched", low=100)
+    seeds: int = arg(3, "seeds of each side of the race", low=1)
+    race_config: str = arg(
+        "", "our recipe in the race (none: configs/shakespeare_cpu.py, or on a GPU shakespeare_gpu.py)"
+    )
+    peer_lr: tuple[float, ...] = arg(
+        (1e-3,), "learning rates that the peer races with; the best is its tuned one", needs=NANOGPT
+    )
+    peer_iters: int = arg(2000, "iterations of the peer in the race", low=2, needs=NANOGPT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchArgs(WhatArgs, AmountArgs):
+    """The arguments of bench.py."""
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -902,7 +918,13 @@ def main(given) -> None:
 if __name__ == "__main__":
     asked = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "all"
     if asked not in SECTIONS:
-        configurator.tell([f"{asked}: no such section; there are {', '.join(SECTIONS)}"])
+        configurator.exit_with_errors([f"{asked}: no such section; there are {', '.join(SECTIONS)}"])
     configurator.run(
-        main, (asked, configurator.parse(TABLE, [word for word in sys.argv[1:] if word != asked], __doc__, check=check))
+        main,
+        (
+            asked,
+            configurator.parse(
+                BenchArgs, [word for word in sys.argv[1:] if word != asked], __doc__, Rules(check=check)
+            ),
+        ),
     )

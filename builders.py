@@ -143,7 +143,7 @@ def load_base(args, began: RunRecord | None, say) -> pretrained.Pretrained | Non
         return None
     if args.init_from != "resume":
         return pretrained.load(args.weights_source, say)
-    if args.adapter == "none" and not args.compares:
+    if args.adapter == "none" and not args.needs_reference:
         return None
     if "source" not in began.base:
         raise UserError(
@@ -427,7 +427,7 @@ def make(
     args = dataclasses.replace(args, **shape)
     told = (
         {"source": base.source, "sha256": adapters.fingerprint(base.weights)}
-        if base is not None and (args.adapter != "none" or args.compares)
+        if base is not None and (args.adapter != "none" or args.needs_reference)
         else {}
     )
     n_datasets = 1 if args.train_file else len(args.mixture)
@@ -447,7 +447,7 @@ def make(
     )  # a resumed run goes on in it
     kind = (
         {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference)
-        if args.compares
+        if args.needs_reference
         else "none"
     )
     still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model

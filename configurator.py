@@ -1,15 +1,20 @@
-"""An argument table becomes a command line, config files and checks.
+"""A typed table of arguments becomes a command line, config files and checks.
 
-Knows no argument by name and imports no torch, so that every mistake is told, all at once and by flag, before the slow imports.
-A table is {group title: [Row, ...]}. Values come in layers, the later the stronger: the table's defaults, what follows from other
-arguments, a layer beneath (the run that is resumed), config files from left to right, the command line.
+A table is a frozen dataclass; each of its base classes is a group of `--help`, titled by its docstring, and each field is one argument:
 
-A config file is `.py` (plain assignments of literals and arithmetic, read with `ast` and never executed), `.json` or `.yaml`.
+    @dataclass(frozen=True, kw_only=True)
+    class OptimizerArgs:
+        '''optimizer'''
+        learning_rate: float = arg(1e-3, "peak learning rate", low=0)
+
+Knows no argument by name and imports no torch: all errors are reported, at once and by flag, before the slow imports.
+Values come in layers, the later the stronger: the table's defaults, values derived from other arguments, the resumed run,
+config files from left to right, the command line.
 """
 
 import argparse
-import ast
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,110 +22,210 @@ import operator
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+COMMAND_LINE = "command line"  # sources of values, besides the paths of config files
+DEFAULT = "default"
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
 
 
 class OnlyWith(NamedTuple):
-    """When an argument has an effect: told as `words`, tested by `holds(arguments)`."""
+    """The condition under which an argument has an effect."""
 
-    words: str
-    holds: Callable[[Any], bool]
+    description: str
+    holds: Callable[[Any], bool]  # of the arguments
+
+
+def with_value(name: str, *values: str) -> OnlyWith:
+    """Only with --name=value, for any of the values."""
+    return OnlyWith(f"--{name}={'|'.join(values)}", lambda args: getattr(args, name) in values)
+
+
+def with_set(name: str) -> OnlyWith:
+    """Only with --name: true, not empty, not zero."""
+    return OnlyWith(f"--{name}", lambda args: bool(getattr(args, name)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One argument. Its type is that of its default; a tuple default means a list of `item` values, a dict JSON text."""
+class ArgSpec:
+    """One argument. `kind` is the type of its value: str, int, float, bool, tuple (of `item`s) or dict (JSON)."""
 
     name: str
+    kind: type
+    item: type
     default: Any
     help: str
-    choices: tuple = ()
+    choices: tuple[str, ...] = ()
     low: float = -math.inf  # smallest value allowed
     above: float = -math.inf  # every value must be larger than this
-    high: float = math.inf
-    item: type = str  # of a list's items
-    split: bool = True  # whether a list's words are split at spaces and commas
+    high: float = math.inf  # largest value allowed
+    split: bool = True  # a list is split at spaces and commas
     needs: OnlyWith | None = None
-    shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
-    once: bool = False  # meant for this command alone: a resumed run does not inherit it
-    alias: str = ""  # another name, on the command line and in config files
+    model_shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
+    inherit: bool = True  # a resumed run takes the value of the run before
+    alias: tuple[str, ...] = ()  # further names, on the command line and in config files
 
 
-COMMAND_LINE = "command line"  # where a value came from
-CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+def arg(
+    default: T,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    split: bool = True,
+    needs: OnlyWith | None = None,
+    model_shape: bool = False,
+    inherit: bool = True,
+    alias: tuple[str, ...] = (),
+) -> T:
+    """A field of a table; its parameters are those of ArgSpec. Typed as its default, as dataclasses.field is."""
+    options = {
+        "help": help,
+        "choices": tuple(choices),
+        "low": low,
+        "above": above,
+        "high": high,
+        "split": split,
+        "needs": needs,
+        "model_shape": model_shape,
+        "inherit": inherit,
+        "alias": alias,
+    }
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=typing.cast(Callable[[], T], default.copy), metadata=options)
+    return dataclasses.field(default=default, metadata=options)
+
+
+def spec_of(field: dataclasses.Field) -> ArgSpec:
+    """The specification of a table's field."""
+    kind: Any = typing.get_origin(field.type) or field.type
+    item = typing.get_args(field.type)[0] if kind is tuple else str
+    default = {} if kind is dict else field.default
+    return ArgSpec(name=field.name, kind=kind, item=item, default=default, **field.metadata)
+
+
+@functools.cache
+def arg_specs(table: type) -> dict[str, ArgSpec]:
+    """The arguments of a table by name, in the order of its groups."""
+    return {spec.name: spec for specs in arg_groups(table).values() for spec in specs}
+
+
+@functools.cache
+def arg_groups(table: type) -> dict[str, list[ArgSpec]]:
+    """The arguments of each group of a table: of its base classes, then its own. A table may override a group's field."""
+    specs = {field.name: spec_of(field) for field in dataclasses.fields(table)}
+    groups: dict[str, list[ArgSpec]] = {}
+    for group in (*table.__bases__, table):
+        if dataclasses.is_dataclass(group):
+            names = [field.name for field in dataclasses.fields(group) if field.name in specs]
+            groups[(group.__doc__ or group.__name__).strip()] = [specs.pop(name) for name in names]
+    return {title: group for title, group in groups.items() if group}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one value
 
 
-def number(text: Any, kind: type) -> int | float:
-    """An int or a float from text such as 3500, 1e6 or 3e-4. Raises ValueError."""
-    if isinstance(text, bool):
+def to_number(value: Any, kind: type) -> int | float:
+    """An int or a float from a number or from text such as 3500, 1e6 or 3e-4. Raises ValueError, TypeError, OverflowError."""
+    if isinstance(value, bool):
         raise ValueError
     if kind is int:
         try:
-            return int(text) if isinstance(text, str) else operator.index(text)
+            return int(value) if isinstance(value, str) else operator.index(value)
         except (ValueError, TypeError):
             pass  # 1e6 is a whole number too
-    value = float(text)
-    if not math.isfinite(value) or (kind is int and value != int(value)):
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and number != int(number)):
         raise ValueError
-    return kind(value)
+    return kind(number)
 
 
-def convert(row: Row, given: Any) -> Any:
-    """The row's value from what a command line (text) or a file (anything) gave. Raises UserError with the reason."""
-    kind = type(row.default)
-    if kind is tuple:
-        items = given if isinstance(given, list | tuple) else [given]
-        words = [
-            word
-            for item in items
-            for word in (item.replace(",", " ").split() if isinstance(item, str) and row.split else [item])
-        ]
-        one = dataclasses.replace(row, default=row.item())
-        return tuple(convert(one, word) for word in words)
-    if kind is dict:
+def convert_number(spec: ArgSpec, value: Any) -> int | float:
+    """A number within the argument's bounds. Raises UserError."""
+    try:
+        number = to_number(value, spec.kind)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError("must be a whole number" if spec.kind is int else "must be a number") from None
+    if number < spec.low:
+        raise UserError(f"must be at least {spec.low:g}")
+    if number <= spec.above:
+        raise UserError(f"must be above {spec.above:g}")
+    if number > spec.high:
+        raise UserError(f"must be at most {spec.high:g}")
+    return number
+
+
+def convert_bool(value: Any) -> bool:
+    """True or False from a bool or from text. Raises UserError."""
+    text = str(value).lower()
+    if text not in TRUE + FALSE:
+        raise UserError("must be true or false")
+    return text in TRUE
+
+
+def convert_dict(value: Any) -> dict[str, Any]:
+    """A dict from a dict or from JSON. Raises UserError."""
+    if isinstance(value, str):
         try:
-            value = json.loads(given) if isinstance(given, str) else given
+            value = json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError(f"not JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise UserError('must be a JSON object such as {"eps": 1e-10}')
-        return value
-    if kind is bool:
-        word = str(given).lower()
-        if word not in TRUE + FALSE:
-            raise UserError("must be true or false")
-        return word in TRUE
-    if kind in (int, float):
-        try:
-            value = number(given, kind)
-        except (ValueError, TypeError, OverflowError):
-            raise UserError("must be a whole number" if kind is int else "must be a number") from None
-        if value < row.low:
-            raise UserError(f"must be at least {row.low:g}")
-        if value <= row.above:
-            raise UserError(f"must be above {row.above:g}")
-        if value > row.high:
-            raise UserError(f"must be at most {row.high:g}")
-        return value
-    if isinstance(given, list | tuple | dict | bool) or given is None:
-        raise UserError("must be text")
-    value = str(given)
-    if row.choices and value not in row.choices:
-        raise UserError(f"must be one of {', '.join(row.choices)}{did_you_mean(value, row.choices)}")
+    if not isinstance(value, dict):
+        raise UserError('must be a JSON object such as {"eps": 1e-10}')
     return value
 
 
-def show(value: Any) -> str:
+def convert_tuple(spec: ArgSpec, value: Any) -> tuple:
+    """The items of a list, or of text with spaces or commas between them. Raises UserError."""
+    items: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str) and spec.split:
+            items += item.replace(",", " ").split()
+        else:
+            items.append(item)
+    item_spec = dataclasses.replace(spec, kind=spec.item)
+    return tuple(convert(item_spec, item) for item in items)
+
+
+def convert_text(spec: ArgSpec, value: Any) -> str:
+    """Text, one of the argument's choices if it has any. Raises UserError."""
+    if isinstance(value, list | tuple | dict | bool) or value is None:
+        raise UserError("must be text")
+    text = str(value)
+    if spec.choices and text not in spec.choices:
+        raise UserError(f"must be one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}")
+    return text
+
+
+def convert(spec: ArgSpec, value: Any) -> Any:
+    """The argument's value from text of a command line or from anything of a config file. Raises UserError with the reason."""
+    if spec.kind is tuple:
+        return convert_tuple(spec, value)
+    if spec.kind is dict:
+        return convert_dict(value)
+    if spec.kind is bool:
+        return convert_bool(value)
+    if spec.kind in (int, float):
+        return convert_number(spec, value)
+    return convert_text(spec, value)
+
+
+def format_arg(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
@@ -128,112 +233,64 @@ def show(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config files
-
-ARITHMETIC = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
-}  # fmt: skip
-
-
-def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
-    """The value of a literal, of arithmetic, of an earlier name, or of str(...) and time.time(). Raises ValueError."""
-    match node:
-        case ast.Constant(str() | int() | float() | None as value):  # True and False are ints
-            return value
-        case ast.Name(name) if name in names:
-            return names[name]
-        case ast.List(items) | ast.Tuple(items):
-            return [evaluate(item, names) for item in items]
-        case ast.Dict(keys, values) if all(keys):
-            return {str(evaluate(key, names)): evaluate(value, names) for key, value in zip(keys, values, strict=True)}
-        case ast.UnaryOp(op, operand) if type(op) in ARITHMETIC:
-            return ARITHMETIC[type(op)](evaluate(operand, names))
-        case ast.BinOp(left, ast.Pow(), right):
-            base, power = evaluate(left, names), evaluate(right, names)
-            if not all(isinstance(x, int | float) for x in (base, power)) or abs(power) > 64 or abs(base) > 2**32:
-                raise ValueError("a power this large is not taken")
-            return base**power
-        case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
-            sides = evaluate(left, names), evaluate(right, names)
-            if not all(isinstance(side, int | float) for side in sides) and not (
-                type(op) is ast.Add and all(isinstance(side, str) for side in sides)
-            ):
-                raise ValueError("only numbers are computed with, and text added to text")
-            return ARITHMETIC[type(op)](*sides)
-        case ast.Call(ast.Name("str"), [argument], []):
-            return str(evaluate(argument, names))
-        case ast.Call(ast.Attribute(ast.Name("time"), "time"), [], []):
-            return time.time()  # nanoGPT's finetune config names its run so
-    raise ValueError("only literals and arithmetic are read, nothing is executed")
-
-
-def read_python(text: str, path: str) -> dict[str, Any]:
-    """The assignments of a Python config, in order. Raises UserError with the line."""
-    values: dict[str, Any] = {}
-    try:
-        body = ast.parse(text, path).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}: not a Python config ({error})") from None
-    for statement in body:
-        try:
-            match statement:
-                case ast.Expr(ast.Constant(str())) | ast.Import([ast.alias("time")]):
-                    continue  # the docstring, and what time.time() needs
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=value) if (
-                    value is not None
-                ):
-                    values[name] = evaluate(value, values)
-                case ast.Assign([ast.Tuple(targets)], ast.Tuple(items)) if len(targets) == len(items):
-                    values |= {target.id: evaluate(item, values) for target, item in zip(targets, items, strict=True)}
-                case _:
-                    raise ValueError("only `name = value` lines are read")
-        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{path}:{statement.lineno}: {error}") from None
-    return values
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """The values of one config file; names that begin with an underscore are remarks. Raises UserError."""
-    kind = Path(path).suffix
-    if kind not in CONFIG_SUFFIXES:
-        raise UserError(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    if kind == ".py":
-        values = read_python(text, path)
-    elif kind == ".json":
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    else:
-        try:
-            import yaml
-        except ModuleNotFoundError:
-            raise UserError(f"{path}: reading YAML needs a package: pip install pyyaml") from None
-        try:
-            values = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold names with values")
-    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    """argparse whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
-    """argparse for the table: it knows the grammar and the help; values stay text, for `convert`."""
+class CommandLine(NamedTuple):
+    """A command line, read but not yet converted."""
+
+    values: dict[str, Any]  # as typed: text, or a list of texts
+    files: list[str]  # config files
+    print_config: bool
+    errors: list[str]
+
+
+def metavar_of(spec: ArgSpec) -> str:
+    """What stands for the value in --help."""
+    if spec.kind is bool:
+        return "BOOL"
+    if spec.choices:
+        return "{" + ",".join(spec.choices) + "}"
+    return (spec.item if spec.kind is tuple else spec.kind).__name__.upper()
+
+
+def help_of(spec: ArgSpec) -> str:
+    """The text of --help: help, default, aliases."""
+    text = f"{spec.help} (default: {format_arg(spec.default) or 'none'})"
+    if spec.alias:
+        text += f" (alias: {', '.join(spec.alias)})"
+    return text.replace("%", "%%")
+
+
+def add_argument(group: argparse._ArgumentGroup, spec: ArgSpec) -> None:
+    """Add an argument and, hidden, its aliases and --no- forms to argparse; values stay text."""
+    options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "metavar": metavar_of(spec)}
+    options["nargs"] = "*" if spec.kind is tuple else "?"
+    if spec.kind is bool:
+        options["const"] = "true"
+    group.add_argument(f"--{spec.name}", help=help_of(spec), **options)
+    if spec.alias:
+        group.add_argument(*(f"--{name}" for name in spec.alias), help=argparse.SUPPRESS, **options)
+    if spec.kind is bool:
+        group.add_argument(
+            *(f"--no-{name}" for name in (spec.name, *spec.alias)),
+            dest=spec.name,
+            default=argparse.SUPPRESS,
+            action="store_const",
+            const="false",
+            help=argparse.SUPPRESS,
+        )
+
+
+def build_parser(groups: dict[str, list[ArgSpec]], description: str) -> Parser:
+    """argparse for groups of arguments: it knows the grammar and the help; values stay text, for `convert`."""
     parser = Parser(
         usage="%(prog)s [CONFIG ...] [--key=value | --key value | --flag | --no-flag ...]",
         description=description,
@@ -246,220 +303,233 @@ def build_parser(table: dict[str, list[Row]], description: str) -> Parser:
         action="append",
         metavar="CONFIG",
         default=argparse.SUPPRESS,
-        help="a config file, as without this word",
+        help="config file (same as a positional CONFIG)",
     )
     parser.add_argument(
-        "--print_config", action="store_true", help="print every argument, its value and where it came from, and stop"
+        "--print_config",
+        action="store_true",
+        help="print every argument with its value and the source of the value, then exit",
     )
-    for title, rows in table.items():
+    for title, specs in groups.items():
         group = parser.add_argument_group(title)
-        for row in rows:
-            kind = type(row.default)
-            says = f"{row.help} (default: {show(row.default) or 'none'})".replace("%", "%%")
-            common: dict[str, Any] = {"dest": row.name, "default": argparse.SUPPRESS}
-            if kind is bool:
-                group.add_argument(f"--{row.name}", nargs="?", const="true", metavar="BOOL", help=says, **common)
-                group.add_argument(
-                    f"--no-{row.name}", action="store_const", const="false", help=argparse.SUPPRESS, **common
-                )
-            else:
-                metavar = (
-                    "{" + ",".join(row.choices) + "}"
-                    if row.choices
-                    else (row.item if kind is tuple else kind).__name__.upper()
-                )
-                group.add_argument(
-                    f"--{row.name}",
-                    *([f"--{row.alias}"] if row.alias else []),
-                    nargs="*" if kind is tuple else "?",
-                    metavar=metavar,
-                    help=says,
-                    **common,
-                )
+        for spec in specs:
+            add_argument(group, spec)
     return parser
 
 
-def read_command_line(parser: Parser, rows: dict[str, Row], argv: list[str]) -> tuple[dict, list[str], bool, list[str]]:
-    """(values as given, config files, whether to print the config, mistakes)."""
+def join_bare_flags(argv: list[str], flags: set[str]) -> list[str]:
+    """argv with `--flag` as `--flag=true`: a bare boolean takes the next text only if that is one, unlike in `--compile c.py`."""
     joined = []
-    for word, following in itertools.pairwise([*argv, ""]):
-        bare = word.startswith("--") and isinstance(getattr(rows.get(word[2:]), "default", None), bool)
-        # a bare flag takes the next word only if that is a boolean: in `--compile configs/a.py` it is not
-        joined.append(f"{word}=true" if bare and following.lower() not in TRUE + FALSE else word)
-    mistakes = []
-    given, rest = parser.parse_known_args(joined)
-    given = vars(given)
-    print_config = given.pop("print_config")
-    files = [*given.pop("config_path", []), *(word for word in rest if not word.startswith("-"))]
-    for name, words in given.items():  # a config file behind a list is not part of it
-        if isinstance(words, list) and rows[name].split:
-            files += [word for word in words if word.endswith(CONFIG_SUFFIXES)]
-            given[name] = [word for word in words if not word.endswith(CONFIG_SUFFIXES)]
-    for name in [name for name, value in given.items() if value is None or value == []]:
-        mistakes.append(f"--{name}: needs a value")
-        del given[name]
-    for word in (word for word in rest if word.startswith("-")):
-        flag = word.split("=")[0]
-        known = [f"--{name}" for name in rows] + [f"--no-{name}" for name in rows]
-        mistakes.append(f"{flag}: no such argument{did_you_mean(flag, known)}")
-    return given, files, print_config, mistakes
+    for text, following in itertools.pairwise([*argv, ""]):
+        is_bare = text in flags and following.lower() not in TRUE + FALSE
+        joined.append(f"{text}=true" if is_bare else text)
+    return joined
+
+
+def unknown_argument(name: str, known: Iterable[str], hints: dict[str, str]) -> str:
+    """The error for a name that is no argument; `hints` say what to use instead of names that other programs have."""
+    bare = name.removeprefix("--").removeprefix("no-")
+    if bare in hints:
+        return f"{name}: not an argument here; {hints[bare]}"
+    return f"{name}: no such argument{did_you_mean(name, known)}"
+
+
+def read_command_line(
+    parser: Parser, specs: dict[str, ArgSpec], argv: list[str], hints: dict[str, str] | None = None
+) -> CommandLine:
+    """Read a command line with argparse. Raises UserError where argparse can't."""
+    names = {name: spec for spec in specs.values() for name in (spec.name, *spec.alias)}
+    flags = {f"--{name}" for name, spec in names.items() if spec.kind is bool}
+    namespace, rest = parser.parse_known_args(join_bare_flags(argv, flags))
+    values = vars(namespace)
+    print_config = values.pop("print_config")
+    files = values.pop("config_path", [])
+    files += [text for text in rest if not text.startswith("-")]
+    for name, items in values.items():
+        if isinstance(items, list) and specs[name].split:  # a config file after a list is not one of its items
+            files += [item for item in items if item.endswith(config_files.SUFFIXES)]
+            values[name] = [item for item in items if not item.endswith(config_files.SUFFIXES)]
+    empty = [name for name, value in values.items() if value is None or value == []]
+    errors = [f"--{name}: needs a value" for name in empty]
+    values = {name: value for name, value in values.items() if name not in empty}
+    known = [f"--{name}" for name in names] + [f"--no-{name}" for name in names]
+    unknown = [text.split("=")[0] for text in rest if text.startswith("-")]
+    errors += [unknown_argument(flag, known, hints or {}) for flag in unknown]
+    return CommandLine(values, files, print_config, errors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers of values
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a command knows of its arguments beyond their table. `source` maps each argument to where its value came from."""
+
+    resumed_config: Callable[[Any], str | None] = lambda args: None  # path of the config of the run that is resumed
+    derive: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda args, source: ("", {})
+    """(what they are derived from, values) of arguments that nothing set"""
+    check: Callable[[Any, dict[str, str]], Iterable[str]] = lambda args, source: ()  # errors of arguments that conflict
+    hints: dict[str, str] = dataclasses.field(default_factory=dict)  # name in other programs -> what to use here
 
 
 class Layers:
-    """Values laid over each other, where each came from, and what is wrong with them."""
+    """Values applied over each other, the source of each, and the errors found on the way."""
 
-    def __init__(self, rows: dict[str, Row]):
-        self.rows, self.mistakes = rows, []
-        self.aliases = {row.alias: row.name for row in rows.values() if row.alias}
-        self.values = {name: row.default for name, row in rows.items()}
-        self.source = dict.fromkeys(rows, "default")
+    def __init__(self, specs: dict[str, ArgSpec], hints: dict[str, str]):
+        self.specs = specs
+        self.hints = hints
+        self.errors: list[str] = []
+        self.names = {name: spec.name for spec in specs.values() for name in (spec.name, *spec.alias)}
+        self.values = {name: spec.default for name, spec in specs.items()}
+        self.source = dict.fromkeys(specs, DEFAULT)
 
-    def lay(self, origin: str, layer: dict[str, Any]) -> None:
-        """Lay values, as given, over those there are."""
-        label = "" if origin == COMMAND_LINE else f"{origin}: "
-        for name, given in layer.items():
-            name = self.aliases.get(name, name)
-            if name not in self.rows:
-                self.mistakes.append(f"{label}{name}: no such argument{did_you_mean(name, self.rows)}")
+    def apply(self, source: str, values: dict[str, Any]) -> None:
+        """Set values, as typed or read, over those set before."""
+        prefix = "" if source == COMMAND_LINE else f"{source}: "
+        for alias, value in values.items():
+            name = self.names.get(alias)
+            if name is None:
+                self.errors.append(prefix + unknown_argument(alias, self.names, self.hints))
                 continue
             try:
-                self.values[name], self.source[name] = convert(self.rows[name], given), origin
-            except UserError as mistake:
-                self.mistakes.append(f"{label}--{name}={given}: {mistake}")
+                self.values[name] = convert(self.specs[name], value)
+                self.source[name] = source
+            except UserError as error:
+                self.errors.append(f"{prefix}--{name}={value}: {error}")
 
-    def lay_beneath(self, origin: str, layer: dict[str, Any]) -> None:
-        """Lay a resumed run's values between the defaults and what was given, which must keep the model's shape."""
+    def apply_resumed(self, source: str, values: dict[str, Any]) -> None:
+        """Set a resumed run's values where nothing is set yet; what is set must not change the model's shape."""
         stronger = {
-            name: (self.values[name], self.source[name]) for name in self.rows if self.source[name] != "default"
+            name: (value, self.source[name]) for name, value in self.values.items() if self.source[name] != DEFAULT
         }
-        self.lay(
-            origin, {name: value for name, value in layer.items() if name not in self.rows or not self.rows[name].once}
-        )
-        for name, (value, source) in stronger.items():
-            if self.rows[name].shape and value != self.values[name]:
-                self.mistakes.append(
-                    f"--{name}={show(value)}: the run in {origin} has {show(self.values[name])}, and its shape can't change on resume"
+        not_inherited = {name for name, spec in self.specs.items() if not spec.inherit}
+        self.apply(source, {name: value for name, value in values.items() if name not in not_inherited})
+        for name, (value, value_source) in stronger.items():
+            resumed = self.values[name]
+            if self.specs[name].model_shape and value != resumed:
+                self.errors.append(
+                    f"--{name}={format_arg(value)}: the run in {source} has {format_arg(resumed)}, "
+                    "and the model's shape can't change on resume"
                 )
-            self.values[name], self.source[name] = value, source
+            self.values[name] = value
+            self.source[name] = value_source
 
 
 class Resolved(NamedTuple):
-    """Arguments from layers of values."""
+    """Arguments made from layers of values."""
 
-    arguments: Any  # None where a layer could not be read
-    source: dict[str, str]  # of each argument: where its value came from
-    mistakes: list[str]
-    unused: list[str]  # given, but without effect beside the others
-    followed: list[str]  # given by nobody: they follow from others
+    args: Any  # an instance of the table; None where a file could not be read
+    source: dict[str, str]  # argument -> where its value came from
+    errors: list[str]
+    unused: list[str]  # arguments that were set but have no effect with these others
+    derived: list[str]  # arguments that nothing set and that follow from others
 
 
-def resolve(
-    table: dict[str, list[Row]],
-    given: list[tuple[str, dict[str, Any]]],
-    base: type = object,
-    beneath: Callable[[Any], str | None] = lambda arguments: None,
-    follows: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda arguments, source: ("", {}),
-    check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
-) -> Resolved:
-    """Frozen arguments from layers of values as `given` by (origin, values), the later the stronger. Prints nothing and ends nothing.
-
-    `base` gives the arguments their derived properties; `beneath(arguments)` names a config file that lies under the given
-    ones; `follows(arguments, source)` has values, and a name for where they come from, of arguments that nothing else gave;
-    `check(arguments, source)` returns further mistakes. `source` tells for each argument where its value came from.
-    """
-    rows = {row.name: row for group in table.values() for row in group}
-    fields = [(name, type(row.default), dataclasses.field(default=None)) for name, row in rows.items()]
-    arguments_class = dataclasses.make_dataclass("Arguments", fields, bases=(base,), frozen=True)
-    layers = Layers(rows)
-    values, source = layers.values, layers.source
-    for origin, layer in given:
-        layers.lay(origin, layer)
+def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules | None = None) -> Resolved:
+    """An instance of the table from layers of (source, values), the later the stronger. Prints nothing, exits never."""
+    rules = rules or Rules()
+    specs = arg_specs(table)
+    state = Layers(specs, rules.hints)
+    for source, values in layers:
+        state.apply(source, values)
     try:
-        lower = beneath(arguments_class(**values))
-        if lower:
-            layers.lay_beneath(lower, read_file(lower))
-    except UserError as mistake:
-        return Resolved(None, source, [*layers.mistakes, str(mistake)], [], [])
-    origin, layer = follows(arguments_class(**values), source)
-    followed = [name for name in layer if source[name] == "default"]
-    layers.lay(origin, {name: layer[name] for name in followed})
-    arguments = arguments_class(**values)
-    unused = [
-        name
-        for name, row in rows.items()
-        if row.needs and source[name] not in ("default", lower, origin) and not row.needs.holds(arguments)
-    ]
-    refused = [
-        f"--{name}: has an effect only with {rows[name].needs.words}" for name in unused if source[name] == COMMAND_LINE
-    ]
-    return Resolved(arguments, source, [*layers.mistakes, *refused, *check(arguments, source)], unused, followed)
+        resumed = rules.resumed_config(table(**state.values))
+        if resumed:
+            state.apply_resumed(resumed, config_files.read_file(resumed))
+    except UserError as error:
+        return Resolved(None, state.source, [*state.errors, str(error)], [], [])
+    derived_from, values = rules.derive(table(**state.values), state.source)
+    derived = [name for name in values if state.source[name] == DEFAULT]
+    state.apply(derived_from, {name: values[name] for name in derived})
+    args = table(**state.values)
+    unused = []
+    refused = []
+    for name, spec in specs.items():
+        is_set = state.source[name] not in (DEFAULT, resumed, derived_from)
+        if spec.needs and is_set and not spec.needs.holds(args):
+            unused.append(name)
+            if state.source[name] == COMMAND_LINE:
+                refused.append(f"--{name}: has an effect only with {spec.needs.description}")
+    errors = [*state.errors, *refused, *rules.check(args, state.source)]
+    return Resolved(args, state.source, errors, unused, derived)
 
 
-def parse(
-    table: dict[str, list[Row]],
-    argv: list[str],
-    description: str,
-    base: type = object,
-    beneath: Callable[[Any], str | None] = lambda arguments: None,
-    follows: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda arguments, source: ("", {}),
-    check: Callable[[Any, dict[str, str]], list[str]] = lambda arguments, source: [],
-) -> Any:
-    """Frozen arguments from a table and a command line, as `resolve` makes them; tells all mistakes at once and exits with status 2."""
-    rows = {row.name: row for group in table.values() for row in group}
+# ---------------------------------------------------------------------------------------------------------------------
+# a command
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse(table: type[T], argv: list[str], description: str, rules: Rules | None = None) -> T:
+    """An instance of the table from a command line, as `resolve` makes it; prints all errors at once and exits with status 2."""
+    table_type: type = table  # mypy does not take type[T] for a hashable
+    specs = arg_specs(table_type)
+    rules = rules or Rules()
     try:
-        given, files, print_config, mistakes = read_command_line(build_parser(table, description), rows, argv)
-    except UserError as mistake:
-        tell([str(mistake)])
+        command_line = read_command_line(
+            parser=build_parser(arg_groups(table_type), description), specs=specs, argv=argv, hints=rules.hints
+        )
+    except UserError as error:
+        exit_with_errors([str(error)])
+    errors = command_line.errors
     layers = []
-    for path in files:
+    for path in command_line.files:
         try:
-            layers.append((path, read_file(path)))
-        except UserError as mistake:
-            mistakes.append(str(mistake))
-    arguments, source, wrong, unused, followed = resolve(
-        table, [*layers, (COMMAND_LINE, given)], base, beneath, follows, check
-    )
-    if mistakes + wrong:
-        tell(mistakes + wrong)
-    for name in unused:
-        if getattr(arguments, name) != rows[name].default and os.environ.get("RANK", "0") == "0":
-            print(
-                f"{source[name]}: {name} is not used here; it has an effect only with {rows[name].needs.words}",
-                file=sys.stderr,
-            )
-    if followed and not print_config and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{source[followed[0]]} gives {' '.join(f'--{name}={show(getattr(arguments, name))}' for name in followed)}",
-            file=sys.stderr,
-        )
-    if print_config:
-        run(
-            lambda _: print(
-                "\n".join(f"{name:40} {show(getattr(arguments, name)):30} {source[name]}" for name in rows), flush=True
-            ),
-            None,
-        )
+            layers.append((path, config_files.read_file(path)))
+        except UserError as error:
+            errors.append(str(error))
+    resolved = resolve(table, [*layers, (COMMAND_LINE, command_line.values)], rules)
+    errors += resolved.errors
+    if errors:
+        exit_with_errors(errors)
+    if is_main_process():
+        print_notes(specs, resolved, print_derived=not command_line.print_config)
+    if command_line.print_config:
+        run(print_config, resolved)
         raise SystemExit(0)
-    return arguments
+    return resolved.args
 
 
-def tell(mistakes: list[str]) -> None:
-    """Print the mistakes (once, under torchrun) and exit with status 2."""
-    prog = os.path.basename(sys.argv[0])
-    if os.environ.get("RANK", "0") == "0":
-        head = f"{prog}: " if len(mistakes) == 1 else f"{prog}: {len(mistakes)} mistakes\n  "
-        print(head + "\n  ".join(mistakes), file=sys.stderr)
+def print_notes(specs: dict[str, ArgSpec], resolved: Resolved, *, print_derived: bool) -> None:
+    """Tell on stderr which values of config files have no effect and which values are derived."""
+    for name in resolved.unused:
+        spec = specs[name]
+        if spec.needs and getattr(resolved.args, name) != spec.default:
+            source = resolved.source[name]
+            print(f"{source}: {name} is not used here: only with {spec.needs.description}", file=sys.stderr)
+    if resolved.derived and print_derived:
+        flags = [f"--{name}={format_arg(getattr(resolved.args, name))}" for name in resolved.derived]
+        print(f"{resolved.source[resolved.derived[0]]} gives {' '.join(flags)}", file=sys.stderr)
+
+
+def print_config(resolved: Resolved) -> None:
+    """Print every argument, its value and where the value came from."""
+    lines = [
+        f"{name:40} {format_arg(getattr(resolved.args, name)):30} {source}" for name, source in resolved.source.items()
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def exit_with_errors(errors: list[str]) -> NoReturn:
+    """Print the errors (once, under torchrun) and exit with status 2."""
+    if is_main_process():
+        program = os.path.basename(sys.argv[0])
+        head = f"{program}: " if len(errors) == 1 else f"{program}: {len(errors)} errors\n  "
+        print(head + "\n  ".join(errors), file=sys.stderr)
     raise SystemExit(2)
 
 
-def run(main: Callable[[Any], Any], arguments: Any) -> None:
-    """Run a command; a UserError that only the data or the weights could show is told like the others. Ctrl-C ends it without a
-    traceback, and so does a reader of its output that went away."""
+def run(main: Callable[[Any], Any], args: Any) -> None:
+    """Run a command. A UserError that only the data or the weights could show is reported like the others; Ctrl-C and a
+    closed pipe end it without a traceback."""
     try:
-        main(arguments)
+        main(args)
         sys.stdout.flush()
-    except UserError as mistake:
-        tell([str(mistake)])
+    except UserError as error:
+        exit_with_errors([str(error)])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -9,10 +9,11 @@ A task is a dataset with a val.jsonl of prompts and answers, or a path to such a
 
 import gc
 import sys
+from dataclasses import dataclass
 
 import configurator
 import train_args
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Rules, arg
 
 DECODE = {
     "greedy": (0.0, 0, 1.0),
@@ -21,42 +22,58 @@ DECODE = {
 }  # temperature, top_k, top_p, as in agent_tunix
 RUN = OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")
 TASKS = OnlyWith("--tasks", lambda a: bool(a.tasks))
-TABLE = {
-    "model": [
-        Row("out_dir", "out", "the run", needs=RUN),
-        Row("checkpoint", "best", "best, last, or a step", needs=RUN),
-        Row(
-            "init_from",
-            "resume",
-            "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights",
-        ),
-    ],
-    "losses": [
-        Row("datasets", (), "datasets to take losses on (none: the run's own)"),
-        Row("data_dir", "", "folder that holds the dataset folders (none: the run's, otherwise data)"),
-        Row("max_windows", 0, "so many windows of a dataset, or examples, at most (0: all)", low=0),
-    ],
-    "tasks": [
-        Row("tasks", (), "datasets with a val.jsonl of prompts and answers, or paths to such files"),
-        Row(
-            "decode",
-            "greedy",
-            "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
-            choices=tuple(DECODE),
-            needs=TASKS,
-        ),
-        Row("num_passes", 1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS),
-        Row("max_new_tokens", 0, "tokens of an answer (0: the run's, otherwise 256)", low=0, needs=TASKS),
-        Row("max_problems", 0, "so many problems of a task, the first ones (0: all)", low=0, needs=TASKS),
-        Row("seed", 1337, "of the draws", low=0, high=2**32 - 1, needs=TASKS),
-    ],
-    "system": [
-        Row("batch_size", 64, "windows, examples or problems at once", low=1),
-        Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
-        Row("dtype", "auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16")),
-        Row("json", "", "file to write (none: evaluation.json in out_dir)"),
-    ],
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """model"""
+
+    out_dir: str = arg("out", "the run", needs=RUN)
+    checkpoint: str = arg("best", "best, last, or a step", needs=RUN)
+    init_from: str = arg(
+        "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossArgs:
+    """losses"""
+
+    datasets: tuple[str, ...] = arg((), "datasets to take losses on (none: the run's own)")
+    data_dir: str = arg("", "folder that holds the dataset folders (none: the run's, otherwise data)")
+    max_windows: int = arg(0, "so many windows of a dataset, or examples, at most (0: all)", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArgs:
+    """tasks"""
+
+    tasks: tuple[str, ...] = arg((), "datasets with a val.jsonl of prompts and answers, or paths to such files")
+    decode: str = arg(
+        "greedy",
+        "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
+        choices=DECODE,
+        needs=TASKS,
+    )
+    num_passes: int = arg(1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS)
+    max_new_tokens: int = arg(0, "tokens of an answer (0: the run's, otherwise 256)", low=0, needs=TASKS)
+    max_problems: int = arg(0, "so many problems of a task, the first ones (0: all)", low=0, needs=TASKS)
+    seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=TASKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemArgs:
+    """system"""
+
+    batch_size: int = arg(64, "windows, examples or problems at once", low=1)
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = arg("auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16"))
+    json: str = arg("", "file to write (none: evaluation.json in out_dir)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs(ModelArgs, LossArgs, TaskArgs, SystemArgs):
+    """The arguments of evaluate.py."""
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -72,7 +89,7 @@ def check(a, source: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    ARGUMENTS = configurator.parse(TABLE, sys.argv[1:], __doc__, check=check)
+    ARGUMENTS = configurator.parse(EvaluateArgs, sys.argv[1:], __doc__, Rules(check=check))
     gc.disable()  # a sixth of the seconds that torch takes to import
 
 import math
@@ -103,7 +120,7 @@ class Subject:
     def __init__(self, a):
         """Raises UserError."""
         self.folder = checkpoint.resolve(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
-        self.run = train_args.of_run(self.folder) if self.folder else None
+        self.run = train_args.load_args(self.folder) if self.folder else None
         self.template, self.first_row = None, 0
         if self.run and self.run.adapter == "soft_prompt":
             self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder])
@@ -189,7 +206,7 @@ def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
         run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")
     )  # without its reference a loss of preferences means little
     for name in a.datasets or (run.folders if own else ()):
-        folder, reads = subject.data_dir / name, run.reads if run else "bins"
+        folder, reads = subject.data_dir / name, run.data_format if run else "bins"
         token_bins.prepare_if_missing(folder, reads)
         told[name] = (
             loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)

@@ -12,30 +12,34 @@ A run's folder stands for its best checkpoint (consolidate: its last).
 """
 
 import sys
+from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Rules, arg
 
 ACTIONS = ("consolidate", "merge", "peft")
 ACTION = sys.argv[1] if len(sys.argv) > 1 else ""
-TABLE = {
-    "what": [
-        Row("to", "", "folder to write to", needs=OnlyWith("merge and peft", lambda a: ACTION in ("merge", "peft"))),
-        Row("dtype", "float32", "of the weights that are written", choices=("float32", "bfloat16", "float16")),
-    ]
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """export"""
+
+    to: str = arg("", "folder to write to", needs=OnlyWith("merge and peft", lambda a: ACTION in ("merge", "peft")))
+    dtype: str = arg("float32", "of the weights that are written", choices=("float32", "bfloat16", "float16"))
+
 
 if __name__ == "__main__":
     asked = sys.argv[1:3] if len(sys.argv) > 2 and not sys.argv[2].startswith("-") else []
     if sys.argv[1:] != ["--help"] and (not asked or asked[0] not in ACTIONS):
-        configurator.tell(
+        configurator.exit_with_errors(
             [
                 f"say what to do and with which folder: python export.py consolidate out/run/checkpoints/000040 (there is: {', '.join(ACTIONS)})"
             ]
         )
     ARGUMENTS = configurator.parse(
-        TABLE, sys.argv[3:] if asked else sys.argv[1:], __doc__,
-        check=lambda a, source: ["--to: say which folder to write to"] * (ACTION in ("merge", "peft") and not a.to),
+        ExportArgs, sys.argv[3:] if asked else sys.argv[1:], __doc__,
+        Rules(check=lambda a, source: ["--to: say which folder to write to"] * (ACTION in ("merge", "peft") and not a.to)),
     )  # fmt: skip
 
 import json

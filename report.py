@@ -9,43 +9,64 @@ How runs are read is in nanoforge/report/read_runs.py, what the page shows of th
 
 import os
 import sys
+from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, arg
+from nanoforge import config_files
 
 WATCH = OnlyWith("--watch", lambda a: a.watch)
-TABLE = {
-    "what": [
-        Row("out", "report", "folder of the page and the pictures", needs=OnlyWith("a report that is written, not --watch", lambda a: not a.watch)),
-        Row("by", "best", "which val_loss runs are judged by: the best of their evaluations, or the final one", choices=("best", "final")),
-        Row("points", 400, "points that a curve is drawn with; more lines than that are thinned out", low=10),
-        Row("title", "", "title of the page (none: the folders)"),
-    ],
-    "watch": [
-        Row("watch", False, "serve the page on this machine alone, and follow the runs; writes nothing"),
-        Row("port", 8765, "port on 127.0.0.1 (0: any that is free)", low=0, high=65535, needs=WATCH),
-        Row("refresh", 5, "seconds between two looks at the runs", low=1, needs=WATCH),
-    ],
-}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArgs:
+    """what"""
+
+    out: str = arg(
+        "report",
+        "folder of the page and the pictures",
+        needs=OnlyWith("a report that is written, not --watch", lambda a: not a.watch),
+    )
+    by: str = arg(
+        "best",
+        "which val_loss runs are judged by: the best of their evaluations, or the final one",
+        choices=("best", "final"),
+    )
+    points: int = arg(400, "points that a curve is drawn with; more lines than that are thinned out", low=10)
+    title: str = arg("", "title of the page (none: the folders)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchArgs:
+    """watch"""
+
+    watch: bool = arg(False, "serve the page on this machine alone, and follow the runs; writes nothing")
+    port: int = arg(8765, "port on 127.0.0.1 (0: any that is free)", low=0, high=65535, needs=WATCH)
+    refresh: int = arg(5, "seconds between two looks at the runs", low=1, needs=WATCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs(OutputArgs, WatchArgs):
+    """The arguments of report.py."""
 
 
 def given(argv: list[str]) -> tuple[list[str], list[str]]:
     """The folders among the words of the command line, and the other words."""
     try:
         _, words, _, _ = configurator.read_command_line(
-            configurator.build_parser(TABLE, ""), {row.name: row for rows in TABLE.values() for row in rows}, argv
+            configurator.build_parser(configurator.arg_groups(ReportArgs), ""), configurator.arg_specs(ReportArgs), argv
         )
     except configurator.UserError:
         return [], argv  # it is told with the others
-    folders = [word for word in words if not (word.endswith(configurator.CONFIG_SUFFIXES) and os.path.isfile(word))]
+    folders = [word for word in words if not (word.endswith(config_files.SUFFIXES) and os.path.isfile(word))]
     return folders, [word for word in argv if word not in folders]
 
 
 if __name__ == "__main__":
     FOLDERS, REST = given(sys.argv[1:])
-    ARGUMENTS = configurator.parse(TABLE, REST, __doc__)
+    ARGUMENTS = configurator.parse(ReportArgs, REST, __doc__)
     if not FOLDERS:
-        configurator.tell(["say of which runs: python report.py out/*"])
+        configurator.exit_with_errors(["say of which runs: python report.py out/*"])
 
 import hashlib
 import threading

@@ -13,72 +13,83 @@ base that they were trained on.
 import gc
 import json
 import sys
+from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Rules, arg
 
 RUN = OnlyWith("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
 PROMPTED = OnlyWith("--prompt_dir", lambda a: bool(a.prompt_dir))
 DRAWN = OnlyWith("--temperature above 0", lambda a: a.temperature > 0)
 
-TABLE = {
-    "model": [
-        Row("out_dir", "out", "the run", needs=RUN),
-        Row("prompt_dir", (), "runs of soft prompts: one for all of --fields, or one for each", split=False),
-        Row(
-            "checkpoint",
-            "best",
-            "best, last, or a step",
-            needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume"),
-        ),
-        Row(
-            "init_from",
-            "resume",
-            "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights",
-        ),
-    ],
-    "text": [
-        Row(
-            "start",
-            ("\n",),
-            "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length",
-            split=False,
-        ),
-        Row("chat", False, "the prompt is what a user says, to a model that was trained on messages"),
-        Row(
-            "stop_at_end", False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"
-        ),
-        Row(
-            "fields",
-            (),
-            "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file",
-            split=False,
-            needs=PROMPTED,
-        ),
-        Row("dataset", "", "whose tokens to write, of a model with several vocabularies (none: the first)"),
-        Row("num_samples", 3, "continuations, drawn together", low=1),
-        Row("max_new_tokens", 500, "tokens of a continuation", low=1),
-        Row("stream", True, "print the first sample while it is drawn"),
-    ],
-    "choice of the next token": [
-        Row("temperature", 0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", low=0),
-        Row("top_k", 200, "only the k likeliest (0: all)", low=0, needs=DRAWN),
-        Row("top_p", 1.0, "only the likeliest that together reach p (1: all)", above=0, high=1, needs=DRAWN),
-        Row(
-            "min_p", 0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN
-        ),
-        Row("seed", 1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN),
-    ],
-    "system": [
-        Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
-        Row("dtype", "auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16")),
-        Row(
-            "compile",
-            False,
-            "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts",
-        ),
-    ],
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """model"""
+
+    out_dir: str = arg("out", "the run", needs=RUN)
+    prompt_dir: tuple[str, ...] = arg((), "runs of soft prompts: one for all of --fields, or one for each", split=False)
+    checkpoint: str = arg(
+        "best", "best, last, or a step", needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")
+    )
+    init_from: str = arg(
+        "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptArgs:
+    """text"""
+
+    start: tuple[str, ...] = arg(
+        ("\n",),
+        "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length",
+        split=False,
+    )
+    chat: bool = arg(False, "the prompt is what a user says, to a model that was trained on messages")
+    stop_at_end: bool = arg(
+        False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"
+    )
+    fields: tuple[str, ...] = arg(
+        (),
+        "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file",
+        split=False,
+        needs=PROMPTED,
+    )
+    dataset: str = arg("", "whose tokens to write, of a model with several vocabularies (none: the first)")
+    num_samples: int = arg(3, "continuations, drawn together", low=1)
+    max_new_tokens: int = arg(500, "tokens of a continuation", low=1)
+    stream: bool = arg(True, "print the first sample while it is drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs:
+    """choice of the next token"""
+
+    temperature: float = arg(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", low=0)
+    top_k: int = arg(200, "only the k likeliest (0: all)", low=0, needs=DRAWN)
+    top_p: float = arg(1.0, "only the likeliest that together reach p (1: all)", above=0, high=1, needs=DRAWN)
+    min_p: float = arg(
+        0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN
+    )
+    seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemArgs:
+    """system"""
+
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = arg("auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = arg(
+        False,
+        "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
+    """The arguments of sample.py."""
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -101,7 +112,7 @@ def check(a, source: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    ARGUMENTS = configurator.parse(TABLE, sys.argv[1:], __doc__, check=check)
+    ARGUMENTS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
     gc.disable()  # a sixth of the seconds that torch takes to import; nothing here leaves cycles behind
 
 from pathlib import Path

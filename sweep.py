@@ -23,51 +23,50 @@ from typing import Any
 
 import configurator
 import train_args
-from configurator import OnlyWith, Row
-from nanoforge import console, run_state
+from configurator import ArgSpec, OnlyWith, Rules, arg, arg_groups, arg_specs
+from nanoforge import config_files, console, run_state
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.sweeps import grid, hf_keys, local, slurm, summary
+from train_args import TrainArgs
 
 ROOT = Path(__file__).resolve().parent
 TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
 
 SLURM = OnlyWith("--launcher=slurm", lambda a: a.launcher == "slurm")
-TABLE: dict[str, list[Row]] = {
-    "sweep (then: all arguments of train.py; values with commas between them vary, and so do those of a [list])": [
-        Row(
-            "launcher",
-            "none",
-            "none: print the runs; local: run them on this machine; slurm: write scripts for sbatch",
-            choices=("none", "local", "slurm"),
-        ),
-        Row(
-            "jobs",
-            0,
-            "-j: runs at once (0: as many as the GPUs are enough for, one without GPUs); of a job array, 0: all",
-            low=0,
-        ),
-        Row(
-            "gpus_per_run",
-            1,
-            "GPUs dealt to each run, which runs under torchrun if they are several",
-            low=1,
-            needs=OnlyWith("--launcher=local", lambda a: a.launcher == "local"),
-        ),
-        Row("array", False, "one job array instead of a job for each run", needs=SLURM),
-        Row("submit", False, "hand the scripts to sbatch", needs=SLURM),
-        Row("status", False, "print what became of the runs"),
-        Row("collect", False, "write results.csv and results.md, and print the latter"),
-        Row(
-            "search",
-            "",
-            "random:N (N points of the grid, from lists and from ranges {low: 1e-5, high: 1e-2, log: true}) or tpe:N (needs optuna; runs worse than the median are given up)",
-        ),
-        Row("search_seed", 0, "which random points", low=0, needs=OnlyWith("--search", lambda a: bool(a.search))),
-    ],
-}
-OWN = {row.name: row for group in TABLE.values() for row in group}
-ROWS = {row.name: row for group in train_args.TABLE.values() for row in group}
-NAMES = {row.alias: row.name for row in ROWS.values() if row.alias}  # from aliases
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArgs:
+    """sweep (then: all arguments of train.py; values with commas between them vary, and so do those of a [list])"""
+
+    launcher: str = arg(
+        "none",
+        "none: print the runs; local: run them on this machine; slurm: write scripts for sbatch",
+        choices=("none", "local", "slurm"),
+    )
+    jobs: int = arg(
+        0, "-j: runs at once (0: as many as the GPUs are enough for, one without GPUs); of a job array, 0: all", low=0
+    )
+    gpus_per_run: int = arg(
+        1,
+        "GPUs dealt to each run, which runs under torchrun if they are several",
+        low=1,
+        needs=OnlyWith("--launcher=local", lambda a: a.launcher == "local"),
+    )
+    array: bool = arg(False, "one job array instead of a job for each run", needs=SLURM)
+    submit: bool = arg(False, "hand the scripts to sbatch", needs=SLURM)
+    status: bool = arg(False, "print what became of the runs")
+    collect: bool = arg(False, "write results.csv and results.md, and print the latter")
+    search: str = arg(
+        "",
+        "random:N (N points of the grid, from lists and from ranges {low: 1e-5, high: 1e-2, log: true}) or tpe:N (needs optuna; runs worse than the median are given up)",
+    )
+    search_seed: int = arg(0, "which random points", low=0, needs=OnlyWith("--search", lambda a: bool(a.search)))
+
+
+OWN = arg_specs(SweepArgs)
+ROWS = arg_specs(TrainArgs)
+NAMES = {alias: spec.name for spec in ROWS.values() for alias in spec.alias}  # alias -> name
 SHORT = {"learning_rate": "lr", "weight_decay": "wd", "batch_size": "bs"}  # in folder names
 GRID = "grid"  # where values came from
 JOB_SECTIONS = ("slurm", "environment", "evaluation")
@@ -111,9 +110,9 @@ class Asked:
     out_dir: Path
 
 
-def cell(row: Row, given: Any) -> Any:
+def cell(row: ArgSpec, given: Any) -> Any:
     """What a flag's text gives for a grid: a list where there are commas or brackets, a mapping for a range. Raises UserError."""
-    kind = type(row.default)
+    kind = row.kind
     text = given[0] if isinstance(given, list) and len(given) == 1 else given
     if isinstance(text, str) and (text.startswith("[") or (text.startswith("{") and kind in (int, float))):
         try:
@@ -157,17 +156,17 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     words = []
     for word in argv:  # -j 4, -j4
         words += ["--jobs"] if word == "-j" else [f"--jobs={word[2:].lstrip('=')}"] if word.startswith("-j") else [word]
-    parser = configurator.build_parser(TABLE | train_args.TABLE, __doc__.split("\n\n")[0])
+    parser = configurator.build_parser(arg_groups(SweepArgs) | arg_groups(TrainArgs), __doc__.split("\n\n")[0])
     given, files, print_config, mistakes = configurator.read_command_line(parser, OWN | ROWS, words)
     wrong += mistakes
     if print_config:
         wrong.append("--print_config: tells of one run; give it to train.py with a run's run.json")
     resolved = configurator.resolve(
-        TABLE,
+        SweepArgs,
         [(configurator.COMMAND_LINE, {name: value for name, value in given.items() if name in OWN})],
-        check=check_own,
+        Rules(check=check_own),
     )
-    wrong += resolved.mistakes
+    wrong += resolved.errors
     grids = [path for path in files if path.endswith((".yaml", ".yml"))]
     bases = [path for path in files if path not in grids]
     spec: dict[str, Any] = {}
@@ -196,7 +195,7 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     layers = []
     for path in bases:
         try:
-            layers.append((path, configurator.read_file(path)))
+            layers.append((path, config_files.read_file(path)))
         except UserError as mistake:
             wrong.append(str(mistake))
     out = spec.pop("out_dir", None) or f"out/{Path(grids[0]).stem if len(grids) == 1 else 'sweep'}"
@@ -205,7 +204,7 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
         out = "out"
     if (Path(out) / "train_config.json").exists():
         wrong.append(f"--out_dir={out}: is the folder of a run; a sweep takes one for all of its runs")
-    return Asked(resolved.arguments, layers, spec, experiment, Path(out).absolute())
+    return Asked(resolved.args, layers, spec, experiment, Path(out).absolute())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +295,7 @@ class Checker:
             mistakes.append("--init_from=resume: the sweep decides which runs go on")
             layers = []
         resolved = train_args.resolve(layers)
-        mistakes += [words.removeprefix(f"{GRID}: ") for words in resolved.mistakes]
+        mistakes += [words.removeprefix(f"{GRID}: ") for words in resolved.errors]
         for name in own.keys() & {*resolved.unused}:
             self.without[name] = self.without.get(name, 0) + 1
         evaluations = evaluations_of(section["evaluation"]) if section["evaluation"] else {}
@@ -311,9 +310,7 @@ class Checker:
             self.wrong.setdefault(words, []).append(where)
         if mistakes:
             return None
-        values = {
-            name: value for name, value in asdict(resolved.arguments).items() if name not in ("out_dir", "overwrite")
-        }
+        values = {name: value for name, value in asdict(resolved.args).items() if name not in ("out_dir", "overwrite")}
         differing = {
             name: value for name, value in values.items() if value != ROWS[name].default and name not in resolved.unused
         }
@@ -339,7 +336,7 @@ class Checker:
         job = slurm.Job(
             section["slurm"], {key: str(value) for key, value in section["environment"].items()}, python, os.getcwd()
         )
-        data = dict.fromkeys(resolved.arguments.folders.values(), resolved.arguments.reads)
+        data = dict.fromkeys(resolved.args.folders.values(), resolved.args.data_format)
         return Run(folder, told, arguments, values, data, resolved.unused, job, evaluations)
 
     def runs(self, points: list[grid.Point]) -> list[Run]:
@@ -366,7 +363,7 @@ class Checker:
         wrong = [
             *wrong,
             *(
-                f"--{name}: has an effect only with {ROWS[name].needs.words}"
+                f"--{name}: has an effect only with {ROWS[name].needs.description}"
                 for name, times in self.without.items()
                 if times == count
             ),
@@ -376,7 +373,7 @@ class Checker:
             for words, where in self.wrong.items()
         ]
         if wrong or lines:
-            configurator.tell(list(dict.fromkeys([*wrong, *lines])))
+            configurator.exit_with_errors(list(dict.fromkeys([*wrong, *lines])))
 
 
 def column(name: str) -> str:
@@ -737,7 +734,7 @@ def command(argv: list[str]) -> None:
     try:
         asked = ask(argv, wrong)
     except UserError as mistake:
-        configurator.tell([*wrong, str(mistake)])
+        configurator.exit_with_errors([*wrong, str(mistake)])
     raise SystemExit(main(asked, wrong))
 
 

@@ -188,8 +188,11 @@ class Run:
         a, source = self.args, self.data.source
         bounds = [a.max_iters]
         bounds += (
-            [self.progress.step + max(0, math.ceil((a.token_bound - self.progress.tokens) / source.tokens_per_step))]
-            if a.token_bound
+            [
+                self.progress.step
+                + max(0, math.ceil((a.max_train_tokens - self.progress.tokens) / source.tokens_per_step))
+            ]
+            if a.max_train_tokens
             else []
         )
         bounds += [math.ceil(a.max_epochs / source.epochs_per_step)] if a.max_epochs else []
@@ -253,11 +256,11 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
     began = run_dir.RunRecord.load(Path(args.out_dir)) if args.init_from == "resume" else None
     with ranks.main_first():
         for folder in args.folders.values():
-            token_bins.prepare_if_missing(folder, args.reads)
+            token_bins.prepare_if_missing(folder, args.data_format)
     fingerprints = builders.fingerprints(args)
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(began.data, fingerprints, args.allow_data_change, say)
-    share = distributed.rank_slice(args.batch_size, args.gradient_accumulation_steps, ranks, args.group)
+    share = distributed.rank_slice(args.batch_size, args.gradient_accumulation_steps, ranks, args.group_size)
     args, tokenizers, model, data, base, reason = builders.make(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
     optimizer = optimizers.Optimizer(args.optimizer, model, builders.settings(args), model.muon_splits())

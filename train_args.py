@@ -7,11 +7,15 @@ What the rows mean to each other is told by their `needs` and in `check`.
 import dataclasses
 import os
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Resolved, Rules, arg
+from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import prompt_format
 from nanoforge.training import depth
@@ -60,253 +64,456 @@ def optimizer_in(*names: str) -> OnlyWith:
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 
-TABLE: dict[str, list[Row]] = {
-    "run": [
-        Row("out_dir", "out", "folder of the run: checkpoints, metrics.jsonl, train_config.json", once=True, alias="output_dir"),
-        Row("task_name", "", "without --out_dir: the run goes to outputs/TASK_NAME/DATE_TIME", once=True),
-        Row("debug", False, "with --task_name: to outputs/debug/TASK_NAME/DATE_TIME", once=True, needs=TASK),
-        Row("overwrite", False, "start anew in an out_dir that already holds a run, deleting that run", once=True),
-        Row("init_from", "scratch", "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
-            "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt", once=True),
-        Row("gpt2_type", "gpt2", "which GPT-2 --init_from=gpt2 loads", choices=GPT2_TYPES, needs=OnlyWith("--init_from=gpt2", lambda a: a.init_from == "gpt2"), once=True),
-        Row("allow_data_change", False, "resume on bins that differ from those that the run began with", once=True, needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")),
-        Row("eval_only", False, "evaluate once, write no checkpoint, and stop", once=True),
-        Row("seed", 1337, "all randomness follows from it: weights, data order, dropout", low=0, high=2**32 - 1),
-    ],
-    "data": [
-        Row("data_dir", "data", "folder that holds the dataset folders"),
-        Row("training_mode", "single", "one dataset, a mixture of several, or aligned streams whose embeddings are summed", choices=("single", "multidataset", "multicontext")),
-        Row("dataset", "shakespeare_char", "folder in data_dir; made by its prepare.py if its bins are missing", needs=OnlyWith("--training_mode=single", lambda a: a.training_mode == "single")),
-        Row("train_file", "", "examples: a .jsonl, .csv or .tsv file (none: train.jsonl in the dataset's folder)", needs=EXAMPLES),
-        Row("validation_file", "", "examples to validate on (none: val.jsonl in the dataset's folder)", needs=EXAMPLES),
-        Row("overflow", "error", "of examples longer than block_size (or than --max_tokens, with --prompt_format): an error, drop them, or cut their end", needs=EXAMPLES, choices=("error", "drop", "truncate_target")),
-        Row("sampling_method", "random", "windows at random, each once an epoch in random order, or in order; examples always come once an epoch in random order",
-            choices=("random", "without_replacement", "sequential"), needs=objective_in("lm")),
-        Row("dataset_list", (), "the datasets of a mixture", needs=MULTIDATASET),
-        Row("dataset_sampling_probs", (), "weight of each dataset, of any positive scale (none: equal); with --dataset_interleaving whole numbers: how many in a row",
-            item=float, needs=MULTIDATASET),
-        Row("dataset_sampling_probs_final", (), "weights reached at max_iters", item=float, needs=DRAWN),
-        Row("dataset_sampling_probs_transition_method", "linear", "how weights go from first to final", choices=("linear", "cosine", "exponential"), needs=FINAL_PROBS),
-        Row("dataset_mixing", "batch", "draw a dataset for each whole batch or for each sequence", choices=("batch", "sequence"), needs=MULTIDATASET),
-        Row("dataset_interleaving", False, "take the datasets in turn instead of at random", needs=MULTIDATASET),
-        Row("multidataset_wte", False, "each dataset has its own embedding and head (they may differ in tokenizer)", needs=MULTIDATASET, shape=True),
-        Row("multicontext_datasets", (), "aligned datasets of equal length, one context each", needs=OnlyWith("--training_mode=multicontext", lambda a: a.training_mode == "multicontext")),
-    ],
-    "depth": [
-        Row("depth", 0, "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)", low=0, needs=FROM_SCRATCH),
-        Row("aspect", 64, "width over depth", low=1, needs=DEPTH),
-        Row("tokens_per_weight", 20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH),
-    ],
-    "batch": [
-        Row("batch_size", 64, "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks", low=1),
-        Row("gradient_accumulation_steps", 1, "micro-batches in one optimizer step", low=1),
-        Row("block_size", 256, "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs", low=1, shape=True),
-    ],
-    "model": [
-        Row("n_layer", 6, "blocks", low=1, shape=True, needs=FROM_SCRATCH),
-        Row("n_head", 6, "attention heads", low=1, shape=True, needs=FROM_SCRATCH),
-        Row("n_kv_head", 0, "heads of keys and values, shared by groups of query heads (0: n_head)", low=0, shape=True, needs=FROM_SCRATCH),
-        Row("n_embd", 384, "width", low=1, shape=True, needs=FROM_SCRATCH),
-        Row("vocab_size", 0, "rows of embedding and head (0: the tokenizer's); 50304 pads GPT-2's for speed", low=0, shape=True, needs=FROM_SCRATCH),
-        Row("bias", False, "biases in linear layers and LayerNorm", shape=True, needs=FROM_SCRATCH),
-        Row("norm", "layernorm", "layernorm, rmsnorm, or rmsnorm_nogain", choices=("layernorm", "rmsnorm", "rmsnorm_nogain"), shape=True, needs=FROM_SCRATCH),
-        Row("position", "learned", "learned positions, rotary (rope), or none", choices=("learned", "rope", "none"), shape=True, needs=FROM_SCRATCH),
-        Row("rope_base", 10000.0, "base of the rotary frequencies", above=0, shape=True, needs=OnlyWith("--position=rope", lambda a: a.position == "rope")),
-        Row("activation", "gelu", "any of torch.nn.functional by its name, gelu_tanh, or relu2 (ReLU squared)", shape=True, needs=FROM_SCRATCH),
-        Row("mlp", "plain", "plain, or gated (SwiGLU with --activation=silu)", choices=("plain", "gated"), shape=True, needs=FROM_SCRATCH),
-        Row("mlp_ratio", 4.0, "hidden width of the MLP over n_embd", above=0, shape=True, needs=FROM_SCRATCH),
-        Row("qk_norm", False, "RMS-normalise queries and keys, before they are rotated", shape=True, needs=FROM_SCRATCH),
-        Row("window", "L", "attention of the layers, repeated: L long (all of the block), S short (window_size)", shape=True, needs=FROM_SCRATCH),
-        Row("window_size", 0, "tokens that a short layer sees, itself included (0: half of block_size)", low=0, shape=True, needs=OnlyWith("an S in --window", lambda a: "S" in a.window)),
-        Row("logit_softcap", 0.0, "bound c on the logits: c z / sqrt(z^2 + c^2) (0: none)", low=0, shape=True, needs=FROM_SCRATCH),
-        Row("embedding_norm", False, "RMS-normalise the embedding, before the first block", shape=True, needs=FROM_SCRATCH),
-        Row("value_residual", False, "mix each layer's values with the first layer's, in learned parts", shape=True, needs=FROM_SCRATCH),
-        Row("residual_scalars", False, "each block sees r x + a x0, of the stream x and the embedding x0, with learned r and a", shape=True, needs=FROM_SCRATCH),
-        Row("tie_weights", True, "the head is the token embedding", shape=True, needs=FROM_SCRATCH),
-        Row("zero_init", False, "output projections of attention and MLP (and an untied head) start at zero", needs=OnlyWith("--init_from=scratch", lambda a: a.init_from == "scratch")),
-        Row("dropout", 0.0, "chance that an activation is dropped in training", low=0, high=0.999),
-    ],
-    "objective": [
-        Row("objective", "lm", "lm: all of the text; on examples in JSONL sft: completions; dpo, kto: preferences; grpo: rewards of the model's own answers", choices=("lm", "sft", "dpo", "kto", "grpo")),
-        Row("loss_on", "completion", "learn completions and their end tokens, or all of the text", choices=("completion", "all"), needs=objective_in("sft")),
-        Row("packing", False, "put several examples into a sequence, where each sees itself alone", needs=objective_in("sft")),
-        Row("beta", 0.1, "strength of the tie to the reference model (grpo: weight of the divergence from it; 0: none)", low=0, needs=objective_in("dpo", "kto", "grpo")),
-        Row("reference", "auto", "what the reference is: the model with its adapter switched off, log-probabilities computed beforehand and kept beside the data, or a frozen copy (auto: adapter where there is one, else copy)",
-            choices=("auto", "adapter", "cache", "copy"), needs=objective_in("dpo", "kto", "grpo")),
-        Row("dpo_loss", "sigmoid", "loss of a pair", choices=DPO_LOSSES, needs=objective_in("dpo")),
-        Row("label_smoothing", 0.0, "part of the preferences that is taken to be wrong", low=0, high=0.499, needs=OnlyWith("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED)),
-        Row("desirable_weight", "1", "weight of desirable completions, or auto: as much of them in all as of undesirable ones", needs=objective_in("kto")),
-        Row("undesirable_weight", "1", "weight of undesirable completions, or auto", needs=objective_in("kto")),
-        Row("reward", "correct:1", "rewards and weights: correct, format, length, or module:function; as in correct:1,format:0.5,module:function:0.2", needs=objective_in("grpo")),
-        Row("num_generations", 8, "answers to each prompt; batch_size x gradient_accumulation_steps counts answers", low=2, needs=objective_in("grpo")),
-        Row("max_new_tokens", 64, "tokens of an answer", low=1, needs=EXAMPLES),
-        Row("temperature", 1.0, "of the answers", above=0, needs=objective_in("grpo")),
-        Row("top_k", 0, "answers take only the k likeliest tokens (0: all)", low=0, needs=objective_in("grpo")),
-        Row("top_p", 1.0, "answers take only the likeliest tokens that together reach p", above=0, high=1, needs=objective_in("grpo")),
-        Row("num_iterations", 1, "steps on the same answers", low=1, needs=objective_in("grpo")),
-        Row("loss_type", "grpo", "tokens to a loss: mean of the answers' means; over the micro-batch's tokens; over the longest possible; over all of the step's tokens", choices=("grpo", "bnpo", "dr_grpo", "dapo"), needs=objective_in("grpo")),
-        Row("scale_rewards", "group", "divide advantages by the standard deviation of the group, of the batch, or not", choices=("group", "batch", "none"), needs=objective_in("grpo")),
-        Row("importance_sampling_level", "token", "ratios of probabilities for each token, or for a whole answer", choices=("token", "sequence"), needs=objective_in("grpo")),
-        Row("epsilon", 0.2, "how far below 1 a ratio counts", low=0, high=1, needs=objective_in("grpo")),
-        Row("epsilon_high", 0.0, "how far above 1 a ratio counts (0: epsilon)", low=0, needs=objective_in("grpo")),
-        Row("mask_truncated", False, "learn nothing from answers that did not end", needs=objective_in("grpo")),
-        Row("eval_samples", 3, "answers told at each evaluation, the likeliest ones to the first validation examples", low=0, needs=EXAMPLES),
-    ],
-    "adapter": [
-        Row("adapter", "none", "train all weights, low-rank additions to the linear layers, or rows of a prompt", choices=("none", "lora", "soft_prompt"), shape=True),
-        Row("lora_rank", 8, "rank of the additions", low=1, shape=True, needs=LORA),
-        Row("lora_alpha", 16.0, "the additions count alpha / rank", above=0, shape=True, needs=LORA),
-        Row("lora_dropout", 0.0, "chance that an addition's input is dropped in training", low=0, high=0.999, needs=LORA),
-        Row("lora_targets", (), "ends of the names of the linear layers, such as attn.qkv mlp.up (none: all in the blocks)", shape=True, needs=LORA),
-        Row("prompt_format", "", "'<P*60>{toxic}<P*20>': 60 trainable rows, a field of the example, 20 more; <P>text</P> begins as the text", shape=True, needs=SOFT_PROMPT),
-        Row("prompt_provider", "tensor", "rows as they are, or with what an LSTM adds to them", choices=("tensor", "lstm"), shape=True, needs=SOFT_PROMPT),
-        Row("prompt_init", "vocab", "rows begin as random rows of the token embedding, or normal", choices=("vocab", "normal"), needs=SOFT_PROMPT),
-        Row("target_field", "", "the field to be learned (none: completion)", needs=SOFT_PROMPT),
-        Row("truncation_field", "", "the field that is cut where an example is too long", needs=SOFT_PROMPT),
-    ],
-    "how long": [
-        Row("max_iters", 3500, "optimizer steps, counted from the start of the run", low=0, alias="steps"),
-        Row("max_tokens", 0, "stop after so many training tokens (0: no bound); with --prompt_format: tokens of an example (0: block_size)", low=0),
-        Row("max_epochs", 0.0, "stop after so many passes over the training data (0: no bound)", low=0),
-        Row("max_seconds", 0.0, "stop after so many seconds of training, resumed parts together (0: no bound)", low=0),
-        Row("early_stop_patience", 0, "stop after so many evaluations without a better val_loss (0: never)", low=0),
-    ],
-    "optimizer": [
-        Row("optimizer", "adamw", "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, muon (Muon for hidden matrices, AdamW for the rest), or package:Class"),
-        Row("learning_rate", 1e-3, "largest learning rate", low=0),
-        Row("embedding_learning_rate", 0.0, "largest learning rate of the token embedding (0: learning_rate)", low=0),
-        Row("head_learning_rate", 0.0, "largest learning rate of an untied head (0: learning_rate)", low=0, needs=OnlyWith("--no-tie_weights", lambda a: not a.tie_weights)),
-        Row("weight_decay", 0.1, "of matrices (embeddings included); vectors are never decayed", low=0),
-        Row("beta1", 0.9, "first beta of Adam's kind", low=0, high=0.9999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
-        Row("beta2", 0.99, "second beta of Adam's kind", low=0, high=0.99999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon")),
-        Row("momentum", 0.9, "of sgd and rmsprop", low=0, high=0.9999, needs=optimizer_in("sgd", "rmsprop")),
-        Row("muon_learning_rate", 0.02, "largest learning rate of the matrices that Muon trains", low=0, needs=optimizer_in("muon")),
-        Row("muon_weight_decay", 0.0, "of the matrices that Muon trains", low=0, needs=optimizer_in("muon")),
-        Row("muon_momentum", 0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=optimizer_in("muon")),
-        Row("optimizer_kwargs", {}, 'further arguments of the optimizer (of Muon, with muon), as JSON: {"eps": 1e-10}'),
-        Row("spike_skip", 0.0, "skip steps whose gradient norm is so many standard deviations, robustly estimated, above the median of the last 128 (0: none)", low=0),
-        Row("skip_patience", 10, "so many steps skipped in a row, for outlying or non-finite gradients: back to the newest checkpoint once, then the end", low=1),
-        Row("grad_clip", 1.0, "largest norm of the gradient (0: not clipped)", low=0),
-    ],
-    "schedule": [
-        Row("lr_scheduler", "none", "how the learning rate goes on after the warm-up", choices=tuple(SCHEDULES)),
-        Row("decay_lr", False, "with --lr_scheduler=none: cosine, as in nanoGPT"),
-        Row("warmup_iters", 100, "steps of linear warm-up, with every schedule", low=0),
-        Row("lr_decay_iters", 3500, "step at which the decay is over", low=1, needs=DECAY_HORIZON),
-        Row("min_lr", 1e-4, "learning rate after the decay", low=0, needs=DECAYING),
-        Row("lr_step_size", 1000, "steps between drops", low=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step")),
-        Row("lr_step_gamma", 0.1, "factor of a drop", above=0, high=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step")),
-        Row("wsd_decay_fraction", 0.4, "part of lr_decay_iters that decays, linearly", above=0, high=1, needs=OnlyWith("--lr_scheduler=wsd", lambda a: a.schedule == "wsd")),
-    ],
-    "evaluation and checkpoints": [
-        Row("eval_interval", 250, "steps between evaluations; each is followed by a checkpoint", low=1),
-        Row("eval_iters", 200, "batches of batch_size an evaluation reads from each split; the same ones every time", low=1),
-        Row("checkpoint_interval", 0, "steps between checkpoints besides those of evaluations (0: only those)", low=0, alias="save_freq"),
-        Row("keep_last", 2, "how many of the newest checkpoints are kept, besides the best", low=1),
-        Row("keep_every", 0, "keep also each checkpoint of a step that this divides (0: none)", low=0),
-        Row("always_save_checkpoint", True, "save at every evaluation; otherwise only when val_loss improves, and at the end"),
-    ],
-    "logging": [
-        Row("log_interval", 10, "steps between lines of training metrics", low=1, alias="log_freq"),
-        Row("log_data_hash", False, "add data_hash, a hash of the step's global batch, to the training metrics"),
-        Row("plot_loss", False, "draw the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)"),
-        Row("wandb_log", False, "log to Weights & Biases; a resumed run continues the same one there"),
-        Row("wandb_project", "nanoforge", "project on wandb", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log)),
-        Row("wandb_run_name", "", "name on wandb (none: the name of out_dir)", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log)),
-        Row("tensorboard_log", False, "log to out_dir/tensorboard (needs tensorboard)"),
-    ],
-    "system": [
-        Row("device", "auto", "auto, cpu, cuda, cuda:N or mps"),
-        Row("parallel", "ddp", "several ranks: each holds all (ddp), or its shards of weights, gradients and optimizer state (fsdp: FSDP2)", choices=("ddp", "fsdp")),
-        Row("fsdp_reshard", True, "forget a block's gathered weights after its forward: less memory, one more gathering", needs=FSDP),
-        Row("fsdp_offload", False, "keep shards, gradients and optimizer state in host memory", needs=FSDP),
-        Row("rank_timeout", 600, "seconds that a rank waits for another before it ends the run", low=1),
-        Row("dtype", "auto", "precision of activations and matrix products; weights stay float32", choices=("auto", "float32", "bfloat16", "float16")),
-        Row("compile", False, "torch.compile the model, with static shapes"),
-        Row("attention_kernel", "auto", "on a CUDA GPU: which of scaled_dot_product_attention's kernels (auto: torch's choice)", choices=("auto", "flash", "cudnn", "efficient", "math")),
-        Row("activation_checkpointing", False, "keep only the blocks' inputs and compute the rest again in backward: less memory, more time"),
-        Row("loss_chunk", 0, "make the logits of so many tokens at a time, and again in backward: less memory where the vocabulary is large (0: all at once)", low=0),
-        Row("deterministic", False, "deterministic algorithms: bit-identical runs, compiled ones too"),
-    ],
-}  # fmt: skip
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """run"""
+    out_dir: str = arg("out",
+        "folder of the run: checkpoints, metrics.jsonl, train_config.json",
+        inherit=False, alias=("output_dir",))
+    task_name: str = arg("", "without --out_dir: the run goes to outputs/TASK_NAME/DATE_TIME", inherit=False)
+    debug: bool = arg(False, "with --task_name: to outputs/debug/TASK_NAME/DATE_TIME", inherit=False, needs=TASK)
+    overwrite: bool = arg(False, "start anew in an out_dir that already holds a run, deleting that run", inherit=False)
+    init_from: str = arg("scratch",
+        "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
+            "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt",
+        inherit=False)
+    gpt2_type: str = arg("gpt2",
+        "which GPT-2 --init_from=gpt2 loads",
+        choices=GPT2_TYPES, needs=OnlyWith("--init_from=gpt2", lambda a: a.init_from == "gpt2"), inherit=False)
+    allow_data_change: bool = arg(False,
+        "resume on bins that differ from those that the run began with",
+        inherit=False, needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume"))
+    eval_only: bool = arg(False, "evaluate once, write no checkpoint, and stop", inherit=False)
+    seed: int = arg(1337, "all randomness follows from it: weights, data order, dropout", low=0, high=2**32 - 1)
 
 
-class Derived:
-    """What follows from the arguments."""
+@dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """data"""
+    data_dir: str = arg("data", "folder that holds the dataset folders")
+    training_mode: str = arg("single",
+        "one dataset, a mixture of several, or aligned streams whose embeddings are summed",
+        choices=("single", "multidataset", "multicontext"))
+    dataset: str = arg("shakespeare_char",
+        "folder in data_dir; made by its prepare.py if its bins are missing",
+        needs=OnlyWith("--training_mode=single", lambda a: a.training_mode == "single"))
+    train_file: str = arg("",
+        "examples: a .jsonl, .csv or .tsv file (none: train.jsonl in the dataset's folder)",
+        needs=EXAMPLES)
+    validation_file: str = arg("", "examples to validate on (none: val.jsonl in the dataset's folder)", needs=EXAMPLES)
+    overflow: str = arg("error",
+        "of examples longer than block_size (or than --max_tokens, with --prompt_format): an error, drop them, or cut their end",
+        needs=EXAMPLES, choices=("error", "drop", "truncate_target"))
+    sampling_method: str = arg("random",
+        "windows at random, each once an epoch in random order, or in order; examples always come once an epoch in random order",
+        choices=("random", "without_replacement", "sequential"), needs=objective_in("lm"))
+    dataset_list: tuple[str, ...] = arg((), "the datasets of a mixture", needs=MULTIDATASET)
+    dataset_sampling_probs: tuple[float, ...] = arg((),
+        "weight of each dataset, of any positive scale (none: equal); with --dataset_interleaving whole numbers: how many in a row",
+        needs=MULTIDATASET)
+    dataset_sampling_probs_final: tuple[float, ...] = arg((), "weights reached at max_iters", needs=DRAWN)
+    dataset_sampling_probs_transition_method: str = arg("linear",
+        "how weights go from first to final",
+        choices=("linear", "cosine", "exponential"), needs=FINAL_PROBS)
+    dataset_mixing: str = arg("batch",
+        "draw a dataset for each whole batch or for each sequence",
+        choices=("batch", "sequence"), needs=MULTIDATASET)
+    dataset_interleaving: bool = arg(False, "take the datasets in turn instead of at random", needs=MULTIDATASET)
+    multidataset_wte: bool = arg(False,
+        "each dataset has its own embedding and head (they may differ in tokenizer)",
+        needs=MULTIDATASET, model_shape=True)
+    multicontext_datasets: tuple[str, ...] = arg((),
+        "aligned datasets of equal length, one context each",
+        needs=OnlyWith("--training_mode=multicontext", lambda a: a.training_mode == "multicontext"))
 
-    @property
+
+@dataclass(frozen=True, kw_only=True)
+class DepthArgs:
+    """depth"""
+    depth: int = arg(0,
+        "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)",
+        low=0, needs=FROM_SCRATCH)
+    aspect: int = arg(64, "width over depth", low=1, needs=DEPTH)
+    tokens_per_weight: float = arg(20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArgs:
+    """batch"""
+    batch_size: int = arg(64,
+        "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks",
+        low=1)
+    gradient_accumulation_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
+    block_size: int = arg(256,
+        "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs",
+        low=1, model_shape=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """model"""
+    n_layer: int = arg(6, "blocks", low=1, model_shape=True, needs=FROM_SCRATCH)
+    n_head: int = arg(6, "attention heads", low=1, model_shape=True, needs=FROM_SCRATCH)
+    n_kv_head: int = arg(0,
+        "heads of keys and values, shared by groups of query heads (0: n_head)",
+        low=0, model_shape=True, needs=FROM_SCRATCH)
+    n_embd: int = arg(384, "width", low=1, model_shape=True, needs=FROM_SCRATCH)
+    vocab_size: int = arg(0,
+        "rows of embedding and head (0: the tokenizer's); 50304 pads GPT-2's for speed",
+        low=0, model_shape=True, needs=FROM_SCRATCH)
+    bias: bool = arg(False, "biases in linear layers and LayerNorm", model_shape=True, needs=FROM_SCRATCH)
+    norm: str = arg("layernorm",
+        "layernorm, rmsnorm, or rmsnorm_nogain",
+        choices=("layernorm", "rmsnorm", "rmsnorm_nogain"), model_shape=True, needs=FROM_SCRATCH)
+    position: str = arg("learned",
+        "learned positions, rotary (rope), or none",
+        choices=("learned", "rope", "none"), model_shape=True, needs=FROM_SCRATCH)
+    rope_base: float = arg(10000.0,
+        "base of the rotary frequencies",
+        above=0, model_shape=True, needs=OnlyWith("--position=rope", lambda a: a.position == "rope"))
+    activation: str = arg("gelu",
+        "any of torch.nn.functional by its name, gelu_tanh, or relu2 (ReLU squared)",
+        model_shape=True, needs=FROM_SCRATCH)
+    mlp: str = arg("plain",
+        "plain, or gated (SwiGLU with --activation=silu)",
+        choices=("plain", "gated"), model_shape=True, needs=FROM_SCRATCH)
+    mlp_ratio: float = arg(4.0, "hidden width of the MLP over n_embd", above=0, model_shape=True, needs=FROM_SCRATCH)
+    qk_norm: bool = arg(False,
+        "RMS-normalise queries and keys, before they are rotated",
+        model_shape=True, needs=FROM_SCRATCH)
+    window: str = arg("L",
+        "attention of the layers, repeated: L long (all of the block), S short (window_size)",
+        model_shape=True, needs=FROM_SCRATCH)
+    window_size: int = arg(0,
+        "tokens that a short layer sees, itself included (0: half of block_size)",
+        low=0, model_shape=True, needs=OnlyWith("an S in --window", lambda a: "S" in a.window))
+    logit_softcap: float = arg(0.0,
+        "bound c on the logits: c z / sqrt(z^2 + c^2) (0: none)",
+        low=0, model_shape=True, needs=FROM_SCRATCH)
+    embedding_norm: bool = arg(False,
+        "RMS-normalise the embedding, before the first block",
+        model_shape=True, needs=FROM_SCRATCH)
+    value_residual: bool = arg(False,
+        "mix each layer's values with the first layer's, in learned parts",
+        model_shape=True, needs=FROM_SCRATCH)
+    residual_scalars: bool = arg(False,
+        "each block sees r x + a x0, of the stream x and the embedding x0, with learned r and a",
+        model_shape=True, needs=FROM_SCRATCH)
+    tie_weights: bool = arg(True, "the head is the token embedding", model_shape=True, needs=FROM_SCRATCH)
+    zero_init: bool = arg(False,
+        "output projections of attention and MLP (and an untied head) start at zero",
+        needs=OnlyWith("--init_from=scratch", lambda a: a.init_from == "scratch"))
+    dropout: float = arg(0.0, "chance that an activation is dropped in training", low=0, high=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveArgs:
+    """objective"""
+    objective: str = arg("lm",
+        "lm: all of the text; on examples in JSONL sft: completions; dpo, kto: preferences; grpo: rewards of the model's own answers",
+        choices=("lm", "sft", "dpo", "kto", "grpo"))
+    loss_on: str = arg("completion",
+        "learn completions and their end tokens, or all of the text",
+        choices=("completion", "all"), needs=objective_in("sft"))
+    packing: bool = arg(False,
+        "put several examples into a sequence, where each sees itself alone",
+        needs=objective_in("sft"))
+    beta: float = arg(0.1,
+        "strength of the tie to the reference model (grpo: weight of the divergence from it; 0: none)",
+        low=0, needs=objective_in("dpo", "kto", "grpo"))
+    reference: str = arg("auto",
+        "what the reference is: the model with its adapter switched off, log-probabilities computed beforehand and kept beside the data, or a frozen copy (auto: adapter where there is one, else copy)",
+        choices=("auto", "adapter", "cache", "copy"), needs=objective_in("dpo", "kto", "grpo"))
+    dpo_loss: str = arg("sigmoid", "loss of a pair", choices=DPO_LOSSES, needs=objective_in("dpo"))
+    label_smoothing: float = arg(0.0,
+        "part of the preferences that is taken to be wrong",
+        low=0, high=0.499, needs=OnlyWith("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED))
+    desirable_weight: str = arg("1",
+        "weight of desirable completions, or auto: as much of them in all as of undesirable ones",
+        needs=objective_in("kto"))
+    undesirable_weight: str = arg("1", "weight of undesirable completions, or auto", needs=objective_in("kto"))
+    reward: str = arg("correct:1",
+        "rewards and weights: correct, format, length, or module:function; as in correct:1,format:0.5,module:function:0.2",
+        needs=objective_in("grpo"))
+    num_generations: int = arg(8,
+        "answers to each prompt; batch_size x gradient_accumulation_steps counts answers",
+        low=2, needs=objective_in("grpo"))
+    max_new_tokens: int = arg(64, "tokens of an answer", low=1, needs=EXAMPLES)
+    temperature: float = arg(1.0, "of the answers", above=0, needs=objective_in("grpo"))
+    top_k: int = arg(0, "answers take only the k likeliest tokens (0: all)", low=0, needs=objective_in("grpo"))
+    top_p: float = arg(1.0,
+        "answers take only the likeliest tokens that together reach p",
+        above=0, high=1, needs=objective_in("grpo"))
+    num_iterations: int = arg(1, "steps on the same answers", low=1, needs=objective_in("grpo"))
+    loss_type: str = arg("grpo",
+        "tokens to a loss: mean of the answers' means; over the micro-batch's tokens; over the longest possible; over all of the step's tokens",
+        choices=("grpo", "bnpo", "dr_grpo", "dapo"), needs=objective_in("grpo"))
+    scale_rewards: str = arg("group",
+        "divide advantages by the standard deviation of the group, of the batch, or not",
+        choices=("group", "batch", "none"), needs=objective_in("grpo"))
+    importance_sampling_level: str = arg("token",
+        "ratios of probabilities for each token, or for a whole answer",
+        choices=("token", "sequence"), needs=objective_in("grpo"))
+    epsilon: float = arg(0.2, "how far below 1 a ratio counts", low=0, high=1, needs=objective_in("grpo"))
+    epsilon_high: float = arg(0.0, "how far above 1 a ratio counts (0: epsilon)", low=0, needs=objective_in("grpo"))
+    mask_truncated: bool = arg(False, "learn nothing from answers that did not end", needs=objective_in("grpo"))
+    eval_samples: int = arg(3,
+        "answers told at each evaluation, the likeliest ones to the first validation examples",
+        low=0, needs=EXAMPLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterArgs:
+    """adapter"""
+    adapter: str = arg("none",
+        "train all weights, low-rank additions to the linear layers, or rows of a prompt",
+        choices=("none", "lora", "soft_prompt"), model_shape=True)
+    lora_rank: int = arg(8, "rank of the additions", low=1, model_shape=True, needs=LORA)
+    lora_alpha: float = arg(16.0, "the additions count alpha / rank", above=0, model_shape=True, needs=LORA)
+    lora_dropout: float = arg(0.0,
+        "chance that an addition's input is dropped in training",
+        low=0, high=0.999, needs=LORA)
+    lora_targets: tuple[str, ...] = arg((),
+        "ends of the names of the linear layers, such as attn.qkv mlp.up (none: all in the blocks)",
+        model_shape=True, needs=LORA)
+    prompt_format: str = arg("",
+        "'<P*60>{toxic}<P*20>': 60 trainable rows, a field of the example, 20 more; <P>text</P> begins as the text",
+        model_shape=True, needs=SOFT_PROMPT)
+    prompt_provider: str = arg("tensor",
+        "rows as they are, or with what an LSTM adds to them",
+        choices=("tensor", "lstm"), model_shape=True, needs=SOFT_PROMPT)
+    prompt_init: str = arg("vocab",
+        "rows begin as random rows of the token embedding, or normal",
+        choices=("vocab", "normal"), needs=SOFT_PROMPT)
+    target_field: str = arg("", "the field to be learned (none: completion)", needs=SOFT_PROMPT)
+    truncation_field: str = arg("", "the field that is cut where an example is too long", needs=SOFT_PROMPT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DurationArgs:
+    """how long"""
+    max_iters: int = arg(3500, "optimizer steps, counted from the start of the run", low=0, alias=("steps",))
+    max_tokens: int = arg(0,
+        "stop after so many training tokens (0: no bound); with --prompt_format: tokens of an example (0: block_size)",
+        low=0)
+    max_epochs: float = arg(0.0, "stop after so many passes over the training data (0: no bound)", low=0)
+    max_seconds: float = arg(0.0, "stop after so many seconds of training, resumed parts together (0: no bound)", low=0)
+    early_stop_patience: int = arg(0, "stop after so many evaluations without a better val_loss (0: never)", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs:
+    """optimizer"""
+    optimizer: str = arg("adamw",
+        "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, muon (Muon for hidden matrices, AdamW for the rest), or package:Class")
+    learning_rate: float = arg(1e-3, "largest learning rate", low=0)
+    embedding_learning_rate: float = arg(0.0, "largest learning rate of the token embedding (0: learning_rate)", low=0)
+    head_learning_rate: float = arg(0.0,
+        "largest learning rate of an untied head (0: learning_rate)",
+        low=0, needs=OnlyWith("--no-tie_weights", lambda a: not a.tie_weights))
+    weight_decay: float = arg(0.1, "of matrices (embeddings included); vectors are never decayed", low=0)
+    beta1: float = arg(0.9,
+        "first beta of Adam's kind",
+        low=0, high=0.9999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon"))
+    beta2: float = arg(0.99,
+        "second beta of Adam's kind",
+        low=0, high=0.99999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon"))
+    momentum: float = arg(0.9, "of sgd and rmsprop", low=0, high=0.9999, needs=optimizer_in("sgd", "rmsprop"))
+    muon_learning_rate: float = arg(0.02,
+        "largest learning rate of the matrices that Muon trains",
+        low=0, needs=optimizer_in("muon"))
+    muon_weight_decay: float = arg(0.0, "of the matrices that Muon trains", low=0, needs=optimizer_in("muon"))
+    muon_momentum: float = arg(0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=optimizer_in("muon"))
+    optimizer_kwargs: dict[str, Any] = arg({},
+        'further arguments of the optimizer (of Muon, with muon), as JSON: {"eps": 1e-10}')
+    spike_skip: float = arg(0.0,
+        "skip steps whose gradient norm is so many standard deviations, robustly estimated, above the median of the last 128 (0: none)",
+        low=0)
+    skip_patience: int = arg(10,
+        "so many steps skipped in a row, for outlying or non-finite gradients: back to the newest checkpoint once, then the end",
+        low=1)
+    grad_clip: float = arg(1.0, "largest norm of the gradient (0: not clipped)", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleArgs:
+    """schedule"""
+    lr_scheduler: str = arg("none", "how the learning rate goes on after the warm-up", choices=SCHEDULES)
+    decay_lr: bool = arg(False, "with --lr_scheduler=none: cosine, as in nanoGPT")
+    warmup_iters: int = arg(100, "steps of linear warm-up, with every schedule", low=0)
+    lr_decay_iters: int = arg(3500, "step at which the decay is over", low=1, needs=DECAY_HORIZON)
+    min_lr: float = arg(1e-4, "learning rate after the decay", low=0, needs=DECAYING)
+    lr_step_size: int = arg(1000,
+        "steps between drops",
+        low=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step"))
+    lr_step_gamma: float = arg(0.1,
+        "factor of a drop",
+        above=0, high=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step"))
+    wsd_decay_fraction: float = arg(0.4,
+        "part of lr_decay_iters that decays, linearly",
+        above=0, high=1, needs=OnlyWith("--lr_scheduler=wsd", lambda a: a.schedule == "wsd"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointArgs:
+    """evaluation and checkpoints"""
+    eval_interval: int = arg(250, "steps between evaluations; each is followed by a checkpoint", low=1)
+    eval_iters: int = arg(200,
+        "batches of batch_size an evaluation reads from each split; the same ones every time",
+        low=1)
+    checkpoint_interval: int = arg(0,
+        "steps between checkpoints besides those of evaluations (0: only those)",
+        low=0, alias=("save_freq",))
+    keep_last: int = arg(2, "how many of the newest checkpoints are kept, besides the best", low=1)
+    keep_every: int = arg(0, "keep also each checkpoint of a step that this divides (0: none)", low=0)
+    always_save_checkpoint: bool = arg(True,
+        "save at every evaluation; otherwise only when val_loss improves, and at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingArgs:
+    """logging"""
+    log_interval: int = arg(10, "steps between lines of training metrics", low=1, alias=("log_freq",))
+    log_data_hash: bool = arg(False, "add data_hash, a hash of the step's global batch, to the training metrics")
+    plot_loss: bool = arg(False, "draw the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)")
+    wandb_log: bool = arg(False, "log to Weights & Biases; a resumed run continues the same one there")
+    wandb_project: str = arg("nanoforge", "project on wandb", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log))
+    wandb_run_name: str = arg("",
+        "name on wandb (none: the name of out_dir)",
+        needs=OnlyWith("--wandb_log", lambda a: a.wandb_log))
+    tensorboard_log: bool = arg(False, "log to out_dir/tensorboard (needs tensorboard)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemArgs:
+    """system"""
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
+    parallel: str = arg("ddp",
+        "several ranks: each holds all (ddp), or its shards of weights, gradients and optimizer state (fsdp: FSDP2)",
+        choices=("ddp", "fsdp"))
+    fsdp_reshard: bool = arg(True,
+        "forget a block's gathered weights after its forward: less memory, one more gathering",
+        needs=FSDP)
+    fsdp_offload: bool = arg(False, "keep shards, gradients and optimizer state in host memory", needs=FSDP)
+    rank_timeout: int = arg(600, "seconds that a rank waits for another before it ends the run", low=1)
+    dtype: str = arg("auto",
+        "precision of activations and matrix products; weights stay float32",
+        choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = arg(False, "torch.compile the model, with static shapes")
+    attention_kernel: str = arg("auto",
+        "on a CUDA GPU: which of scaled_dot_product_attention's kernels (auto: torch's choice)",
+        choices=("auto", "flash", "cudnn", "efficient", "math"))
+    activation_checkpointing: bool = arg(False,
+        "keep only the blocks' inputs and compute the rest again in backward: less memory, more time")
+    loss_chunk: int = arg(0,
+        "make the logits of so many tokens at a time, and again in backward: less memory where the vocabulary is large (0: all at once)",
+        low=0)
+    deterministic: bool = arg(False, "deterministic algorithms: bit-identical runs, compiled ones too")
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(
+    RunArgs,
+    DataArgs,
+    DepthArgs,
+    BatchArgs,
+    ModelArgs,
+    ObjectiveArgs,
+    AdapterArgs,
+    DurationArgs,
+    OptimizerArgs,
+    ScheduleArgs,
+    CheckpointArgs,
+    LoggingArgs,
+    SystemArgs,
+):
+    """The arguments of a run, and what follows from them."""
+
+    @cached_property
     def schedule(self) -> str:
         """The schedule's name; --decay_lr alone means cosine, as in nanoGPT."""
         return "cosine" if self.decay_lr and self.lr_scheduler == "none" else self.lr_scheduler
 
-    @property
+    @cached_property
     def mixture(self) -> list[tuple[str, ...]]:
         """The datasets of the mixture, each a tuple of its aligned streams' names."""
         if self.training_mode == "multidataset":
             return [(name,) for name in self.dataset_list]
         return [self.multicontext_datasets if self.training_mode == "multicontext" else (self.dataset,)]
 
-    @property
+    @cached_property
     def vocabulary(self) -> str:
         """How the streams' vocabularies meet in the model: an entry of model.VOCABULARIES."""
         if self.training_mode == "multicontext":
             return "contexts" if len(self.multicontext_datasets) > 1 else "one"
         return "separate" if self.multidataset_wte else "one"
 
-    @property
+    @cached_property
     def folders(self) -> dict[str, Path]:
         """The datasets' folders; of --train_file none."""
         return {} if self.train_file else {name: Path(self.data_dir) / name for names in self.mixture for name in names}
 
-    @property
-    def reads(self) -> str:
+    @cached_property
+    def data_format(self) -> str:
         """What of its datasets' folders the run reads: "bins" or "examples"."""
         return "bins" if self.objective == "lm" else "examples"
 
-    @property
-    def group(self) -> int:
+    @cached_property
+    def group_size(self) -> int:
         """How many rows of a step stay together on a rank: answers to a prompt."""
         return self.num_generations if self.objective == "grpo" else 1
 
-    @property
-    def compares(self) -> bool:
+    @cached_property
+    def needs_reference(self) -> bool:
         """Whether the objective compares with the model that the run began with."""
         return self.objective in ("dpo", "kto") or (self.objective == "grpo" and self.beta > 0)
 
-    @property
+    @cached_property
     def task_folder(self) -> Path:
         """Where the runs of --task_name are."""
         return Path("outputs", *(["debug"] if self.debug else []), self.task_name)
 
-    @property
-    def token_bound(self) -> int:
+    @cached_property
+    def max_train_tokens(self) -> int:
         """Training tokens after which the run is over; with --prompt_format --max_tokens means an example's, as in ruprompts."""
         return 0 if self.prompt_format else self.max_tokens
 
-    @property
+    @cached_property
     def weights_source(self) -> str:
         """What --init_from names, with --gpt2_type worked in."""
         return self.gpt2_type if self.init_from == "gpt2" else self.init_from
 
+    @cached_property
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.batch_size * self.gradient_accumulation_steps
 
-def run_config(arguments) -> str | None:
-    """The resumed run's own arguments, which stand where the command line is silent."""
-    if arguments.init_from != "resume":
+    @cached_property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+
+def resumed_config(args: TrainArgs) -> str | None:
+    """Path of the config of the run to resume, whose values lie under the command line's. Raises UserError."""
+    if args.init_from != "resume":
         return None
-    path = os.path.join(arguments.out_dir, "train_config.json")
+    path = os.path.join(args.out_dir, "train_config.json")
     if not os.path.exists(path):
-        raise UserError(
-            f"--init_from=resume: no run in {arguments.out_dir} (no {path}); name its folder with --out_dir"
-        )
+        raise UserError(f"--init_from=resume: no run in {args.out_dir} (no {path}); name its folder with --out_dir")
     return path
 
 
-def follows(a, source: dict[str, str]) -> tuple[str, dict]:
-    """What --depth makes of the arguments that nothing gave."""
-    if not a.depth or a.init_from != "scratch":
+def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """What --depth makes of the arguments that nothing set."""
+    if not args.depth or args.init_from != "scratch":
         return "", {}
-    given = {name: getattr(a, name) for name, origin in source.items() if origin != "default"}
-    return f"--depth={a.depth}", depth.derive_args(a.depth, a.aspect, a.tokens_per_weight, a.block_size, given)
+    is_set = {name: getattr(args, name) for name, origin in source.items() if origin != configurator.DEFAULT}
+    values = depth.derive_args(args.depth, args.aspect, args.tokens_per_weight, args.block_size, is_set)
+    return f"--depth={args.depth}", values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +534,7 @@ def check_start(a, source: dict[str, str], must) -> None:
             a.vocabulary == "one",
             "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte",
         )
-    must(not a.compares or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
+    must(not a.needs_reference or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
          + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
     must(
         a.adapter == "none" or a.init_from != "scratch",
@@ -527,15 +734,18 @@ def is_weight(words: str) -> bool:
         return False
 
 
-def of_run(folder: Path):
-    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises UserError when that can't be read."""
+RULES = Rules(resumed_config=resumed_config, derive=derive, check=check)
+
+
+def load_args(folder: Path) -> TrainArgs:
+    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises UserError if that can't be read."""
     path = str(folder / "train_config.json")
-    return resolve([(path, configurator.read_file(path))]).arguments
+    return resolve([(path, config_files.read_file(path))]).args
 
 
-def resolve(given: list[tuple[str, dict]]) -> configurator.Resolved:
-    """What train.py would make of these layers of values; ends nothing."""
-    return configurator.resolve(TABLE, given, Derived, run_config, follows, check)
+def resolve(layers: list[tuple[str, dict[str, Any]]]) -> Resolved:
+    """What train.py would make of these layers of (source, values); never exits."""
+    return configurator.resolve(TrainArgs, layers, RULES)
 
 
 RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(
@@ -543,34 +753,33 @@ RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_f
 )
 
 
-def parse(argv: list[str] | None = None):
-    """The frozen arguments of a run; tells all mistakes at once and exits with status 2.
+def parse_flags(argv: list[str]) -> TrainArgs:
+    """The arguments that a command line asks for; prints all errors at once and exits with status 2."""
+    argv = [RESUME.get(text, text) for text in argv]
+    return configurator.parse(TrainArgs, argv, "Train a GPT: see README.md.", RULES)
 
-    Started again by torchrun or Slurm, with the command that began the run, they are those with which the run goes on.
+
+def was_restarted() -> bool:
+    """Whether torchrun or Slurm started this process again, with the command that began the run."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+def parse(argv: list[str] | None = None) -> TrainArgs:
+    """The arguments of a run; prints all errors at once and exits with status 2.
+
+    After a restart by torchrun or Slurm they are those with which the run continues.
     """
-
-    def read(words: list[str]):
-        return configurator.parse(
-            TABLE,
-            [RESUME.get(word, word) for word in words],
-            "Train a GPT: see README.md.",
-            Derived,
-            run_config,
-            follows,
-            check,
-        )
-
-    arguments = read(sys.argv[1:] if argv is None else argv)
-    again = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if not again or arguments.init_from == "resume" or arguments.eval_only:
-        return arguments
-    out_dir = Path(arguments.out_dir)
-    if arguments.task_name and arguments.out_dir == "out":  # the run that is to go on is the task's newest
-        begun = sorted(arguments.task_folder.glob("*/train_config.json"))
-        if not begun:
-            return arguments
-        out_dir = begun[-1].parent
+    args = parse_flags(sys.argv[1:] if argv is None else argv)
+    if not was_restarted() or args.init_from == "resume" or args.eval_only:
+        return args
+    out_dir = Path(args.out_dir)
+    if args.task_name and args.out_dir == "out":  # the run to continue is the newest of the task
+        runs = sorted(args.task_folder.glob("*/train_config.json"))
+        if not runs:
+            return args
+        out_dir = runs[-1].parent
     checkpoints = out_dir / "checkpoints"
-    if any(path.name.isdigit() for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())):
-        return read(["--init_from=resume", f"--out_dir={out_dir}"])
-    return dataclasses.replace(arguments, overwrite=True, out_dir=str(out_dir))
+    if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+        return parse_flags(["--init_from=resume", f"--out_dir={out_dir}"])
+    return dataclasses.replace(args, overwrite=True, out_dir=str(out_dir))

@@ -11,26 +11,28 @@ The datasets that come with the program are this script with other defaults: see
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-from configurator import Row
+from configurator import Rules, arg
 from nanoforge.data import corpus
 from nanoforge.files import download
 
-TABLE = {
-    "prepare": [
-        Row("input", (), "files, folders and https addresses, or hf:NAME[:CONFIG]", split=False),
-        Row("name", "", "name of the dataset: train.py --dataset=NAME trains on it"),
-        Row("data_dir", "data", "folder that holds the dataset folders"),
-        Row("tokenizer", "gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken"),
-        Row("vocab_size", 8192, "ids of a trained bpe", low=300),
-        Row("field", "text", "field or column that holds the text"),
-        Row("val_fraction", 0.1, "part of the documents, or of one text, for validation", above=0, high=0.5),
-    ]
-}
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    input: tuple[str, ...] = arg((), "files, folders and https addresses, or hf:NAME[:CONFIG]", split=False)
+    name: str = arg("", "name of the dataset: train.py --dataset=NAME trains on it")
+    data_dir: str = arg("data", "folder that holds the dataset folders")
+    tokenizer: str = arg("gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken")
+    vocab_size: int = arg(8192, "ids of a trained bpe", low=300)
+    field: str = arg("text", "field or column that holds the text")
+    val_fraction: float = arg(0.1, "part of the documents, or of one text, for validation", above=0, high=0.5)
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -53,12 +55,14 @@ def dataset(script: str, description: str, **defaults) -> None:
     """Run this command for the dataset in whose folder `script` lies, with other defaults."""
     folder = Path(script).resolve().parent
     defaults |= {"name": folder.name, "data_dir": str(folder.parent)}
-    table = {
-        title: [dataclasses.replace(row, default=defaults.get(row.name, row.default)) for row in rows]
-        for title, rows in TABLE.items()
-    }
-    configurator.run(main, configurator.parse(table, sys.argv[1:], description, check=check))
+    fields = [
+        (field.name, field.type, dataclasses.field(default=defaults[field.name], metadata=field.metadata))
+        for field in dataclasses.fields(PrepareArgs)
+        if field.name in defaults
+    ]
+    table = dataclasses.make_dataclass("DatasetArgs", fields, bases=(PrepareArgs,), frozen=True, kw_only=True)
+    configurator.run(main, configurator.parse(table, sys.argv[1:], description, Rules(check=check)))
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__, check=check))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__, Rules(check=check)))

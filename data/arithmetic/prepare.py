@@ -11,6 +11,7 @@ right answers against those that are off by one.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import OnlyWith, Row
+from configurator import OnlyWith, Rules, arg
 from nanoforge.data import corpus
 from nanoforge.data.corpus import Piece
 from nanoforge.data.tokenization import CharTokenizer
@@ -26,17 +27,27 @@ from nanoforge.posttraining import tasks
 from nanoforge.rng import hash_u64, permute
 
 HERE = Path(__file__).resolve().parent
-TABLE = {
-    "prepare": [
-        Row("digits", 2, "of the largest number", low=1, high=4),
-        Row("sums", 200_000, "at most so many", low=20),
-        Row("seed", 0, "of the order, and of what is wrong by one more or one less", low=0),
-        Row("kind", "sums", "sums: bins, and problems with their answers; preferences: right answers and wrong ones", choices=("sums", "preferences")),
-        Row("unpaired", 0, "rows with a label instead of pairs: so many wrong answers to a right one, each of another sum; 0: pairs", low=0,
-            needs=OnlyWith("--kind=preferences", lambda a: a.kind == "preferences")),
-        Row("out_dir", str(HERE), "folder to write to"),
-    ]
-}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    digits: int = arg(2, "of the largest number", low=1, high=4)
+    sums: int = arg(200_000, "at most so many", low=20)
+    seed: int = arg(0, "of the order, and of what is wrong by one more or one less", low=0)
+    kind: str = arg(
+        "sums",
+        "sums: bins, and problems with their answers; preferences: right answers and wrong ones",
+        choices=("sums", "preferences"),
+    )
+    unpaired: int = arg(
+        0,
+        "rows with a label instead of pairs: so many wrong answers to a right one, each of another sum; 0: pairs",
+        low=0,
+        needs=OnlyWith("--kind=preferences", lambda a: a.kind == "preferences"),
+    )
+    out_dir: str = arg(str(HERE), "folder to write to")
 
 
 def check(a, source: dict[str, str]) -> list[str]:
@@ -97,4 +108,4 @@ def main(a) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__, check=check))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__, Rules(check=check)))

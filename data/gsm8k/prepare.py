@@ -8,29 +8,31 @@ and the answer. Text becomes tokens by the tokenizer of the weights that are tra
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Row
+from configurator import arg
 from nanoforge.errors import UserError
 from nanoforge.files import download
 from nanoforge.posttraining import tasks
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 NAMES = {"train": "train.jsonl", "val": "test.jsonl"}  # GSM8K's own
-TABLE = {
-    "prepare": [
-        Row(
-            "input",
-            (),
-            "the folder with GSM8K's own train.jsonl and test.jsonl, or these two files; none: they are downloaded",
-            split=False,
-        ),
-        Row("out_dir", str(Path(__file__).parent), "folder to write to"),
-    ]
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    input: tuple[str, ...] = arg(
+        (),
+        "the folder with GSM8K's own train.jsonl and test.jsonl, or these two files; none: they are downloaded",
+        split=False,
+    )
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
 
 
 def sources(inputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
@@ -62,4 +64,4 @@ def main(a) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__))

@@ -11,23 +11,26 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Row
+from configurator import arg
 from nanoforge.data import corpus
 from nanoforge.errors import UserError
 
 BYTES = 3_000_000
-TABLE = {
-    "prepare": [
-        Row("out_dir", str(Path(__file__).parent), "folder to write to"),
-        Row("packages", False, "the library's packages too, without those that were installed"),
-        Row("max_bytes", BYTES, "most characters in all", low=1),
-    ]
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    packages: bool = arg(False, "the library's packages too, without those that were installed")
+    max_bytes: str = arg(BYTES, "most characters in all", low=1)
 
 
 def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
@@ -58,4 +61,4 @@ def main(a) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__))

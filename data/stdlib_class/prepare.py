@@ -9,16 +9,24 @@ import io
 import keyword
 import sys
 import tokenize
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Row
+from configurator import arg
 from data.stdlib_char.prepare import documents
 from nanoforge.data import corpus
 
-TABLE = {"prepare": [Row("out_dir", str(Path(__file__).parent), "folder to write to")]}
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+
+
 CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}
 
 
@@ -49,4 +57,4 @@ def main(a) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__))

@@ -8,6 +8,7 @@ hidden_train.jsonl, hidden_val.jsonl do not: {"word": "abcd", "answer": "dcba"},
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Row
+from configurator import arg
 from nanoforge.data import token_bins
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.posttraining import tasks
@@ -28,15 +29,17 @@ TASKS = {
     "upper": str.upper,
     "double": lambda word: "".join(letter * 2 for letter in word),
 }
-TABLE = {
-    "prepare": [
-        Row("words", 20_000, "words, of which every tenth is for validation", low=20),
-        Row("longest", 6, "letters of the longest word; the shortest has two", low=2, high=20),
-        Row("hidden", "reverse", "the task that is not named", choices=tuple(TASKS)),
-        Row("seed", 0, "of the words", low=0),
-        Row("out_dir", str(Path(__file__).resolve().parent), "folder to write to"),
-    ]
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs:
+    """prepare"""
+
+    words: int = arg(20_000, "words, of which every tenth is for validation", low=20)
+    longest: int = arg(6, "letters of the longest word; the shortest has two", low=2, high=20)
+    hidden: str = arg("reverse", "the task that is not named", choices=TASKS)
+    seed: int = arg(0, "of the words", low=0)
+    out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to")
 
 
 def words(count: int, longest: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -69,4 +72,4 @@ def main(a) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main, configurator.parse(TABLE, sys.argv[1:], __doc__))
+    configurator.run(main, configurator.parse(PrepareArgs, sys.argv[1:], __doc__))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import TEXT, TINY, equal_tensors, gpt2_tokenizer_env, read_run
 
+import configurator
 import train
 import train_args
 from nanoforge import distributed
@@ -39,7 +40,7 @@ def shapes(done) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in done.last.weights.items()}
 
 
-@pytest.mark.parametrize("name", [row.name for group in train_args.TABLE.values() for row in group])
+@pytest.mark.parametrize("name", list(configurator.arg_specs(train_args.TrainArgs)))
 def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, base):
     assert name in EFFECTS, f"--{name} has no test of its effect"
     given = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir, "base": base}
@@ -48,7 +49,7 @@ def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, bas
 
 
 def test_no_effect_is_tested_of_an_argument_that_is_not_there():
-    assert not EFFECTS.keys() - {row.name for group in train_args.TABLE.values() for row in group}
+    assert not EFFECTS.keys() - configurator.arg_specs(train_args.TrainArgs).keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+import configurator
+
 PACKAGE = ROOT / "nanoforge"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 COMMANDS = sorted(ROOT.glob("*.py"))
@@ -126,7 +128,7 @@ def test_the_configurator_knows_no_argument_by_name():
         for node in ast.walk(ast.parse((ROOT / "configurator.py").read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert not strings & {row.name for group in train_args.TABLE.values() for row in group}
+    assert not strings & configurator.arg_specs(train_args.TrainArgs).keys()
 
 
 def test_every_row_of_the_table_is_used():
@@ -138,11 +140,11 @@ def test_every_row_of_the_table_is_used():
     derived = [
         node
         for node in ast.parse((ROOT / "train_args.py").read_text()).body
-        if getattr(node, "name", "") in ("Derived", "follows")
+        if getattr(node, "name", "") in ("TrainArgs", "derive")
     ]
     for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "builders.py")), *derived):
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert {row.name for group in train_args.TABLE.values() for row in group} <= used
+    assert configurator.arg_specs(train_args.TrainArgs).keys() <= used
 
 
 def test_choices_of_the_table_are_the_entries_of_the_registries():
@@ -152,7 +154,7 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
     from nanoforge.posttraining import objectives, prompt_format
     from nanoforge.training import optimizers, schedules
 
-    rows = {row.name: row for group in train_args.TABLE.values() for row in group}
+    rows = configurator.arg_specs(train_args.TrainArgs)
     registries = {
         "norm": model.NORMS,
         "position": model.POSITIONS,

@@ -21,7 +21,11 @@ GENTLE = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
 
 
 def evaluated(*argv) -> dict:
-    return evaluate.main(configurator.parse(evaluate.TABLE, [str(word) for word in argv], "", check=evaluate.check))
+    return evaluate.main(
+        configurator.parse(
+            evaluate.EvaluateArgs, [str(word) for word in argv], "", configurator.Rules(check=evaluate.check)
+        )
+    )
 
 
 def built(folder) -> GPT:

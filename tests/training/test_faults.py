@@ -24,6 +24,7 @@ from helpers import ROOT, TINY, equal_tensors, read_run, run_script, start_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import configurator
 import train
 import train_args
 from nanoforge.errors import UserError
@@ -504,7 +505,7 @@ def test_data_that_ends_is_a_whole_run(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. any command line
 
-ROWS = {row.name: row for group in train_args.TABLE.values() for row in group}
+ROWS = configurator.arg_specs(train_args.TrainArgs)
 # Not drawn: what leaves this machine, takes minutes to compile, or is fixed below.
 DRAWN = sorted(
     ROWS.keys()
