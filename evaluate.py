@@ -248,6 +248,15 @@ def judged(subject: Subject, task: str, a) -> dict:
     prompts = [coder.prompt(row) for row in problems]
     temperature, top_k, top_p = DECODE[a.decode]
     longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
+    sampling = generation.SamplingParams(
+        max_new_tokens=longest,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        n=a.num_passes,
+        eos_id=tokenizer.eot,
+        vocab_size=tokenizer.vocab_size,
+    )
     said: list[list[str]] = [[] for _ in problems]
     lengths, ended = [], 0
     fit = [
@@ -255,10 +264,12 @@ def judged(subject: Subject, task: str, a) -> dict:
     ]  # the others can't be answered
     for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
         some = fit[first : first + a.batch_size]
-        answers = generation.complete(
-            model, [prompts[number] for number in some], longest, tokenizer.eot, tokenizer.vocab_size, temperature, top_k, top_p, repeats=a.num_passes,
+        answers = generation.generate_batch(
+            model,
+            prompts=[prompts[number] for number in some],
+            sampling=sampling,
             uniform=lambda number, token, first=first: rng.uniform(a.seed, first * a.num_passes + number, token),
-        )  # fmt: skip
+        )
         for place, answer in enumerate(answers):
             said[some[place // a.num_passes]].append(tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids))
             lengths.append(len(answer.ids))

@@ -62,13 +62,11 @@ class GPTConfig:
         return cls(**{name: getattr(values, name) for name in names if hasattr(values, name)} | more)
 
 
-class KVCache(Protocol):
+class Cache(Protocol):
     """What attention asks of a cache (nanoforge/models/generation.py has one)."""
 
-    where: slice | Tensor  # positions of the tokens that are read now, in all layers: (T,) of all sequences, or (B, T)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v of shape (B, H_kv, T, D) into a layer's; these, (B, H_kv, S, D), come back, up to `where` or with room beyond it."""
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v, (B, H_kv, T, D), of a layer at `positions`; the layer's keys and values to attend to, (B, H_kv, S, D)."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +280,7 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: KVCache | None
+        self, x: Tensor, first: Tensor | None, position: Position, where: slice | Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """first: the first layer's values, None in that layer itself; they come back beside the output."""
         B, T, C = x.shape
@@ -294,7 +292,7 @@ class Attention(nn.Module):
             v = torch.lerp(v, first, self.first_values.to(v.dtype))
         first = v if first is None else first
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v, where)
         y = self.proj(self.attend(q, k, v, where).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training), first
 
@@ -374,7 +372,7 @@ class OneVocabulary:
         """Cross-entropy of each target, float32, in the shape of targets; logits: (B, T, V)."""
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
-    def choices(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
+    def next_token_logits(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
         """For each next token to draw: (first row, logits (B, size)); logits: (B, V), last: the ids before it, (B,) or (B, K)."""
         return [(0, logits)]
 
@@ -391,7 +389,7 @@ class ContextVocabularies(OneVocabulary):
             [super(ContextVocabularies, self).losses(part, target - first) for part, target, first in parts], dim=1
         )
 
-    def choices(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
+    def next_token_logits(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
         return list(zip(self.firsts, logits.split(self.sizes, dim=-1), strict=True))
 
 
@@ -408,7 +406,7 @@ class SeparateVocabularies(OneVocabulary):
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         return super().losses(self.masked(logits, targets), targets)
 
-    def choices(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
+    def next_token_logits(self, logits: Tensor, last: Tensor) -> list[tuple[int, Tensor]]:
         return [(0, self.masked(logits, last))]
 
 
@@ -522,17 +520,16 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: slice | Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
         """Logits (B, T, V), or with targets the loss of each of them, float32 and in their shape, of the logits over the temperature.
 
-        idx, targets: ids, (B, T), or (B, K, T) of K contexts, at positions below block_size: from 0 on, or where the cache says, which
-        is then read and extended, or of documents packed one after the other `positions`, (B, T), which start again at 0 with each.
+        idx, targets: ids, (B, T), or (B, K, T) of K contexts, at positions below block_size: from 0 on, or at position_ids: with a cache a slice, (1,) or (B, 1)
+        (see KVCache), and of documents packed one after the other (B, T), which start again at 0 with each.
         """
-        where = slice(0, idx.size(-1)) if cache is None else cache.where
-        where = where if positions is None else positions
+        where = slice(0, idx.size(-1)) if position_ids is None else position_ids
         x = self.vocabulary.embed(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
         x = x0 = F.dropout(self.embedding_norm(self.position.embed(x, where)), self.config.dropout, self.training)
         first = None

@@ -10,6 +10,7 @@ A run folder is all it needs. The first sample appears as it is drawn; all of th
 base that they were trained on.
 """
 
+import dataclasses
 import gc
 import json
 import sys
@@ -246,6 +247,13 @@ def read_fields(given: str) -> list[dict]:
     return [row]
 
 
+def sampling_params(a) -> generation.SamplingParams:
+    """The arguments that choose the next token."""
+    return generation.SamplingParams(
+        max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p
+    )
+
+
 def answer(a, model: GPT, tokenizer: tokenization.Tokenizer, prompts: list[list[int]], titles: list[str]) -> None:
     """Print what the model answers to each prompt, until its end token."""
     device = get_device(a.device)
@@ -256,18 +264,10 @@ def answer(a, model: GPT, tokenizer: tokenization.Tokenizer, prompts: list[list[
             f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}"
         )
     torch.manual_seed(a.seed)
-    answers = generation.complete(
-        model,
-        prompts,
-        a.max_new_tokens,
-        tokenizer.eot,
-        tokenizer.vocab_size,
-        a.temperature,
-        a.top_k,
-        a.top_p,
-        a.min_p,
-        a.num_samples,
+    sampling = dataclasses.replace(
+        sampling_params(a), n=a.num_samples, eos_id=tokenizer.eot, vocab_size=tokenizer.vocab_size
     )
+    answers = generation.generate_batch(model, prompts, sampling)
     for number, one in enumerate(answers):
         print(
             f"{titles[number // a.num_samples]}{tokenizer.decode(one.ids[:-1] if one.ended else one.ids)}\n---------------"
@@ -329,15 +329,21 @@ def main(a) -> None:
     rows = np.stack([ids + first for ids, first in zip(prompts, firsts, strict=True)])  # (contexts, T)
     idx = torch.from_numpy(rows if contexts else rows[0]).to(device)
     idx = idx.expand(a.num_samples, *idx.shape)
-    known = [tokenizers[names[0]].vocab_size] if model.config.vocabulary == "one" else None
+    sampling = sampling_params(a)
+    if model.config.vocabulary == "one":
+        sampling = dataclasses.replace(sampling, vocab_size=tokenizers[names[0]].vocab_size)
     stream = Stream(tokenizers[chosen[0]]) if a.stream and not contexts else None
     if stream:
         for token in prompts[0].tolist():
             stream.put(token)
     out = generation.generate(
-        model, idx, a.max_new_tokens, torch.Generator(device).manual_seed(a.seed), a.temperature, a.top_k, a.top_p, a.min_p, known,
-        on_token=lambda ids: stream.put(int(ids[0]) - firsts[0]) if stream else None, compiled=a.compile,
-    ).cpu()  # fmt: skip
+        model,
+        idx,
+        sampling,
+        torch.Generator(device).manual_seed(a.seed),
+        on_token=lambda ids: stream.put(int(ids[0]) - firsts[0]) if stream else None,
+        decode="compiled" if a.compile else "cached",
+    ).cpu()
     if stream:
         stream.flush()
     for number, row in enumerate(out):

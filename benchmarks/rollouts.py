@@ -20,14 +20,15 @@ def main(prompts: int, tokens: int, rounds: int) -> dict:
     model = GPT(GPTConfig(vocab_sizes=(256,), n_layer=6, n_head=6, n_embd=384, block_size=256, bias=False)).eval()
     given = [torch.randint(256, (16 + 48 * i // max(1, prompts - 1),)).tolist() for i in range(prompts)]
     generator, speeds, same = torch.Generator(), [], True
+    greedy = generation.SamplingParams(max_new_tokens=tokens, temperature=0)
     for _ in range(rounds):
         begin = time.perf_counter()
-        answers = generation.complete(model, given, tokens, None, 256, temperature=0)
+        answers = generation.generate_batch(model, given, greedy)
         together = prompts * tokens / (time.perf_counter() - begin)
         begin = time.perf_counter()
         some = given[:: max(1, prompts // 4)]
         for number, prompt in enumerate(some):
-            alone = generation.generate(model, torch.tensor([prompt]), tokens, generator, temperature=0, cached=False)[
+            alone = generation.generate(model, torch.tensor([prompt]), greedy, generator, decode="uncached")[
                 0, len(prompt) :
             ].tolist()
             same &= alone == answers[number * max(1, prompts // 4)].ids

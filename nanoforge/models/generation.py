@@ -1,231 +1,354 @@
-"""Generation: a KV cache, prefill and decode, and the choice of the next token.
+"""Generation: sampling parameters, a KV cache, and decoding of one text or of many. Knows nothing of tokenizers, prompts as text or rewards.
 
-`generate` continues prompts of one length without end: past block_size the context is cut to its last half and read again, so every token is
-drawn from the model's exact output for between half a block and a whole block of context, at a cost of one prefill every half block.
-`complete` answers prompts of different lengths, each several times, until an end token.
+`generate` continues prompts of one length without end and hands over each token as it is drawn. Past block_size the context is cut to
+its last half and read again. Every token is thus drawn from the model's exact output for at least half a block of context, at the
+cost of one prefill every half block.
+
+`generate_batch` completes prompts of different lengths, each `n` times, until the end-of-sequence token. Its `BatchDecoder` prefills
+once, then decodes a token of every sequence at a time, and retires the sequences that are finished.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
 
 
-class Cache:
-    """Keys and values of all layers, room for block_size tokens allocated once (the model's KVCache).
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. The defaults keep every id and never stop early.
 
-    Read in slices, attention sees just what is there; read at `spot`, a tensor, all of the room behind a mask, in shapes that
-    never change, as a compiled step needs them; read at `places`, (batch, 1), each sequence at its own.
+    The filters act on the tempered distribution in this order: top_k; top_p, the smallest set of likeliest ids whose probabilities
+    reach p (Holtzman et al. 2020); min_p, ids at least p times as likely as the likeliest one (Nguyen et al. 2024).
     """
 
-    def __init__(
-        self, layers: int, batch: int, heads: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ):
-        self.keys = torch.zeros(layers, batch, heads, size, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.spot = torch.zeros(1, device=device, dtype=torch.long)
-        self.length = 0
-        self.where: slice | Tensor = slice(0, 0)
-
-    def read(self, tokens: int, still: bool) -> None:
-        """The next forward reads so many more tokens, at the spot if `still`."""
-        self.where = self.spot.fill_(self.length) if still else slice(self.length, self.length + tokens)
-        self.length += tokens
-
-    def read_at(self, places: Tensor, longest: int) -> None:
-        """The next forward reads one token of each sequence, at its place, (batch, 1), all below `longest`."""
-        self.where, self.length = places, longest
-
-    def take(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order, any of them several times."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.where, Tensor) and self.where.dim() == 2:
-            rows = torch.arange(len(k), device=k.device)
-            self.keys[layer][rows, :, self.where[:, 0]] = k[:, :, 0]
-            self.values[layer][rows, :, self.where[:, 0]] = v[:, :, 0]
-            return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
-        self.keys[layer][:, :, self.where] = k
-        self.values[layer][:, :, self.where] = v
-        end = self.where.stop if isinstance(self.where, slice) else self.keys.size(3)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    n: int = 1  # completions of each prompt
+    eos_id: int | None = None  # ends a completion
+    vocab_size: int | None = None  # ids that may be drawn are below it: padding rows are not; None: all
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Of the next ids, (B, V), from logits (B, V), at a temperature above 0. top_k 0, top_p 1 and min_p 0 keep all; what is not kept has 0,
-    the rest is in proportion.
-
-    The filters work on the tempered distribution, in this order: top_k; top_p, the smallest set of likeliest ids whose
-    probabilities reach p (Holtzman et al. 2020); min_p, ids at least p times as likely as the likeliest (Nguyen et al. 2024).
-    """
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
-    if top_k:
-        kept = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        late = ordered.cumsum(-1) - ordered >= top_p  # those before it already reach p
-        logits = logits.masked_fill(late.scatter(-1, order, late), float("-inf"))
-    kept = logits.softmax(-1)
-    return kept.masked_fill(kept < min_p * kept.amax(-1, keepdim=True), 0.0) if min_p else kept
+def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Probabilities of the next ids, (B, V), from logits (B, V), at a temperature above 0; ids that a filter drops have probability 0."""
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
+    if sampling.top_k:
+        top = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values
+        logits = logits.masked_fill(logits < top[:, -1:], float("-inf"))
+    if sampling.top_p < 1:
+        sorted_probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        dropped = sorted_probs.cumsum(-1) - sorted_probs >= sampling.top_p  # likelier ids already reach p
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    probs = logits.softmax(-1)
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator
-) -> Tensor:
-    """Draw one id a row, (B,), from logits (B, V) by their `probabilities`. Temperature 0 takes the likeliest."""
-    if temperature == 0:
+def sample_next_token(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> Tensor:
+    """One id a row, (B,), from logits (B, V)."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p, min_p), 1, generator=generator)[:, 0]
+    return torch.multinomial(logits_to_probs(logits, sampling), 1, generator=generator)[:, 0]
+
+
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """The ids, (B,), at which the cumulated probs (B, V) pass u, (B,) in [0, 1): u alone decides the draw. probs need not sum to 1."""
+    cdf = probs.cumsum(-1)
+    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return drawn.clamp(max=probs.size(-1) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for `size` tokens of each sequence.
+
+    The caller asks `advance` for the positions of the tokens that come next and passes positions to the model's forward:
+
+        logits = model(tokens, cache=cache, position_ids=cache.advance(tokens.size(1)))
+
+    Positions are a slice, the same of all sequences: attention then reads the tokens so far. Or they are `static_pos`, a tensor (1,) at a
+    fixed address: attention reads all `size` slots behind a mask, in shapes that never change, as a compiled step needs. Or they
+    are a tensor (B, 1): each sequence has its own.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, size: int):
+        config, device = model.config, model.wte.weight.device
+        n_kv_head, head_dim = config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, n_kv_head, size, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=model.compute_dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.static_pos = torch.zeros(1, device=device, dtype=torch.long)
+        self.size = size
+        self.length = 0  # tokens read so far, by the longest sequence
+
+    def advance(self, num_tokens: int) -> slice:
+        """Count the next tokens as read; their positions."""
+        start = self.length
+        self.length = min(start + num_tokens, self.size)
+        return slice(start, self.length)
+
+    def advance_static(self) -> Tensor:
+        """Count the next token as read; its position, as `static_pos`."""
+        return self.static_pos.fill_(self.advance(1).start)
+
+    def reset(self) -> None:
+        """Forget all tokens. Old keys need no zeros: they lie behind the positions that attention reads."""
+        self.length = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences of these rows, (rows,), in this order; a row may be repeated."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v, (B, H_kv, T, D), of a layer at `positions`; the layer's keys and values to attend to, (B, H_kv, S, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            rows, columns = torch.arange(len(k), device=k.device), positions[:, 0]
+            keys[rows, :, columns] = k[:, :, 0]
+            values[rows, :, columns] = v[:, :, 0]
+            end = self.length
+        else:
+            keys[:, :, positions] = k
+            values[:, :, positions] = v
+            end = positions.stop if isinstance(positions, slice) else self.size
+        return keys[:, :, :end], values[:, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one length of prompt, without end
+
+
+class UncachedReader:
+    """Reads the whole context at every token: what the cache is checked against."""
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        self.model = model
+
+    def reset(self) -> None:
+        """The context was cut."""
+
+    def next_logits(self, context: Tensor) -> Tensor:
+        """Logits (B, V) of the token after the context, (B, T) or (B, K, T)."""
+        return self.model(context)[:, -1]
+
+
+class CachedReader(UncachedReader):
+    """Reads only the tokens that are not in the cache yet: prefill, then one at a time."""
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__(model, batch_size)
+        self.cache = KVCache(model, batch_size, model.config.block_size)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def next_logits(self, context: Tensor) -> Tensor:
+        unread = context[..., self.cache.length :]
+        return self.model(unread, cache=self.cache, position_ids=self.cache.advance(unread.size(-1)))[:, -1]
+
+
+class CompiledReader(CachedReader):
+    """Compiles the step that reads one token; on a GPU it is replayed as a CUDA graph."""
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__(model, batch_size)
+        for tensor in (self.cache.keys, self.cache.values, self.cache.static_pos):
+            torch._dynamo.mark_static_address(tensor)
+        mode = "reduce-overhead" if self.cache.keys.is_cuda else None
+        self.compiled_model = torch.compile(model, dynamic=False, mode=mode)
+
+    def next_logits(self, context: Tensor) -> Tensor:
+        if context.size(-1) != self.cache.length + 1:
+            return super().next_logits(context)
+        token = context[..., -1:].clone(memory_format=torch.contiguous_format)  # other strides would recompile
+        return self.compiled_model(token, cache=self.cache, position_ids=self.cache.advance_static())[:, -1]
+
+
+READERS = {"uncached": UncachedReader, "cached": CachedReader, "compiled": CompiledReader}
 
 
 @torch.inference_mode()
 def generate(
-    model,
+    model: nn.Module,
     idx: Tensor,
-    max_new_tokens: int,
+    sampling: SamplingParams,
     generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    known: list[int] | None = None,
-    on_token: Callable[[Tensor], None] = lambda ids: None,
-    cached: bool = True,
-    compiled: bool = False,
+    on_token: Callable[[Tensor], None] | None = None,
+    decode: str = "cached",
 ) -> Tensor:
-    """Continue idx, (B, T) or (B, K, T) of K contexts, by max_new_tokens ids drawn with `choose`.
+    """Continue idx, (B, T) or (B, K, T) of K contexts, by exactly max_new_tokens ids: (B, T + new) or (B, K, T + new).
 
-    known: of each vocabulary, how many of its first ids may be drawn (padding rows may not); on_token is called with each step's
-    new ids, (B,) or (B, K). cached=False computes every step anew: the yardstick of the cache. compiled: the step of one token is
-    compiled, and on a GPU replayed as a CUDA graph.
+    on_token is called with the new ids of each step, (B,) or (B, K). decode is a key of READERS.
     """
-    config = model.config
-    block = config.block_size
-    dtype, heads = model.compute_dtype, config.n_kv_head or config.n_head
-
-    cache = Cache(config.n_layer, idx.size(0), heads, block, config.n_embd // config.n_head, idx.device, dtype)
-    step = model
-    if compiled:
-        for tensor in (cache.keys, cache.values, cache.spot):
-            torch._dynamo.mark_static_address(tensor)
-        step = torch.compile(model, dynamic=False, mode="reduce-overhead" if idx.is_cuda else None)
-    context = idx[..., -block:]
-    unread = context  # tokens of the context that are not in the cache yet
-    for _ in range(max_new_tokens):
-        if context.size(-1) > block:
-            context = unread = context[..., -max(1, block // 2) :]
-            cache.length = 0
-        if cached:
-            still = compiled and unread.size(-1) == 1
-            cache.read(unread.size(-1), still)
-            logits = (step if still else model)(unread, cache=cache)[:, -1]  # (B, V)
-        else:
-            logits = model(context)[:, -1]
+    prompt_length, block_size = idx.size(-1), model.config.block_size
+    tokens = torch.cat((idx, idx.new_zeros(*idx.shape[:-1], sampling.max_new_tokens)), dim=-1)
+    reader = READERS[decode](model, idx.size(0))
+    start = max(0, prompt_length - block_size)  # of the context
+    for end in range(prompt_length, tokens.size(-1)):
+        # 1. Past block_size, the context is cut to its last half and read again.
+        if end - start > block_size:
+            start = end - max(1, block_size // 2)
+            reader.reset()
+        # 2. Read what is new in the context.
+        logits = reader.next_logits(tokens[..., start:end])  # (B, V)
+        # 3. Draw a token, of several contexts one each.
         drawn = []
-        for number, (first, part) in enumerate(model.vocabulary.choices(logits, idx[..., -1])):
-            if known is not None:
-                part = part[:, : known[number]]
-            drawn.append(first + choose(part, temperature, top_k, top_p, min_p, generator))
-        unread = torch.stack(drawn, -1).view(*idx.shape[:-1], 1)  # (B, 1) or (B, K, 1)
-        idx, context = torch.cat((idx, unread), -1), torch.cat((context, unread), -1)
-        on_token(unread[..., 0])
-    return idx
+        for offset, choices in model.vocabulary.next_token_logits(logits, tokens[..., end - 1]):
+            drawn.append(offset + sample_next_token(choices[:, : sampling.vocab_size], sampling, generator))
+        tokens[..., end] = torch.stack(drawn, dim=-1).view(idx.shape[:-1])  # (B,) or (B, K)
+        if on_token is not None:
+            on_token(tokens[..., end])
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts of different lengths, until the end-of-sequence token
 
 
 class Completion(NamedTuple):
-    ids: list[int]  # the end token included
-    logps: list[float]  # of each id, among all that the model may give, at the temperature
-    ended: bool  # by the end token
+    ids: list[int]  # the end-of-sequence token included
+    logps: list[float]  # of each id, at the temperature, before top_k, top_p and min_p
+    ended: bool  # by the end-of-sequence token, not by a limit of length
+
+
+MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of the batch is active
+
+
+class BatchDecoder:
+    """Decodes completions of many prompts together: `prefill`, then `step` and `retire` in turn.
+
+    Completion i belongs to prompt i // n. A row of the batch is a completion; `completion_of_row` says which, since finished rows retire.
+    Per-row state of the next forward lives on the device: last_tokens, positions. What is drawn is kept on the host by completion.
+
+    uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's global generator.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: SamplingParams,
+        uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    ):
+        self.model, self.sampling, self.uniform = model, sampling, uniform
+        self.device = model.wte.weight.device
+        self.num_drawn = 0  # tokens of each active completion
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read the prompts and draw the first token of every completion."""
+        # 1. One batch, padded on the right: causal attention never reads the padding, and later tokens are written over it.
+        config, sampling = self.model.config, self.sampling
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(prompt_lengths.max())
+        idx = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            idx[row, : len(prompt)] = torch.tensor(prompt)
+
+        # 2. Read it once; keep the logits at each prompt's last token.
+        size = min(config.block_size, width + sampling.max_new_tokens)
+        self.cache = KVCache(self.model, len(prompts), size)
+        logits = self.model(idx.to(self.device), cache=self.cache, position_ids=self.cache.advance(width))
+        logits = logits[torch.arange(len(prompts)), prompt_lengths - 1]  # (P, V)
+
+        # 3. A row for each of the n completions of a prompt.
+        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(sampling.n)
+        self.cache.select(prompt_of_row.to(self.device))
+        lengths = prompt_lengths[prompt_of_row]
+        self.positions = lengths.to(self.device)  # (R,) of the next token to read
+        self.completion_of_row = np.arange(len(lengths))
+
+        # 4. What is drawn, by completion.
+        self.budgets = config.block_size - lengths.numpy()  # tokens that fit behind the prompt
+        self.ids = np.zeros((len(lengths), sampling.max_new_tokens), dtype=np.int64)
+        self.logps = np.zeros((len(lengths), sampling.max_new_tokens))
+        self.num_tokens = np.zeros(len(lengths), dtype=np.int64)
+        self.ended = np.zeros(len(lengths), dtype=bool)
+        self.finished = np.zeros(len(lengths), dtype=bool)
+        self._draw(logits[prompt_of_row.to(logits.device)])
+
+    def step(self) -> None:
+        """Read the last token of every row, at its own position, and draw the next."""
+        self.cache.advance(1)
+        self.positions = self.positions.clamp(max=self.cache.size - 1)  # finished rows stay within the cache
+        position_ids = self.positions[:, None]  # (R, 1)
+        logits = self.model(self.last_tokens[:, None], cache=self.cache, position_ids=position_ids)[:, -1]
+        self.positions = self.positions + 1
+        self._draw(logits)
+
+    def retire(self) -> None:
+        """Drop the finished rows from the batch once they are more than a quarter of it."""
+        active = np.flatnonzero(~self.finished[self.completion_of_row])
+        if len(active) >= MIN_ACTIVE * len(self.completion_of_row):
+            return
+        kept = active if len(active) else np.zeros(1, dtype=np.int64)  # one at least: other ranks may go on
+        rows = torch.from_numpy(kept).to(self.device)
+        self.cache.select(rows)
+        self.last_tokens, self.positions = self.last_tokens[rows], self.positions[rows]
+        self.completion_of_row = self.completion_of_row[kept]
+
+    @property
+    def any_active(self) -> bool:
+        return not self.finished[self.completion_of_row].all()
+
+    def completions(self) -> list[Completion]:
+        """What was drawn, in the prompts' order, the n completions of a prompt one after the other."""
+        drawn = zip(self.ids.tolist(), self.logps.tolist(), self.num_tokens.tolist(), self.ended.tolist(), strict=True)
+        return [Completion(ids[:count], logps[:count], ended) for ids, logps, count, ended in drawn]
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw a token of every row from logits (R, V), and keep those of unfinished completions."""
+        sampling, rows = self.sampling, self.completion_of_row
+        logits = logits[:, : sampling.vocab_size].float()
+        logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        if sampling.temperature == 0:
+            drawn = logits.argmax(-1)
+        else:
+            u = torch.rand(len(rows)) if self.uniform is None else torch.from_numpy(self.uniform(rows, self.num_drawn))
+            drawn = inverse_cdf(logits_to_probs(logits, sampling), u.float().to(self.device))
+        self.last_tokens = drawn
+        drawn_logps = logps.gather(1, drawn[:, None])[:, 0]
+
+        self.finished[rows] |= self.num_drawn >= self.budgets[rows]
+        active = ~self.finished[rows]
+        kept, kept_ids = rows[active], drawn.cpu().numpy()[active]
+        self.ids[kept, self.num_drawn] = kept_ids
+        self.logps[kept, self.num_drawn] = drawn_logps.cpu().numpy()[active]
+        self.num_tokens[kept] += 1
+        self.ended[kept] = kept_ids == sampling.eos_id
+        self.finished[kept] = self.ended[kept]
+        self.num_drawn += 1
 
 
 @torch.no_grad()
-def complete(
-    model,
+def generate_batch(
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    end: int | None,
-    known: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repeats: int = 1,
+    sampling: SamplingParams,
     uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
-    anyone: Callable[[bool], bool] = bool,
+    any_rank_active: Callable[[bool], bool] = bool,
 ) -> list[Completion]:
-    """Answers of the model to prompts of any lengths, `repeats` to each, those to one prompt following each other. At most max_new_tokens,
-    or up to block_size.
+    """Completions of prompts of any lengths, `n` of each one after the other. Each ends with the end-of-sequence token, after max_new_tokens,
+    or when the sequence has block_size tokens.
 
-    The prompts are read once, together, padded behind: no token sees what is behind it, and what is read later takes the padding's place. Then
-    all answers go on token by token, each at its own place; those that are over leave the cache.
-
-    end: the id that ends an answer, one of it; known: how many of the first ids may be drawn; temperature 0 takes the likeliest.
-    uniform: (answers' numbers, token) -> numbers in [0, 1) that decide the draws, so that these depend on nothing else; None: random.
-    anyone: whether another rank has answers under way, where all must call the model together.
+    uniform: see BatchDecoder. any_rank_active: whether any rank has unfinished completions, given whether this one has; for models that all
+    ranks must call together.
     """
-    config, device = model.config, model.wte.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    idx = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        idx[row, : len(prompt)] = torch.tensor(prompt)
-    cache = Cache(
-        config.n_layer,
-        len(prompts),
-        config.n_kv_head or config.n_head,
-        min(config.block_size, width + max_new_tokens),
-        config.n_embd // config.n_head,
-        device,
-        model.compute_dtype,
-    )
-    cache.read(width, still=False)
-    logits = model(idx.to(device), cache=cache)[torch.arange(len(prompts)), lengths - 1].float()  # (P, V)
-    cache.take(torch.arange(len(prompts), device=device).repeat_interleave(repeats))
-    logits, place = (
-        logits.repeat_interleave(repeats, 0),
-        lengths.repeat_interleave(repeats),
-    )  # place: of the token to be drawn
-    number = np.arange(len(prompts) * repeats)  # of each row of the cache, which answer it is
-    room = config.block_size - np.array([len(prompt) for prompt in prompts]).repeat(
-        repeats
-    )  # tokens that fit behind each answer's prompt
-    ids: list[list[int]] = [[] for _ in number]
-    logps: list[list[float]] = [[] for _ in number]
-    ended, over = np.zeros(len(number), dtype=bool), np.zeros(len(number), dtype=bool)
-    for token in range(max_new_tokens):
-        logits = logits[:, :known]
-        likely = (logits / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
-            drawn = logits.argmax(-1)
-        else:
-            kept = probabilities(logits, temperature, top_k, top_p, min_p).cumsum(-1)
-            u = torch.rand(len(number)) if uniform is None else torch.from_numpy(uniform(number, token)).float()
-            drawn = torch.searchsorted(kept, u.to(device)[:, None] * kept[:, -1:], right=True)[:, 0].clamp(
-                max=known - 1
-            )
-        told = likely.gather(1, drawn[:, None])[:, 0].tolist()
-        for row, (answer, new) in enumerate(zip(number.tolist(), drawn.tolist(), strict=True)):
-            if over[answer] or token >= room[answer]:
-                over[answer] = True
-                continue
-            ids[answer].append(new)
-            logps[answer].append(told[row])
-            ended[answer] = over[answer] = new == end
-        under_way = np.flatnonzero(~over[number])
-        if token + 1 == max_new_tokens or not anyone(len(under_way) > 0):
-            break
-        if len(under_way) < 0.75 * len(number):
-            rows = torch.from_numpy(under_way if len(under_way) else np.zeros(1, dtype=np.int64)).to(
-                device
-            )  # one at least: other ranks may go on
-            cache.take(rows)
-            number, drawn, place = number[rows.cpu().numpy()], drawn[rows], place[rows]
-        place = place.clamp(max=cache.keys.size(3) - 1)  # of those that are over
-        cache.read_at(place[:, None], min(cache.length + 1, cache.keys.size(3)))
-        logits = model(drawn[:, None], cache=cache)[:, -1].float()
-        place = place + 1
-    return [Completion(*answer) for answer in zip(ids, logps, ended.tolist(), strict=True)]
+    decoder = BatchDecoder(model, sampling, uniform)
+    decoder.prefill(prompts)
+    while decoder.num_drawn < sampling.max_new_tokens and any_rank_active(decoder.any_active):
+        decoder.retire()
+        decoder.step()
+    return decoder.completions()

@@ -146,7 +146,7 @@ def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Metric
 
 def where(batch: Batch) -> dict[str, Tensor]:
     """The positions of packed examples, if they are."""
-    return {"positions": batch.extras["position_ids"]} if "position_ids" in batch.extras else {}
+    return {"position_ids": batch.extras["position_ids"]} if "position_ids" in batch.extras else {}
 
 
 class Objective(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanoforge.data.batches import Mixture, Step, row_hash
 from nanoforge.distributed import Ranks, RankSlice, is_sharded
-from nanoforge.models.generation import Completion, complete
+from nanoforge.models.generation import Completion, SamplingParams, generate_batch
 from nanoforge.posttraining import tasks
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, Ids, padded
 from nanoforge.posttraining.objectives import advantages
@@ -47,11 +47,22 @@ class Answers:
         """Answers to these prompts, `repeats` to each; `key` and `first`, the number of the first of them, decide the draws."""
         training = self.net.training
         self.net.eval()
-        answers = complete(
-            self.net, [item.sequences[0].ids.tolist() for item in items], self.max_new_tokens, tokenizer.eot, tokenizer.vocab_size,
-            temperature, self.top_k, self.top_p, repeats=repeats, uniform=lambda number, token: uniform(*key, number + first, token),
-            anyone=(lambda more: bool(self.ranks.all_reduce_max(more))) if is_sharded(self.net) else bool,
-        )  # fmt: skip
+        sampling = SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            n=repeats,
+            eos_id=tokenizer.eot,
+            vocab_size=tokenizer.vocab_size,
+        )
+        answers = generate_batch(
+            self.net,
+            prompts=[item.sequences[0].ids.tolist() for item in items],
+            sampling=sampling,
+            uniform=lambda completions, token: uniform(*key, completions + first, token),
+            any_rank_active=(lambda active: bool(self.ranks.all_reduce_max(active))) if is_sharded(self.net) else bool,
+        )
         self.net.train(training)
         return answers
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from helpers import ids, tiny_model
 
-from nanoforge.models.generation import Cache, choose, generate
+from nanoforge.models.generation import KVCache, SamplingParams, generate, sample_next_token
 
 
-def draw(model, idx, n, seed=0, **more):
-    return generate(model.eval(), idx, n, torch.Generator().manual_seed(seed), **more)
+def draw(model, idx, n, seed=0, on_token=None, decode="cached", **sampling):
+    sampling = SamplingParams(max_new_tokens=n, **sampling)
+    return generate(model.eval(), idx, sampling, torch.Generator().manual_seed(seed), on_token, decode)
 
 
 @pytest.mark.parametrize(
@@ -26,24 +27,24 @@ def test_cached_equals_uncached(variant, prompt):
     model = tiny_model(**variant)
     for temperature in (0.0, 1.0):
         cached = draw(model, ids(3, prompt), 40, temperature=temperature)
-        assert torch.equal(cached, draw(model, ids(3, prompt), 40, temperature=temperature, cached=False))
+        assert torch.equal(cached, draw(model, ids(3, prompt), 40, temperature=temperature, decode="uncached"))
         assert cached.shape == (3, prompt + 40)
 
 
 def test_cached_logits_equal_uncached_logits():
     model = tiny_model(position="rope", n_kv_head=2, window="SL", window_size=5).eval()
     idx = ids(2, 12)
-    cache = Cache(2, 2, 2, 12, 8, idx.device, torch.float32)
+    cache = KVCache(model, batch_size=2, size=12)
     rows = []
-    for part, still in (
+    for part, static in (
         (idx[:, :4], False),
         (idx[:, 4:5], False),
         (idx[:, 5:9], False),
         (idx[:, 9:10], True),
         (idx[:, 10:], False),
     ):  # prefill, a token, chunks
-        cache.read(part.size(1), still)
-        rows.append(model(part, cache=cache))
+        positions = cache.advance_static() if static else cache.advance(part.size(1))
+        rows.append(model(part, cache=cache, position_ids=positions))
     torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
@@ -51,7 +52,7 @@ def test_cached_logits_equal_uncached_logits():
 def test_compiled_steps_draw_what_eager_ones_draw(position):
     """Through the end of the block, where the context is cut and read again."""
     model = tiny_model(position=position, window="SL", window_size=5, value_residual=True)
-    assert torch.equal(draw(model, ids(3, 5), 20, compiled=True), draw(model, ids(3, 5), 20))
+    assert torch.equal(draw(model, ids(3, 5), 20, decode="compiled"), draw(model, ids(3, 5), 20))
 
 
 def test_greedy_equals_transformers(tmp_path):
@@ -75,8 +76,8 @@ def test_greedy_equals_transformers(tmp_path):
 
 def frequencies(logits, n=20000, **filters):
     generator = torch.Generator().manual_seed(0)
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
-    return torch.bincount(choose(logits.expand(n, -1), generator=generator, **settings), minlength=logits.numel()) / n
+    drawn = sample_next_token(logits.expand(n, -1), SamplingParams(max_new_tokens=1, **filters), generator)
+    return torch.bincount(drawn, minlength=logits.numel()) / n
 
 
 def test_draws_follow_the_tempered_softmax():
@@ -110,7 +111,7 @@ def test_temperature_zero_is_greedy_and_seeds_matter():
 
 def test_padding_rows_are_never_drawn():
     model = tiny_model()
-    assert draw(model, ids(4, 3, high=5), 200, known=[5], temperature=5.0).max() < 5
+    assert draw(model, ids(4, 3, high=5), 200, vocab_size=5, temperature=5.0).max() < 5
 
 
 def test_contexts_go_on_together_in_their_own_rows():
@@ -120,7 +121,7 @@ def test_contexts_go_on_together_in_their_own_rows():
     assert (
         out.shape == (2, 2, 34)
         and out[:, 0].max() < 31 <= out[:, 1].min()
-        and torch.equal(out, draw(model, idx, 30, temperature=3.0, cached=False))
+        and torch.equal(out, draw(model, idx, 30, temperature=3.0, decode="uncached"))
     )
 
 

@@ -83,9 +83,10 @@ def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
     right = 0
     for row in rows:
         ids = DIGITS.encode(row["prompt"]).astype("int64")
-        out = generation.generate(
-            model, torch.from_numpy(ids)[None], 8, torch.Generator(), temperature=0, cached=False
-        )[0, len(ids) :].tolist()
+        greedy = generation.SamplingParams(max_new_tokens=8, temperature=0)
+        out = generation.generate(model, torch.from_numpy(ids)[None], greedy, torch.Generator(), decode="uncached")[
+            0, len(ids) :
+        ].tolist()
         right += DIGITS.decode(out[: out.index(DIGITS.eot)] if DIGITS.eot in out else out) == row["answer"]
     assert told["accuracy"]["value"] == pytest.approx(right / len(rows)) and told["n"] == len(rows)
     assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(tasks.wilson(right, len(rows)))

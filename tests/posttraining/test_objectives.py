@@ -54,7 +54,7 @@ class Table(nn.Module):
         values = torch.as_tensor(values)
         self.logp = nn.Parameter(torch.cat((values.new_full((1,), 7.0), values)))
 
-    def forward(self, idx, targets=None, positions=None, temperature=1.0):
+    def forward(self, idx, targets=None, position_ids=None, temperature=1.0):
         return torch.zeros(*idx.shape, len(self.logp)) if targets is None else -self.logp[targets]
 
 

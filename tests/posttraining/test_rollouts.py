@@ -13,7 +13,7 @@ from model import GPT
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.models.generation import Completion, complete, generate, probabilities
+from nanoforge.models.generation import Completion, SamplingParams, generate, generate_batch, logits_to_probs
 from nanoforge.posttraining import objectives, rollouts, tasks
 from nanoforge.posttraining.examples import ExampleEncoder, Examples
 from nanoforge.posttraining.rollouts import Answers, samples
@@ -29,7 +29,8 @@ PROMPTS = [ids(n, seed=n).tolist() for n in LENGTHS]
 
 def alone(model: GPT, prompt: list[int], n: int, end: int | None, known: int) -> tuple[list[int], bool]:
     """The likeliest answer, without a cache, one token after the other."""
-    out = generate(model, torch.tensor([prompt]), n, torch.Generator(), temperature=0.0, known=[known], cached=False)[
+    greedy = SamplingParams(max_new_tokens=n, temperature=0.0, vocab_size=known)
+    out = generate(model, torch.tensor([prompt]), greedy, torch.Generator(), decode="uncached")[
         0, len(prompt) :
     ].tolist()
     return (out[: out.index(end) + 1], True) if end in out else (out, False)
@@ -43,11 +44,21 @@ def test_likeliest_answers_are_those_of_one_prompt_at_a_time(variant, repeats):
     frequent = {new for prompt in PROMPTS for new in alone(model, prompt, 25, None, 31)[0]}
     lengths = set()
     for end in [None, *sorted(frequent)[:6]]:
-        answers = complete(model, PROMPTS, 25, end, 31, temperature=0.0, repeats=repeats)
+        answers = complete(model, PROMPTS, 25, end, temperature=0.0, n=repeats)
         expected = [alone(model, prompt, 25, end, 31) for prompt in PROMPTS for _ in range(repeats)]
         assert [(answer.ids, answer.ended) for answer in answers] == expected
         lengths |= {len(answer.ids) for answer in answers}
     assert len(lengths) > 3, "rows that end at different times"
+
+
+def complete(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None, uniform=None, **sampling
+) -> list[Completion]:
+    """Completions of `generate_batch` from a vocabulary of 31 tokens."""
+    sampling = {"vocab_size": 31} | sampling
+    return generate_batch(
+        model, prompts, SamplingParams(max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling), uniform
+    )
 
 
 def plain_logps(model: GPT, prompt: list[int], answer: list[int], temperature: float, known: int) -> torch.Tensor:
@@ -69,9 +80,8 @@ def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, tempera
             PROMPTS,
             20,
             5,
-            31,
-            temperature,
-            repeats=4,
+            temperature=temperature,
+            n=4,
             uniform=lambda number, token: uniform(3, number, token),
             **filters,
         )
@@ -95,9 +105,7 @@ def test_draws_are_those_of_one_prompt_at_a_time():
             PROMPTS,
             20,
             5,
-            31,
-            1.0,
-            repeats=2,
+            n=2,
             uniform=lambda number, token: uniform(3, number, token),
             **filters,
         )
@@ -107,9 +115,7 @@ def test_draws_are_those_of_one_prompt_at_a_time():
                 [prompt],
                 20,
                 5,
-                31,
-                1.0,
-                repeats=2,
+                n=2,
                 uniform=lambda number, token, i=i: uniform(3, number + 2 * i, token),
                 **filters,
             )
@@ -119,9 +125,7 @@ def test_draws_are_those_of_one_prompt_at_a_time():
             PROMPTS[2:4],
             20,
             5,
-            31,
-            1.0,
-            repeats=2,
+            n=2,
             uniform=lambda number, token: uniform(3, number + 4, token),
             **filters,
         )
@@ -130,12 +134,13 @@ def test_draws_are_those_of_one_prompt_at_a_time():
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 2.0}])
 def test_first_tokens_follow_the_distribution(filters):
-    """Of 4,000 answers to a prompt, against `probabilities`, which test_generate.py holds to its definition."""
+    """Of 4,000 answers to a prompt, against `logits_to_probs`, which test_generation.py holds to its definition."""
     model, settings = tiny_model().eval(), {"temperature": 1.0} | filters
-    answers = complete(model, [PROMPTS[0]], 1, None, 31, repeats=4000, **settings)
+    answers = complete(model, [PROMPTS[0]], 1, n=4000, **settings)
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=31) / 4000
     with torch.no_grad():
-        expected = probabilities(model(torch.tensor([PROMPTS[0]]))[:, -1], **settings)[0]
+        logits = model(torch.tensor([PROMPTS[0]]))[:, -1]
+        expected = logits_to_probs(logits, SamplingParams(max_new_tokens=1, **settings))[0]
     torch.testing.assert_close(seen, expected, atol=0.04, rtol=0)
     assert (seen[expected == 0] == 0).all()
 
@@ -145,12 +150,12 @@ def test_the_end_token_ends_an_answer_and_is_its_last():
     model = tiny_model(block_size=40).eval()
     first = alone(model, PROMPTS[0], 10, None, 31)[0]
     end = first[2]
-    (answer,) = complete(model, [PROMPTS[0]], 10, end, 31, temperature=0.0)
+    (answer,) = complete(model, [PROMPTS[0]], 10, end, temperature=0.0)
     stop = first.index(end) + 1
     assert answer.ids == first[:stop] and answer.ended and len(answer.logps) == stop
-    (cut_off,) = complete(model, [PROMPTS[0]], stop - 1, end, 31, temperature=0.0)
+    (cut_off,) = complete(model, [PROMPTS[0]], stop - 1, end, temperature=0.0)
     assert cut_off.ids == first[: stop - 1] and not cut_off.ended
-    (last,) = complete(model, [PROMPTS[0]], stop, end, 31, temperature=0.0)
+    (last,) = complete(model, [PROMPTS[0]], stop, end, temperature=0.0)
     assert last.ended, "with its very last token"
 
 
@@ -158,19 +163,19 @@ def test_the_end_token_ends_an_answer_and_is_its_last():
 def test_answers_stop_where_the_block_is_full(position):
     """A sequence has block_size tokens at most; those of shorter prompts go on."""
     model = tiny_model(block_size=16, position=position).eval()
-    answers = complete(model, PROMPTS, 50, None, 31, temperature=0.0)
+    answers = complete(model, PROMPTS, 50, temperature=0.0)
     assert [len(answer.ids) for answer in answers] == [16 - n for n in LENGTHS]
     for answer, prompt in zip(answers, PROMPTS, strict=True):
         assert answer.ids == alone(model, prompt, 16 - len(prompt), None, 31)[0] and not answer.ended
     full = ids(16, seed=3).tolist()
-    nothing, some = complete(model, [full, PROMPTS[0]], 50, None, 31, temperature=0.0)
+    nothing, some = complete(model, [full, PROMPTS[0]], 50, temperature=0.0)
     assert nothing.ids == [] and some.ids == answers[0].ids
 
 
 def test_ids_that_are_padding_are_never_drawn():
     """The ids that are known share all of the probability, as if there were no others."""
     model = tiny_model(block_size=40).eval()
-    answers = complete(model, [PROMPTS[0]], 2, None, 5, temperature=1.5, repeats=4000)
+    answers = complete(model, [PROMPTS[0]], 2, vocab_size=5, temperature=1.5, n=4000)
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=5) / 4000
     with torch.no_grad():
         expected = (model(torch.tensor([PROMPTS[0]]))[0, -1, :5] / 1.5).softmax(-1)
@@ -179,7 +184,7 @@ def test_ids_that_are_padding_are_never_drawn():
         torch.testing.assert_close(
             torch.tensor(answer.logps), plain_logps(model, PROMPTS[0], answer.ids, 1.5, 5), atol=1e-4, rtol=1e-4
         )
-    (greedy,) = complete(model, [PROMPTS[0]], 20, None, 5, temperature=0.0)
+    (greedy,) = complete(model, [PROMPTS[0]], 20, vocab_size=5, temperature=0.0)
     assert greedy.ids == alone(model, PROMPTS[0], 20, None, 5)[0] != alone(model, PROMPTS[0], 20, None, 31)[0]
 
 
