@@ -415,7 +415,7 @@ def parts_of_a_step(bench: Bench, case: dict) -> dict[str, float]:
                 loss.backward()
                 wait()
             with record_function("part: optimizer"):
-                norm = run.optimizer.clip(weights, run.scaler, args.grad_clip)
+                norm = run.optimizer.clip_grad_norm(weights, run.scaler, args.grad_clip)
                 run.optimizer.update(run.scaler)
                 wait()
             with record_function("part: logging"), contextlib.redirect_stdout(None):

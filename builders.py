@@ -62,8 +62,10 @@ def example_files(args) -> dict[str, dict[str, Path]]:
 def fingerprints(args) -> dict[str, dict[str, str]]:
     """What is resumed only on the same data: a hash of each file, by dataset."""
     if args.objective == "lm":
-        return {name: token_bins.fingerprint(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
-    return {name: token_bins.fingerprint(files.values()) for name, files in example_files(args).items()}
+        return {
+            name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()
+        }
+    return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
 
 
 def read_examples(args) -> dict[str, dict[str, list[dict]]]:
@@ -99,7 +101,7 @@ def vocabularies(args, metas: dict[str, token_bins.Meta]) -> dict[str, tokenizat
         return tokenizers
     first = next(iter(tokenizers))
     for name, tokenizer in tokenizers.items():
-        if not tokenization.same(tokenizer, tokenizers[first]):
+        if not tokenization.same_tokenizer(tokenizer, tokenizers[first]):
             raise UserError(
                 f"--dataset_list: {first} ({tokenizers[first].kind}, {metas[first].vocab_size} ids) and {name} ({tokenizer.kind}, {metas[name].vocab_size} ids) "
                 "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
@@ -128,7 +130,7 @@ def example_tokenizer(
     )
     if needed is not known and args.adapter != "none":
         raise UserError(
-            f"--adapter={args.adapter}: the base has no {', '.join(needed.ids)}, and its embedding can't learn them; train it with all weights on such examples first"
+            f"--adapter={args.adapter}: the base has no {', '.join(needed.added_ids)}, and its embedding can't learn them; train it with all weights on such examples first"
         )
     return {name: needed}
 
@@ -174,7 +176,7 @@ def build_model(
         and base.tokenizers is not None
         and not (
             len(base.tokenizers) == len(tokenizers) == 1
-            and tokenization.same(*base.tokenizers.values(), *tokenizers.values())
+            and tokenization.same_tokenizer(*base.tokenizers.values(), *tokenizers.values())
         )
     ):
         raise UserError(

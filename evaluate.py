@@ -158,10 +158,10 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
     meta = token_bins.read_meta(subject.data_dir / name)
     names = list(subject.tokenizers)
     own = names.index(name) if name in names else 0
-    if not tokenization.same(meta.tokenizer, list(subject.tokenizers.values())[own]):
+    if not tokenization.same_tokenizer(meta.tokenizer, list(subject.tokenizers.values())[own]):
         raise UserError(f"--datasets={name}: has another tokenizer than the model")
     model, T = subject.model, subject.model.config.block_size
-    val = token_bins.Bin(subject.data_dir / name, "val", meta, name)
+    val = token_bins.TokenBin(subject.data_dir / name, "val", meta, name)
     windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.firsts[own]])
     count = min(windows.n_windows, a.max_windows or windows.n_windows)
     total = tokens = 0.0
@@ -254,7 +254,7 @@ def judged(subject: Subject, task: str, a) -> dict:
         top_k=top_k,
         top_p=top_p,
         n=a.num_passes,
-        eos_id=tokenizer.eot,
+        eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
     )
     said: list[list[str]] = [[] for _ in problems]

@@ -144,11 +144,11 @@ def prompt(given: str) -> str:
 
 def encode(tokenizer: tokenization.Tokenizer, words: str) -> np.ndarray:
     """Ids of a prompt, in which <|endoftext|> is the token. Raises UserError for unknown characters and empty prompts."""
-    parts = words.split(tokenization.END_OF_TEXT) if tokenizer.eot is not None else [words]
+    parts = words.split(tokenization.END_OF_TEXT) if tokenizer.eos_id is not None else [words]
     try:
         ids = [tokenizer.encode(parts[0])]
         for part in parts[1:]:
-            ids += [[tokenizer.eot], tokenizer.encode(part)]
+            ids += [[tokenizer.eos_id], tokenizer.encode(part)]
     except (UserError, UnicodeError) as error:
         raise UserError(f"--start: {error}") from None
     ids = np.concatenate(ids).astype(np.int64)
@@ -265,7 +265,7 @@ def answer(a, model: GPT, tokenizer: tokenization.Tokenizer, prompts: list[list[
         )
     torch.manual_seed(a.seed)
     sampling = dataclasses.replace(
-        sampling_params(a), n=a.num_samples, eos_id=tokenizer.eot, vocab_size=tokenizer.vocab_size
+        sampling_params(a), n=a.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size
     )
     answers = generation.generate_batch(model, prompts, sampling)
     for number, one in enumerate(answers):

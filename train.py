@@ -36,7 +36,7 @@ import torch
 import builders
 import configurator
 from model import GPT
-from nanoforge import console, distributed, files, rng, run_dir
+from nanoforge import console, distributed, rng, run_dir
 from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.device import measure_matmul_flops, peak_flops, set_attention_kernel, tune_malloc
 from nanoforge.errors import UserError
@@ -88,7 +88,7 @@ def begin_run(
         }
     else:
         run_dir.prepare_out_dir(out_dir, lock)
-    files.write_json(out_dir / "tokenizer.json", tokenization.run_json(tokenizers))
+    tokenization.save(out_dir / "tokenizer.json", tokenizers)
     record = run_dir.RunRecord(
         args=values,
         model=dataclasses.asdict(model.config),
@@ -131,7 +131,7 @@ def resume(
     """Take up the newest whole checkpoint. Raises UserError when there is none or it does not fit."""
     loaded = checkpoint.load(checkpoint.newest(out_dir / "checkpoints", say))
     saved = tokenization.load(loaded.folder / "tokenizer.json")
-    if len(saved) != len(tokenizers) or not all(map(tokenization.same, saved.values(), tokenizers.values())):
+    if len(saved) != len(tokenizers) or not all(map(tokenization.same_tokenizer, saved.values(), tokenizers.values())):
         raise UserError(f"--init_from=resume: {loaded.folder} was trained with another tokenizer than the data has now")
     if len(saved) > 1 and list(saved) != list(tokenizers):
         raise UserError(
@@ -139,10 +139,10 @@ def resume(
         )
     model.load_weights(loaded.weights, str(loaded.folder))
     state = dict(loaded.progress)
-    optimizer.load_state(loaded.optimizer, state.pop("optimizer"))
+    optimizer.load_state_dict(loaded.optimizer, state.pop("optimizer"))
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    guard.load_state(state.pop("guard", {"skipped": 0, "norms": []}))  # older checkpoints have none
+    guard.load_state_dict(state.pop("guard", {"skipped": 0, "norms": []}))  # older checkpoints have none
     progress = Progress(
         **{field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state}
     )
@@ -386,7 +386,7 @@ def save(run: Run, log: logger.RunLogger) -> None:
         run.args,
     )
     progress.seconds = log.seconds
-    tensors, others = run.optimizer.state()
+    tensors, others = run.optimizer.state_dict()
     learned = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     weights, tensors = (
         {name: distributed.cpu_snapshot(tensor) for name, tensor in some.items()} for some in (learned, tensors)
@@ -400,7 +400,7 @@ def save(run: Run, log: logger.RunLogger) -> None:
     state = dataclasses.asdict(progress) | {
         "optimizer": others,
         "scaler": run.scaler.state_dict(),
-        "guard": run.guard.state(),
+        "guard": run.guard.state_dict(),
     }
     state["best_val_loss"] = progress.best_val_loss if progress.best_step >= 0 else None
     copied = {name: (run.out_dir / name).read_bytes() for name in ("train_config.json", "tokenizer.json")}
@@ -607,7 +607,7 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
                 raise SystemExit(128 + number)
 
         # one step
-        optimizer.set_rate(factor(progress.step))
+        optimizer.set_lr_scale(factor(progress.step))
         torch.manual_seed(int(rng.hash_u64(a.seed, rng.DROPOUT, progress.step, run.ranks.rank)) >> 1)
         step = next(stream)
         told, telling = dict(step.metrics), meter.due(progress.step + 1)
@@ -619,14 +619,14 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
             loss, more = objective(model, batch, telling)
             scaler.scale(loss).backward()
             told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
-        norm = optimizer.clip(parameters, scaler, a.grad_clip)
-        optimizer.update(scaler, skip=run.guard.judge(norm))
+        norm = optimizer.clip_grad_norm(parameters, scaler, a.grad_clip)
+        optimizer.update(scaler, skip=run.guard.should_skip(norm))
         progress.step += 1
         progress.tokens += step.tokens
         log.advance()
         if telling:
             meter.tell(told, norm, step.data_hash, a.learning_rate * factor(progress.step - 1))
-            if int(run.guard.most_in_a_row) >= a.skip_patience:
+            if int(run.guard.max_consecutive) >= a.skip_patience:
                 stream.close()
                 raise Diverged
 

@@ -48,7 +48,7 @@ def main(a) -> None:
         str(download(given, folder / given.rsplit("/", 1)[1])) if given.startswith("https://") else given
         for given in a.input
     ]
-    corpus.write_dataset(folder, lambda: corpus.pieces_of(inputs, a.field, a.val_fraction), a.tokenizer, a.vocab_size)
+    corpus.write_dataset(folder, lambda: corpus.read_corpus(inputs, a.field, a.val_fraction), a.tokenizer, a.vocab_size)
 
 
 def dataset(script: str, description: str, **defaults) -> None:

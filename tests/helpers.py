@@ -39,12 +39,12 @@ def write_char_dataset(folder: Path, words: str, chars: str | None = None) -> No
     cut = int(len(words) * 0.9)
     corpus.write_dataset(
         folder,
-        lambda: [corpus.Piece("train", words[:cut]), corpus.Piece("val", words[cut:])],
+        lambda: [corpus.TextChunk("train", words[:cut]), corpus.TextChunk("val", words[cut:])],
         CharTokenizer(chars or sorted(set(words))),
     )
 
 
-DIGITS = CharTokenizer("0123456789+=", ends=True)
+DIGITS = CharTokenizer("0123456789+=", has_eos=True)
 
 
 def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: tokenization.Tokenizer = DIGITS) -> None:

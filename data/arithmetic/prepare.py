@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import OnlyWith, Rules, arg
 from nanoforge.data import corpus
-from nanoforge.data.corpus import Piece
+from nanoforge.data.corpus import TextChunk
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.posttraining import tasks
 from nanoforge.rng import hash_u64, permute
@@ -66,13 +66,13 @@ def numbers(digits: int, count: int, seed: int) -> Iterator[list[tuple[int, str,
         ]
 
 
-def sums(digits: int, count: int, seed: int) -> Iterator[Piece]:
+def sums(digits: int, count: int, seed: int) -> Iterator[TextChunk]:
     """The sums' lines, a thousand a piece."""
     for group in numbers(digits, count, seed):
         lines = {"train": [], "val": []}
         for _, split, a, b in group:
             lines[split].append(f"{a}+{b}={a + b}\n")
-        yield from (Piece(split, "".join(some)) for split, some in lines.items())
+        yield from (TextChunk(split, "".join(some)) for split, some in lines.items())
 
 
 def problems(digits: int, count: int, seed: int) -> Iterator[tuple[str, dict]]:
@@ -103,7 +103,7 @@ def main(a) -> None:
     if a.kind == "preferences":
         tasks.write_rows(folder, preferences(a.digits, a.sums, a.seed, a.unpaired))
         return
-    corpus.write_dataset(folder, lambda: sums(a.digits, a.sums, a.seed), CharTokenizer("\n+0123456789=", ends=True))
+    corpus.write_dataset(folder, lambda: sums(a.digits, a.sums, a.seed), CharTokenizer("\n+0123456789=", has_eos=True))
     tasks.write_rows(folder, problems(a.digits, a.sums, a.seed))
 
 

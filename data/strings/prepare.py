@@ -68,7 +68,7 @@ def main(a) -> None:
         ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some),
         [f"hidden_{split}" for split in token_bins.SPLITS],
     )
-    token_bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", ends=True), {})
+    token_bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", has_eos=True), {})
 
 
 if __name__ == "__main__":

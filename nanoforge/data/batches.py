@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoforge.data.token_bins import SPLITS, Bin, Meta
+from nanoforge.data.token_bins import SPLITS, Meta, TokenBin
 from nanoforge.distributed import RankSlice, rank_range
 from nanoforge.errors import UserError
 from nanoforge.rng import DATASET, EVALUATION, OFFSET, ORDER, WINDOW, hash_u64, permute, uniform
@@ -104,7 +104,7 @@ class Dataset:
 
     def __init__(
         self,
-        streams: Sequence[Bin],
+        streams: Sequence[TokenBin],
         block_size: int,
         method: str,
         seed: int,
@@ -201,7 +201,7 @@ class Dataset:
             yield to_batch(self.gather(sequence), pin=pin), len(rows) > 0
 
 
-def aligned_sizes(streams: Sequence[Bin]) -> np.ndarray:
+def aligned_sizes(streams: Sequence[TokenBin]) -> np.ndarray:
     """Tokens of each shard, (shards,), the same in all streams. Raises UserError when they are not."""
     first = streams[0]
     sizes = [len(shard) for shard in first.shards]
@@ -463,7 +463,9 @@ def open_data(
 
     metas: of each stream; vocab_offsets: the model's first row of each stream, 0 where it is missing. Raises UserError.
     """
-    bins = {(split, name): Bin(data_dir / name, split, meta, name) for split in SPLITS for name, meta in metas.items()}
+    bins = {
+        (split, name): TokenBin(data_dir / name, split, meta, name) for split in SPLITS for name, meta in metas.items()
+    }
 
     def datasets(split: str, method: str, seed: int) -> list[Dataset]:
         return [

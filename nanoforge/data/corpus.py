@@ -29,7 +29,7 @@ PIECE = 2**17  # bytes of a text file read at once: few enough that the pieces u
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """A stretch of text for one split; `ends` where its document does."""
 
     split: str
@@ -139,28 +139,28 @@ def read_hub(name: str, field: str) -> Iterator[str]:
         yield row[field]
 
 
-def split_documents(documents: Iterable[Iterable[str]], val_fraction: float) -> Iterator[Piece]:
+def split_documents(documents: Iterable[Iterable[str]], val_fraction: float) -> Iterator[TextChunk]:
     """Documents, each in pieces, to splits: spread evenly, val_fraction of them are for validation (every tenth, with 0.1)."""
     part = Fraction(val_fraction).limit_denominator(10**6)
     for number, pieces in enumerate(documents):
         split = "val" if int((number + 1) * part) > int(number * part) else "train"
         for piece in pieces:
-            yield Piece(split, piece)
-        yield Piece(split, "", ends=True)
+            yield TextChunk(split, piece)
+        yield TextChunk(split, "", ends=True)
 
 
-def split_one(pieces: Callable[[], Iterable[str]], val_fraction: float) -> Iterator[Piece]:
+def split_text(pieces: Callable[[], Iterable[str]], val_fraction: float) -> Iterator[TextChunk]:
     """One document to splits: its last val_fraction is for validation."""
     cut = int(sum(map(len, pieces())) * (1 - val_fraction))
     for piece in pieces():
         if head := piece[: max(0, cut)]:
-            yield Piece("train", head)
+            yield TextChunk("train", head)
         if tail := piece[max(0, cut) :]:
-            yield Piece("val", tail)
+            yield TextChunk("val", tail)
         cut -= len(piece)
 
 
-def pieces_of(inputs: list[str], field: str, val_fraction: float) -> Iterator[Piece]:
+def read_corpus(inputs: list[str], field: str, val_fraction: float) -> Iterator[TextChunk]:
     """All text that --input names, split: by documents, or one text file by position. Raises UserError."""
     if any(given.startswith("hf:") for given in inputs):
         if len(inputs) > 1:
@@ -168,7 +168,7 @@ def pieces_of(inputs: list[str], field: str, val_fraction: float) -> Iterator[Pi
         return split_documents(([document] for document in read_hub(inputs[0][3:], field)), val_fraction)
     files = input_files(inputs)
     if len(files) == 1 and files[0].suffix == ".txt":
-        return split_one(lambda: read_text(files[0]), val_fraction)
+        return split_text(lambda: read_text(files[0]), val_fraction)
     documents = (
         doc
         for path in files
@@ -181,7 +181,7 @@ def pieces_of(inputs: list[str], field: str, val_fraction: float) -> Iterator[Pi
 # tokenizing and writing
 
 
-def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[Piece]]) -> tokenization.Tokenizer:
+def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[TextChunk]]) -> tokenization.Tokenizer:
     """char and bpe learn from the text; byte and tiktoken's encodings are ready. Raises UserError."""
     if name == "byte":
         return tokenization.ByteTokenizer()
@@ -194,13 +194,13 @@ def make_tokenizer(name: str, vocab_size: int, pieces: Callable[[], Iterable[Pie
             ).encode()  # nearly all of most texts, and deleted from UTF-8 in no time
             chars.update("".join(piece.text for piece in group).encode().translate(None, known).decode())
             ends |= any(piece.ends for piece in group)
-        return tokenization.CharTokenizer(sorted(chars), ends)
+        return tokenization.CharTokenizer(sorted(chars), has_eos=ends)
     if name == "bpe":
         return tokenization.BPETokenizer.train((piece.text for piece in pieces() if piece.split == "train"), vocab_size)
-    return tokenization.TiktokenTokenizer.named(name)
+    return tokenization.TiktokenTokenizer.from_name(name)
 
 
-def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def grouped(pieces: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
     """Pieces in lists of at least half of PIECE characters, so that a thread has enough to do."""
     group, size = [], 0
     for piece in pieces:
@@ -213,7 +213,7 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
+def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map with threads, results in the order of the items, and no more than twice `threads` items under way."""
     with ThreadPoolExecutor(threads) as pool:
         items, waiting = iter(items), deque()
@@ -248,7 +248,10 @@ class Counter:
 
 
 def write_dataset(
-    folder: Path, pieces: Callable[[], Iterable[Piece]], tokenizer: str | tokenization.Tokenizer, vocab_size: int = 8192
+    folder: Path,
+    pieces: Callable[[], Iterable[TextChunk]],
+    tokenizer: str | tokenization.Tokenizer,
+    vocab_size: int = 8192,
 ) -> None:
     """Tokenize pieces into folder/train.bin, val.bin and meta.json; `pieces` gives the same ones each time it is called.
 
@@ -263,9 +266,9 @@ def write_dataset(
         writers = {split: BinWriter(folder, f"{split}.bin", dtype_for(tokenizer.vocab_size)) for split in SPLITS}
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror})") from None
-    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int32)
 
-    def encode(group: list[Piece]) -> list[tuple[str, np.ndarray, int, int]]:
+    def encode(group: list[TextChunk]) -> list[tuple[str, np.ndarray, int, int]]:
         return [
             (
                 p.split,
@@ -278,7 +281,7 @@ def write_dataset(
 
     counter = Counter(f"preparing {folder.name}")
     try:
-        for group in in_order(encode, grouped(stream), os.cpu_count() or 1):
+        for group in map_in_order(encode, grouped(stream), os.cpu_count() or 1):
             for split, ids, size, characters in group:
                 writers[split].write(ids, size)
                 counter.add(characters)

@@ -63,7 +63,7 @@ def read_pickled_meta(path: Path) -> Meta:
         raise UserError(f"{path}: not a meta.pkl of nanoGPT's kind ({type(error).__name__}: {error})") from None
     stoi = meta.get("stoi", {})
     if "encoding" in meta or meta.get("tokenizer") == "tiktoken":
-        tokenizer = tokenization.TiktokenTokenizer.named(
+        tokenizer = tokenization.TiktokenTokenizer.from_name(
             meta.get("tiktoken_encoding") or meta.get("encoding") or "gpt2"
         )
     elif (
@@ -89,18 +89,18 @@ def read_meta(folder: Path) -> Meta:
             tokenizer = meta["tokenizer"]
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: broken ({type(error).__name__}: {error}); prepare the dataset again") from None
-        return Meta(vocab_size, dtype, tokenization.of_json(tokenizer, str(path)), files)
+        return Meta(vocab_size, dtype, tokenization.from_json(tokenizer, str(path)), files)
     if (folder / "meta.pkl").exists():
         return read_pickled_meta(folder / "meta.pkl")
     try:
-        gpt2 = tokenization.TiktokenTokenizer.named("gpt2")
+        gpt2 = tokenization.TiktokenTokenizer.from_name("gpt2")
     except UserError as mistake:
         print(f"{folder}: no meta file, so taken as GPT-2's tokens; they are shown as numbers, because {mistake}")
         gpt2 = tokenization.NumberTokenizer(50257)
     return Meta(gpt2.vocab_size, "uint16", gpt2, {})
 
 
-def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
+def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
     """Of each file of a dataset: its size and a sha256, of all of a file up to 16 MB, of a larger one 64 stretches of 64 KB."""
     told = {}
     for path in paths:
@@ -118,7 +118,7 @@ def fingerprint(paths: Iterable[Path]) -> dict[str, str]:
     return told
 
 
-class Bin:
+class TokenBin:
     """One split of one dataset: memory-mapped shards of token ids, and windows read from them.
 
     A window never crosses shards. Raises UserError when a file is missing, empty, odd-sized, or holds ids beyond the vocabulary.

@@ -3,8 +3,8 @@
 A run's tokenizer.json is {"tokenizers": [{"name": dataset, "kind": ..., ...}, ...]}: one for each vocabulary of its model. Nothing
 else is needed to read it: a tiktoken encoding is stored with all of its ranks.
 
-A kind is a class with: `vocab_size`; `eot`, the id that ends a document, or None; `encode(text)` to an integer array;
-`decode(ids)`; `to_json()` and `of_json(spec)`, each other's inverse.
+A kind is a class with: `vocab_size`; `eos_id`, the id that ends a document, or None; `encode(text)` to an integer array;
+`decode(ids)`; `to_json()` and `from_json(spec)`, each other's inverse.
 """
 
 import base64
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanoforge import files
 from nanoforge.errors import UserError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,14 +29,14 @@ def code_points(text: str) -> np.ndarray:
 
 
 class CharTokenizer:
-    """One id a character; ids follow the characters' order. With `ends` one more id ends a document."""
+    """One id a character; ids follow the characters' order. With `has_eos` one more id ends a document."""
 
     kind = "char"
 
-    def __init__(self, chars: Iterable[str], ends: bool = False):
+    def __init__(self, chars: Iterable[str], *, has_eos: bool = False):
         self.chars = list(chars)
-        self.eot = len(self.chars) if ends else None
-        self.vocab_size = len(self.chars) + ends
+        self.eos_id = len(self.chars) if has_eos else None
+        self.vocab_size = len(self.chars) + has_eos
         points = np.array([ord(char) for char in self.chars], dtype=np.uint32)
         # Code point -> id; vocab_size for those without one, as the last entry is, in whose place all points beyond are looked up.
         self.table = np.full(
@@ -60,17 +61,17 @@ class CharTokenizer:
         return "".join(chars[i] for i in ids)
 
     def to_json(self) -> dict:
-        return {"chars": "".join(self.chars), "ends": self.eot is not None}
+        return {"chars": "".join(self.chars), "ends": self.eos_id is not None}
 
     @classmethod
-    def of_json(cls, spec: dict) -> "CharTokenizer":
-        return cls(spec["chars"], spec.get("ends", False))
+    def from_json(cls, spec: dict) -> "CharTokenizer":
+        return cls(spec["chars"], has_eos=spec.get("ends", False))
 
 
 class ByteTokenizer:
     """UTF-8: 256 bytes and the end of text."""
 
-    kind, vocab_size, eot = "byte", 257, 256
+    kind, vocab_size, eos_id = "byte", 257, 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -82,7 +83,7 @@ class ByteTokenizer:
         return {}
 
     @classmethod
-    def of_json(cls, spec: dict) -> "ByteTokenizer":
+    def from_json(cls, spec: dict) -> "ByteTokenizer":
         return cls()
 
 
@@ -93,7 +94,7 @@ class TiktokenTokenizer:
 
     def __init__(self, encoding):
         self.encoding = encoding
-        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+        self.vocab_size, self.eos_id = encoding.n_vocab, encoding.eot_token
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
@@ -114,7 +115,7 @@ class TiktokenTokenizer:
         }
 
     @classmethod
-    def of_json(cls, spec: dict) -> "TiktokenTokenizer":
+    def from_json(cls, spec: dict) -> "TiktokenTokenizer":
         import tiktoken
 
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split(" ")) if token}
@@ -125,7 +126,7 @@ class TiktokenTokenizer:
         )
 
     @classmethod
-    def named(cls, name: str) -> "TiktokenTokenizer":
+    def from_name(cls, name: str) -> "TiktokenTokenizer":
         """From tiktoken's own files: downloaded once, or found in TIKTOKEN_CACHE_DIR. Raises UserError."""
         import tiktoken
 
@@ -152,7 +153,7 @@ class BPETokenizer:
         except ModuleNotFoundError:
             raise UserError("this tokenizer needs a package: pip install tokenizers") from None
         self.tokenizer = Tokenizer.from_str(json.dumps(spec))
-        self.vocab_size, self.eot = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END_OF_TEXT)
+        self.vocab_size, self.eos_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -164,7 +165,7 @@ class BPETokenizer:
         return {"tokenizer": json.loads(self.tokenizer.to_str())}
 
     @classmethod
-    def of_json(cls, spec: dict) -> "BPETokenizer":
+    def from_json(cls, spec: dict) -> "BPETokenizer":
         return cls(spec["tokenizer"])
 
     @classmethod
@@ -188,7 +189,7 @@ class BPETokenizer:
 class NumberTokenizer:
     """Ids whose tokenizer is not known: text is their numbers, separated by spaces."""
 
-    kind, eot = "numbers", None
+    kind, eos_id = "numbers", None
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -211,7 +212,7 @@ class NumberTokenizer:
         return {"vocab_size": self.vocab_size}
 
     @classmethod
-    def of_json(cls, spec: dict) -> "NumberTokenizer":
+    def from_json(cls, spec: dict) -> "NumberTokenizer":
         return cls(spec["vocab_size"])
 
 
@@ -222,9 +223,9 @@ class ExtendedTokenizer:
 
     def __init__(self, base, added: Sequence[str]):
         self.base, self.added = base, list(added)
-        self.ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
+        self.added_ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
         self.vocab_size = base.vocab_size + len(self.added)
-        self.eot = self.ids.get(END_OF_TEXT, base.eot)
+        self.eos_id = self.added_ids.get(END_OF_TEXT, base.eos_id)
 
     def encode(self, text: str) -> np.ndarray:
         return self.base.encode(text)
@@ -240,13 +241,13 @@ class ExtendedTokenizer:
         return {"base": to_json(self.base), "added": self.added}
 
     @classmethod
-    def of_json(cls, spec: dict) -> "ExtendedTokenizer":
-        return cls(of_json(spec["base"], "tokenizer"), spec["added"])
+    def from_json(cls, spec: dict) -> "ExtendedTokenizer":
+        return cls(from_json(spec["base"], "tokenizer"), spec["added"])
 
 
-def extended(tokenizer, tokens: Sequence[str]):
+def add_tokens(tokenizer, tokens: Sequence[str]):
     """The tokenizer with these tokens, those that it has not yet last."""
-    own = tokenizer.ids if isinstance(tokenizer, ExtendedTokenizer) else {}
+    own = tokenizer.added_ids if isinstance(tokenizer, ExtendedTokenizer) else {}
     if not (missing := [token for token in tokens if token not in own]):
         return tokenizer
     return ExtendedTokenizer(tokenizer.base, [*own, *missing]) if own else ExtendedTokenizer(tokenizer, missing)
@@ -264,31 +265,32 @@ def to_json(tokenizer: Tokenizer) -> dict:
     return {"kind": tokenizer.kind, **tokenizer.to_json()}
 
 
-def same(*tokenizers: Tokenizer) -> bool:
+def same_tokenizer(*tokenizers: Tokenizer) -> bool:
     """Whether they give the same ids for the same text."""
     specs = [to_json(tokenizer) for tokenizer in tokenizers]
     return all(spec == specs[0] for spec in specs)
 
 
-def of_json(spec: dict, where: str) -> Tokenizer:
+def from_json(spec: dict, where: str) -> Tokenizer:
     """The tokenizer that `to_json` told; `{"kind": "tiktoken", "encoding": name}` names one. Raises UserError."""
     try:
         if spec["kind"] == "tiktoken" and "ranks" not in spec:
-            return TiktokenTokenizer.named(spec["encoding"])
-        return KINDS[spec["kind"]].of_json(spec)
+            return TiktokenTokenizer.from_name(spec["encoding"])
+        return KINDS[spec["kind"]].from_json(spec)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
 
 
-def run_json(tokenizers: dict[str, Tokenizer]) -> dict:
-    """What a run's tokenizer.json holds: one tokenizer for each vocabulary, by the dataset's name."""
-    return {"tokenizers": [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]}
+def save(path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+    """Write a run's tokenizer.json: one tokenizer for each vocabulary, by the dataset's name."""
+    specs = [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]
+    files.write_json(path, {"tokenizers": specs})
 
 
 def load(path: Path) -> dict[str, Tokenizer]:
     """The tokenizers of a run's tokenizer.json. Raises UserError."""
     try:
         specs = json.loads(path.read_text(encoding="utf-8"))["tokenizers"]
-        return {spec["name"]: of_json(spec, str(path)) for spec in specs}
+        return {spec["name"]: from_json(spec, str(path)) for spec in specs}
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read ({type(error).__name__}: {error})") from None

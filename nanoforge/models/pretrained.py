@@ -131,7 +131,11 @@ def shape_of(weights: dict[str, Tensor], n_head: int | None, activation: str) ->
 
 def gpt2_tokenizers(shape: dict) -> dict[str, tokenization.Tokenizer] | None:
     """GPT-2's where the vocabulary has its size, which nanoGPT pads."""
-    return {"gpt2": tokenization.TiktokenTokenizer.named("gpt2")} if shape["vocab_sizes"][0] in (50257, 50304) else None
+    return (
+        {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
+        if shape["vocab_sizes"][0] in (50257, 50304)
+        else None
+    )
 
 
 def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:

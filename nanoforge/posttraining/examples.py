@@ -84,10 +84,10 @@ class ExampleEncoder:
         tokens. open_end: go on with the token of the assistant, who is to speak."""
         ids, mask = [], []
         for message in messages:
-            said = [*self.encode(message["content"]), self.tokenizer.eot]
-            ids += [self.tokenizer.ids[ROLES[message["role"]]], *said]
+            said = [*self.encode(message["content"]), self.tokenizer.eos_id]
+            ids += [self.tokenizer.added_ids[ROLES[message["role"]]], *said]
             mask += [False, *[message["role"] == "assistant"] * len(said)]
-        return ([*ids, self.tokenizer.ids[ROLES["assistant"]]], [*mask, False]) if open_end else (ids, mask)
+        return ([*ids, self.tokenizer.added_ids[ROLES["assistant"]]], [*mask, False]) if open_end else (ids, mask)
 
     def prompt(self, row: Mapping[str, object]) -> list[int]:
         """Ids of what comes before a completion."""
@@ -116,7 +116,7 @@ class ExampleEncoder:
             ids, start = made
         else:
             prompt = self.prompt(row)
-            ids, start = prompt + self.encode(row[field]) + [self.tokenizer.eot], len(prompt)
+            ids, start = prompt + self.encode(row[field]) + [self.tokenizer.eos_id], len(prompt)
         return self.fitted(ids, [i >= start for i in range(len(ids))])
 
     def fitted(self, ids: list[int], mask: list[bool]) -> Ids:
@@ -131,7 +131,7 @@ class ExampleEncoder:
         if "messages" in row:
             return Example((self.fitted(*self.messages(row["messages"], open_end=False)),), row)
         if "text" in row and self.template is None:
-            ids = [*self.encode(row["text"]), self.tokenizer.eot]
+            ids = [*self.encode(row["text"]), self.tokenizer.eos_id]
             return Example((self.fitted(ids, [True] * len(ids)),), row)
         return Example((self.pair(row, "completion"),), row)
 
@@ -153,8 +153,9 @@ class ExampleEncoder:
 def needed_tokens(tokenizer: tokenization.Tokenizer, rows: Iterable[Mapping[str, object]]) -> tokenization.Tokenizer:
     """The tokenizer with an end token, and with tokens for roles where the rows have messages."""
     chat = any(isinstance(row.get(field), list) for row in rows for field in ("messages", "prompt"))
-    return tokenization.extended(
-        tokenizer, [*([tokenization.END_OF_TEXT] if tokenizer.eot is None else []), *(ROLES.values() if chat else [])]
+    return tokenization.add_tokens(
+        tokenizer,
+        [*([tokenization.END_OF_TEXT] if tokenizer.eos_id is None else []), *(ROLES.values() if chat else [])],
     )
 
 

@@ -69,7 +69,7 @@ Piece = Rows | Seeded | Field | Literal
 class Tokenizer(Protocol):
     """What is used of a tokenizer of parts.text."""
 
-    eot: int | None
+    eos_id: int | None
 
     def encode(self, text: str) -> Sequence[int]: ...
 
@@ -144,7 +144,9 @@ class Template:
         assert overflow in OVERFLOWS
         self.check(target_field, truncation_field)
         encoded = self.encode_pieces(values, tokenizer, first_row)
-        completion = field_ids(values, target_field, tokenizer) + ([] if tokenizer.eot is None else [tokenizer.eot])
+        completion = field_ids(values, target_field, tokenizer) + (
+            [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        )
         if not completion:
             raise UserError(
                 f"the target {target_field!r} is empty and the tokenizer has no end token: there is nothing to learn"

@@ -53,7 +53,7 @@ class Answers:
             top_k=self.top_k,
             top_p=self.top_p,
             n=repeats,
-            eos_id=tokenizer.eot,
+            eos_id=tokenizer.eos_id,
             vocab_size=tokenizer.vocab_size,
         )
         answers = generate_batch(

@@ -19,9 +19,11 @@ class GradGuard:
     def __init__(self, sigma: float, device: torch.device):
         self.sigma = sigma
         self.norms = torch.full((WINDOW,), torch.nan, device=device)
-        self.seen, self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(4, dtype=torch.long, device=device)
+        self.seen, self.skipped, self.consecutive, self.max_consecutive = torch.zeros(
+            4, dtype=torch.long, device=device
+        )
 
-    def judge(self, norm: Tensor) -> Tensor:
+    def should_skip(self, norm: Tensor) -> Tensor:
         """1.0 where the step of this norm, a scalar, must be skipped, else 0.0; counted."""
         norm = norm.to(self.norms.device)
         finite = norm.isfinite()
@@ -34,11 +36,11 @@ class GradGuard:
             self.norms.index_copy_(0, spot, torch.where(finite, norm, self.norms[spot]))
             self.seen += finite
         self.skipped += skip
-        self.in_a_row.add_(1).mul_(skip)
-        self.most_in_a_row.copy_(self.most_in_a_row.maximum(self.in_a_row))
+        self.consecutive.add_(1).mul_(skip)
+        self.max_consecutive.copy_(self.max_consecutive.maximum(self.consecutive))
         return skip.float()
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """For progress.json; the newest norm last."""
         seen = int(self.seen)
         return {
@@ -46,11 +48,11 @@ class GradGuard:
             "norms": self.norms.roll(-(seen % WINDOW)).tolist()[-seen:] if seen else [],
         }
 
-    def load_state(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         norms = state["norms"]
         self.norms.fill_(torch.nan)
         self.norms[: len(norms)] = torch.tensor(norms, device=self.norms.device)
         self.seen.fill_(len(norms))
         self.skipped.fill_(state["skipped"])
-        self.in_a_row.zero_()
-        self.most_in_a_row.zero_()
+        self.consecutive.zero_()
+        self.max_consecutive.zero_()

@@ -253,12 +253,12 @@ class Optimizer:
             if isinstance(optimizer, Muon):
                 optimizer.orthogonalise = torch.compile(newton_schulz, dynamic=False)
 
-    def set_rate(self, factor: float) -> None:
-        """Set every group's rate to its largest one times the factor."""
+    def set_lr_scale(self, scale: float) -> None:
+        """Set every group's rate to its largest one times the scale."""
         for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["peak_lr"] * scale
 
-    def clip(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
         """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
         scaler.unscale_(self)
         return full_tensor(nn.utils.clip_grad_norm_(parameters, bound or math.inf))
@@ -292,7 +292,7 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, the rest) of the state, keyed "optimizer/parameter/what"; the rest also names the classes."""
         tensors: dict[str, Tensor] = {}
         rest: dict[str, Any] = {"classes": self.classes(), "kind": self.kind}
@@ -305,7 +305,7 @@ class Optimizer:
     def classes(self) -> list[str]:
         return [type(optimizer).__name__ for optimizer in self.optimizers]
 
-    def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Take up a saved state; rates, betas and decay stay those of the arguments. Raises UserError when it doesn't fit."""
         rest = dict(rest)
         if (saved := rest.pop("classes")) != self.classes():

@@ -89,7 +89,7 @@ def gpt2_type(run, tmp_path, monkeypatch):
 
     corpus.write_dataset(
         tmp_path / "data/text",
-        lambda: [corpus.Piece("train", "hello world " * 30), corpus.Piece("val", "hello world " * 30)],
+        lambda: [corpus.TextChunk("train", "hello world " * 30), corpus.TextChunk("val", "hello world " * 30)],
         "gpt2",
     )
     asked = []

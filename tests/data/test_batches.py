@@ -15,7 +15,7 @@ from nanoforge.errors import UserError
 from nanoforge.rng import permute
 
 
-def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> token_bins.Bin:
+def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> token_bins.TokenBin:
     """A bin of consecutive numbers, in shards of these sizes."""
     folder = tmp_path / name
     folder.mkdir()
@@ -24,7 +24,9 @@ def opened(tmp_path: Path, *sizes: int, name: str = "d", first: int = 0) -> toke
             folder / (f"train_{i:06d}.bin" if len(sizes) > 1 else "train.bin")
         )
         first += size
-    return token_bins.Bin(folder, "train", token_bins.Meta(2**16, "uint16", tokenization.NumberTokenizer(2**16), {}))
+    return token_bins.TokenBin(
+        folder, "train", token_bins.Meta(2**16, "uint16", tokenization.NumberTokenizer(2**16), {})
+    )
 
 
 def dataset(tmp_path, *sizes, T=8, method="random", seed=1, **more) -> Dataset:
@@ -132,7 +134,7 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
         (folder / f"train_{i:06d}.bin").write_bytes((header.tobytes() if i % 3 == 0 else b"") + ids.tobytes())
     d = Dataset(
         [
-            token_bins.Bin(
+            token_bins.TokenBin(
                 folder, "train", token_bins.Meta(vocab_size, dtype, tokenization.NumberTokenizer(vocab_size), {})
             )
         ],
@@ -168,7 +170,7 @@ def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
     with (folder / "train.bin").open("wb") as file:
         file.truncate(2**28)
     d = Dataset(
-        [token_bins.Bin(folder, "train", token_bins.Meta(256, "uint16", tokenization.NumberTokenizer(256), {}))],
+        [token_bins.TokenBin(folder, "train", token_bins.Meta(256, "uint16", tokenization.NumberTokenizer(256), {}))],
         1024,
         "random",
         1,

@@ -22,7 +22,7 @@ def prepare(*argv, check=True, **more):
 
 
 def tokens(folder, split="train"):
-    return token_bins.Bin(folder, split, token_bins.read_meta(folder)).shards[0].tolist()
+    return token_bins.TokenBin(folder, split, token_bins.read_meta(folder)).shards[0].tolist()
 
 
 @needs_shared
@@ -93,12 +93,12 @@ def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 100)
     path = tmp_path / "one.txt"
     path.write_text(TEXT * 30)
-    pieces = list(corpus.pieces_of([str(path)], "text", 0.25))
+    pieces = list(corpus.read_corpus([str(path)], "text", 0.25))
     assert max(len(piece.text) for piece in pieces) <= 100 and not any(piece.ends for piece in pieces)
     whole = TEXT * 30
     assert "".join(p.text for p in pieces if p.split == "train") == whole[: int(len(whole) * 0.75)]
     assert "".join(p.text for p in pieces) == whole
-    corpus.write_dataset(tmp_path / "d", lambda: corpus.pieces_of([str(path)], "text", 0.25), "char")
+    corpus.write_dataset(tmp_path / "d", lambda: corpus.read_corpus([str(path)], "text", 0.25), "char")
     assert (
         token_bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
     )
@@ -143,7 +143,7 @@ def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
         :20_000
     ] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
     (tmp_path / "one.txt").write_text(words)
-    tokenizer = tokenization.TiktokenTokenizer.named("gpt2")
+    tokenizer = tokenization.TiktokenTokenizer.from_name("gpt2")
     pieces = list(corpus.read_text(tmp_path / "one.txt"))
     assert len(pieces) > 100 and np.concatenate(
         [tokenizer.encode(piece) for piece in pieces]
@@ -157,7 +157,7 @@ def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
     words = (chars * 3)[::-1]
     corpus.write_dataset(
         tmp_path / "d",
-        lambda: corpus.split_one(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1),
+        lambda: corpus.split_text(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1),
         "char",
     )
     stoi = {char: i for i, char in enumerate(sorted(set(words)))}
@@ -206,7 +206,7 @@ def test_threads_keep_the_order():
     import time
 
     slow_first = lambda i: (time.sleep(0.02 * (i % 3 == 0)), i)[1]  # noqa: E731
-    assert list(corpus.in_order(slow_first, range(50), 4)) == list(range(50))
+    assert list(corpus.map_in_order(slow_first, range(50), 4)) == list(range(50))
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -241,7 +241,7 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
 
     def broken():
-        yield corpus.Piece("train", "fine")
+        yield corpus.TextChunk("train", "fine")
         raise UserError("the disk is gone")
 
     with pytest.raises(UserError, match="disk"):

@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 def test_nanogpts_folder_is_read_as_it_is(folder):
     meta = token_bins.read_meta(folder)
-    train = token_bins.Bin(folder, "train", meta)
+    train = token_bins.TokenBin(folder, "train", meta)
     assert meta.vocab_size == len(CHARS) and train.tokens == 480
     assert meta.tokenizer.decode(train.shards[0][:12].tolist()) == "hello world\n"
     assert meta.tokenizer.encode("low").tolist() == [CHARS.index(char) for char in "low"]
@@ -85,7 +85,7 @@ def test_without_a_meta_file_and_offline_tokens_are_numbers(folder, monkeypatch,
     def offline(name):
         raise UserError("offline")
 
-    monkeypatch.setattr(tokenization.TiktokenTokenizer, "named", offline)
+    monkeypatch.setattr(tokenization.TiktokenTokenizer, "from_name", offline)
     (folder / "meta.pkl").unlink()
     assert (
         token_bins.read_meta(folder).tokenizer.kind == "numbers"
@@ -103,7 +103,7 @@ def test_vocabularies_above_65536_take_uint32(folder):
     assert (token_bins.dtype_for(65536), token_bins.dtype_for(65537)) == ("uint16", "uint32")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100277}))
     np.array([1, 100_000, 70_000], dtype=np.uint32).tofile(folder / "train.bin")
-    assert token_bins.Bin(folder, "train", token_bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
+    assert token_bins.TokenBin(folder, "train", token_bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
 
 
 def test_shards_with_llm_c_headers(folder):
@@ -114,7 +114,7 @@ def test_shards_with_llm_c_headers(folder):
         header[:3] = 20240520, 1, size
         with (folder / f"edu_train_{i:06d}.bin").open("wb") as file:
             file.write(header.tobytes() + np.full(size, i, dtype=np.uint16).tobytes())
-    train = token_bins.Bin(folder, "train", meta)
+    train = token_bins.TokenBin(folder, "train", meta)
     assert [len(shard) for shard in train.shards] == [100, 50] and train.shards[1].max() == 1 and train.tokens == 150
 
 
@@ -125,7 +125,7 @@ def test_shards_of_two_widths_are_told(folder):
     header[:3] = 20240801, 1, 50
     (folder / "train_000001.bin").write_bytes(header.tobytes() + np.zeros(50, dtype=np.uint32).tobytes())
     with pytest.raises(UserError, match="of uint16 and of uint32"):
-        token_bins.Bin(folder, "train", meta)
+        token_bins.TokenBin(folder, "train", meta)
 
 
 @pytest.mark.parametrize("name, break_it, told", [
@@ -159,7 +159,7 @@ def test_counts_that_differ_from_the_meta_are_told(folder):
     (folder / "meta.pkl").unlink()
     token_bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
     with pytest.raises(UserError, match=r"meta\.json counts 479"):
-        token_bins.Bin(folder, "train", token_bins.read_meta(folder))
+        token_bins.TokenBin(folder, "train", token_bins.read_meta(folder))
 
 
 def test_writer_leaves_a_whole_file_or_none(tmp_path):

@@ -15,18 +15,18 @@ SAMPLE = "Don't panic: naïve café, 1,000 €!\n\tdef f(x):  return x\n日本 �
 @pytest.fixture
 def gpt2(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    return tokenization.TiktokenTokenizer.named("gpt2")
+    return tokenization.TiktokenTokenizer.from_name("gpt2")
 
 
 def through_json(tokenizer):
-    return tokenization.of_json(json.loads(json.dumps(tokenization.to_json(tokenizer))), "here")
+    return tokenization.from_json(json.loads(json.dumps(tokenization.to_json(tokenizer))), "here")
 
 
 @pytest.mark.parametrize(
     "tokenizer",
     [
         tokenization.CharTokenizer(sorted(set(SAMPLE))),
-        tokenization.CharTokenizer(sorted(set(SAMPLE)), ends=True),
+        tokenization.CharTokenizer(sorted(set(SAMPLE)), has_eos=True),
         tokenization.ByteTokenizer(),
     ],
 )
@@ -34,9 +34,9 @@ def test_round_trips(tokenizer):
     again = through_json(tokenizer)
     ids = tokenizer.encode(SAMPLE)
     assert tokenizer.decode(ids) == SAMPLE == again.decode(again.encode(SAMPLE)) and max(ids) < tokenizer.vocab_size
-    assert (again.vocab_size, again.eot) == (tokenizer.vocab_size, tokenizer.eot)
-    if tokenizer.eot is not None:
-        assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+    assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    if tokenizer.eos_id is not None:
+        assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
 
 
 def test_bytes_are_utf_8():
@@ -58,14 +58,14 @@ def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch):
     assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(SAMPLE) and gpt2.decode(ids) == SAMPLE
     spec = json.dumps(tokenization.to_json(gpt2))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
-    again = tokenization.of_json(json.loads(spec), "here")
-    assert np.array_equal(again.encode(SAMPLE), ids) and again.eot == 50256 and again.vocab_size == 50257
+    again = tokenization.from_json(json.loads(spec), "here")
+    assert np.array_equal(again.encode(SAMPLE), ids) and again.eos_id == 50256 and again.vocab_size == 50257
     assert tokenization.to_json(again) == tokenization.to_json(gpt2)
 
 
 def test_unknown_encodings_are_told():
     with pytest.raises(UserError, match="did you mean gpt2"):
-        tokenization.TiktokenTokenizer.named("gpt22")
+        tokenization.TiktokenTokenizer.from_name("gpt22")
 
 
 def test_trained_bpe_is_the_tokenizers_librarys():
@@ -79,15 +79,14 @@ def test_trained_bpe_is_the_tokenizers_librarys():
         assert trained.decode(trained.encode(sample)) == sample
     assert (
         trained.vocab_size <= 300
-        and trained.decode([trained.eot]) == "<|endoftext|>"
+        and trained.decode([trained.eos_id]) == "<|endoftext|>"
         and len(trained.encode("lowest")) < 6
     )
 
 
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps(tokenization.run_json({"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}))
-    )
+    tokenizers = {"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}
+    tokenization.save(tmp_path / "tokenizer.json", tokenizers)
     loaded = tokenization.load(tmp_path / "tokenizer.json")
     assert list(loaded) == ["a", "b"] and loaded["a"].decode([2, 0]) == "zx"
     (tmp_path / "tokenizer.json").write_text('{"tokenizers": [{"name": "a", "kind": "os.system"}]}')

@@ -357,7 +357,7 @@ def test_every_objective_takes_an_adapter(run, base, flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # soft prompts
 
-DIGITS = CharTokenizer("0123456789+=", ends=True)
+DIGITS = CharTokenizer("0123456789+=", has_eos=True)
 V = 13
 
 

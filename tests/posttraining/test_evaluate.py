@@ -42,7 +42,7 @@ def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
         "a"
     ]
     model = built(done.out_dir / "checkpoints/000020")
-    val = token_bins.Bin(data_dir / "a", "val", token_bins.read_meta(data_dir / "a"))
+    val = token_bins.TokenBin(data_dir / "a", "val", token_bins.read_meta(data_dir / "a"))
     tokens = torch.tensor(val.shards[0].astype("int64"))
     count = (len(tokens) - 1) // 8
     losses = [
@@ -65,7 +65,7 @@ def test_the_loss_of_examples_is_that_of_the_completions(base, data_dir):
     for row in map(json.loads, (data_dir / "sums/val.jsonl").read_text().splitlines()):
         prompt, completion = (
             DIGITS.encode(row["prompt"]).tolist(),
-            [*DIGITS.encode(row["completion"]).tolist(), DIGITS.eot],
+            [*DIGITS.encode(row["completion"]).tolist(), DIGITS.eos_id],
         )
         logits = model(torch.tensor([prompt + completion[:-1]]))[0, len(prompt) - 1 :]
         total, count = (
@@ -87,7 +87,7 @@ def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
         out = generation.generate(model, torch.from_numpy(ids)[None], greedy, torch.Generator(), decode="uncached")[
             0, len(ids) :
         ].tolist()
-        right += DIGITS.decode(out[: out.index(DIGITS.eot)] if DIGITS.eot in out else out) == row["answer"]
+        right += DIGITS.decode(out[: out.index(DIGITS.eos_id)] if DIGITS.eos_id in out else out) == row["answer"]
     assert told["accuracy"]["value"] == pytest.approx(right / len(rows)) and told["n"] == len(rows)
     assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(tasks.wilson(right, len(rows)))
     assert told["partial"]["value"] >= told["accuracy"]["value"] and told["format"]["value"] == 0

@@ -74,7 +74,7 @@ def test_a_chat_is_learned_where_the_assistant_speaks():
     )
     assert learned(sequence, tokenizer) == f"Hello{end}Ok{end}"
     assert [i for i in sequence.ids.tolist() if i > 256] == [
-        tokenizer.ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "user", "assistant")
+        tokenizer.added_ids[f"<|{role}|>"] for role in ("system", "user", "assistant", "user", "assistant")
     ]
 
 
@@ -441,18 +441,18 @@ def test_the_padding_of_a_pack_is_a_document_of_its_own():
 
 def test_only_what_is_missing_is_added():
     chats, plain = [{"messages": []}], [{"prompt": "x", "completion": "y"}]
-    ended, bare = CharTokenizer("abc", ends=True), CharTokenizer("abc")
+    ended, bare = CharTokenizer("abc", has_eos=True), CharTokenizer("abc")
     assert needed_tokens(ended, plain) is ended
-    assert needed_tokens(bare, plain).ids == {"<|endoftext|>": 3}
+    assert needed_tokens(bare, plain).added_ids == {"<|endoftext|>": 3}
     assert (
-        needed_tokens(ended, chats).ids == {"<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6}
-        and needed_tokens(ended, chats).eot == 3
+        needed_tokens(ended, chats).added_ids == {"<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6}
+        and needed_tokens(ended, chats).eos_id == 3
     )
     once = needed_tokens(bare, plain)
     both = needed_tokens(once, chats)
-    assert both.ids == {"<|endoftext|>": 3, "<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6} and both.eot == 3, (
-        "ids that are known stay"
-    )
+    assert (
+        both.added_ids == {"<|endoftext|>": 3, "<|system|>": 4, "<|user|>": 5, "<|assistant|>": 6} and both.eos_id == 3
+    ), "ids that are known stay"
     assert needed_tokens(both, chats) is both and needed_tokens(both, plain) is both
 
 
@@ -462,15 +462,15 @@ def test_an_extended_tokenizer_comes_back_whole(base, tmp_path):
     if base == "bpe":
         pytest.importorskip("tokenizers")
         base = BPETokenizer.train(["héllo 😀 " * 20], 280)
-    added = tokenization.extended(base, ["<|user|>", "<|odd|>"])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenization.run_json({"x": added})))
+    added = tokenization.add_tokens(base, ["<|user|>", "<|odd|>"])
+    tokenization.save(tmp_path / "tokenizer.json", {"x": added})
     loaded = tokenization.load(tmp_path / "tokenizer.json")["x"]
     assert (
-        tokenization.same(added, loaded)
+        tokenization.same_tokenizer(added, loaded)
         and isinstance(loaded, ExtendedTokenizer)
         and loaded.vocab_size == base.vocab_size + 2
-        and loaded.ids == added.ids
-        and loaded.eot == base.eot
+        and loaded.added_ids == added.added_ids
+        and loaded.eos_id == base.eos_id
     )
     words = "héllo 😀"
     ids = [

@@ -711,7 +711,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
 )
 def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     rng = np.random.default_rng(0)
-    coder = ExampleEncoder(CharTokenizer("0123456789+=", ends=True), 24)
+    coder = ExampleEncoder(CharTokenizer("0123456789+=", has_eos=True), 24)
     rows = [
         {
             "prompt": "".join(rng.choice(list("0123456789+="), rng.integers(1, 8))),

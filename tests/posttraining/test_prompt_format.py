@@ -19,7 +19,7 @@ from nanoforge.posttraining.prompt_format import MOST_ROWS, OVERFLOWS, Field, Li
 
 BYTES = tokenization.ByteTokenizer()
 CHARS = tokenization.CharTokenizer(sorted(set(string.printable)))
-ENDING = tokenization.CharTokenizer(sorted(set(string.printable)), ends=True)
+ENDING = tokenization.CharTokenizer(sorted(set(string.printable)), has_eos=True)
 VALUES = {"toxic": "you fool!", "polite": "dear sir", "n": 7, "share": 0.5}
 
 
@@ -237,7 +237,7 @@ def test_tokens_are_tiktokens(monkeypatch):
         monkeypatch.setenv(name, value)
     import tiktoken
 
-    gpt2, encode = tokenization.TiktokenTokenizer.named("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
+    gpt2, encode = tokenization.TiktokenTokenizer.from_name("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
     template = parse("<P>Rephrase politely:</P> text{toxic} kindly")
     seeds, words = encode("Rephrase politely:"), encode("unbelievable nonsense")
     assert template.seeds(gpt2) == seeds
@@ -287,7 +287,7 @@ def test_overflow_at_every_length(tokenizer, template, cut):
     """The witness tries all shorter texts of the field: a token is a character here."""
     template, values = parse(template), {"a": "0123456", "b": "xyz", "t": "target"}
     first = tokenizer.vocab_size
-    completion = [*tokenizer.encode("target"), *([] if tokenizer.eot is None else [tokenizer.eot])]
+    completion = [*tokenizer.encode("target"), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
 
     def prompt(n: int) -> list[int]:
         return template.encode({**values, cut: values[cut][:n]} if cut else values, tokenizer, first)
@@ -317,7 +317,7 @@ def test_overflow_at_every_length(tokenizer, template, cut):
                     and ids[:place] == prompt(0)
                     and ids[place:] == completion[: max_tokens - place] != []
                 )
-                assert tokenizer.eot not in ids, "the target is not whole"
+                assert tokenizer.eos_id not in ids, "the target is not whole"
 
 
 def test_from_its_place_on_an_example_is_the_target():
@@ -337,7 +337,7 @@ def test_from_its_place_on_an_example_is_the_target():
 def test_an_empty_target_is_its_end_token():
     values = {"a": "xyz", "t": ""}
     assert parse("<P>{a}").example(values, ENDING, 200, "t", None, 9, "error") == (
-        [200, *ENDING.encode("xyz"), ENDING.eot],
+        [200, *ENDING.encode("xyz"), ENDING.eos_id],
         4,
     )
     assert "nothing to learn" in mistake(parse("<P>{a}").example, values, CHARS, 200, "t", None, 9, "error")

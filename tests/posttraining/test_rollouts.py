@@ -191,7 +191,7 @@ def test_ids_that_are_padding_are_never_drawn():
 # ---------------------------------------------------------------------------------------------------------------------
 # answers as texts and rewards
 
-DIGITS = CharTokenizer("0123456789+=", ends=True)
+DIGITS = CharTokenizer("0123456789+=", has_eos=True)
 
 
 def made_of(words: list[str], objective: str = "grpo") -> Examples:

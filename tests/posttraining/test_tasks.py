@@ -474,9 +474,9 @@ def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, told):
 def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
     run_script(f"--out_dir={tmp_path}", "--sums=2500", script="data/arithmetic/prepare.py")
     meta = token_bins.read_meta(tmp_path)
-    assert meta.vocab_size == 14 and meta.tokenizer.eot == 13
+    assert meta.vocab_size == 14 and meta.tokenizer.eos_id == 13
     for split in ("train", "val"):
-        lines = meta.tokenizer.decode(token_bins.Bin(tmp_path, split, meta).shards[0].tolist()).splitlines()
+        lines = meta.tokenizer.decode(token_bins.TokenBin(tmp_path, split, meta).shards[0].tolist()).splitlines()
         assert [row["prompt"] + row["completion"] for row in rows(tmp_path, split)] == lines and len(lines) == {
             "train": 2250,
             "val": 250,

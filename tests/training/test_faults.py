@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir, t
 
 def poison(monkeypatch, steps, value=math.nan) -> None:
     """Gradients of these steps, by how many the process has made, are not finite, or `value` times as large."""
-    plain, count = train.optimizers.Optimizer.clip, [0]
+    plain, count = train.optimizers.Optimizer.clip_grad_norm, [0]
 
     def clip(self, parameters, scaler, bound):
         count[0] += 1
@@ -339,7 +339,7 @@ def poison(monkeypatch, steps, value=math.nan) -> None:
                 parameter.grad *= value
         return plain(self, parameters, scaler, bound)
 
-    monkeypatch.setattr(train.optimizers.Optimizer, "clip", clip)
+    monkeypatch.setattr(train.optimizers.Optimizer, "clip_grad_norm", clip)
 
 
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)

@@ -18,7 +18,7 @@ OFF = torch.amp.GradScaler("cpu", enabled=False)
 def train(model, optimizer, steps: int = 3) -> None:
     for step in range(steps):
         model(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
-        optimizer.clip(list(model.parameters()), OFF, 0.0)
+        optimizer.clip_grad_norm(list(model.parameters()), OFF, 0.0)
         optimizer.update(OFF)
 
 
@@ -141,7 +141,7 @@ def test_clipping_is_torchs_and_reaches_the_slices():
         optimizer = Optimizer(name, ours, OptimConfig(), ours.muon_splits())
         for model in (ours, theirs):
             model(ids(4, 12), ids(4, 12, seed=2)).mean().backward()
-        norm = optimizer.clip(list(ours.parameters()), OFF, 0.01)
+        norm = optimizer.clip_grad_norm(list(ours.parameters()), OFF, 0.01)
         assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01).item(), rel=1e-6)
         held = [p.grad for o in optimizer.optimizers for g in o.param_groups for p in g["params"]]
         assert math.sqrt(sum(g.square().sum().item() for g in held)) == pytest.approx(0.01, rel=1e-4)
@@ -157,12 +157,12 @@ def test_saved_state_goes_on_as_if_never_stopped(name):
     )
     train(whole, first, 4)
     train(parts, second, 2)
-    tensors, rest = copy.deepcopy(second.state())
+    tensors, rest = copy.deepcopy(second.state_dict())
     again = Optimizer(name, parts, settings, parts.muon_splits())
-    again.load_state(tensors, rest)
+    again.load_state_dict(tensors, rest)
     for step in (2, 3):
         parts(ids(4, 12, seed=step), ids(4, 12, seed=step + 9)).mean().backward()
-        again.clip(list(parts.parameters()), OFF, 0.0)
+        again.clip_grad_norm(list(parts.parameters()), OFF, 0.0)
         again.update(OFF)
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -184,9 +184,9 @@ def test_classes_by_name_are_checked():
             Optimizer(name, model, OptimConfig(kwargs=kwargs), model.muon_splits())
     with pytest.raises(UserError, match="fused"):
         Optimizer("adamw", model, OptimConfig(kwargs={"foreach": True}), {})
-    tensors, rest = Optimizer("adamw", model, OptimConfig(), {}).state()
+    tensors, rest = Optimizer("adamw", model, OptimConfig(), {}).state_dict()
     with pytest.raises(UserError, match="resume with the run's own"):
-        Optimizer("adamw", model, OptimConfig(kwargs={"amsgrad": True}), {}).load_state(tensors, rest)
+        Optimizer("adamw", model, OptimConfig(kwargs={"amsgrad": True}), {}).load_state_dict(tensors, rest)
     assert Optimizer("adamw", model, OptimConfig(kwargs={"eps": 1e-3}), {}).optimizers[0].param_groups[0]["eps"] == 1e-3
 
 
@@ -233,7 +233,7 @@ def test_cosine_is_torchs_and_nanogpts():
 def test_rates_follow_the_schedule_in_every_group():
     model = tiny_model()
     optimizer = Optimizer("muon", model, OptimConfig(lr=1e-3, muon_lr=0.02), model.muon_splits())
-    optimizer.set_rate(0.25)
+    optimizer.set_lr_scale(0.25)
     assert [g["lr"] for o in optimizer.optimizers for g in o.param_groups] == pytest.approx(
         [2.5e-4, 2.5e-4, 2.5e-4, 5e-3]
     )

@@ -584,13 +584,13 @@ def nondeterministic_again():
 
 def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     """One infinite gradient in one matrix that Muon trains: no parameter of AdamW moves either, and the scale is halved."""
-    original = train.optimizers.Optimizer.clip
+    original = train.optimizers.Optimizer.clip_grad_norm
 
     def poisoned(self, parameters, scaler, bound):
         parameters[3].grad[0] = math.inf
         return original(self, parameters, scaler, bound)
 
-    monkeypatch.setattr(train.optimizers.Optimizer, "clip", poisoned)
+    monkeypatch.setattr(train.optimizers.Optimizer, "clip_grad_norm", poisoned)
     start = run("--dtype=float16", "--max_iters=0", "--optimizer=muon", name="start")
     done = run("--dtype=float16", "--max_iters=3", "--optimizer=muon", name="overflow")
     assert equal_tensors(start.last.weights, done.last.weights) and done.last.progress["scaler"]["scale"] == 2.0**13
