@@ -21,7 +21,7 @@ from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.device import choose_dtype
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
-from nanoforge.posttraining import examples, objectives, prompt_format, rollouts, tasks
+from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts, tasks
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint, optimizers, schedules
 
@@ -241,7 +241,7 @@ def open_bins(
         for batch, counts in dataset.eval_batches(
             args.eval_iters, args.batch_size, ranks.rank, ranks.world_size, pin=pin
         ):
-            yield objective(net, batch.to(ranks.device), detailed=True)[1], counts
+            yield objective(net, batch.to(ranks.device), with_metrics=True)[1], counts
 
     evaluated = {
         split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some]
@@ -255,7 +255,7 @@ def open_examples(
     rows: dict[str, dict[str, list[dict]]],
     tokenizer: tokenization.Tokenizer,
     model: GPT,
-    reference: objectives.Reference | None,
+    reference: objectives.ReferenceModel | None,
     mixture: batches.Mixture,
     ranks: distributed.Ranks,
     say,
@@ -303,14 +303,14 @@ def open_examples(
     )
     if a.objective == "grpo":
         objective = objectives.GRPO(
-            a.loss_type,
-            a.epsilon,
-            a.epsilon_high or a.epsilon,
-            a.beta,
-            a.importance_sampling_level,
-            a.temperature,
-            a.max_new_tokens,
-            reference,
+            loss_type=a.loss_type,
+            epsilon_low=a.epsilon,
+            epsilon_high=a.epsilon_high or a.epsilon,
+            beta=a.beta,
+            importance_sampling_level=a.importance_sampling_level,
+            temperature=a.temperature,
+            max_completion_tokens=a.max_new_tokens,
+            reference=reference,
         )
         source = rollouts.RolloutSource(
             opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated
@@ -323,7 +323,9 @@ def open_examples(
         if a.objective == "sft":
             objective = objectives.SFT()
         elif a.objective == "dpo":
-            objective = objectives.DPO(a.dpo_loss, a.beta, a.label_smoothing, reference)
+            objective = objectives.DPO(
+                loss=a.dpo_loss, beta=a.beta, label_smoothing=a.label_smoothing, reference=reference
+            )
         else:
             good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
             bad = sum(dataset.n_windows for dataset in opened["train"]) - good
@@ -334,8 +336,13 @@ def open_examples(
                 if dataset.n_windows < 2
             ]:
                 raise UserError(f"--objective=kto: {lone[0]}: has one example; each needs another's completion")
+            desirable_weight, undesirable_weight = kto_weights(a.desirable_weight, a.undesirable_weight, good, bad)
             objective = objectives.KTO(
-                a.beta, *kto_weights(a.desirable_weight, a.undesirable_weight, good, bad), reference, ranks
+                beta=a.beta,
+                desirable_weight=desirable_weight,
+                undesirable_weight=undesirable_weight,
+                reference=reference,
+                ranks=ranks,
             )
         source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
 
@@ -343,7 +350,7 @@ def open_examples(
             for batch, counts in dataset.eval_batches(
                 a.eval_iters, a.batch_size, ranks.rank, ranks.world_size, collate
             ):
-                yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], detailed=True)[1], counts
+                yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], with_metrics=True)[1], counts
 
         told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
     evaluated = {
@@ -378,7 +385,7 @@ def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: distrib
                         collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
                     ).to(ranks.device)
                     logp = (
-                        objectives.logps(model.eval(), batch.tokens, batch.extras["loss_mask"])
+                        losses.per_token_logps(model.eval(), batch.tokens, batch.extras["loss_mask"])
                         .sum(1)
                         .view(2, -1)
                         .T.cpu()
@@ -472,8 +479,8 @@ def make(
         data = open_bins(args, metas, tokenizers, model, mixture, ranks)
     else:
         reference = {
-            "adapter": objectives.Reference(model, partial(adapters.disable_adapter, model)),
-            "copy": objectives.Reference(still, nullcontext),
+            "adapter": objectives.ReferenceModel(model, partial(adapters.disable_adapter, model)),
+            "copy": objectives.ReferenceModel(still, nullcontext),
         }.get(kind)
         data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
         if kind == "cache":

@@ -106,7 +106,8 @@ from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.device import choose_dtype, get_device
 from nanoforge.errors import UserError
 from nanoforge.models import generation, pretrained
-from nanoforge.posttraining import examples, objectives, prompt_format, tasks
+from nanoforge.posttraining import examples, prompt_format, tasks
+from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.training import checkpoint
 
 
@@ -192,7 +193,7 @@ def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
         some = held.items[first : first + a.batch_size]
         batch = examples.Collator()(some, 0, len(some), 1).to(subject.device)
         total, tokens = (
-            total - float(objectives.logps(subject.model, batch.tokens, batch.extras["loss_mask"]).sum()),
+            total - float(per_token_logps(subject.model, batch.tokens, batch.extras["loss_mask"]).sum()),
             tokens + int(batch.extras["loss_mask"].sum()),
         )
     told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}

@@ -616,7 +616,7 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
             distributed.set_gradient_sync(
                 model, sync=i == len(micro_batches) - 1
             )  # averaged over the ranks in the last one
-            loss, more = objective(model, batch, telling)
+            loss, more = objective(model, batch, with_metrics=telling)
             scaler.scale(loss).backward()
             told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
         norm = optimizer.clip_grad_norm(parameters, scaler, a.grad_clip)

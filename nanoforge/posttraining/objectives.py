@@ -1,317 +1,294 @@
-"""Objectives: a batch and a model to a loss, and what is told of it. The losses are pure functions of log-probabilities.
+"""Objectives: from a model and a batch to a loss and its metrics. The formulas are in losses.py.
 
-logp is the log-probability of a completion: the sum over its learned tokens, the end token included. A log-ratio is logp of the policy less
-that of the reference. An objective is called with a micro-batch; its losses, summed over a rank's micro-batches and averaged over the
-ranks, are the step's loss, however the step is cut. What it tells is by name a tensor (2, ...): a sum, and what to divide it by.
+An objective is called with a micro-batch. Summed over a rank's micro-batches and averaged over the ranks, its losses are
+the step's loss, however the step is cut. A metric is a tensor (2, ...): a sum and its count, which are added up likewise.
+
+Legend: B sequences, T target positions, K contexts.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoforge.data.batches import Batch, Metrics
 from nanoforge.distributed import Ranks
-
-# ---------------------------------------------------------------------------------------------------------------------
-# preferences: a, d are the log-ratios of chosen and rejected completions, (B,); beta is the strength of the tie to the reference
-
-
-def sigmoid(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
-    """DPO (Rafailov et al. 2023, equation 7); smoothed: cDPO (Mitchell 2023)."""
-    return -(1 - smoothing) * F.logsigmoid(beta * (a - d)) - smoothing * F.logsigmoid(-beta * (a - d))
-
-
-def robust(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
-    """rDPO (Chowdhury et al. 2024): unbiased where a part `smoothing` of the labels is flipped."""
-    return (-(1 - smoothing) * F.logsigmoid(beta * (a - d)) + smoothing * F.logsigmoid(-beta * (a - d))) / (
-        1 - 2 * smoothing
-    )
-
-
-def hinge(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
-    """SLiC (Zhao et al. 2023) on log-ratios."""
-    return F.relu(1 - beta * (a - d))
-
-
-def ipo(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
-    """IPO (Azar et al. 2023, equation 17); a, d are per token."""
-    return (a - d - 1 / (2 * beta)).square()
-
-
-def apo_zero(a: Tensor, d: Tensor, beta: float, smoothing: float) -> Tensor:
-    """APO-zero (D'Oosterlinck et al. 2024): up with the chosen, down with the rejected."""
-    return 1 - torch.sigmoid(beta * a) + torch.sigmoid(beta * d)
-
-
-# Of each loss: its function, whether the log-ratios are per token, whether it knows smoothing.
-DPO_LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, float, float], Tensor], bool, bool]] = {
-    "sigmoid": (sigmoid, False, True),
-    "hinge": (hinge, False, False),
-    "ipo": (ipo, True, False),
-    "robust": (robust, False, True),
-    "sigmoid_norm": (sigmoid, True, True),
-    "apo_zero": (apo_zero, False, False),
-}
-
-
-def kto_loss(
-    r: Tensor, z: Tensor, desirable: Tensor, beta: float, desirable_weight: float, undesirable_weight: float
-) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, equation 8): of each row, from its log-ratio r (B,), whether it is desirable (B,), and the reference point z."""
-    return torch.where(
-        desirable,
-        desirable_weight * (1 - torch.sigmoid(beta * (r - z))),
-        undesirable_weight * (1 - torch.sigmoid(beta * (z - r))),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reinforcement
-
-
-def advantages(rewards: Tensor, group: int, scale: str, spread_of_all: Tensor | None = None) -> Tensor:
-    """GRPO (Shao et al. 2024): rewards (N,), `group` completions of a prompt after each other, less their group's mean; divided by the group's
-    standard deviation, by that of all, or (`none`; Liu et al. 2025) not."""
-    groups = rewards.view(-1, group)
-    centred = groups - groups.mean(1, keepdim=True)
-    if scale == "group":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
-    elif scale == "batch":
-        centred = centred / ((rewards.std() if spread_of_all is None else spread_of_all) + 1e-4)
-    return centred.flatten()
-
-
-def ppo_clip_loss(
-    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float, level: str
-) -> tuple[Tensor, Tensor]:
-    """(-min(w A, clip(w) A), w) of each token: logp, old and mask are (B, T), advantage (B,). w is the ratio of a token's probabilities, or with
-    level "sequence" (GSPO, Zheng et al. 2025) that of the whole completion's, its geometric mean over tokens."""
-    ratio = (logp - old) * mask
-    if level == "sequence":
-        ratio = (ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None]
-    w, A = ratio.exp(), advantage[:, None]
-    return (-torch.minimum(w * A, w.clamp(1 - low, 1 + high) * A)).expand_as(logp), w.expand_as(logp)
-
-
-def divergence(logp: Tensor, reference: Tensor) -> Tensor:
-    """KL of the policy to the reference, of each token: unbiased and never negative (Schulman 2020, k3)."""
-    return (reference - logp).exp() - (reference - logp) - 1
-
-
-# Sums of the token losses (B, T) over a mask (B, T) to (sum, divided by): `longest` is the largest completion there may be.
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
-    "grpo": lambda losses, mask, longest: (
-        ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(),
-        mask.new_tensor(len(mask)),
-    ),
-    "bnpo": lambda losses, mask, longest: ((losses * mask).sum(), mask.sum()),
-    "dr_grpo": lambda losses, mask, longest: ((losses * mask).sum(), mask.new_tensor(len(mask) * longest)),
-    "dapo": lambda losses, mask, longest: ((losses * mask).sum(), mask.sum()),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what objectives share
-
-
-def logps(net: nn.Module, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of the learned targets, (B, T), 0 elsewhere; float32."""
-    targets = tokens[:, 1:] * mask  # elsewhere there may be ids that no head has
-    return -net(tokens[:, :-1], targets, temperature=temperature) * mask
-
-
-def mean_of(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The sum of values, those of the mask if one is given, and their number: (2,)."""
-    values = values.detach().float()
-    return (
-        torch.stack((values.sum(), values.new_tensor(values.numel())))
-        if mask is None
-        else torch.stack(((values * mask).sum(), mask.sum().float()))
-    )
-
-
-@torch.no_grad()
-def statistics(net: nn.Module, batch: Batch, temperature: float = 1.0) -> Metrics:
-    """Entropy of the model at the learned targets, and how often its likeliest token is the target. A pass of its own: telling changes nothing that is learned."""
-    logits = net(batch.idx, **where(batch)).float() / temperature
-    log_p, mask = logits.log_softmax(-1), batch.extras["loss_mask"]
-    return {
-        "entropy": mean_of(-(log_p.exp() * log_p).sum(-1), mask),
-        "mean_token_accuracy": mean_of(logits.argmax(-1) == batch.targets, mask),
-    }
-
-
-def where(batch: Batch) -> dict[str, Tensor]:
-    """The positions of packed examples, if they are."""
-    return {"position_ids": batch.extras["position_ids"]} if "position_ids" in batch.extras else {}
+from nanoforge.posttraining import losses
+from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, Normalizer, per_token_logps
 
 
 class Objective(Protocol):
-    def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
-        """A rank's micro-batches of a step with what needs no gradient: log-probabilities of the reference, and what is to be known of all of them."""
+    """What the training loop asks of an objective."""
 
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        """(loss, what is told if detailed)."""
+    def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
+        """A rank's micro-batches of a step, with what needs no gradient: log-probabilities of the reference model, and
+        values that depend on the whole step."""
+
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        """(loss, metrics) of a micro-batch; the metrics are empty unless asked for, as they cost a forward pass."""
 
 
-class Plain:
-    """Without a reference."""
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
 
-    def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
+
+def sum_and_count(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The sum of the values, or of those in the mask, and how many they are: (2,) float32."""
+    values = values.detach().float()
+    if mask is None:
+        return torch.stack((values.sum(), values.new_tensor(values.numel())))
+    return torch.stack(((values * mask).sum(), mask.sum().float()))
+
+
+@torch.no_grad()
+def token_metrics(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Metrics:
+    """The model's entropy at the loss tokens, and how often its likeliest token is the target.
+
+    A forward pass of its own, so that logging changes nothing that is learned.
+    """
+    logits = model(batch.idx, **position_kwargs(batch)).float() / temperature  # (B, T, V)
+    loss_mask = batch.extras["loss_mask"]
+    return {
+        "entropy": sum_and_count(losses.entropy(logits), loss_mask),
+        "mean_token_accuracy": sum_and_count(logits.argmax(-1) == batch.targets, loss_mask),
+    }
+
+
+def position_kwargs(batch: Batch) -> dict[str, Tensor]:
+    """The model's argument for packed examples, each of which counts its positions from 0."""
+    if "position_ids" not in batch.extras:
+        return {}
+    return {"position_ids": batch.extras["position_ids"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# without a reference model
+
+
+class ReferenceFree:
+    """An objective that needs nothing but the batch."""
+
+    def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         return batches
 
 
-class LanguageModel(Plain):
-    """The mean cross-entropy of all targets. Of several contexts it tells each one's."""
+class LanguageModel(ReferenceFree):
+    """The mean cross-entropy of all targets; its metric has an entry for each context."""
 
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        losses = net(batch.idx, batch.targets)  # (B, T) or (B, K, T)
-        loss = losses.mean() / batch.n_micro_batches
-        if not detailed:
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        token_losses = model(batch.idx, batch.targets)  # (B, T) or (B, K, T)
+        loss = token_losses.mean() / batch.n_micro_batches
+        if not with_metrics:
             return loss, {}
-        by_context = losses.detach().view(len(losses), -1, losses.size(-1)).sum((0, 2))
-        return loss, {"loss": torch.stack((by_context, torch.full_like(by_context, losses.numel() / len(by_context))))}
+        B, T = len(token_losses), token_losses.size(-1)
+        context_losses = token_losses.detach().view(B, -1, T).sum((0, 2))  # (K,)
+        return loss, {"loss": torch.stack((context_losses, torch.full_like(context_losses, B * T)))}
 
 
-class SFT(Plain):
-    """The mean cross-entropy of the learned targets of the whole step."""
+class SFT(ReferenceFree):
+    """The mean cross-entropy of the loss tokens of the whole step."""
 
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask = batch.extras["loss_mask"]
-        losses = net(batch.idx, batch.targets * mask, **where(batch)) * mask
-        told = {"loss": mean_of(losses, mask), **statistics(net, batch)} if detailed else {}
-        return losses.sum() / batch.num_loss_tokens, told
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        loss_mask = batch.extras["loss_mask"]
+        token_losses = model(batch.idx, batch.targets * loss_mask, **position_kwargs(batch)) * loss_mask  # (B, T)
+        loss = token_losses.sum() / batch.num_loss_tokens
+        if not with_metrics:
+            return loss, {}
+        return loss, {"loss": sum_and_count(token_losses, loss_mask)} | token_metrics(model, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preferences, measured against a reference model
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Log-probabilities of the model that training began with: `net` as it is within `begun()`."""
+class ReferenceModel:
+    """The model that training started from: `model` as it is within `reference_mode()`."""
 
-    net: nn.Module
-    begun: Callable
+    model: nn.Module
+    reference_mode: Callable[[], AbstractContextManager[None]]
 
     @torch.no_grad()
-    def logps(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-        with self.begun():
-            return logps(self.net, tokens, mask, temperature)
+    def per_token_logps(self, tokens: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """As losses.per_token_logps: (B, T)."""
+        with self.reference_mode():
+            return per_token_logps(self.model, tokens, loss_mask, temperature)
+
+    def sequence_logps(self, tokens: Tensor, loss_mask: Tensor) -> Tensor:
+        """Log-probabilities of completions: (B,)."""
+        return self.per_token_logps(tokens, loss_mask).sum(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPO:
-    """DPO and its kin; a batch holds chosen completions, then the rejected ones."""
+    """DPO and its relatives. The first half of a batch are chosen completions, the second half their rejected ones."""
 
-    loss: str
+    loss: str  # one of DPO_LOSSES
     beta: float
-    smoothing: float
-    reference: Reference | None  # None: the batches bring its log-probabilities
+    label_smoothing: float = 0.0
+    reference: ReferenceModel | None  # None: the batches bring ref_logps
 
-    def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
+    def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         if self.reference is None:
             return batches
         return [
-            batch.with_tensors(ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"]).sum(1))
+            batch.with_tensors(ref_logps=self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"]))
             for batch in batches
         ]
 
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask = batch.extras["loss_mask"]
-        logp = logps(net, batch.tokens, mask).sum(1)
-        ratios = logp - batch.extras["ref_logps"]
-        function, per_token, _ = DPO_LOSSES[self.loss]
-        a, d = (ratios / mask.sum(1) if per_token else ratios).chunk(2)
-        losses = function(a, d, self.beta, self.smoothing)
-        if not detailed:
-            return losses.mean() / batch.n_micro_batches, {}
-        (chosen, rejected), (good, bad) = (self.beta * ratios).chunk(2), logp.chunk(2)
-        told = {
-            "loss": mean_of(losses), "rewards/chosen": mean_of(chosen), "rewards/rejected": mean_of(rejected), "rewards/margins": mean_of(chosen - rejected),
-            "rewards/accuracies": mean_of(chosen > rejected), "logps/chosen": mean_of(good), "logps/rejected": mean_of(bad),
-        }  # fmt: skip
-        return losses.mean() / batch.n_micro_batches, told | statistics(net, batch)
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        loss_mask = batch.extras["loss_mask"]
+        policy_logps = per_token_logps(model, batch.tokens, loss_mask).sum(1)  # (B,)
+        logratios = policy_logps - batch.extras["ref_logps"]
+
+        dpo_loss = DPO_LOSSES[self.loss]
+        scaled = logratios / loss_mask.sum(1) if dpo_loss.per_token else logratios
+        chosen_logratios, rejected_logratios = scaled.chunk(2)  # (B / 2,) each
+        pair_losses = dpo_loss.function(chosen_logratios, rejected_logratios, self.beta, self.label_smoothing)
+        loss = pair_losses.mean() / batch.n_micro_batches
+        if not with_metrics:
+            return loss, {}
+
+        chosen_rewards, rejected_rewards = (self.beta * logratios).chunk(2)
+        chosen_logps, rejected_logps = policy_logps.chunk(2)
+        metrics = {
+            "loss": sum_and_count(pair_losses),
+            "rewards/chosen": sum_and_count(chosen_rewards),
+            "rewards/rejected": sum_and_count(rejected_rewards),
+            "rewards/margins": sum_and_count(chosen_rewards - rejected_rewards),
+            "rewards/accuracies": sum_and_count(chosen_rewards > rejected_rewards),
+            "logps/chosen": sum_and_count(chosen_logps),
+            "logps/rejected": sum_and_count(rejected_logps),
+        }
+        return loss, metrics | token_metrics(model, batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KTO:
-    """KTO: desirable and undesirable completions, unpaired. The reference point is the mean log-ratio of prompts with completions that are not
-    theirs, over the rows of the whole step, at least 0."""
+    """KTO: desirable and undesirable completions, unpaired.
+
+    The reference point is an estimate of the KL: the mean log-ratio of prompts with completions of other prompts, over
+    the rows of the whole step, at least 0.
+    """
 
     beta: float
     desirable_weight: float
     undesirable_weight: float
-    reference: Reference
+    reference: ReferenceModel
     ranks: Ranks
 
     @torch.no_grad()
-    def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
+    def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         total = torch.zeros(2, device=self.ranks.device)
         for batch in batches:
-            tokens, mask = batch.extras["kl_completion"], batch.extras["kl_completion_mask"]
-            total += mean_of((logps(net, tokens, mask) - self.reference.logps(tokens, mask)).sum(1), mask.any(1))
+            tokens = batch.extras["kl_completion"]
+            loss_mask = batch.extras["kl_completion_mask"]
+            policy_logps = per_token_logps(model, tokens, loss_mask)
+            ref_logps = self.reference.per_token_logps(tokens, loss_mask)
+            total += sum_and_count((policy_logps - ref_logps).sum(1), loss_mask.any(1))
         total = self.ranks.all_reduce_(total)
-        z = (total[0] / total[1]).clamp(min=0)
-        return [
-            batch.with_tensors(kl=z, ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"]).sum(1))
-            for batch in batches
-        ]
-
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        logp, desirable, z = (
-            logps(net, batch.tokens, batch.extras["loss_mask"]).sum(1),
-            batch.extras["desirable"],
-            batch.extras["kl"],
-        )
-        ratio = logp - batch.extras["ref_logps"]
-        losses = kto_loss(ratio, z, desirable, self.beta, self.desirable_weight, self.undesirable_weight)
-        if not detailed:
-            return losses.mean() / batch.n_micro_batches, {}
-        reward = self.beta * ratio
-        told = {
-            "loss": mean_of(losses), "kl": mean_of(z.view(1)), "rewards/chosen": mean_of(reward, desirable), "rewards/rejected": mean_of(reward, ~desirable),
-            "logps/chosen": mean_of(logp, desirable), "logps/rejected": mean_of(logp, ~desirable),
-        }  # fmt: skip
-        return losses.mean() / batch.n_micro_batches, told | statistics(net, batch)
-
-
-@dataclass(frozen=True)
-class GRPO:
-    """GRPO and its kin; a batch brings `advantage` (B,) and `old` (B, T), the log-probabilities with which the completions were sampled."""
-
-    aggregation: str
-    epsilon: float
-    epsilon_high: float
-    beta: float
-    level: str
-    temperature: float
-    longest: int
-    reference: Reference | None  # None: beta is 0
-
-    def prepare(self, net: nn.Module, batches: list[Batch]) -> list[Batch]:
-        if self.reference is None:
-            return batches
+        kl = (total[0] / total[1]).clamp(min=0)
         return [
             batch.with_tensors(
-                ref_logps=self.reference.logps(batch.tokens, batch.extras["loss_mask"], self.temperature)
+                kl=kl,
+                ref_logps=self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"]),
             )
             for batch in batches
         ]
 
-    def __call__(self, net: nn.Module, batch: Batch, detailed: bool) -> tuple[Tensor, Metrics]:
-        mask, old, advantage = batch.extras["loss_mask"], batch.extras["old_logps"], batch.extras["advantages"]
-        logp = logps(net, batch.tokens, mask, self.temperature)
-        losses, w = ppo_clip_loss(logp, old, advantage, mask, self.epsilon, self.epsilon_high, self.level)
-        kl = divergence(logp, batch.extras["ref_logps"]) if self.reference is not None else torch.zeros_like(logp)
-        total, by = AGGREGATIONS[self.aggregation](losses + self.beta * kl, mask.float(), self.longest)
-        loss = total / (
-            batch.num_loss_tokens if self.aggregation == "dapo" else by.clamp(min=1) * batch.n_micro_batches
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        desirable = batch.extras["desirable"]  # (B,) bool
+        kl = batch.extras["kl"]
+        policy_logps = per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1)  # (B,)
+        logratios = policy_logps - batch.extras["ref_logps"]
+        row_losses = losses.kto_loss(
+            logratios=logratios,
+            kl=kl,
+            desirable=desirable,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
         )
-        if not detailed:
+        loss = row_losses.mean() / batch.n_micro_batches
+        if not with_metrics:
             return loss, {}
-        A = advantage[:, None].expand_as(logp)
-        told = {
-            "loss": mean_of(loss.view(1) * batch.n_micro_batches), "kl": mean_of(kl, mask), "clip_ratio/low": mean_of((w < 1 - self.epsilon) & (A < 0), mask),
-            "clip_ratio/high": mean_of((w > 1 + self.epsilon_high) & (A > 0), mask), "rollout_logp_error": mean_of((logp - old).abs(), mask),
-        }  # fmt: skip
-        return loss, told | statistics(net, batch, self.temperature)
+
+        rewards = self.beta * logratios
+        metrics = {
+            "loss": sum_and_count(row_losses),
+            "kl": sum_and_count(kl.view(1)),
+            "rewards/chosen": sum_and_count(rewards, desirable),
+            "rewards/rejected": sum_and_count(rewards, ~desirable),
+            "logps/chosen": sum_and_count(policy_logps, desirable),
+            "logps/rejected": sum_and_count(policy_logps, ~desirable),
+        }
+        return loss, metrics | token_metrics(model, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reinforcement learning
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO:
+    """GRPO and its relatives.
+
+    A batch brings `advantages` (B,) and `old_logps` (B, T), the log-probabilities with which its tokens were sampled.
+    """
+
+    loss_type: str  # one of AGGREGATIONS
+    epsilon_low: float  # the clip range is [1 - epsilon_low, 1 + epsilon_high]
+    epsilon_high: float
+    beta: float  # KL coefficient
+    importance_sampling_level: str  # token or sequence
+    temperature: float  # with which the completions were sampled
+    max_completion_tokens: int
+    reference: ReferenceModel | None  # None: there is no KL term
+
+    def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
+        if self.reference is None:
+            return batches
+        return [
+            batch.with_tensors(
+                ref_logps=self.reference.per_token_logps(batch.tokens, batch.extras["loss_mask"], self.temperature)
+            )
+            for batch in batches
+        ]
+
+    def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
+        loss_mask = batch.extras["loss_mask"]  # (B, T)
+        advantages = batch.extras["advantages"]  # (B,)
+        old_logps = batch.extras["old_logps"]  # (B, T)
+
+        # 1. The clipped surrogate of each token.
+        logps = per_token_logps(model, batch.tokens, loss_mask, self.temperature)  # (B, T)
+        ratio = losses.importance_ratio(logps, old_logps, loss_mask, self.importance_sampling_level)
+        token_losses = losses.ppo_clip_loss(ratio, advantages, self.epsilon_low, self.epsilon_high).expand_as(logps)
+
+        # 2. The KL penalty.
+        kl = torch.zeros_like(logps)
+        if self.reference is not None:
+            kl = losses.kl_k3(logps, batch.extras["ref_logps"])
+        token_losses = token_losses + self.beta * kl
+
+        # 3. Tokens to one loss.
+        normalizer = Normalizer(batch.n_micro_batches, batch.num_loss_tokens, self.max_completion_tokens)
+        loss = AGGREGATIONS[self.loss_type](token_losses, loss_mask.float(), normalizer)
+        if not with_metrics:
+            return loss, {}
+
+        ratio = ratio.expand_as(logps)
+        token_advantages = advantages[:, None].expand_as(logps)
+        clipped_low = (ratio < 1 - self.epsilon_low) & (token_advantages < 0)
+        clipped_high = (ratio > 1 + self.epsilon_high) & (token_advantages > 0)
+        metrics = {
+            "loss": sum_and_count(loss.view(1) * batch.n_micro_batches),
+            "kl": sum_and_count(kl, loss_mask),
+            "clip_ratio/low": sum_and_count(clipped_low, loss_mask),
+            "clip_ratio/high": sum_and_count(clipped_high, loss_mask),
+            "rollout_logp_error": sum_and_count((logps - old_logps).abs(), loss_mask),
+        }
+        return loss, metrics | token_metrics(model, batch, self.temperature)

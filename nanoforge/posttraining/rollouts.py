@@ -18,7 +18,7 @@ from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, SamplingParams, generate_batch
 from nanoforge.posttraining import tasks
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, Ids, padded
-from nanoforge.posttraining.objectives import advantages
+from nanoforge.posttraining.losses import group_advantages
 from nanoforge.rng import ROLLOUT, uniform
 
 
@@ -139,7 +139,7 @@ class RolloutSource(ExampleSource):
             torch.tensor([len(reward), reward.sum(), reward.square().sum()], dtype=torch.float64)
         ).tolist()
         spread = torch.tensor(max(0.0, squares - total**2 / n) / max(1, n - 1)).sqrt()
-        advantage = advantages(reward, group, self.scale, spread).float()
+        advantage = group_advantages(reward, group, self.scale, spread).float()
         learned = [answer.ended or not self.mask_truncated for answer in answers]
         sequences, old = [], []
         for item, answer, kept in zip((item for item in own for _ in range(group)), answers, learned, strict=True):

@@ -151,7 +151,7 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
     import model
     import train_args
     from nanoforge.models import adapters
-    from nanoforge.posttraining import objectives, prompt_format
+    from nanoforge.posttraining import losses, prompt_format
     from nanoforge.training import optimizers, schedules
 
     rows = configurator.arg_specs(train_args.TrainArgs)
@@ -160,14 +160,14 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
         "position": model.POSITIONS,
         "mlp": model.MLPS,
         "lr_scheduler": schedules.SCHEDULES,
-        "dpo_loss": objectives.DPO_LOSSES,
-        "loss_type": objectives.AGGREGATIONS,
+        "dpo_loss": losses.DPO_LOSSES,
+        "loss_type": losses.AGGREGATIONS,
         "prompt_provider": adapters.PROVIDERS,
         "overflow": prompt_format.OVERFLOWS,
     }
     for name, registry in registries.items():
         assert set(rows[name].choices) == set(registry)
-    smoothed = {name for name, (_, _, has_smoothing) in objectives.DPO_LOSSES.items() if has_smoothing}
+    smoothed = {name for name, loss in losses.DPO_LOSSES.items() if loss.label_smoothing}
     assert set(train_args.SMOOTHED) == smoothed
     assert set(train_args.OPTIMIZERS) == {*optimizers.OPTIMIZERS, "muon"}
     assert all(name in rows["activation"].help for name in model.ACTIVATIONS)

@@ -418,13 +418,13 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
     batch = padded([item.sequences[0] for item in data.items])
     batch = type(batch)(batch.tokens, batch.extras, 1, 7.0)
-    loss, told = objectives.SFT()(model, batch, True)
+    loss, told = objectives.SFT()(model, batch, with_metrics=True)
     loss.backward()
     together, model.wte.prompt.rows.grad = model.wte.prompt.rows.grad, None
     total = 0.0
     for item in data.items:
         one = padded([item.sequences[0]])
-        alone, _ = objectives.SFT()(model, type(one)(one.tokens, one.extras, 1, 7.0), False)
+        alone, _ = objectives.SFT()(model, type(one)(one.tokens, one.extras, 1, 7.0), with_metrics=False)
         alone.backward()
         total += alone.item()
     assert loss.item() == pytest.approx(total, rel=1e-6) and told["loss"][1] == 7

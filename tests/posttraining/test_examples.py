@@ -16,7 +16,7 @@ from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokeniz
 from nanoforge.distributed import RankSlice
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
-from nanoforge.posttraining import objectives, prompt_format, tasks
+from nanoforge.posttraining import prompt_format, tasks
 from nanoforge.posttraining.examples import (
     Collator,
     Example,
@@ -30,6 +30,7 @@ from nanoforge.posttraining.examples import (
     padded,
     read_rows,
 )
+from nanoforge.posttraining.losses import per_token_logps
 
 BYTES = ByteTokenizer()
 
@@ -371,14 +372,14 @@ def test_padding_changes_no_loss(position):
     sequences = [item.sequences[0] for item in data.items]
     with torch.no_grad():
         alone = [
-            -objectives.logps(model, (one := padded([sequence])).tokens, one.extras["loss_mask"]).sum()
+            -per_token_logps(model, (one := padded([sequence])).tokens, one.extras["loss_mask"]).sum()
             for sequence in sequences
         ]
         for width in (0, 20, 32):
             batch = padded(sequences, width)
             assert batch.tokens.size(1) == (width or max(len(s.ids) for s in sequences))
             torch.testing.assert_close(
-                -objectives.logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1),
+                -per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1),
                 torch.stack(alone),
                 atol=1e-5,
                 rtol=1e-5,

@@ -1,4 +1,7 @@
-"""Objectives: the numbers of the reference implementations, TRL's own functions, finite differences, and sums that no way of cutting a step changes."""
+"""Objectives and their losses against REFERENCES.md's numbers, TRL's own functions and finite differences.
+
+However a step is cut into micro-batches and ranks, its losses and metrics add up to the same.
+"""
 
 import json
 import shutil
@@ -17,21 +20,12 @@ from nanoforge.data.batches import Batch
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.posttraining import objectives
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, Examples
-from nanoforge.posttraining.objectives import (
-    DPO,
-    DPO_LOSSES,
-    GRPO,
-    KTO,
-    SFT,
-    Reference,
-    advantages,
-    kto_loss,
-)
+from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, group_advantages, kto_loss, per_token_logps
+from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, ReferenceModel, token_metrics
 from nanoforge.training import checkpoint
 
-ONE = Ranks(0, 1, torch.device("cpu"))
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def assert_same_run(a, b, *names: str) -> None:
@@ -43,86 +37,109 @@ def assert_same_run(a, b, *names: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a net that gives each id a log-probability of its own: a row of the tests' batches is the ids of its tokens
+# a model that gives each id a log-probability of its own: a row of the tests' batches is the ids of its tokens
 
 
-class Table(nn.Module):
-    """Id j has the log-probability values[j - 1] wherever it is; ids that are not learned would have 7."""
+class TableModel(nn.Module):
+    """Id j has the log-probability values[j - 1] at every position; ids outside the loss mask would have 7."""
 
     def __init__(self, values):
         super().__init__()
         values = torch.as_tensor(values)
-        self.logp = nn.Parameter(torch.cat((values.new_full((1,), 7.0), values)))
+        self.logps = nn.Parameter(torch.cat((values.new_full((1,), 7.0), values)))
 
     def forward(self, idx, targets=None, position_ids=None, temperature=1.0):
-        return torch.zeros(*idx.shape, len(self.logp)) if targets is None else -self.logp[targets]
+        if targets is None:
+            return torch.zeros(*idx.shape, len(self.logps))
+        return -self.logps[targets]
 
 
-def spread(sums, lengths):
-    """Log-probabilities of tokens with these sums a row, none like another."""
-    return torch.cat(
-        [total / n + 0.01 * (torch.arange(n) - (n - 1) / 2) for total, n in zip(sums, lengths, strict=True)]
-    ).double()
+def reference_of(values) -> ReferenceModel:
+    return ReferenceModel(TableModel(values), nullcontext)
 
 
-def rows_of(lengths, first: int = 1) -> Batch:
-    """Rows of so many learned tokens behind two that are not; their ids count from `first` on."""
+def spread(sums, lengths) -> torch.Tensor:
+    """Log-probabilities of the tokens of rows with these sums and lengths, no two of them equal."""
+    rows = [
+        total / length + 0.01 * (torch.arange(length) - (length - 1) / 2)
+        for total, length in zip(sums, lengths, strict=True)
+    ]
+    return torch.cat(rows).double()
+
+
+def batch_of(lengths, first_id: int = 1) -> Batch:
+    """Rows of so many loss tokens behind two others; their ids count from `first_id` on."""
     width = 2 + max(lengths)
-    tokens, mask = (
-        torch.zeros(len(lengths), width, dtype=torch.long),
-        torch.zeros(len(lengths), width - 1, dtype=torch.bool),
-    )
-    for row, n in enumerate(lengths):
-        tokens[row, 2 : 2 + n], mask[row, 1 : 1 + n] = torch.arange(first, first + n), True
-        first += n
-    return Batch(tokens, {"loss_mask": mask}, 1, float(sum(lengths)))
+    tokens = torch.zeros(len(lengths), width, dtype=torch.long)
+    loss_mask = torch.zeros(len(lengths), width - 1, dtype=torch.bool)
+    next_id = first_id
+    for row, length in enumerate(lengths):
+        tokens[row, 2 : 2 + length] = torch.arange(next_id, next_id + length)
+        loss_mask[row, 1 : 1 + length] = True
+        next_id += length
+    return Batch(tokens, {"loss_mask": loss_mask}, 1, float(sum(lengths)))
 
 
-def ratio(told) -> float:
-    return float(told[0] / told[1])
+def every_nth_row(batch: Batch, n: int) -> list[Batch]:
+    """The batch as n micro-batches; a preference's rows, which are half the batch apart, stay together."""
+    return [
+        Batch(
+            batch.tokens[i::n], {name: tensor[i::n] for name, tensor in batch.extras.items()}, n, batch.num_loss_tokens
+        )
+        for i in range(n)
+    ]
+
+
+def mean(metric_pair) -> float:
+    return float(metric_pair[0] / metric_pair[1])
+
+
+def run_objective(objective, model, batches) -> tuple[float, dict[str, float]]:
+    """The loss and the metrics of a step, added up over its micro-batches."""
+    results = [objective(model, batch, with_metrics=True) for batch in objective.prepare(model, batches)]
+    loss = sum(loss.item() for loss, _ in results)
+    return loss, {name: mean(sum(metrics[name] for _, metrics in results)) for name in results[0][1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # preferences
 
-CHOSEN, REJECTED, REFERENCE_CHOSEN, REFERENCE_REJECTED = [-10.0, -12.0], [-11.0, -9.0], [-10.5, -11.5], [-10.8, -9.6]
+CHOSEN, REJECTED = [-10.0, -12.0], [-11.0, -9.0]
+REF_CHOSEN, REF_REJECTED = [-10.5, -11.5], [-10.8, -9.6]
 LENGTHS = [5, 6, 4, 3]  # chosen, then rejected
 DPO_NUMBERS = [
-    ("sigmoid", 0.0, 0.704209), ("hinge", 0.0, 1.020000), ("ipo", 0.0, 25.718056), ("sigmoid_norm", 0.0, 0.696545), ("robust", 0.1, 0.706709),
-    ("apo_zero", 0.0, 1.004998), ("sigmoid", 0.1, 0.702209),
-]  # fmt: skip
+    ("sigmoid", 0.0, 0.704209),
+    ("hinge", 0.0, 1.020000),
+    ("ipo", 0.0, 25.718056),
+    ("sigmoid_norm", 0.0, 0.696545),
+    ("robust", 0.1, 0.706709),
+    ("apo_zero", 0.0, 1.004998),
+    ("sigmoid", 0.1, 0.702209),
+]
 
 
-@pytest.mark.parametrize("name, smoothing, number", DPO_NUMBERS)
-def test_dpo_losses_are_the_reference_numbers(name, smoothing, number):
-    function, per_token, _ = DPO_LOSSES[name]
-    a, d = (
-        torch.tensor(policy) - torch.tensor(reference)
-        for policy, reference in ((CHOSEN, REFERENCE_CHOSEN), (REJECTED, REFERENCE_REJECTED))
-    )
-    if per_token:
-        a, d = a / torch.tensor(LENGTHS[:2]), d / torch.tensor(LENGTHS[2:])
-    assert float(function(a, d, 0.1, smoothing).mean()) == pytest.approx(number, abs=1e-5)
+@pytest.mark.parametrize("name, label_smoothing, expected", DPO_NUMBERS)
+def test_dpo_losses_are_the_reference_numbers(name, label_smoothing, expected):
+    chosen_logratios = torch.tensor(CHOSEN) - torch.tensor(REF_CHOSEN)
+    rejected_logratios = torch.tensor(REJECTED) - torch.tensor(REF_REJECTED)
+    if DPO_LOSSES[name].per_token:
+        chosen_logratios = chosen_logratios / torch.tensor(LENGTHS[:2])
+        rejected_logratios = rejected_logratios / torch.tensor(LENGTHS[2:])
+    losses = DPO_LOSSES[name].function(chosen_logratios, rejected_logratios, 0.1, label_smoothing)
+    assert float(losses.mean()) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("cut", [1, 2])
-@pytest.mark.parametrize("name, smoothing, number", DPO_NUMBERS)
-def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
+@pytest.mark.parametrize("name, label_smoothing, expected_loss", DPO_NUMBERS)
+def test_dpo_from_a_models_log_probabilities(name, label_smoothing, expected_loss, cut):
     """Also in two micro-batches of one pair, whose losses add up."""
-    net, begun = (
-        Table(spread(CHOSEN + REJECTED, LENGTHS)),
-        Table(spread(REFERENCE_CHOSEN + REFERENCE_REJECTED, LENGTHS)),
-    )
-    objective = DPO(name, 0.1, smoothing, Reference(begun, nullcontext))
-    whole = rows_of(LENGTHS)
-    parts = [
-        Batch(whole.tokens[i::cut], {"loss_mask": whole.extras["loss_mask"][i::cut]}, cut) for i in range(cut)
-    ]  # a pair's rows are two apart
-    results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
-    assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
-    told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
+    model = TableModel(spread(CHOSEN + REJECTED, LENGTHS))
+    reference = reference_of(spread(REF_CHOSEN + REF_REJECTED, LENGTHS))
+    objective = DPO(loss=name, beta=0.1, label_smoothing=label_smoothing, reference=reference)
+    loss, metrics = run_objective(objective, model, every_nth_row(batch_of(LENGTHS), cut))
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
     expected = {
-        "loss": number,
+        "loss": expected_loss,
         "rewards/chosen": 0.0,
         "rewards/rejected": 0.02,
         "rewards/margins": -0.02,
@@ -130,82 +147,95 @@ def test_dpo_from_a_nets_log_probabilities(name, smoothing, number, cut):
         "logps/chosen": -11.0,
         "logps/rejected": -10.0,
     }
-    assert {key: told[key] for key in expected} == pytest.approx(expected, abs=1e-5)
-    assert told["entropy"] == pytest.approx(np.log(len(net.logp)), abs=1e-5), "of the stand-in's uniform distribution"
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    entropy = np.log(len(model.logps))
+    assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5), "of the table model's uniform distribution"
 
 
-def kto_batch():
-    batch, strangers = rows_of([2, 1, 3, 2]), rows_of([1, 1, 1, 1], first=9)
-    more = {
-        "desirable": torch.tensor([True, False, True, False]),
-        "kl_completion": strangers.tokens,
-        "kl_completion_mask": strangers.extras["loss_mask"],
-    }
-    return batch.with_tensors(**more)
+KTO_LENGTHS = [2, 1, 3, 2]
+DESIRABLE = torch.tensor([True, False, True, False])
 
 
-@pytest.mark.parametrize("sign, z, number", [(1, 0.2, 0.584998), (-1, 0.0, 0.585824)])
-@pytest.mark.parametrize("cut", [1, 2, 4])
-def test_kto_is_the_reference_numbers(sign, z, number, cut):
-    r, strange = torch.tensor([0.5, -0.2, -0.5, 0.6]), sign * torch.tensor([0.4, -0.1, 0.3, 0.2])
-    assert float(
-        kto_loss(r, strange.mean().clamp(min=0), torch.tensor([True, False, True, False]), 0.1, 1.0, 1.33).mean()
-    ) == pytest.approx(number, abs=1e-5)
-    net = Table(
-        torch.cat((spread([-3.0 + 0.5, -2.0 - 0.2, -4.0 - 0.5, -5.0 + 0.6], [2, 1, 3, 2]), (strange - 1).double()))
+def kto_batch() -> Batch:
+    kl_batch = batch_of([1, 1, 1, 1], first_id=1 + sum(KTO_LENGTHS))
+    return batch_of(KTO_LENGTHS).with_tensors(
+        desirable=DESIRABLE,
+        kl_completion=kl_batch.tokens,
+        kl_completion_mask=kl_batch.extras["loss_mask"],
     )
-    begun = Table(torch.cat((spread([-3.0, -2.0, -4.0, -5.0], [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
-    objective, whole = KTO(0.1, 1.0, 1.33, Reference(begun, nullcontext), ONE), kto_batch()
-    parts = [
-        Batch(whole.tokens[i::cut], {name: value[i::cut] for name, value in whole.extras.items()}, cut)
-        for i in range(cut)
-    ]
-    results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
-    assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
-    told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
+
+
+@pytest.mark.parametrize("sign, kl, expected_loss", [(1, 0.2, 0.584998), (-1, 0.0, 0.585824)])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_kto_is_the_reference_numbers(sign, kl, expected_loss, cut):
+    logratios = torch.tensor([0.5, -0.2, -0.5, 0.6])
+    kl_logratios = sign * torch.tensor([0.4, -0.1, 0.3, 0.2])
+    losses = kto_loss(
+        logratios=logratios,
+        kl=kl_logratios.mean().clamp(min=0),
+        desirable=DESIRABLE,
+        beta=0.1,
+        desirable_weight=1.0,
+        undesirable_weight=1.33,
+    )
+    assert float(losses.mean()) == pytest.approx(expected_loss, abs=1e-5)
+
+    ref_logps = torch.tensor([-3.0, -2.0, -4.0, -5.0])
+    model = TableModel(torch.cat((spread(ref_logps + logratios, KTO_LENGTHS), (kl_logratios - 1).double())))
+    reference = reference_of(torch.cat((spread(ref_logps, KTO_LENGTHS), torch.full((4,), -1.0).double())))
+    objective = KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.33, reference=reference, ranks=ONE_RANK)
+    loss, metrics = run_objective(objective, model, every_nth_row(kto_batch(), cut))
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
     expected = {
-        "loss": number,
-        "kl": z,
+        "loss": expected_loss,
+        "kl": kl,
         "rewards/chosen": 0.0,
         "rewards/rejected": 0.02,
         "logps/chosen": -3.5,
         "logps/rejected": -3.3,
     }
-    assert {key: told[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
 def test_ktos_reference_point_has_no_gradient():
-    r = torch.zeros(4, dtype=torch.double)
-    net = Table(torch.cat((spread(r - 1, [2, 1, 3, 2]), torch.full((4,), -0.5).double())))
-    begun = Table(torch.cat((spread(r - 1, [2, 1, 3, 2]), torch.full((4,), -1.0).double())))
-    objective = KTO(0.1, 1.0, 1.0, Reference(begun, nullcontext), ONE)
-    objective(net, objective.prepare(net, [kto_batch()])[0], False)[0].backward()
-    assert (net.logp.grad[1:9] != 0).all() and (net.logp.grad[9:] == 0).all() and net.logp.grad[0] == 0
+    ones = torch.full((4,), -1.0, dtype=torch.double)
+    model = TableModel(torch.cat((spread(ones, KTO_LENGTHS), ones / 2)))
+    reference = reference_of(torch.cat((spread(ones, KTO_LENGTHS), ones)))
+    objective = KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, reference=reference, ranks=ONE_RANK)
+    (batch,) = objective.prepare(model, [kto_batch()])
+    objective(model, batch, with_metrics=False)[0].backward()
+    gradient = model.logps.grad
+    assert (gradient[1:9] != 0).all() and (gradient[9:] == 0).all() and gradient[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reinforcement
+# reinforcement learning
 
-LP = [[-1, -0.5, -0.2], [-0.7, -0.9], [-0.3], [-0.4, -0.6]]
-OLD = [[-1.4, -0.5, -0.1], [-1.1, -0.6], [-0.3], [-0.5, -0.6]]
-REF = [[-1.1, -0.6, -0.2], [-0.9, -0.7], [-0.2], [-0.4, -0.8]]
-GROUP_A = torch.tensor([0.707007, -0.707007, 0.0, 0.0])
+LOGPS = [[-1, -0.5, -0.2], [-0.7, -0.9], [-0.3], [-0.4, -0.6]]
+OLD_LOGPS = [[-1.4, -0.5, -0.1], [-1.1, -0.6], [-0.3], [-0.5, -0.6]]
+REF_LOGPS = [[-1.1, -0.6, -0.2], [-0.9, -0.7], [-0.2], [-0.4, -0.8]]
+ADVANTAGES = torch.tensor([0.707007, -0.707007, 0.0, 0.0])
 GRPO_NUMBERS = [
-    ("grpo", "token", 0.2, 0.020370), ("bnpo", "token", 0.2, -0.071114), ("dapo", "token", 0.2, -0.071114), ("dr_grpo", "token", 0.2, -0.035557),
-    ("grpo", "sequence", 0.2, -0.008770), ("grpo", "token", 0.6, 0.003177),
-]  # fmt: skip
+    ("grpo", "token", 0.2, 0.020370),
+    ("bnpo", "token", 0.2, -0.071114),
+    ("dapo", "token", 0.2, -0.071114),
+    ("dr_grpo", "token", 0.2, -0.035557),
+    ("grpo", "sequence", 0.2, -0.008770),
+    ("grpo", "token", 0.6, 0.003177),
+]
 
 
 def test_advantages_are_the_reference_numbers():
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
-    torch.testing.assert_close(advantages(rewards, 2, "group"), GROUP_A, atol=1e-5, rtol=0)
-    centred, spread_of_all = np.array([0.5, -0.5, 0, 0]), np.std([1, 0, 0.5, 0.5], ddof=1)
+    centred = torch.tensor([0.5, -0.5, 0, 0], dtype=torch.double)
+    std = np.std([1, 0, 0.5, 0.5], ddof=1)
+    torch.testing.assert_close(group_advantages(rewards, 2, "group"), ADVANTAGES, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        advantages(rewards, 2, "batch").double(), torch.tensor(centred / (spread_of_all + 1e-4)), atol=1e-6, rtol=0
+        group_advantages(rewards, 2, "batch").double(), centred / (std + 1e-4), atol=1e-6, rtol=0
     )
-    torch.testing.assert_close(advantages(rewards, 2, "none").double(), torch.tensor(centred))
+    torch.testing.assert_close(group_advantages(rewards, 2, "none").double(), centred)
     torch.testing.assert_close(
-        advantages(rewards, 2, "batch", torch.tensor(2.0)).double(), torch.tensor(centred / 2.0001), atol=1e-6, rtol=0
+        group_advantages(rewards, 2, "batch", torch.tensor(2.0)).double(), centred / 2.0001, atol=1e-6, rtol=0
     )
 
 
@@ -213,80 +243,101 @@ def flat(rows) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in row], dtype=torch.double)
 
 
-def padded(rows, mask) -> torch.Tensor:
-    """The values of learned tokens at their places."""
-    out = torch.zeros(mask.shape, dtype=torch.double)
-    out[mask] = flat(rows)
-    return out
+def at_loss_tokens(rows, loss_mask) -> torch.Tensor:
+    """The values of loss tokens at their positions, 0 elsewhere."""
+    values = torch.zeros(loss_mask.shape, dtype=torch.double)
+    values[loss_mask] = flat(rows)
+    return values
 
 
 def grpo_batch() -> Batch:
-    batch = rows_of([len(row) for row in LP])
-    return batch.with_tensors(old_logps=padded(OLD, batch.extras["loss_mask"]), advantages=GROUP_A.double())
+    batch = batch_of([len(row) for row in LOGPS])
+    old_logps = at_loss_tokens(OLD_LOGPS, batch.extras["loss_mask"])
+    return batch.with_tensors(old_logps=old_logps, advantages=ADVANTAGES.double())
 
 
-@pytest.mark.parametrize("aggregation, level, high, number", GRPO_NUMBERS)
+def grpo(**changes) -> GRPO:
+    """GRPO with the settings of REFERENCES.md, changed."""
+    settings = {
+        "loss_type": "grpo",
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "beta": 0.08,
+        "importance_sampling_level": "token",
+        "temperature": 1.0,
+        "max_completion_tokens": 4,
+        "reference": reference_of(flat(REF_LOGPS)),
+    }
+    return GRPO(**settings | changes)
+
+
+@pytest.mark.parametrize("loss_type, level, epsilon_high, expected_loss", GRPO_NUMBERS)
 @pytest.mark.parametrize("cut", [1, 2])
-def test_grpo_is_the_reference_numbers(aggregation, level, high, number, cut):
-    """Whole, and in two micro-batches, whose losses add up; bnpo's has tokens of its own to divide by."""
-    if cut == 2 and aggregation == "bnpo":
-        parts_numbers = [clipped(range(2)), clipped(range(2, 4))]
-        number = sum(parts_numbers) / 2
-    net, whole = Table(flat(LP)), grpo_batch()
-    objective = GRPO(aggregation, 0.2, high, 0.08, level, 1.0, 4, Reference(Table(flat(REF)), nullcontext))
+def test_grpo_is_the_reference_numbers(loss_type, level, epsilon_high, expected_loss, cut):
+    """Whole, and in two micro-batches, whose losses add up; bnpo divides by each one's own tokens."""
+    if cut == 2 and loss_type == "bnpo":
+        expected_loss = (mean_token_loss(range(2)) + mean_token_loss(range(2, 4))) / 2
+    batch = grpo_batch()
     rows = [slice(0, 4)] if cut == 1 else [slice(0, 2), slice(2, 4)]
-    parts = [
+    batches = [
         Batch(
-            whole.tokens[some], {name: value[some] for name, value in whole.extras.items()}, cut, whole.num_loss_tokens
+            tokens=batch.tokens[part],
+            extras={name: tensor[part] for name, tensor in batch.extras.items()},
+            n_micro_batches=cut,
+            num_loss_tokens=batch.num_loss_tokens,
         )
-        for some in rows
+        for part in rows
     ]
-    results = [objective(net, batch, True) for batch in objective.prepare(net, parts)]
-    assert sum(loss.item() for loss, _ in results) == pytest.approx(number, abs=1e-5)
-    told = {key: ratio(sum(more[key] for _, more in results)) for key in results[0][1]}
-    assert told["kl"] == pytest.approx(0.009214, abs=1e-5) and told["loss"] == pytest.approx(number, abs=1e-5)
-    errors = [abs(lp - old) for lps, olds in zip(LP, OLD, strict=True) for lp, old in zip(lps, olds, strict=True)]
-    assert told["rollout_logp_error"] == pytest.approx(np.mean(errors), abs=1e-6)
+    objective = grpo(loss_type=loss_type, epsilon_high=epsilon_high, importance_sampling_level=level)
+    loss, metrics = run_objective(objective, TableModel(flat(LOGPS)), batches)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0.009214, abs=1e-5)
+    errors = (flat(LOGPS) - flat(OLD_LOGPS)).abs()
+    assert metrics["rollout_logp_error"] == pytest.approx(errors.mean().item(), abs=1e-6)
     if level == "token":
-        w = np.exp(flat(LP) - flat(OLD)).numpy()
-        A = np.repeat(GROUP_A.numpy(), [len(row) for row in LP])
-        assert told["clip_ratio/low"] == pytest.approx(((w < 0.8) & (A < 0)).mean()) and told[
-            "clip_ratio/high"
-        ] == pytest.approx(((w > 1 + high) & (A > 0)).mean())
+        ratio = np.exp(flat(LOGPS) - flat(OLD_LOGPS)).numpy()
+        token_advantages = np.repeat(ADVANTAGES.numpy(), [len(row) for row in LOGPS])
+        clipped_low = (ratio < 0.8) & (token_advantages < 0)
+        clipped_high = (ratio > 1 + epsilon_high) & (token_advantages > 0)
+        assert metrics["clip_ratio/low"] == pytest.approx(clipped_low.mean())
+        assert metrics["clip_ratio/high"] == pytest.approx(clipped_high.mean())
 
 
-def clipped(rows) -> float:
+def mean_token_loss(rows) -> float:
     """REFERENCES.md's token loss, its mean over the tokens of these rows, in numpy."""
     losses = []
     for row in rows:
-        A = float(GROUP_A[row])
-        for lp, old, ref in zip(LP[row], OLD[row], REF[row], strict=True):
-            w = np.exp(lp - old)
-            losses.append(-min(w * A, np.clip(w, 0.8, 1.2) * A) + 0.08 * (np.exp(ref - lp) - (ref - lp) - 1))
+        advantage = float(ADVANTAGES[row])
+        for logp, old, ref in zip(LOGPS[row], OLD_LOGPS[row], REF_LOGPS[row], strict=True):
+            ratio = np.exp(logp - old)
+            surrogate = min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+            losses.append(-surrogate + 0.08 * (np.exp(ref - logp) - (ref - logp) - 1))
     return float(np.mean(losses))
 
 
 def test_on_its_own_samples_the_gradient_is_reinforces():
-    """Where the policy is still the one that sampled, w is 1 and the gradient of the loss -A grad logp (Williams 1992)."""
-    net, batch = Table(flat(OLD)), grpo_batch()
-    loss, told = GRPO("dapo", 0.2, 0.2, 0.0, "token", 1.0, 4, None)(net, batch, True)
+    """While the policy is still the one that sampled, the ratio is 1 and the gradient that of -A log p (Williams 1992)."""
+    model = TableModel(flat(OLD_LOGPS))
+    loss, metrics = grpo(loss_type="dapo", beta=0.0, reference=None)(model, grpo_batch(), with_metrics=True)
     loss.backward()
-    expected = -torch.repeat_interleave(GROUP_A.double(), torch.tensor([3, 2, 1, 2])) / 8
-    torch.testing.assert_close(net.logp.grad[1:], expected)
-    assert ratio(told["rollout_logp_error"]) == ratio(told["clip_ratio/low"]) == ratio(told["clip_ratio/high"]) == 0
+    expected = -torch.repeat_interleave(ADVANTAGES.double(), torch.tensor([3, 2, 1, 2])) / 8
+    torch.testing.assert_close(model.logps.grad[1:], expected)
+    for name in ("rollout_logp_error", "clip_ratio/low", "clip_ratio/high"):
+        assert mean(metrics[name]) == 0
 
 
-def test_a_row_without_learned_tokens_adds_nothing():
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+def test_a_row_without_loss_tokens_adds_nothing(loss_type):
     """As --mask_truncated leaves them."""
-    for aggregation in ("grpo", "bnpo", "dapo", "dr_grpo"):
-        batch = grpo_batch()
-        batch.extras["loss_mask"][:] = False
-        net = Table(flat(LP))
-        loss, _ = GRPO(aggregation, 0.2, 0.2, 0.08, "sequence", 1.0, 4, Reference(Table(flat(REF)), nullcontext))(
-            net, batch.with_tensors(ref_logps=torch.zeros(batch.extras["loss_mask"].shape)), False
-        )
-        loss.backward()
-        assert loss.item() == 0 and (net.logp.grad == 0).all()
+    batch = grpo_batch()
+    batch.extras["loss_mask"][:] = False
+    batch = batch.with_tensors(ref_logps=torch.zeros(batch.extras["loss_mask"].shape))
+    model = TableModel(flat(LOGPS))
+    objective = grpo(loss_type=loss_type, importance_sampling_level="sequence")
+    loss, _ = objective(model, batch, with_metrics=False)
+    loss.backward()
+    assert loss.item() == 0 and (model.logps.grad == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,30 +347,51 @@ def test_a_row_without_learned_tokens_adds_nothing():
 @pytest.mark.parametrize("name", DPO_LOSSES)
 def test_gradients_of_preferences_by_finite_differences(name):
     torch.manual_seed(0)
-    a, d = (torch.randn(5, dtype=torch.double, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, d: DPO_LOSSES[name][0](a, d, 0.7, 0.1), (a, d))
-
-
-@pytest.mark.parametrize("kind", ["dpo", "kto", "token", "sequence"])
-def test_gradients_through_the_objectives_by_finite_differences(kind):
-    objective, batch, values = {
-        "dpo": (DPO("ipo", 0.1, 0.0, None), rows_of(LENGTHS).with_tensors(ref_logps=torch.tensor(REFERENCE_CHOSEN + REFERENCE_REJECTED)), spread(CHOSEN + REJECTED, LENGTHS)),
-        "kto": (KTO(0.3, 1.0, 1.3, None, ONE), kto_batch().with_tensors(kl=torch.tensor(0.2), ref_logps=torch.full((4,), -3.0)), spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [2, 1, 3, 2, 1, 1, 1, 1])),
-        "token": (GRPO("grpo", 0.2, 0.2, 0.08, "token", 1.0, 4, object()), grpo_batch().with_tensors(ref_logps=padded(REF, grpo_batch().extras["loss_mask"])), flat(LP)),
-        "sequence": (GRPO("dapo", 0.2, 0.3, 0.08, "sequence", 1.0, 4, object()), grpo_batch().with_tensors(ref_logps=padded(REF, grpo_batch().extras["loss_mask"])), flat(LP)),
-    }[kind]  # fmt: skip
-    net = Table(values)
+    logratios = tuple(torch.randn(5, dtype=torch.double, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(
-        lambda logp: objective(lambda idx, targets, temperature: -logp[targets], batch, False)[0], (net.logp,)
+        lambda chosen, rejected: DPO_LOSSES[name].function(chosen, rejected, 0.7, 0.1), logratios
     )
+
+
+def dpo_case():
+    ref_logps = torch.tensor(REF_CHOSEN + REF_REJECTED)
+    objective = DPO(loss="ipo", beta=0.1, label_smoothing=0.0, reference=None)
+    return objective, batch_of(LENGTHS).with_tensors(ref_logps=ref_logps), spread(CHOSEN + REJECTED, LENGTHS)
+
+
+def kto_case():
+    objective = KTO(beta=0.3, desirable_weight=1.0, undesirable_weight=1.3, reference=None, ranks=ONE_RANK)
+    batch = kto_batch().with_tensors(kl=torch.tensor(0.2), ref_logps=torch.full((4,), -3.0))
+    return objective, batch, spread([-2.5, -2.2, -4.5, -4.4, -1, -1, -1, -1], [*KTO_LENGTHS, 1, 1, 1, 1])
+
+
+def grpo_token_case():
+    batch = grpo_batch()
+    return grpo(), batch.with_tensors(ref_logps=at_loss_tokens(REF_LOGPS, batch.extras["loss_mask"])), flat(LOGPS)
+
+
+def grpo_sequence_case():
+    _, batch, values = grpo_token_case()
+    return grpo(loss_type="dapo", epsilon_high=0.3, importance_sampling_level="sequence"), batch, values
+
+
+@pytest.mark.parametrize("case", [dpo_case, kto_case, grpo_token_case, grpo_sequence_case])
+def test_gradients_through_the_objectives_by_finite_differences(case):
+    objective, batch, values = case()
+    model = TableModel(values)
+
+    def loss_of(logps):
+        return objective(lambda idx, targets, temperature: -logps[targets], batch, with_metrics=False)[0]
+
+    assert torch.autograd.gradcheck(loss_of, (model.logps,))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # TRL's own losses, on log-probabilities from a stand-in for its model
 
 
-class Gathered:
-    """accelerate with one process."""
+class OneProcess:
+    """Stands in for accelerate's Accelerator."""
 
     device, num_processes, sync_gradients = torch.device("cpu"), 1, True
 
@@ -332,81 +404,97 @@ class Gathered:
         return x
 
 
-class Metrics(dict):
+class TrlMetrics(dict):
+    """mode -> name -> list, both made when first read."""
+
+    class Lists(dict):
+        def __missing__(self, name):
+            self[name] = []
+            return self[name]
+
     def __missing__(self, mode):
-        self[mode] = {}
-        self[mode] = type("Lists", (dict,), {"__missing__": lambda lists, name: lists.setdefault(name, [])})()
+        self[mode] = self.Lists()
         return self[mode]
 
 
-def trainer(**settings) -> SimpleNamespace:
+def trl_trainer(**settings) -> SimpleNamespace:
     """What a loss of TRL's asks of its trainer."""
     common = {
         "model": SimpleNamespace(training=True),
-        "accelerator": Gathered(),
+        "accelerator": OneProcess(),
         "aux_loss_enabled": False,
         "precompute_ref_logps": True,
         "_total_train_tokens": 0,
         "_tp_size": 1,
-        "_metrics": Metrics(),
+        "_metrics": TrlMetrics(),
     }
     return SimpleNamespace(**common, **settings)
 
 
-def outputs(log_probs):
-    """What TRL's patched models return."""
-    zeros = torch.zeros_like(log_probs)
-    return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None)
+def trl_model(model: TableModel, loss_mask: torch.Tensor):
+    """What TRL's patched models are to its losses."""
+
+    def forward(input_ids, **kwargs):
+        log_probs = model.logps[input_ids[:, 1:]] * loss_mask
+        zeros = torch.zeros_like(log_probs)
+        return SimpleNamespace(
+            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None
+        )
+
+    return forward
+
+
+def trl_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    no_prompt = torch.zeros(len(batch.tokens), 1, dtype=torch.bool)
+    return {
+        "input_ids": batch.tokens,
+        "attention_mask": torch.ones_like(batch.tokens),
+        "completion_mask": torch.cat((no_prompt, batch.extras["loss_mask"]), 1).long(),
+    }
+
+
+def loss_and_gradient(loss: torch.Tensor, model: TableModel) -> tuple[float, torch.Tensor]:
+    model.logps.grad = None
+    loss.backward()
+    return loss.item(), model.logps.grad
 
 
 @pytest.mark.parametrize(
-    "name, smoothing",
+    "name, label_smoothing",
     [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.15), ("sigmoid_norm", 0.0), ("apo_zero", 0.0)],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_dpo_equals_trls(name, smoothing, seed):
+def test_dpo_equals_trls(name, label_smoothing, seed):
     """Loss, gradient and metrics; prompts of one length, completions of many."""
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     torch.manual_seed(seed)
     lengths = torch.randint(1, 7, (8,)).tolist()
-    net, reference = Table(-4 * torch.rand(sum(lengths), dtype=torch.double)), -10 * torch.rand(8, dtype=torch.double)
-    batch = rows_of(lengths)
-    loss, told = DPO(name, 0.3, smoothing, None)(net, batch.with_tensors(ref_logps=reference), True)
-    loss.backward()
-    ours, net.logp.grad = net.logp.grad, None
+    model = TableModel(-4 * torch.rand(sum(lengths), dtype=torch.double))
+    ref_logps = -10 * torch.rand(8, dtype=torch.double)
+    batch = batch_of(lengths)
+    objective = DPO(loss=name, beta=0.3, label_smoothing=label_smoothing, reference=None)
+    loss, metrics = objective(model, batch.with_tensors(ref_logps=ref_logps), with_metrics=True)
 
-    completion = torch.cat((torch.zeros(8, 1, dtype=torch.bool), batch.extras["loss_mask"]), 1)
-    inputs = {
-        "input_ids": batch.tokens,
-        "attention_mask": torch.ones_like(batch.tokens),
-        "completion_mask": completion.long(),
-        "ref_chosen_logps": reference[:4],
-        "ref_rejected_logps": reference[4:],
-    }
-    theirs = trainer(
+    trainer = trl_trainer(
         ld_alpha=None,
         f_divergence_type="reverse_kl",
         loss_types=[name],
         loss_weights=[1.0],
         beta=0.3,
-        label_smoothing=smoothing,
+        label_smoothing=label_smoothing,
         use_weighting=False,
     )
-    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.extras["loss_mask"])  # noqa: E731
-    reference_loss = dpo_trainer.DPOTrainer._compute_loss(theirs, model, inputs, False)
-    reference_loss.backward()
-    assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-9)
-    torch.testing.assert_close(ours, net.logp.grad)
-    logged = theirs._metrics["train"]
-    for key in (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    ):
-        assert ratio(told[key]) == pytest.approx(logged[key][-1], abs=1e-5), key
+    inputs = trl_inputs(batch) | {"ref_chosen_logps": ref_logps[:4], "ref_rejected_logps": ref_logps[4:]}
+    trl_forward = trl_model(model, batch.extras["loss_mask"])
+    trl_loss = dpo_trainer.DPOTrainer._compute_loss(trainer, trl_forward, inputs, False)
+
+    (ours, our_gradient), (trls, trl_gradient) = loss_and_gradient(loss, model), loss_and_gradient(trl_loss, model)
+    assert ours == pytest.approx(trls, abs=1e-9)
+    torch.testing.assert_close(our_gradient, trl_gradient)
+    logged = trainer._metrics["train"]
+    rewards = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    for key in (*rewards, "logps/chosen", "logps/rejected"):
+        assert mean(metrics[key]) == pytest.approx(logged[key][-1], abs=1e-5), key
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -415,126 +503,141 @@ def test_kto_equals_trls(seed):
     kto_trainer = pytest.importorskip("trl.trainer.kto_trainer")
     torch.manual_seed(seed)
     lengths = torch.randint(1, 7, (7,)).tolist()
-    net = Table(-4 * torch.rand(sum(lengths) + 7, dtype=torch.double))
-    begun = Table(net.logp.detach()[1:] + torch.randn(sum(lengths) + 7, dtype=torch.double))
-    batch, strangers, label = (
-        rows_of(lengths),
-        rows_of([1] * 7, first=sum(lengths) + 1),
-        torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool),
+    model = TableModel(-4 * torch.rand(sum(lengths) + 7, dtype=torch.double))
+    reference = reference_of(model.logps.detach()[1:] + torch.randn(sum(lengths) + 7, dtype=torch.double))
+    kl_batch = batch_of([1] * 7, first_id=sum(lengths) + 1)
+    desirable = torch.tensor([1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
+    batch = batch_of(lengths).with_tensors(
+        desirable=desirable,
+        kl_completion=kl_batch.tokens,
+        kl_completion_mask=kl_batch.extras["loss_mask"],
     )
-    batch = batch.with_tensors(
-        desirable=label, kl_completion=strangers.tokens, kl_completion_mask=strangers.extras["loss_mask"]
-    )
-    objective = KTO(0.3, 1.2, 0.7, Reference(begun, nullcontext), ONE)
-    (prepared,) = objective.prepare(net, [batch])
-    loss, told = objective(net, prepared, True)
-    loss.backward()
-    ours, net.logp.grad = net.logp.grad, None
+    objective = KTO(beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, reference=reference, ranks=ONE_RANK)
+    (prepared,) = objective.prepare(model, [batch])
+    loss, metrics = objective(model, prepared, with_metrics=True)
 
-    def logps(net, batch):
-        return (net.logp[batch.tokens[:, 1:]] * batch.extras["loss_mask"]).sum(1).detach()
+    def sequence_logps(table: TableModel, batch: Batch) -> torch.Tensor:
+        return (table.logps[batch.tokens[:, 1:]] * batch.extras["loss_mask"]).sum(1).detach()
 
-    completion = torch.cat((torch.zeros(7, 1, dtype=torch.bool), batch.extras["loss_mask"]), 1)
-    inputs = {
-        "input_ids": batch.tokens,
-        "attention_mask": torch.ones_like(batch.tokens),
-        "completion_mask": completion.long(),
-        "label": label,
-        "ref_logps": logps(begun, batch),
-        "ref_KL_logps": logps(begun, strangers),
-    }
-    theirs = trainer(
+    trainer = trl_trainer(
         calculate_KL=True,
         loss_type="kto",
         beta=0.3,
         desirable_weight=1.2,
         undesirable_weight=0.7,
-        _compute_kl_logps=lambda model, given: logps(net, strangers),
+        _compute_kl_logps=lambda _, inputs: sequence_logps(model, kl_batch),
     )
-    model = lambda input_ids, **given: outputs(net.logp[input_ids[:, 1:]] * batch.extras["loss_mask"])  # noqa: E731
-    reference_loss = kto_trainer.KTOTrainer._compute_loss(theirs, model, inputs, False)
-    reference_loss.backward()
-    assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-7)
-    torch.testing.assert_close(ours, net.logp.grad, atol=1e-7, rtol=1e-5)
-    logged = theirs._metrics["train"]
+    inputs = trl_inputs(batch) | {
+        "label": desirable,
+        "ref_logps": sequence_logps(reference.model, batch),
+        "ref_KL_logps": sequence_logps(reference.model, kl_batch),
+    }
+    trl_forward = trl_model(model, batch.extras["loss_mask"])
+    trl_loss = kto_trainer.KTOTrainer._compute_loss(trainer, trl_forward, inputs, False)
+
+    (ours, our_gradient), (trls, trl_gradient) = loss_and_gradient(loss, model), loss_and_gradient(trl_loss, model)
+    assert ours == pytest.approx(trls, abs=1e-7)
+    torch.testing.assert_close(our_gradient, trl_gradient, atol=1e-7, rtol=1e-5)
+    logged = trainer._metrics["train"]
     for key in ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
-        assert ratio(told[key]) == pytest.approx(logged[key][-1], abs=1e-5), key
+        assert mean(metrics[key]) == pytest.approx(logged[key][-1], abs=1e-5), key
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.08])
-def test_grpo_equals_trls(aggregation, level, beta):
-    """Loss, gradient, divergence and parts that are clipped."""
+def test_grpo_equals_trls(loss_type, level, beta):
+    """Loss, gradient, KL and clip ratios."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     torch.manual_seed(5)
     lengths = torch.randint(1, 7, (8,)).tolist()
-    batch = rows_of(lengths)
-    mask, width = batch.extras["loss_mask"], max(lengths)
-    net, old, ref = (
-        Table(-2 * torch.rand(sum(lengths), dtype=torch.double)),
-        torch.zeros(mask.shape, dtype=torch.double),
-        torch.zeros(mask.shape, dtype=torch.double),
+    batch = batch_of(lengths)
+    loss_mask = batch.extras["loss_mask"]
+    model = TableModel(-2 * torch.rand(sum(lengths), dtype=torch.double))
+    old_logps = torch.zeros(loss_mask.shape, dtype=torch.double)
+    old_logps[loss_mask] = model.logps.detach()[1:] + torch.randn(sum(lengths)).double() / 4
+    ref_logps = torch.zeros(loss_mask.shape, dtype=torch.double)
+    ref_logps[loss_mask] = model.logps.detach()[1:] + torch.randn(sum(lengths)).double() / 4
+    advantages = torch.randn(8, dtype=torch.double)
+    objective = grpo(
+        loss_type=loss_type,
+        epsilon_high=0.3,
+        beta=beta,
+        importance_sampling_level=level,
+        max_completion_tokens=9,
+        reference=object() if beta else None,
     )
-    old[mask], ref[mask] = (
-        net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4,
-        net.logp.detach()[1:] + torch.randn(sum(lengths)).double() / 4,
-    )
-    A = torch.randn(8, dtype=torch.double)
-    objective = GRPO(aggregation, 0.2, 0.3, beta, level, 1.0, 9, object() if beta else None)
-    loss, told = objective(net, batch.with_tensors(old_logps=old, advantages=A, ref_logps=ref), True)
-    loss.backward()
-    ours, net.logp.grad = net.logp.grad, None
+    prepared = batch.with_tensors(old_logps=old_logps, advantages=advantages, ref_logps=ref_logps)
+    loss, metrics = objective(model, prepared, with_metrics=True)
 
-    own = mask[:, 1:]  # behind the two tokens of the prompt
-    theirs = trainer(
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, loss_type=aggregation, epsilon_low=0.2, epsilon_high=0.3, use_vllm=False,
-        max_completion_length=9, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        _get_per_token_logps_and_entropies=lambda model, ids, *given, **more: (net.logp[ids[:, 2:]] * own, torch.zeros(8, width), None),
-    )  # fmt: skip
-    inputs = {"prompt_ids": batch.tokens[:, :2], "prompt_mask": torch.ones(8, 2), "completion_ids": batch.tokens[:, 2:], "completion_mask": own.long(), "advantages": A,
-              "old_per_token_logps": old[:, 1:], "ref_per_token_logps": ref[:, 1:], "num_items_in_batch": torch.tensor(sum(lengths))}  # fmt: skip
-    reference_loss = grpo_trainer.GRPOTrainer._compute_loss(theirs, None, inputs)
-    reference_loss.backward()
-    assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-7)
-    torch.testing.assert_close(ours, net.logp.grad, atol=1e-7, rtol=1e-5)
-    logged = theirs._metrics["train"]
+    completion_mask = loss_mask[:, 1:]  # behind the two tokens of the prompt
+
+    def trl_logps_and_entropies(_, ids, *args, **kwargs):
+        return model.logps[ids[:, 2:]] * completion_mask, torch.zeros(completion_mask.shape), None
+
+    trainer = trl_trainer(
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=level,
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.3,
+        use_vllm=False,
+        max_completion_length=9,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        _get_per_token_logps_and_entropies=trl_logps_and_entropies,
+    )
+    inputs = {
+        "prompt_ids": batch.tokens[:, :2],
+        "prompt_mask": torch.ones(8, 2),
+        "completion_ids": batch.tokens[:, 2:],
+        "completion_mask": completion_mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old_logps[:, 1:],
+        "ref_per_token_logps": ref_logps[:, 1:],
+        "num_items_in_batch": torch.tensor(sum(lengths)),
+    }
+    trl_loss = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+
+    (ours, our_gradient), (trls, trl_gradient) = loss_and_gradient(loss, model), loss_and_gradient(trl_loss, model)
+    assert ours == pytest.approx(trls, abs=1e-7)
+    torch.testing.assert_close(our_gradient, trl_gradient, atol=1e-7, rtol=1e-5)
+    logged = trainer._metrics["train"]
     if beta:
-        assert ratio(told["kl"]) == pytest.approx(logged["kl"][-1], abs=1e-5)
+        assert mean(metrics["kl"]) == pytest.approx(logged["kl"][-1], abs=1e-5)
     if level == "token":
-        ours, theirs = (
-            [told[f"clip_ratio/{end}"] for end in ("low", "high")],
-            [logged[f"clip_ratio/{end}_mean"][-1] for end in ("low", "high")],
-        )
-        assert list(map(ratio, ours)) == pytest.approx(theirs) and min(theirs) > 0
+        for end in ("low", "high"):
+            trl_ratio = logged[f"clip_ratio/{end}_mean"][-1]
+            assert mean(metrics[f"clip_ratio/{end}"]) == pytest.approx(trl_ratio) and trl_ratio > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the metrics of a real model
 
 
-def test_entropy_and_accuracy_are_those_of_the_distribution():
-    """torch.distributions is the witness, at a temperature too."""
-    model, batch = tiny_model().eval(), rows_of([3, 5, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_entropy_and_accuracy_are_those_of_the_distribution(temperature):
+    """torch.distributions is the witness."""
+    model, batch = tiny_model().eval(), batch_of([3, 5, 2])
     batch.tokens[:, :2] = 30
-    for temperature in (1.0, 2.5):
-        told = objectives.statistics(model, batch, temperature)
-        logits, mask = model(batch.idx) / temperature, batch.extras["loss_mask"]
-        assert ratio(told["entropy"]) == pytest.approx(
-            torch.distributions.Categorical(logits=logits).entropy()[mask].mean().item(), rel=1e-5
-        )
-        assert ratio(told["mean_token_accuracy"]) == pytest.approx(
-            float((logits.argmax(-1) == batch.targets)[mask].float().mean())
-        )
+    metrics = token_metrics(model, batch, temperature)
+    logits, loss_mask = model(batch.idx) / temperature, batch.extras["loss_mask"]
+    entropy = torch.distributions.Categorical(logits=logits).entropy()[loss_mask].mean().item()
+    accuracy = float((logits.argmax(-1) == batch.targets)[loss_mask].float().mean())
+    assert mean(metrics["entropy"]) == pytest.approx(entropy, rel=1e-5)
+    assert mean(metrics["mean_token_accuracy"]) == pytest.approx(accuracy)
 
 
-def test_log_probabilities_are_those_of_the_tempered_softmax():
-    model, batch = tiny_model(logit_softcap=3.0).eval(), rows_of([3, 5, 2])
-    for temperature in (1.0, 0.4):
-        plain = (model(batch.idx) / temperature).log_softmax(-1).gather(-1, batch.targets[..., None])[
-            ..., 0
-        ] * batch.extras["loss_mask"]
-        torch.testing.assert_close(objectives.logps(model, batch.tokens, batch.extras["loss_mask"], temperature), plain)
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_log_probabilities_are_those_of_the_tempered_softmax(temperature):
+    model, batch = tiny_model(logit_softcap=3.0).eval(), batch_of([3, 5, 2])
+    loss_mask = batch.extras["loss_mask"]
+    logps = (model(batch.idx) / temperature).log_softmax(-1)  # (B, T, V)
+    expected = logps.gather(-1, batch.targets[..., None])[..., 0] * loss_mask
+    torch.testing.assert_close(per_token_logps(model, batch.tokens, loss_mask, temperature), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,21 +828,21 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
         batch = Collator()(data.items, 0, len(data.items), 1)
         assert batch.num_loss_tokens == sum(len(row["completion"]) + 1 for row in rows)
         model = tiny_model(block_size=24, **variant)
-        loss, told = SFT()(model, batch, True)
+        loss, metrics = SFT()(model, batch, with_metrics=True)
         loss.backward()
         results.append(
             (
                 len(data.items),
                 loss.item(),
-                {name: ratio(pair) for name, pair in told.items()},
+                {name: mean(pair) for name, pair in metrics.items()},
                 {name: p.grad for name, p in model.named_parameters()},
             )
         )
-    (many, loss, told, gradients), (few, packed_loss, packed_told, packed_gradients) = results
+    (many, loss, metrics, gradients), (few, packed_loss, packed_metrics, packed_gradients) = results
     assert (
         few < many / 1.8
         and packed_loss == pytest.approx(loss, rel=1e-6)
-        and packed_told == pytest.approx(told, rel=1e-5)
+        and packed_metrics == pytest.approx(metrics, rel=1e-5)
     )
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
@@ -771,8 +874,8 @@ def test_the_cache_is_read_the_second_time_and_follows_the_weights(run, base, tm
         and equal_tensors(again.last.weights, first.last.weights)
         and [path.stat().st_mtime_ns for path in files] == before
     )
-    told = checkpoint.read_tensors(files[0])["logps"]
-    checkpoint.write_tensors(files[0], {"logps": told - torch.tensor([10.0, 0.0])})  # each margin grows by 10 beta
+    logps = checkpoint.read_tensors(files[0])["logps"]
+    checkpoint.write_tensors(files[0], {"logps": logps - torch.tensor([10.0, 0.0])})  # each margin grows by 10 beta
     moved = run(*flags, f"--init_from={base}", name="moved")
     assert (
         moved.losses[0] == pytest.approx(np.log(1 + np.exp(-0.1 * 10)), rel=1e-4)

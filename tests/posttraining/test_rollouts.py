@@ -359,9 +359,9 @@ def test_answers_that_did_not_end_teach_nothing_with_mask_truncated(run, base, t
     masks = []
     plain = objectives.GRPO.__call__
 
-    def seen(self, net, batch, detailed):
+    def seen(self, model, batch, *, with_metrics):
         masks.append((batch.tokens.clone(), batch.extras["loss_mask"].clone(), batch.num_loss_tokens))
-        return plain(self, net, batch, detailed)
+        return plain(self, model, batch, with_metrics=with_metrics)
 
     objectives.GRPO.__call__ = seen
     try:
