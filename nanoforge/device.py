@@ -8,48 +8,60 @@ import torch
 
 from nanoforge.errors import UserError
 
+# ---------------------------------------------------------------------------------------------------------------------
+# which device
+
 
 def get_device(name: str) -> torch.device:
-    """auto: the local rank's GPU, else Apple's, else the CPU. Raises UserError for a device that is not there."""
+    """The device of `--device=name`; auto: the local rank's GPU, else Apple's, else the CPU.
+
+    A CUDA device becomes the current one. Raises UserError for a device that is not there.
+    """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        kind = best_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device={name}: this machine has no CUDA GPU, or this torch was built without CUDA")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={name}: this machine has no Apple GPU")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (index or kind == "mps"):
         raise UserError(
-            f"--device={name}: several ranks can't share one device; take --device=cuda, which gives each its own, or cpu"
+            f"--device={name}: several ranks can't share one device; "
+            "take --device=cuda, which gives each rank its own, or --device=cpu"
         )
-    if kind != "cuda":
-        return torch.device(kind)
-    number = int(index or os.environ.get("LOCAL_RANK", 0))
-    needed = max(
-        number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )  # the same on all ranks, so that the main one tells it
+    return cuda_device(name, index) if kind == "cuda" else torch.device(kind)
+
+
+def best_device_type() -> str:
+    """cuda, mps or cpu: the first of them that is here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cuda_device(name: str, index: str) -> torch.device:
+    """The GPU of this index, or of the local rank; it becomes the current one. Raises UserError if GPUs are missing."""
+    gpu = int(index or os.environ.get("LOCAL_RANK", "0"))
+    # Counted for all local ranks, so that they all fail alike and the main one prints the error.
+    needed = max(gpu + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if needed > torch.cuda.device_count():
-        raise UserError(
-            f"--device={name}: {needed} GPUs are needed on this machine, {torch.cuda.device_count()} are there"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+        raise UserError(f"--device={name}: needs {needed} GPUs; this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which precision
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of activations, and why."""
+    """The precision of activations for `--dtype=name`, and why. On a CPU `auto` measures; see choose_cpu_dtype."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cpu":
-        faster = measure_matmul_flops(device, torch.bfloat16, 256) / measure_matmul_flops(device, torch.float32, 256)
-        found = (
-            f"its matrix products take {1 / faster:.2g} of float32's time here"
-            if faster > 1.2
-            else f"bfloat16's matrix products take {1 / faster:.2g} of its time here"
-        )
-        return (torch.bfloat16 if faster > 1.2 else torch.float32), found
+        return choose_cpu_dtype(device)
     if device.type != "cuda":
         return torch.float32, f"the default on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -57,10 +69,25 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, "this GPU has no bfloat16"
 
 
+def choose_cpu_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """bfloat16 where its matrix products are at least 1.2 times as fast as float32's: many CPUs only emulate it."""
+    bfloat16_flops = measure_matmul_flops(device, torch.bfloat16, 256)
+    float32_flops = measure_matmul_flops(device, torch.float32, 256)
+    speedup = bfloat16_flops / float32_flops
+    if speedup > 1.2:
+        return torch.bfloat16, f"its matrix products take {1 / speedup:.2g} of float32's time here"
+    return torch.float32, f"bfloat16's matrix products take {1 / speedup:.2g} of its time here"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how fast
+
+
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """FLOPs a second of a product of n x n matrices here (0: large ones), the best of ten: no training step is faster."""
+    """FLOP/s of an n x n matrix product here (0: a large one), the best of ten: no training step is faster."""
     n = n or (4096 if device.type == "cuda" else 512)
-    square, seconds = torch.ones(n, n, device=device, dtype=dtype), []
+    square = torch.ones(n, n, device=device, dtype=dtype)
+    seconds = []
     for _ in range(10):
         begin = time.perf_counter()
         float((square @ square)[0, 0])  # waits for the device
@@ -68,32 +95,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -
     return 2 * n**3 / min(seconds)
 
 
-ATTENTION_KERNELS = {
-    "flash": torch.backends.cuda.enable_flash_sdp,
-    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
-    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
-    "math": torch.backends.cuda.enable_math_sdp,
-}
-
-
-def set_attention_kernel(name: str, device: torch.device) -> None:
-    """Allow scaled_dot_product_attention only this one of its CUDA kernels (auto: all). Raises UserError where there is no choice."""
-    if name != "auto" and device.type != "cuda":
-        raise UserError(f"--attention_kernel={name}: only a CUDA GPU has a choice, not {device.type}")
-    for kernel, enable in ATTENTION_KERNELS.items():
-        enable(name in ("auto", kernel))
-
-
-def tune_malloc() -> None:
-    """Tell glibc's malloc, where that is the one, to keep what is freed: otherwise every step's large tensors are mapped, and their
-    pages zeroed and faulted in, anew (mallopt(3))."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-# Dense half-precision FLOPs a second, from the makers' data sheets; the more exact names first.
+# Dense half-precision FLOP/s from the makers' data sheets; of names that contain each other, the longer one first.
 PEAK_FLOPS = {
     "H100 PCIE": 756e12,
     "H100 NVL": 835e12,
@@ -108,6 +110,43 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The device's peak in bfloat16 or float16, where it is known."""
-    words = f" {device_name.replace('-', ' ').upper()} "
-    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
+    """The device's peak in bfloat16 or float16; None where it is not known."""
+    padded = f" {device_name.replace('-', ' ').upper()} "
+    for name, flops in PEAK_FLOPS.items():
+        if f" {name} " in padded:
+            return flops
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings of the process
+
+ATTENTION_KERNELS = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+}
+
+# mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
+
+def set_attention_kernel(name: str, device: torch.device) -> None:
+    """Allow scaled_dot_product_attention only this one of its CUDA kernels (auto: all). Raises UserError off CUDA."""
+    if name != "auto" and device.type != "cuda":
+        raise UserError(f"--attention_kernel={name}: only a CUDA GPU has a choice, not {device.type}")
+    for kernel, enable in ATTENTION_KERNELS.items():
+        enable(name in ("auto", kernel))
+
+
+def tune_malloc() -> None:
+    """Make glibc's malloc, where it is the one, keep freed memory.
+
+    Otherwise the large tensors of every step are mapped anew, and their pages zeroed and faulted in.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""Ranks: this process among those of torchrun, what the ranks agree on, and how a model is spread over them (DDP, FSDP2).
+"""Ranks: this process among torchrun's, what the ranks agree on, and how a model is spread over them (DDP, FSDP2).
 
 Collectives on CPU tensors go through gloo, on GPU tensors through NCCL. With one process all of them are the identity.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The block runs on rank 0 first, for as long as it takes, then on the others. They fail too if it fails on rank 0."""
+        """Run the block on rank 0, for as long as it takes, then on the others. If it fails on rank 0, all fail."""
         failed = False
         try:
             if self.is_main:
@@ -83,7 +83,10 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
-    """Join torchrun's process group, if there is one, and leave it at the end. A rank waits `timeout` seconds for the others."""
+    """Join torchrun's process group, if there is one, and leave it at the end.
+
+    timeout: seconds that a rank waits for the others in a collective.
+    """
     device = get_device(device_name)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
@@ -129,9 +132,10 @@ def rank_range(n: int, rank: int, world_size: int) -> range:
 
 
 def rank_slice(batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, group_size: int = 1) -> RankSlice:
-    """This rank's rows of a global batch of batch_size x gradient_accumulation_steps, of which each group stays together.
+    """This rank's rows of a global batch of batch_size x gradient_accumulation_steps; each group stays together.
 
-    Micro-batches are equal, as large as possible, at most batch_size. Raises UserError when the ranks don't divide the rows.
+    Micro-batches are equal, as large as possible, at most batch_size. Raises UserError when the ranks don't divide
+    the rows.
     """
     rows = batch_size * gradient_accumulation_steps
     n_groups = rows // group_size
@@ -148,18 +152,23 @@ def rank_slice(batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DDP: every rank holds all parameters. FSDP2: every rank holds its rows of each, gathered block by block when they are used
+# DDP: every rank holds all parameters. FSDP2: every rank holds its rows of each; a block's are gathered for its use
 
 
 def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The model under DDP, which averages gradients over the ranks; itself with one process. Its buffers are constants."""
+    """The model under DDP, which averages gradients over the ranks; with one process the model itself.
+
+    Its buffers are constants, so DDP need not send them.
+    """
     if ranks.world_size == 1:
         return model
     # The argument's name before and since torch 2.13.
     parameters = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+    options: dict[str, Any] = {sync_buffers: False}
+    if ranks.device.type == "cuda":
+        options["device_ids"] = [ranks.device.index]
+    return DistributedDataParallel(model, **options)
 
 
 def apply_fsdp(
@@ -173,8 +182,9 @@ def apply_fsdp(
 ) -> None:
     """Shard the parameters over the ranks, in place (FSDP2: Zhao et al. 2023): one group a block, one for the rest.
 
-    dtype: in which parameters are gathered; gradients are summed in float32. reshard_after_forward: free a block's gathered
-    parameters after its forward. cpu_offload: keep the shards, gradients and optimizer state in host memory.
+    dtype: in which parameters are gathered; gradients are summed in float32.
+    reshard_after_forward: free a block's gathered parameters after its forward (ZeRO-3; else ZeRO-2).
+    cpu_offload: keep the shards, gradients and optimizer state in host memory.
     """
     # The warning is about writing to a view; nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -200,9 +210,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 def set_gradient_sync(model: nn.Module, *, sync: bool) -> None:
     """Whether the next backward averages the gradients over the ranks, or each rank only adds up its own."""
-    if is_sharded(model):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
-    else:
+    elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync
 
 

@@ -1,18 +1,22 @@
-"""Counter-based random numbers: every draw is a hash of (seed, stream, counters), so there is no state to save. Imports no torch.
+"""Counter-based random numbers: a draw is a hash of (seed, stream, counters), so no state is saved. Imports no torch.
 
     hash_u64(seed, WINDOW, dataset, sequence)      uint64
     uniform(seed, ROLLOUT, completion, token)      float64 in [0, 1)
     permute(index, n, seed, ORDER, epoch)          a bijection of [0, n)
 
-Arguments are integers or integer arrays that broadcast against each other; the first one is the seed, the second the stream.
+Arguments are integers or integer arrays that broadcast; the first one is the seed, the second the stream.
 """
-
-import functools
 
 import numpy as np
 
-# Streams: what is drawn. No two kinds of draws share one.
-DATASET, WINDOW, ORDER, OFFSET, EVALUATION, DROPOUT, ROLLOUT = range(7)
+# Streams: one for each kind of draw. The numbers are part of what a seed means: new streams go to the end.
+DATASET = 0  # which dataset of a mixture
+WINDOW = 1  # where a random window starts
+ORDER = 2  # the order of an epoch
+OFFSET = 3  # the offset of an epoch's grid of windows
+EVALUATION = 4  # the windows of evaluations
+DROPOUT = 5
+ROLLOUT = 6  # the tokens of sampled completions
 
 
 def splitmix64(state: np.ndarray, value: int | np.ndarray) -> np.ndarray:
@@ -26,19 +30,22 @@ def splitmix64(state: np.ndarray, value: int | np.ndarray) -> np.ndarray:
 
 def hash_u64(*values: int | np.ndarray) -> np.ndarray:
     """A uint64 hash of the values, the seed first: one step of SplitMix64 for each in turn."""
-    return functools.reduce(splitmix64, values, np.uint64(0))
+    state = np.zeros((), dtype=np.uint64)
+    for value in values:
+        state = splitmix64(state, value)
+    return state
 
 
 def uniform(*values: int | np.ndarray) -> np.ndarray:
-    """Floats in [0, 1), a function of the values alone: the upper 53 bits of `hash_u64`."""
+    """Floats in [0, 1): the upper 53 bits of `hash_u64`."""
     return (hash_u64(*values) >> np.uint64(11)) * 2.0**-53
 
 
 def permute(index: np.ndarray, n: int, *key: int | np.ndarray) -> np.ndarray:
-    """The places of `index` in a random permutation of [0, n), another one for each key; int64. No permutation is stored.
+    """Where a random permutation of [0, n) takes `index`; int64. Each key has its own, and none is stored.
 
-    A Feistel network permutes the smallest [0, 4^b) that holds [0, n). An output of n or more is fed back until it is
-    below n, which keeps the map a bijection (cycle walking: Black and Rogaway 2002).
+    A Feistel network of 6 rounds permutes the smallest [0, 4^b) that holds [0, n). An output of n or more is fed back
+    until it is below n, which keeps the map a bijection (cycle walking: Black and Rogaway 2002).
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     low_mask = np.uint64(2**half_bits - 1)

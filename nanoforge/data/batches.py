@@ -37,8 +37,8 @@ Metrics = dict[
 class Batch:
     """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts.
 
-    tokens are int64, but in pinned memory as narrow as the bins' ids. extras are the objective's further tensors by name; of
-    examples at least `loss_mask`, (B, T) bool: the targets that count in the loss.
+    tokens: int64, but in pinned memory as narrow as the bins' ids. extras: further tensors of the objective, by name;
+    batches of examples have at least `loss_mask`, (B, T) bool: the targets that count in the loss.
     """
 
     tokens: Tensor
@@ -55,7 +55,7 @@ class Batch:
         return self.tokens[..., 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, its tokens as int64. The copy is asynchronous from pinned memory, and only from there."""
+        """The batch on a device, its tokens as int64. Only from pinned memory the copy is asynchronous."""
         tokens = self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long()
         extras = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.extras.items()}
         return replace(self, tokens=tokens, extras=extras)
@@ -83,7 +83,7 @@ def to_batch(windows: np.ndarray, *, pin: bool, n_micro_batches: int = 1) -> Bat
 
 
 def row_hash(rows: Iterable[np.ndarray], start: int) -> int:
-    """Sum mod 2^64 of a hash of each row's ids, salted with the row's index in the global batch; `start` is the first row's."""
+    """Sum mod 2^64 of a hash of each row, salted with the row's index in the global batch: start, start + 1, ..."""
     total = 0
     for row, ids in enumerate(rows, start=start):
         digest = hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8, salt=row.to_bytes(8, "little")).digest()
@@ -96,10 +96,12 @@ def row_hash(rows: Iterable[np.ndarray], start: int) -> int:
 
 
 class Dataset:
-    """Aligned streams of one split, cut into windows of block_size + 1 tokens: inputs and, shifted by one, their targets.
+    """Aligned streams of one split, cut into windows of block_size + 1 tokens: inputs and, one token on, targets.
 
-    n_windows is the number of windows of an epoch. method: "random" places each window anywhere; "sequential" reads the
-    windows in order; "without_replacement" reads each once an epoch in random order, from a grid whose offset changes every epoch.
+    n_windows is the number of windows in an epoch. The methods:
+    - random: each window starts anywhere;
+    - sequential: a grid of windows, in order;
+    - without_replacement: a grid, each window once an epoch in random order; the grid's offset changes every epoch.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Dataset:
                 f"--block_size={block_size} and its targets; lower it or prepare more text"
             )
 
-        # Windows of each shard in an epoch. A grid that moves needs a spare window for its offset, if the shard has one.
+        # Windows of each shard in an epoch. A grid that moves has one window less, where there are two.
         if method == "without_replacement":
             self.windows_per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
         else:
@@ -246,7 +248,7 @@ class Mixture:
         return mixed / mixed.sum(-1, keepdims=True)
 
     def draw(self, seed: int, step: np.ndarray, rows: int) -> np.ndarray:
-        """Indices of datasets: of each sequence of these steps, (len(step), rows), or of each whole batch, (len(step), 1)."""
+        """Indices of datasets: (len(step), rows), of each sequence; or (len(step), 1), of each whole batch."""
         draw = step[:, None] * rows + np.arange(rows) if self.per == "sequence" else step[:, None]
         if self.turns:
             return np.searchsorted(np.cumsum(self.turns), draw % sum(self.turns), side="right")
@@ -346,7 +348,7 @@ class Source:
         drawn = np.broadcast_to(drawn, (len(steps), self.rows))
         dataset_id = drawn[:, start_row:stop_row]
 
-        # 2. The number of each row among the sequences of its dataset since the run began, and where that sequence lies.
+        # 2. The number of each row among its dataset's sequences since the run began, and where that sequence lies.
         counts = counter.counts_before(steps.start)
         shard = np.empty(dataset_id.shape, dtype=np.int64)
         start = np.empty(dataset_id.shape, dtype=np.int64)
@@ -378,21 +380,21 @@ class Source:
         return windows
 
     def iter_windows(self, start_step: int, start_row: int, stop_row: int) -> Iterator[np.ndarray]:
-        """Rows of the global batches of step `start_step` and of all after it: (stop_row - start_row, K, T + 1) ids each."""
+        """Rows of the global batches of `start_step` and of all after it: (stop_row - start_row, K, T + 1) ids."""
         return map(self.read_windows, self.iter_plans(start_step, start_row, stop_row))
 
     def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
-        """What a rank reads from a step on: micro-batches in host memory. pin: in pinned memory; hashed: with data_hash."""
+        """What a rank reads from a step on, in host memory. pin: in pinned memory; hashed: with data_hash."""
         for windows in self.iter_windows(start_step, rows.start, rows.stop):
             cuts = range(0, len(windows), rows.micro_batch_size)
             batches = [
                 to_batch(windows[cut : cut + rows.micro_batch_size], pin=pin, n_micro_batches=len(cuts)) for cut in cuts
             ]
             data_hash = row_hash(windows, rows.start) if hashed else 0
-            yield Step(batches, data_hash, self.tokens_per_step)
+            yield Step(batches, data_hash, tokens=self.rows * self.datasets[0].T)
 
     def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
-        """What a rank reads from a step on, on the device: prefetched, and through pinned memory where that is a GPU."""
+        """What a rank reads from a step on, on the device: prefetched, to a GPU through pinned memory."""
         return prefetch(self.iter_steps(start_step, rows, pin=device.type == "cuda", hashed=hashed), device)
 
 

@@ -783,8 +783,7 @@ def attention_kernel(run, monkeypatch):
         run("--attention_kernel=flash")
     given = {}
     monkeypatch.setattr(
-        distributed,
-        "ATTENTION_KERNELS",
+        "nanoforge.device.ATTENTION_KERNELS",
         {name: lambda on, name=name: given.update({name: on}) for name in ATTENTION_KERNELS},
     )
     set_attention_kernel("cudnn", torch.device("cuda"))
