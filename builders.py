@@ -6,11 +6,12 @@ Here, before anything is trained, the kinds of runs differ; what comes out is th
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,36 +19,50 @@ import torch
 from model import GPT, GPTConfig
 from nanoforge import distributed
 from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.data.batches import Metrics
 from nanoforge.device import choose_dtype
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts, tasks
+from nanoforge.posttraining.examples import Examples
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint, optimizers, schedules
+from train_args import TrainArgs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A dataset of an evaluation: told(net) gives of each of its batches what an objective tells, and whether this rank had a part in it."""
+class EvalDataset:
+    """A dataset to evaluate on. batches(model) yields the metrics of each batch, and whether this rank has a part in it."""
 
     name: str
-    streams: list
-    told: Callable[[torch.nn.Module], Iterator[tuple[dict, bool]]]
-    items: examples.Examples | None = None
+    streams: Sequence
+    batches: Callable[[torch.nn.Module], Iterator[tuple[Metrics, bool]]]
+    examples: Examples | None = None
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a run reads."""
+class RunData:
+    """What a run reads, and what it learns from that."""
 
     source: batches.Source
-    evaluated: dict[str, list[Evaluated]]  # by split
-    weights: np.ndarray  # of the datasets in the validation loss
     objective: objectives.Objective
-    answers: rollouts.Answers | None = None  # how examples are answered
+    eval_datasets: dict[str, list[EvalDataset]]  # by split
+    eval_weights: np.ndarray  # of the datasets in the validation loss
+    sampler: rollouts.Answers | None = None  # generates completions for the prompts of examples
+
+
+class RunParts(NamedTuple):
+    """What build_run makes."""
+
+    args: TrainArgs  # with what the loaded weights and this machine decided
+    tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
+    model: GPT  # on the device, perhaps sharded
+    data: RunData
+    base: dict[str, str]  # source and sha256 of the weights that the run needs to resume
+    dtype_reason: str
 
 
 def example_files(args) -> dict[str, dict[str, Path]]:
@@ -223,7 +238,7 @@ def open_bins(
     model: GPT,
     mixture: batches.Mixture,
     ranks: distributed.Ranks,
-) -> Data:
+) -> RunData:
     """All of the text, by windows. Raises UserError."""
     firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
     rows, pin = args.batch_size * args.gradient_accumulation_steps, ranks.device.type == "cuda"
@@ -244,10 +259,10 @@ def open_bins(
             yield objective(net, batch.to(ranks.device), with_metrics=True)[1], counts
 
     evaluated = {
-        split: [Evaluated(d.name, d.streams, partial(told, d)) for d in some]
+        split: [EvalDataset(d.name, d.streams, partial(told, d)) for d in some]
         for split, some in windows.eval_datasets.items()
     }
-    return Data(windows.source, evaluated, windows.eval_weights, objective)
+    return RunData(windows.source, objective, evaluated, windows.eval_weights)
 
 
 def open_examples(
@@ -259,7 +274,7 @@ def open_examples(
     mixture: batches.Mixture,
     ranks: distributed.Ranks,
     say,
-) -> Data:
+) -> RunData:
     """Examples, and the objective that learns from them. Raises UserError."""
     a, V = args, model.wte.weight.size(0)
     template = prompt_format.parse(a.prompt_format) if a.prompt_format else None
@@ -354,18 +369,18 @@ def open_examples(
 
         told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
     evaluated = {
-        split: [Evaluated(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)]
+        split: [EvalDataset(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)]
         for split, hows in told.items()
     }
-    return Data(source, evaluated, mixture.final_weights, objective, answers)
+    return RunData(source, objective, evaluated, mixture.final_weights, answers)
 
 
 @torch.no_grad()
-def look_up_reference(args, data: Data, model: GPT, weights: str, ranks: distributed.Ranks) -> None:
+def look_up_reference(args, data: RunData, model: GPT, weights: str, ranks: distributed.Ranks) -> None:
     """Give all examples the log-probabilities that the model has for them before it learns; they are kept beside the data, by a hash of all that
     they follow from. The ranks share the work."""
-    for split, some in data.evaluated.items():
-        for dataset in (one.items for one in some):
+    for split, some in data.eval_datasets.items():
+        for dataset in (one.examples for one in some):
             said = [
                 array.tobytes()
                 for item in dataset.items
@@ -416,9 +431,7 @@ def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[
 # all of it
 
 
-def make(
-    args, began: RunRecord | None, ranks: distributed.Ranks, say
-) -> tuple[object, dict[str, tokenization.Tokenizer], GPT, Data, dict, str]:
+def build_run(args: TrainArgs, began: RunRecord | None, ranks: distributed.Ranks, say) -> RunParts:
     """(arguments, with what loaded weights and this machine decide of them; tokenizers; model, on the device and sharded; data; where the weights
     came from, if that must be known to resume: source and sha256; why the precision was chosen).
 
@@ -485,14 +498,14 @@ def make(
         data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
         if kind == "cache":
             look_up_reference(args, data, model, told["sha256"], ranks)
-    return args, tokenizers, model, data, told, reason
+    return RunParts(args, tokenizers, model, data, told, reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # optimizer and schedule
 
 
-def settings(args) -> optimizers.OptimConfig:
+def optim_config(args) -> optimizers.OptimConfig:
     """The arguments that optimizers take."""
     return optimizers.OptimConfig(
         args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,

@@ -162,7 +162,7 @@ class Run:
     args: object
     ranks: distributed.Ranks
     tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
-    data: builders.Data
+    data: builders.RunData
     model: GPT  # the parameters
     net: torch.nn.Module  # the same, perhaps compiled
     replica: torch.nn.Module  # the same under DDP, where there are several ranks
@@ -224,7 +224,7 @@ class Run:
             else f"{torch.get_num_threads()} threads"
         )
         train = ", ".join(f"{d.name} {d.streams[0].tokens:,}" for d in source.datasets)
-        val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.evaluated["val"])
+        val = ", ".join(f"{d.streams[0].tokens:,}" for d in self.data.eval_datasets["val"])
         tokens, epochs = source.tokens_per_step, self.total_steps * source.epochs_per_step
         share = f"{rows // world // self.share.micro_batch_size} x {self.share.micro_batch_size} on each of {world} rank{'s' * (world > 1)}"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
@@ -261,9 +261,9 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
     if args.init_from == "resume" and not args.eval_only:
         refuse_changed_data(began.data, fingerprints, args.allow_data_change, say)
     share = distributed.rank_slice(args.batch_size, args.gradient_accumulation_steps, ranks, args.group_size)
-    args, tokenizers, model, data, base, reason = builders.make(args, began, ranks, say)
+    args, tokenizers, model, data, base, reason = builders.build_run(args, began, ranks, say)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
-    optimizer = optimizers.Optimizer(args.optimizer, model, builders.settings(args), model.muon_splits())
+    optimizer = optimizers.Optimizer(args.optimizer, model, builders.optim_config(args), model.muon_splits())
     guard = GradGuard(args.spike_skip, ranks.device)
     progress = (
         resume(Path(args.out_dir), model, optimizer, scaler, guard, tokenizers, say)
@@ -319,13 +319,13 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
 def evaluate(run: Run, signals: Signals) -> dict | None:
     """What the objective tells of each split, over eval_iters batches of each dataset, the ranks sharing the rows of every batch; None if a
     signal came in between."""
-    ranks, weights = run.ranks, run.data.weights
+    ranks, weights = run.ranks, run.data.eval_weights
     measured: dict[str, list[dict]] = {}
     run.net.eval()
-    for split, some in run.data.evaluated.items():
+    for split, some in run.data.eval_datasets.items():
         for dataset in some:
             sums: dict[str, torch.Tensor] = {}
-            for told, counts in dataset.told(run.net):
+            for told, counts in dataset.batches(run.net):
                 if ranks.all_reduce_max(signals.number):
                     run.net.train()
                     return None
@@ -345,14 +345,16 @@ def evaluate(run: Run, signals: Signals) -> dict | None:
     told |= {f"val_{name}": weighted("val", name) for name in measured["val"][0] if name != "loss"}
     streams = [
         (stream, loss)
-        for dataset, told in zip(run.data.evaluated["val"], measured["val"], strict=True)
+        for dataset, told in zip(run.data.eval_datasets["val"], measured["val"], strict=True)
         for stream, loss in zip(dataset.streams, told["loss"], strict=True)
     ]
     if all(stream.bytes for stream, _ in streams):
         by_dataset = iter([loss / math.log(2) * stream.tokens / stream.bytes for stream, loss in streams])
         told["bits_per_byte"] = float(
             weights
-            @ np.array([np.mean([next(by_dataset) for _ in dataset.streams]) for dataset in run.data.evaluated["val"]])
+            @ np.array(
+                [np.mean([next(by_dataset) for _ in dataset.streams]) for dataset in run.data.eval_datasets["val"]]
+            )
         )
     if len(streams) > 1:
         told |= {f"val_loss/{stream.name}": loss for stream, loss in streams}
@@ -367,10 +369,10 @@ def divided(pairs: torch.Tensor) -> list[float]:
 def answers_to_tell(run: Run) -> list[dict]:
     """Answers to the first examples of the validation, as texts."""
     a, data = run.args, run.data
-    if data.answers is None or not a.eval_samples:
+    if data.sampler is None or not a.eval_samples:
         return []
-    dataset = data.evaluated["val"][0].items
-    return rollouts.samples(data.answers, dataset, a.eval_samples, run.model.wte.weight.size(0))
+    dataset = data.eval_datasets["val"][0].examples
+    return rollouts.samples(data.sampler, dataset, a.eval_samples, run.model.wte.weight.size(0))
 
 
 def save(run: Run, log: logger.RunLogger) -> None:
