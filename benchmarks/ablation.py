@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import ROOT, flags, shell
+from benchmarks.common import ROOT, run_process, to_flags
 
 VARIANTS: dict[str, dict[str, object]] = {
     "the recipe": {},
@@ -42,7 +42,7 @@ def slice_training_text(folder: Path) -> None:
     """folder/slice: a dataset whose validation text is the end of shakespeare_char's training text."""
     source, target = ROOT / "data" / "shakespeare_char", folder / "slice"
     if not (source / "train.bin").exists():
-        shell([sys.executable, str(source / "prepare.py")])
+        run_process([sys.executable, str(source / "prepare.py")])
     target.mkdir()
     tokens = np.fromfile(source / "train.bin", dtype="<u2")
     tokens[:-HELD_OUT].tofile(target / "train.bin")
@@ -63,7 +63,7 @@ def train(folder: Path, seed: int, changes: dict[str, object]) -> float:
         "eval_iters": HELD_OUT // (32 * 64),
         "device": "cpu",
     }
-    shell([sys.executable, "train.py", "configs/shakespeare_cpu.py", *flags(**common, **changes)])
+    run_process([sys.executable, "train.py", "configs/shakespeare_cpu.py", *to_flags(**common, **changes)])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["val_loss"] for line in lines if line["event"] == "eval"][-1]
 

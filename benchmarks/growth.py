@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from bench import ROOT, flags, resident_mb, shell
+from benchmarks.common import ROOT, resident_mb, run_process, to_flags
 from model import GPT, GPTConfig
 from nanoforge.data import batches, tokenization
 from nanoforge.data.token_bins import Meta
@@ -117,8 +117,8 @@ def grow_memory(folder: Path, device: torch.device) -> dict[str, list[float]]:
         for batch in MICRO_BATCHES:
             out = folder / "run"
             shutil.rmtree(out, ignore_errors=True)
-            done = shell([sys.executable, "train.py", *flags(**shape, **saver, batch_size=batch, out_dir=out)])
-            told.setdefault(name, []).append(done["peak_bytes"] / 2**20)
+            done = run_process([sys.executable, "train.py", *to_flags(**shape, **saver, batch_size=batch, out_dir=out)])
+            told.setdefault(name, []).append(done.peak_bytes / 2**20)
             print(f"memory, {name}, micro-batch {batch}: {told[name][-1]:,.0f} MB", flush=True)
     return told
 
@@ -132,14 +132,14 @@ def grow_prepare(folder: Path) -> list[dict[str, float]]:
         with corpus.open("wb") as file:
             for _ in range(size):
                 file.write(megabyte)
-        done = shell(
+        done = run_process(
             [
                 sys.executable,
                 "data/prepare.py",
-                *flags(input=corpus, name="prepared", data_dir=folder, tokenizer="char"),
+                *to_flags(input=corpus, name="prepared", data_dir=folder, tokenizer="char"),
             ]
         )
-        told.append({"mb": size, "seconds": done["seconds"], "peak_mb": done["peak_bytes"] / 2**20})
+        told.append({"mb": size, "seconds": done.seconds, "peak_mb": done.peak_bytes / 2**20})
         print(f"prepare {size} MB: {done['seconds']:.2f} s, {told[-1]['peak_mb']:.0f} MB", flush=True)
         corpus.unlink()
         shutil.rmtree(folder / "prepared")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import flags, shell
+from benchmarks.common import run_process, to_flags
 from nanoforge.data import tokenization
 
 
@@ -43,11 +43,11 @@ def main() -> None:
             "dataset": "numbers",
             "device": "auto",
         }
-        shell(
+        run_process(
             [
                 sys.executable,
                 "train.py",
-                *flags(
+                *to_flags(
                     **shape,
                     max_iters=24,
                     eval_interval=10**6,

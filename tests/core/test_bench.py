@@ -1,13 +1,15 @@
-"""bench.py: its arithmetic against closed forms, and its sections end to end with tiny shapes and a peer made of a few lines."""
+"""bench.py: its arithmetic against closed forms, and its sections end to end with tiny shapes and a stand-in for nanoGPT."""
 
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import run_script
+from helpers import ROOT, run_script
 
-import bench
+from benchmarks.bench_race import held_out_loss
+from benchmarks.common import compare, run_process, take_turns
 from model import GPT, GPTConfig
 
 PEER = """
@@ -20,136 +22,128 @@ for i in range(int(options["max_iters"]) + 1):
 
 @pytest.fixture
 def peer(tmp_path, data_dir):
-    """A folder that looks like nanoGPT's checkout, with the dataset beside it."""
+    """A folder that looks like nanoGPT's checkout, with the dataset in it."""
     folder = tmp_path / "peer"
-    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    dataset = folder / "data" / "shakespeare_char"
+    dataset.mkdir(parents=True)
     for name in ("train.bin", "val.bin", "meta.json"):
-        (folder / "data" / "shakespeare_char" / name).write_bytes((data_dir / "a" / name).read_bytes())
-    (folder / "data" / "shakespeare_char" / "meta.pkl").touch()
+        (dataset / name).write_bytes((data_dir / "a" / name).read_bytes())
+    (dataset / "meta.pkl").touch()
     (folder / "train.py").write_text(PEER)
     (folder / "sample.py").touch()
     return folder
 
 
 def test_figures_and_ratios():
-    runs = {"ours": [{"ms": 2.0}, {"ms": 4.0}, {"ms": 3.0}], "peer": [{"ms": 4.0}, {"ms": 4.0}, {"ms": 9.0}]}
-    told = bench.compare(runs, "ms", faster_is_less=True)
-    assert told["ours"] == {"min": 2.0, "median": 3.0, "max": 4.0, "n": 3, "ratios": [2.0, 1.0, 3.0], "ratio": 2.0}
-    assert (
-        bench.compare(runs, "ms", faster_is_less=False)["ours"]["ratios"] == [0.5, 1.0, 0.333]
-        and "ratio" not in told["peer"]
-    )
+    results = {"ours": [{"ms": 2.0}, {"ms": 4.0}, {"ms": 3.0}], "peer": [{"ms": 4.0}, {"ms": 4.0}, {"ms": 9.0}]}
+    table = compare(results, "ms", lower_is_better=True)
+    assert table["ours"] == {"min": 2.0, "median": 3.0, "max": 4.0, "n": 3, "ratios": [2.0, 1.0, 3.0], "ratio": 2.0}
+    assert "ratio" not in table["peer"]
+    assert compare(results, "ms", lower_is_better=False)["ours"]["ratios"] == [0.5, 1.0, 0.333]
 
 
 def test_sides_take_turns():
     order = []
-    bench.in_turn(3, {"a": lambda: order.append("a") or {}, "b": lambda: order.append("b") or {}})
+
+    def side(name):
+        order.append(name)
+        return {}
+
+    take_turns(3, {"a": lambda: side("a"), "b": lambda: side("b")})
     assert order == list("ababab")
 
 
 def test_the_memory_of_a_process_is_its_own():
-    """Not that of the one which measures, nor less than what it holds."""
-    here = bytearray(300 * 2**20)
-    empty, full = (
-        bench.shell([sys.executable, "-c", f"held = bytearray({mb} * 2**20)"])["peak_bytes"] / 2**20 for mb in (0, 100)
-    )
-    assert 0 < empty < 60 and 100 < full < 160 and len(here)
+    """Not that of the process which measures, and not less than what it holds."""
+    ballast = bytearray(300 * 2**20)
+    peaks = []
+    for mb in (0, 100):
+        result = run_process([sys.executable, "-c", f"held = bytearray({mb} * 2**20)"])
+        peaks.append(result.peak_bytes / 2**20)
+    assert 0 < peaks[0] < 60
+    assert 100 < peaks[1] < 160
+    assert len(ballast)
 
 
 def test_held_out_loss_reads_every_token_once(tmp_path):
     """A model that knows nothing loses log V on each; one that is sure of the next token of a cycle loses nothing."""
-    import numpy as np
-
-    (np.arange(100) % 7).astype(np.uint16).tofile(tmp_path / "val.bin")
-    model = GPT(
-        GPTConfig(
-            vocab_sizes=(7,),
-            block_size=8,
-            n_layer=1,
-            n_head=1,
-            n_embd=8,
-            bias=False,
-            tie_weights=False,
-            zero_init=True,
-            position="none",
-        )
+    val_path = tmp_path / "val.bin"
+    (np.arange(100) % 7).astype(np.uint16).tofile(val_path)
+    config = GPTConfig(
+        vocab_sizes=(7,),
+        block_size=8,
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        bias=False,
+        tie_weights=False,
+        zero_init=True,
+        position="none",
     )
-    assert bench.held_out_loss(model, tmp_path / "val.bin", 8) == pytest.approx(
-        torch.tensor(7.0).log().item(), rel=1e-6
-    )
+    model = GPT(config)
+    assert held_out_loss(model, val_path, 8) == pytest.approx(torch.tensor(7.0).log().item(), rel=1e-6)
     with torch.no_grad():
         model.wte.weight.copy_(torch.eye(7, 8) * 100)
         model.head.weight.copy_(torch.eye(7, 8).roll(1, 0) * 100)
-    assert bench.held_out_loss(model, tmp_path / "val.bin", 8) < 1e-6 and model.training
+    assert held_out_loss(model, val_path, 8) < 1e-6
+    assert model.training
 
 
+@pytest.mark.slow
 def test_training_in_turn_with_a_peer(peer, tmp_path):
-    done = run_script(
-        "train",
-        f"--peer={peer}",
-        "--cases=tiny",
-        "--pairs=2",
-        "--steps=8",
-        "--device=cpu",
-        f"--out={tmp_path}/results",
-        script="bench.py",
-    )
-    results = json.loads((tmp_path / "results" / "cpu.json").read_text())
-    tiny = results["train"]["tiny"]
+    results_path = tmp_path / "results" / "cpu.json"
+    out = f"--out={tmp_path}/results"
+    flags = [f"--peer={peer}", "--cases=tiny", "--pairs=2", "--steps=8", "--device=cpu", out]
+    done = run_script("train", *flags, script="bench.py")
+    section = json.loads(results_path.read_text())["train"]
+    tiny = section["tiny"]
     assert tiny["ms"]["peer"]["median"] == 86.5, "the first four of nine are left out"
     ours = tiny["ms"]["ours float32"]
-    assert (
-        ours["n"] == len(ours["ratios"]) == 2
-        and ours["ratio"] == pytest.approx(86.5 / ours["median"], rel=0.5)
-        and "ratio" in done.stdout
-    )
-    assert sum(tiny["parts"].values()) == pytest.approx(1.0) and set(tiny["parts"]) == {
-        "data",
-        "forward",
-        "backward",
-        "optimizer",
-        "logging",
-    }
+    assert ours["n"] == len(ours["ratios"]) == 2
+    assert ours["ratio"] == pytest.approx(86.5 / ours["median"], rel=0.5)
+    assert "ratio" in done.stdout
+    assert sum(tiny["parts"].values()) == pytest.approx(1.0)
+    assert set(tiny["parts"]) == {"data", "forward", "backward", "optimizer", "logging"}
     share = tiny["of peak, ours float32"]
-    assert (
-        share["utilisation"] == pytest.approx(share["flops"] / share["measured_peak_flops"])
-        and results["train"]["about"]["torch"] == torch.__version__
-    )
-    again = run_script(
-        "startup",
-        "--pairs=1",
-        "--device=cpu",
-        f"--data_dir={peer}/data",
-        f"--out={tmp_path}/results",
-        script="bench.py",
-    )
-    assert json.loads((tmp_path / "results" / "cpu.json").read_text()).keys() == {"device", "train", "startup"}, (
-        again.stdout
-    )
+    assert share["utilisation"] == pytest.approx(share["flops"] / share["measured_peak_flops"])
+    assert section["about"]["torch"] == torch.__version__
+
+    flags = ["--pairs=1", "--device=cpu", f"--data_dir={peer}/data", out]
+    again = run_script("startup", *flags, script="bench.py")
+    assert json.loads(results_path.read_text()).keys() == {"device", "train", "startup"}, again.stdout
 
 
+@pytest.mark.slow
 def test_sampling_in_turn_with_transformers(peer, tmp_path):
     pytest.importorskip("transformers")
-    run_script(
-        "sample",
-        "--peer_kind=hf",
-        "--cases=small",
-        "--pairs=1",
-        "--device=cpu",
-        f"--data_dir={peer}/data",
-        f"--out={tmp_path}",
-        script="bench.py",
-    )
-    told = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
-    assert told["batch of 16"]["ours"]["ratio"] > 0 and "peer" not in told["past the block"]
+    flags = ["--cases=small", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
+    run_script("sample", "--peer_kind=hf", *flags, script="bench.py")
+    section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
+    assert section["batch of 16"]["ours"]["ratio"] > 0
+    assert "peer" not in section["past the block"]
 
 
-def test_mistakes_are_told_in_a_line(tmp_path):
-    for argv, words in (
+@pytest.mark.slow
+def test_our_side_of_the_race_is_measured_at_every_evaluation(data_dir, tmp_path):
+    curve, out_dir = tmp_path / "curve.json", tmp_path / "run"
+    val_path = data_dir / "a" / "val.bin"
+    flags = ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--n_layer=1", "--n_embd=16", "--n_head=2"]
+    flags += ["--block_size=8", "--device=cpu", f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={out_dir}"]
+    script = [sys.executable, "-m", "benchmarks.scripts.race_ours"]
+    run_process([*script, str(val_path), "8", str(curve), *flags], cwd=ROOT)
+    points = json.loads(curve.read_text())
+    assert [step for step, _ in points] == [0, 1, 2]
+    assert all(0 < loss < 10 for _, loss in points)
+
+
+@pytest.mark.slow
+def test_errors_are_one_line(tmp_path):
+    for arguments, message in (
         (["run"], "no such section"),
-        (["train", f"--peer={tmp_path}"], "no train.py there"),
+        (["train", f"--peer={tmp_path}"], "no train.py"),
         (["train", "--cases=huge"], "no huge"),
         (["race", "--device=cpu"], "needs --peer"),
     ):
-        done = run_script(*argv, script="bench.py", check=False)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        done = run_script(*arguments, script="bench.py", check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr

@@ -1,0 +1,146 @@
+"""What all benchmarks share: processes and their peak memory, sides that take turns, and figures of what they measured.
+
+Knows nothing of what is measured. Imports no torch.
+"""
+
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanoforge.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "benchmarks" / "scripts"  # run in processes of their own
+
+Case = dict[str, Any]  # a model shape and a batch size, in arguments that both programs have by the same names
+Measurement = dict[str, Any]  # of one run of one side: ms, seconds, tokens_per_second, peak_mb, ...
+Side = Callable[[], Measurement]
+Figures = dict[str, Any]  # JSON: what a section writes
+
+CASES: dict[str, Case] = {
+    "10.6M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16},
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
+    "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2},
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12},
+    "124Mx32": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
+    "124Mx64": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 64},
+    "shakespeare_char": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "dropout": 0.2},
+}
+DEFAULT_CASES = {"cpu": ("10.6M", "small"), "cuda": ("124M", "124Mx32", "124Mx64", "shakespeare_char")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+class ProcessResult(NamedTuple):
+    """Of a process that ended well."""
+
+    output: str  # stdout and stderr
+    seconds: float
+    peak_bytes: int  # of the largest process among it and its children
+    seconds_to_text: float | None  # until a line of its output held the text that was waited for
+
+
+def to_flags(**values: object) -> list[str]:
+    """to_flags(seed=1) -> ["--seed=1"]"""
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> ProcessResult:
+    """Run a command and measure it. Raises UserError with the last lines of its output if it fails.
+
+    A child's peak memory counts from the fork, when it is as large as its parent. So a small process starts and measures it: scripts/meter.py.
+    """
+    meter = [sys.executable, "-IS", str(SCRIPTS / "meter.py")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    lines: list[str] = []
+    seconds_to_text = None
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [*meter, *argv],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if wait_for and seconds_to_text is None and wait_for in line:
+                seconds_to_text = time.perf_counter() - start
+    output, _, measured = "".join(lines).rpartition("meter ")
+    if process.returncode:
+        last_lines = "\n".join(output.splitlines()[-8:])
+        raise UserError(f"{' '.join(argv[-6:])}: failed\n{last_lines}")
+    seconds, max_rss = measured.split()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kilobytes
+    return ProcessResult(
+        output=output,
+        seconds=float(seconds),
+        peak_bytes=int(max_rss) * unit,
+        seconds_to_text=seconds_to_text,
+    )
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in RAM now (on Linux; elsewhere its peak)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"VmRSS:\s+(\d+)", status.read_text())
+        assert match is not None
+        return int(match[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sides that take turns, and their figures
+
+
+def take_turns(rounds: int, sides: dict[str, Side]) -> dict[str, list[Measurement]]:
+    """Run each side once a round, in order: ours, peer, ours, peer, ... Prints each measurement."""
+    results: dict[str, list[Measurement]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, run_side in sides.items():
+            measurement = run_side()
+            results[name].append(measurement)
+            values = [f"{key} {value:,.4g}" for key, value in measurement.items() if isinstance(value, float)]
+            print(f"  {number + 1}/{rounds} {name}: {', '.join(values)}", flush=True)
+    return results
+
+
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, median, maximum and number of some values."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
+
+
+def compare(results: dict[str, list[Measurement]], key: str, *, lower_is_better: bool) -> Figures:
+    """Each side's figures of `key`. Where there is a peer, each other side also has its ratio to the peer, round by round; above 1 is faster."""
+    table: Figures = {name: summarize([run[key] for run in runs]) for name, runs in results.items()}
+    for name in results:
+        if name == "peer" or "peer" not in results:
+            continue
+        ratios = []
+        for ours, peer in zip(results[name], results["peer"], strict=True):
+            ratios.append(peer[key] / ours[key] if lower_is_better else ours[key] / peer[key])
+        table[name]["ratios"] = [round(ratio, 3) for ratio in ratios]
+        table[name]["ratio"] = statistics.median(ratios)
+    return table
+
+
+def print_table(title: str, table: Figures) -> None:
+    """One line for each side of a table by `compare`."""
+    for name, row in table.items():
+        line = f"{title:34} {name:14} {row['median']:12,.4g}  ({row['min']:,.4g} to {row['max']:,.4g})"
+        if "ratio" in row:
+            line += f"  ratio {row['ratio']:.2f} of {row['ratios']}"
+        print(line, flush=True)

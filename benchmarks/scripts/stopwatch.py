@@ -1,0 +1,36 @@
+"""Run a script, unmodified, and print the seconds that it spent in one function.
+
+    python stopwatch.py FOLDER MODULE FUNCTION SCRIPT [ARGUMENT ...]
+
+FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). It returns a tensor, whose last column is read: that waits for the device.
+"""
+
+import functools
+import importlib
+import runpy
+import sys
+import time
+
+folder, module_name, function_path, script, *arguments = sys.argv[1:]
+sys.path[0] = folder
+*owner_names, function_name = function_path.split(".")
+owner = importlib.import_module(module_name)
+for name in owner_names:
+    owner = getattr(owner, name)
+function = getattr(owner, function_name)
+spent = []
+
+
+@functools.wraps(function)
+def timed(*args, **kwargs):
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    result[..., -1].sum().item()
+    spent.append(time.perf_counter() - start)
+    return result
+
+
+setattr(owner, function_name, timed)
+sys.argv = [script, *arguments]
+runpy.run_path(script, run_name="__main__")
+print("stopwatch", sum(spent))

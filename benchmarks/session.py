@@ -1,0 +1,157 @@
+"""A run of bench.py: its arguments, the device, the two programs that are compared, and the file of results."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.common import ROOT, SCRIPTS, Case, Figures, Measurement, run_process, to_flags
+from nanoforge.device import get_device
+from nanoforge.errors import UserError
+from nanoforge.files import write_json
+
+if TYPE_CHECKING:
+    from bench import BenchArgs
+
+UNMEASURED_STEPS = 5  # the first steps of a training run warm up
+
+
+def get_device_name(device: torch.device) -> str:
+    """cpu, or the GPU's name as a file name."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"\W+", "_", torch.cuda.get_device_name(device).lower())
+
+
+def median_step_ms(step_ms: list[float], steps: int) -> float:
+    """The median of the measured steps of a run of `steps` steps."""
+    return statistics.median(step_ms[min(UNMEASURED_STEPS, steps // 2) :])
+
+
+class Session:
+    """What the sections share."""
+
+    def __init__(self, args: "BenchArgs", folder: Path):
+        """folder: for temporary files. Raises UserError when the peer's dataset is missing."""
+        self.args = args
+        self.folder = folder
+        self.device = get_device(args.device)
+        self.on_cpu = self.device.type == "cpu"
+        self.nanogpt = Path(args.peer).resolve() if args.peer else None
+        default_data_dir = (self.nanogpt or ROOT) / "data"
+        self.data_dir = Path(args.data_dir or default_data_dir).resolve()
+        if self.nanogpt is not None and not (self.data_dir / "shakespeare_char" / "meta.pkl").exists():
+            script = self.nanogpt / "data/shakespeare_char/prepare.py"
+            raise UserError(f"--peer={args.peer}: its dataset is not prepared; run python {script}")
+        self.device_name = get_device_name(self.device)
+        self.results_path = Path(args.out) / f"{self.device_name}.json"
+        self.results: Figures = {}
+        if self.results_path.exists():
+            self.results = json.loads(self.results_path.read_text())
+
+    def new_folder(self) -> Path:
+        """An empty folder."""
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    # -- results
+
+    def write(self, section: str, figures: Figures) -> None:
+        """Put a section into the file of results, beside the others."""
+        key = section if self.args.peer_kind == "nanogpt" else f"{section} ({self.args.peer_kind})"
+        self.results = {"device": self.device_name, **self.results, key: {"about": describe_setup(), **figures}}
+        self.results_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.results_path, self.results)
+
+    # -- training with either program
+
+    def train_ours(self, case: Case, dtype: str, steps: int, **more: object) -> Measurement:
+        """Train with this program's train.py: ms a step, tokens a second, peak MB, and the run's folder."""
+        out_dir = self.new_folder()
+        flags = {
+            "bias": False,
+            "dataset": "shakespeare_char",
+            "data_dir": self.data_dir,
+            "device": self.device.type,
+            "compile": not self.on_cpu,
+            "max_iters": steps,
+            "eval_interval": 10**6,
+            "eval_iters": 1,
+            "log_interval": 1,
+            "out_dir": out_dir,
+            "dtype": dtype,
+        }
+        result = run_process([sys.executable, str(ROOT / "train.py"), *to_flags(**flags | case | more)])
+        lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+        ms = median_step_ms([line["step_ms"] for line in lines if line["event"] == "train"], steps)
+        return training_measurement(case, ms, result.peak_bytes, out_dir)
+
+    def train_nanogpt(self, case: Case, steps: int, **more: object) -> Measurement:
+        """Train with nanoGPT's train.py: the same measurements."""
+        assert self.nanogpt is not None
+        out_dir = self.new_folder()
+        flags = {
+            "bias": False,
+            "dropout": 0.0,
+            "dataset": "shakespeare_char",
+            "device": self.device.type,
+            "compile": not self.on_cpu,
+            "gradient_accumulation_steps": 1,
+            "max_iters": steps,
+            "eval_interval": 10**6,
+            "eval_iters": 1,
+            "log_interval": 1,
+            "out_dir": out_dir,
+            "dtype": "float32" if self.on_cpu else "bfloat16",
+        }
+        result = run_process([sys.executable, "train.py", *to_flags(**flags | case | more)], cwd=self.nanogpt)
+        ms = median_step_ms(read_nanogpt_step_ms(result.output), steps)
+        return training_measurement(case, ms, result.peak_bytes, out_dir)
+
+    def run_transformers(self, task: str, case: Case, **more: object) -> Measurement:
+        """Run `train` or `generate` with transformers' GPT-2, in a process of its own."""
+        options = json.dumps({"dropout": 0.0} | case | more)
+        result = run_process([sys.executable, str(SCRIPTS / "transformers_gpt2.py"), task, self.device.type, options])
+        return json.loads(result.output.splitlines()[-1])
+
+
+def read_nanogpt_step_ms(output: str) -> list[float]:
+    """The milliseconds of each iteration that nanoGPT's train.py printed."""
+    return [float(ms) for ms in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", output, re.M)]
+
+
+def training_measurement(case: Case, ms: float, peak_bytes: int, out_dir: Path) -> Measurement:
+    tokens = case["batch_size"] * case["block_size"]  # of a step
+    return {
+        "ms": ms,
+        "peak_mb": peak_bytes / 2**20,
+        "tokens_per_second": tokens / ms * 1e3,
+        "out": str(out_dir),
+    }
+
+
+def describe_setup() -> dict[str, Any]:
+    """The machine's cores, versions, git commit, and the command without the folders of its paths."""
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command = [re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", arg) for arg in sys.argv[1:]]
+    return {
+        "cores": cores,
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "numpy": importlib.metadata.version("numpy"),
+        "commit": commit,
+        "command": " ".join(["bench.py", *command]),
+    }
