@@ -20,6 +20,7 @@ from benchmarks.session import Session, read_nanogpt_step_ms
 from model import GPT, GPTConfig
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
+from nanoforge.run_dir import RunRecord
 
 Run = dict[str, Any]  # seed, wall, curve, loss, parameters; curve: [{"step", "seconds", "tokens", "loss"}, ...]
 COLORS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#636363")
@@ -122,14 +123,12 @@ def run_ours(race: Race, seed: int) -> Run:
     curve = []
     for step, loss in json.loads((out_dir / "curve.json").read_text()):
         curve.append({"step": step, "seconds": seconds[step], "tokens": tokens[step], "loss": loss})
-    shape = json.loads((out_dir / "train_config.json").read_text())["_model"]
-    model = GPT(GPTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}))
     return {
         "seed": seed,
         "wall": wall,
         "curve": curve,
         "loss": curve[-1]["loss"],
-        "parameters": model.count_parameters(),
+        "parameters": RunRecord.load(out_dir).counts["parameters"],
     }
 
 

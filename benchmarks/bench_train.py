@@ -1,7 +1,6 @@
 """Section train: the time of a training step, its share of what the device can do, and the shares of its parts."""
 
 import contextlib
-import json
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from benchmarks.common import (
     to_flags,
 )
 from benchmarks.session import Session
-from model import GPT, GPTConfig
 from nanoforge import distributed
 from nanoforge.device import measure_matmul_flops, tune_malloc
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import logger
 
 PROFILED_STEPS = 10
@@ -76,16 +75,15 @@ def measure_case(session: Session, case: Case) -> Figures:
 
 def share_of_peak(session: Session, name: str, run: Measurement, tokens_per_second: float) -> Figures:
     """The model's FLOP/s, and which share that is of the FLOP/s of the fastest matrix product here."""
-    config = json.loads((Path(run["out"]) / "train_config.json").read_text())
-    shape = {key: tuple(value) if isinstance(value, list) else value for key, value in config["_model"].items()}
-    dtype = getattr(torch, config["dtype"])
+    record = RunRecord.load(Path(run["out"]))
+    dtype = getattr(torch, record.args["dtype"])
     peak = max(measure_matmul_flops(session.device, dtype, size) for size in MATMUL_SIZES[session.device.type])
-    flops = GPT(GPTConfig(**shape)).flops_per_token() * tokens_per_second
+    flops = record.counts["flops_per_token"] * tokens_per_second
     print(
-        f"  {name}: {config['dtype']}, {flops / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s "
+        f"  {name}: {record.args['dtype']}, {flops / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s "
         f"that matrix products reach here: {flops / peak:.0%}"
     )
-    return {"dtype": config["dtype"], "measured_peak_flops": peak, "flops": flops, "utilisation": flops / peak}
+    return {"dtype": record.args["dtype"], "measured_peak_flops": peak, "flops": flops, "utilisation": flops / peak}
 
 
 def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:

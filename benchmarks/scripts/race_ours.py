@@ -6,10 +6,12 @@ python -m benchmarks.scripts.race_ours VAL_BIN BLOCK_SIZE CURVE_JSON [ARGUMENT .
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import train
 import train_args
 from benchmarks.bench_race import held_out_loss
+from nanoforge.training.signals import Signals
 
 
 def main() -> None:
@@ -17,7 +19,7 @@ def main() -> None:
     evaluate = train.evaluate
     curve = []
 
-    def evaluate_and_measure(run, signals):
+    def evaluate_and_measure(run: train.Run, signals: Signals) -> Any:
         loss = held_out_loss(run.model, Path(val_path), int(block_size))
         curve.append((run.progress.step, loss))
         return evaluate(run, signals)

@@ -10,6 +10,7 @@ import importlib
 import runpy
 import sys
 import time
+from typing import Any
 
 folder, module_name, function_path, script, *arguments = sys.argv[1:]
 sys.path[0] = folder
@@ -18,11 +19,11 @@ owner = importlib.import_module(module_name)
 for name in owner_names:
     owner = getattr(owner, name)
 function = getattr(owner, function_name)
-spent = []
+spent: list[float] = []
 
 
 @functools.wraps(function)
-def timed(*args, **kwargs):
+def timed(*args: Any, **kwargs: Any) -> Any:
     start = time.perf_counter()
     result = function(*args, **kwargs)
     result[..., -1].sum().item()
