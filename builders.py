@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +18,17 @@ import torch
 
 from model import GPT, GPTConfig
 from nanoforge import distributed
+from nanoforge.console import print_line
 from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.data.batches import Metrics
-from nanoforge.device import choose_dtype
+from nanoforge.device import choose_dtype, get_device
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts, tasks
 from nanoforge.posttraining.examples import Examples
-from nanoforge.run_dir import RunRecord
+from nanoforge.run_dir import RECORD_FILE, RunRecord
 from nanoforge.training import checkpoint, optimizers, schedules
-from train_args import TrainArgs
+from train_args import TrainArgs, load_args
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
@@ -178,14 +179,14 @@ def build_model(
     if (
         args.init_from == "resume" and base is not None
     ):  # its arguments are known; the shape follows from them and the base's vocabulary
-        model = GPT(GPTConfig.of(args, vocab_sizes=tuple(began.model["vocab_sizes"])))
+        model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(began.model["vocab_sizes"])))
         model.load_weights(base.weights, "the base", grow=True)
         return model, {}
     if base is None:
         if args.vocab_size and args.vocab_size < sizes[0]:
             raise UserError(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
         sizes = (args.vocab_size,) if args.vocab_size else sizes
-        return GPT(GPTConfig.of(args, vocab_sizes=sizes)), {}
+        return GPT(GPTConfig.from_args(args, vocab_sizes=sizes)), {}
     if (
         args.objective == "lm"
         and base.tokenizers is not None
@@ -204,7 +205,7 @@ def build_model(
         "block_size": min(args.block_size, base.shape["block_size"]),
         "vocab_sizes": (max(known, *sizes),),
     }
-    model = GPT(GPTConfig.of(args, **shape))
+    model = GPT(GPTConfig.from_args(args, **shape))
     model.load_weights(base.weights, f"--init_from={args.init_from}", grow=args.objective != "lm")
     names = {field.name for field in dataclasses.fields(args)}
     return model, {name: value for name, value in shape.items() if name in names} | {
@@ -215,16 +216,18 @@ def build_model(
 def adapt(args, model: GPT, tokenizer: tokenization.Tokenizer) -> None:
     """Put the adapter on the model, as the arguments say; the base learns no more. Raises UserError."""
     if args.adapter == "lora":
-        adapters.lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        adapters.add_lora(
+            model, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout
+        )
     if args.adapter == "soft_prompt":
         seeds = prompt_format.parse(args.prompt_format).seeds(tokenizer)
-        adapters.soft_prompt(
+        adapters.add_soft_prompt(
             model,
-            adapters.initial_rows(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size),
+            adapters.initial_prompt(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size),
             args.prompt_provider,
         )
     if args.adapter != "none":
-        adapters.freeze(model)
+        adapters.freeze_base(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,7 +451,7 @@ def build_run(args: TrainArgs, began: RunRecord | None, ranks: distributed.Ranks
     model, shape = build_model(args, tokenizers, base, began)
     args = dataclasses.replace(args, **shape)
     told = (
-        {"source": base.source, "sha256": adapters.fingerprint(base.weights)}
+        {"source": base.source, "sha256": adapters.hash_weights(base.weights)}
         if base is not None and (args.adapter != "none" or args.needs_reference)
         else {}
     )
@@ -527,3 +530,83 @@ def lr_scale(args):
         args.wsd_decay_fraction,
     )
     return lambda step: schedules.learning_rate(args.schedule, plan, step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a trained model, for the other commands
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to sample from or to evaluate, in eval mode."""
+
+    model: GPT
+    tokenizers: dict[str, tokenization.Tokenizer]  # of each vocabulary, by the name of its dataset
+    source: str  # what it was loaded from: a path (of a run: its checkpoint's), or a name on the hub
+    folder: Path | None = None  # the checkpoint, if this program wrote it
+    prompt_offsets: tuple[int, ...] = ()  # id of the first virtual token of each soft prompt
+
+    @cached_property
+    def args(self) -> TrainArgs | None:
+        """The arguments of its run, if it comes from one. Raises UserError."""
+        return None if self.folder is None else load_args(self.folder)
+
+    @property
+    def tokenizer(self) -> tokenization.Tokenizer:
+        """The tokenizer of a model with one vocabulary. Raises UserError."""
+        if len(self.tokenizers) > 1:
+            raise UserError(f"{self.source}: has several vocabularies ({', '.join(self.tokenizers)}); this needs one")
+        return next(iter(self.tokenizers.values()))
+
+    def to(self, device_name: str, dtype_name: str) -> torch.device:
+        """Move the model to the device that --device names, with the activations that --dtype names; the device. Raises UserError."""
+        device = get_device(device_name)
+        self.model.to(device)
+        self.model.compute_dtype, _ = choose_dtype(dtype_name, device)
+        return device
+
+
+def load_model(
+    init_from: str, out_dir: str = "", checkpoint_name: str = "best", log: Callable[[str], None] = print_line
+) -> LoadedModel:
+    """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir, at the checkpoint that
+    checkpoint_name names: best, last, or a step. Raises UserError."""
+    source = init_from
+    if init_from == "resume":
+        source = str(checkpoint.resolve(Path(out_dir), checkpoint_name, log))
+        if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
+            return load_soft_prompts([Path(source)], log)
+    loaded = pretrained.load(source, log)
+    model = GPT(GPTConfig(**loaded.shape))
+    model.load_weights(loaded.weights, source)
+    tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
+    is_ours = (Path(loaded.source) / RECORD_FILE).exists()
+    return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
+
+
+def load_soft_prompts(folders: list[Path], log: Callable[[str], None] = print_line) -> LoadedModel:
+    """The base that the soft prompts in these checkpoints share, with the virtual tokens of all of them. Raises UserError."""
+    # 1. They must have one base.
+    records = [RunRecord.load(folder) for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
+        if record.args.get("adapter") != "soft_prompt":
+            raise UserError(f"{folder}: not a run with --adapter=soft_prompt; sample from it with --out_dir")
+        if record.base["sha256"] != records[0].base["sha256"]:
+            raise UserError(f"{folder}: was trained on another base than {folders[0]}; run them apart")
+
+    # 2. The base, with the shape that its runs gave it.
+    base = pretrained.load_base(records[0].base, log)
+    model = GPT(GPTConfig(**pretrained.shape_of_record(records[0])))
+    model.load_weights(base.weights, records[0].base["source"], grow=True)
+
+    # 3. Their virtual tokens, one prompt after the other, behind the vocabulary.
+    prompts = []
+    for folder, record in zip(folders, records, strict=True):
+        weights = checkpoint.load_tensors(folder, "model")
+        prompts.append(adapters.load_prompt(weights, record.args["prompt_provider"]))
+    offsets = [model.wte.weight.size(0)]
+    for prompt in prompts[:-1]:
+        offsets.append(offsets[-1] + len(prompt))
+    adapters.add_soft_prompt(model, torch.cat(prompts), "tensor")
+    tokenizers = {"tokens": next(iter(tokenization.load(folders[0] / "tokenizer.json").values()))}
+    return LoadedModel(model.eval(), tokenizers, str(folders[0]), folders[0], tuple(offsets))

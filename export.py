@@ -93,7 +93,7 @@ def lora_run(folder: Path) -> tuple[Path, dict]:
 def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     """Write a folder of weights: the base with the LoRA in it, the arguments that tell the shape, and the tokenizer. Raises UserError."""
     folder, config = lora_run(folder)
-    loaded = pretrained.load_own(folder)
+    loaded = pretrained.load_checkpoint(folder)
     to.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: weight.to(dtype).contiguous() for name, weight in loaded.weights.items()}, to / "model.safetensors"

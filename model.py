@@ -56,7 +56,7 @@ class GPTConfig:
     loss_chunk: int = 0
 
     @classmethod
-    def of(cls, values: object, **more) -> "GPTConfig":
+    def from_args(cls, values: object, **more) -> "GPTConfig":
         """The fields that an arguments object has by the same names, and `more`."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: getattr(values, name) for name in names if hasattr(values, name)} | more)

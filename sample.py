@@ -201,10 +201,10 @@ def base_with_prompts(runs: list[Path]) -> tuple[GPT, tokenization.Tokenizer, li
     )
     model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
     rows = [
-        adapters.prompt_rows(checkpoint.load_tensors(folder, "model"), config["prompt_provider"])
+        adapters.load_prompt(checkpoint.load_tensors(folder, "model"), config["prompt_provider"])
         for folder, config in zip(runs, configs, strict=True)
     ]
-    adapters.soft_prompt(model, torch.cat(rows), "tensor")
+    adapters.add_soft_prompt(model, torch.cat(rows), "tensor")
     firsts = [sum(shape["vocab_sizes"]) + sum(map(len, rows[:i])) for i in range(len(rows))]
     return model.eval(), next(iter(tokenization.load(runs[0] / "tokenizer.json").values())), firsts
 

@@ -1,10 +1,10 @@
-"""Adapters: a few new parameters learn, those of the base stay as they are, bit for bit.
+"""Adapters: a few new parameters are trained, and the base model stays as it is, bit for bit. Knows nothing of runs or objectives.
 
-`lora` puts a product of two small matrices beside linear layers (Hu et al. 2021); `soft_prompt` adds rows to the token embedding, which a text
-may hold like any other token: row j of the prompt has the id V + j (Lester et al. 2021). Both begin as the base: LoRA adds nothing at first,
-and within `disable_adapter` a model is what it was before training.
+LoRA adds a low-rank update to linear layers (Hu et al. 2021). A soft prompt adds virtual tokens to the token embedding, which a text
+holds like any other token: virtual token j has the id V + j (Lester et al. 2021). Both start as the base model: LoRA's update is 0,
+and a virtual token may start as the embedding of a real one. Within `disable_adapter` a model is what it was before training.
 
-The parameters of the base keep their names, so a checkpoint of those that learn is told from the base's by names alone.
+The base's parameters keep their names, so names alone tell an adapter's parameters from the base's.
 """
 
 import hashlib
@@ -23,53 +23,69 @@ from nanoforge.errors import UserError, did_you_mean
 
 
 class LoraLinear(nn.Module):
-    """W x + b + (alpha / rank) B A dropout(x), of a linear layer's own W and b; B begins at 0, A as in the paper's code."""
+    """y = W x + b + (alpha / rank) B A dropout(x), with W and b of a linear layer. B starts at 0, A as in the paper's code."""
 
-    on = True
+    enabled = True
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight  # (out, in)
+        self.bias = linear.bias
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.scale, self.dropout = alpha / rank, dropout
+        self.scale = alpha / rank
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if not self.on:
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
+        if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y + update * self.scale
 
 
-def lora(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
-    """Put LoRA beside the linear layers of the blocks whose names end in one of the targets (none given: beside all). Raises UserError."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith("blocks.") and isinstance(module, nn.Linear)
-    }
-    ends = sorted({name.split(".", 2)[2] for name in layers})
+def add_lora(model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
+    """Replace linear layers of the blocks by LoraLinear: those whose names end in one of the targets, or all if there are no targets.
+
+    Raises UserError for a target that is the end of no layer's name.
+    """
+    linears = {}
+    for name, module in model.named_modules():
+        if name.startswith("blocks.") and isinstance(module, nn.Linear):
+            linears[name] = module
+
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+        if not any(matches(name, target) for name in linears):
+            available = sorted({name.split(".", 2)[2] for name in linears})  # blocks.0.attn.qkv -> attn.qkv
             raise UserError(
-                f"--lora_targets: no linear layer of this model is called {target}; there are {', '.join(ends)}{did_you_mean(target, ends)}"
+                f"--lora_targets: this model has no linear layer {target}; available: {', '.join(available)}"
+                f"{did_you_mean(target, available)}"
             )
-    for name, layer in layers.items():
-        if not targets or any(f".{name}".endswith(f".{target}") for target in targets):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, LoraLinear(layer, rank, alpha, dropout))
+
+    for name, linear in linears.items():
+        if not targets or any(matches(name, target) for target in targets):
+            parent, _, attribute = name.rpartition(".")
+            layer = LoraLinear(linear, rank=rank, alpha=alpha, dropout=dropout)
+            setattr(model.get_submodule(parent), attribute, layer)
 
 
-def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The base's weights with W + scale B A for W, where the adapter has A and B."""
-    return {
-        name: weight + scale * adapter[b] @ adapter[name.removesuffix("weight") + "lora_A"]
-        if (b := name.removesuffix("weight") + "lora_B") in adapter
-        else weight
-        for name, weight in base.items()
-    }
+def matches(name: str, target: str) -> bool:
+    """Whether the last parts of a layer's name are the target: blocks.0.attn.qkv matches qkv and attn.qkv."""
+    return f".{name}".endswith(f".{target}")
+
+
+def merge_lora(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The base's weights, with W + scale B A for each W that the adapter has A and B for."""
+    merged = dict(base)
+    for name in adapter:
+        layer, _, parameter = name.rpartition(".")
+        if parameter == "lora_B":
+            delta = scale * adapter[name] @ adapter[f"{layer}.lora_A"]
+            merged[f"{layer}.weight"] = base[f"{layer}.weight"] + delta
+    return merged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,110 +93,118 @@ def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: flo
 
 
 class TensorProvider(nn.Module):
-    """The rows are parameters."""
+    """Virtual tokens (P, C) as plain parameters."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, initial: Tensor):
         super().__init__()
-        self.rows = nn.Parameter(rows.clone())
+        self.rows = nn.Parameter(initial.clone())
 
     def forward(self) -> Tensor:
         return self.rows
 
 
 class LSTMProvider(nn.Module):
-    """The rows are parameters, to which a bidirectional LSTM over them and an MLP add (after Liu et al. 2021); they add nothing at first."""
+    """Virtual tokens (P, C) as parameters, plus an MLP of a bidirectional LSTM over them (after Liu et al. 2021) that starts at 0."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, initial: Tensor):
         super().__init__()
-        width = rows.size(1)
-        self.rows = nn.Parameter(rows.clone())
-        self.lstm = nn.LSTM(width, width // 2, num_layers=2, bidirectional=True, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width // 2 * 2, width), nn.ReLU(), nn.Linear(width, width))
+        n_embd = initial.size(1)
+        hidden = n_embd // 2
+        self.rows = nn.Parameter(initial.clone())
+        self.lstm = nn.LSTM(n_embd, hidden, num_layers=2, bidirectional=True, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(hidden * 2, n_embd), nn.ReLU(), nn.Linear(n_embd, n_embd))
         nn.init.zeros_(self.mlp[2].weight)
         nn.init.zeros_(self.mlp[2].bias)
 
     def forward(self) -> Tensor:
-        return self.rows + self.mlp(self.lstm(self.rows[None])[0])[0]
+        states, _ = self.lstm(self.rows[None])  # (1, P, 2 hidden)
+        return self.rows + self.mlp(states)[0]
 
 
 PROVIDERS = {"tensor": TensorProvider, "lstm": LSTMProvider}
 
 
 class PromptedEmbedding(nn.Module):
-    """A token embedding (V, C) with the rows of a prompt (P, C) behind it."""
+    """A token embedding (V, C) followed by the virtual tokens of a prompt (P, C)."""
 
-    on = True
+    enabled = True
+    initial_prompt: Tensor  # (P, C), before training
 
     def __init__(self, embedding: nn.Embedding, prompt: nn.Module):
         super().__init__()
-        self.weight, self.prompt = embedding.weight, prompt
-        self.V = embedding.num_embeddings
+        self.weight = embedding.weight
+        self.prompt = prompt
+        self.vocab_size = embedding.num_embeddings
         with torch.no_grad():
-            self.register_buffer("begun", prompt().clone(), persistent=False)  # what the rows are before training
+            self.register_buffer("initial_prompt", prompt().clone(), persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.prompt() if self.on else self.begun
-        own = ids >= self.V
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C)
+        virtual_tokens = self.prompt() if self.enabled else self.initial_prompt
+        is_virtual = ids >= self.vocab_size
         return torch.where(
-            own[..., None],
-            F.embedding((ids - self.V).clamp(min=0), rows),
-            F.embedding(ids.masked_fill(own, 0), self.weight),
+            is_virtual[..., None],
+            F.embedding((ids - self.vocab_size).clamp(min=0), virtual_tokens),
+            F.embedding(ids.masked_fill(is_virtual, 0), self.weight),
         )
 
 
 @torch.no_grad()
-def initial_rows(embedding: Tensor, seeds: Sequence[int | None], init: str, known: int) -> Tensor:
-    """The first values of a prompt's rows, (P, C): those of the tokens that seed them; without a seed (None) `vocab`: distinct random rows of
-    the `known` first ones of the embedding (V, C), `normal`: normal with its standard deviation."""
-    free = torch.randperm(known)[: len(seeds)] if len(seeds) <= known else torch.randint(known, (len(seeds),))
-    rows = embedding[free].clone() if init == "vocab" else torch.randn(len(seeds), embedding.size(1)) * embedding.std()
+def initial_prompt(embedding: Tensor, seeds: Sequence[int | None], init: str, vocab_size: int) -> Tensor:
+    """Initial virtual tokens, (P, C), from a token embedding (V, C).
+
+    A seed is the id of the token whose embedding a virtual token copies. Those without one (None) start, with init `vocab`, as
+    distinct random tokens below vocab_size, or with init `normal`, as N(0, std of the embedding).
+    """
+    count, n_embd = len(seeds), embedding.size(1)
+    random_ids = torch.randperm(vocab_size)[:count] if count <= vocab_size else torch.randint(vocab_size, (count,))
+    prompt = embedding[random_ids].clone() if init == "vocab" else torch.randn(count, n_embd) * embedding.std()
     for row, seed in enumerate(seeds):
         if seed is not None:
-            rows[row] = embedding[seed]
-    return rows
+            prompt[row] = embedding[seed]
+    return prompt
 
 
-def soft_prompt(model: nn.Module, rows: Tensor, provider: str) -> None:
-    """Add a prompt's rows to the model's token embedding."""
-    model.wte = PromptedEmbedding(model.wte, PROVIDERS[provider](rows))
+def add_soft_prompt(model: nn.Module, initial: Tensor, provider: str) -> None:
+    """Add virtual tokens, with initial values (P, C), to the model's token embedding; `provider` is a key of PROVIDERS."""
+    model.wte = PromptedEmbedding(model.wte, PROVIDERS[provider](initial))
 
 
-def prompt_rows(weights: Mapping[str, Tensor], provider: str) -> Tensor:
-    """The rows (P, C) of a prompt from the parameters that a checkpoint holds."""
-    own = {
-        name.removeprefix("wte.prompt."): tensor for name, tensor in weights.items() if name.startswith("wte.prompt.")
-    }
-    prompt = PROVIDERS[provider](own["rows"])
-    prompt.load_state_dict(own)
+def load_prompt(weights: Mapping[str, Tensor], provider: str) -> Tensor:
+    """The trained virtual tokens, (P, C), from the parameters in a checkpoint."""
+    prefix = "wte.prompt."
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    prompt = PROVIDERS[provider](state["rows"])
+    prompt.load_state_dict(state)
     with torch.no_grad():
         return prompt().clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# both
+# all adapters
 
 
-def freeze(model: nn.Module) -> None:
-    """Let only what adapters brought learn."""
+def freeze_base(model: nn.Module) -> None:
+    """Train the adapter's parameters only."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2].startswith("lora_") or name.startswith("wte.prompt."))
+        is_lora = name.rpartition(".")[2].startswith("lora_")
+        parameter.requires_grad_(is_lora or name.startswith("wte.prompt."))
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within it the model is what it was before its adapter learned."""
-    parts = [module for module in model.modules() if isinstance(module, LoraLinear | PromptedEmbedding)]
-    for part in parts:
-        part.on = False
+    """Within it the model is what it was before its adapter was trained."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear | PromptedEmbedding)]
+    for module in adapted:
+        module.enabled = False
     try:
         yield
     finally:
-        for part in parts:
-            part.on = True
+        for module in adapted:
+            module.enabled = True
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A sha256 over all weights, by their names."""
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of all weights with their names, in hexadecimal: the identity of a base."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].detach().float().contiguous().numpy().tobytes())

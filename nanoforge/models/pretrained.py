@@ -1,91 +1,99 @@
-"""Weights from elsewhere: GPT-2 from the hub or a local folder, nanoGPT's ckpt.pt, and this program's own runs.
+"""Pretrained weights: GPT-2 from the hub or a local folder, nanoGPT's ckpt.pt, and this program's own runs.
 
-All come as `Pretrained`: the model's shape by the argument table's names, weights by the model's names, and tokenizers.
+All of them come as `Pretrained`: the model's shape by GPTConfig's names, the weights by model.py's names, and the tokenizers.
+Knows nothing of the model itself.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanoforge.console import print_line
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models import adapters
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 
-HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-NOT_SHAPE = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of a model's configuration
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+TRAINING_FIELDS = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of GPTConfig; they are no shape
 
 
 class Pretrained(NamedTuple):
-    shape: dict  # fields of the model's configuration
+    shape: dict[str, Any]  # fields of GPTConfig
     weights: Mapping[str, Tensor]
-    tokenizers: dict[str, tokenization.Tokenizer] | None  # None: not known
-    source: str = ""  # what `load` finds them by again: a path, of a run that of the checkpoint, or a name of the hub
+    tokenizers: dict[str, tokenization.Tokenizer] | None  # None: unknown
+    source: str = (
+        ""  # finds the same weights again: an absolute path (of a run: its checkpoint's), or a name on the hub
+    )
 
 
-def load(source: str, say=print) -> Pretrained:
-    """Weights from `gpt2`, `gpt2-medium`, ... of the hub, or from a path. Raises UserError."""
+def load(source: str, log: Callable[[str], None] = print_line) -> Pretrained:
+    """Weights from a name in HUB_MODELS or from a path. Raises UserError."""
     path = Path(source)
-    if not path.exists() and source not in HUB:
-        raise UserError(
-            f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB)}{did_you_mean(source, HUB)}"
-        )
-    if not path.exists():
-        return load_gpt2(download(source, "config.json"), download(source, "model.safetensors"))._replace(source=source)
-    whole = (path / "checkpoints").is_dir()
-    path = checkpoint.resolve(path, "best", say) if whole else path
-    return read(path, source, whole, say)._replace(source=str(path.resolve()))
+    if path.exists():
+        return load_path(path, log)
+    if source in HUB_MODELS:
+        return load_hub(source)
+    raise UserError(
+        f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB_MODELS)}"
+        f"{did_you_mean(source, HUB_MODELS)}"
+    )
 
 
-def read(path: Path, source: str, whole: bool, say) -> Pretrained:
-    """Weights of a file or a folder that --init_from=source led to; `whole`: a checkpoint that was verified. Raises UserError."""
-    if path.suffix == ".pt":
-        return load_nanogpt(path)
-    if whole:
-        return load_own(path, say)
-    if (path / "manifest.json").exists():
-        if wrong := checkpoint.verify(path, checkpoint.WEIGHT_FILES):
-            raise UserError(wrong)
-        return load_own(path, say)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    if weights.suffix != ".safetensors" or not weights.exists():
-        raise UserError(f"--init_from={source}: neither a run nor a checkpoint, and it has no model.safetensors")
-    return load_gpt2(weights.with_name("config.json"), weights)
+def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
+    """Weights from a run (its best checkpoint), a checkpoint, nanoGPT's ckpt.pt, or GPT-2's files. Raises UserError."""
+    is_run = (path / "checkpoints").is_dir()
+    if is_run:
+        path = checkpoint.resolve(path, "best", log)  # verified
+    elif (path / "manifest.json").exists():
+        error = checkpoint.verify(path, checkpoint.WEIGHT_FILES)
+        if error:
+            raise UserError(error)
+
+    if is_run or (path / "manifest.json").exists():
+        loaded = load_checkpoint(path, log)
+    elif path.suffix == ".pt":
+        loaded = load_nanogpt(path)
+    else:
+        loaded = load_gpt2_path(path)
+    return loaded._replace(source=str(path.resolve()))
 
 
-def download(name: str, file: str) -> Path:
-    """A file of a model of the hub, from the cache or the network. Raises UserError."""
+def load_hub(name: str) -> Pretrained:
+    """A GPT-2 of the hub, from the local cache or the network. Raises UserError."""
+    loaded = load_gpt2(download_from_hub(name, "config.json"), download_from_hub(name, "model.safetensors"))
+    return loaded._replace(source=name)
+
+
+def download_from_hub(name: str, file: str) -> Path:
+    """The local path of a file of a GPT-2 of the hub. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it tells each of its retries
+    logging.set_verbosity_error()  # otherwise every retry is printed
     try:
         return Path(hf_hub_download(f"openai-community/{name}", file))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"--init_from={name}: {file} can't be downloaded ({type(error).__name__}); offline, give the path of a folder with GPT-2's config.json and model.safetensors"
+            f"--init_from={name}: {file} can't be downloaded ({type(error).__name__}); "
+            "offline, pass the path of a folder with GPT-2's config.json and model.safetensors"
         ) from None
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# GPT-2's and nanoGPT's names
+# GPT-2 and nanoGPT
 
-RENAMED = (
+# Applied one after the other: the name in Hugging Face's or nanoGPT's files -> the name in model.py.
+NAME_PATTERNS = (
     (r"^(_orig_mod\.)?(transformer\.)?", ""),
     (r"^wpe\.", "position."),
     (r"^ln_f\.", "norm."),
@@ -96,106 +104,144 @@ RENAMED = (
     (r"\.c_proj\.", ".proj."),
     (r"^lm_head\.", "head."),
 )
+CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # a buffer that older files keep
+LINEAR_WEIGHT = re.compile(r"\.(qkv|proj|up)\.weight$")
+
+# Settings of Hugging Face's config that this model has fixed, with their values.
+FIXED_SETTINGS = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
+ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def renamed(weights: dict[str, Tensor], transposed: bool) -> dict[str, Tensor]:
-    """Weights by the model's names; GPT-2's own files hold its linear layers transposed (Conv1D), nanoGPT's don't."""
-    out = {}
+def convert_weights(weights: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
+    """Float32 weights by model.py's names. transposed: linear weights are (in, out), as in GPT-2's own files (Conv1D); nanoGPT's are not."""
+    converted = {}
     for name, tensor in weights.items():
-        for pattern, replacement in RENAMED:
+        for pattern, replacement in NAME_PATTERNS:
             name = re.sub(pattern, replacement, name)
-        if re.search(r"\.attn\.(masked_)?bias$", name):
-            continue  # the causal mask, which older files keep
-        linear = transposed and re.search(r"\.(qkv|proj|up)\.weight$", name)
-        out[name] = (tensor.t() if linear else tensor).float().contiguous()
-    if "head.weight" in out and torch.equal(out["head.weight"], out["wte.weight"]):
-        del out["head.weight"]  # tied
-    return out
+        if CAUSAL_MASK.search(name):
+            continue
+        if transposed and LINEAR_WEIGHT.search(name):
+            tensor = tensor.t()
+        converted[name] = tensor.float().contiguous()
+    if "head.weight" in converted and torch.equal(converted["head.weight"], converted["wte.weight"]):
+        del converted["head.weight"]  # tied
+    return converted
 
 
-def shape_of(weights: dict[str, Tensor], n_head: int | None, activation: str) -> dict:
-    """The shape that renamed weights have; without n_head heads are 64 wide. Raises UserError when they are no GPT-2's."""
+def infer_shape(weights: Mapping[str, Tensor], n_head: int | None, activation: str) -> dict[str, Any]:
+    """The fields of GPTConfig that fit converted GPT-2 weights; without n_head, heads are 64 wide. Raises UserError."""
     try:
-        (V, C), (block_size, _) = weights["wte.weight"].shape, weights["position.weight"].shape
+        vocab_size, n_embd = weights["wte.weight"].shape
+        block_size = weights["position.weight"].size(0)
         hidden = weights["blocks.0.mlp.up.weight"].size(0)
     except KeyError as error:
-        raise UserError(f"--init_from: these are no weights of a GPT-2 ({error} is missing)") from None
+        raise UserError(f"--init_from: not the weights of a GPT-2 ({error} is missing)") from None
     return {
-        "vocab_sizes": (V,), "vocabulary": "one", "block_size": block_size, "n_head": n_head or max(1, C // 64), "n_embd": C,
+        "vocab_sizes": (vocab_size,),
+        "vocabulary": "one",
+        "block_size": block_size,
         "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "n_kv_head": 0, "bias": "norm.bias" in weights, "norm": "layernorm", "position": "learned", "activation": activation,
-        "mlp": "plain", "mlp_ratio": hidden / C, "qk_norm": False, "window": "L", "window_size": 0, "logit_softcap": 0.0,
+        "n_head": n_head or max(1, n_embd // 64),
+        "n_kv_head": 0,
+        "n_embd": n_embd,
+        "bias": "norm.bias" in weights,
+        "norm": "layernorm",
+        "position": "learned",
+        "activation": activation,
+        "mlp": "plain",
+        "mlp_ratio": hidden / n_embd,
+        "qk_norm": False,
+        "window": "L",
+        "window_size": 0,
+        "logit_softcap": 0.0,
         "tie_weights": "head.weight" not in weights,
-    }  # fmt: skip
+    }
 
 
-def gpt2_tokenizers(shape: dict) -> dict[str, tokenization.Tokenizer] | None:
-    """GPT-2's where the vocabulary has its size, which nanoGPT pads."""
-    return (
-        {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
-        if shape["vocab_sizes"][0] in (50257, 50304)
-        else None
-    )
+def gpt2_tokenizers(shape: Mapping[str, Any]) -> dict[str, tokenization.Tokenizer] | None:
+    """GPT-2's tokenizer if the vocabulary has its size, or the size to which nanoGPT pads it."""
+    if shape["vocab_sizes"][0] not in (50257, 50304):
+        return None
+    return {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
+
+
+def load_gpt2_path(path: Path) -> Pretrained:
+    """GPT-2 from a folder, or from a file model.safetensors that may lack its config.json. Raises UserError."""
+    weights_path = path / "model.safetensors" if path.is_dir() else path
+    if weights_path.suffix != ".safetensors" or not weights_path.exists():
+        raise UserError(f"--init_from={path}: neither a run nor a checkpoint, and it has no model.safetensors")
+    return load_gpt2(weights_path.with_name("config.json"), weights_path)
 
 
 def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
-    """Hugging Face's GPT-2: config.json (heads, activation) and model.safetensors. Without a config heads are 64 wide."""
-    weights = renamed(read_safetensors(weights_path), transposed=True)
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-    odd = {
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-    }
-    for name, usual in odd.items():
-        if config.get(name, usual) != usual:
-            raise UserError(f"{config_path}: {name}={config[name]} is a variant this model has not")
-    activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
-        name := config.get("activation_function", "gelu_new"), name
-    )
-    shape = shape_of(weights, config.get("n_head"), activation)
+    """Hugging Face's GPT-2: config.json (heads, activation; may be missing) and model.safetensors. Raises UserError."""
+    config = {}
+    if config_path.exists():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    for name, value in FIXED_SETTINGS.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{config_path}: {name}={config[name]} is not supported, only {value}")
+    activation = config.get("activation_function", "gelu_new")
+    weights = convert_weights(read_safetensors(weights_path), transposed=True)
+    shape = infer_shape(weights, config.get("n_head"), ACTIVATION_NAMES.get(activation, activation))
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises UserError."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
 
 
 def load_nanogpt(path: Path) -> Pretrained:
-    """nanoGPT's ckpt.pt, read with weights_only=True: nothing in it is executed."""
+    """nanoGPT's ckpt.pt, read with weights_only=True: nothing in it is executed. Raises UserError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        weights, args = saved["model"], saved["model_args"]
-        n_head = args["n_head"]
+        state, n_head = saved["model"], saved["model_args"]["n_head"]
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        raise UserError(
-            f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from None
-    weights = renamed(weights, transposed=False)
-    shape = shape_of(weights, n_head, "gelu")
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {reason})") from None
+    weights = convert_weights(state, transposed=False)
+    shape = infer_shape(weights, n_head, "gelu")
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
 
-def load_own(folder: Path, say=print) -> Pretrained:
-    """A checkpoint of this program. LoRA comes merged into the base that it was trained on, which must be where it was. Raises UserError."""
-    config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
-    shape = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config["_model"].items()
-        if name not in NOT_SHAPE
-    }
-    weights, adapter = checkpoint.load_tensors(folder, "model"), config.get("adapter", "none")
+# ---------------------------------------------------------------------------------------------------------------------
+# this program's own runs
+
+
+def shape_of_record(record: RunRecord) -> dict[str, Any]:
+    """The fields of GPTConfig in a run's record; lists were tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.model.items()}
+
+
+def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pretrained:
+    """A checkpoint of this program. LoRA is merged into its base, which must still be where the run found it. Raises UserError."""
+    record = RunRecord.load(folder)
+    weights = checkpoint.load_tensors(folder, "model")
+    adapter = record.args.get("adapter", "none")
     if adapter == "soft_prompt":
         raise UserError(
-            f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, and its base is {config['_base']['source']}"
+            f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, "
+            f"and its base is {record.base['source']}"
         )
     if adapter == "lora":
-        weights = adapters.merged(
-            load_base(config["_base"], say).weights, weights, config["lora_alpha"] / config["lora_rank"]
-        )
+        scale = record.args["lora_alpha"] / record.args["lora_rank"]
+        weights = adapters.merge_lora(load_base(record.base, log).weights, weights, scale)
+    shape = {name: value for name, value in shape_of_record(record).items() if name not in TRAINING_FIELDS}
     return Pretrained(shape, weights, tokenization.load(folder / "tokenizer.json"))
 
 
-def load_base(base: Mapping[str, str], say=print) -> Pretrained:
-    """The weights that a run began with, by the `source` and `sha256` that it tells. Raises UserError when they are not what they were."""
-    loaded = load(base["source"], say)
-    if adapters.fingerprint(loaded.weights) != base["sha256"]:
+def load_base(base: Mapping[str, str], log: Callable[[str], None] = print_line) -> Pretrained:
+    """The weights that a run began with, from the `source` and `sha256` in its record. Raises UserError if they have changed."""
+    loaded = load(base["source"], log)
+    if adapters.hash_weights(loaded.weights) != base["sha256"]:
         raise UserError(f"{base['source']}: does not hold the weights that the run began with")
     return loaded

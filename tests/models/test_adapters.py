@@ -68,8 +68,8 @@ VARIANTS = [
 def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
     plain, model, idx = tiny_model(**variant).eval(), tiny_model(**variant).eval(), ids(2, 12)
     expected = plain(idx)
-    adapters.lora(model, targets, 4, 8.0, 0.0)
-    adapters.freeze(model)
+    adapters.add_lora(model, targets, rank=4, alpha=8.0, dropout=0.0)
+    adapters.freeze_base(model)
     assert torch.equal(model(idx), expected), "B is 0"
     shaken(model)
     moved = model(idx)
@@ -95,11 +95,11 @@ def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
 def test_merged_weights_give_the_unmerged_logits(variant):
     plain, model, idx = tiny_model(**variant).eval(), tiny_model(**variant).eval(), ids(2, 12)
     weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
-    adapters.lora(model, [], 4, 10.0, 0.0)
-    adapters.freeze(model)
+    adapters.add_lora(model, [], rank=4, alpha=10.0, dropout=0.0)
+    adapters.freeze_base(model)
     shaken(model)
     own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    plain.load_weights(adapters.merged(weights, own, 10.0 / 4), "merged")
+    plain.load_weights(adapters.merge_lora(weights, own, 10.0 / 4), "merged")
     torch.testing.assert_close(plain(idx), model(idx), atol=1e-5, rtol=1e-4)
     assert (plain(idx) - tiny_model(**variant).eval()(idx)).abs().max() > 0.01
 
@@ -127,8 +127,8 @@ def test_lora_is_pefts(tmp_path, theirs_of):
     loaded = pretrained.load(str(tmp_path))
     model = GPT(GPTConfig(**loaded.shape)).eval()
     model.load_weights(loaded.weights, "gpt2")
-    adapters.lora(model, [THEIR_NAMES[name] for name in theirs_of], 4, 12.0, 0.0)
-    adapters.freeze(model)
+    adapters.add_lora(model, [THEIR_NAMES[name] for name in theirs_of], rank=4, alpha=12.0, dropout=0.0)
+    adapters.freeze_base(model)
     pairs = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -159,37 +159,37 @@ def test_lora_is_pefts(tmp_path, theirs_of):
         assert ours.grad.abs().max() > 1e-5
     own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain = GPT(GPTConfig(**loaded.shape)).eval()
-    plain.load_weights(adapters.merged(loaded.weights, own, 3.0), "merged")
+    plain.load_weights(adapters.merge_lora(loaded.weights, own, 3.0), "merged")
     torch.testing.assert_close(plain(idx), wrapped.merge_and_unload()(idx).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_on_the_additions_input_in_training_alone():
     model = tiny_model(dropout=0.0)
-    adapters.lora(model, [], 4, 8.0, 0.5)
-    adapters.freeze(model)
+    adapters.add_lora(model, [], rank=4, alpha=8.0, dropout=0.5)
+    adapters.freeze_base(model)
     shaken(model)
     idx = ids(2, 12)
     assert torch.equal(model.eval()(idx), model(idx)) and not torch.equal(model.train()(idx), model(idx))
     with adapters.disable_adapter(model):
         assert torch.equal(model(idx), model(idx)), "none in the base"
-    layer = adapters.LoraLinear(torch.nn.Linear(64, 8, bias=False), 2, 2.0, 0.25).train()
+    layer = adapters.LoraLinear(torch.nn.Linear(64, 8, bias=False), rank=2, alpha=2.0, dropout=0.25).train()
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(1, 64).expand(4000, 64)
     torch.testing.assert_close(layer(x).mean(0), layer.eval()(x)[0], atol=0.1, rtol=0.05, msg="the same on average")
 
 
 @pytest.mark.parametrize(
-    "targets, told",
+    "targets, message",
     [
         (["qvk"], "attn.qkv"),
-        (["attn"], "there are attn.proj, attn.qkv, mlp.proj, mlp.up"),
-        (["head"], "no linear layer of this model is called head"),
-        (["up", "v"], "called v;"),
+        (["attn"], "available: attn.proj, attn.qkv, mlp.proj, mlp.up"),
+        (["head"], "no linear layer head"),
+        (["up", "v"], "no linear layer v;"),
     ],
 )
-def test_targets_that_are_not_there_are_told(targets, told):
-    with pytest.raises(UserError, match=told):
-        adapters.lora(tiny_model(), targets, 4, 8.0, 0.0)
+def test_unknown_lora_targets_are_refused(targets, message):
+    with pytest.raises(UserError, match=message):
+        adapters.add_lora(tiny_model(), targets, rank=4, alpha=8.0, dropout=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
         ".lora_" in name or name.startswith("wte.prompt.") for name in own
     )
     assert {name.split("/")[1] for name in done.last.optimizer} <= own.keys()
-    assert done.config["_base"] == {"source": str(base), "sha256": adapters.fingerprint(weights)}
+    assert done.config["_base"] == {"source": str(base), "sha256": adapters.hash_weights(weights)}
     size = sum(4 * tensor.numel() for tensor in own.values())
     assert size < (done.last.folder / "model.safetensors").stat().st_size < size + 200 * len(own) + 1000
     assert done.losses[-1] != done.losses[0]
@@ -364,10 +364,10 @@ V = 13
 def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, prompt_format.Template]:
     model, template = base_model(base), prompt_format.parse(text)
     torch.manual_seed(seed)
-    adapters.soft_prompt(
-        model, adapters.initial_rows(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider
+    adapters.add_soft_prompt(
+        model, adapters.initial_prompt(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider
     )
-    adapters.freeze(model)
+    adapters.freeze_base(model)
     return model.eval(), template
 
 
@@ -443,7 +443,7 @@ def test_rows_come_back_from_a_checkpoints_weights(base, provider):
     model, _ = prompted(base, "<P*5>", provider)
     shaken(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    torch.testing.assert_close(adapters.prompt_rows(weights, provider), model.wte.prompt().detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(adapters.load_prompt(weights, provider), model.wte.prompt().detach(), atol=1e-6, rtol=0)
     assert (model.wte.prompt() - model.wte.begun).abs().max() > 0.01
 
 
@@ -468,12 +468,12 @@ def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
 
 def test_free_rows_are_distinct_and_known():
     embedding = torch.randn(20, 8)
-    rows = adapters.initial_rows(embedding, [None] * 10 + [7], "vocab", 15)
+    rows = adapters.initial_prompt(embedding, [None] * 10 + [7], "vocab", 15)
     found = [(embedding == row).all(1).nonzero().item() for row in rows]
     assert len(set(found[:10])) == 10 and max(found[:10]) < 15 and found[10] == 7
-    many = adapters.initial_rows(embedding, [None] * 40, "vocab", 15)
+    many = adapters.initial_prompt(embedding, [None] * 40, "vocab", 15)
     assert {(embedding == row).all(1).nonzero().item() for row in many} <= set(range(15))
-    normal = adapters.initial_rows(embedding * 3, [None] * 999 + [7], "normal", 15)
+    normal = adapters.initial_prompt(embedding * 3, [None] * 999 + [7], "normal", 15)
     assert torch.equal(normal[-1], embedding[7] * 3) and normal[:-1].std().item() == pytest.approx(
         3 * embedding.std().item(), rel=0.05
     )

@@ -468,5 +468,5 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
     assert done.stdout.split() == ["3", "False"], done.stderr
     done = run_script("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
     assert (
-        done.returncode == 2 and "offline, give the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        done.returncode == 2 and "offline, pass the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     ), done.stderr
