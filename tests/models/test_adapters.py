@@ -444,7 +444,7 @@ def test_rows_come_back_from_a_checkpoints_weights(base, provider):
     shaken(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     torch.testing.assert_close(adapters.load_prompt(weights, provider), model.wte.prompt().detach(), atol=1e-6, rtol=0)
-    assert (model.wte.prompt() - model.wte.begun).abs().max() > 0.01
+    assert (model.wte.prompt() - model.wte.initial_prompt).abs().max() > 0.01
 
 
 def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
