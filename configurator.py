@@ -1,6 +1,7 @@
 """A typed table of arguments becomes a command line, config files and checks.
 
-A table is a frozen dataclass; each of its base classes is a group of `--help`, titled by its docstring, and each field is one argument:
+A table is a frozen dataclass. Each of its base classes is a group of `--help`, titled by its docstring; each field is
+one argument:
 
     @dataclass(frozen=True, kw_only=True)
     class OptimizerArgs:
@@ -8,8 +9,8 @@ A table is a frozen dataclass; each of its base classes is a group of `--help`, 
         learning_rate: float = arg(1e-3, "peak learning rate", low=0)
 
 Knows no argument by name and imports no torch: all errors are reported, at once and by flag, before the slow imports.
-Values come in layers, the later the stronger: the table's defaults, values derived from other arguments, the resumed run,
-config files from left to right, the command line.
+Values come in layers, the later the stronger: the table's defaults, values derived from other arguments, the resumed
+run, config files from left to right, the command line.
 """
 
 import argparse
@@ -78,7 +79,7 @@ class ArgSpec:
     alias: tuple[str, ...] = ()  # further names, on the command line and in config files
 
 
-def arg(
+def arg(  # noqa: PLR0913  (a field has as many options)
     default: T,
     help: str,
     *,
@@ -126,7 +127,7 @@ def arg_specs(table: type) -> dict[str, ArgSpec]:
 
 @functools.cache
 def arg_groups(table: type) -> dict[str, list[ArgSpec]]:
-    """The arguments of each group of a table: of its base classes, then its own. A table may override a group's field."""
+    """The arguments of a table by group: those of its base classes, then its own. It may override a group's field."""
     specs = {field.name: spec_of(field) for field in dataclasses.fields(table)}
     groups: dict[str, list[ArgSpec]] = {}
     for group in (*table.__bases__, table):
@@ -141,7 +142,7 @@ def arg_groups(table: type) -> dict[str, list[ArgSpec]]:
 
 
 def to_number(value: Any, kind: type) -> int | float:
-    """An int or a float from a number or from text such as 3500, 1e6 or 3e-4. Raises ValueError, TypeError, OverflowError."""
+    """A number from a number or from text such as 3500, 1e6 or 3e-4. Raises ValueError, TypeError, OverflowError."""
     if isinstance(value, bool):
         raise ValueError
     if kind is int:
@@ -213,7 +214,7 @@ def convert_text(spec: ArgSpec, value: Any) -> str:
 
 
 def convert(spec: ArgSpec, value: Any) -> Any:
-    """The argument's value from text of a command line or from anything of a config file. Raises UserError with the reason."""
+    """The argument's value from what a command line (text) or a config file (anything) has. Raises UserError."""
     if spec.kind is tuple:
         return convert_tuple(spec, value)
     if spec.kind is dict:
@@ -318,7 +319,7 @@ def build_parser(groups: dict[str, list[ArgSpec]], description: str) -> Parser:
 
 
 def join_bare_flags(argv: list[str], flags: set[str]) -> list[str]:
-    """argv with `--flag` as `--flag=true`: a bare boolean takes the next text only if that is one, unlike in `--compile c.py`."""
+    """argv with a bare `--flag` as `--flag=true`, so that the file in `--compile c.py` is not taken for its value."""
     joined = []
     for text, following in itertools.pairwise([*argv, ""]):
         is_bare = text in flags and following.lower() not in TRUE + FALSE
@@ -364,7 +365,7 @@ def read_command_line(
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a command knows of its arguments beyond their table. `source` maps each argument to where its value came from."""
+    """What a command knows of its arguments beyond their table; `source` says where each argument's value came from."""
 
     resumed_config: Callable[[Any], str | None] = lambda args: None  # path of the config of the run that is resumed
     derive: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda args, source: ("", {})
@@ -464,7 +465,7 @@ def is_main_process() -> bool:
 
 
 def parse(table: type[T], argv: list[str], description: str, rules: Rules | None = None) -> T:
-    """An instance of the table from a command line, as `resolve` makes it; prints all errors at once and exits with status 2."""
+    """An instance of the table from a command line; prints all errors at once and exits with status 2."""
     table_type: type = table  # mypy does not take type[T] for a hashable
     specs = arg_specs(table_type)
     rules = rules or Rules()

@@ -1,12 +1,13 @@
-"""The argument table of train.py: one row an argument. Imports no torch.
+"""The arguments of train.py: one typed field each, the values derived from them, and their checks. Imports no torch.
 
-`parse()` gives the frozen arguments; what follows from them (the mixture, the schedule's name) are properties of theirs.
-What the rows mean to each other is told by their `needs` and in `check`.
+`parse()` returns the TrainArgs of a command line. A field's `needs` says when it has an effect; the `..._errors`
+functions find arguments that conflict. To add an argument, add its field to a group and use it.
 """
 
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,403 +15,378 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from configurator import OnlyWith, Resolved, Rules, arg
+from configurator import OnlyWith, Resolved, Rules, arg, with_set, with_value
 from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
 from nanoforge.training.schedules import SCHEDULES
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
-SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")
+SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")  # DPO losses with label smoothing
 GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that reach min_lr at lr_decay_iters
+ROLLOUT_INTERVALS = ("max_iters", "eval_interval", "checkpoint_interval")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # when an argument has an effect
 
-MULTIDATASET = OnlyWith("--training_mode=multidataset", lambda a: a.training_mode == "multidataset")
-DRAWN = OnlyWith(
-    "--training_mode=multidataset without --dataset_interleaving",
-    lambda a: a.training_mode == "multidataset" and not a.dataset_interleaving,
-)
-FINAL_PROBS = OnlyWith("--dataset_sampling_probs_final", lambda a: bool(a.dataset_sampling_probs_final))
-DECAYING = OnlyWith("a schedule that decays (--decay_lr or --lr_scheduler)", lambda a: a.schedule != "none")
-DECAY_HORIZON = OnlyWith(
-    "--lr_scheduler=linear|cosine|exponential|wsd or --decay_lr",
-    lambda a: a.schedule in ("linear", "cosine", "exponential", "wsd"),
-)
-FSDP = OnlyWith("--parallel=fsdp", lambda a: a.parallel == "fsdp")
-
-
-def objective_in(*names: str) -> OnlyWith:
-    return OnlyWith("--objective=" + "|".join(names), lambda a: a.objective in names)
-
-
-EXAMPLES = objective_in("sft", "dpo", "kto", "grpo")
-LORA = OnlyWith("--adapter=lora", lambda a: a.adapter == "lora")
-SOFT_PROMPT = OnlyWith("--adapter=soft_prompt", lambda a: a.adapter == "soft_prompt")
-TASK = OnlyWith("--task_name", lambda a: bool(a.task_name))
-DEPTH = OnlyWith("--depth", lambda a: a.depth > 0)
+RESUME = with_value("init_from", "resume")
 FROM_SCRATCH = OnlyWith(
-    "--init_from=scratch (loaded weights bring theirs)", lambda a: a.init_from in ("scratch", "resume")
+    "--init_from=scratch (loaded weights bring theirs)", lambda args: args.init_from in ("scratch", "resume")
 )
-
-
-def optimizer_in(*names: str) -> OnlyWith:
-    return OnlyWith("--optimizer=" + "|".join(names), lambda a: a.optimizer in names)
-
+MULTIDATASET = with_value("training_mode", "multidataset")
+SAMPLED_DATASETS = OnlyWith(
+    "--training_mode=multidataset without --dataset_interleaving",
+    lambda args: args.training_mode == "multidataset" and not args.dataset_interleaving,
+)
+EXAMPLES = with_value("objective", *(name for name, spec in OBJECTIVES.items() if spec.reads_examples))
+SFT = with_value("objective", "sft")
+DPO = with_value("objective", "dpo")
+KTO = with_value("objective", "kto")
+GRPO = with_value("objective", "grpo")
+WITH_REFERENCE = with_value("objective", "dpo", "kto", "grpo")
+LABEL_SMOOTHING = OnlyWith(
+    f"--dpo_loss={'|'.join(SMOOTHED)}", lambda args: args.objective == "dpo" and args.dpo_loss in SMOOTHED
+)
+LORA = with_value("adapter", "lora")
+SOFT_PROMPT = with_value("adapter", "soft_prompt")
+ADAM = with_value("optimizer", "adamw", "adam", "nadam", "radam", "lion", "muon")
+MUON = with_value("optimizer", "muon")
+DECAYING = OnlyWith("a schedule that decays (--decay_lr or --lr_scheduler)", lambda args: args.schedule != "none")
+DECAY_HORIZON = OnlyWith(
+    f"--lr_scheduler={'|'.join(DECAYS_TO_MIN_LR)} or --decay_lr", lambda args: args.schedule in DECAYS_TO_MIN_LR
+)
+STEP_SCHEDULE = with_value("lr_scheduler", "step")
+FSDP = with_value("parallel", "fsdp")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the table
+# the table: one class a group of --help, one field an argument
 
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class RunArgs:
     """run"""
-    out_dir: str = arg("out",
-        "folder of the run: checkpoints, metrics.jsonl, train_config.json",
+
+    out_dir: str = arg("out", "run folder: checkpoints, metrics.jsonl, train_config.json",
         inherit=False, alias=("output_dir",))
-    task_name: str = arg("", "without --out_dir: the run goes to outputs/TASK_NAME/DATE_TIME", inherit=False)
-    debug: bool = arg(False, "with --task_name: to outputs/debug/TASK_NAME/DATE_TIME", inherit=False, needs=TASK)
-    overwrite: bool = arg(False, "start anew in an out_dir that already holds a run, deleting that run", inherit=False)
-    init_from: str = arg("scratch",
-        "scratch, resume (continue the run in out_dir), gpt2 or gpt2-medium|large|xl (from the hub), or a PATH to weights: "
-            "a run, a checkpoint, a folder or file of GPT-2's safetensors, nanoGPT's ckpt.pt",
-        inherit=False)
-    gpt2_type: str = arg("gpt2",
-        "which GPT-2 --init_from=gpt2 loads",
-        choices=GPT2_TYPES, needs=OnlyWith("--init_from=gpt2", lambda a: a.init_from == "gpt2"), inherit=False)
-    allow_data_change: bool = arg(False,
-        "resume on bins that differ from those that the run began with",
-        inherit=False, needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume"))
-    eval_only: bool = arg(False, "evaluate once, write no checkpoint, and stop", inherit=False)
-    seed: int = arg(1337, "all randomness follows from it: weights, data order, dropout", low=0, high=2**32 - 1)
+    task_name: str = arg("", "without --out_dir: write the run to outputs/TASK_NAME/DATE_TIME", inherit=False)
+    debug: bool = arg(False, "with --task_name: write to outputs/debug/TASK_NAME/DATE_TIME",
+        inherit=False, needs=with_set("task_name"))
+    overwrite: bool = arg(False, "start over in an out_dir that already holds a run, deleting that run", inherit=False)
+    init_from: str = arg("scratch", "scratch, resume (continue the run in out_dir), "
+        "gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH: a run, a checkpoint, "
+        "a folder or file of GPT-2 safetensors, or nanoGPT's ckpt.pt",
+        inherit=False, alias=("model_name_or_path",))
+    gpt2_type: str = arg("gpt2", "GPT-2 size that --init_from=gpt2 loads",
+        choices=GPT2_TYPES, inherit=False, needs=with_value("init_from", "gpt2"))
+    allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
+        inherit=False, needs=RESUME)
+    eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)
+    seed: int = arg(1337, "random seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
     """data"""
-    data_dir: str = arg("data", "folder that holds the dataset folders")
-    training_mode: str = arg("single",
-        "one dataset, a mixture of several, or aligned streams whose embeddings are summed",
+
+    data_dir: str = arg("data", "folder that contains the dataset folders")
+    training_mode: str = arg("single", "single: one dataset; multidataset: a mixture of datasets; "
+        "multicontext: aligned token streams whose embeddings are summed",
         choices=("single", "multidataset", "multicontext"))
-    dataset: str = arg("shakespeare_char",
-        "folder in data_dir; made by its prepare.py if its bins are missing",
-        needs=OnlyWith("--training_mode=single", lambda a: a.training_mode == "single"))
-    train_file: str = arg("",
-        "examples: a .jsonl, .csv or .tsv file (none: train.jsonl in the dataset's folder)",
+    dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing",
+        needs=with_value("training_mode", "single"))
+    train_file: str = arg("", "training examples: a .jsonl, .csv or .tsv file (none: the dataset's train.jsonl)",
         needs=EXAMPLES)
-    validation_file: str = arg("", "examples to validate on (none: val.jsonl in the dataset's folder)", needs=EXAMPLES)
-    overflow: str = arg("error",
-        "of examples longer than block_size (or than --max_tokens, with --prompt_format): an error, drop them, or cut their end",
-        needs=EXAMPLES, choices=("error", "drop", "truncate_target"))
-    sampling_method: str = arg("random",
-        "windows at random, each once an epoch in random order, or in order; examples always come once an epoch in random order",
-        choices=("random", "without_replacement", "sequential"), needs=objective_in("lm"))
-    dataset_list: tuple[str, ...] = arg((), "the datasets of a mixture", needs=MULTIDATASET)
-    dataset_sampling_probs: tuple[float, ...] = arg((),
-        "weight of each dataset, of any positive scale (none: equal); with --dataset_interleaving whole numbers: how many in a row",
+    validation_file: str = arg("", "validation examples: a .jsonl, .csv or .tsv file (none: the dataset's val.jsonl)",
+        needs=EXAMPLES)
+    overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
+        choices=("error", "drop", "truncate_target"), needs=EXAMPLES)
+    sampling_method: str = arg("random", "training windows: random, shuffled without replacement, or sequential",
+        choices=("random", "without_replacement", "sequential"), needs=with_value("objective", "lm"))
+    dataset_list: tuple[str, ...] = arg((), "datasets of the mixture", needs=MULTIDATASET)
+    dataset_sampling_probs: tuple[float, ...] = arg((), "sampling weight of each dataset, normalized (none: equal); "
+        "with --dataset_interleaving: consecutive turns of each dataset, whole numbers",
         needs=MULTIDATASET)
-    dataset_sampling_probs_final: tuple[float, ...] = arg((), "weights reached at max_iters", needs=DRAWN)
+    dataset_sampling_probs_final: tuple[float, ...] = arg((), "sampling weights at max_iters (none: constant)",
+        needs=SAMPLED_DATASETS)
     dataset_sampling_probs_transition_method: str = arg("linear",
-        "how weights go from first to final",
-        choices=("linear", "cosine", "exponential"), needs=FINAL_PROBS)
-    dataset_mixing: str = arg("batch",
-        "draw a dataset for each whole batch or for each sequence",
+        "interpolation from initial to final sampling weights",
+        choices=("linear", "cosine", "exponential"), needs=with_set("dataset_sampling_probs_final"))
+    dataset_mixing: str = arg("batch", "sample a dataset for each global batch, or for each sequence",
         choices=("batch", "sequence"), needs=MULTIDATASET)
-    dataset_interleaving: bool = arg(False, "take the datasets in turn instead of at random", needs=MULTIDATASET)
-    multidataset_wte: bool = arg(False,
-        "each dataset has its own embedding and head (they may differ in tokenizer)",
-        needs=MULTIDATASET, model_shape=True)
-    multicontext_datasets: tuple[str, ...] = arg((),
-        "aligned datasets of equal length, one context each",
-        needs=OnlyWith("--training_mode=multicontext", lambda a: a.training_mode == "multicontext"))
+    dataset_interleaving: bool = arg(False, "take the datasets in turn (round-robin) instead of at random",
+        needs=MULTIDATASET)
+    multidataset_wte: bool = arg(False, "give each dataset its own token embedding and head; tokenizers may differ",
+        model_shape=True, needs=MULTIDATASET)
+    multicontext_datasets: tuple[str, ...] = arg((), "aligned datasets of equal length, one context each",
+        needs=with_value("training_mode", "multicontext"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthArgs:
-    """depth"""
-    depth: int = arg(0,
-        "one dial for the size: layers, and from them width, heads, batch, steps, rates and weight decay by the rules of docs/depth.md; what is given stands (0: none)",
+    """depth: scaling rules"""
+
+    depth: int = arg(0, "number of layers from which width, heads, batch size, steps, learning rates and weight decay "
+        "follow by the scaling rules of docs/depth.md; arguments that are set keep their values (0: off)",
         low=0, needs=FROM_SCRATCH)
-    aspect: int = arg(64, "width over depth", low=1, needs=DEPTH)
-    tokens_per_weight: float = arg(20.0, "training tokens over the weights of the blocks", above=0, needs=DEPTH)
+    aspect: int = arg(64, "aspect ratio: n_embd / depth", low=1, needs=with_set("depth"))
+    tokens_per_weight: float = arg(20.0, "training tokens per parameter of the transformer layers",
+        above=0, needs=with_set("depth"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchArgs:
     """batch"""
-    batch_size: int = arg(64,
-        "sequences in a micro-batch; with accumulation this makes the optimizer's batch, whatever the number of ranks",
-        low=1)
-    gradient_accumulation_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
-    block_size: int = arg(256,
-        "tokens of context; loaded weights with a longer context are cropped to it, with a shorter one keep theirs",
+
+    batch_size: int = arg(64, "micro-batch size, in sequences; batch_size x gradient_accumulation_steps "
+        "is the global (effective) batch size for any number of ranks", low=1)
+    gradient_accumulation_steps: int = arg(1, "gradient accumulation: micro-batches per optimizer step", low=1)
+    block_size: int = arg(256, "context length in tokens; loaded weights with a longer context are cropped to it",
         low=1, model_shape=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """model"""
-    n_layer: int = arg(6, "blocks", low=1, model_shape=True, needs=FROM_SCRATCH)
-    n_head: int = arg(6, "attention heads", low=1, model_shape=True, needs=FROM_SCRATCH)
-    n_kv_head: int = arg(0,
-        "heads of keys and values, shared by groups of query heads (0: n_head)",
-        low=0, model_shape=True, needs=FROM_SCRATCH)
-    n_embd: int = arg(384, "width", low=1, model_shape=True, needs=FROM_SCRATCH)
-    vocab_size: int = arg(0,
-        "rows of embedding and head (0: the tokenizer's); 50304 pads GPT-2's for speed",
+
+    n_layer: int = arg(6, "transformer layers",
+        low=1, model_shape=True, needs=FROM_SCRATCH, alias=("num_hidden_layers",))
+    n_head: int = arg(6, "attention heads",
+        low=1, model_shape=True, needs=FROM_SCRATCH, alias=("num_attention_heads",))
+    n_kv_head: int = arg(0, "key/value heads of grouped-query attention (0: n_head)",
+        low=0, model_shape=True, needs=FROM_SCRATCH, alias=("num_key_value_heads", "n_kv_heads"))
+    n_embd: int = arg(384, "embedding dimension", low=1, model_shape=True, needs=FROM_SCRATCH, alias=("hidden_size",))
+    vocab_size: int = arg(0, "rows of token embedding and head (0: the tokenizer's); 50304 pads GPT-2's for speed",
         low=0, model_shape=True, needs=FROM_SCRATCH)
     bias: bool = arg(False, "biases in linear layers and LayerNorm", model_shape=True, needs=FROM_SCRATCH)
-    norm: str = arg("layernorm",
-        "layernorm, rmsnorm, or rmsnorm_nogain",
+    norm: str = arg("layernorm", "normalization layer; rmsnorm_nogain has no learned gain",
         choices=("layernorm", "rmsnorm", "rmsnorm_nogain"), model_shape=True, needs=FROM_SCRATCH)
-    position: str = arg("learned",
-        "learned positions, rotary (rope), or none",
+    position: str = arg("learned", "position encoding: learned embeddings, rotary embeddings (RoPE), or none",
         choices=("learned", "rope", "none"), model_shape=True, needs=FROM_SCRATCH)
-    rope_base: float = arg(10000.0,
-        "base of the rotary frequencies",
-        above=0, model_shape=True, needs=OnlyWith("--position=rope", lambda a: a.position == "rope"))
-    activation: str = arg("gelu",
-        "any of torch.nn.functional by its name, gelu_tanh, or relu2 (ReLU squared)",
-        model_shape=True, needs=FROM_SCRATCH)
-    mlp: str = arg("plain",
-        "plain, or gated (SwiGLU with --activation=silu)",
+    rope_base: float = arg(10000.0, "RoPE base frequency (theta)",
+        above=0, model_shape=True, needs=with_value("position", "rope"), alias=("rope_theta",))
+    activation: str = arg("gelu", "MLP activation: any function of torch.nn.functional, gelu_tanh, "
+        "or relu2 (squared ReLU)", model_shape=True, needs=FROM_SCRATCH)
+    mlp: str = arg("plain", "plain, or gated (SwiGLU with --activation=silu)",
         choices=("plain", "gated"), model_shape=True, needs=FROM_SCRATCH)
-    mlp_ratio: float = arg(4.0, "hidden width of the MLP over n_embd", above=0, model_shape=True, needs=FROM_SCRATCH)
-    qk_norm: bool = arg(False,
-        "RMS-normalise queries and keys, before they are rotated",
+    mlp_ratio: float = arg(4.0, "MLP hidden dimension / n_embd", above=0, model_shape=True, needs=FROM_SCRATCH)
+    qk_norm: bool = arg(False, "QK-norm: RMSNorm of queries and keys, before RoPE",
         model_shape=True, needs=FROM_SCRATCH)
-    window: str = arg("L",
-        "attention of the layers, repeated: L long (all of the block), S short (window_size)",
+    window: str = arg("L", "attention pattern, repeated over the layers: L full attention, S sliding window",
         model_shape=True, needs=FROM_SCRATCH)
-    window_size: int = arg(0,
-        "tokens that a short layer sees, itself included (0: half of block_size)",
-        low=0, model_shape=True, needs=OnlyWith("an S in --window", lambda a: "S" in a.window))
-    logit_softcap: float = arg(0.0,
-        "bound c on the logits: c z / sqrt(z^2 + c^2) (0: none)",
+    window_size: int = arg(0, "sliding window of S layers in tokens, the current one included (0: half of block_size)",
+        low=0, model_shape=True, needs=OnlyWith("an S in --window", lambda args: "S" in args.window))
+    logit_softcap: float = arg(0.0, "soft cap c of the logits: c z / sqrt(z^2 + c^2) (0: none)",
         low=0, model_shape=True, needs=FROM_SCRATCH)
-    embedding_norm: bool = arg(False,
-        "RMS-normalise the embedding, before the first block",
+    embedding_norm: bool = arg(False, "RMSNorm of the embedding, before the first layer",
         model_shape=True, needs=FROM_SCRATCH)
-    value_residual: bool = arg(False,
-        "mix each layer's values with the first layer's, in learned parts",
+    value_residual: bool = arg(False, "value residual: mix the first layer's values into each layer's, learned weights",
         model_shape=True, needs=FROM_SCRATCH)
-    residual_scalars: bool = arg(False,
-        "each block sees r x + a x0, of the stream x and the embedding x0, with learned r and a",
-        model_shape=True, needs=FROM_SCRATCH)
-    tie_weights: bool = arg(True, "the head is the token embedding", model_shape=True, needs=FROM_SCRATCH)
-    zero_init: bool = arg(False,
-        "output projections of attention and MLP (and an untied head) start at zero",
-        needs=OnlyWith("--init_from=scratch", lambda a: a.init_from == "scratch"))
-    dropout: float = arg(0.0, "chance that an activation is dropped in training", low=0, high=0.999)
+    residual_scalars: bool = arg(False, "input of each layer is r x + a x0: residual stream x, embedding x0, "
+        "learned r and a", model_shape=True, needs=FROM_SCRATCH)
+    tie_weights: bool = arg(True, "share weights of token embedding and head",
+        model_shape=True, needs=FROM_SCRATCH, alias=("tie_word_embeddings",))
+    zero_init: bool = arg(False, "zero-initialize output projections of attention and MLP, and an untied head",
+        needs=with_value("init_from", "scratch"))
+    dropout: float = arg(0.0, "dropout probability", low=0, high=0.999)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveArgs:
     """objective"""
-    objective: str = arg("lm",
-        "lm: all of the text; on examples in JSONL sft: completions; dpo, kto: preferences; grpo: rewards of the model's own answers",
-        choices=("lm", "sft", "dpo", "kto", "grpo"))
-    loss_on: str = arg("completion",
-        "learn completions and their end tokens, or all of the text",
-        choices=("completion", "all"), needs=objective_in("sft"))
-    packing: bool = arg(False,
-        "put several examples into a sequence, where each sees itself alone",
-        needs=objective_in("sft"))
-    beta: float = arg(0.1,
-        "strength of the tie to the reference model (grpo: weight of the divergence from it; 0: none)",
-        low=0, needs=objective_in("dpo", "kto", "grpo"))
-    reference: str = arg("auto",
-        "what the reference is: the model with its adapter switched off, log-probabilities computed beforehand and kept beside the data, or a frozen copy (auto: adapter where there is one, else copy)",
-        choices=("auto", "adapter", "cache", "copy"), needs=objective_in("dpo", "kto", "grpo"))
-    dpo_loss: str = arg("sigmoid", "loss of a pair", choices=DPO_LOSSES, needs=objective_in("dpo"))
-    label_smoothing: float = arg(0.0,
-        "part of the preferences that is taken to be wrong",
-        low=0, high=0.499, needs=OnlyWith("--dpo_loss=sigmoid|sigmoid_norm|robust", lambda a: a.objective == "dpo" and a.dpo_loss in SMOOTHED))
-    desirable_weight: str = arg("1",
-        "weight of desirable completions, or auto: as much of them in all as of undesirable ones",
-        needs=objective_in("kto"))
-    undesirable_weight: str = arg("1", "weight of undesirable completions, or auto", needs=objective_in("kto"))
-    reward: str = arg("correct:1",
-        "rewards and weights: correct, format, length, or module:function; as in correct:1,format:0.5,module:function:0.2",
-        needs=objective_in("grpo"))
-    num_generations: int = arg(8,
-        "answers to each prompt; batch_size x gradient_accumulation_steps counts answers",
-        low=2, needs=objective_in("grpo"))
-    max_new_tokens: int = arg(64, "tokens of an answer", low=1, needs=EXAMPLES)
-    temperature: float = arg(1.0, "of the answers", above=0, needs=objective_in("grpo"))
-    top_k: int = arg(0, "answers take only the k likeliest tokens (0: all)", low=0, needs=objective_in("grpo"))
-    top_p: float = arg(1.0,
-        "answers take only the likeliest tokens that together reach p",
-        above=0, high=1, needs=objective_in("grpo"))
-    num_iterations: int = arg(1, "steps on the same answers", low=1, needs=objective_in("grpo"))
-    loss_type: str = arg("grpo",
-        "tokens to a loss: mean of the answers' means; over the micro-batch's tokens; over the longest possible; over all of the step's tokens",
-        choices=("grpo", "bnpo", "dr_grpo", "dapo"), needs=objective_in("grpo"))
-    scale_rewards: str = arg("group",
-        "divide advantages by the standard deviation of the group, of the batch, or not",
-        choices=("group", "batch", "none"), needs=objective_in("grpo"))
-    importance_sampling_level: str = arg("token",
-        "ratios of probabilities for each token, or for a whole answer",
-        choices=("token", "sequence"), needs=objective_in("grpo"))
-    epsilon: float = arg(0.2, "how far below 1 a ratio counts", low=0, high=1, needs=objective_in("grpo"))
-    epsilon_high: float = arg(0.0, "how far above 1 a ratio counts (0: epsilon)", low=0, needs=objective_in("grpo"))
-    mask_truncated: bool = arg(False, "learn nothing from answers that did not end", needs=objective_in("grpo"))
-    eval_samples: int = arg(3,
-        "answers told at each evaluation, the likeliest ones to the first validation examples",
-        low=0, needs=EXAMPLES)
+
+    objective: str = arg("lm", "lm: language modeling on token bins; sft: supervised fine-tuning; "
+        "dpo: preference pairs; kto: labelled completions; grpo: reinforcement learning on rewards",
+        choices=tuple(OBJECTIVES))
+    beta: float = arg(0.1, "DPO/KTO beta; GRPO: KL coefficient (0: no reference model is loaded)",
+        low=0, needs=WITH_REFERENCE)
+    reference: str = arg("auto", "reference model: adapter (base with adapter disabled), "
+        "cache (precomputed log-probs), copy (frozen copy); auto: adapter if there is one, else copy",
+        choices=("auto", "adapter", "cache", "copy"), needs=WITH_REFERENCE)
+    max_new_tokens: int = arg(64, "maximum completion length, in tokens",
+        low=1, needs=EXAMPLES, alias=("max_completion_length",))
+    eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTArgs:
+    """SFT"""
+
+    loss_on: str = arg("completion", "loss mask: completions with their end tokens only, or all tokens",
+        choices=("completion", "all"), needs=SFT)
+    packing: bool = arg(False, "pack several examples into one sequence; attention stays within an example", needs=SFT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceArgs:
+    """DPO and KTO"""
+
+    dpo_loss: str = arg("sigmoid", "DPO loss of a pair's reward margin", choices=DPO_LOSSES, needs=DPO)
+    label_smoothing: float = arg(0.0, "assumed fraction of flipped labels (cDPO, rDPO)",
+        low=0, high=0.499, needs=LABEL_SMOOTHING)
+    desirable_weight: str = arg("1", "KTO loss weight of desirable completions, "
+        "or auto: balances their number against undesirable ones", needs=KTO)
+    undesirable_weight: str = arg("1", "KTO loss weight of undesirable completions, or auto", needs=KTO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOArgs:
+    """GRPO"""
+
+    reward: str = arg("correct:1", "reward functions with weights: correct, format, length or module:function, "
+        "as in correct:1,format:0.5,module:function:0.2", needs=GRPO, alias=("reward_funcs",))
+    num_generations: int = arg(8, "completions sampled per prompt (group size); must divide the global batch size, "
+        "which counts completions", low=2, needs=GRPO, alias=("group_size",))
+    temperature: float = arg(1.0, "sampling temperature for rollouts", above=0, needs=GRPO)
+    top_k: int = arg(0, "top-k sampling for rollouts (0: all tokens)", low=0, needs=GRPO)
+    top_p: float = arg(1.0, "top-p (nucleus) sampling for rollouts (1: all tokens)", above=0, high=1, needs=GRPO)
+    num_iterations: int = arg(1, "optimizer steps per rollout batch (mu)", low=1, needs=GRPO)
+    loss_type: str = arg("grpo", "loss normalization: grpo per sequence, bnpo per local token, dr_grpo constant, "
+        "dapo per global token", choices=("grpo", "bnpo", "dr_grpo", "dapo"), needs=GRPO)
+    scale_rewards: str = arg("group", "advantage normalization by the standard deviation of the group, of the batch, "
+        "or none", choices=("group", "batch", "none"), needs=GRPO)
+    importance_sampling_level: str = arg("token", "importance ratio per token, or per sequence (GSPO)",
+        choices=("token", "sequence"), needs=GRPO)
+    epsilon: float = arg(0.2, "PPO clip range, lower bound 1 - epsilon", low=0, high=1, needs=GRPO)
+    epsilon_high: float = arg(0.0, "clip range, upper bound 1 + epsilon_high (0: epsilon)", low=0, needs=GRPO)
+    mask_truncated: bool = arg(False, "exclude completions cut at max_new_tokens from the loss",
+        needs=GRPO, alias=("mask_truncated_completions",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterArgs:
     """adapter"""
-    adapter: str = arg("none",
-        "train all weights, low-rank additions to the linear layers, or rows of a prompt",
+
+    adapter: str = arg("none", "none: train all weights; lora: LoRA; soft_prompt: prompt tuning with virtual tokens",
         choices=("none", "lora", "soft_prompt"), model_shape=True)
-    lora_rank: int = arg(8, "rank of the additions", low=1, model_shape=True, needs=LORA)
-    lora_alpha: float = arg(16.0, "the additions count alpha / rank", above=0, model_shape=True, needs=LORA)
-    lora_dropout: float = arg(0.0,
-        "chance that an addition's input is dropped in training",
-        low=0, high=0.999, needs=LORA)
-    lora_targets: tuple[str, ...] = arg((),
-        "ends of the names of the linear layers, such as attn.qkv mlp.up (none: all in the blocks)",
-        model_shape=True, needs=LORA)
-    prompt_format: str = arg("",
-        "'<P*60>{toxic}<P*20>': 60 trainable rows, a field of the example, 20 more; <P>text</P> begins as the text",
+    lora_rank: int = arg(8, "LoRA rank", low=1, model_shape=True, needs=LORA, alias=("lora_r",))
+    lora_alpha: float = arg(16.0, "LoRA scaling numerator: updates are multiplied by alpha / rank",
+        above=0, model_shape=True, needs=LORA)
+    lora_dropout: float = arg(0.0, "dropout probability of the LoRA input", low=0, high=0.999, needs=LORA)
+    lora_targets: tuple[str, ...] = arg((), "LoRA target modules: name suffixes of linear layers, "
+        "such as attn.qkv mlp.up (none: all linear layers)",
+        model_shape=True, needs=LORA, alias=("lora_target_modules", "target_modules"))
+    prompt_format: str = arg("", "prompt template: in '<P*60>{toxic}<P*20>', 60 virtual tokens, "
+        "a field of the example, 20 virtual tokens; <P>text</P> initializes virtual tokens from text",
         model_shape=True, needs=SOFT_PROMPT)
-    prompt_provider: str = arg("tensor",
-        "rows as they are, or with what an LSTM adds to them",
+    prompt_provider: str = arg("tensor", "virtual tokens: an embedding table, or reparameterized by an LSTM",
         choices=("tensor", "lstm"), model_shape=True, needs=SOFT_PROMPT)
-    prompt_init: str = arg("vocab",
-        "rows begin as random rows of the token embedding, or normal",
+    prompt_init: str = arg("vocab", "initial virtual tokens: random rows of the token embedding, or normal noise",
         choices=("vocab", "normal"), needs=SOFT_PROMPT)
-    target_field: str = arg("", "the field to be learned (none: completion)", needs=SOFT_PROMPT)
-    truncation_field: str = arg("", "the field that is cut where an example is too long", needs=SOFT_PROMPT)
+    target_field: str = arg("", "field of the example to train on (none: completion)", needs=SOFT_PROMPT)
+    truncation_field: str = arg("", "field to truncate in examples that are too long", needs=SOFT_PROMPT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DurationArgs:
-    """how long"""
-    max_iters: int = arg(3500, "optimizer steps, counted from the start of the run", low=0, alias=("steps",))
-    max_tokens: int = arg(0,
-        "stop after so many training tokens (0: no bound); with --prompt_format: tokens of an example (0: block_size)",
-        low=0)
-    max_epochs: float = arg(0.0, "stop after so many passes over the training data (0: no bound)", low=0)
-    max_seconds: float = arg(0.0, "stop after so many seconds of training, resumed parts together (0: no bound)", low=0)
-    early_stop_patience: int = arg(0, "stop after so many evaluations without a better val_loss (0: never)", low=0)
+    """training duration: the first limit reached ends the run"""
+
+    max_iters: int = arg(3500, "optimizer steps, counted from the start of the run",
+        low=0, alias=("steps", "max_steps"))
+    max_tokens: int = arg(0, "maximum training tokens (0: no limit); "
+        "with --prompt_format: maximum tokens of an example (0: block_size)", low=0)
+    max_epochs: float = arg(0.0, "maximum passes over the training data (0: no limit)",
+        low=0, alias=("num_train_epochs",))
+    max_seconds: float = arg(0.0, "maximum training time in seconds, over all resumes (0: no limit)", low=0)
+    early_stop_patience: int = arg(0, "early stopping: evaluations in a row without a better val_loss (0: off)",
+        low=0, alias=("early_stopping_patience",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerArgs:
     """optimizer"""
-    optimizer: str = arg("adamw",
-        "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, muon (Muon for hidden matrices, AdamW for the rest), or package:Class")
-    learning_rate: float = arg(1e-3, "largest learning rate", low=0)
-    embedding_learning_rate: float = arg(0.0, "largest learning rate of the token embedding (0: learning_rate)", low=0)
-    head_learning_rate: float = arg(0.0,
-        "largest learning rate of an untied head (0: learning_rate)",
-        low=0, needs=OnlyWith("--no-tie_weights", lambda a: not a.tie_weights))
-    weight_decay: float = arg(0.1, "of matrices (embeddings included); vectors are never decayed", low=0)
-    beta1: float = arg(0.9,
-        "first beta of Adam's kind",
-        low=0, high=0.9999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon"))
-    beta2: float = arg(0.99,
-        "second beta of Adam's kind",
-        low=0, high=0.99999, needs=optimizer_in("adamw", "adam", "nadam", "radam", "lion", "muon"))
-    momentum: float = arg(0.9, "of sgd and rmsprop", low=0, high=0.9999, needs=optimizer_in("sgd", "rmsprop"))
-    muon_learning_rate: float = arg(0.02,
-        "largest learning rate of the matrices that Muon trains",
-        low=0, needs=optimizer_in("muon"))
-    muon_weight_decay: float = arg(0.0, "of the matrices that Muon trains", low=0, needs=optimizer_in("muon"))
-    muon_momentum: float = arg(0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=optimizer_in("muon"))
-    optimizer_kwargs: dict[str, Any] = arg({},
-        'further arguments of the optimizer (of Muon, with muon), as JSON: {"eps": 1e-10}')
-    spike_skip: float = arg(0.0,
-        "skip steps whose gradient norm is so many standard deviations, robustly estimated, above the median of the last 128 (0: none)",
-        low=0)
-    skip_patience: int = arg(10,
-        "so many steps skipped in a row, for outlying or non-finite gradients: back to the newest checkpoint once, then the end",
-        low=1)
-    grad_clip: float = arg(1.0, "largest norm of the gradient (0: not clipped)", low=0)
+
+    optimizer: str = arg("adamw", "adamw, adam, sgd, nadam, radam, rmsprop, adagrad, adafactor, lion, "
+        "muon (Muon for hidden matrices, AdamW for the rest), or package:Class")
+    learning_rate: float = arg(1e-3, "peak learning rate, reached after warmup", low=0, alias=("lr",))
+    embedding_learning_rate: float = arg(0.0, "peak learning rate of the token embedding (0: learning_rate)", low=0)
+    head_learning_rate: float = arg(0.0, "peak learning rate of an untied head (0: learning_rate)",
+        low=0, needs=OnlyWith("--no-tie_weights", lambda args: not args.tie_weights))
+    weight_decay: float = arg(0.1, "weight decay of matrices, embeddings included; biases and norms have none", low=0)
+    beta1: float = arg(0.9, "Adam beta1", low=0, high=0.9999, needs=ADAM, alias=("adam_beta1",))
+    beta2: float = arg(0.99, "Adam beta2", low=0, high=0.99999, needs=ADAM, alias=("adam_beta2",))
+    momentum: float = arg(0.9, "momentum of SGD and RMSprop",
+        low=0, high=0.9999, needs=with_value("optimizer", "sgd", "rmsprop"))
+    muon_learning_rate: float = arg(0.02, "peak learning rate of the matrices that Muon trains", low=0, needs=MUON)
+    muon_weight_decay: float = arg(0.0, "weight decay of the matrices that Muon trains", low=0, needs=MUON)
+    muon_momentum: float = arg(0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=MUON)
+    optimizer_kwargs: dict[str, Any] = arg({}, "further optimizer arguments as JSON, such as "
+        '{"eps": 1e-10}; with muon they go to Muon')
+    spike_skip: float = arg(0.0, "skip steps whose grad norm exceeds median + k robust standard deviations "
+        "of the last 128 steps (0: off)", low=0)
+    skip_patience: int = arg(10, "skipped steps in a row (grad norm spikes or non-finite gradients) before the run "
+        "rolls back to the newest checkpoint, once, then ends", low=1)
+    grad_clip: float = arg(1.0, "gradient clipping: max gradient norm (0: off)", low=0, alias=("max_grad_norm",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleArgs:
-    """schedule"""
-    lr_scheduler: str = arg("none", "how the learning rate goes on after the warm-up", choices=SCHEDULES)
-    decay_lr: bool = arg(False, "with --lr_scheduler=none: cosine, as in nanoGPT")
-    warmup_iters: int = arg(100, "steps of linear warm-up, with every schedule", low=0)
-    lr_decay_iters: int = arg(3500, "step at which the decay is over", low=1, needs=DECAY_HORIZON)
-    min_lr: float = arg(1e-4, "learning rate after the decay", low=0, needs=DECAYING)
-    lr_step_size: int = arg(1000,
-        "steps between drops",
-        low=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step"))
-    lr_step_gamma: float = arg(0.1,
-        "factor of a drop",
-        above=0, high=1, needs=OnlyWith("--lr_scheduler=step", lambda a: a.schedule == "step"))
-    wsd_decay_fraction: float = arg(0.4,
-        "part of lr_decay_iters that decays, linearly",
-        above=0, high=1, needs=OnlyWith("--lr_scheduler=wsd", lambda a: a.schedule == "wsd"))
+    """learning rate schedule"""
+
+    lr_scheduler: str = arg("none", "learning rate schedule after warmup; none: constant", choices=tuple(SCHEDULES))
+    decay_lr: bool = arg(False, "with --lr_scheduler=none: cosine decay, as in nanoGPT")
+    warmup_iters: int = arg(100, "learning rate warmup, linear, in steps", low=0, alias=("warmup_steps",))
+    lr_decay_iters: int = arg(3500, "step at which the decay reaches min_lr", low=1, needs=DECAY_HORIZON)
+    min_lr: float = arg(1e-4, "final learning rate of the decay", low=0, needs=DECAYING)
+    lr_step_size: int = arg(1000, "step schedule: steps between drops", low=1, needs=STEP_SCHEDULE)
+    lr_step_gamma: float = arg(0.1, "step schedule: factor of each drop", above=0, high=1, needs=STEP_SCHEDULE)
+    wsd_decay_fraction: float = arg(0.4, "warmup-stable-decay: fraction of lr_decay_iters in the linear cooldown",
+        above=0, high=1, needs=with_value("lr_scheduler", "wsd"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointArgs:
     """evaluation and checkpoints"""
-    eval_interval: int = arg(250, "steps between evaluations; each is followed by a checkpoint", low=1)
-    eval_iters: int = arg(200,
-        "batches of batch_size an evaluation reads from each split; the same ones every time",
-        low=1)
-    checkpoint_interval: int = arg(0,
-        "steps between checkpoints besides those of evaluations (0: only those)",
-        low=0, alias=("save_freq",))
-    keep_last: int = arg(2, "how many of the newest checkpoints are kept, besides the best", low=1)
-    keep_every: int = arg(0, "keep also each checkpoint of a step that this divides (0: none)", low=0)
-    always_save_checkpoint: bool = arg(True,
-        "save at every evaluation; otherwise only when val_loss improves, and at the end")
+
+    eval_interval: int = arg(250, "steps between evaluations; a checkpoint follows each", low=1, alias=("eval_steps",))
+    eval_iters: int = arg(200, "evaluation batches per split, of batch_size sequences, the same ones every time", low=1)
+    checkpoint_interval: int = arg(0, "steps between checkpoints in addition to those at evaluations (0: none)",
+        low=0, alias=("save_freq", "save_steps"))
+    keep_last: int = arg(2, "number of newest checkpoints to keep; the best one is kept too", low=1)
+    keep_every: int = arg(0, "also keep every checkpoint whose step is a multiple of this (0: none)", low=0)
+    always_save_checkpoint: bool = arg(True, "save at every evaluation; off: only if val_loss improves, and at the end")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingArgs:
     """logging"""
-    log_interval: int = arg(10, "steps between lines of training metrics", low=1, alias=("log_freq",))
-    log_data_hash: bool = arg(False, "add data_hash, a hash of the step's global batch, to the training metrics")
-    plot_loss: bool = arg(False, "draw the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)")
-    wandb_log: bool = arg(False, "log to Weights & Biases; a resumed run continues the same one there")
-    wandb_project: str = arg("nanoforge", "project on wandb", needs=OnlyWith("--wandb_log", lambda a: a.wandb_log))
-    wandb_run_name: str = arg("",
-        "name on wandb (none: the name of out_dir)",
-        needs=OnlyWith("--wandb_log", lambda a: a.wandb_log))
+
+    log_interval: int = arg(10, "steps between logged training metrics", low=1, alias=("log_freq", "logging_steps"))
+    log_data_hash: bool = arg(False, "log data_hash, a hash of the step's global batch")
+    plot_loss: bool = arg(False, "plot the loss curve to out_dir/loss.png after every evaluation (needs matplotlib)")
+    wandb_log: bool = arg(False, "log to Weights & Biases; a resumed run continues there")
+    wandb_project: str = arg("nanoforge", "Weights & Biases project", needs=with_set("wandb_log"))
+    wandb_run_name: str = arg("", "Weights & Biases run name (none: the name of out_dir)", needs=with_set("wandb_log"))
     tensorboard_log: bool = arg(False, "log to out_dir/tensorboard (needs tensorboard)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SystemArgs:
     """system"""
+
     device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
-    parallel: str = arg("ddp",
-        "several ranks: each holds all (ddp), or its shards of weights, gradients and optimizer state (fsdp: FSDP2)",
-        choices=("ddp", "fsdp"))
-    fsdp_reshard: bool = arg(True,
-        "forget a block's gathered weights after its forward: less memory, one more gathering",
-        needs=FSDP)
-    fsdp_offload: bool = arg(False, "keep shards, gradients and optimizer state in host memory", needs=FSDP)
-    rank_timeout: int = arg(600, "seconds that a rank waits for another before it ends the run", low=1)
-    dtype: str = arg("auto",
-        "precision of activations and matrix products; weights stay float32",
+    parallel: str = arg("ddp", "multi-GPU training: ddp replicates the model, "
+        "fsdp (FSDP2) shards weights, gradients and optimizer state", choices=("ddp", "fsdp"))
+    fsdp_reshard: bool = arg(True, "reshard_after_forward (ZeRO-3; off: ZeRO-2)",
+        needs=FSDP, alias=("reshard_after_forward", "fsdp_reshard_after_forward"))
+    fsdp_offload: bool = arg(False, "CPU offload of weights, gradients and optimizer state",
+        needs=FSDP, alias=("fsdp_cpu_offload",))
+    rank_timeout: int = arg(600, "seconds a rank waits for the others before it ends the run",
+        low=1, alias=("ddp_timeout",))
+    dtype: str = arg("auto", "mixed precision: dtype of activations and matrix products; weights stay float32",
         choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = arg(False, "torch.compile the model, with static shapes")
-    attention_kernel: str = arg("auto",
-        "on a CUDA GPU: which of scaled_dot_product_attention's kernels (auto: torch's choice)",
+    compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
+    attention_kernel: str = arg("auto", "scaled_dot_product_attention backend on CUDA (auto: PyTorch's choice)",
         choices=("auto", "flash", "cudnn", "efficient", "math"))
-    activation_checkpointing: bool = arg(False,
-        "keep only the blocks' inputs and compute the rest again in backward: less memory, more time")
-    loss_chunk: int = arg(0,
-        "make the logits of so many tokens at a time, and again in backward: less memory where the vocabulary is large (0: all at once)",
+    activation_checkpointing: bool = arg(False, "activation (gradient) checkpointing: "
+        "recompute each layer in backward; less memory, more time", alias=("gradient_checkpointing",))
+    loss_chunk: int = arg(0, "chunked cross-entropy: tokens per chunk; saves memory with a large vocabulary (0: off)",
         low=0)
-    deterministic: bool = arg(False, "deterministic algorithms: bit-identical runs, compiled ones too")
+    deterministic: bool = arg(False, "deterministic algorithms: bit-identical runs, with --compile too")
 # fmt: on
 
 
@@ -422,6 +398,9 @@ class TrainArgs(
     BatchArgs,
     ModelArgs,
     ObjectiveArgs,
+    SFTArgs,
+    PreferenceArgs,
+    GRPOArgs,
     AdapterArgs,
     DurationArgs,
     OptimizerArgs,
@@ -433,60 +412,6 @@ class TrainArgs(
     """The arguments of a run, and what follows from them."""
 
     @cached_property
-    def schedule(self) -> str:
-        """The schedule's name; --decay_lr alone means cosine, as in nanoGPT."""
-        return "cosine" if self.decay_lr and self.lr_scheduler == "none" else self.lr_scheduler
-
-    @cached_property
-    def mixture(self) -> list[tuple[str, ...]]:
-        """The datasets of the mixture, each a tuple of its aligned streams' names."""
-        if self.training_mode == "multidataset":
-            return [(name,) for name in self.dataset_list]
-        return [self.multicontext_datasets if self.training_mode == "multicontext" else (self.dataset,)]
-
-    @cached_property
-    def vocabulary(self) -> str:
-        """How the streams' vocabularies meet in the model: an entry of model.VOCABULARIES."""
-        if self.training_mode == "multicontext":
-            return "contexts" if len(self.multicontext_datasets) > 1 else "one"
-        return "separate" if self.multidataset_wte else "one"
-
-    @cached_property
-    def folders(self) -> dict[str, Path]:
-        """The datasets' folders; of --train_file none."""
-        return {} if self.train_file else {name: Path(self.data_dir) / name for names in self.mixture for name in names}
-
-    @cached_property
-    def data_format(self) -> str:
-        """What of its datasets' folders the run reads: "bins" or "examples"."""
-        return "bins" if self.objective == "lm" else "examples"
-
-    @cached_property
-    def group_size(self) -> int:
-        """How many rows of a step stay together on a rank: answers to a prompt."""
-        return self.num_generations if self.objective == "grpo" else 1
-
-    @cached_property
-    def needs_reference(self) -> bool:
-        """Whether the objective compares with the model that the run began with."""
-        return self.objective in ("dpo", "kto") or (self.objective == "grpo" and self.beta > 0)
-
-    @cached_property
-    def task_folder(self) -> Path:
-        """Where the runs of --task_name are."""
-        return Path("outputs", *(["debug"] if self.debug else []), self.task_name)
-
-    @cached_property
-    def max_train_tokens(self) -> int:
-        """Training tokens after which the run is over; with --prompt_format --max_tokens means an example's, as in ruprompts."""
-        return 0 if self.prompt_format else self.max_tokens
-
-    @cached_property
-    def weights_source(self) -> str:
-        """What --init_from names, with --gpt2_type worked in."""
-        return self.gpt2_type if self.init_from == "gpt2" else self.init_from
-
-    @cached_property
     def global_batch_size(self) -> int:
         """Sequences of one optimizer step, over all ranks."""
         return self.batch_size * self.gradient_accumulation_steps
@@ -496,6 +421,111 @@ class TrainArgs(
         """Width of one attention head."""
         return self.n_embd // self.n_head
 
+    @cached_property
+    def schedule(self) -> str:
+        """Name of the learning rate schedule; --decay_lr alone means cosine, as in nanoGPT."""
+        return "cosine" if self.decay_lr and self.lr_scheduler == "none" else self.lr_scheduler
+
+    @cached_property
+    def mixture(self) -> list[tuple[str, ...]]:
+        """The datasets of the mixture, each as the names of its aligned streams."""
+        if self.training_mode == "multidataset":
+            return [(name,) for name in self.dataset_list]
+        if self.training_mode == "multicontext":
+            return [self.multicontext_datasets]
+        return [(self.dataset,)]
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """How the model combines the vocabularies of its streams: an entry of model.VOCABULARIES."""
+        if self.training_mode == "multicontext":
+            return "contexts" if len(self.multicontext_datasets) > 1 else "one"
+        return "separate" if self.multidataset_wte else "one"
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each dataset; none with --train_file."""
+        if self.train_file:
+            return {}
+        return {name: Path(self.data_dir) / name for streams in self.mixture for name in streams}
+
+    @cached_property
+    def data_format(self) -> str:
+        """What the run reads from its dataset folders: "bins" or "examples"."""
+        return "examples" if OBJECTIVES[self.objective].reads_examples else "bins"
+
+    @cached_property
+    def group_size(self) -> int:
+        """Sequences of a step that one rank must hold together: the completions of one prompt."""
+        return self.num_generations if OBJECTIVES[self.objective].is_online else 1
+
+    @cached_property
+    def needs_reference(self) -> bool:
+        """Whether the objective needs a reference model."""
+        return OBJECTIVES[self.objective].needs_reference(self)
+
+    @cached_property
+    def task_folder(self) -> Path:
+        """Folder of the runs of --task_name."""
+        return Path("outputs/debug" if self.debug else "outputs", self.task_name)
+
+    @cached_property
+    def max_train_tokens(self) -> int:
+        """Training tokens after which the run ends (0: no limit); with --prompt_format max_tokens bounds an example."""
+        return 0 if self.prompt_format else self.max_tokens
+
+    @cached_property
+    def weights_source(self) -> str:
+        """--init_from, with --gpt2_type applied."""
+        return self.gpt2_type if self.init_from == "gpt2" else self.init_from
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments of TRL, transformers and nanoGPT whose meaning differs here, and what to use
+
+HINTS = {
+    "attn_implementation": "use --attention_kernel=flash, cudnn, efficient or math",
+    "adam_epsilon": 'use --optimizer_kwargs={"eps": 1e-8}',
+    "assistant_only_loss": "use --loss_on=completion (default) or all",
+    "backend": "nccl on CUDA and gloo on CPU follow from --device",
+    "bf16": "use --dtype=bfloat16",
+    "completion_only_loss": "use --loss_on=completion (default) or all",
+    "data_seed": "data order follows from --seed",
+    "dataset_name": "prepare a folder in --data_dir with data/prepare.py, then use --dataset=FOLDER",
+    "dataset_text_field": "use data/prepare.py --field for texts; examples have the fields of docs/alignment.md",
+    "eval_strategy": "use --eval_interval, in steps",
+    "fp16": "use --dtype=float16",
+    "fsdp": "use --parallel=fsdp",
+    "logging_strategy": "use --log_interval, in steps",
+    "lr_scheduler_type": "use --lr_scheduler with --min_lr and --lr_decay_iters",
+    "max_length": "use --block_size (and --overflow=truncate_target to truncate longer examples)",
+    "max_prompt_length": "use --block_size, which bounds prompt and completion together",
+    "max_seq_length": "use --block_size (and --overflow=truncate_target to truncate longer examples)",
+    "no_cuda": "use --device=cpu",
+    "num_virtual_tokens": "write the number in --prompt_format, as in '<P*20>{prompt}'",
+    "optim": f"use --optimizer={'|'.join(OPTIMIZERS)}",
+    "overwrite_output_dir": "use --overwrite, which deletes the run in --out_dir",
+    "per_device_eval_batch_size": "evaluation uses --batch_size",
+    "per_device_train_batch_size": "use --batch_size; --batch_size x --gradient_accumulation_steps is the global batch "
+    "size, whatever the number of ranks",
+    "precompute_ref_log_probs": "use --reference=cache",
+    "report_to": "use --wandb_log or --tensorboard_log",
+    "resume_from_checkpoint": "use --init_from=resume with --out_dir=RUN",
+    "reward_weights": "write the weights in --reward, as in correct:1,format:0.5",
+    "run_name": "use --wandb_run_name",
+    "save_strategy": "use --checkpoint_interval, in steps, or --always_save_checkpoint",
+    "save_total_limit": "use --keep_last, which counts the newest checkpoints; the best one is kept too",
+    "steps_per_generation": "each global batch is one rollout batch; --num_iterations sets its optimizer steps",
+    "torch_dtype": "weights are float32; use --dtype for mixed precision",
+    "use_cpu": "use --device=cpu",
+    "use_peft": "use --adapter=lora",
+    "warmup_ratio": "use --warmup_iters, in steps",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# values beneath those that are set
+
 
 def resumed_config(args: TrainArgs) -> str | None:
     """Path of the config of the run to resume, whose values lie under the command line's. Raises UserError."""
@@ -503,12 +533,12 @@ def resumed_config(args: TrainArgs) -> str | None:
         return None
     path = os.path.join(args.out_dir, "train_config.json")
     if not os.path.exists(path):
-        raise UserError(f"--init_from=resume: no run in {args.out_dir} (no {path}); name its folder with --out_dir")
+        raise UserError(f"--init_from=resume: no run in {args.out_dir} (no {path}); set --out_dir to the run's folder")
     return path
 
 
 def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """What --depth makes of the arguments that nothing set."""
+    """The values that --depth gives to the arguments that are not set."""
     if not args.depth or args.init_from != "scratch":
         return "", {}
     is_set = {name: getattr(args, name) for name, origin in source.items() if origin != configurator.DEFAULT}
@@ -517,230 +547,229 @@ def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# arguments that don't fit each other: each function calls must(what holds, what to say otherwise)
+# arguments that conflict: each function yields the errors it finds; `source` says where each value came from
 
 
-def check_start(a, source: dict[str, str], must) -> None:
-    loads = a.init_from not in ("scratch", "resume", *GPT2_TYPES)
-    must(not loads or Path(a.init_from).exists(),
-         f"--init_from={a.init_from}: no such file or folder; otherwise scratch, resume, {', '.join(GPT2_TYPES)}"
-         + did_you_mean(a.init_from, ("scratch", "resume", *GPT2_TYPES)))  # fmt: skip
-    must(
-        not (a.overwrite and a.init_from == "resume"),
-        "--overwrite: deletes the run that --init_from=resume would continue; give one of them",
-    )
-    if loads or a.init_from in GPT2_TYPES:
-        must(
-            a.vocabulary == "one",
-            "--init_from: loaded weights have one vocabulary; they go with --training_mode=single, or multidataset without --multidataset_wte",
-        )
-    must(not a.needs_reference or a.init_from != "scratch", f"--objective={a.objective}: compares with the model that it begins with, which must have been trained: --init_from=gpt2, a run or weights"
-         + " (or --beta=0)" * (a.objective == "grpo"))  # fmt: skip
-    must(
-        a.adapter == "none" or a.init_from != "scratch",
-        f"--adapter={a.adapter}: needs a base that was trained: --init_from=gpt2, a run or weights",
-    )
-    must(
-        not (a.task_name and a.init_from == "resume" and source["out_dir"] == "default"),
-        "--task_name: begins a run; resume one with --out_dir",
-    )
-    must(not a.task_name or a.task_name == Path(a.task_name).name, f"--task_name={a.task_name}: must be a plain name")
-    for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
-        must(
-            not (a.eval_only and source[flag] == "command line" and getattr(a, flag)),
-            f"--{flag}: has no effect with --eval_only, which writes nothing",
-        )
+def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
+    """Errors of the run's folder and mode."""
+    if args.overwrite and args.init_from == "resume":
+        yield "--overwrite: would delete the run that --init_from=resume continues; use one of them"
+    if args.task_name and args.init_from == "resume" and source["out_dir"] == configurator.DEFAULT:
+        yield "--task_name: starts a new run; to resume one, set --out_dir"
+    if args.task_name and args.task_name != Path(args.task_name).name:
+        yield f"--task_name={args.task_name}: must be a plain name, not a path"
+    if args.eval_only:
+        for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
+            if source[flag] == configurator.COMMAND_LINE and getattr(args, flag):
+                yield f"--{flag}: has no effect with --eval_only, which writes nothing"
 
 
-def check_model(a, source: dict[str, str], must) -> None:
-    n_kv_head = a.n_kv_head or a.n_head
-    must(a.n_embd % a.n_head == 0, f"--n_embd={a.n_embd}: must be a multiple of --n_head={a.n_head}")
-    must(a.n_head % n_kv_head == 0, f"--n_kv_head={a.n_kv_head}: must divide --n_head={a.n_head}")
-    must(
-        a.position != "rope" or a.n_embd % a.n_head or a.n_embd // a.n_head % 2 == 0,
-        f"--position=rope: needs an even head width, not n_embd / n_head = {a.n_embd // a.n_head}",
-    )
-    must(set(a.window) <= set("LS") and a.window != "", f"--window={a.window}: must be made of the letters L and S")
-    must(
-        not a.loss_chunk or a.vocabulary == "one",
-        "--loss_chunk: needs one vocabulary, not one for each context or dataset",
-    )
+def weights_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --init_from and of what needs pretrained weights."""
+    names = ("scratch", "resume", *GPT2_TYPES)
+    if args.init_from not in names and not Path(args.init_from).exists():
+        suggestion = did_you_mean(args.init_from, names)
+        yield f"--init_from={args.init_from}: no such file or folder, and not one of {', '.join(names)}{suggestion}"
+    if args.init_from not in ("scratch", "resume") and args.vocabulary != "one":
+        yield "--init_from: loaded weights have one vocabulary; use --training_mode=single, or no --multidataset_wte"
+    if args.init_from == "scratch" and args.needs_reference:
+        alternative = " (or --beta=0)" if args.objective == "grpo" else ""
+        yield f"--objective={args.objective}: requires pretrained weights; set --init_from{alternative}"
+    if args.init_from == "scratch" and args.adapter != "none":
+        yield f"--adapter={args.adapter}: requires pretrained weights; set --init_from"
 
 
-def check_data(a, source: dict[str, str], must) -> None:
-    if a.training_mode == "multidataset":
-        must(len(a.dataset_list) >= 1, "--dataset_list: --training_mode=multidataset needs it")
-        must(len(set(a.dataset_list)) == len(a.dataset_list), "--dataset_list: a dataset is named twice")
-        for name in ("dataset_sampling_probs", "dataset_sampling_probs_final"):
-            weights = getattr(a, name)
-            if weights:
-                must(
-                    len(weights) == len(a.dataset_list),
-                    f"--{name}: {len(weights)} weights for {len(a.dataset_list)} datasets",
-                )
-                must(
-                    all(weight >= 0 for weight in weights) and sum(weights) > 0,
-                    f"--{name}: weights must not be negative, and not all zero",
-                )
-        if a.dataset_interleaving:
-            must(
-                all(count == int(count) and count >= 1 for count in a.dataset_sampling_probs),
-                "--dataset_sampling_probs: with --dataset_interleaving they are whole numbers, at least 1",
-            )
-        both = a.dataset_sampling_probs + a.dataset_sampling_probs_final
-        must(not (a.dataset_sampling_probs_transition_method == "exponential" and a.dataset_sampling_probs_final) or all(both),
-             "--dataset_sampling_probs_transition_method=exponential: needs weights above 0")  # fmt: skip
-        must(
-            not (a.multidataset_wte and a.vocab_size),
-            "--vocab_size: with --multidataset_wte each dataset brings its own",
-        )
-    if a.training_mode == "multicontext":
-        must(len(a.multicontext_datasets) >= 1, "--multicontext_datasets: --training_mode=multicontext needs it")
-        must(
-            len(set(a.multicontext_datasets)) == len(a.multicontext_datasets),
-            "--multicontext_datasets: a dataset is named twice",
-        )
-        must(not a.vocab_size, "--vocab_size: with --training_mode=multicontext each context brings its own")
-    if a.objective != "lm":
-        must(
-            a.training_mode != "multicontext",
-            f"--objective={a.objective}: has examples, not aligned streams; --training_mode=single or multidataset",
-        )
-        must(not a.multidataset_wte, f"--multidataset_wte: --objective={a.objective} has one vocabulary")
-        must(
-            bool(a.train_file) == bool(a.validation_file),
-            "--train_file, --validation_file: give both, or neither for the dataset's own",
-        )
-        must(not a.train_file or a.training_mode == "single", "--train_file: goes with --training_mode=single")
-        for flag in ("train_file", "validation_file"):
-            must(not getattr(a, flag) or Path(getattr(a, flag)).is_file(), f"--{flag}={getattr(a, flag)}: no such file")
+def model_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of the model's shape."""
+    if args.n_embd % args.n_head:
+        yield f"--n_embd={args.n_embd}: must be divisible by --n_head={args.n_head}"
+    elif args.position == "rope" and args.head_dim % 2:
+        yield f"--position=rope: head_dim = n_embd / n_head must be even, got {args.head_dim}"
+    if args.n_kv_head and args.n_head % args.n_kv_head:
+        yield f"--n_kv_head={args.n_kv_head}: must divide --n_head={args.n_head}"
+    if not args.window or set(args.window) - set("LS"):
+        yield f"--window={args.window}: must consist of the letters L and S"
+    if args.loss_chunk and args.vocabulary != "one":
+        yield "--loss_chunk: works with a single vocabulary only, not one per context or dataset"
 
 
-def check_objective(a, source: dict[str, str], must) -> None:
-    must(
-        not (a.reference == "adapter" and a.adapter == "none"),
-        "--reference=adapter: there is none to switch off; take copy or cache, or --adapter=lora",
-    )
-    must(
-        not (a.reference == "cache" and a.objective != "dpo"),
-        f"--reference=cache: goes with dpo; the sequences of {a.objective} are not known beforehand",
-    )
-    must(a.objective != "dpo" or a.dpo_loss != "ipo" or a.beta > 0, "--beta=0: ipo divides by it")
-    for flag in ("desirable_weight", "undesirable_weight"):
-        must(
-            getattr(a, flag) == "auto" or is_weight(getattr(a, flag)),
-            f"--{flag}={getattr(a, flag)}: must be a number of at least 0, or auto",
-        )
-    must(
-        not (a.desirable_weight == a.undesirable_weight == "auto"),
-        "--desirable_weight=auto: follows from undesirable_weight, which then is a number",
-    )
-    if a.objective == "kto":
-        must(
-            a.batch_size * a.gradient_accumulation_steps >= 2,
-            "--batch_size=1: kto's reference point pairs each prompt with another row's completion; at least 2 rows make a step",
-        )
-    if a.objective == "grpo":
-        rows = a.batch_size * a.gradient_accumulation_steps
-        must(
-            rows % a.num_generations == 0,
-            f"--num_generations={a.num_generations}: must divide the {rows} answers of a step (--batch_size x --gradient_accumulation_steps)",
-        )
-        for flag in ("max_iters", "eval_interval", "checkpoint_interval"):
-            must(
-                getattr(a, flag) % a.num_iterations == 0,
-                f"--{flag}={getattr(a, flag)}: must be a multiple of --num_iterations={a.num_iterations}; a run is saved between two draws of answers",
-            )
-        must(
-            a.max_new_tokens < a.block_size,
-            f"--max_new_tokens={a.max_new_tokens}: leaves no room for a prompt in --block_size={a.block_size}",
-        )
-        must(not a.loss_chunk or a.temperature == 1, "--loss_chunk: knows no --temperature other than 1")
-    must(not a.target_field or a.objective == "sft", "--target_field: goes with --objective=sft")
-    must(not a.truncation_field or a.objective == "sft", "--truncation_field: goes with --objective=sft")
-    if a.adapter == "soft_prompt":
-        try:
-            prompt_format.parse(a.prompt_format).check(a.target_field or "completion", a.truncation_field or None)
-        except UserError as mistake:
-            must(False, str(mistake) if a.prompt_format else "--adapter=soft_prompt: needs --prompt_format")
-        must(a.objective != "lm", "--adapter=soft_prompt: goes with examples: --objective=sft, dpo, kto or grpo")
-        must(
-            not (a.prompt_provider == "lstm" and a.parallel == "fsdp"),
-            "--prompt_provider=lstm: does not go with --parallel=fsdp, which takes the LSTM's weights apart; a prompt is small: take ddp",
-        )
-        must(not a.packing, "--packing: does not go with --adapter=soft_prompt")
+def mixture_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --training_mode=multidataset."""
+    if not args.dataset_list:
+        yield "--dataset_list: required by --training_mode=multidataset"
+    if len(set(args.dataset_list)) < len(args.dataset_list):
+        yield "--dataset_list: contains a dataset twice"
+    for name in ("dataset_sampling_probs", "dataset_sampling_probs_final"):
+        weights = getattr(args, name)
+        if weights and len(weights) != len(args.dataset_list):
+            yield f"--{name}: {len(weights)} weights for {len(args.dataset_list)} datasets"
+        if weights and (min(weights) < 0 or sum(weights) <= 0):
+            yield f"--{name}: weights must not be negative, and not all zero"
+    has_fractions = any(turns < 1 or turns != int(turns) for turns in args.dataset_sampling_probs)
+    if args.dataset_interleaving and has_fractions:
+        yield "--dataset_sampling_probs: must be whole numbers of at least 1 with --dataset_interleaving"
+    has_zeros = not all(args.dataset_sampling_probs + args.dataset_sampling_probs_final)
+    is_exponential = args.dataset_sampling_probs_transition_method == "exponential"
+    if args.dataset_sampling_probs_final and is_exponential and has_zeros:
+        yield "--dataset_sampling_probs_transition_method=exponential: requires weights above 0"
+    if args.multidataset_wte and args.vocab_size:
+        yield "--vocab_size: has no effect with --multidataset_wte; each dataset has its own"
 
 
-def check_training(a, source: dict[str, str], must) -> None:
-    must(
-        not a.depth or a.optimizer == "muon" or not source["learning_rate"].startswith("--depth"),
-        f"--depth={a.depth}: its rates are those of --optimizer=muon (configs/depth.py); give --learning_rate too",
-    )
-    must(
-        a.optimizer in OPTIMIZERS or ":" in a.optimizer,
-        f"--optimizer={a.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class"
-        + did_you_mean(a.optimizer, OPTIMIZERS),
-    )
-    if a.schedule != "none":
-        must(
-            a.min_lr <= a.learning_rate or a.learning_rate == 0,
-            f"--min_lr={a.min_lr:g}: the schedule would end above --learning_rate={a.learning_rate:g}",
-        )
-        must(
-            a.schedule != "exponential" or a.min_lr > 0,
-            "--min_lr=0: an exponential schedule never reaches 0; give a small one",
-        )
-    if a.schedule in ("linear", "cosine", "exponential", "wsd"):
-        must(
-            a.warmup_iters <= a.lr_decay_iters,
-            f"--warmup_iters={a.warmup_iters}: longer than --lr_decay_iters={a.lr_decay_iters}",
-        )
-    must(
-        not (source["decay_lr"] == "command line" and not a.decay_lr and a.schedule != "none"),
-        f"--no-decay_lr: contradicts --lr_scheduler={a.lr_scheduler}",
-    )
-    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
-        must(
-            not getattr(a, flag) or find_spec(package) is not None, f"--{flag}: needs a package: pip install {package}"
-        )
-    must(
-        not (a.parallel == "fsdp" and a.dtype == "float16"),
-        "--dtype=float16: its loss scaling does not go with --parallel=fsdp; take bfloat16",
-    )
-    kind, _, index = a.device.partition(":")
-    must(
-        kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit())),
-        f"--device={a.device}: must be auto, cpu, cuda, cuda:N or mps",
-    )
+def multicontext_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --training_mode=multicontext."""
+    if not args.multicontext_datasets:
+        yield "--multicontext_datasets: required by --training_mode=multicontext"
+    if len(set(args.multicontext_datasets)) < len(args.multicontext_datasets):
+        yield "--multicontext_datasets: contains a dataset twice"
+    if args.vocab_size:
+        yield "--vocab_size: has no effect with --training_mode=multicontext; each context has its own"
 
 
-def check(a, source: dict[str, str]) -> list[str]:
-    """What is wrong with arguments beside each other."""
-    wrong: list[str] = []
+def example_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of the datasets of objectives that read examples."""
+    if args.training_mode == "multicontext":
+        yield f"--objective={args.objective}: reads examples; use --training_mode=single or multidataset"
+    if args.multidataset_wte:
+        yield f"--multidataset_wte: --objective={args.objective} works with a single vocabulary only"
+    if bool(args.train_file) != bool(args.validation_file):
+        yield "--train_file, --validation_file: set both, or neither to use the dataset's own"
+    if args.train_file and args.training_mode != "single":
+        yield "--train_file: requires --training_mode=single"
+    for flag in ("train_file", "validation_file"):
+        path = getattr(args, flag)
+        if path and not Path(path).is_file():
+            yield f"--{flag}={path}: no such file"
 
-    def must(holds: bool, words: str) -> None:
-        if not holds:
-            wrong.append(words)
 
-    for part in (check_start, check_model, check_data, check_objective, check_training):
-        part(a, source, must)
-    return wrong
-
-
-def is_weight(words: str) -> bool:
+def is_weight(text: str) -> bool:
+    """Whether the text is a finite number of at least 0."""
     try:
-        return 0 <= float(words) < float("inf")
+        return 0 <= float(text) < float("inf")
     except ValueError:
         return False
 
 
-RULES = Rules(resumed_config=resumed_config, derive=derive, check=check)
+def preference_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of the reference model, DPO and KTO."""
+    if args.reference == "adapter" and args.adapter == "none":
+        yield "--reference=adapter: there is no adapter to disable; use copy or cache, or --adapter=lora"
+    if args.reference == "cache" and args.objective != "dpo":
+        yield f"--reference=cache: works with --objective=dpo only; {args.objective} has no fixed sequences"
+    if args.objective == "dpo" and args.dpo_loss == "ipo" and args.beta == 0:
+        yield "--beta=0: must be above 0 with --dpo_loss=ipo, which divides by it"
+    for flag in ("desirable_weight", "undesirable_weight"):
+        weight = getattr(args, flag)
+        if weight != "auto" and not is_weight(weight):
+            yield f"--{flag}={weight}: must be auto or a number of at least 0"
+    if args.desirable_weight == args.undesirable_weight == "auto":
+        yield "--desirable_weight=auto: requires a number for --undesirable_weight"
+    if args.objective == "kto" and args.global_batch_size < 2:
+        yield "--batch_size=1: KTO estimates the KL from mismatched pairs; the global batch needs at least 2 examples"
 
 
-def load_args(folder: Path) -> TrainArgs:
-    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises UserError if that can't be read."""
-    path = str(folder / "train_config.json")
-    return resolve([(path, config_files.read_file(path))]).args
+def grpo_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of GRPO."""
+    if args.global_batch_size % args.num_generations:
+        yield (
+            f"--num_generations={args.num_generations}: must divide the global batch size of "
+            f"{args.global_batch_size} (--batch_size x --gradient_accumulation_steps)"
+        )
+    for flag in ROLLOUT_INTERVALS:
+        steps = getattr(args, flag)
+        if steps % args.num_iterations:
+            yield (
+                f"--{flag}={steps}: must be a multiple of --num_iterations={args.num_iterations}; "
+                "a run is saved between rollouts"
+            )
+    if args.max_new_tokens >= args.block_size:
+        yield f"--max_new_tokens={args.max_new_tokens}: leaves no room for a prompt in --block_size={args.block_size}"
+    if args.loss_chunk and args.temperature != 1:
+        yield "--loss_chunk: requires --temperature=1"
+
+
+def prompt_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of soft prompts."""
+    for flag in ("target_field", "truncation_field"):
+        if getattr(args, flag) and args.objective != "sft":
+            yield f"--{flag}: requires --objective=sft"
+    if args.adapter != "soft_prompt":
+        return
+    if not args.prompt_format:
+        yield "--prompt_format: required by --adapter=soft_prompt"
+    else:
+        try:
+            template = prompt_format.parse(args.prompt_format)
+            template.check(args.target_field or "completion", args.truncation_field or None)
+        except UserError as error:
+            yield str(error)
+    if not OBJECTIVES[args.objective].reads_examples:
+        yield "--adapter=soft_prompt: requires examples; use --objective=sft, dpo, kto or grpo"
+    if args.prompt_provider == "lstm" and args.parallel == "fsdp":
+        yield "--prompt_provider=lstm: cannot be sharded by --parallel=fsdp; use --parallel=ddp"
+    if args.packing:
+        yield "--packing: not supported with --adapter=soft_prompt"
+
+
+def optimizer_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
+    """Errors of optimizer and learning rate schedule."""
+    if args.depth and args.optimizer != "muon" and source["learning_rate"].startswith("--depth"):
+        yield f"--depth={args.depth}: sets learning rates for --optimizer=muon (configs/depth.py); set --learning_rate"
+    if args.optimizer not in OPTIMIZERS and ":" not in args.optimizer:
+        suggestion = did_you_mean(args.optimizer, OPTIMIZERS)
+        yield f"--optimizer={args.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class{suggestion}"
+    if args.schedule != "none" and args.learning_rate and args.min_lr > args.learning_rate:
+        yield f"--min_lr={args.min_lr:g}: must not be above --learning_rate={args.learning_rate:g}"
+    if args.schedule == "exponential" and args.min_lr == 0:
+        yield "--min_lr=0: must be above 0 with an exponential schedule"
+    if args.schedule in DECAYS_TO_MIN_LR and args.warmup_iters > args.lr_decay_iters:
+        yield f"--warmup_iters={args.warmup_iters}: must not be above --lr_decay_iters={args.lr_decay_iters}"
+    if source["decay_lr"] == configurator.COMMAND_LINE and not args.decay_lr and args.schedule != "none":
+        yield f"--no-decay_lr: conflicts with --lr_scheduler={args.lr_scheduler}"
+
+
+def system_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of packages, precision and device."""
+    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
+        if getattr(args, flag) and find_spec(package) is None:
+            yield f"--{flag}: requires a package: pip install {package}"
+    if args.parallel == "fsdp" and args.dtype == "float16":
+        yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
+    kind, _, index = args.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        yield f"--device={args.device}: must be auto, cpu, cuda, cuda:N or mps"
+
+
+def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
+    """All errors of arguments that conflict."""
+    yield from run_errors(args, source)
+    yield from weights_errors(args)
+    yield from model_errors(args)
+    if args.training_mode == "multidataset":
+        yield from mixture_errors(args)
+    if args.training_mode == "multicontext":
+        yield from multicontext_errors(args)
+    if OBJECTIVES[args.objective].reads_examples:
+        yield from example_errors(args)
+    yield from preference_errors(args)
+    if args.objective == "grpo":
+        yield from grpo_errors(args)
+    yield from prompt_errors(args)
+    yield from optimizer_errors(args, source)
+    yield from system_errors(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading arguments
+
+RULES = Rules(resumed_config=resumed_config, derive=derive, check=check, hints=HINTS)
+RESUME_FLAGS = {
+    "--resume": "--init_from=resume",
+    "--resume=true": "--init_from=resume",
+    "--resume=True": "--init_from=resume",
+    "--resume=false": "--init_from=scratch",
+    "--resume=False": "--init_from=scratch",
+}
 
 
 def resolve(layers: list[tuple[str, dict[str, Any]]]) -> Resolved:
@@ -748,14 +777,15 @@ def resolve(layers: list[tuple[str, dict[str, Any]]]) -> Resolved:
     return configurator.resolve(TrainArgs, layers, RULES)
 
 
-RESUME = dict.fromkeys(("--resume", "--resume=true", "--resume=True"), "--init_from=resume") | dict.fromkeys(
-    ("--resume=false", "--resume=False"), "--init_from=scratch"
-)
+def load_args(folder: Path) -> TrainArgs:
+    """The arguments of a run, from the train_config.json in its folder or in a checkpoint's. Raises UserError."""
+    path = str(folder / "train_config.json")
+    return resolve([(path, config_files.read_file(path))]).args
 
 
 def parse_flags(argv: list[str]) -> TrainArgs:
     """The arguments that a command line asks for; prints all errors at once and exits with status 2."""
-    argv = [RESUME.get(text, text) for text in argv]
+    argv = [RESUME_FLAGS.get(text, text) for text in argv]
     return configurator.parse(TrainArgs, argv, "Train a GPT: see README.md.", RULES)
 
 
