@@ -208,9 +208,7 @@ def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
         "resume",
     )
     assert parse("--init_from=resume", f"--out_dir={tmp_path}", "--n_layer=3").n_layer == 3
-    assert "--overwrite: " in mistakes(
-        capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite"
-    )
+    assert "--overwrite: " in mistakes(capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite")
 
 
 def test_every_shipped_config_is_valid(capsys):

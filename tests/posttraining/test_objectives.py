@@ -720,7 +720,7 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
         run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
         train_args.parse([*TINY_WITHOUT_SHAPE, *flags, *cut(1, 1)])
-    assert "at least 2 rows make a step" in capsys.readouterr().err
+    assert "--batch_size=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss_type, scale", [("grpo", "group"), ("dr_grpo", "batch"), ("dapo", "none")])

@@ -189,7 +189,7 @@ def test_all_mistakes_of_all_runs_are_told_before_anything_is_written(swept, tmp
     )
     assert code == 2 and "5 errors" not in out
     for part in (
-        "--n_embd=64: must be a multiple of --n_head=5 (n_head=5",
+        "--n_embd=64: must be divisible by --n_head=5 (n_head=5",
         "--batch_size=0: must be at least 1 (n_head=2,bs=0",
         "--optimizer=muo: must be one of",
         "--overwrite: the sweep decides",

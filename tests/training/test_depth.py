@@ -92,4 +92,4 @@ def test_what_is_given_stands_and_the_others_follow_from_it(tmp_path, capsys):
     assert "--optimizer=muon" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         turned(4, "--n_embd=100")
-    assert "must be a multiple of --n_head" in capsys.readouterr().err
+    assert "--n_embd=100: must be divisible by --n_head" in capsys.readouterr().err
