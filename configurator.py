@@ -79,36 +79,26 @@ class ArgSpec:
     alias: tuple[str, ...] = ()  # further names, on the command line and in config files
 
 
-def arg(  # noqa: PLR0913  (a field has as many options)
-    default: T,
-    help: str,
-    *,
-    choices: Iterable[str] = (),
-    low: float = -math.inf,
-    above: float = -math.inf,
-    high: float = math.inf,
-    split: bool = True,
-    needs: OnlyWith | None = None,
-    model_shape: bool = False,
-    inherit: bool = True,
-    alias: tuple[str, ...] = (),
-) -> T:
-    """A field of a table; its parameters are those of ArgSpec. Typed as its default, as dataclasses.field is."""
-    options = {
-        "help": help,
-        "choices": tuple(choices),
-        "low": low,
-        "above": above,
-        "high": high,
-        "split": split,
-        "needs": needs,
-        "model_shape": model_shape,
-        "inherit": inherit,
-        "alias": alias,
-    }
+class ArgOptions(typing.TypedDict, total=False):
+    """The fields of ArgSpec that a table may set."""
+
+    choices: tuple[str, ...]
+    low: float
+    above: float
+    high: float
+    split: bool
+    needs: OnlyWith
+    model_shape: bool
+    inherit: bool
+    alias: tuple[str, ...]
+
+
+def arg(default: T, help: str, **options: typing.Unpack[ArgOptions]) -> T:
+    """A field of a table; typed as its default, as dataclasses.field is."""
+    metadata = {"help": help, **options}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=typing.cast(Callable[[], T], default.copy), metadata=options)
-    return dataclasses.field(default=default, metadata=options)
+        return dataclasses.field(default_factory=typing.cast(Callable[[], T], default.copy), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def spec_of(field: dataclasses.Field) -> ArgSpec:

@@ -52,7 +52,7 @@ class TaskArgs:
     decode: str = arg(
         "greedy",
         "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
-        choices=DECODE,
+        choices=tuple(DECODE),
         needs=TASKS,
     )
     num_passes: int = arg(1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS)

@@ -37,7 +37,7 @@ class PrepareArgs:
 
     words: int = arg(20_000, "words, of which every tenth is for validation", low=20)
     longest: int = arg(6, "letters of the longest word; the shortest has two", low=2, high=20)
-    hidden: str = arg("reverse", "the task that is not named", choices=TASKS)
+    hidden: str = arg("reverse", "the task that is not named", choices=tuple(TASKS))
     seed: int = arg(0, "of the words", low=0)
     out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to")
 
