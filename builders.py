@@ -24,8 +24,10 @@ from nanoforge.data.batches import Metrics
 from nanoforge.device import choose_dtype, get_device
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
-from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts, tasks
+from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts
+from nanoforge.posttraining.answers import to_problem
 from nanoforge.posttraining.examples import Examples
+from nanoforge.posttraining.rewards import parse_rewards
 from nanoforge.run_dir import RECORD_FILE, RunRecord
 from nanoforge.training import checkpoint, optimizers, schedules
 from train_args import TrainArgs, load_args
@@ -100,7 +102,7 @@ def read_examples(args) -> dict[str, dict[str, list[dict]]]:
     adapted = (
         dict
         if args.objective != "grpo"
-        else tasks.problem
+        else to_problem
         if not fields
         else lambda row: row | {"answer": str(row.get("answer", ""))}
     )
@@ -312,7 +314,7 @@ def open_examples(
     answers = rollouts.Answers(
         model,
         ranks,
-        tasks.parse_rewards(a.reward) if a.objective == "grpo" else [],
+        parse_rewards(a.reward) if a.objective == "grpo" else [],
         a.num_generations,
         a.max_new_tokens,
         a.temperature,

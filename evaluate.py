@@ -106,7 +106,7 @@ from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.device import choose_dtype, get_device
 from nanoforge.errors import UserError
 from nanoforge.models import generation, pretrained
-from nanoforge.posttraining import examples, prompt_format, tasks
+from nanoforge.posttraining import accuracy, answers, examples, prompt_format, rewards
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.training import checkpoint
 
@@ -180,7 +180,7 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
 def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
     """Over the completions of the examples in a file, their end tokens included. Raises UserError."""
     fields = [*subject.template.fields, subject.target] if subject.template else []
-    rows = examples.read_rows(path, "sft", lambda row: tasks.problem(row) if "question" in row else row, fields)
+    rows = examples.read_rows(path, "sft", lambda row: answers.to_problem(row) if "question" in row else row, fields)
     rows = rows[: a.max_windows or len(rows)]
     coder = examples.ExampleEncoder(
         subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
@@ -235,7 +235,7 @@ def problems_of(subject: Subject, task: str) -> list[dict]:
             | {"answer": str(row["answer"])}
             for row in rows
         ]
-    return examples.read_rows(path, "grpo", tasks.problem)
+    return examples.read_rows(path, "grpo", answers.to_problem)
 
 
 def judged(subject: Subject, task: str, a) -> dict:
@@ -265,37 +265,46 @@ def judged(subject: Subject, task: str, a) -> dict:
     ]  # the others can't be answered
     for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
         some = fit[first : first + a.batch_size]
-        answers = generation.generate_batch(
+        completions = generation.generate_batch(
             model,
             prompts=[prompts[number] for number in some],
             sampling=sampling,
             uniform=lambda number, token, first=first: rng.uniform(a.seed, first * a.num_passes + number, token),
         )
-        for place, answer in enumerate(answers):
+        for place, answer in enumerate(completions):
             said[some[place // a.num_passes]].append(tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids))
             lengths.append(len(answer.ids))
             ended += answer.ended
     n, passes = len(problems), a.num_passes
-    right = [sum(tasks.right(words, row["answer"]) for words in some) for some, row in zip(said, problems, strict=True)]
+    right = [
+        sum(answers.is_correct(words, row["answer"]) for words in some)
+        for some, row in zip(said, problems, strict=True)
+    ]
 
     def given(words: str, answer: str) -> str | None:
         """What a completion gives as its answer; where a text is asked for and none is marked, all of it."""
-        return tasks.answer_of(words) if tasks.number(answer) is not None else tasks.marked(words) or words
+        return (
+            answers.extract_answer(words)
+            if answers.parse_number(answer) is not None
+            else answers.marked_answer(words) or words
+        )
 
     def mean(values: list[float]) -> dict[str, float]:
         middle = sum(values) / n
-        return dict(zip(("value", "low", "high"), (middle, *tasks.wilson(sum(values), n)), strict=True))
+        return dict(zip(("value", "low", "high"), (middle, *accuracy.wilson_interval(sum(values), n)), strict=True))
 
     told = {
         "accuracy": mean([count / passes for count in right]),
-        "partial": mean([sum(tasks.partial(words, row["answer"]) for words in some) / passes for some, row in zip(said, problems, strict=True)]),
-        "format": mean([sum(tasks.formatted(words, row, 0, 1, True) == 1 for words in some) / passes for some, row in zip(said, problems, strict=True)]),
+        "partial": mean([sum(answers.partial_credit(words, row["answer"]) for words in some) / passes for some, row in zip(said, problems, strict=True)]),
+        "format": mean([sum(rewards.format_score(words) == 1 for words in some) / passes for some, row in zip(said, problems, strict=True)]),
     }  # fmt: skip
     for k in (2**i for i in range(1, passes.bit_length())):
-        told[f"pass@{k}"] = mean([tasks.pass_at_k(passes, count, k) for count in right])
+        told[f"pass@{k}"] = mean([accuracy.pass_at_k(passes, count, k) for count in right])
         told[f"majority@{k}"] = mean(
             [
-                tasks.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k) if some else 0.0
+                accuracy.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k)
+                if some
+                else 0.0
                 for some, row in zip(said, problems, strict=True)
             ]
         )

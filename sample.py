@@ -122,7 +122,7 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from nanoforge.data import tokenization
+from nanoforge.data import tables, tokenization
 from nanoforge.device import choose_dtype, get_device
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, generation, pretrained
@@ -237,7 +237,7 @@ def load_prompted(a) -> tuple[GPT, tokenization.Tokenizer, list[list[int]]]:
 def read_fields(given: str) -> list[dict]:
     """The rows that --fields names. Raises UserError."""
     if given.startswith("FILE:"):
-        return list(prompt_format.read_table(Path(given[5:])))
+        return list(tables.read_rows(Path(given[5:])))
     try:
         row = json.loads(given)
     except ValueError as error:

@@ -1,17 +1,21 @@
-"""Rewards that answers have earned, dealt out to other ones: the control of what rewards teach (docs/reinforcement.md)."""
+"""Rewards earned by other completions: the control of what rewards teach (docs/reinforcement.md).
+
+python train.py ... --reward=benchmarks.shuffled:reward
+"""
 
 import random
+from typing import Any
 
-from nanoforge.posttraining import tasks
+from nanoforge.posttraining.rewards import Sample, correct_reward
 
-DICE = random.Random(0)
-POOL = [1.0] * 85 + [
-    0.0
-] * 171  # the rewards that wait to be dealt, as many as a step has answers; at first a third of them are ones
+RNG = random.Random(0)
+# The rewards that wait to be dealt, as many as a step has completions; at first a third of them are ones.
+POOL = [1.0] * 85 + [0.0] * 171
 
 
-def reward(completion: str, problem: dict, tokens: int, limit: int, ended: bool) -> float:
-    """The reward of an earlier answer, any; this one's own takes its place."""
-    place = DICE.randrange(len(POOL))
-    dealt, POOL[place] = POOL[place], tasks.correct(completion, problem, tokens, limit, ended)
-    return dealt
+def reward(*fields: Any) -> float:
+    """The reward of an earlier completion, drawn from the pool; this completion's own reward takes its place."""
+    index = RNG.randrange(len(POOL))
+    drawn = POOL[index]
+    POOL[index] = correct_reward(Sample(*fields))
+    return drawn

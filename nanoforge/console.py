@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +17,30 @@ def print_line(message: str) -> None:
             print(message, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+class Progress:
+    """Characters done in a long pass over text: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.done = 0
+        self.last_printed = time.monotonic()
+        self.bar = tqdm(desc=title, unit="char", unit_scale=True) if sys.stderr.isatty() else None
+
+    def add(self, n_chars: int) -> None:
+        """Count so many more characters as done."""
+        self.done += n_chars
+        if self.bar is not None:
+            self.bar.update(n_chars)
+        elif time.monotonic() - self.last_printed > 10:
+            self.last_printed = time.monotonic()
+            print(f"{self.title}: {self.done:,} characters", flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def format_duration(seconds: float) -> str:

@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import OnlyWith, Rules, arg
-from nanoforge.data import corpus
+from nanoforge.data import corpus, tables, token_bins
 from nanoforge.data.corpus import TextChunk
 from nanoforge.data.tokenization import CharTokenizer
-from nanoforge.posttraining import tasks
 from nanoforge.rng import hash_u64, permute
 
 HERE = Path(__file__).resolve().parent
@@ -101,10 +100,10 @@ def preferences(digits: int, count: int, seed: int, unpaired: int) -> Iterator[t
 def main(a) -> None:
     folder = Path(a.out_dir)
     if a.kind == "preferences":
-        tasks.write_rows(folder, preferences(a.digits, a.sums, a.seed, a.unpaired))
+        tables.write_splits(folder, preferences(a.digits, a.sums, a.seed, a.unpaired), token_bins.SPLITS)
         return
     corpus.write_dataset(folder, lambda: sums(a.digits, a.sums, a.seed), CharTokenizer("\n+0123456789=", has_eos=True))
-    tasks.write_rows(folder, problems(a.digits, a.sums, a.seed))
+    tables.write_splits(folder, problems(a.digits, a.sums, a.seed), token_bins.SPLITS)
 
 
 if __name__ == "__main__":

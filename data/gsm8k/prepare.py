@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg
+from nanoforge.data import tables, token_bins
 from nanoforge.errors import UserError
 from nanoforge.files import download
-from nanoforge.posttraining import tasks
+from nanoforge.posttraining.answers import to_problem
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 NAMES = {"train": "train.jsonl", "val": "test.jsonl"}  # GSM8K's own
@@ -54,13 +55,13 @@ def sources(inputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
 
 def rows(files: dict[str, Path]) -> Iterator[tuple[str, dict]]:
     for split, path in files.items():
-        for problem in tasks.read_problems(path):
+        for problem in tables.read_rows(path, to_problem):
             yield split, problem
 
 
 def main(a) -> None:
     folder = Path(a.out_dir)
-    tasks.write_rows(folder, rows(sources(a.input, folder)))
+    tables.write_splits(folder, rows(sources(a.input, folder)), token_bins.SPLITS)
 
 
 if __name__ == "__main__":

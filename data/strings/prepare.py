@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg
-from nanoforge.data import token_bins
+from nanoforge.data import tables, token_bins
 from nanoforge.data.tokenization import CharTokenizer
-from nanoforge.posttraining import tasks
 from nanoforge.rng import hash_u64
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -62,8 +61,8 @@ def main(a) -> None:
         for split, word in some
         for name, task in TASKS.items()
     )
-    tasks.write_rows(folder, named)
-    tasks.write_rows(
+    tables.write_splits(folder, named, token_bins.SPLITS)
+    tables.write_splits(
         folder,
         ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some),
         [f"hidden_{split}" for split in token_bins.SPLITS],

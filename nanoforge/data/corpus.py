@@ -4,12 +4,8 @@ Everything streams: memory holds a few pieces of text, whatever the size of the 
 """
 
 import codecs
-import csv
 import io
-import json
 import os
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanoforge.console import Progress
 from nanoforge.data import tokenization
+from nanoforge.data.tables import read_texts
 from nanoforge.data.token_bins import SPLITS, BinWriter, dtype_for, write_meta
 from nanoforge.errors import UserError
 
@@ -85,40 +83,6 @@ def read_text(path: Path) -> Iterator[str]:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {at}); convert it first") from None
 
 
-def read_rows(path: Path, field: str) -> Iterator[str]:
-    """The documents in a .jsonl, .csv or .parquet file: one a row. Raises UserError with the line."""
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ModuleNotFoundError:
-            raise UserError(f"{path}: reading parquet needs a package: pip install pyarrow") from None
-        try:
-            file = parquet.ParquetFile(path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: not a parquet file ({error})") from None
-        if field not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column {field} but {', '.join(file.schema_arrow.names)}; name it with --field")
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            yield from (value or "" for value in batch.column(0).to_pylist())
-        return
-    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(file) if path.suffix == ".csv" else (line for line in file if line.strip())
-        number = 0
-        try:
-            for row in rows:
-                number += 1
-                value = (row if isinstance(row, dict) else json.loads(row))[field]
-                value.encode("utf-8")
-                yield value
-        except UnicodeError as error:
-            raise UserError(f"{path}: not UTF-8 after row {number} ({error.reason}); convert it first") from None
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-            raise UserError(
-                f"{path}: row {number} has no text in {field} ({type(error).__name__}: {error}); name the right field with --field"
-            ) from None
-
-
 def read_hub(name: str, field: str) -> Iterator[str]:
     """The training documents of a dataset of the Hugging Face hub, NAME or NAME:CONFIG, streamed. Raises UserError."""
     try:
@@ -172,7 +136,7 @@ def read_corpus(inputs: list[str], field: str, val_fraction: float) -> Iterator[
     documents = (
         doc
         for path in files
-        for doc in ([read_text(path)] if path.suffix == ".txt" else ([row] for row in read_rows(path, field)))
+        for doc in ([read_text(path)] if path.suffix == ".txt" else ([text] for text in read_texts(path, field)))
     )
     return split_documents(documents, val_fraction)
 
@@ -223,30 +187,6 @@ def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
             waiting.extend(pool.submit(function, item) for item in islice(items, 1))
 
 
-class Counter:
-    """Characters done: a bar on a terminal, a plain line every ten seconds elsewhere."""
-
-    def __init__(self, title: str):
-        self.title, self.done, self.told = title, 0, time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(desc=title, unit="char", unit_scale=True)
-
-    def add(self, characters: int) -> None:
-        self.done += characters
-        if self.bar is not None:
-            self.bar.update(characters)
-        elif time.monotonic() - self.told > 10:
-            self.told = time.monotonic()
-            print(f"{self.title}: {self.done:,} characters", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def write_dataset(
     folder: Path,
     pieces: Callable[[], Iterable[TextChunk]],
@@ -279,12 +219,12 @@ def write_dataset(
             for p in group
         ]
 
-    counter = Counter(f"preparing {folder.name}")
+    progress = Progress(f"preparing {folder.name}")
     try:
         for group in map_in_order(encode, grouped(stream), os.cpu_count() or 1):
             for split, ids, size, characters in group:
                 writers[split].write(ids, size)
-                counter.add(characters)
+                progress.add(characters)
         for split, writer in writers.items():
             if not writer.tokens:
                 raise UserError(f"no text for {split}.bin; give more documents, or another --val_fraction")
@@ -295,7 +235,7 @@ def write_dataset(
             folder.rmdir()  # if nothing else is in it
         raise
     finally:
-        counter.close()
+        progress.close()
     (folder / "meta.json").unlink(missing_ok=True)  # until its bins are there
     write_meta(folder, tokenizer, {f"{split}.bin": writer.close() for split, writer in writers.items()})
     told = ", ".join(f"{split}.bin {writer.tokens:,} tokens" for split, writer in writers.items())

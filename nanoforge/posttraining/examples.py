@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanoforge.data import tokenization
+from nanoforge.data import tables, tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
 from nanoforge.distributed import RankSlice, rank_range
 from nanoforge.errors import UserError
-from nanoforge.posttraining.prompt_format import Template, read_table
+from nanoforge.posttraining.prompt_format import Template
 from nanoforge.rng import ORDER, permute
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -163,7 +163,7 @@ def read_rows(path: Path, objective: str, adapted: Callable[[dict], dict], field
     """The rows of a file, each with the fields of the objective, or with these. Raises UserError that names file and row."""
     rows = []
     choices = (tuple(fields),) if fields else FIELDS[objective]
-    for number, row in enumerate(read_table(path), start=1):
+    for number, row in enumerate(tables.read_rows(path), start=1):
         try:
             row = adapted(row)
         except UserError as mistake:

@@ -15,21 +15,17 @@ Each piece is encoded by itself: no token reaches over a piece's border, and a s
 Imports neither torch nor numpy, so that a template is checked before they are loaded.
 """
 
-import csv
-import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Protocol
 
 from nanoforge.errors import UserError, did_you_mean
 
 MOST_ROWS = 10_000  # of one <P*N>: more is a slip of the finger
 OVERFLOWS = ("error", "drop", "truncate_target")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 ESCAPES = {"{{": "{", "}}": "}", r"\<": "<", r"\\": "\\", r"\n": "\n", r"\t": "\t"}
 # Any template is a sequence of these; what is not well formed is matched too, and refused by `tokens`.
@@ -291,82 +287,3 @@ def parse(template: str) -> Template:
             f"--prompt_format={template!r}: has no trainable rows; <P*20> makes 20 of them, <P>text</P> one for each token of the text"
         )
     return Template(tuple(pieces))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tables of examples
-
-
-def read_table(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file of objects, or of a .csv or .tsv file (UTF-8, cells quoted as in RFC 4180, all of them text) whose first line names the fields.
-
-    Blank lines are skipped. Raises UserError, with path and line, as it reads: also at the end, if there was no row.
-    """
-    kind, rows = path.suffix.lower(), 0
-    if kind not in (".jsonl", *DELIMITERS):
-        raise UserError(f"{path}: must be a .jsonl, .csv or .tsv file")
-    for row in read_jsonl(path) if kind == ".jsonl" else read_cells(path, DELIMITERS[kind]):
-        rows += 1
-        yield row
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """With their ends, without a byte order mark. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{path}:{number}: must be an object, as {{"field": "text"}} is, not {line.strip()!r:.60}')
-        yield row
-
-
-def read_cells(path: Path, delimiter: str) -> Iterator[dict]:
-    csv.field_size_limit(
-        2**31 - 1
-    )  # for the whole process; the most that a C long holds everywhere. The default refuses cells of 128 KiB
-    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
-    names = None
-    for line, cells in numbered(reader, path):
-        if not cells:
-            continue
-        if names is None:
-            names = cells
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"{path}:{line}: the first line, which names the fields, has {twice[0]!r} twice")
-        elif len(cells) != len(names):
-            raise UserError(
-                f"{path}:{line}: has {len(cells)} cells, but the first line names {len(names)} fields: {', '.join(names)}"
-            )
-        else:
-            yield dict(zip(names, cells, strict=True))
-
-
-def numbered(reader: Iterable[list[str]], path: Path) -> Iterator[tuple[int, list[str]]]:
-    """A csv reader's rows with the line on which each begins. Raises UserError."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{path}:{line}: {error}") from None
-        yield line, cells

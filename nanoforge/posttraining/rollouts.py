@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nanoforge.data.batches import Mixture, Step, row_hash
 from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, SamplingParams, generate_batch
-from nanoforge.posttraining import tasks
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, Ids, padded
 from nanoforge.posttraining.losses import group_advantages
+from nanoforge.posttraining.rewards import Reward, Sample, total_reward
 from nanoforge.rng import ROLLOUT, uniform
 
 
@@ -28,7 +28,7 @@ class Answers:
 
     net: nn.Module
     ranks: Ranks
-    rewards: Sequence[tasks.Reward]
+    rewards: Sequence[Reward]
     generations: int  # answers to each prompt
     max_new_tokens: int
     temperature: float = 1.0
@@ -75,9 +75,8 @@ class Answers:
             (item for item in items for _ in range(len(answers) // len(items))), answers, strict=True
         ):
             words = text_of(answer, tokenizer)
-            total, values = tasks.total(
-                self.rewards, words, item.row, len(answer.ids), self.max_new_tokens, answer.ended
-            )
+            sample = Sample(words, item.row, len(answer.ids), self.max_new_tokens, answer.ended)
+            total, values = total_reward(self.rewards, sample)
             totals.append(total)
             for name, value in values.items():
                 each[name][0] += value

@@ -213,7 +213,7 @@ def test_threads_keep_the_order():
     ([], "--input: is needed"),
     (["--input=/nowhere"], "no such file or folder"),
     (["--input=x.pdf"], "must be one of .txt"),
-    (["--input=bad.jsonl"], "row 2 has no text"),
+    (["--input=bad.jsonl"], "bad.jsonl:2"),
     (["--input=docs.jsonl", "--field=title"], "--field"),
     (["--input=latin.txt"], "not UTF-8"),
     (["--input=latin.jsonl"], "not UTF-8"),

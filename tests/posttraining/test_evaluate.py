@@ -14,7 +14,7 @@ import evaluate
 from model import GPT, GPTConfig
 from nanoforge.data import token_bins
 from nanoforge.models import generation, pretrained
-from nanoforge.posttraining import tasks
+from nanoforge.posttraining.accuracy import wilson_interval
 from nanoforge.training import checkpoint
 
 GENTLE = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
@@ -89,7 +89,7 @@ def test_accuracy_is_that_of_the_likeliest_answers(base, data_dir):
         ].tolist()
         right += DIGITS.decode(out[: out.index(DIGITS.eos_id)] if DIGITS.eos_id in out else out) == row["answer"]
     assert told["accuracy"]["value"] == pytest.approx(right / len(rows)) and told["n"] == len(rows)
-    assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(tasks.wilson(right, len(rows)))
+    assert (told["accuracy"]["low"], told["accuracy"]["high"]) == pytest.approx(wilson_interval(right, len(rows)))
     assert told["partial"]["value"] >= told["accuracy"]["value"] and told["format"]["value"] == 0
 
 

@@ -16,7 +16,8 @@ from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokeniz
 from nanoforge.distributed import RankSlice
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
-from nanoforge.posttraining import prompt_format, tasks
+from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining.answers import to_problem
 from nanoforge.posttraining.examples import (
     Collator,
     Example,
@@ -217,7 +218,7 @@ def test_wrong_rows_are_told_by_file_and_row(tmp_path, objective, row, told):
 
 def test_gsm8ks_rows_are_problems(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
-    (row,) = read_rows(tmp_path / "a.jsonl", "grpo", tasks.problem)
+    (row,) = read_rows(tmp_path / "a.jsonl", "grpo", to_problem)
     assert row["answer"] == "5" and row["prompt"].startswith("2 and 3?")
 
 

@@ -1,7 +1,5 @@
-r"""The template language: str.format, tiktoken, csv and brute force are the witnesses; every mistake has its caret."""
+r"""The template language: str.format, tiktoken and brute force are the witnesses; every mistake has its caret."""
 
-import csv
-import json
 import random
 import re
 import string
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError
-from nanoforge.posttraining.prompt_format import MOST_ROWS, OVERFLOWS, Field, Literal, Rows, Seeded, parse, read_table
+from nanoforge.posttraining.prompt_format import MOST_ROWS, OVERFLOWS, Field, Literal, Rows, Seeded, parse
 
 BYTES = tokenization.ByteTokenizer()
 CHARS = tokenization.CharTokenizer(sorted(set(string.printable)))
@@ -355,70 +353,3 @@ def test_fields_that_dont_go_together_are_told():
         assert told in mistake(template.check, target, truncation)
         assert told in mistake(template.example, VALUES, BYTES, 257, target, truncation, 99, "drop")
     assert "no field 'answer'" in mistake(template.example, VALUES, BYTES, 257, "answer", None, 99, "drop")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tables
-
-ROWS = [
-    {"toxic": 'you, "fool"!\r\n', "polite": "dear\tsir"},
-    {"toxic": "", "polite": "дорогой 日\u2028本"},
-    {"toxic": '"', "polite": "x" * 200_000},
-    {"toxic": "  ", "polite": "\\n"},
-]
-
-
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_the_three_formats_hold_the_same(tmp_path, bom, end):
-    csv.field_size_limit(131072)  # Python's own; read_table raises it
-    for suffix, delimiter in [("csv", ","), ("TSV", "\t")]:
-        with open(tmp_path / f"t.{suffix}", "w", newline="", encoding="utf-8") as file:
-            file.write(bom)
-            writer = csv.DictWriter(file, ["toxic", "polite"], delimiter=delimiter, lineterminator=end)
-            writer.writeheader()
-            for row in ROWS:
-                writer.writerow(row)
-                file.write(end)
-    (tmp_path / "t.jsonl").write_text(
-        bom + f"{end} {end}".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(ROWS)),
-        encoding="utf-8",
-        newline="",
-    )
-    for name in ("t.csv", "t.TSV", "t.jsonl"):
-        assert [*read_table(tmp_path / name)] == ROWS
-
-
-def test_json_keeps_its_types(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"n": 7, "x": [null, 0.5]}\n')
-    assert [*read_table(tmp_path / "t.jsonl")] == [{"n": 7, "x": [None, 0.5]}]
-
-
-@pytest.mark.parametrize("name, content, told", [
-    ("t.jsonl", b'{"a": 1}\n\n{"a": }\n', "t.jsonl:3: not JSON (Expecting value"),
-    ("t.jsonl", b'{"a": ' + b"[" * 100_000, "t.jsonl:1: not JSON"),
-    ("t.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "t.jsonl:1: not JSON"),
-    ("t.jsonl", b'{"a": 1}\n["a"]', "t.jsonl:2: must be an object"),
-    ("t.jsonl", b'{"a": "\xff"}', "t.jsonl:1: not UTF-8"),
-    ("t.jsonl", b"", "t.jsonl: has no rows"),
-    ("t.jsonl", b"\n \n", "t.jsonl: has no rows"),
-    ("t.csv", b"", "t.csv: has no rows"),
-    ("t.csv", b"a,b\n", "t.csv: has no rows"),
-    ("t.csv", b'a,b\n"1\n1",2\n\n3\n', "t.csv:5: has 1 cells, but the first line names 2 fields: a, b"),
-    ("t.tsv", b"a\tb\n1\t2\t3\n", "t.tsv:2: has 3 cells, but"),
-    ("t.csv", b"a,b,a\n1,2,3\n", "t.csv:1: the first line, which names the fields, has 'a' twice"),
-    ("t.csv", b'a,b\n1,2\n"1\n,2\n', "t.csv:3: unexpected end of data"),
-    ("t.tsv", b'a\tb\n"so" he said\t2\n', "t.tsv:2: '\t' expected after '\"'"),
-    ("t.csv", "a,b\n1,2\n".encode("utf-16"), "t.csv:1: not UTF-8"),
-    ("t.txt", b"a,b\n1,2\n", "t.txt: must be a .jsonl, .csv or .tsv file"),
-    ("t", b"", "t: must be a .jsonl, .csv or .tsv file"),
-])  # fmt: skip
-def test_broken_tables_are_told_by_line(tmp_path, name, content, told):
-    (tmp_path / name).write_bytes(content)
-    assert mistake(list, read_table(tmp_path / name)).startswith(f"{tmp_path}/{told}")
-
-
-def test_unreadable_tables_are_told(tmp_path):
-    assert "nowhere.csv: can't be read (No such file" in mistake(list, read_table(tmp_path / "nowhere.csv"))
-    (tmp_path / "folder.jsonl").mkdir()
-    assert "can't be read (Is a directory)" in mistake(list, read_table(tmp_path / "folder.jsonl"))

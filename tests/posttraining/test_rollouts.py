@@ -14,8 +14,9 @@ from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import Completion, SamplingParams, generate, generate_batch, logits_to_probs
-from nanoforge.posttraining import objectives, rollouts, tasks
+from nanoforge.posttraining import objectives, rollouts
 from nanoforge.posttraining.examples import ExampleEncoder, Examples
+from nanoforge.posttraining.rewards import Sample, correct_reward, length_reward, parse_rewards
 from nanoforge.posttraining.rollouts import Answers, samples
 from nanoforge.rng import uniform
 
@@ -216,19 +217,18 @@ def test_the_end_token_is_no_part_of_an_answers_text():
 def test_rewards_are_the_tasks_own_of_the_decoded_answers():
     """The end token is not a part of the text, and counts as one of the tokens."""
     model = tiny_model(vocab_sizes=(13,), block_size=16).eval()
-    data, rewards = made_of(["1+1=", "23+4=", "5+="]), tasks.parse_rewards("correct:2,length:1")
+    data, rewards = made_of(["1+1=", "23+4=", "5+="]), parse_rewards("correct:2,length:1")
     answers = Answers(model, Ranks(0, 1, torch.device("cpu")), rewards, 5, 4, temperature=2.0)
     drawn = answers.draw(data.items, DIGITS, 5, 2.0, (1, 2), 0)
     totals, told = answers.rewarded(data.items, drawn, DIGITS)
     assert len({answer.ended for answer in drawn}) == 2
     for total, answer, item in zip(totals, drawn, [item for item in data.items for _ in range(5)], strict=True):
         words = DIGITS.decode(answer.ids).replace("<|endoftext|>", "")
-        expected = 2 * tasks.correct(words, item.row, len(answer.ids), 4, answer.ended) + tasks.short(
-            words, item.row, len(answer.ids), 4, answer.ended
-        )
+        sample = Sample(words, item.row, len(answer.ids), 4, answer.ended)
+        expected = 2 * correct_reward(sample) + length_reward(sample)
         assert total == pytest.approx(expected)
     assert float(told["rewards/correct"][1]) == 15 and float(told["rewards/length"][0]) == pytest.approx(
-        sum(tasks.short("", {}, len(a.ids), 4, a.ended) for a in drawn)
+        sum(length_reward(Sample("", {}, len(a.ids), 4, a.ended)) for a in drawn)
     )
     assert model.training is False
     model.train()

@@ -1,0 +1,61 @@
+"""Statistics of right answers: pass@k, majority vote and confidence intervals. Knows nothing of models or sampling."""
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+from nanoforge.posttraining.answers import normalize_answer, parse_number, same_answer
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k completions is right, without bias, from c right ones of n >= k: 1 - C(n-c, k) / C(n,
+    k).
+
+    Chen et al. 2021, eq. 1.
+    """
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_vote(answers: Iterable[str | None]) -> str | None:
+    """The most frequent answer, as it was first written (self-consistency, Wang et al. 2023); None has no vote.
+
+    Numbers are the same by value, other answers as normalized text. Of equally frequent ones, the first to reach the
+    count wins.
+    """
+    votes: dict[Fraction | str, int] = {}
+    first_written: dict[Fraction | str, str] = {}
+    winner: Fraction | str | None = None
+    for answer in answers:
+        if answer is None:
+            continue
+        value = parse_number(answer)
+        key = normalize_answer(answer) if value is None else value
+        votes[key] = votes.get(key, 0) + 1
+        first_written.setdefault(key, answer)
+        if winner is None or votes[key] > votes[winner]:
+            winner = key
+    return None if winner is None else first_written[winner]
+
+
+def majority_at_k(answers: Sequence[str | None], reference: str, k: int) -> float:
+    """How often the majority of k answers is right: the mean over the list cut into groups of k, an incomplete last
+    one left out.
+
+    Unbiased, as each group is a sample of its own; with exactly k answers it is 0 or 1.
+    """
+    assert 1 <= k <= len(answers), (k, len(answers))
+    starts = range(0, len(answers) - k + 1, k)
+    right = sum(same_answer(majority_vote(answers[start : start + k]), reference) for start in starts)
+    return right / len(starts)
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The confidence interval of a proportion (Wilson 1927), of 95 % with z = 1.96; all of [0, 1] with n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    z2_n = z * z / n
+    center = p + z2_n / 2
+    margin = z * math.sqrt(p * (1 - p) / n + z2_n / (4 * n))
+    return max(0.0, (center - margin) / (1 + z2_n)), min(1.0, (center + margin) / (1 + z2_n))

@@ -1,0 +1,231 @@
+r"""Numbers and answers in text: how an answer is found in a completion, and when it equals the right one.
+
+    parse_number("$1,234.50") == Fraction(2469, 2)      extract_answer("so <answer>72</answer>") == "72"
+    is_correct("... #### 72 miles", "72.0")             to_problem({"question": ..., "answer": "... #### 72"})
+
+Knows nothing of models, tokenizers or rewards.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+from nanoforge.data.tables import Row
+from nanoforge.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+MAX_NUMBER_CHARS = 1000  # of a text that is one number: no text takes long to parse
+MAX_EXPONENT = 1000  # of ten
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"))
+THIN_SPACES = "\u2009\u202f\u00a0"
+VULGAR_FRACTION = "[¼-¾⅐-⅞]"
+CURRENCY = r"\\?[$¢€£¥₹₩₽]"
+
+# what `normalize` replaces
+BEFORE_FRACTION = re.compile(rf"(?<=[0-9]) ?(?=\\[dt]?frac|{VULGAR_FRACTION})")  # of a mixed number: 1\frac{1}{2}, 1½
+FRACTION_SIGN = re.compile(VULGAR_FRACTION)
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+LATEX_SPACE = re.compile(r"\\[,;: ]")
+CURRENCY_SIGN = re.compile(rf"(?<![0-9]){CURRENCY}|{CURRENCY}(?![0-9])")  # between digits it separates two numbers
+POWER_OF_TEN = re.compile(
+    r"(?<=[0-9]) ?(?:\u00d7|x|\*|·|\\times|\\cdot) ?10 ?\^ ?\{? ?([-+]?[0-9]+)\}?"
+)  # \times 10^{3}
+
+
+def number_pattern(spaces: str) -> str:
+    """A regular expression of a number without its sign; one of `spaces` may separate thousands, as a comma may."""
+    thousands = rf"[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})+|(?:[{spaces}][0-9]{{3}})+)(?![0-9])"
+    decimal = rf"(?:(?:{thousands}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    integer_part = r"(?:(?P<integer>[0-9]+) (?=[0-9]+/))?"  # of a mixed number: 1 1/2
+    fraction = rf"(?P<numerator>{decimal})(?: ?/ ?(?P<denominator>{decimal}))?"
+    scale = rf"(?: ?(?P<scale>(?i:{'|'.join(SCALES)}))\b)?"
+    return integer_part + fraction + scale
+
+
+# a number anywhere; a sign behind a word or a bracket is a dash or an operator
+NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w.)\]}}%])[-+])?{number_pattern(THIN_SPACES)}")
+# a text that is one number
+NUMBER_ALONE = re.compile(
+    r"(?:\w+ ?=)?(?:[\s({\[*\"'`=≈~]|\\boxed|\\[(\[])*"  # x = \boxed{(**
+    rf"(?P<sign>[-+]?) ?(?:[A-Z]{{2,3}})? ?(?P<late_sign>[-+]?) ?{number_pattern(THIN_SPACES + ' ')}"  # -USD 1 234.50
+    r"(?! ?(?:\\?pi\b|π|[²³¹⁰⁴-⁹]))"  # no factor of pi, no power
+    r"(?:[^\d^]|(?<=[A-Za-z])\^\{?[23]|\^\{?\\)*"  # units: cm^2, ^\circ, anything without digits
+)
+SEPARATORS = re.compile(rf"[, {THIN_SPACES}]")
+
+
+def normalize(text: str) -> str:
+    """Text with one kind of minus, of fraction and of power of ten; without currency signs and LaTeX's spacing."""
+    text = BEFORE_FRACTION.sub(" ", text.translate(MINUS_SIGNS))
+    text = FRACTION_SIGN.sub(lambda match: unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
+    text = LATEX_FRACTION.sub(r"\1/\2", text)
+    text = text.replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%")
+    text = LATEX_SPACE.sub("\u2009", text)
+    text = CURRENCY_SIGN.sub("", text)
+    return POWER_OF_TEN.sub(r"e\1", text)
+
+
+def parse_decimal(digits: str) -> Fraction | None:
+    """The value of one number of `number_pattern`, such as 1,234.5e3; None if its power of ten is absurd."""
+    digits = SEPARATORS.sub("", digits)
+    exponent = digits.lower().partition("e")[2]
+    if len(exponent) > 5 or abs(int(exponent or 0)) > MAX_EXPONENT:
+        return None
+    return Fraction(digits)
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The exact value of a text that is one number; None if it is none, several (12 or 75), or a calculation.
+
+    Accepted: signs, also apart (- 5) or behind the currency ($-5); thousands separated by commas or spaces
+    (1,234,567); decimals; 1.5e3 and 1.5 x 10^3; fractions and mixed numbers (3/4, 1 1/2); million and the like; a
+    currency before, units behind (72 miles, 5kg); $..$, \boxed{..}, \frac{3}{4}, brackets and stars around. Units
+    don't count, as in GSM8K's answers: 50% is 50, 50 cents are 50. A comma separates thousands, never decimals (3,5 is
+    None); brackets are no minus: (5) is 5; k and M are units.
+    """
+    text = text.strip()
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    match = NUMBER_ALONE.fullmatch(normalize(text))
+    if match is None or (match["sign"] and match["late_sign"]):
+        return None
+    numerator = parse_decimal(match["numerator"])
+    denominator = parse_decimal(match["denominator"] or "1")
+    if numerator is None or not denominator:
+        return None
+    scale = SCALES[match["scale"].lower()] if match["scale"] else 1
+    value = (int(match["integer"] or 0) + numerator / denominator) * scale
+    is_negative = "-" in (match["sign"], match["late_sign"])
+    return -value if is_negative else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers in completions
+
+
+def last_tagged(text: str, opening: str, closing: str) -> str | None:
+    """The text between the last closing tag and the last opening tag before it."""
+    end = text.rfind(closing)
+    if end < 0:
+        return None
+    start = text.rfind(opening, 0, end)
+    if start < 0:
+        return None
+    return text[start + len(opening) : end]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{..}, which may hold braces of its own."""
+    _, boxed, rest = text.rpartition(r"\boxed{")
+    if not boxed:
+        return None
+    depth = 1
+    for i, char in enumerate(rest):
+        if char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+        if depth == 0:
+            return rest[:i]
+    return None
+
+
+def marked_answer(completion: str) -> str | None:
+    r"""What a completion marks as its answer: in <answer>..</answer>, else after ####, else in \boxed{..}."""
+    tagged = last_tagged(completion, "<answer>", "</answer>")
+    if tagged is not None:
+        return tagged.strip()
+    if "####" in completion:
+        return completion.rpartition("####")[2].lstrip(" ").partition("\n")[0].strip()
+    return last_boxed(completion)
+
+
+def extract_answer(completion: str) -> str | None:
+    """The answer of a completion: all of what it marks as such, else its last number; None if it has neither."""
+    answer = marked_answer(completion)
+    if answer is None:
+        for match in NUMBER_IN_TEXT.finditer(normalize(completion)):
+            answer = match[0]
+    return answer
+
+
+def extract_vote(completion: str, reference: str) -> str | None:
+    """The answer that a completion gives in a majority vote; a text that it does not mark is all of it."""
+    if parse_number(reference) is not None:
+        return extract_answer(completion)
+    return marked_answer(completion) or completion
+
+
+def normalize_answer(text: str) -> str:
+    """Text without what makes no difference between answers: case, spaces, final punctuation."""
+    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+
+def same_answer(answer: str | None, reference: str) -> bool:
+    """Whether an answer equals the right one: as a number if the right one is a number, else as normalized text."""
+    if answer is None:
+        return False
+    value = parse_number(reference)
+    if value is None:
+        return normalize_answer(answer) == normalize_answer(reference)
+    return parse_number(answer) == value
+
+
+def is_correct(completion: str, reference: str) -> bool:
+    """Whether a completion gives the right answer.
+
+    An answer that it marks must be one number; if the right one is text, a completion that marks none is the answer as
+    it is.
+    """
+    if parse_number(reference) is None and marked_answer(completion) is None:
+        return same_answer(completion, reference)
+    return same_answer(extract_answer(completion), reference)
+
+
+def partial_credit(completion: str, reference: str) -> float:
+    """1.0 if the answer is right or within a tenth of it (their ratio in [0.9, 1.1], as in agent_tunix), else 0.0."""
+    value = parse_number(extract_answer(completion) or "")
+    expected = parse_number(reference)
+    if value is not None and expected and Fraction(9, 10) <= value / expected <= Fraction(11, 10):
+        return 1.0
+    return float(is_correct(completion, reference))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems: rows with a prompt and its right answer
+
+GSM8K_PROMPT = (
+    "{question}\n"
+    "Reason step by step between <reasoning> and </reasoning>. "
+    "Then write the final number alone between <answer> and </answer>.\n"
+)
+CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>>24
+
+
+def to_problem(row: Row) -> Row:
+    """A row as a problem, which has `prompt` and `answer`. Raises UserError for a row that is none.
+
+    A row with a prompt and an answer stays as it is, with a number as its text. A row of GSM8K's (`question`, and an
+    `answer` that ends in #### 72) becomes a prompt that asks for the format, the bare answer, and the worked solution
+    as `completion`.
+    """
+    answer = row.get("answer")
+    is_answer = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if isinstance(row.get("prompt"), str | list) and is_answer:
+        return {**row, "answer": str(answer)}
+    question = row.get("question")
+    if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
+        raise UserError(
+            "needs a prompt and an answer, or GSM8K's question and an answer that ends in #### and the number"
+        )
+    solution, _, final = answer.rpartition("####")
+    solution = CALCULATOR.sub("", solution).strip()
+    final = final.strip()
+    return {
+        "prompt": GSM8K_PROMPT.format(question=question.strip()),
+        "completion": f"<reasoning>\n{solution}\n</reasoning>\n<answer>{final}</answer>",
+        "answer": final,
+    }

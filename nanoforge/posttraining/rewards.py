@@ -1,0 +1,200 @@
+"""Rewards: what a completion of a problem is worth, and how --reward names them and their weights.
+
+    --reward=correct:1,format:0.5,my_module:my_function:0.2
+
+A reward function takes a `Sample` and returns a number in [0, 1]. A function of a user's module takes its fields:
+
+    def my_function(completion, problem, n_tokens, max_tokens, ended): ...
+
+Knows nothing of models or tokenizers.
+"""
+
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from nanoforge.data.tables import Row
+from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining.answers import is_correct
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward functions
+
+
+class Sample(NamedTuple):
+    """A completion of a problem, as it was sampled."""
+
+    completion: str  # its text, without the end token
+    problem: Row  # the row: its prompt, its answer and its other fields
+    n_tokens: int
+    max_tokens: int  # how many it was allowed
+    ended: bool  # by itself
+
+
+RewardFunction = Callable[[Sample], float]
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+TAG = re.compile(f"({'|'.join(TAGS)})")
+
+
+def format_score(completion: str) -> float:
+    """1 for <reasoning>..</reasoning><answer>..</answer> alone, neither of them blank; else part of a half.
+
+    White space may stand around and between. A completion in another form gets an eighth for each of the four tags that
+    it has exactly once: something to climb by, never above a half.
+    """
+    parts = TAG.split(completion)  # text, tag, text, tag, ..., text
+    tags = parts[1::2]
+    has_text = [bool(text.strip()) for text in parts[::2]]
+    if tags == [*TAGS] and has_text == [False, True, False, True, False]:
+        return 1.0
+    return sum(tags.count(tag) == 1 for tag in TAGS) / 8
+
+
+def correct_reward(sample: Sample) -> float:
+    """1 for the right answer, else 0."""
+    return float(is_correct(sample.completion, sample.problem["answer"]))
+
+
+def format_reward(sample: Sample) -> float:
+    """The score of the format that GSM8K's prompts ask for."""
+    return format_score(sample.completion)
+
+
+def length_reward(sample: Sample) -> float:
+    """Linear from 1 without a token to 0 at the limit; 0 for a completion that did not end by itself."""
+    return max(0.0, 1 - sample.n_tokens / sample.max_tokens) if sample.ended else 0.0
+
+
+REWARDS: dict[str, RewardFunction] = {"correct": correct_reward, "format": format_reward, "length": length_reward}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --reward
+
+
+class Reward(NamedTuple):
+    """One term of the total reward."""
+
+    name: str
+    weight: float
+    function: RewardFunction
+
+
+def parse_rewards(text: str) -> list[Reward]:
+    """The rewards of a list such as correct:1,format:0.5,my_module:my_function:0.2. Raises UserError.
+
+    A weight left out is 1; a reward of weight 0 is only logged.
+    """
+    rewards = [parse_reward(item) for item in text.split(",")]
+    names = [reward.name for reward in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--reward: {name} is given twice")
+    check_weights(rewards)
+    return rewards
+
+
+def parse_reward(item: str) -> Reward:
+    """NAME, NAME:WEIGHT, MODULE:FUNCTION or MODULE:FUNCTION:WEIGHT. Raises UserError."""
+    flag = f"--reward={item}"
+    parts = item.strip().split(":")
+    weight = 1.0
+    if has_weight(parts):
+        weight = parse_weight(parts.pop(), flag)
+    if len(parts) > 2 or not all(parts):
+        raise UserError(f"{flag}: must be NAME, NAME:WEIGHT, MODULE:FUNCTION or MODULE:FUNCTION:WEIGHT")
+    name = ":".join(parts)
+    return Reward(name, weight, load_reward(name, flag))
+
+
+def has_weight(parts: Sequence[str]) -> bool:
+    """Whether the last of the parts between colons is a weight: of two, it may be a function's name."""
+    if len(parts) == 2:
+        return parts[0] in REWARDS or re.match(r"[-+.\d]", parts[1]) is not None
+    return len(parts) == 3
+
+
+def parse_weight(text: str, flag: str) -> float:
+    """A finite number. Raises UserError."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"{flag}: the weight {text!r} is not a number")
+    return weight
+
+
+def load_reward(name: str, flag: str) -> RewardFunction:
+    """The reward function of a name of REWARDS or of module:function. Raises UserError."""
+    if ":" in name:
+        function = import_function(name, flag)
+        return lambda sample: function(*sample)
+    if name not in REWARDS:
+        suggestion = did_you_mean(name, REWARDS)
+        raise UserError(f"{flag}: no such reward{suggestion}; there is {', '.join(REWARDS)}, and my_module:my_function")
+    return REWARDS[name]
+
+
+def import_function(name: str, flag: str) -> Callable:
+    """What module:function names; modules of the current folder are found too, after all others. Raises UserError."""
+    module_name, _, function_name = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module runs, and may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag}: the module {module_name} can't be imported ({reason})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        suggestion = did_you_mean(function_name, vars(module))
+        raise UserError(f"{flag}: the module {module_name} has no function {function_name}{suggestion}")
+    return function
+
+
+def check_weights(rewards: Iterable[Reward]) -> None:
+    """Raise UserError unless a wrong answer always gets less than a right one.
+
+    Values lie in [0, 1], so the weight of `correct` must exceed the sum of the other weights, each taken positive.
+    """
+    weights = {reward.name: reward.weight for reward in rewards}
+    if "correct" not in weights:
+        return
+    correct = weights.pop("correct")
+    others = math.fsum(map(abs, weights.values()))
+    if correct <= others:
+        raise UserError(
+            "--reward: a wrong answer could get more than a right one; "
+            f"the weight of correct, {correct:g}, must exceed the sum of the others, {others:g}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the total reward
+
+
+def total_reward(rewards: Iterable[Reward], sample: Sample) -> tuple[float, dict[str, float]]:
+    """(weighted sum, value of each reward by its name). Raises UserError for a value that is not in [0, 1]."""
+    weighted = []
+    values = {}
+    for reward in rewards:
+        value = unit_value(reward.function(sample), reward.name)
+        values[reward.name] = value
+        weighted.append(reward.weight * value)
+    return math.fsum(weighted), values
+
+
+def unit_value(returned: Any, name: str) -> float:
+    """What a reward function returned, as a number in [0, 1]. Raises UserError."""
+    try:
+        value = float(returned)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise UserError(f"--reward: {name} returned {returned!r}; a reward must be a number from 0 to 1")
+    return value
