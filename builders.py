@@ -1,6 +1,8 @@
-"""What a run is made of, from its arguments: the data and their tokenizers, the model with its adapter, the source and the objective.
+"""Builds what a run is made of from its arguments, in the order of this file: data, tokenizers, base weights, model,
+adapter, reference model, source and objective; then the optimizer's settings, and a trained model for other commands.
 
-Here, before anything is trained, the kinds of runs differ; what comes out is the same for all of them, and train.py's loop asks for no mode.
+Here, before training, the kinds of runs differ; what comes out is the same for all of them, and train.py's loop asks for
+no mode. To add an objective: a `build_<name>` here, and an entry in nanoforge/posttraining/objective_specs.py that names it.
 """
 
 import copy
@@ -11,29 +13,53 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from model import GPT, GPTConfig
-from nanoforge import distributed
 from nanoforge.console import print_line
 from nanoforge.data import batches, token_bins, tokenization
-from nanoforge.data.batches import Metrics
+from nanoforge.data.batches import Batch, Metrics
+from nanoforge.data.token_bins import SPLITS, Meta
+from nanoforge.data.tokenization import Tokenizer
 from nanoforge.device import choose_dtype, get_device
+from nanoforge.distributed import Ranks, apply_fsdp
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
-from nanoforge.posttraining import examples, losses, objectives, prompt_format, rollouts
+from nanoforge.models.generation import SamplingParams
+from nanoforge.models.pretrained import Pretrained
+from nanoforge.posttraining import prompt_format, rollouts
 from nanoforge.posttraining.answers import to_problem
-from nanoforge.posttraining.examples import Examples
+from nanoforge.posttraining.examples import (
+    Collator,
+    ExampleEncoder,
+    Examples,
+    ExampleSource,
+    KTOCollator,
+    encode_rows,
+    extend_tokenizer,
+    pack,
+    read_example_rows,
+)
+from nanoforge.posttraining.losses import per_token_logps
+from nanoforge.posttraining.objective_specs import OBJECTIVES
+from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, LanguageModel, Objective, ReferenceModel
+from nanoforge.posttraining.prompt_format import Template
 from nanoforge.posttraining.rewards import parse_rewards
+from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
-from nanoforge.training import checkpoint, optimizers, schedules
+from nanoforge.training import checkpoint, schedules
+from nanoforge.training.optimizers import OptimConfig
 from train_args import TrainArgs, load_args
 
+Log = Callable[[str], None]
+Rows = dict[str, dict[str, list[dict]]]  # dataset -> split -> rows
+
 # ---------------------------------------------------------------------------------------------------------------------
-# data
+# what is built
 
 
 @dataclass(frozen=True)
@@ -41,9 +67,12 @@ class EvalDataset:
     """A dataset to evaluate on. batches(model) yields the metrics of each batch, and whether this rank has a part in it."""
 
     name: str
-    streams: Sequence
-    batches: Callable[[torch.nn.Module], Iterator[tuple[Metrics, bool]]]
+    streams: Sequence[Any]
+    batches: Callable[[nn.Module], Iterator[tuple[Metrics, bool]]]
     examples: Examples | None = None
+
+
+EvalDatasets = dict[str, list[EvalDataset]]  # split -> datasets
 
 
 @dataclass(frozen=True)
@@ -51,414 +80,92 @@ class RunData:
     """What a run reads, and what it learns from that."""
 
     source: batches.Source
-    objective: objectives.Objective
-    eval_datasets: dict[str, list[EvalDataset]]  # by split
+    objective: Objective
+    eval_datasets: EvalDatasets
     eval_weights: np.ndarray  # of the datasets in the validation loss
-    sampler: rollouts.Answers | None = None  # generates completions for the prompts of examples
+    sampler: Sampler | None = None  # generates completions for the prompts of examples
 
 
 class RunParts(NamedTuple):
     """What build_run makes."""
 
     args: TrainArgs  # with what the loaded weights and this machine decided
-    tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
+    tokenizers: dict[str, Tokenizer]  # one for each vocabulary of the model
     model: GPT  # on the device, perhaps sharded
     data: RunData
     base: dict[str, str]  # source and sha256 of the weights that the run needs to resume
     dtype_reason: str
 
 
-def example_files(args) -> dict[str, dict[str, Path]]:
-    """Of each dataset the files of its splits."""
-    if args.train_file:
-        return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
-    return {
-        name: {split: folder / f"{split}.jsonl" for split in token_bins.SPLITS} for name, folder in args.folders.items()
-    }
+@dataclass(frozen=True)
+class BuildContext:
+    """What an objective's builder works with, besides the arguments."""
+
+    model: GPT
+    tokenizers: dict[str, Tokenizer]
+    reference: ReferenceModel | None
+    mixture: batches.Mixture
+    ranks: Ranks
+    metas: dict[str, Meta]  # of token bins, by dataset
+    examples: dict[str, list[Examples]]  # split -> datasets
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of examples, and the first one of token bins."""
+        return next(iter(self.tokenizers.values()))
 
 
-def fingerprints(args) -> dict[str, dict[str, str]]:
-    """What is resumed only on the same data: a hash of each file, by dataset."""
-    if args.objective == "lm":
-        return {
-            name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()
-        }
-    return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
+def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log) -> RunParts:
+    """Everything but the optimizer. record: of the run that is resumed. Raises UserError."""
+    # 1. The base weights, and the data with their tokenizers.
+    base = load_base(args, record, log)
+    inputs = read_inputs(args, base)
 
+    # 2. The model on the CPU, and its precision.
+    model, loaded_shape = build_model(args, inputs.tokenizers, base, record)
+    args = dataclasses.replace(args, **loaded_shape)
+    dtype, dtype_reason = agree_on_dtype(args.dtype, ranks)
+    model.compute_dtype = dtype
+    args = dataclasses.replace(args, dtype=str(dtype).removeprefix("torch."))  # a resumed run goes on in it
 
-def read_examples(args) -> dict[str, dict[str, list[dict]]]:
-    """The rows of each dataset's splits. Raises UserError."""
-    if args.prompt_format:
-        template = prompt_format.parse(args.prompt_format)
-        others = {
-            "sft": [args.target_field or "completion"],
-            "dpo": ["chosen", "rejected"],
-            "kto": ["completion", "label"],
-            "grpo": ["answer"],
-        }[args.objective]
-        fields = [*template.fields, *others]
-    else:
-        fields = []
-    adapted = (
-        dict
-        if args.objective != "grpo"
-        else to_problem
-        if not fields
-        else lambda row: row | {"answer": str(row.get("answer", ""))}
+    # 3. The reference model is the model before its adapter. Then both go to the device.
+    reference = build_reference(args, model)
+    add_adapter(args, model, next(iter(inputs.tokenizers.values())))
+    is_copy = reference is not None and reference.model is not model
+    place_models(args, [model, reference.model] if is_copy else [model], ranks, log)
+
+    # 4. The source and the objective.
+    base_record = describe_base(args, base)
+    examples = {}
+    if inputs.rows:
+        examples = encode_examples(args, inputs, model, log)
+        if reference_kind(args) == "cache":
+            examples = add_cached_reference(args, examples, model, base_record["sha256"], ranks)
+    context = BuildContext(
+        model=model,
+        tokenizers=inputs.tokenizers,
+        reference=reference,
+        mixture=build_mixture(args),
+        ranks=ranks,
+        metas=inputs.metas,
+        examples=examples,
     )
-    return {
-        name: {split: examples.read_rows(path, args.objective, adapted, fields) for split, path in files.items()}
-        for name, files in example_files(args).items()
-    }
+    data = OBJECTIVES[args.objective].load_builder()(args, context)
+    return RunParts(args, inputs.tokenizers, model, data, base_record, dtype_reason)
 
 
-def vocabularies(args, metas: dict[str, token_bins.Meta]) -> dict[str, tokenization.Tokenizer]:
-    """The tokenizer of each vocabulary that the model needs, by the name of its (first) dataset. Raises UserError."""
-    tokenizers = {name: meta.tokenizer for name, meta in metas.items()}
-    if args.vocabulary != "one":
-        return tokenizers
-    first = next(iter(tokenizers))
-    for name, tokenizer in tokenizers.items():
-        if not tokenization.same_tokenizer(tokenizer, tokenizers[first]):
-            raise UserError(
-                f"--dataset_list: {first} ({tokenizers[first].kind}, {metas[first].vocab_size} ids) and {name} ({tokenizer.kind}, {metas[name].vocab_size} ids) "
-                "have different tokenizers; prepare both with one, or give each its own embedding and head with --multidataset_wte"
-            )
-    return {first: tokenizers[first]}
+def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
+    """The precision of activations, and why; bfloat16 if one rank chose it, since their measurements may differ."""
+    dtype, reason = choose_dtype(dtype_name, ranks.device)
+    if ranks.all_reduce_max(dtype == torch.bfloat16):
+        dtype = torch.bfloat16
+    return dtype, reason
 
 
-def example_tokenizer(
-    args, base: pretrained.Pretrained | None, rows: dict[str, dict[str, list[dict]]]
-) -> dict[str, tokenization.Tokenizer]:
-    """The tokenizer of examples: that of the weights, or from scratch of the dataset, with the tokens that the examples need. Raises UserError."""
-    name = next(iter(rows))
-    if args.init_from == "resume":
-        return tokenization.load(Path(args.out_dir) / "tokenizer.json")
-    if base is None:
-        meta = next((folder for folder in args.folders.values() if (folder / "meta.json").exists()), None)
-        known = token_bins.read_meta(meta).tokenizer if meta else tokenization.ByteTokenizer()
-    elif base.tokenizers is None or len(base.tokenizers) > 1:
-        raise UserError(
-            f"--init_from={args.init_from}: has {'several vocabularies' if base.tokenizers else 'no tokenizer that is known'}; examples need one"
-        )
-    else:
-        known = next(iter(base.tokenizers.values()))
-    needed = examples.needed_tokens(
-        known, (row for splits in rows.values() for some in splits.values() for row in some)
-    )
-    if needed is not known and args.adapter != "none":
-        raise UserError(
-            f"--adapter={args.adapter}: the base has no {', '.join(needed.added_ids)}, and its embedding can't learn them; train it with all weights on such examples first"
-        )
-    return {name: needed}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model
-
-
-def load_base(args, began: RunRecord | None, say) -> pretrained.Pretrained | None:
-    """The weights that the run begins with, or began with where a resumed one needs them; None otherwise. Raises UserError."""
-    if args.init_from == "scratch":
-        return None
-    if args.init_from != "resume":
-        return pretrained.load(args.weights_source, say)
-    if args.adapter == "none" and not args.needs_reference:
-        return None
-    if "source" not in began.base:
-        raise UserError(
-            f"--init_from=resume: {args.out_dir} does not tell what its reference is; it began from scratch"
-        )
-    return pretrained.load_base(began.base, say)
-
-
-def build_model(
-    args, tokenizers: dict[str, tokenization.Tokenizer], base: pretrained.Pretrained | None, began: RunRecord | None
-) -> tuple[GPT, dict]:
-    """The model on the CPU, with initial or loaded weights, and the arguments that the loaded weights decide. Raises UserError."""
-    sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
-    torch.manual_seed(args.seed)
-    if (
-        args.init_from == "resume" and base is not None
-    ):  # its arguments are known; the shape follows from them and the base's vocabulary
-        model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(began.model["vocab_sizes"])))
-        model.load_weights(base.weights, "the base", grow=True)
-        return model, {}
-    if base is None:
-        if args.vocab_size and args.vocab_size < sizes[0]:
-            raise UserError(f"--vocab_size={args.vocab_size}: less than the tokenizer's {sizes[0]}")
-        sizes = (args.vocab_size,) if args.vocab_size else sizes
-        return GPT(GPTConfig.from_args(args, vocab_sizes=sizes)), {}
-    if (
-        args.objective == "lm"
-        and base.tokenizers is not None
-        and not (
-            len(base.tokenizers) == len(tokenizers) == 1
-            and tokenization.same_tokenizer(*base.tokenizers.values(), *tokenizers.values())
-        )
-    ):
-        raise UserError(
-            f"--init_from={args.init_from}: the weights' tokenizer is not that of the data ({', '.join(tokenizers)}); prepare the data with the weights' tokenizer"
-        )
-    known = sum(base.shape["vocab_sizes"])
-    if args.objective == "lm" and sum(sizes) > known:
-        raise UserError(f"--init_from={args.init_from}: the weights know {known} tokens, the data has {sum(sizes)}")
-    shape = base.shape | {
-        "block_size": min(args.block_size, base.shape["block_size"]),
-        "vocab_sizes": (max(known, *sizes),),
-    }
-    model = GPT(GPTConfig.from_args(args, **shape))
-    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=args.objective != "lm")
-    names = {field.name for field in dataclasses.fields(args)}
-    return model, {name: value for name, value in shape.items() if name in names} | {
-        "vocab_size": sum(shape["vocab_sizes"])
-    }
-
-
-def adapt(args, model: GPT, tokenizer: tokenization.Tokenizer) -> None:
-    """Put the adapter on the model, as the arguments say; the base learns no more. Raises UserError."""
-    if args.adapter == "lora":
-        adapters.add_lora(
-            model, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout
-        )
-    if args.adapter == "soft_prompt":
-        seeds = prompt_format.parse(args.prompt_format).seeds(tokenizer)
-        adapters.add_soft_prompt(
-            model,
-            adapters.initial_prompt(model.wte.weight.detach(), seeds, args.prompt_init, tokenizer.vocab_size),
-            args.prompt_provider,
-        )
-    if args.adapter != "none":
-        adapters.freeze_base(model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# source and objective
-
-
-def open_bins(
-    args,
-    metas: dict[str, token_bins.Meta],
-    tokenizers: dict[str, tokenization.Tokenizer],
-    model: GPT,
-    mixture: batches.Mixture,
-    ranks: distributed.Ranks,
-) -> RunData:
-    """All of the text, by windows. Raises UserError."""
-    firsts = dict(zip(tokenizers, model.vocabulary.firsts, strict=True))
-    rows, pin = args.batch_size * args.gradient_accumulation_steps, ranks.device.type == "cuda"
-    windows = batches.open_data(
-        Path(args.data_dir),
-        args.mixture,
-        metas,
-        firsts,
-        mixture,
-        batches.WindowSampling(args.block_size, rows, args.sampling_method, args.seed),
-    )
-    objective = objectives.LanguageModel()
-
-    def told(dataset: batches.Dataset, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-        for batch, counts in dataset.eval_batches(
-            args.eval_iters, args.batch_size, ranks.rank, ranks.world_size, pin=pin
-        ):
-            yield objective(net, batch.to(ranks.device), with_metrics=True)[1], counts
-
-    evaluated = {
-        split: [EvalDataset(d.name, d.streams, partial(told, d)) for d in some]
-        for split, some in windows.eval_datasets.items()
-    }
-    return RunData(windows.source, objective, evaluated, windows.eval_weights)
-
-
-def open_examples(
-    args,
-    rows: dict[str, dict[str, list[dict]]],
-    tokenizer: tokenization.Tokenizer,
-    model: GPT,
-    reference: objectives.ReferenceModel | None,
-    mixture: batches.Mixture,
-    ranks: distributed.Ranks,
-    say,
-) -> RunData:
-    """Examples, and the objective that learns from them. Raises UserError."""
-    a, V = args, model.wte.weight.size(0)
-    template = prompt_format.parse(a.prompt_format) if a.prompt_format else None
-    limit = min(a.block_size, a.max_tokens or a.block_size) if template else a.block_size
-    coder = examples.ExampleEncoder(
-        tokenizer,
-        limit,
-        a.overflow,
-        a.loss_on == "all",
-        a.max_new_tokens if a.objective == "grpo" else 0,
-        template,
-        V,
-        a.target_field or "completion" * (a.objective == "sft"),
-        a.truncation_field,
-    )
-    opened = {
-        split: [examples.Examples(name, splits[split], a.objective, coder, a.seed, number, f"{name}, {split}", a.packing) for number, (name, splits) in enumerate(rows.items())]
-        for split in token_bins.SPLITS
-    }  # fmt: skip
-    for split, some in opened.items():
-        for dataset in some:
-            if dataset.dropped:
-                say(
-                    f"{dataset.name}, {split}: {dataset.dropped} examples too long for {limit} tokens are left out, as --overflow says"
-                )
-    width, total = a.block_size if a.compile else 0, a.batch_size * a.gradient_accumulation_steps
-    collate = (
-        examples.KTOCollator(width, ranks.world_size, limit)
-        if a.objective == "kto"
-        else examples.Collator(width, ranks.world_size)
-    )
-    answers = rollouts.Answers(
-        model,
-        ranks,
-        parse_rewards(a.reward) if a.objective == "grpo" else [],
-        a.num_generations,
-        a.max_new_tokens,
-        a.temperature,
-        a.top_k,
-        a.top_p,
-    )
-    if a.objective == "grpo":
-        objective = objectives.GRPO(
-            loss_type=a.loss_type,
-            epsilon_low=a.epsilon,
-            epsilon_high=a.epsilon_high or a.epsilon,
-            beta=a.beta,
-            importance_sampling_level=a.importance_sampling_level,
-            temperature=a.temperature,
-            max_completion_tokens=a.max_new_tokens,
-            reference=reference,
-        )
-        source = rollouts.RolloutSource(
-            opened["train"], mixture, total, a.seed, answers, a.num_iterations, a.scale_rewards, a.mask_truncated
-        )
-        told = {
-            split: [partial(rollouts.evaluation, answers, dataset, a.eval_iters, a.batch_size) for dataset in some]
-            for split, some in opened.items()
-        }
-    else:
-        if a.objective == "sft":
-            objective = objectives.SFT()
-        elif a.objective == "dpo":
-            objective = objectives.DPO(
-                loss=a.dpo_loss, beta=a.beta, label_smoothing=a.label_smoothing, reference=reference
-            )
-        else:
-            good = sum(bool(item.row["label"]) for dataset in opened["train"] for item in dataset.items)
-            bad = sum(dataset.n_windows for dataset in opened["train"]) - good
-            if lone := [
-                f"{dataset.name}, {split}"
-                for split, some in opened.items()
-                for dataset in some
-                if dataset.n_windows < 2
-            ]:
-                raise UserError(f"--objective=kto: {lone[0]}: has one example; each needs another's completion")
-            desirable_weight, undesirable_weight = kto_weights(a.desirable_weight, a.undesirable_weight, good, bad)
-            objective = objectives.KTO(
-                beta=a.beta,
-                desirable_weight=desirable_weight,
-                undesirable_weight=undesirable_weight,
-                reference=reference,
-                ranks=ranks,
-            )
-        source = examples.ExampleSource(opened["train"], mixture, total, a.seed, collate)
-
-        def measured(dataset: examples.Examples, net: torch.nn.Module) -> Iterator[tuple[dict, bool]]:
-            for batch, counts in dataset.eval_batches(
-                a.eval_iters, a.batch_size, ranks.rank, ranks.world_size, collate
-            ):
-                yield objective(net, objective.prepare(net, [batch.to(ranks.device)])[0], with_metrics=True)[1], counts
-
-        told = {split: [partial(measured, dataset) for dataset in some] for split, some in opened.items()}
-    evaluated = {
-        split: [EvalDataset(d.name, [d], how, d) for d, how in zip(opened[split], hows, strict=True)]
-        for split, hows in told.items()
-    }
-    return RunData(source, objective, evaluated, mixture.final_weights, answers)
-
-
-@torch.no_grad()
-def look_up_reference(args, data: RunData, model: GPT, weights: str, ranks: distributed.Ranks) -> None:
-    """Give all examples the log-probabilities that the model has for them before it learns; they are kept beside the data, by a hash of all that
-    they follow from. The ranks share the work."""
-    for split, some in data.eval_datasets.items():
-        for dataset in (one.examples for one in some):
-            said = [
-                array.tobytes()
-                for item in dataset.items
-                for sequence in item.sequences
-                for array in (sequence.ids, sequence.mask)
-            ]
-            key = hashlib.sha256(b" ".join(said) + f"{weights} {args.dtype}".encode()).hexdigest()[:16]
-            path = example_files(args)[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
-            with ranks.main_first():
-                there = path.exists()
-            if ranks.all_reduce_max(not there):
-                told = torch.zeros(len(dataset.items), 2)
-                collate, size = examples.Collator(), args.batch_size
-                for first in range(0, len(dataset.items), size * ranks.world_size):  # all ranks call the model as often
-                    mine = range(first + ranks.rank * size, min(first + (ranks.rank + 1) * size, len(dataset.items)))
-                    batch = (
-                        collate(dataset.items, mine.start, mine.stop, 1) if mine else collate(dataset.items, 0, 1, 1)
-                    ).to(ranks.device)
-                    logp = (
-                        losses.per_token_logps(model.eval(), batch.tokens, batch.extras["loss_mask"])
-                        .sum(1)
-                        .view(2, -1)
-                        .T.cpu()
-                    )
-                    if mine:
-                        told[mine.start : mine.stop] = logp
-                told = ranks.all_reduce_(told)
-                with ranks.main_first():
-                    if ranks.is_main:
-                        checkpoint.write_tensors(path, {"logps": told})
-            known = checkpoint.read_tensors(path)["logps"].tolist()
-            dataset.items = [
-                item._replace(reference=tuple(values)) for item, values in zip(dataset.items, known, strict=True)
-            ]
-    model.train()
-
-
-def kto_weights(desirable: str, undesirable: str, good: int, bad: int) -> tuple[float, float]:
-    """The weights of desirable and undesirable rows; `auto`: as much in all as the others have, of which there are good and bad. Raises UserError."""
-    if not (good and bad):
-        raise UserError(f"--objective=kto: {good} desirable and {bad} undesirable examples; both are needed")
-    if desirable == "auto":
-        return float(undesirable) * bad / good, float(undesirable)
-    return float(desirable), float(desirable) * good / bad if undesirable == "auto" else float(undesirable)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# all of it
-
-
-def build_run(args: TrainArgs, began: RunRecord | None, ranks: distributed.Ranks, say) -> RunParts:
-    """(arguments, with what loaded weights and this machine decide of them; tokenizers; model, on the device and sharded; data; where the weights
-    came from, if that must be known to resume: source and sha256; why the precision was chosen).
-
-    began: what train_config.json tells of the run that is resumed. Raises UserError.
-    """
-    base = load_base(args, began, say)
-    if args.objective == "lm":
-        metas = {name: token_bins.read_meta(folder) for name, folder in args.folders.items()}
-        tokenizers = vocabularies(args, metas)
-    else:
-        rows = read_examples(args)
-        tokenizers = example_tokenizer(args, base, rows)
-    tokenizer = next(iter(tokenizers.values()))
-    model, shape = build_model(args, tokenizers, base, began)
-    args = dataclasses.replace(args, **shape)
-    told = (
-        {"source": base.source, "sha256": adapters.hash_weights(base.weights)}
-        if base is not None and (args.adapter != "none" or args.needs_reference)
-        else {}
-    )
+def build_mixture(args: TrainArgs) -> batches.Mixture:
+    """Equal weights unless the arguments give others."""
     n_datasets = 1 if args.train_file else len(args.mixture)
-    mixture = batches.make_mixture(
+    return batches.make_mixture(
         args.dataset_sampling_probs or [1.0] * n_datasets,
         args.dataset_sampling_probs_final,
         transition=args.dataset_sampling_probs_transition_method,
@@ -466,72 +173,608 @@ def build_run(args: TrainArgs, began: RunRecord | None, ranks: distributed.Ranks
         per=args.dataset_mixing,
         interleave=args.dataset_interleaving,
     )
-    model.compute_dtype, reason = choose_dtype(args.dtype, ranks.device)
-    if ranks.all_reduce_max(model.compute_dtype == torch.bfloat16):  # the ranks' measurements may differ
-        model.compute_dtype = torch.bfloat16
-    args = dataclasses.replace(
-        args, dtype=str(model.compute_dtype).removeprefix("torch.")
-    )  # a resumed run goes on in it
-    kind = (
-        {"auto": "copy" if args.adapter == "none" else "adapter"}.get(args.reference, args.reference)
-        if args.needs_reference
-        else "none"
-    )
-    still = copy.deepcopy(model).requires_grad_(False).eval() if kind == "copy" else model
-    adapt(args, model, tokenizer)
-    for part in (model, still):
-        part.to(ranks.device)
-    if args.parallel == "fsdp" and ranks.world_size == 1:
-        say("--parallel=fsdp: one process holds all, nothing is sharded")
-    elif args.parallel == "fsdp":
-        for part in dict.fromkeys((model, still)):
-            distributed.apply_fsdp(
-                part,
-                part.blocks,
-                ranks,
-                dtype=model.compute_dtype,
-                reshard_after_forward=args.fsdp_reshard,
-                cpu_offload=args.fsdp_offload,
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data and tokenizers
+
+
+class Inputs(NamedTuple):
+    """The data of a run before they meet the model: token bins have metas, examples have rows."""
+
+    metas: dict[str, Meta]
+    rows: Rows
+    tokenizers: dict[str, Tokenizer]  # one for each vocabulary of the model, by the name of its (first) dataset
+
+
+def read_inputs(args: TrainArgs, base: Pretrained | None) -> Inputs:
+    """Read what the objective reads. Raises UserError."""
+    if OBJECTIVES[args.objective].reads_examples:
+        rows = read_rows(args)
+        return Inputs({}, rows, {next(iter(rows)): example_tokenizer(args, base, rows)})
+    metas = {name: token_bins.read_meta(folder) for name, folder in args.folders.items()}
+    return Inputs(metas, {}, bin_tokenizers(args, metas))
+
+
+def example_files(args: TrainArgs) -> dict[str, dict[str, Path]]:
+    """dataset -> split -> file."""
+    if args.train_file:
+        return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
+    return {name: {split: folder / f"{split}.jsonl" for split in SPLITS} for name, folder in args.folders.items()}
+
+
+def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
+    """dataset -> file -> hash of the data, with which alone a run may be resumed."""
+    if OBJECTIVES[args.objective].reads_examples:
+        return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
+    return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
+
+
+def parse_template(args: TrainArgs) -> Template | None:
+    """--prompt_format, parsed."""
+    return prompt_format.parse(args.prompt_format) if args.prompt_format else None
+
+
+def needed_fields(args: TrainArgs) -> Sequence[Sequence[str]]:
+    """The alternatives of fields that a row must have: those of the objective, or those of the prompt format and of the
+    completion after it."""
+    spec = OBJECTIVES[args.objective]
+    template = parse_template(args)
+    if template is None:
+        return spec.fields
+    completion_fields = [field for field in spec.fields[0] if field != "prompt"]
+    if args.target_field:
+        completion_fields = [args.target_field]
+    return [[*template.fields, *completion_fields]]
+
+
+def row_parser(args: TrainArgs) -> Callable[[dict], dict]:
+    """What a row becomes as it is read."""
+    if not OBJECTIVES[args.objective].is_online:
+        return dict
+    if args.prompt_format:
+        return with_answer_as_text
+    return to_problem
+
+
+def with_answer_as_text(row: dict) -> dict:
+    """A problem whose answer may be a number."""
+    return row | {"answer": str(row.get("answer", ""))}
+
+
+def read_rows(args: TrainArgs) -> Rows:
+    """The rows of every dataset and split. Raises UserError."""
+    rows: Rows = {}
+    for name, files in example_files(args).items():
+        rows[name] = {}
+        for split, path in files.items():
+            flag = f"--objective={args.objective}"
+            rows[name][split] = read_example_rows(path, needed_fields(args), flag, row_parser(args))
+    return rows
+
+
+def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokenizer]:
+    """The tokenizers of token bins, one for each vocabulary of the model. Raises UserError."""
+    tokenizers = {name: meta.tokenizer for name, meta in metas.items()}
+    if args.vocabulary != "one":
+        return tokenizers
+    first = next(iter(tokenizers))
+    for name, tokenizer in tokenizers.items():
+        if not tokenization.same_tokenizer(tokenizer, tokenizers[first]):
+            raise UserError(
+                f"--dataset_list: {first} ({tokenizers[first].kind}, {metas[first].vocab_size} ids) and {name} "
+                f"({tokenizer.kind}, {metas[name].vocab_size} ids) have different tokenizers; prepare both with one, "
+                "or give each its own embedding and head with --multidataset_wte"
             )
-    if args.objective == "lm":
-        data = open_bins(args, metas, tokenizers, model, mixture, ranks)
-    else:
-        reference = {
-            "adapter": objectives.ReferenceModel(model, partial(adapters.disable_adapter, model)),
-            "copy": objectives.ReferenceModel(still, nullcontext),
-        }.get(kind)
-        data = open_examples(args, rows, tokenizer, model, reference, mixture, ranks, say)
-        if kind == "cache":
-            look_up_reference(args, data, model, told["sha256"], ranks)
-    return RunParts(args, tokenizers, model, data, told, reason)
+    return {first: tokenizers[first]}
+
+
+def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> Tokenizer:
+    """The tokenizer of the base weights, or from scratch of the dataset, with the tokens that examples need. Raises
+    UserError."""
+    if args.init_from == "resume":
+        return next(iter(tokenization.load(Path(args.out_dir) / "tokenizer.json").values()))
+    tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
+    all_rows = (row for splits in rows.values() for split_rows in splits.values() for row in split_rows)
+    extended = extend_tokenizer(tokenizer, all_rows)
+    if extended is not tokenizer and args.adapter != "none":
+        raise UserError(
+            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(extended.added_ids)}, and its embedding is "
+            "frozen; fine-tune all weights on such examples first"
+        )
+    return extended
+
+
+def dataset_tokenizer(args: TrainArgs) -> Tokenizer:
+    """The tokenizer of the first dataset that has one, or bytes."""
+    for folder in args.folders.values():
+        if (folder / "meta.json").exists():
+            return token_bins.read_meta(folder).tokenizer
+    return tokenization.ByteTokenizer()
+
+
+def base_tokenizer(args: TrainArgs, base: Pretrained) -> Tokenizer:
+    """The one tokenizer of the base weights. Raises UserError."""
+    if base.tokenizers is None:
+        raise UserError(f"--init_from={args.init_from}: the tokenizer of these weights is unknown; examples need it")
+    if len(base.tokenizers) > 1:
+        raise UserError(f"--init_from={args.init_from}: has several vocabularies; examples need one")
+    return next(iter(base.tokenizers.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# base weights and model
+
+
+def load_base(args: TrainArgs, record: RunRecord | None, log: Log) -> Pretrained | None:
+    """The weights that the run starts from, or if a resumed run still needs them started from. Raises UserError."""
+    if args.init_from == "scratch":
+        return None
+    if args.init_from != "resume":
+        return pretrained.load(args.weights_source, log)
+    if args.adapter == "none" and not args.needs_reference:
+        return None
+    assert record is not None
+    if "source" not in record.base:
+        raise UserError(f"--init_from=resume: the run in {args.out_dir} records no base weights; start a new run")
+    return pretrained.load_base(record.base, log)
+
+
+def describe_base(args: TrainArgs, base: Pretrained | None) -> dict[str, str]:
+    """The base weights' source and sha256, if the run needs them to resume."""
+    if base is None or (args.adapter == "none" and not args.needs_reference):
+        return {}
+    return {"source": base.source, "sha256": adapters.hash_weights(base.weights)}
+
+
+def build_model(
+    args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained | None, record: RunRecord | None
+) -> tuple[GPT, dict[str, Any]]:
+    """The model on the CPU with initial or loaded weights, and the arguments that loaded weights decide. Raises UserError."""
+    torch.manual_seed(args.seed)
+    if base is None:
+        return build_from_scratch(args, tokenizers), {}
+    if args.init_from == "resume":
+        assert record is not None
+        model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"])))
+        model.load_weights(base.weights, "the base", grow=True)
+        return model, {}
+    return build_from_base(args, tokenizers, base)
+
+
+def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer]) -> GPT:
+    """A model with a vocabulary for each tokenizer. Raises UserError."""
+    vocab_sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
+    if args.vocab_size:
+        if args.vocab_size < vocab_sizes[0]:
+            raise UserError(f"--vocab_size={args.vocab_size}: less than the tokenizer's {vocab_sizes[0]}")
+        vocab_sizes = (args.vocab_size,)
+    return GPT(GPTConfig.from_args(args, vocab_sizes=vocab_sizes))
+
+
+def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained) -> tuple[GPT, dict[str, Any]]:
+    """A model of the base's shape and weights, and the arguments that this shape decides. Raises UserError.
+
+    Examples may add tokens to the vocabulary; text must be tokenized as the base's was.
+    """
+    reads_examples = OBJECTIVES[args.objective].reads_examples
+    base_vocab_size = sum(base.shape["vocab_sizes"])
+    vocab_sizes = [tokenizer.vocab_size for tokenizer in tokenizers.values()]
+    if not reads_examples:
+        if base.tokenizers is not None and not same_tokenizer(base.tokenizers, tokenizers):
+            raise UserError(
+                f"--init_from={args.init_from}: the weights' tokenizer is not that of the data "
+                f"({', '.join(tokenizers)}); prepare the data with the weights' tokenizer"
+            )
+        if sum(vocab_sizes) > base_vocab_size:
+            raise UserError(
+                f"--init_from={args.init_from}: the data has {sum(vocab_sizes)} tokens, the weights {base_vocab_size}"
+            )
+    shape = base.shape | {
+        "block_size": min(args.block_size, base.shape["block_size"]),
+        "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
+    }
+    model = GPT(GPTConfig.from_args(args, **shape))
+    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=reads_examples)
+    arguments = {field.name for field in dataclasses.fields(args)}
+    loaded_shape = {name: value for name, value in shape.items() if name in arguments}
+    return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
+
+
+def same_tokenizer(base: dict[str, Tokenizer], data: dict[str, Tokenizer]) -> bool:
+    """Whether the base weights and the data have one tokenizer each, and the same."""
+    if len(base) != 1 or len(data) != 1:
+        return False
+    return tokenization.same_tokenizer(*base.values(), *data.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapter, reference model, device
+
+
+def add_adapter(args: TrainArgs, model: GPT, tokenizer: Tokenizer) -> None:
+    """Add the adapter, if there is one, and freeze the base. Raises UserError."""
+    if args.adapter == "none":
+        return
+    if args.adapter == "lora":
+        adapters.add_lora(
+            model, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout
+        )
+    elif args.adapter == "soft_prompt":
+        seeds = prompt_format.parse(args.prompt_format).seeds(tokenizer)
+        embedding = model.wte.weight.detach()
+        initial = adapters.initial_prompt(embedding, seeds, args.prompt_init, tokenizer.vocab_size)
+        adapters.add_soft_prompt(model, initial, args.prompt_provider)
+    adapters.freeze_base(model)
+
+
+def reference_kind(args: TrainArgs) -> str:
+    """What --reference is in this run: none, adapter, copy or cache."""
+    if not args.needs_reference:
+        return "none"
+    if args.reference != "auto":
+        return args.reference
+    return "copy" if args.adapter == "none" else "adapter"
+
+
+def build_reference(args: TrainArgs, model: GPT) -> ReferenceModel | None:
+    """The reference model, from the model before its adapter. None: there is none, or its log-probabilities are cached."""
+    kind = reference_kind(args)
+    if kind == "adapter":
+        return ReferenceModel(model, partial(adapters.disable_adapter, model))
+    if kind == "copy":
+        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        return ReferenceModel(frozen, nullcontext)
+    return None
+
+
+def place_models(args: TrainArgs, models: Sequence[nn.Module], ranks: Ranks, log: Log) -> None:
+    """Move the models to the device, and shard them under FSDP."""
+    for model in models:
+        model.to(ranks.device)
+    if args.parallel != "fsdp":
+        return
+    if ranks.world_size == 1:
+        log("--parallel=fsdp: there is one process, so nothing is sharded")
+        return
+    for model in models:
+        apply_fsdp(
+            model,
+            model.blocks,
+            ranks,
+            dtype=model.compute_dtype,
+            reshard_after_forward=args.fsdp_reshard,
+            cpu_offload=args.fsdp_offload,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# examples, and the cache of the reference model's log-probabilities
+
+
+def encode_examples(args: TrainArgs, inputs: Inputs, model: GPT, log: Log) -> dict[str, list[Examples]]:
+    """split -> datasets of examples as token sequences. Raises UserError."""
+    spec = OBJECTIVES[args.objective]
+    encoder = build_encoder(args, next(iter(inputs.tokenizers.values())), model)
+    examples: dict[str, list[Examples]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for index, (name, splits) in enumerate(inputs.rows.items()):
+            encoded, n_dropped = encode_rows(splits[split], encoder, spec.example_type, f"{name}, {split}")
+            if n_dropped:
+                log(
+                    f"{name}, {split}: --overflow={args.overflow} dropped {n_dropped} examples of more than "
+                    f"{encoder.max_tokens} tokens"
+                )
+            if args.packing:
+                encoded = pack(encoded, encoder.max_tokens)
+            examples[split].append(Examples(name, encoded, args.seed, index))
+    return examples
+
+
+def max_example_tokens(args: TrainArgs) -> int:
+    """Tokens of an example: with --prompt_format also bounded by --max_tokens, as in ruprompts."""
+    if args.prompt_format and args.max_tokens:
+        return min(args.block_size, args.max_tokens)
+    return args.block_size
+
+
+def build_encoder(args: TrainArgs, tokenizer: Tokenizer, model: GPT) -> ExampleEncoder:
+    """How the arguments turn rows into token sequences."""
+    spec = OBJECTIVES[args.objective]
+    target_field = args.target_field
+    if not target_field and spec.example_type == "prompt_completion":
+        target_field = "completion"
+    return ExampleEncoder(
+        tokenizer=tokenizer,
+        max_tokens=max_example_tokens(args),
+        overflow=args.overflow,
+        train_on_prompt=args.loss_on == "all",
+        max_completion_tokens=args.max_new_tokens if spec.is_online else 0,
+        template=parse_template(args),
+        prompt_offset=model.wte.weight.size(0),
+        target_field=target_field,
+        truncation_field=args.truncation_field,
+    )
+
+
+def add_cached_reference(
+    args: TrainArgs, examples: dict[str, list[Examples]], model: GPT, weights_sha256: str, ranks: Ranks
+) -> dict[str, list[Examples]]:
+    """The examples with the reference model's log-probabilities, which is the model before training.
+
+    They are computed once, and kept beside the data under a hash of all that they follow from.
+    """
+    files = example_files(args)
+    result: dict[str, list[Examples]] = {}
+    for split, datasets in examples.items():
+        result[split] = []
+        for dataset in datasets:
+            key = cache_key(dataset, weights_sha256, args.dtype)
+            path = files[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
+            with ranks.main_first():
+                is_cached = path.exists()
+            if ranks.all_reduce_max(not is_cached):
+                logps = compute_reference_logps(dataset, model, args.batch_size, ranks)
+                with ranks.main_first():
+                    if ranks.is_main:
+                        checkpoint.write_tensors(path, {"logps": logps})
+            result[split].append(with_reference(dataset, checkpoint.read_tensors(path)["logps"]))
+    return result
+
+
+def cache_key(dataset: Examples, weights_sha256: str, dtype: str) -> str:
+    """A hash of all that the reference model's log-probabilities follow from."""
+    arrays = []
+    for example in dataset.rows:
+        for sequence in example.sequences:
+            arrays += [sequence.ids.tobytes(), sequence.loss_mask.tobytes()]
+    return hashlib.sha256(b" ".join(arrays) + f"{weights_sha256} {dtype}".encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def compute_reference_logps(dataset: Examples, model: GPT, batch_size: int, ranks: Ranks) -> Tensor:
+    """Log-probabilities of the two sequences of each example: (N, 2) on the CPU. The ranks share the work."""
+    rows = dataset.rows
+    logps = torch.zeros(len(rows), 2)
+    model.eval()
+    for start in range(0, len(rows), batch_size * ranks.world_size):
+        own_start = start + ranks.rank * batch_size
+        own_rows = range(own_start, min(own_start + batch_size, len(rows)))
+        # a rank without rows reads one all the same: all ranks must call a sharded model as often
+        batch = Collator()(rows, own_rows or range(1)).to(ranks.device)
+        batch_logps = per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1)
+        if own_rows:
+            logps[own_rows.start : own_rows.stop] = batch_logps.view(2, -1).T.cpu()
+    model.train()
+    return ranks.all_reduce_(logps)
+
+
+def with_reference(dataset: Examples, logps: Tensor) -> Examples:
+    """The dataset with the reference model's log-probabilities (N, 2) of its examples."""
+    pairs = zip(dataset.rows, logps.tolist(), strict=True)
+    rows = [example._replace(ref_logps=tuple(values)) for example, values in pairs]
+    return Examples(dataset.name, rows, dataset.seed, dataset.index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# source and objective: a builder for each entry of objective_specs.OBJECTIVES
+
+
+def build_lm(args: TrainArgs, context: BuildContext) -> RunData:
+    """Language modeling on all of the text of token bins."""
+    model, ranks = context.model, context.ranks
+    data = batches.open_data(
+        Path(args.data_dir),
+        names=args.mixture,
+        metas=context.metas,
+        vocab_offsets=dict(zip(context.tokenizers, model.vocabulary.firsts, strict=True)),
+        mixture=context.mixture,
+        sampling=batches.WindowSampling(args.block_size, args.global_batch_size, args.sampling_method, args.seed),
+    )
+    objective = LanguageModel()
+
+    def eval_dataset(dataset: batches.Dataset) -> EvalDataset:
+        eval_batches = partial(
+            dataset.eval_batches,
+            args.eval_iters,
+            args.batch_size,
+            ranks.rank,
+            ranks.world_size,
+            pin=ranks.device.type == "cuda",
+        )
+        metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
+        return EvalDataset(dataset.name, dataset.streams, metrics)
+
+    eval_datasets = {
+        split: [eval_dataset(dataset) for dataset in datasets] for split, datasets in data.eval_datasets.items()
+    }
+    return RunData(data.source, objective, eval_datasets, data.eval_weights)
+
+
+def build_sft(args: TrainArgs, context: BuildContext) -> RunData:
+    """Supervised fine-tuning on completions, chats or texts."""
+    return example_data(args, context, SFT(), build_collator(args, context))
+
+
+def build_dpo(args: TrainArgs, context: BuildContext) -> RunData:
+    """Direct preference optimization, and its relatives, on pairs of completions."""
+    objective = DPO(
+        loss=args.dpo_loss,
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        reference=context.reference,
+    )
+    return example_data(args, context, objective, build_collator(args, context))
+
+
+def build_kto(args: TrainArgs, context: BuildContext) -> RunData:
+    """Kahneman-Tversky optimization on labelled completions. Raises UserError."""
+    for split, datasets in context.examples.items():
+        for dataset in datasets:
+            if len(dataset.rows) < 2:
+                raise UserError(
+                    f"--objective=kto: {dataset.name}, {split}: has one example; each needs another's completion"
+                )
+    train_rows = [example.row for dataset in context.examples["train"] for example in dataset.rows]
+    n_desirable = sum(bool(row["label"]) for row in train_rows)
+    desirable_weight, undesirable_weight = kto_weights(
+        args.desirable_weight, args.undesirable_weight, n_desirable, len(train_rows) - n_desirable
+    )
+    assert context.reference is not None
+    objective = KTO(
+        beta=args.beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        reference=context.reference,
+        ranks=context.ranks,
+    )
+    collator = build_collator(args, context)
+    collate = KTOCollator(collator.pad_to, collator.world_size, max_tokens=max_example_tokens(args))
+    return example_data(args, context, objective, collate)
+
+
+def kto_weights(desirable: str, undesirable: str, n_desirable: int, n_undesirable: int) -> tuple[float, float]:
+    """The weights of desirable and undesirable examples; `auto` gives both kinds the same total weight. Raises UserError."""
+    if not n_desirable or not n_undesirable:
+        raise UserError(
+            f"--objective=kto: needs desirable and undesirable examples, got {n_desirable} and {n_undesirable}"
+        )
+    if desirable == "auto":
+        return float(undesirable) * n_undesirable / n_desirable, float(undesirable)
+    if undesirable == "auto":
+        return float(desirable), float(desirable) * n_desirable / n_undesirable
+    return float(desirable), float(undesirable)
+
+
+def build_grpo(args: TrainArgs, context: BuildContext) -> RunData:
+    """Group relative policy optimization on the model's own completions."""
+    objective = GRPO(
+        loss_type=args.loss_type,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon_high or args.epsilon,
+        beta=args.beta,
+        importance_sampling_level=args.importance_sampling_level,
+        temperature=args.temperature,
+        max_completion_tokens=args.max_new_tokens,
+        reference=context.reference,
+    )
+    sampler = build_sampler(args, context)
+    scorer = Scorer(parse_rewards(args.reward), context.tokenizer, args.max_new_tokens)
+    rollout = RolloutConfig(
+        sampler=sampler,
+        scorer=scorer,
+        scale_rewards=args.scale_rewards,
+        mask_truncated=args.mask_truncated,
+        steps_per_rollout=args.num_iterations,
+    )
+    source = RolloutSource(
+        context.examples["train"], context.mixture, args.global_batch_size, args.seed, rollout=rollout
+    )
+
+    def eval_dataset(examples: Examples) -> EvalDataset:
+        def metrics(model: nn.Module) -> Iterator[tuple[Metrics, bool]]:  # the sampler has the model
+            return rollouts.evaluate_rewards(sampler, scorer, examples, args.eval_iters, args.batch_size)
+
+        return EvalDataset(examples.name, examples.streams, metrics, examples)
+
+    eval_datasets = {
+        split: [eval_dataset(examples) for examples in datasets] for split, datasets in context.examples.items()
+    }
+    return RunData(source, objective, eval_datasets, context.mixture.final_weights, sampler)
+
+
+# what builders share
+
+
+def example_data(args: TrainArgs, context: BuildContext, objective: Objective, collate: Collator) -> RunData:
+    """Steps of examples, each once an epoch, and evaluations of the objective on them."""
+    ranks = context.ranks
+
+    def eval_dataset(examples: Examples) -> EvalDataset:
+        eval_batches = partial(examples.eval_batches, args.eval_iters, args.batch_size, ranks, collate)
+        metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
+        return EvalDataset(examples.name, examples.streams, metrics, examples)
+
+    return RunData(
+        source=ExampleSource(
+            context.examples["train"], context.mixture, args.global_batch_size, args.seed, collate=collate
+        ),
+        objective=objective,
+        eval_datasets={
+            split: [eval_dataset(examples) for examples in datasets] for split, datasets in context.examples.items()
+        },
+        eval_weights=context.mixture.final_weights,
+        sampler=build_sampler(args, context),
+    )
+
+
+def evaluate_objective(
+    objective: Objective,
+    eval_batches: Callable[[], Iterator[tuple[Batch, bool]]],
+    device: torch.device,
+    model: nn.Module,
+) -> Iterator[tuple[Metrics, bool]]:
+    """The objective's metrics of each batch, and whether this rank has a part in it."""
+    for batch, has_rows in eval_batches():
+        (prepared,) = objective.prepare(model, [batch.to(device)])
+        _, metrics = objective(model, prepared, with_metrics=True)
+        yield metrics, has_rows
+
+
+def build_collator(args: TrainArgs, context: BuildContext) -> Collator:
+    """Batches are padded to one width if the model is compiled."""
+    return Collator(pad_to=args.block_size if args.compile else 0, world_size=context.ranks.world_size)
+
+
+def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
+    """The model's own completions of prompts."""
+    sampling = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        n=args.num_generations,
+        eos_id=context.tokenizer.eos_id,
+        vocab_size=context.tokenizer.vocab_size,
+    )
+    return Sampler(context.model, context.tokenizer, sampling, context.ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # optimizer and schedule
 
 
-def optim_config(args) -> optimizers.OptimConfig:
-    """The arguments that optimizers take."""
-    return optimizers.OptimConfig(
-        args.learning_rate, args.weight_decay, (args.beta1, args.beta2), args.momentum,
-        args.muon_learning_rate, args.muon_weight_decay, args.muon_momentum, args.optimizer_kwargs,
-        args.embedding_learning_rate, args.head_learning_rate,
-    )  # fmt: skip
-
-
-def lr_scale(args):
-    """step -> learning rate over the largest one."""
-    floor = min(1.0, args.min_lr / args.learning_rate) if args.learning_rate else 0.0
-    plan = schedules.Plan(
-        1.0,
-        floor,
-        args.warmup_iters,
-        args.lr_decay_iters,
-        args.lr_step_size,
-        args.lr_step_gamma,
-        args.wsd_decay_fraction,
+def optim_config(args: TrainArgs) -> OptimConfig:
+    """The settings of the optimizer."""
+    return OptimConfig(
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.beta1, args.beta2),
+        momentum=args.momentum,
+        muon_lr=args.muon_learning_rate,
+        muon_weight_decay=args.muon_weight_decay,
+        muon_momentum=args.muon_momentum,
+        kwargs=args.optimizer_kwargs,
+        embedding_lr=args.embedding_learning_rate,
+        head_lr=args.head_learning_rate,
     )
-    return lambda step: schedules.learning_rate(args.schedule, plan, step)
+
+
+def lr_scale(args: TrainArgs) -> Callable[[int], float]:
+    """step -> learning rate divided by the peak learning rate."""
+    min_scale = 0.0
+    if args.learning_rate:
+        min_scale = min(1.0, args.min_lr / args.learning_rate)
+    plan = schedules.Plan(
+        peak=1.0,
+        floor=min_scale,
+        warmup=args.warmup_iters,
+        steps=args.lr_decay_iters,
+        step_size=args.lr_step_size,
+        gamma=args.lr_step_gamma,
+        decay_fraction=args.wsd_decay_fraction,
+    )
+    return partial(schedules.learning_rate, args.schedule, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ from nanoforge.errors import UserError
 from nanoforge.models import generation, pretrained
 from nanoforge.posttraining import accuracy, answers, examples, prompt_format, rewards
 from nanoforge.posttraining.losses import per_token_logps
+from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import checkpoint
 
 
@@ -180,24 +181,29 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
 def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
     """Over the completions of the examples in a file, their end tokens included. Raises UserError."""
     fields = [*subject.template.fields, subject.target] if subject.template else []
-    rows = examples.read_rows(path, "sft", lambda row: answers.to_problem(row) if "question" in row else row, fields)
+    rows = examples.read_example_rows(
+        path,
+        fields=[fields] if fields else OBJECTIVES["sft"].fields,
+        needed_by="--objective=sft",
+        parse_row=lambda row: answers.to_problem(row) if "question" in row else row,
+    )
     rows = rows[: a.max_windows or len(rows)]
     coder = examples.ExampleEncoder(
-        subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, first_row=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
+        subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, prompt_offset=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
     )  # fmt: skip
-    held = examples.Examples(path.stem, rows, "sft", coder, 0, 0, str(path))
+    encoded, n_dropped = examples.encode_rows(rows, coder, "prompt_completion", str(path))
     total = tokens = 0.0
     for first in tqdm(
-        range(0, held.n_windows, a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
+        range(0, len(encoded), a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
     ):
-        some = held.items[first : first + a.batch_size]
-        batch = examples.Collator()(some, 0, len(some), 1).to(subject.device)
+        some = encoded[first : first + a.batch_size]
+        batch = examples.Collator()(some, range(len(some))).to(subject.device)
         total, tokens = (
             total - float(per_token_logps(subject.model, batch.tokens, batch.extras["loss_mask"]).sum()),
             tokens + int(batch.extras["loss_mask"].sum()),
         )
     told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
-    return told | ({"left_out": held.dropped} if held.dropped else {})
+    return told | ({"left_out": n_dropped} if n_dropped else {})
 
 
 def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
@@ -228,14 +234,15 @@ def problems_of(subject: Subject, task: str) -> list[dict]:
         token_bins.prepare_if_missing(subject.data_dir / task, "examples")
         path = subject.data_dir / task / "val.jsonl"
     if subject.template is not None:
-        rows = examples.read_rows(path, "grpo", dict, [*subject.template.fields, "answer"])
+        fields = [*subject.template.fields, "answer"]
+        rows = examples.read_example_rows(path, [fields], needed_by="--tasks")
         return [
             {"prompt": " ".join(str(row[field]) for field in subject.template.fields)}
             | row
             | {"answer": str(row["answer"])}
             for row in rows
         ]
-    return examples.read_rows(path, "grpo", answers.to_problem)
+    return examples.read_example_rows(path, OBJECTIVES["grpo"].fields, "--tasks", answers.to_problem)
 
 
 def judged(subject: Subject, task: str, a) -> dict:
@@ -244,9 +251,9 @@ def judged(subject: Subject, task: str, a) -> dict:
     problems = problems[: a.max_problems or len(problems)]
     tokenizer, model = subject.tokenizer, subject.model
     coder = examples.ExampleEncoder(
-        tokenizer, model.config.block_size, template=subject.template, first_row=subject.first_row
+        tokenizer, model.config.block_size, template=subject.template, prompt_offset=subject.first_row
     )
-    prompts = [coder.prompt(row) for row in problems]
+    prompts = [coder.encode_prompt(row) for row in problems]
     temperature, top_k, top_p = DECODE[a.decode]
     longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
     sampling = generation.SamplingParams(

@@ -288,7 +288,7 @@ def main(a) -> None:
             raise UserError("--chat: this model was not trained on messages")
         coder = examples.ExampleEncoder(tokenizer, model.config.block_size)
         ids = (
-            coder.prompt({"prompt": [{"role": "user", "content": words}]})
+            coder.encode_prompt({"prompt": [{"role": "user", "content": words}]})
             if a.chat
             else encode(tokenizer, words).tolist()
         )

@@ -372,7 +372,7 @@ def answers_to_tell(run: Run) -> list[dict]:
     if data.sampler is None or not a.eval_samples:
         return []
     dataset = data.eval_datasets["val"][0].examples
-    return rollouts.samples(data.sampler, dataset, a.eval_samples, run.model.wte.weight.size(0))
+    return rollouts.sample_completions(data.sampler, dataset, a.eval_samples, run.model.wte.weight.size(0))
 
 
 def save(run: Run, log: logger.RunLogger) -> None:

@@ -131,6 +131,13 @@ def rank_range(n: int, rank: int, world_size: int) -> range:
     return range(rank * n // world_size, (rank + 1) * n // world_size)
 
 
+def eval_share(n: int, rank: int, world_size: int) -> tuple[range, bool]:
+    """This rank's part of a batch of n > 0 rows, and whether that counts: a rank without rows reads one all the same, since
+    all ranks must call the model as often."""
+    rows = rank_range(n, rank, world_size)
+    return range(rows.start, max(rows.stop, rows.start + 1)), len(rows) > 0
+
+
 def rank_slice(batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, group_size: int = 1) -> RankSlice:
     """This rank's rows of a global batch of batch_size x gradient_accumulation_steps; each group stays together.
 

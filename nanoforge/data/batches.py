@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanoforge.data.token_bins import SPLITS, Meta, TokenBin
-from nanoforge.distributed import RankSlice, rank_range
+from nanoforge.distributed import RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.rng import DATASET, EVALUATION, OFFSET, ORDER, WINDOW, hash_u64, permute, uniform
 
@@ -197,10 +197,10 @@ class Dataset:
 
         A rank without a window in a batch reads one all the same, since all ranks must call the model as often.
         """
-        rows = rank_range(batch_size, rank, world_size)
+        rows, has_rows = eval_share(batch_size, rank, world_size)
         for i in range(n_batches):
-            sequence = i * batch_size + np.arange(rows.start, max(rows.stop, rows.start + 1))
-            yield to_batch(self.gather(sequence), pin=pin), len(rows) > 0
+            sequence = i * batch_size + np.arange(rows.start, rows.stop)
+            yield to_batch(self.gather(sequence), pin=pin), has_rows
 
 
 def aligned_sizes(streams: Sequence[TokenBin]) -> np.ndarray:

@@ -1,57 +1,59 @@
-"""Examples to batches: the rows of JSONL, CSV or TSV files, as prompts and what is to be learned after them.
+"""Examples to batches: rows of JSONL, CSV or TSV files as token sequences and the masks of what counts in the loss.
 
-An example becomes one sequence of ids or two, each with a mask of the tokens that are learned; a batch holds them padded at their ends. As
-with token bins, which examples a step reads is a pure function of the arguments and the step: each once an epoch, in random order.
+An example becomes one token sequence, or two; a batch holds them padded at their ends. As with token bins, which examples
+a step reads is a pure function of the arguments and the step: each once an epoch, in random order.
 
-The fields of a row, by objective: sft {"prompt", "completion"}, {"messages"} or {"text"}; dpo {"prompt", "chosen", "rejected"}; kto {"prompt",
-"completion", "label"}; grpo {"prompt", "answer", ...}. A prompt is a text or a list of messages {"role", "content"}.
+A prompt is a text or a list of messages {"role", "content"}. The fields that each objective needs are in objective_specs.py.
 
-Knows nothing of the model but its number of rows, of ranks only which rows are asked for.
+Knows of the model only the number of its embedding's rows, of ranks only which rows are asked for.
 """
 
 import bisect
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanoforge.data import tables, tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
-from nanoforge.distributed import RankSlice, rank_range
+from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.posttraining.prompt_format import Template
 from nanoforge.rng import ORDER, permute
 
+Row = Mapping[str, Any]
+
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-FIELDS = {
-    "sft": (("prompt", "completion"), ("messages",), ("text",)),
-    "dpo": (("prompt", "chosen", "rejected"),),
-    "kto": (("prompt", "completion", "label"),),
-    "grpo": (("prompt", "answer"),),
-}
 
 
-class Ids(NamedTuple):
-    """A sequence: ids, and which of them are learned; positions of packed ones, from 0 on in each."""
+class TokenSequence(NamedTuple):
+    """The ids of a sequence, and which of them count in the loss; all arrays are (length,)."""
 
-    ids: np.ndarray
-    mask: np.ndarray
-    positions: np.ndarray | None = None
+    ids: np.ndarray  # int32
+    loss_mask: np.ndarray  # bool
+    position_ids: np.ndarray | None = None  # of packed examples, each counted from 0
 
 
 class Example(NamedTuple):
-    sequences: tuple[Ids, ...]  # dpo: chosen, rejected; grpo: the prompt
-    row: Mapping[str, object]
-    reference: tuple[
-        float, ...
-    ] = ()  # log-probability of each sequence by the model that training began with, where it was looked up
+    """A row as the model reads it."""
+
+    sequences: tuple[TokenSequence, ...]  # of a preference: chosen, rejected
+    row: Row
+    ref_logps: tuple[float, ...] = ()  # of each sequence, where the reference model's log-probabilities are cached
 
 
-class TooLong(Exception):
-    """By so many tokens."""
+class ExampleTooLongError(Exception):
+    """An example exceeds the encoder's max_tokens, by so many tokens where that is known."""
+
+    def __init__(self, excess: int = 0):
+        super().__init__(excess)
+        self.excess = excess
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,313 +62,374 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class ExampleEncoder:
-    """How rows become ids.
+    """Rows to token sequences.
 
-    limit: tokens of a sequence, at most; overflow: what becomes of a longer one ("error", "drop", "truncate_target");
-    room: tokens that must be left for a completion (grpo); template: a soft prompt around the row's fields, its row j being id first_row + j.
+    max_tokens: of a sequence. overflow: what becomes of a longer one: "error", "drop" or "truncate_target".
+    train_on_prompt: all tokens count in the loss, not just the completion's. max_completion_tokens: what a prompt must
+    leave free for a completion that is still to be generated.
+    template: a prompt format around the row's fields, the virtual token j of whose soft prompt has the id prompt_offset + j;
+    target_field: the field that the model learns to write; truncation_field: the field cut where an example is too long.
     """
 
     tokenizer: tokenization.Tokenizer
-    limit: int
+    max_tokens: int
     overflow: str = "error"
-    learn_all: bool = False
-    room: int = 0
+    train_on_prompt: bool = False
+    max_completion_tokens: int = 0
     template: Template | None = None
-    first_row: int = 0
+    prompt_offset: int = 0
     target_field: str = ""
     truncation_field: str = ""
 
-    def encode(self, words: object) -> list[int]:
-        return self.tokenizer.encode(str(words)).tolist()
-
-    def messages(self, messages: Sequence[Mapping[str, str]], open_end: bool) -> tuple[list[int], list[bool]]:
-        """Ids and mask of a chat: each message is its role's token, its text and the end token; learned are what the assistant says and its end
-        tokens. open_end: go on with the token of the assistant, who is to speak."""
-        ids, mask = [], []
-        for message in messages:
-            said = [*self.encode(message["content"]), self.tokenizer.eos_id]
-            ids += [self.tokenizer.added_ids[ROLES[message["role"]]], *said]
-            mask += [False, *[message["role"] == "assistant"] * len(said)]
-        return ([*ids, self.tokenizer.added_ids[ROLES["assistant"]]], [*mask, False]) if open_end else (ids, mask)
-
-    def prompt(self, row: Mapping[str, object]) -> list[int]:
-        """Ids of what comes before a completion."""
-        if self.template is not None:
-            return self.template.encode(row, self.tokenizer, self.first_row)
-        return (
-            self.messages(row["prompt"], open_end=True)[0]
-            if isinstance(row["prompt"], list)
-            else self.encode(row["prompt"])
-        )
-
-    def pair(self, row: Mapping[str, object], field: str) -> Ids:
-        """The prompt and the completion in a field, with the end token; the completion is learned. Raises TooLong."""
-        if self.template is not None and self.target_field:
-            made = self.template.example(
-                row,
-                self.tokenizer,
-                self.first_row,
-                self.target_field,
-                self.truncation_field or None,
-                self.limit,
-                self.overflow,
-            )
-            if made is None:
-                raise TooLong
-            ids, start = made
-        else:
-            prompt = self.prompt(row)
-            ids, start = prompt + self.encode(row[field]) + [self.tokenizer.eos_id], len(prompt)
-        return self.fitted(ids, [i >= start for i in range(len(ids))])
-
-    def fitted(self, ids: list[int], mask: list[bool]) -> Ids:
-        """Within the limit, cut at the end if that leaves something to learn. Raises TooLong."""
-        if len(ids) > self.limit and (self.overflow != "truncate_target" or not any(mask[1 : self.limit])):
-            raise TooLong(len(ids) - self.limit)
-        kept = np.array(mask[: self.limit], dtype=bool) | self.learn_all
-        kept[0] = False  # nothing comes before it
-        return Ids(np.array(ids[: self.limit], dtype=np.int32), kept)
-
-    def sft(self, row: Mapping[str, object]) -> Example:
+    def encode(self, row: Row, example_type: str) -> Example:
+        """A row as an example; the types are those of objective_specs.py. Raises ExampleTooLongError and UserError."""
+        if example_type == "preference":
+            return Example((self.prompt_completion(row, "chosen"), self.prompt_completion(row, "rejected")), row)
+        if example_type == "prompt_only":
+            return Example((self.prompt_only(row),), row)
+        if example_type == "unpaired_preference":
+            if row["label"] not in (0, 1) or not isinstance(row["label"], bool | int):
+                raise UserError(f"label must be true or false, not {row['label']!r}")
+            return Example((self.prompt_completion(row, "completion"),), row)
+        assert example_type == "prompt_completion", example_type
         if "messages" in row:
-            return Example((self.fitted(*self.messages(row["messages"], open_end=False)),), row)
+            ids, loss_mask = self.encode_messages(row["messages"], add_generation_prompt=False)
+            return Example((self.fit(ids, loss_mask),), row)
         if "text" in row and self.template is None:
-            ids = [*self.encode(row["text"]), self.tokenizer.eos_id]
-            return Example((self.fitted(ids, [True] * len(ids)),), row)
-        return Example((self.pair(row, "completion"),), row)
+            ids = [*self.encode_text(row["text"]), self.tokenizer.eos_id]
+            return Example((self.fit(ids, [True] * len(ids)),), row)
+        return Example((self.prompt_completion(row, "completion"),), row)
 
-    def dpo(self, row: Mapping[str, object]) -> Example:
-        return Example((self.pair(row, "chosen"), self.pair(row, "rejected")), row)
+    def prompt_only(self, row: Row) -> TokenSequence:
+        """A prompt that leaves room for a completion. Raises ExampleTooLongError."""
+        ids = self.encode_prompt(row)
+        excess = len(ids) + self.max_completion_tokens - self.max_tokens
+        if excess > 0:
+            raise ExampleTooLongError(excess)
+        return TokenSequence(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool))
 
-    def kto(self, row: Mapping[str, object]) -> Example:
-        if not isinstance(row["label"], bool | int) or row["label"] not in (0, 1):
-            raise UserError(f"label must be true or false, not {row['label']!r}")
-        return Example((self.pair(row, "completion"),), row)
+    def prompt_completion(self, row: Row, field: str) -> TokenSequence:
+        """The prompt, the completion in a field and the end-of-sequence token. Raises ExampleTooLongError."""
+        if self.template is not None and self.target_field:
+            ids, completion_start = self.encode_template(row)
+        else:
+            prompt = self.encode_prompt(row)
+            ids = [*prompt, *self.encode_text(row[field]), self.tokenizer.eos_id]
+            completion_start = len(prompt)
+        return self.fit(ids, [i >= completion_start for i in range(len(ids))])
 
-    def grpo(self, row: Mapping[str, object]) -> Example:
-        ids = self.prompt(row)
-        if len(ids) > self.limit - self.room:
-            raise TooLong(len(ids) - self.limit + self.room)
-        return Example((Ids(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)),), row)
+    def encode_text(self, text: object) -> list[int]:
+        return self.tokenizer.encode(str(text)).tolist()
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids and loss mask of a chat: each message is its role's token, its text and the end-of-sequence token.
+
+        What the assistant says and its end-of-sequence tokens count in the loss. add_generation_prompt: end with the
+        assistant's token, so that the model writes its message.
+        """
+        ids: list[int] = []
+        loss_mask: list[bool] = []
+        for message in messages:
+            content = [*self.encode_text(message["content"]), self.tokenizer.eos_id]
+            ids += [self.tokenizer.added_ids[ROLES[message["role"]]], *content]
+            loss_mask += [False, *[message["role"] == "assistant"] * len(content)]
+        if add_generation_prompt:
+            ids.append(self.tokenizer.added_ids[ROLES["assistant"]])
+            loss_mask.append(False)
+        return ids, loss_mask
+
+    def encode_prompt(self, row: Row) -> list[int]:
+        """The ids before a completion."""
+        if self.template is not None:
+            return self.template.encode(row, self.tokenizer, self.prompt_offset)
+        if isinstance(row["prompt"], list):
+            ids, _ = self.encode_messages(row["prompt"], add_generation_prompt=True)
+            return ids
+        return self.encode_text(row["prompt"])
+
+    def encode_template(self, row: Row) -> tuple[list[int], int]:
+        """The template with its target, cut as truncation_field and overflow say: ids, and where the target begins."""
+        assert self.template is not None
+        encoded = self.template.example(
+            row,
+            self.tokenizer,
+            self.prompt_offset,
+            self.target_field,
+            self.truncation_field or None,
+            self.max_tokens,
+            self.overflow,
+        )
+        if encoded is None:
+            raise ExampleTooLongError
+        return encoded
+
+    def fit(self, ids: list[int], loss_mask: list[bool]) -> TokenSequence:
+        """A sequence of at most max_tokens, cut at its end if that leaves a token to learn. Raises ExampleTooLongError."""
+        if len(ids) > self.max_tokens:
+            is_cut = self.overflow == "truncate_target" and any(loss_mask[1 : self.max_tokens])
+            if not is_cut:
+                raise ExampleTooLongError(len(ids) - self.max_tokens)
+        mask = np.array(loss_mask[: self.max_tokens], dtype=bool) | self.train_on_prompt
+        mask[0] = False  # no token predicts the first one
+        return TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), mask)
 
 
-def needed_tokens(tokenizer: tokenization.Tokenizer, rows: Iterable[Mapping[str, object]]) -> tokenization.Tokenizer:
-    """The tokenizer with an end token, and with tokens for roles where the rows have messages."""
-    chat = any(isinstance(row.get(field), list) for row in rows for field in ("messages", "prompt"))
-    return tokenization.add_tokens(
-        tokenizer,
-        [*([tokenization.END_OF_TEXT] if tokenizer.eos_id is None else []), *(ROLES.values() if chat else [])],
-    )
-
-
-def read_rows(path: Path, objective: str, adapted: Callable[[dict], dict], fields: Sequence[str] = ()) -> list[dict]:
-    """The rows of a file, each with the fields of the objective, or with these. Raises UserError that names file and row."""
-    rows = []
-    choices = (tuple(fields),) if fields else FIELDS[objective]
-    for number, row in enumerate(tables.read_rows(path), start=1):
-        try:
-            row = adapted(row)
-        except UserError as mistake:
-            raise UserError(f"{path}: row {number}: {mistake}") from None
-        if not any(all(field in row for field in choice) for choice in choices):
-            wanted = " or ".join("{" + ", ".join(choice) + "}" for choice in choices)
-            raise UserError(f"{path}: row {number} has {', '.join(row)}; --objective={objective} needs {wanted}")
-        check_messages(row, f"{path}: row {number}")
-        rows.append(row)
-    return rows
-
-
-def check_messages(row: Mapping[str, object], where: str) -> None:
-    for field in ("messages", "prompt"):
-        if isinstance(row.get(field), list):
-            for message in row[field]:
-                if (
-                    not isinstance(message, dict)
-                    or message.get("role") not in ROLES
-                    or not isinstance(message.get("content"), str)
-                ):
-                    raise UserError(
-                        f'{where}: a message of {field} is not {{"role": {", ".join(ROLES)}; "content": text}}'
-                    )
+def extend_tokenizer(tokenizer: tokenization.Tokenizer, rows: Iterable[Row]) -> tokenization.Tokenizer:
+    """The tokenizer with the tokens that examples need: end-of-sequence, and the roles' if the rows hold messages."""
+    has_messages = any(isinstance(row.get(field), list) for row in rows for field in ("messages", "prompt"))
+    special_tokens = []
+    if tokenizer.eos_id is None:
+        special_tokens.append(tokenization.END_OF_TEXT)
+    if has_messages:
+        special_tokens += ROLES.values()
+    return tokenization.add_tokens(tokenizer, special_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# all examples of a file
+# files of rows
 
 
-class Examples:
-    """One split of one dataset: encoded, each once an epoch in random order."""
+def read_example_rows(
+    path: Path, fields: Sequence[Sequence[str]], needed_by: str, parse_row: Callable[[dict], dict] = dict
+) -> list[dict]:
+    """The rows of a file, each as parse_row returns it, with all the fields of one of the alternatives.
 
-    def __init__(
-        self,
-        name: str,
-        rows: Sequence[Mapping[str, object]],
-        objective: str,
-        coder: ExampleEncoder,
-        seed: int,
-        number: int,
-        where: str,
-        packed: bool = False,
-    ):
-        """Raises UserError where a row can't be encoded, or is too long and overflow is "error"."""
-        self.name, self.seed, self.number, self.streams, self.bytes, self.coder = (
-            name,
-            seed,
-            number,
-            [self],
-            None,
-            coder,
+    needed_by: the flag that asks for the fields, for errors. Raises UserError that names the file and the row.
+    """
+
+    def checked(row: dict) -> dict:
+        row = parse_row(row)
+        if not any(all(name in row for name in alternative) for alternative in fields):
+            wanted = " or ".join("{" + ", ".join(alternative) + "}" for alternative in fields)
+            raise UserError(f"has the fields {', '.join(row)}; {needed_by} needs {wanted}")
+        check_messages(row)
+        return row
+
+    return list(tables.read_rows(path, checked))
+
+
+def check_messages(row: Row) -> None:
+    """Raises UserError for a list of messages that is malformed."""
+    for field in ("messages", "prompt"):
+        if isinstance(row.get(field), list) and not all(is_message(message) for message in row[field]):
+            roles = ", ".join(ROLES)
+            raise UserError(f'{field}: each message must be {{"role": one of {roles}, "content": text}}')
+
+
+def is_message(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+
+
+class EncodedRows(NamedTuple):
+    """The examples of a file."""
+
+    examples: list[Example]
+    n_dropped: int  # too long, and left out
+
+
+def encode_rows(rows: Sequence[Row], encoder: ExampleEncoder, example_type: str, source: str) -> EncodedRows:
+    """The rows as examples. source: where they come from, for errors.
+
+    Raises UserError if a row can't be encoded, if one is too long and overflow is "error", and if none is left.
+    """
+    encoded: list[Example] = []
+    excesses: list[int] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            encoded.append(encoder.encode(row, example_type))
+        except ExampleTooLongError as error:
+            excesses.append(error.excess)
+        except (UserError, KeyError, UnicodeError) as error:
+            raise UserError(f"{source}: row {number}: {error}") from None
+    if excesses and encoder.overflow == "error":
+        limit = f"{encoder.max_tokens} tokens"
+        if encoder.max_completion_tokens:
+            limit += f" less the {encoder.max_completion_tokens} of a completion"
+        raise UserError(
+            f"{source}: {len(excesses)} of {len(rows)} examples are longer than {limit}, by up to {max(excesses)}; "
+            "raise --block_size, or set --overflow=drop or truncate_target"
         )
-        encode, self.items, longer = getattr(coder, objective), [], []
-        for row_number, row in enumerate(rows, start=1):
-            try:
-                self.items.append(encode(row))
-            except TooLong as too_long:
-                longer.append(int(too_long.args[0]) if too_long.args else 0)
-            except (UserError, KeyError, UnicodeError) as error:
-                raise UserError(f"{where}: row {row_number}: {error}") from None
-        self.dropped = len(longer)
-        if longer and coder.overflow == "error":
-            room = f" less the {coder.room} of a completion" if coder.room else ""
-            raise UserError(
-                f"{where}: {len(longer)} of {len(rows)} examples are longer than {coder.limit} tokens{room}, by up to {max(longer)}; raise --block_size, or say --overflow=drop or truncate_target"
-            )
-        if not self.items:
-            raise UserError(f"{where}: no example is left" if rows else f"{where}: holds no examples")
-        self.tokens = sum(len(sequence.ids) for item in self.items for sequence in item.sequences)
-        if packed:
-            self.items = pack(self.items, coder.limit)
-        self.n_windows = len(self.items)
-        self.tokens_per_window = self.tokens / self.n_windows  # the mean
-
-    def locate(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(zeros, which example) for examples by their numbers in the run, as Dataset.locate gives them."""
-        epoch, index = np.divmod(number, self.n_windows)
-        return np.zeros_like(index), permute(index, self.n_windows, self.seed, ORDER, self.number, epoch)
-
-    def eval_batches(
-        self, iters: int, size: int, rank: int, world: int, collate: Callable
-    ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's part of each of the first `iters` batches of `size` examples, in the order of the file, and whether it has one: a rank
-        without an example reads another's with the others, all of it masked."""
-        size = max(size, collate.least)
-        for first in range(0, min(len(self.items), iters * size), size):
-            whole = self.items[first : min(first + size, len(self.items), iters * size)]
-            if len(whole) < collate.least:
-                return
-            mine = rank_range(len(whole), rank, world)
-            batch, counts = collate(whole, mine.start, max(mine.stop, mine.start + 1), 1), len(mine) > 0
-            yield (
-                batch
-                if counts
-                else batch.with_tensors(
-                    **{name: torch.zeros_like(mask) for name, mask in batch.extras.items() if name.endswith("mask")}
-                ),
-                counts,
-            )
+    if not encoded:
+        raise UserError(f"{source}: all examples are too long" if rows else f"{source}: has no examples")
+    return EncodedRows(encoded, len(excesses))
 
 
-def pack(items: Sequence[Example], limit: int) -> list[Example]:
-    """Examples one after the other in sequences of at most `limit` tokens: the longest first, each where the least room is left (best fit decreasing)."""
-    room: list[tuple[int, int]] = []  # (room left, pack), ascending
-    packs: list[list[Ids]] = []
-    for item in sorted(items, key=lambda item: -len(item.sequences[0].ids)):
-        sequence = item.sequences[0]
-        at = bisect.bisect_left(room, (len(sequence.ids), -1))
-        left, number = room.pop(at) if at < len(room) else (limit, len(packs))
-        if number == len(packs):
+def pack(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Join examples of one sequence each to sequences of at most max_tokens: the longest examples first, each into the
+    pack that it fills best (best fit decreasing)."""
+    free: list[tuple[int, int]] = []  # (free tokens, index of the pack), ascending
+    packs: list[list[TokenSequence]] = []
+    for example in sorted(examples, key=lambda example: -len(example.sequences[0].ids)):
+        (sequence,) = example.sequences
+        length = len(sequence.ids)
+        best_fit = bisect.bisect_left(free, (length, -1))
+        if best_fit < len(free):
+            free_tokens, index = free.pop(best_fit)
+        else:
+            free_tokens, index = max_tokens, len(packs)
             packs.append([])
-        packs[number].append(sequence)
-        bisect.insort(room, (left - len(sequence.ids), number))
-    joined = (
-        Ids(
-            *(
-                np.concatenate(column)
-                for column in zip(*((s.ids, s.mask, np.arange(len(s.ids))) for s in some), strict=True)
-            )
-        )
-        for some in packs
+        packs[index].append(sequence)
+        bisect.insort(free, (free_tokens - length, index))
+    return [Example((join(sequences),), {}) for sequences in packs]
+
+
+def join(sequences: Sequence[TokenSequence]) -> TokenSequence:
+    """A packed sequence; the positions of each part count from 0."""
+    return TokenSequence(
+        ids=np.concatenate([sequence.ids for sequence in sequences]),
+        loss_mask=np.concatenate([sequence.loss_mask for sequence in sequences]),
+        position_ids=np.concatenate([np.arange(len(sequence.ids)) for sequence in sequences]),
     )
-    return [Example((sequence,), {}) for sequence in joined]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # examples to batches
 
 
-def padded(sequences: Sequence[Ids], width: int = 0) -> Batch:
-    """Sequences in rows, padded with id 0 to the longest, or to `width`; mask tells which targets are learned."""
-    width = max(width, 2, *(len(sequence.ids) for sequence in sequences))
-    tokens, mask = np.zeros((len(sequences), width), dtype=np.int64), np.zeros((len(sequences), width), dtype=bool)
+def pad(sequences: Sequence[TokenSequence], pad_to: int = 0) -> Batch:
+    """One sequence a row, padded at the end with id 0 to the longest one, or to `pad_to` tokens."""
+    width = max(pad_to, 2, *(len(sequence.ids) for sequence in sequences))
+    tokens = np.zeros((len(sequences), width), dtype=np.int64)
+    loss_mask = np.zeros((len(sequences), width), dtype=bool)
     for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence.ids)], mask[row, : len(sequence.ids)] = sequence.ids, sequence.mask
-    more = {"loss_mask": torch.from_numpy(mask[:, 1:].copy())}
-    if sequences[0].positions is not None:
-        positions = np.zeros((len(sequences), width - 1), dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            places = sequence.positions[: width - 1]
-            positions[row] = np.concatenate(
-                (places, np.arange(width - 1 - len(places)))
-            )  # the padding is a document of its own
-        more["position_ids"] = torch.from_numpy(positions)
-    return Batch(torch.from_numpy(tokens), more)
+        length = len(sequence.ids)
+        tokens[row, :length] = sequence.ids
+        loss_mask[row, :length] = sequence.loss_mask
+    extras = {"loss_mask": torch.from_numpy(loss_mask[:, 1:].copy())}  # of the targets
+    if sequences[0].position_ids is not None:
+        extras["position_ids"] = torch.from_numpy(pad_positions(sequences, width - 1))
+    return Batch(torch.from_numpy(tokens), extras)
+
+
+def pad_positions(sequences: Sequence[TokenSequence], width: int) -> np.ndarray:
+    """(B, width) positions of the inputs of packed sequences; the padding is a document of its own."""
+    position_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        assert sequence.position_ids is not None
+        positions = sequence.position_ids[:width]
+        position_ids[row] = np.concatenate((positions, np.arange(width - len(positions))))
+    return position_ids
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows [first, last) of the examples of a step to a batch; `width`: the number of tokens all are padded to (0: the longest here)."""
+    """Examples to a batch. pad_to: tokens of every sequence (0: as many as the longest of the batch has)."""
 
-    width: int = 0
-    world: int = 1
-    least = 1  # examples that a batch must have
+    pad_to: int = 0
+    world_size: int = 1
+    min_rows: ClassVar[int] = 1  # examples that a step must have
 
-    def __call__(self, whole: Sequence[Example], first: int, last: int, parts: int) -> Batch:
-        """The sequences of each kind follow those of the one before: all chosen, then all rejected."""
-        here = whole[first:last]
-        batch = padded(
-            [sequence for kind in zip(*(item.sequences for item in here), strict=True) for sequence in kind], self.width
+    def __call__(self, examples: Sequence[Example], rows: range, n_micro_batches: int = 1) -> Batch:
+        """Some rows of a step's examples, one of its rank's micro-batches. All chosen sequences precede all rejected."""
+        micro_batch = examples[rows.start : rows.stop]
+        by_kind = zip(*(example.sequences for example in micro_batch), strict=True)
+        batch = pad(list(itertools.chain.from_iterable(by_kind)), self.pad_to)
+        loss_tokens = sum(int(sequence.loss_mask.sum()) for example in examples for sequence in example.sequences)
+        return Batch(
+            tokens=batch.tokens,
+            extras=batch.extras | self.extra_tensors(examples, rows),
+            n_micro_batches=n_micro_batches,
+            num_loss_tokens=loss_tokens / self.world_size,
         )
-        learned = sum(int(sequence.mask.sum()) for item in whole for sequence in item.sequences)
-        more = self.further(whole, first, last)
-        return Batch(batch.tokens, batch.extras | more, parts, learned / self.world)
 
-    def further(self, whole: Sequence[Example], first: int, last: int) -> dict[str, torch.Tensor]:
-        """What else the rows need."""
-        here = whole[first:last]
-        return (
-            {
-                "ref_logps": torch.tensor(
-                    [value for kind in zip(*(item.reference for item in here), strict=True) for value in kind]
-                )
-            }
-            if here[0].reference
-            else {}
-        )
+    def extra_tensors(self, examples: Sequence[Example], rows: range) -> dict[str, Tensor]:
+        """Further tensors of these rows: the cached log-probabilities of the reference model, if there are any."""
+        micro_batch = examples[rows.start : rows.stop]
+        if not micro_batch[0].ref_logps:
+            return {}
+        by_kind = zip(*(example.ref_logps for example in micro_batch), strict=True)
+        return {"ref_logps": torch.tensor(list(itertools.chain.from_iterable(by_kind)))}
 
 
 @dataclass(frozen=True)
 class KTOCollator(Collator):
-    """kto's: also labels, and each prompt with the completion of the row before (the first with the last one's)."""
+    """With KTO's labels, and for its reference point each prompt with the completion of the example before it in the
+    step (the first prompt with the last completion), cut to max_tokens."""
 
-    limit: int = 0
-    least = 2
+    max_tokens: int = 0
+    min_rows: ClassVar[int] = 2
 
-    def further(self, whole: Sequence[Example], first: int, last: int) -> dict[str, torch.Tensor]:
-        strangers = []
-        for number in range(first, last):
-            (own,), (other,) = whole[number].sequences, whole[number - 1].sequences
-            start, begin = (int(sequence.mask.argmax()) for sequence in (own, other))
-            ids = np.concatenate((own.ids[:start], other.ids[begin:]))[: self.limit]
-            strangers.append(Ids(ids, np.arange(len(ids)) >= start))
-        batch = padded(strangers, self.width)
+    def extra_tensors(self, examples: Sequence[Example], rows: range) -> dict[str, Tensor]:
+        kl_batch = pad([self.mismatched(examples[row], examples[row - 1]) for row in rows], self.pad_to)
         return {
-            "desirable": torch.tensor([bool(item.row["label"]) for item in whole[first:last]]),
-            "kl_completion": batch.tokens, "kl_completion_mask": batch.extras["loss_mask"],
-        }  # fmt: skip
+            "desirable": torch.tensor([bool(examples[row].row["label"]) for row in rows]),
+            "kl_completion": kl_batch.tokens,
+            "kl_completion_mask": kl_batch.extras["loss_mask"],
+        }
+
+    def mismatched(self, example: Example, other: Example) -> TokenSequence:
+        """The prompt of an example with the completion of another one."""
+        (own_sequence,) = example.sequences
+        (other_sequence,) = other.sequences
+        prompt = own_sequence.ids[: int(own_sequence.loss_mask.argmax())]
+        completion = other_sequence.ids[int(other_sequence.loss_mask.argmax()) :]
+        ids = np.concatenate((prompt, completion))[: self.max_tokens]
+        return TokenSequence(ids, np.arange(len(ids)) >= len(prompt))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a dataset, and a source of training batches
+
+
+class Examples:
+    """One split of one dataset of examples. `rows` stay in the order of the file; an epoch has them in a random one.
+
+    It stands where a Dataset of token bins may: an example is its window, and the dataset its only stream.
+    """
+
+    bytes = None  # of text: a tokenizer's own measure, bits per byte, is not taken of examples
+
+    def __init__(self, name: str, rows: Sequence[Example], seed: int = 0, index: int = 0):
+        """index: this dataset's number in the mixture."""
+        self.name = name
+        self.rows = rows
+        self.seed = seed
+        self.index = index
+        self.streams = [self]
+        self.tokens = sum(len(sequence.ids) for example in rows for sequence in example.sequences)
+        self.n_windows = len(rows)
+        self.tokens_per_window = self.tokens / self.n_windows  # the mean
+
+    def locate(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(zeros, index of the row) for examples by their numbers in the run, as Dataset.locate gives (shard, start)."""
+        epoch, index = np.divmod(sequence, self.n_windows)
+        return np.zeros_like(index), permute(index, self.n_windows, self.seed, ORDER, self.index, epoch)
+
+    def eval_batches(
+        self, n_batches: int, batch_size: int, ranks: Ranks, collate: Collator
+    ) -> Iterator[tuple[Batch, bool]]:
+        """This rank's part of each of the first n_batches batches, in the order of the file, and whether it has one."""
+        for chunk, rows, has_rows in self.eval_chunks(n_batches, max(batch_size, collate.min_rows), ranks):
+            if len(chunk) < collate.min_rows:
+                return
+            batch = collate(chunk, rows)
+            yield (batch if has_rows else mask_all(batch)), has_rows
+
+    def eval_chunks(
+        self, n_batches: int, batch_size: int, ranks: Ranks
+    ) -> Iterator[tuple[Sequence[Example], range, bool]]:
+        """The first n_batches batches: the examples of each, which of them are this rank's, and whether they count.
+
+        A rank without an example in a batch gets one all the same, since all ranks must call the model as often.
+        """
+        n_rows = min(len(self.rows), n_batches * batch_size)
+        for start in range(0, n_rows, batch_size):
+            chunk = self.rows[start : min(start + batch_size, n_rows)]
+            yield chunk, *eval_share(len(chunk), ranks.rank, ranks.world_size)
+
+
+def mask_all(batch: Batch) -> Batch:
+    """The batch without loss tokens, so that sums over the ranks don't count it."""
+    masks = {name: torch.zeros_like(mask) for name, mask in batch.extras.items() if name.endswith("mask")}
+    return batch.with_tensors(**masks)
 
 
 class ExampleSource(Source):
     """Training batches of `rows` examples a step, drawn from datasets by a mixture."""
+
+    datasets: Sequence[Examples]
 
     def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, collate: Collator):
         super().__init__(datasets, mixture, rows, seed)
@@ -374,35 +437,36 @@ class ExampleSource(Source):
 
     @property
     def tokens_per_step(self) -> float:
-        """About, by the mean example; without padding."""
+        """An estimate from the mean example, without padding."""
         return self.rows / self.steps_per_rollout * sum(dataset.tokens for dataset in self.datasets) / self.n_windows
 
     def iter_examples(self, start_step: int) -> Iterator[list[Example]]:
         """The examples of step `start_step` and of all after it."""
         for plan in self.iter_plans(start_step, 0, self.rows):
             pairs = zip(plan.dataset_id.tolist(), plan.start.tolist(), strict=True)
-            yield [self.datasets[dataset_id].items[index] for dataset_id, index in pairs]
+            yield [self.datasets[dataset_id].rows[index] for dataset_id, index in pairs]
 
     def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
-        first, last, size = rows
-        for whole in self.iter_examples(start_step):
-            cuts = range(first, last, size)
-            made = [self.collate(whole, row, min(row + size, last), len(cuts)) for row in cuts]
+        """What a rank reads from a step on: micro-batches in host memory. pin: in pinned memory; hashed: with data_hash."""
+        micro_batches = [
+            range(start, min(start + rows.micro_batch_size, rows.stop))
+            for start in range(rows.start, rows.stop, rows.micro_batch_size)
+        ]
+        for examples in self.iter_examples(start_step):
+            batches = [self.collate(examples, micro_batch, len(micro_batches)) for micro_batch in micro_batches]
             if pin:
-                made = [
-                    Batch(
-                        b.tokens.pin_memory(),
-                        {name: tensor.pin_memory() for name, tensor in b.extras.items()},
-                        b.n_micro_batches,
-                        b.num_loss_tokens,
-                    )
-                    for b in made
-                ]
-            digest = (
-                row_hash(
-                    [np.concatenate([sequence.ids for sequence in item.sequences]) for item in whole[first:last]], first
-                )
-                if hashed
-                else 0
-            )
-            yield Step(made, digest, sum(len(sequence.ids) for item in whole for sequence in item.sequences))
+                batches = [pin_memory(batch) for batch in batches]
+            data_hash = hash_examples(examples[rows.start : rows.stop], rows.start) if hashed else 0
+            tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
+            yield Step(batches, data_hash, tokens)
+
+
+def pin_memory(batch: Batch) -> Batch:
+    """The batch in pinned memory, from which copies to a GPU are asynchronous."""
+    extras = {name: tensor.pin_memory() for name, tensor in batch.extras.items()}
+    return dataclasses.replace(batch, tokens=batch.tokens.pin_memory(), extras=extras)
+
+
+def hash_examples(examples: Sequence[Example], start: int) -> int:
+    """As row_hash: of examples from row `start` of the global batch on."""
+    return row_hash([np.concatenate([s.ids for s in example.sequences]) for example in examples], start)

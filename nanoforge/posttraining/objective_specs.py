@@ -4,9 +4,10 @@ To add an objective, write its builder and add one entry to OBJECTIVES. train_ar
 from here, builders.py all the rest. Imports no torch: a builder is named as "module:function" and imported when used.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ObjectiveArgs(Protocol):
@@ -55,6 +56,11 @@ class ObjectiveSpec:
     def is_online(self) -> bool:
         """Whether the model generates the completions that it learns from."""
         return self.example_type == "prompt_only"
+
+    def load_builder(self) -> Callable[..., Any]:
+        """The function that `build` names; its module imports torch."""
+        module, _, function = self.build.partition(":")
+        return getattr(importlib.import_module(module), function)
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {

@@ -1,222 +1,329 @@
-"""GRPO's source: prompts are answered by the model that trains, the answers are rewarded, and the answers are the batch.
+"""Rollouts for GRPO: the model completes prompts, rewards score the completions, and these are the training batch.
 
-Which prompts a step takes is a pure function of (arguments, step); the answers follow from the model and from numbers that are a function of
-(seed, step, answer, token), so any number of ranks makes the same ones. A draw serves `steps_per_rollout` steps, and only between two draws is a run
-saved: resuming needs no state.
+A rollout has four steps (Shao et al. 2024, algorithm 1):
+
+    sample      a group of completions o_1 ... o_G of each prompt q from the policy
+    score       their rewards r_1 ... r_G
+    normalize   the advantages A_i = (r_i - mean(r)) / std(r), within the group
+    pack        prompts, completions, old log-probabilities and advantages as batches
+
+Which prompts a rollout takes is a pure function of (arguments, step). Its completions follow from the model and from
+random numbers that are a function of (seed, rollout, completion, token), so any number of ranks samples the same ones.
+A rollout serves `steps_per_rollout` optimizer steps, and a run is saved only between two rollouts: to resume needs no state.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanoforge.data.batches import Mixture, Step, row_hash
+from nanoforge.data.batches import Batch, Metrics, Mixture, Step, row_hash
+from nanoforge.data.tokenization import Tokenizer
 from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, SamplingParams, generate_batch
-from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, Ids, padded
+from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, TokenSequence, pad
 from nanoforge.posttraining.losses import group_advantages
 from nanoforge.posttraining.rewards import Reward, Sample, total_reward
 from nanoforge.rng import ROLLOUT, uniform
 
+UniformDraws = Callable[[np.ndarray, int], np.ndarray]  # (indices of completions, index of a token) -> in [0, 1)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample
+
 
 @dataclass(frozen=True)
-class Answers:
-    """How prompts are answered and rewarded."""
+class Sampler:
+    """Generates completions of prompts with the model that is trained. `sampling.n` is the group size."""
 
-    net: nn.Module
+    model: nn.Module
+    tokenizer: Tokenizer
+    sampling: SamplingParams
     ranks: Ranks
-    rewards: Sequence[Reward]
-    generations: int  # answers to each prompt
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
-    def draw(
-        self,
-        items: Sequence[Example],
-        tokenizer,
-        repeats: int,
-        temperature: float,
-        key: tuple[int, ...] = (),
-        first: int = 0,
+    def generate(self, prompts: Sequence[Example], seed: tuple[int, ...], first_index: int) -> list[Completion]:
+        """A group of completions of each prompt, the groups after each other.
+
+        The seed, a completion's index in the whole rollout batch and a token's index alone decide the draws.
+        first_index: that of the first completion here.
+        """
+
+        def draws(completions: np.ndarray, token: int) -> np.ndarray:
+            return uniform(*seed, completions + first_index, token)
+
+        return self.complete(prompts, self.sampling, draws)
+
+    def generate_greedy(self, prompts: Sequence[Example]) -> list[Completion]:
+        """One completion of each prompt, made of the likeliest tokens."""
+        return self.complete(prompts, dataclasses.replace(self.sampling, n=1, temperature=0.0))
+
+    def complete(
+        self, prompts: Sequence[Example], sampling: SamplingParams, draws: UniformDraws | None = None
     ) -> list[Completion]:
-        """Answers to these prompts, `repeats` to each; `key` and `first`, the number of the first of them, decide the draws."""
-        training = self.net.training
-        self.net.eval()
-        sampling = SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            n=repeats,
-            eos_id=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
-        )
-        answers = generate_batch(
-            self.net,
-            prompts=[item.sequences[0].ids.tolist() for item in items],
+        """Generate in evaluation mode, and leave the model in the mode that it was in."""
+        any_rank_active: Callable[[bool], bool] = bool
+        if is_sharded(self.model):  # all ranks must call it together
+            any_rank_active = lambda active: bool(self.ranks.all_reduce_max(active))  # noqa: E731
+        was_training = self.model.training
+        self.model.eval()
+        completions = generate_batch(
+            self.model,
+            prompts=[prompt.sequences[0].ids.tolist() for prompt in prompts],
             sampling=sampling,
-            uniform=lambda completions, token: uniform(*key, completions + first, token),
-            any_rank_active=(lambda active: bool(self.ranks.all_reduce_max(active))) if is_sharded(self.net) else bool,
+            uniform=draws,
+            any_rank_active=any_rank_active,
         )
-        self.net.train(training)
-        return answers
+        self.model.train(was_training)
+        return completions
 
-    def rewarded(
-        self, items: Sequence[Example], answers: Sequence[Completion], tokenizer
-    ) -> tuple[list[float], dict[str, Tensor]]:
-        """The reward of each answer, and each reward's (sum, number)."""
-        totals, each = [], {reward.name: [0.0, 0.0] for reward in self.rewards}
-        for item, answer in zip(
-            (item for item in items for _ in range(len(answers) // len(items))), answers, strict=True
-        ):
-            words = text_of(answer, tokenizer)
-            sample = Sample(words, item.row, len(answer.ids), self.max_new_tokens, answer.ended)
-            total, values = total_reward(self.rewards, sample)
+
+def decode_completion(completion: Completion, tokenizer: Tokenizer) -> str:
+    """The text of a completion, without its end-of-sequence token."""
+    ids = completion.ids[:-1] if completion.ended else completion.ids
+    return tokenizer.decode(ids)
+
+
+def repeat_each(prompts: Sequence[Example], n: int) -> list[Example]:
+    """Each prompt n times, as its completions follow each other."""
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# score
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The weighted sum of the rewards of a completion."""
+
+    rewards: Sequence[Reward]
+    tokenizer: Tokenizer
+    max_new_tokens: int
+
+    def score(self, prompts: Sequence[Example], completions: Sequence[Completion]) -> tuple[Tensor, Metrics]:
+        """(total rewards (N,) float64, metrics of each reward), of as many completions of each prompt."""
+        group_size = len(completions) // len(prompts)
+        totals: list[float] = []
+        values: dict[str, list[float]] = {reward.name: [] for reward in self.rewards}
+        for prompt, completion in zip(repeat_each(prompts, group_size), completions, strict=True):
+            sample = Sample(
+                completion=decode_completion(completion, self.tokenizer),
+                problem=dict(prompt.row),
+                n_tokens=len(completion.ids),
+                max_tokens=self.max_new_tokens,
+                ended=completion.ended,
+            )
+            total, sample_values = total_reward(self.rewards, sample)
             totals.append(total)
-            for name, value in values.items():
-                each[name][0] += value
-                each[name][1] += 1
-        return totals, {f"rewards/{name}": torch.tensor(pair) for name, pair in each.items()}
+            for name, value in sample_values.items():
+                values[name].append(value)
+        metrics = {
+            f"rewards/{name}": sum_and_count(torch.tensor(by_name, dtype=torch.float64))
+            for name, by_name in values.items()
+        }
+        return torch.tensor(totals, dtype=torch.float64), metrics
 
 
-def text_of(answer: Completion, tokenizer) -> str:
-    """Its text, without the end token."""
-    return tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids)
+# ---------------------------------------------------------------------------------------------------------------------
+# the source of training batches
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How a rollout is made."""
+
+    sampler: Sampler
+    scorer: Scorer
+    scale_rewards: str  # as group_advantages' scale
+    mask_truncated: bool  # completions cut at max_new_tokens don't count in the loss
+    steps_per_rollout: int  # optimizer steps on a rollout batch (GRPO's mu)
 
 
 class RolloutSource(ExampleSource):
-    """Training batches of `rows` answers a step."""
+    """Training batches of `rows` completions a step, of which each group completes a prompt of the datasets."""
 
-    def __init__(
-        self,
-        datasets: Sequence[Examples],
-        mixture: Mixture,
-        rows: int,
-        seed: int,
-        answers: Answers,
-        steps_per_rollout: int,
-        scale: str,
-        mask_truncated: bool,
-    ):
-        super().__init__(datasets, mixture, rows // answers.generations, seed, Collator())
-        self.answers, self.steps_per_rollout, self.scale, self.mask_truncated = (
-            answers,
-            steps_per_rollout,
-            scale,
-            mask_truncated,
-        )
+    def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, rollout: RolloutConfig):
+        self.group_size = rollout.sampler.sampling.n
+        super().__init__(datasets, mixture, rows // self.group_size, seed, Collator())
+        self.rollout = rollout
+        self.ranks = rollout.sampler.ranks
+        self.steps_per_rollout = rollout.steps_per_rollout
 
     @property
     def tokens_per_step(self) -> float:
-        """About, and of the prompts alone: how long answers will be is not known."""
-        return super().tokens_per_step * self.steps_per_rollout * self.answers.generations
-
-    def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
-        start_rollout, remainder = divmod(start_step, self.steps_per_rollout)
-        assert remainder == 0
-        for draw, items in enumerate(self.iter_examples(start_rollout), start=start_rollout):
-            yield from itertools.repeat(self.draw(draw, items, *rows, hashed), self.steps_per_rollout)
+        """An estimate from the prompts alone: the length of completions is not known beforehand."""
+        return super().tokens_per_step * self.steps_per_rollout * self.group_size
 
     def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
         """What a rank reads from a step on, sampled only when it is asked for: by then the model has learned."""
         for step in self.iter_steps(start_step, rows, pin=False, hashed=hashed):
             yield step._replace(batches=[batch.to(device) for batch in step.batches])
 
-    def draw(self, draw: int, items: Sequence[Example], first: int, last: int, micro_batch: int, hashed: bool) -> Step:
-        """Answers [first, last) of a draw to these prompts, as a step."""
-        a, ranks, group = self.answers, self.answers.ranks, self.answers.generations
-        own, tokenizer = items[first // group : last // group], self.datasets[0].coder.tokenizer
-        answers = a.draw(own, tokenizer, group, a.temperature, (self.seed, ROLLOUT, draw), first)
-        rewards, told = a.rewarded(own, answers, tokenizer)
-        reward = torch.tensor(rewards, dtype=torch.float64)
-        n, total, squares = ranks.all_reduce_(
-            torch.tensor([len(reward), reward.sum(), reward.square().sum()], dtype=torch.float64)
-        ).tolist()
-        spread = torch.tensor(max(0.0, squares - total**2 / n) / max(1, n - 1)).sqrt()
-        advantage = group_advantages(reward, group, self.scale, spread).float()
-        learned = [answer.ended or not self.mask_truncated for answer in answers]
-        sequences, old = [], []
-        for item, answer, kept in zip((item for item in own for _ in range(group)), answers, learned, strict=True):
-            prompt = item.sequences[0].ids
-            ids = np.concatenate((prompt, np.array(answer.ids, dtype=np.int32)))
-            sequences.append(Ids(ids, (np.arange(len(ids)) >= len(prompt)) & kept))
-            old.append(np.concatenate((np.zeros(len(prompt) - 1), answer.logps)))
-        tokens = ranks.all_reduce_(
-            torch.tensor([sum(int(s.mask.sum()) for s in sequences), sum(len(s.ids) for s in sequences)])
-        ).tolist()
-        cuts = range(0, len(sequences), micro_batch)
-        made = []
-        for row in cuts:
-            some = slice(row, row + micro_batch)
-            batch = padded(sequences[some])
-            before = torch.zeros(batch.extras["loss_mask"].shape)
-            for line, values in zip(before, old[some], strict=True):
-                line[: len(values)] = torch.from_numpy(values)
-            batch = batch.with_tensors(old_logps=before, advantages=advantage[some])
-            made.append(type(batch)(batch.tokens, batch.extras, len(cuts), max(1, tokens[0]) / ranks.world_size))
-        return Step(
-            made,
-            row_hash([s.ids for s in sequences], first) if hashed else 0,
-            tokens[1],
-            told | self.told(reward, answers, group),
+    def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
+        """The completions [rows.start, rows.stop) of each step; those of a rollout are repeated steps_per_rollout times."""
+        start_rollout, remainder = divmod(start_step, self.steps_per_rollout)
+        assert remainder == 0, "a run is resumed only between two rollouts"
+        for rollout_index, prompts in enumerate(self.iter_examples(start_rollout), start=start_rollout):
+            own_prompts = prompts[rows.start // self.group_size : rows.stop // self.group_size]
+            step = self.collect(rollout_index, own_prompts, rows, hashed=hashed)
+            yield from itertools.repeat(step, self.steps_per_rollout)
+
+    def collect(self, rollout_index: int, prompts: Sequence[Example], rows: RankSlice, *, hashed: bool) -> Step:
+        """This rank's part of a rollout: sample, score, normalize, pack."""
+        # 1. Sample a group of completions of each prompt.
+        completions = self.rollout.sampler.generate(
+            prompts, seed=(self.seed, ROLLOUT, rollout_index), first_index=rows.start
         )
+        # 2. Score every completion.
+        rewards, reward_metrics = self.rollout.scorer.score(prompts, completions)  # (N,)
+        # 3. Normalize the rewards of each group to advantages.
+        advantages = self.normalize(rewards)  # (N,)
+        # 4. Pack it all into micro-batches.
+        step = self.pack(prompts, completions, advantages, rows, hashed=hashed)
+        metrics = rollout_metrics(rewards, completions, self.group_size, self.ranks)
+        return step._replace(metrics=reward_metrics | metrics)
 
-    def told(self, reward: Tensor, answers: Sequence[Completion], group: int) -> dict[str, Tensor]:
-        """What is told of a draw, (sum, number) each."""
-        groups, lengths = reward.view(-1, group), torch.tensor([float(len(answer.ids)) for answer in answers])
-        spread = groups.std(1) if group > 1 else torch.zeros(len(groups))
-        ended = torch.tensor([answer.ended for answer in answers])
-        sums = {
-            "reward": reward, "reward_std": spread, "frac_reward_zero_std": spread == 0, "completions/mean_length": lengths, "completions/clipped_ratio": ~ended,
-            "completions/mean_terminated_length": lengths[ended],
-        }  # fmt: skip
-        told = {
-            name: torch.stack((values.double().sum(), torch.tensor(float(len(values))).double())).float()
-            for name, values in sums.items()
-        }
-        largest = self.answers.ranks.all_reduce_max
-        ends = {
-            "completions/min_length": -largest(-int(lengths.min())),
-            "completions/max_length": largest(int(lengths.max())),
-        }
-        return told | {name: torch.tensor([float(length), 1.0]) for name, length in ends.items()}
+    def normalize(self, rewards: Tensor) -> Tensor:
+        """The advantages of this rank's rewards: (N,) float32."""
+        std = None
+        if self.rollout.scale_rewards == "batch":
+            std = std_over_ranks(rewards, self.ranks)
+        return group_advantages(rewards, self.group_size, self.rollout.scale_rewards, std).float()
+
+    def pack(
+        self,
+        prompts: Sequence[Example],
+        completions: Sequence[Completion],
+        advantages: Tensor,
+        rows: RankSlice,
+        *,
+        hashed: bool,
+    ) -> Step:
+        """The rollout as a step, cut into micro-batches."""
+        sequences = []
+        for prompt, completion in zip(repeat_each(prompts, self.group_size), completions, strict=True):
+            in_loss = completion.ended or not self.rollout.mask_truncated
+            sequences.append(join(prompt, completion, in_loss=in_loss))
+        loss_tokens = sum(int(sequence.loss_mask.sum()) for sequence in sequences)
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        loss_tokens, tokens = self.ranks.all_reduce_(torch.tensor([loss_tokens, tokens])).tolist()
+
+        starts = range(0, len(sequences), rows.micro_batch_size)
+        batches = []
+        for start in starts:
+            micro_batch = slice(start, start + rows.micro_batch_size)
+            batch = pad(sequences[micro_batch])
+            extras = {
+                "old_logps": align_logps(completions[micro_batch], sequences[micro_batch], batch.tokens.size(1) - 1),
+                "advantages": advantages[micro_batch],
+            }
+            batches.append(
+                Batch(
+                    tokens=batch.tokens,
+                    extras=batch.extras | extras,
+                    n_micro_batches=len(starts),
+                    num_loss_tokens=max(1, loss_tokens) / self.ranks.world_size,
+                )
+            )
+        data_hash = row_hash([sequence.ids for sequence in sequences], rows.start) if hashed else 0
+        return Step(batches, data_hash, tokens)
 
 
-def evaluation(
-    answers: Answers, examples: Examples, iters: int, size: int, net: nn.Module
-) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """The rewards of the likeliest answers to the first `iters` batches of `size` prompts, the loss being their negative: of this rank's part
-    of each batch, and whether it has one."""
-    for first in range(0, min(len(examples.items), iters * size), size):
-        whole = examples.items[first : min(first + size, iters * size)]
-        low, high = (
-            rank * len(whole) // answers.ranks.world_size for rank in (answers.ranks.rank, answers.ranks.rank + 1)
-        )
-        some = whole[low:high] or whole[:1]
-        rewards, told = answers.rewarded(
-            some, answers.draw(some, examples.coder.tokenizer, 1, 0.0), examples.coder.tokenizer
-        )
-        sums = torch.tensor([sum(rewards), float(len(rewards))])
-        yield {"loss": sums * torch.tensor([-1.0, 1.0]), "reward": sums, **told}, high > low
+def std_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """The standard deviation of the values (N,) float64 of all ranks: () float32."""
+    sums = torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
+    count, total, squares = ranks.all_reduce_(sums).tolist()
+    variance = max(0.0, squares - total**2 / count) / max(1, count - 1)
+    return torch.tensor(variance).sqrt()
 
 
-def samples(answers: Answers, examples: Examples, count: int, first_row: int) -> list[dict[str, str]]:
-    """The likeliest answers to the first examples, as texts; rows of a soft prompt, ids from first_row on, are left out of the prompts."""
-    tokenizer, items, told = examples.coder.tokenizer, [], []
-    for item in examples.items[:count]:
-        sequence = item.sequences[0]
-        ends = np.flatnonzero(sequence.mask)
-        start = int(ends[0]) if len(ends) else len(sequence.ids)  # of what is learned
-        if item.row and start:
-            items.append(Example((Ids(sequence.ids[:start], sequence.mask[:start]),), item.row))
-    if not items:
+def join(prompt: Example, completion: Completion, *, in_loss: bool) -> TokenSequence:
+    """A prompt and a completion. in_loss: whether the completion's tokens count in the loss."""
+    prompt_ids = prompt.sequences[0].ids
+    ids = np.concatenate((prompt_ids, np.array(completion.ids, dtype=np.int32)))
+    is_completion = np.arange(len(ids)) >= len(prompt_ids)
+    return TokenSequence(ids, is_completion & in_loss)
+
+
+def align_logps(completions: Sequence[Completion], sequences: Sequence[TokenSequence], width: int) -> Tensor:
+    """The log-probabilities with which completions were sampled, at the positions of their targets: (B, width)."""
+    old_logps = torch.zeros(len(completions), width)
+    for row, (completion, sequence) in enumerate(zip(completions, sequences, strict=True)):
+        stop = len(sequence.ids) - 1  # a target stands one position before its token
+        old_logps[row, stop - len(completion.logps) : stop] = torch.tensor(completion.logps)
+    return old_logps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def sum_and_count(values: Tensor) -> Tensor:
+    """(2,) float32; summed in float64, in which rewards are."""
+    return torch.stack((values.double().sum(), torch.tensor(len(values)).double())).float()
+
+
+def rollout_metrics(rewards: Tensor, completions: Sequence[Completion], group_size: int, ranks: Ranks) -> Metrics:
+    """TRL's metrics of a rollout, from the rewards (N,) of its completions; the largest and smallest are of all ranks."""
+    groups = rewards.view(-1, group_size)
+    group_std = groups.std(1) if group_size > 1 else torch.zeros(len(groups))
+    lengths = torch.tensor([float(len(completion.ids)) for completion in completions])
+    ended = torch.tensor([completion.ended for completion in completions])
+    min_length = -ranks.all_reduce_max(-int(lengths.min()))
+    max_length = ranks.all_reduce_max(int(lengths.max()))
+    return {
+        "reward": sum_and_count(rewards),
+        "reward_std": sum_and_count(group_std),
+        "frac_reward_zero_std": sum_and_count(group_std == 0),
+        "completions/mean_length": sum_and_count(lengths),
+        "completions/clipped_ratio": sum_and_count(~ended),
+        "completions/mean_terminated_length": sum_and_count(lengths[ended]),
+        "completions/min_length": torch.tensor([float(min_length), 1.0]),
+        "completions/max_length": torch.tensor([float(max_length), 1.0]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluate_rewards(
+    sampler: Sampler, scorer: Scorer, examples: Examples, n_batches: int, batch_size: int
+) -> Iterator[tuple[Metrics, bool]]:
+    """The rewards of greedy completions of this rank's part of each batch of prompts, and whether it has one. The loss is
+    the negative reward."""
+    for chunk, rows, has_rows in examples.eval_chunks(n_batches, batch_size, sampler.ranks):
+        prompts = chunk[rows.start : rows.stop]
+        rewards, metrics = scorer.score(prompts, sampler.generate_greedy(prompts))
+        reward = sum_and_count(rewards)
+        yield {"loss": reward * torch.tensor([-1.0, 1.0]), "reward": reward, **metrics}, has_rows
+
+
+def sample_completions(sampler: Sampler, examples: Examples, count: int, prompt_offset: int) -> list[dict[str, str]]:
+    """The prompts of the first `count` examples and their greedy completions, as texts. Packed examples have no prompt.
+
+    Virtual tokens, whose ids start at prompt_offset, are no part of a text.
+    """
+    prompts = []
+    for example in examples.rows[:count]:
+        sequence = example.sequences[0]
+        prompt_length = int(sequence.loss_mask.argmax()) if sequence.loss_mask.any() else len(sequence.ids)
+        if example.row and prompt_length:
+            prompt = TokenSequence(sequence.ids[:prompt_length], sequence.loss_mask[:prompt_length])
+            prompts.append(Example((prompt,), example.row))
+    if not prompts:
         return []
-    for item, answer in zip(items, answers.draw(items, tokenizer, 1, 0.0), strict=True):
-        prompt = tokenizer.decode([i for i in item.sequences[0].ids.tolist() if i < first_row])
-        told.append({"prompt": prompt, "completion": text_of(answer, tokenizer)})
-    return told
+    samples = []
+    for prompt, completion in zip(prompts, sampler.generate_greedy(prompts), strict=True):
+        prompt_ids = [token for token in prompt.sequences[0].ids.tolist() if token < prompt_offset]
+        samples.append(
+            {
+                "prompt": sampler.tokenizer.decode(prompt_ids),
+                "completion": decode_completion(completion, sampler.tokenizer),
+            }
+        )
+    return samples

@@ -15,7 +15,7 @@ from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.posttraining import objectives, prompt_format
-from nanoforge.posttraining.examples import ExampleEncoder, Examples, padded
+from nanoforge.posttraining.examples import ExampleEncoder, encode_rows, pad
 from nanoforge.training import checkpoint
 
 SFT = ["--objective=sft", "--dataset=sums", "--eval_samples=0", "--weight_decay=0"]
@@ -404,26 +404,19 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         {"prompt": "12", "more": "", "completion": "12"},
         {"prompt": "", "more": "3+3+3", "completion": "9"},
     ]
-    data = Examples(
-        "x",
-        rows,
-        "sft",
-        ExampleEncoder(DIGITS, 32, template=template, first_row=V, target_field="completion"),
-        0,
-        0,
-        "x",
-    )
-    for item, row in zip(data.items, rows, strict=True):
-        ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].mask
+    encoder = ExampleEncoder(DIGITS, 32, template=template, prompt_offset=V, target_field="completion")
+    encoded, _ = encode_rows(rows, encoder, "prompt_completion", "x")
+    for item, row in zip(encoded, rows, strict=True):
+        ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].loss_mask
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
-    batch = padded([item.sequences[0] for item in data.items])
+    batch = pad([item.sequences[0] for item in encoded])
     batch = type(batch)(batch.tokens, batch.extras, 1, 7.0)
     loss, told = objectives.SFT()(model, batch, with_metrics=True)
     loss.backward()
     together, model.wte.prompt.rows.grad = model.wte.prompt.rows.grad, None
     total = 0.0
-    for item in data.items:
-        one = padded([item.sequences[0]])
+    for item in encoded:
+        one = pad([item.sequences[0]])
         alone, _ = objectives.SFT()(model, type(one)(one.tokens, one.extras, 1, 7.0), with_metrics=False)
         alone.backward()
         total += alone.item()

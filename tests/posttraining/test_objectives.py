@@ -20,7 +20,7 @@ from nanoforge.data.batches import Batch
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.posttraining.examples import Collator, ExampleEncoder, Examples
+from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows, pack
 from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, group_advantages, kto_loss, per_token_logps
 from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, ReferenceModel, token_metrics
 from nanoforge.training import checkpoint
@@ -814,7 +814,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
 )
 def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     rng = np.random.default_rng(0)
-    coder = ExampleEncoder(CharTokenizer("0123456789+=", has_eos=True), 24)
+    encoder = ExampleEncoder(CharTokenizer("0123456789+=", has_eos=True), 24)
     rows = [
         {
             "prompt": "".join(rng.choice(list("0123456789+="), rng.integers(1, 8))),
@@ -824,15 +824,17 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     ]
     results = []
     for packed in (False, True):
-        data = Examples("x", rows, "sft", coder, 0, 0, "x", packed)
-        batch = Collator()(data.items, 0, len(data.items), 1)
+        examples, _ = encode_rows(rows, encoder, "prompt_completion", "x")
+        if packed:
+            examples = pack(examples, 24)
+        batch = Collator()(examples, range(len(examples)))
         assert batch.num_loss_tokens == sum(len(row["completion"]) + 1 for row in rows)
         model = tiny_model(block_size=24, **variant)
         loss, metrics = SFT()(model, batch, with_metrics=True)
         loss.backward()
         results.append(
             (
-                len(data.items),
+                len(examples),
                 loss.item(),
                 {name: mean(pair) for name, pair in metrics.items()},
                 {name: p.grad for name, p in model.named_parameters()},
