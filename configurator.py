@@ -466,10 +466,10 @@ def parse(table: type[T], argv: list[str], description: str, rules: Rules | None
     except UserError as error:
         exit_with_errors([str(error)])
     errors = command_line.errors
-    layers = []
+    layers: list[tuple[str, dict[str, Any]]] = []
     for path in command_line.files:
         try:
-            layers.append((path, config_files.read_file(path)))
+            layers += config_files.read_layers(path)
         except UserError as error:
             errors.append(str(error))
     resolved = resolve(table, [*layers, (COMMAND_LINE, command_line.values)], rules)

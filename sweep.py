@@ -195,7 +195,7 @@ def ask(argv: list[str], wrong: list[str]) -> Asked:
     layers = []
     for path in bases:
         try:
-            layers.append((path, config_files.read_file(path)))
+            layers += config_files.read_layers(path)
         except UserError as mistake:
             wrong.append(str(mistake))
     out = spec.pop("out_dir", None) or f"out/{Path(grids[0]).stem if len(grids) == 1 else 'sweep'}"

@@ -6,6 +6,8 @@
 validation loss of 3.28 on FineWeb, where GPT-2's recipe took 10 G. Not measured with this program yet.
 """
 
+base = "modern_base.py"
+
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m_modern"
 
@@ -14,33 +16,21 @@ n_head = 6
 n_embd = 768
 block_size = 1024
 vocab_size = 50304  # GPT-2's 50,257 padded to a multiple of 64
-norm = "rmsnorm_nogain"
-position = "rope"
-qk_norm = True
-activation = "relu2"
 embedding_norm = True
 residual_scalars = True
-zero_init = True
-tie_weights = False
 logit_softcap = 15.0
 
 batch_size = 64
 gradient_accumulation_steps = 8
 sampling_method = "without_replacement"
 max_iters = 3250
-optimizer = "muon"
 muon_learning_rate = 0.02
 learning_rate = 0.015
 embedding_learning_rate = 0.3
 head_learning_rate = 0.004
-beta1 = 0.8
-beta2 = 0.95
-weight_decay = 0.0
-lr_scheduler = "wsd"
 lr_decay_iters = max_iters
 wsd_decay_fraction = 0.5
 warmup_iters = 0
-min_lr = 0.0
 
 eval_interval = 250
 compile = True

@@ -9,6 +9,8 @@ rotary positions, the untied head, QK-norm, ReLU squared, residual scalars and R
 projections make no difference that three seeds show; value residual and softcap, which make none either, are left out).
 """
 
+base = "modern_base.py"
+
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_cpu"
 
@@ -16,30 +18,18 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-norm = "rmsnorm_nogain"
-position = "rope"
-qk_norm = True
-activation = "relu2"
 embedding_norm = True
 residual_scalars = True
-zero_init = True
-tie_weights = False
 
 batch_size = 32
 sampling_method = "without_replacement"
 max_iters = 200
-optimizer = "muon"
 muon_learning_rate = 0.03
 muon_momentum = 0.9
 learning_rate = 0.015
-beta1 = 0.8
-beta2 = 0.95
-weight_decay = 0.0
-lr_scheduler = "wsd"
 lr_decay_iters = max_iters
 wsd_decay_fraction = 0.9
 warmup_iters = 5
-min_lr = 0.0
 
 eval_interval = 50
 eval_iters = 50

@@ -1,15 +1,19 @@
 """Config files: `.py`, `.json` or `.yaml` -> names and values. Knows no argument by name and executes nothing.
 
-A `.py` config holds plain assignments of literals and arithmetic, as nanoGPT's configs do; it is read with `ast`.
+A `.py` config holds plain assignments of literals and arithmetic, as nanoGPT's configs do; it is read with `ast`. A
+config may stand on others, `base = "modern.py"`, whose values lie under its own.
 """
 
 import ast
+import functools
 import json
 import operator
+import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nanoforge.errors import UserError
 
@@ -117,23 +121,71 @@ def read_python(text: str, path: str) -> dict[str, Any]:
 # .json, .yaml
 
 
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object as a dict. Raises ValueError for a duplicate key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"duplicate key: {', '.join(duplicates)}")
+    return values
+
+
 def read_json(text: str, path: str) -> Any:
     """The value of a JSON text. Raises UserError."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
-def read_yaml(text: str, path: str) -> Any:
-    """The value of a YAML text. Raises UserError."""
+# Scalars of YAML 1.2's core schema, without its hexadecimal and octal numbers, .inf and .nan: tag, pattern, first
+# characters. PyYAML follows YAML 1.1, where 010 is 8, 1e-5 is text, 2:00:00 is 7200 and no is false.
+NULL_AND_MERGE = (
+    ("null", r"^(~|null|Null|NULL|None)?$", ["~", "n", "N", ""]),
+    ("merge", r"^<<$", ["<"]),
+)
+BOOL_AND_NUMBERS = (
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789")),
+    ("float", r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$", list("-+0123456789.")),
+)
+YAML_TAG = "tag:yaml.org,2002:"
+
+
+@functools.cache
+def yaml_loader(*, verbatim: bool) -> type:
+    """A safe loader of YAML 1.2 that refuses duplicate keys; `verbatim`: scalars stay text, apart from null."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict] = {}
+
+        def construct_mapping(self, node: Any, *args: Any, **kwargs: Any) -> dict:
+            scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [key.value for key in scalars if key.tag != f"{YAML_TAG}merge"]
+            duplicates = sorted({name for name in names if names.count(name) > 1})
+            if duplicates:
+                raise ValueError(f"line {node.start_mark.line + 1}: duplicate key: {', '.join(duplicates)}")
+            return super().construct_mapping(node, *args, **kwargs)
+
+    for tag, pattern, first in NULL_AND_MERGE if verbatim else NULL_AND_MERGE + BOOL_AND_NUMBERS:
+        Loader.add_implicit_resolver(YAML_TAG + tag, re.compile(pattern), first)
+    if not verbatim:
+        Loader.add_constructor(f"{YAML_TAG}int", lambda loader, node: int(node.value))
+        Loader.add_constructor(f"{YAML_TAG}float", lambda loader, node: float(node.value))
+    return Loader
+
+
+def read_yaml(text: str, path: str, *, verbatim: bool = False) -> Any:
+    """The value of a YAML 1.2 text; `verbatim`: scalars stay text, apart from null. Raises UserError."""
     try:
         import yaml
     except ModuleNotFoundError:
-        raise UserError(f"{path}: reading YAML needs a package: pip install pyyaml") from None
+        raise UserError(f"{path}: reading YAML requires a package: pip install pyyaml") from None
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml.load(text, yaml_loader(verbatim=verbatim))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
 
 
@@ -141,17 +193,52 @@ def read_yaml(text: str, path: str) -> Any:
 # any of them
 
 
+def read_text(path: str) -> str:
+    """The text of a file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+
+
+def check_names(values: Any, path: str) -> dict[str, Any]:
+    """The values of a file that maps names to values, without remarks: names that begin with `_`. Raises UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must contain names with values")
+    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+
+
 def read_file(path: str) -> dict[str, Any]:
-    """The values of one config file; names that begin with an underscore are remarks. Raises UserError."""
+    """The values of one config file, without those of its base. Raises UserError."""
     readers = {".py": read_python, ".json": read_json, ".yaml": read_yaml, ".yml": read_yaml}
     suffix = Path(path).suffix
     if suffix not in readers:
         raise UserError(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    values = readers[suffix](text, path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold names with values")
-    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+    return check_names(readers[suffix](read_text(path), path), path)
+
+
+def find_base(base: Any, path: str) -> str:
+    """The path of a config's base, which is relative to the config's folder or to the working one. Raises UserError."""
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of a config file, or a list of paths")
+    for candidate in (os.path.join(os.path.dirname(path), base), base):
+        if os.path.isfile(candidate):
+            return candidate
+    raise UserError(f"{path}: base {base}: no such file in the config's folder or in the working directory")
+
+
+def read_layers(path: str, parents: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """A config file as layers of (path, values), the later the stronger: its bases (`base = "a.py"`), then itself.
+
+    `parents` are the files whose base this is. Raises UserError, also where a file is its own base.
+    """
+    real_path = os.path.realpath(path)
+    if real_path in parents:
+        cycle = " -> ".join(os.path.basename(parent) for parent in (*parents, real_path))
+        raise UserError(f"{path}: is its own base: {cycle}")
+    values = read_file(path)
+    bases = values.pop("base", [])
+    layers = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        layers += read_layers(find_base(base, path), (*parents, real_path))
+    return [*layers, (path, values)]

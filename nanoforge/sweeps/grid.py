@@ -21,11 +21,10 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from nanoforge import config_files
 from nanoforge.console import format_value
-from nanoforge.errors import UserError
 
 WORDS = ("base", "zip", "groups", "exclude", "seeds")  # what is no argument
 MOST = 100_000  # points of a grid
@@ -37,65 +36,13 @@ MOST = 100_000  # points of a grid
 
 def read_file(path: str) -> tuple[dict, dict]:
     """A grid's or experiment's YAML file, as `read_yaml` gives it, without names that begin with an underscore. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    typed, verbatim = read_yaml(text, path)
-    if not isinstance(typed, dict):
-        raise UserError(f"{path}: must hold names with values")
-    return tuple(
-        {str(name): value for name, value in part.items() if not str(name).startswith("_")}
-        for part in (typed, verbatim)
-    )
+    typed, verbatim = read_yaml(config_files.read_text(path), path)
+    return config_files.check_names(typed, path), config_files.check_names(verbatim, path)
 
 
 def read_yaml(text: str, path: str) -> tuple[Any, Any]:
-    """YAML with YAML 1.2's scalars, and with all scalars as the text that they are (None where there is nothing). Raises UserError, which names `path`.
-
-    1e-5 is a number and 2:00:00 is text, which YAML 1.1 reads the other way; so are yes, 010 and 2024-01-01. A name told twice is a mistake.
-    """
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise UserError(f"{path}: reading YAML needs a package: pip install pyyaml") from None
-
-    class Verbatim(yaml.SafeLoader):
-        yaml_implicit_resolvers = {}  # noqa: RUF012
-
-        def construct_mapping(self, node, deep=False):
-            keys = [
-                key.value
-                for key, _ in node.value
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
-            ]
-            if twice := sorted({key for key in keys if keys.count(key) > 1}):
-                raise UserError(f"{path}:{node.start_mark.line + 1}: {', '.join(twice)}: told twice")
-            return super().construct_mapping(node, deep)
-
-    class Typed(Verbatim):
-        yaml_implicit_resolvers = {}  # noqa: RUF012
-
-    for loader in (Verbatim, Typed):
-        loader.add_implicit_resolver(
-            "tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|None)?$"), ["~", "n", "N", ""]
-        )
-        loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-    Typed.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-    )
-    Typed.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-    Typed.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$"),
-        list("-+0123456789."),
-    )
-    Typed.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-    Typed.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
-    try:
-        return tuple(yaml.load(text, loader) for loader in (Typed, Verbatim))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
+    """YAML with typed scalars, and with all scalars as the text that they are (None where there is nothing). Raises UserError."""
+    return config_files.read_yaml(text, path), config_files.read_yaml(text, path, verbatim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from helpers import ROOT
 
 import configurator
 import train_args
-from nanoforge import config_files
 from nanoforge.errors import UserError
 
 
@@ -121,12 +120,6 @@ def test_configs_are_never_executed(tmp_path, capsys, line):
     path, target = tmp_path / "c.py", tmp_path / "executed"
     path.write_text(line.replace("{}", str(target)))
     assert str(path) in mistakes(capsys, str(path)) and not target.exists()
-
-
-def test_names_and_arithmetic_in_configs():
-    assert config_files.read_python("'''doc'''\nmax_iters = 5 * 100\nlr_decay_iters = max_iters\nn_layer: int = 2**3\na, b = -1, 'x' + 'y'\nc = [1, 2.5]\nd = {'eps': 1e-8}", "c") == {
-        "max_iters": 500, "lr_decay_iters": 500, "n_layer": 8, "a": -1, "b": "xy", "c": [1, 2.5], "d": {"eps": 1e-8},
-    }  # fmt: skip
 
 
 def test_all_mistakes_are_told_at_once(capsys, tmp_path):

@@ -157,7 +157,7 @@ def test_scalars_of_yaml_are_what_they_look_like(tmp_path):
     }
     theirs = yaml.safe_load(text.replace("m: <<\n", ""))
     assert theirs["a"] == "1e-5" and theirs["b"] == 7200 and theirs["c"] == 8 and theirs["d"] is True
-    with pytest.raises(UserError, match="x:3: a: told twice"):
+    with pytest.raises(UserError, match="line 3: duplicate key: a"):
         grid.read_yaml(
             "b:\n  c: 1\n  a: 1\n  a: 2\n".replace("b:\n  c", "b: 1\nc: {}\nd:\n  c")[len("b: 1\nc: {}\n") :].replace(
                 "d:\n", "b: 1\nd:\n"

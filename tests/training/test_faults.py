@@ -596,7 +596,8 @@ def test_random_argument_lines_are_told_or_run(line, data_dir, capsys):
 
 
 CONFIGS = {
-    ".py": (ROOT / "configs" / "modern.py").read_text()
+    ".py": (ROOT / "configs" / "modern_base.py").read_text()
+    + f"base = {str(ROOT / 'configs' / 'modern.py')!r}\n"
     + "dataset = 'a'\nn_head = 2\nn_embd = 16\nblock_size = 8\nbatch_size = 4\nwarmup_iters = 0\n",
     ".json": json.dumps(
         {
