@@ -567,7 +567,7 @@ def build_lm(args: TrainArgs, context: BuildContext) -> RunData:
         Path(args.data_dir),
         names=args.mixture,
         metas=context.metas,
-        vocab_offsets=dict(zip(context.tokenizers, model.vocabulary.firsts, strict=True)),
+        vocab_offsets=dict(zip(context.tokenizers, model.vocabulary.vocab_offsets, strict=True)),
         mixture=context.mixture,
         sampling=batches.WindowSampling(args.block_size, args.global_batch_size, args.sampling_method, args.seed),
     )

@@ -164,7 +164,7 @@ def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
         raise UserError(f"--datasets={name}: has another tokenizer than the model")
     model, T = subject.model, subject.model.config.block_size
     val = token_bins.TokenBin(subject.data_dir / name, "val", meta, name)
-    windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.firsts[own]])
+    windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.vocab_offsets[own]])
     count = min(windows.n_windows, a.max_windows or windows.n_windows)
     total = tokens = 0.0
     for first in tqdm(range(0, count, a.batch_size), desc=name, disable=not sys.stderr.isatty(), leave=False):

@@ -297,7 +297,7 @@ def main(a) -> None:
     model.compute_dtype, _ = choose_dtype(a.dtype, device)
     model.to(model.compute_dtype)  # once, rather than at every token
     vocabulary = model.vocabulary
-    contexts = vocabulary.sizes if model.config.vocabulary == "contexts" else None
+    contexts = vocabulary.vocab_sizes if model.config.vocabulary == "contexts" else None
     names = list(tokenizers)
 
     if a.dataset and (a.dataset not in names or contexts):
@@ -319,7 +319,7 @@ def main(a) -> None:
             f"--start: {len(a.start)} given, {len(chosen)} needed"
             + (f", one for each context ({', '.join(names)})" if contexts else "")
         )
-    firsts = [vocabulary.firsts[names.index(name)] for name in chosen]
+    firsts = [vocabulary.vocab_offsets[names.index(name)] for name in chosen]
     prompts = [encode(tokenizers[name], prompt(start)) for name, start in zip(chosen, starts, strict=True)]
     if len({len(ids) for ids in prompts}) > 1:
         raise UserError(

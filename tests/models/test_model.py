@@ -23,9 +23,9 @@ from model import (
     GPTConfig,
     RMSNorm,
     RotaryPosition,
-    activation,
+    Softcap,
     chunked_attention,
-    softcap,
+    get_activation,
 )
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
@@ -133,12 +133,12 @@ def test_every_variant_is_causal(norm, position):
 
 def test_norms_equal_torchs_own():
     x = torch.randn(3, 5, 32)
-    torch.testing.assert_close(NORMS["layernorm"](32, True)(x), torch.nn.LayerNorm(32)(x))
-    torch.testing.assert_close(NORMS["rmsnorm"](32, False)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
-    torch.testing.assert_close(
-        NORMS["rmsnorm_nogain"](32, False)(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    )
-    assert not list(RMSNorm(32, gain=False).parameters())
+    layer_norm = NORMS["layernorm"](dataclasses.replace(TINY_MODEL, bias=True))
+    torch.testing.assert_close(layer_norm(x), torch.nn.LayerNorm(32)(x))
+    torch.testing.assert_close(NORMS["rmsnorm"](TINY_MODEL)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
+    no_gain = NORMS["rmsnorm_nogain"](TINY_MODEL)
+    torch.testing.assert_close(no_gain(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    assert not list(no_gain.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -183,7 +183,7 @@ def test_window_pattern_repeats_over_the_layers():
 @pytest.mark.parametrize("name", ["relu", "silu", "gelu", "mish", "tanh", "hardswish", "softplus"])
 def test_activations_of_torch_go_by_their_names(name):
     x = torch.randn(50)
-    assert torch.equal(activation(name)(x), getattr(F, name)(x))
+    assert torch.equal(get_activation(name)(x), getattr(F, name)(x))
 
 
 def test_own_activations():
@@ -193,9 +193,9 @@ def test_own_activations():
     torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), cubic)
     for wrong in ("no_such", "cross_entropy", "_in_projection", "siluu"):
         with pytest.raises(UserError, match="--activation"):
-            activation(wrong)
+            get_activation(wrong)
     with pytest.raises(UserError, match="did you mean silu"):
-        activation("siluu")
+        get_activation("siluu")
 
 
 def test_gated_mlp_by_hand():
@@ -210,7 +210,7 @@ def test_gated_mlp_by_hand():
 
 def test_softcap_is_bounded_with_slope_one():
     z = torch.tensor([-1e4, -1e-3, 0.0, 1e-3, 15.0, 1e4], dtype=torch.float64)
-    capped = softcap(15.0)(z.float())
+    capped = Softcap(15.0)(z.float())
     assert capped.abs().max() < 15 + 1e-4 and capped[3].item() == pytest.approx(1e-3, rel=1e-5)
     assert capped[4].item() == pytest.approx(15 / math.sqrt(2))
 
@@ -314,7 +314,7 @@ def test_chunked_loss_equals_the_plain_one(bound, chunk):
 
     def plain():
         return F.cross_entropy(
-            (softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none"
+            (Softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none"
         )
 
     upstream = torch.rand(2, 12, dtype=torch.float64)
@@ -382,7 +382,7 @@ def test_compiled_equals_eager():
 def test_weights_that_dont_fit_are_named():
     model = tiny_model()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with pytest.raises(UserError, match=r"norm.weight is \(3,\) there and \(32,\)"):
+    with pytest.raises(UserError, match=r"norm.weight is \(3,\) in the weights and \(32,\)"):
         model.load_weights(weights | {"norm.weight": torch.ones(3)}, "here")
     with pytest.raises(UserError, match=r"the weights have no norm\.weight"):
         model.load_weights({name: tensor for name, tensor in weights.items() if name != "norm.weight"}, "here")

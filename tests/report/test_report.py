@@ -44,7 +44,9 @@ def trained(tmp_path):
             "gradient_accumulation_steps": 1,
             "block_size": 8,
         } | config
-        shape = GPTConfig(vocab_sizes=(40,), block_size=8, n_layer=2, n_head=2, n_embd=arguments.get("n_embd", 16))
+        shape = GPTConfig(
+            vocab_sizes=(40,), block_size=8, n_layer=2, n_head=2, bias=True, n_embd=arguments.get("n_embd", 16)
+        )
         (folder / "train_config.json").write_text(
             json.dumps(arguments | {"_model": shape.__dict__, "_about": {"git_commit": "0" * 40}})
         )
@@ -105,7 +107,9 @@ def shown(*paths, by: str = "best") -> dict:
     {"window": "SL", "norm": "rmsnorm_nogain", "residual_scalars": True, "value_residual": True, "vocab_sizes": (30, 11), "vocabulary": "separate"}, {"mlp": "gated", "bias": True},
 ])  # fmt: skip
 def test_size_and_flops_are_those_of_the_model(more):
-    config = GPTConfig(**{"vocab_sizes": (41,), "block_size": 16, "n_layer": 5, "n_head": 4, "n_embd": 32} | more)
+    config = GPTConfig(
+        **{"vocab_sizes": (41,), "block_size": 16, "n_layer": 5, "n_head": 4, "n_embd": 32, "bias": True} | more
+    )
     model, shape = GPT(config), json.loads(json.dumps(config.__dict__))
     assert (
         scaling.parameters(shape) == model.count_parameters()
@@ -364,7 +368,7 @@ def test_the_scaling_fit_foretells_a_size(trained, tmp_path):
     """Runs whose final loss follows a law of their parameters; the size left out is foretold."""
     sizes = {
         width: scaling.parameters(
-            GPTConfig(vocab_sizes=(40,), block_size=8, n_layer=2, n_head=2, n_embd=width).__dict__
+            GPTConfig(vocab_sizes=(40,), block_size=8, n_layer=2, n_head=2, bias=True, n_embd=width).__dict__
         )
         for width in (8, 16, 32, 64)
     }
