@@ -47,7 +47,7 @@ from nanoforge.posttraining.examples import (
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, LanguageModel, Objective, ReferenceModel
-from nanoforge.posttraining.prompt_format import Template
+from nanoforge.posttraining.prompt_format import PromptTemplate
 from nanoforge.posttraining.rewards import parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
@@ -210,7 +210,7 @@ def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
     return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
 
 
-def parse_template(args: TrainArgs) -> Template | None:
+def parse_template(args: TrainArgs) -> PromptTemplate | None:
     """--prompt_format, parsed."""
     return prompt_format.parse(args.prompt_format) if args.prompt_format else None
 
@@ -401,7 +401,7 @@ def add_adapter(args: TrainArgs, model: GPT, tokenizer: Tokenizer) -> None:
             model, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout
         )
     elif args.adapter == "soft_prompt":
-        seeds = prompt_format.parse(args.prompt_format).seeds(tokenizer)
+        seeds = prompt_format.parse(args.prompt_format).init_ids(tokenizer)
         embedding = model.wte.weight.detach()
         initial = adapters.initial_prompt(embedding, seeds, args.prompt_init, tokenizer.vocab_size)
         adapters.add_soft_prompt(model, initial, args.prompt_provider)

@@ -700,7 +700,7 @@ def prompt_errors(args: TrainArgs) -> Iterator[str]:
     else:
         try:
             template = prompt_format.parse(args.prompt_format)
-            template.check(args.target_field or "completion", args.truncation_field or None)
+            template.check_fields(args.target_field or "completion", args.truncation_field or None)
         except UserError as error:
             yield str(error)
     if not OBJECTIVES[args.objective].reads_examples:

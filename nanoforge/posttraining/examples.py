@@ -24,7 +24,7 @@ from nanoforge.data import tables, tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
 from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
-from nanoforge.posttraining.prompt_format import Template
+from nanoforge.posttraining.prompt_format import EncodedExample, PromptTemplate, TargetOptions
 from nanoforge.rng import ORDER, permute
 
 Row = Mapping[str, Any]
@@ -76,7 +76,7 @@ class ExampleEncoder:
     overflow: str = "error"
     train_on_prompt: bool = False
     max_completion_tokens: int = 0
-    template: Template | None = None
+    template: PromptTemplate | None = None
     prompt_offset: int = 0
     target_field: str = ""
     truncation_field: str = ""
@@ -149,18 +149,16 @@ class ExampleEncoder:
             return ids
         return self.encode_text(row["prompt"])
 
-    def encode_template(self, row: Row) -> tuple[list[int], int]:
+    def encode_template(self, row: Row) -> EncodedExample:
         """The template with its target, cut as truncation_field and overflow say: ids, and where the target begins."""
         assert self.template is not None
-        encoded = self.template.example(
-            row,
-            self.tokenizer,
-            self.prompt_offset,
-            self.target_field,
-            self.truncation_field or None,
-            self.max_tokens,
-            self.overflow,
+        options = TargetOptions(
+            target_field=self.target_field,
+            truncation_field=self.truncation_field or None,
+            max_tokens=self.max_tokens,
+            overflow=self.overflow,
         )
+        encoded = self.template.encode_example(row, self.tokenizer, self.prompt_offset, options)
         if encoded is None:
             raise ExampleTooLongError
         return encoded

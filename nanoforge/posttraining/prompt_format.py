@@ -1,289 +1,400 @@
-r"""The template language of soft prompts (ruprompts'): how an example becomes trainable rows, its fields' text and literal text.
+r"""The language of prompt templates (ruprompts'): virtual tokens of a soft prompt, an example's fields and literal
+text.
 
-    <P*60>           60 trainable rows; 1 to 10,000
-    <P>              one row
-    <P>text</P>      a row for each token of the text, which starts as this token's embedding
+    <P*60>           60 virtual tokens; 1 to 10,000
+    <P>              one virtual token
+    <P>text</P>      a virtual token for each token of the text, initialized with its embedding
     {field}          a field of the example, by any name without braces
     anything else    literal text, frozen
     {{ }} \< \\      a brace, <, backslash; \n and \t as usual, since shells pass them on as they are
 
-A <P> opens a <P>text</P> if the next of <P>, <P*N> and </P> is a </P>; else it is a row by itself. So <P*20>text is 20 rows and then
-literal text, <P>a<P>b</P> is a row, the literal a and rows for b, and a </P> whose <P> is out of reach is a mistake. Only what begins
-with <P>, <P* or </P> is special: <Perhaps>, <p> and a < b are literal.
+A <P> opens a <P>text</P> if the next of <P>, <P*N> and </P> is a </P>; else it is a virtual token by itself. So
+<P*20>text is 20 virtual tokens and then literal text; <P>a<P>b</P> is a virtual token, the literal a, and virtual
+tokens for b; a </P> whose <P> is out of reach is an error. Only what begins with <P>, <P* or </P> is special:
+<Perhaps>, <p> and a < b are literal.
 
-Each piece is encoded by itself: no token reaches over a piece's border, and a space belongs to the piece in which it is written.
-Imports neither torch nor numpy, so that a template is checked before they are loaded.
+Each piece is encoded by itself: no token crosses the border of a piece, and a space belongs to the piece in which it is
+written. Imports neither torch nor numpy, so that a template is checked before they are loaded.
 """
 
+import functools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nanoforge.errors import UserError, did_you_mean
 
-MOST_ROWS = 10_000  # of one <P*N>: more is a slip of the finger
+MAX_VIRTUAL_TOKENS = 10_000  # of one <P*N>: more is a typing error
 OVERFLOWS = ("error", "drop", "truncate_target")
-
-ESCAPES = {"{{": "{", "}}": "}", r"\<": "<", r"\\": "\\", r"\n": "\n", r"\t": "\t"}
-# Any template is a sequence of these; what is not well formed is matched too, and refused by `tokens`.
-TOKEN = re.compile(r"(?P<tag></?P>)|<P\*(?P<count>[0-9]*)>?|\{\{|\}\}|\{(?P<field>[^{}]*)\}?|\}|\\.?|<|[^<{}\\]+")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pieces
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Trainable rows that start free of any text."""
+class VirtualTokens:
+    """Virtual tokens that are initialized from no text."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Seeded:
-    """A trainable row for each token of the text, which starts as the token's embedding."""
+class InitText:
+    """A virtual token for each token of the text, initialized with the token's embedding."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Field:
+    """The text of a field of the example."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Literal:
+    """Text that is the same in every example."""
+
     text: str
 
 
-Piece = Rows | Seeded | Field | Literal
+Piece = VirtualTokens | InitText | Field | Literal
+
+# ---------------------------------------------------------------------------------------------------------------------
+# templates
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer of parts.text."""
+    """What a template needs of a tokenizer of data/tokenization.py."""
 
-    eos_id: int | None
+    @property
+    def eos_id(self) -> int | None: ...
 
-    def encode(self, text: str) -> Sequence[int]: ...
+    def encode(self, text: str) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)
-class Template:
-    """Made by `parse`; has at least one trainable row."""
+class TargetOptions:
+    """The target of an example, and how the whole is made to fit into max_tokens."""
+
+    target_field: str
+    truncation_field: str | None  # loses tokens from its end first
+    max_tokens: int  # of the prompt, the target and the end token
+    overflow: str  # what becomes of an example that is still too long: one of OVERFLOWS
+
+
+class EncodedExample(NamedTuple):
+    """The ids of an example, and where in them the target begins."""
+
+    ids: list[int]
+    target_start: int
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Made by `parse`; has at least one virtual token."""
 
     pieces: tuple[Piece, ...]
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names, once each, in the order of their first use."""
+        """The names of the fields, once each, in the order of their first use."""
         return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
 
-    def check(self, target_field: str, truncation_field: str | None) -> None:
-        """Raises UserError for a target that the model would be shown, and for a field to cut that is not there."""
+    def check_fields(self, target_field: str, truncation_field: str | None) -> None:
+        """Raise UserError for a target that the prompt would show, or a truncation field that it does not have."""
         if target_field in self.fields:
             raise UserError(
-                f"--target_field={target_field}: is in --prompt_format, which would show the model what it is to say"
+                f"--target_field={target_field}: is in --prompt_format, which would show the model its target"
             )
+        if truncation_field is None:
+            return
+        flag = f"--truncation_field={truncation_field}"
         if truncation_field == target_field:
-            raise UserError(
-                f"--truncation_field={truncation_field}: is the target, which --overflow=truncate_target cuts"
-            )
-        if truncation_field is not None and truncation_field not in self.fields:
-            there = ", ".join(self.fields) or "none"
-            raise UserError(
-                f"--truncation_field={truncation_field}: no field of --prompt_format, which has {there}{did_you_mean(truncation_field, self.fields)}"
-            )
+            raise UserError(f"{flag}: is the target, which --overflow=truncate_target cuts")
+        if truncation_field not in self.fields:
+            available = ", ".join(self.fields) or "none"
+            suggestion = did_you_mean(truncation_field, self.fields)
+            raise UserError(f"{flag}: no field of --prompt_format, which has {available}{suggestion}")
 
-    def seeds(self, tokenizer: Tokenizer) -> list[int | None]:
-        """For each trainable row, in order: the id of the token whose embedding it starts as, or None. Raises UserError."""
-        rows: list[int | None] = []
+    def init_ids(self, tokenizer: Tokenizer) -> list[int | None]:
+        """The id of the token whose embedding each virtual token starts as, in order, or None. Raises UserError."""
+        ids: list[int | None] = []
         for piece in self.pieces:
-            if isinstance(piece, Rows):
-                rows += [None] * piece.count
-            elif isinstance(piece, Seeded):
-                ids = to_ids(piece.text, tokenizer, f"--prompt_format: <P>{piece.text}</P>")
-                if not ids:
-                    raise UserError(f"--prompt_format: <P>{piece.text}</P>: this text has no token, and so no rows")
-                rows += ids
-        return rows
+            if isinstance(piece, VirtualTokens):
+                ids += [None] * piece.count
+            elif isinstance(piece, InitText):
+                ids += init_text_ids(piece, tokenizer)
+        return ids
 
-    def encode(self, values: Mapping[str, object], tokenizer: Tokenizer, first_row: int) -> list[int]:
-        """The prompt's ids; trainable row j is first_row + j. Fields that are not in the template are not looked at. Raises UserError."""
-        return [*chain.from_iterable(self.encode_pieces(values, tokenizer, first_row))]
+    def encode(self, values: Mapping[str, object], tokenizer: Tokenizer, first_virtual_id: int) -> list[int]:
+        """The ids of the prompt; virtual token j has the id first_virtual_id + j. Raises UserError.
 
-    def encode_pieces(self, values: Mapping[str, object], tokenizer: Tokenizer, first_row: int) -> list[list[int]]:
-        """The ids of each piece."""
+        Values of fields that are not in the template are not looked at.
+        """
+        return list(chain.from_iterable(self.encode_pieces(values, tokenizer, first_virtual_id)))
+
+    def encode_pieces(
+        self, values: Mapping[str, object], tokenizer: Tokenizer, first_virtual_id: int
+    ) -> list[list[int]]:
+        """The ids of each piece. Raises UserError."""
+        next_id = first_virtual_id
         encoded = []
         for piece in self.pieces:
-            if isinstance(piece, Rows | Seeded):
-                count = len(Template((piece,)).seeds(tokenizer))
-                encoded.append([*range(first_row, first_row + count)])
-                first_row += count
-            elif isinstance(piece, Field):
-                encoded.append(field_ids(values, piece.name, tokenizer))
+            if isinstance(piece, Field):
+                ids = field_ids(values, piece.name, tokenizer)
+            elif isinstance(piece, Literal):
+                ids = text_ids(piece.text, tokenizer, f"--prompt_format: {piece.text!r}")
             else:
-                encoded.append(to_ids(piece.text, tokenizer, f"--prompt_format: {piece.text!r}"))
+                count = piece.count if isinstance(piece, VirtualTokens) else len(init_text_ids(piece, tokenizer))
+                ids = list(range(next_id, next_id + count))
+                next_id += count
+            encoded.append(ids)
         return encoded
 
-    def example(self, values: Mapping[str, object], tokenizer: Tokenizer, first_row: int, target_field: str, truncation_field: str | None,
-                max_tokens: int, overflow: str) -> tuple[list[int], int] | None:  # fmt: skip
-        """The ids of the prompt, the target and the end token, if the tokenizer has one: at most max_tokens; and where the target begins.
+    def encode_example(
+        self, values: Mapping[str, object], tokenizer: Tokenizer, first_virtual_id: int, options: TargetOptions
+    ) -> EncodedExample | None:
+        """The ids of the prompt, the target and the end token, if the tokenizer has one: at most max_tokens.
 
-        An example that is too long loses tokens from the end of truncation_field, down to none (as many at each place where it stands).
-        Where that is not enough: overflow="error" raises UserError, "drop" gives None, "truncate_target" cuts the target, its end token
-        first, since the text does not end there, and down to its first token; UserError if there is no room for that either.
-        Trainable rows, literal text and other fields are never cut. Raises UserError also for what `check` and `encode` refuse.
+        An example that is too long loses tokens from the end of the truncation field, down to none (as many at each
+        place where it stands). If that is not enough: overflow "error" raises UserError, "drop" gives None,
+        "truncate_target" cuts the target, its end token first, since the text does not end there, and down to its
+        first token; UserError if there is no room for that either. Virtual tokens, literal text and other fields are
+        never cut. Raises UserError also for what `check_fields` and `encode` refuse.
         """
-        assert overflow in OVERFLOWS
-        self.check(target_field, truncation_field)
-        encoded = self.encode_pieces(values, tokenizer, first_row)
-        completion = field_ids(values, target_field, tokenizer) + (
-            [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        )
-        if not completion:
-            raise UserError(
-                f"the target {target_field!r} is empty and the tokenizer has no end token: there is nothing to learn"
-            )
-
-        places = [i for i, piece in enumerate(self.pieces) if piece == Field(truncation_field)]
-        excess = sum(map(len, encoded)) + len(completion) - max_tokens
-        for i in places:
-            encoded[i] = encoded[i][
-                : max(0, len(encoded[i]) + -excess // len(places))
-            ]  # -excess // n rounds the cut up; none where excess is negative
-        prompt = [*chain.from_iterable(encoded)]
-        room = max_tokens - len(prompt)
-        if room < len(completion):
-            if overflow == "drop":
+        assert options.overflow in OVERFLOWS
+        self.check_fields(options.target_field, options.truncation_field)
+        target = target_ids(values, options.target_field, tokenizer)
+        encoded = self.encode_pieces(values, tokenizer, first_virtual_id)
+        excess = sum(map(len, encoded)) + len(target) - options.max_tokens
+        if excess > 0 and options.truncation_field is not None:
+            encoded = self.truncate_field(encoded, options.truncation_field, excess)
+        prompt = list(chain.from_iterable(encoded))
+        target_room = options.max_tokens - len(prompt)
+        if target_room < len(target):
+            if options.overflow == "drop":
                 return None
-            if overflow == "error" or room < 1:
-                raise UserError(self.too_long(encoded, target_field, len(completion), truncation_field, max_tokens))
-        return prompt + completion[:room], len(prompt)
+            if options.overflow == "error" or target_room < 1:
+                raise UserError(self.describe_excess(encoded, len(target), options))
+        return EncodedExample(prompt + target[:target_room], target_start=len(prompt))
 
-    def too_long(
-        self,
-        encoded: list[list[int]],
-        target_field: str,
-        target_tokens: int,
-        truncation_field: str | None,
-        max_tokens: int,
-    ) -> str:
-        """By how many tokens the example is too long, with truncation_field cut already, and what they are."""
-        counts = {"rows and literal text": 0, **{f"{{{name}}}": 0 for name in self.fields}}
+    def truncate_field(self, encoded: Sequence[list[int]], field: str, excess: int) -> list[list[int]]:
+        """Ids with the field cut at its end by `excess` tokens, as many at each of its places, down to none."""
+        n_places = self.pieces.count(Field(field))
+        cut = -(-excess // n_places)  # rounded up
+        truncated = []
         for piece, ids in zip(self.pieces, encoded, strict=True):
-            counts[f"{{{piece.name}}}" if isinstance(piece, Field) else "rows and literal text"] += len(ids)
-        counts[f"target {target_field} and end"] = target_tokens
-        excess = sum(counts.values()) - max_tokens
-        cut = "" if truncation_field is None else f" with all of --truncation_field={truncation_field} cut"
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        return f"an example exceeds --max_tokens={max_tokens} by {excess}{cut} (tokens: {told}); --overflow=drop leaves such examples out, truncate_target cuts the target where it can"
+            truncated.append(ids[: max(0, len(ids) - cut)] if piece == Field(field) else ids)
+        return truncated
+
+    def describe_excess(self, encoded: Sequence[list[int]], target_tokens: int, options: TargetOptions) -> str:
+        """By how many tokens the example is too long, with the truncation field cut already, and what they are."""
+        counts = {"virtual tokens and literal text": 0, **{f"{{{name}}}": 0 for name in self.fields}}
+        for piece, ids in zip(self.pieces, encoded, strict=True):
+            name = f"{{{piece.name}}}" if isinstance(piece, Field) else "virtual tokens and literal text"
+            counts[name] += len(ids)
+        counts[f"target {options.target_field} and end"] = target_tokens
+        excess = sum(counts.values()) - options.max_tokens
+        cut = ""
+        if options.truncation_field is not None:
+            cut = f" with all of --truncation_field={options.truncation_field} cut"
+        tokens = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return (
+            f"an example exceeds --max_tokens={options.max_tokens} by {excess}{cut} (tokens: {tokens}); "
+            "leave such examples out with --overflow=drop, or cut their target with truncate_target"
+        )
 
 
-def to_ids(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
-    """Raises UserError, with where, for text that can't be encoded."""
+# ---------------------------------------------------------------------------------------------------------------------
+# text to ids
+
+
+def text_ids(text: str, tokenizer: Tokenizer, source: str) -> list[int]:
+    """The ids of a text. Raises UserError, beginning with its source, for text that can't be encoded."""
     try:
         text.encode()
-        return [*map(int, tokenizer.encode(text))]
+        return list(map(int, tokenizer.encode(text)))
     except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair is no text") from None
-    except UserError as mistake:
-        raise UserError(f"{where}: {mistake}") from None
+        raise UserError(f"{source}: half of a surrogate pair is no text") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def init_text_ids(piece: InitText, tokenizer: Tokenizer) -> list[int]:
+    """The ids of an initial text, at least one. Raises UserError."""
+    source = f"--prompt_format: <P>{piece.text}</P>"
+    ids = text_ids(piece.text, tokenizer, source)
+    if not ids:
+        raise UserError(f"{source}: this text has no token, and so makes no virtual tokens")
+    return ids
 
 
 def field_ids(values: Mapping[str, object], name: str, tokenizer: Tokenizer) -> list[int]:
-    """Of the field's text, or of a number as Python writes it. Raises UserError."""
+    """The ids of a field's text, or of a number as Python writes it. Raises UserError."""
     if name not in values:
-        raise UserError(
-            f"the example has no field {name!r}; it has {', '.join(map(repr, values)) or 'none'}{did_you_mean(name, values)}"
-        )
+        available = ", ".join(map(repr, values)) or "none"
+        raise UserError(f"the example has no field {name!r}; it has {available}{did_you_mean(name, values)}")
     value = values[name]
     if not isinstance(value, str | int | float):
         raise UserError(f"the field {name!r} must be text or a number, not {value!r:.60}")
-    return to_ids(str(value), tokenizer, f"the field {name!r}")
+    return text_ids(str(value), tokenizer, f"the field {name!r}")
+
+
+def target_ids(values: Mapping[str, object], field: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the target with the end token, if the tokenizer has one. Raises UserError."""
+    ids = field_ids(values, field, tokenizer)
+    if tokenizer.eos_id is not None:
+        ids.append(tokenizer.eos_id)
+    if not ids:
+        raise UserError(f"the target {field!r} is empty and the tokenizer has no end token: there is nothing to learn")
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the parser
 
-
-def malformed(template: str, place: int, expected: str) -> UserError:
-    """Shows the template on one line, line breaks as escapes, with a caret under template[place]."""
-    shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in template]
-    column = sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in "".join(shown[:place])
-    )
-    return UserError(f"--prompt_format: {expected}\n  {''.join(shown)}\n  {' ' * column}^")
-
-
-def tokens(template: str) -> Iterator[tuple[int, Piece | str]]:
-    """Each piece with its place; the tags <P> and </P> as strings. Raises UserError."""
-    for match in TOKEN.finditer(template):
-        token, start, end, count, field = match[0], match.start(), match.end(), match["count"], match["field"]
-        if match["tag"]:
-            yield start, token
-        elif count is not None:
-            if not count:
-                raise malformed(template, end, "expected the number of rows, as in <P*60>")
-            if token[-1] != ">":
-                raise malformed(template, end, "expected > after the number of rows")
-            if len(count) > 9 or not 1 <= int(count) <= MOST_ROWS:
-                raise malformed(template, match.start("count"), f"expected a number of rows from 1 to {MOST_ROWS:,}")
-            yield start, Rows(int(count))
-        elif field is not None:
-            if token[-1] != "}":
-                raise malformed(template, start, "expected a } that closes this {; a literal brace is {{")
-            if not field.strip():
-                raise malformed(
-                    template, start, "expected a field's name between { and }; literal braces are {{ and }}"
-                )
-            yield start, Field(field)
-        elif token == "}":
-            raise malformed(template, start, "expected a { before this }; a literal brace is }}")
-        elif token[0] == "\\" and token not in ESCAPES:
-            raise malformed(template, start, r"expected \<, \\, \n or \t; a literal backslash is \\")
-        else:
-            yield start, Literal(ESCAPES.get(token, token))
+ESCAPES = {"{{": "{", "}}": "}", r"\<": "<", r"\\": "\\", r"\n": "\n", r"\t": "\t"}
+# Every string is a sequence of these. What is malformed is matched too, and refused by `tokenize`.
+TOKEN = re.compile(
+    r"(?P<tag></?P>)"
+    r"|(?P<virtual_tokens><P\*(?P<count>[0-9]*)>?)"
+    r"|(?P<escape>\{\{|\}\}|\\.?)"
+    r"|(?P<field>\{(?P<name>[^{}]*)\}?)"
+    r"|(?P<stray>\})"
+    r"|(?P<literal><|[^<{}\\]+)"
+)
 
 
-def parse(template: str) -> Template:
-    """Raises UserError, with a caret under the place, for anything malformed."""
-    found = [*tokens(template)]
+class Token(NamedTuple):
+    """A piece, or one of the tags <P> and </P>, which together with what follows them make a piece."""
+
+    position: int
+    value: Piece | str
+
+
+@functools.lru_cache(maxsize=64)
+def parse(template: str) -> PromptTemplate:
+    """The pieces of a template. Raises UserError, with a caret under the place, for anything malformed."""
+    tokens = list(tokenize(template))
     pieces: list[Piece] = []
     i = 0
-    while i < len(found):
-        place, piece = found[i]
-        i += 1
-        if piece == "</P>":
-            raise malformed(
-                template,
-                place,
-                r"expected a <P> before this </P>, and nothing but text between them; a literal one is \</P>",
-            )
-        if piece == "<P>":
-            close = next((j for j in range(i, len(found)) if isinstance(found[j][1], str | Rows)), None)
-            if close is None or found[close][1] != "</P>":
-                piece = Rows(1)
-            else:
-                inside, i = found[i:close], close + 1
-                if not inside:
-                    raise malformed(template, place, "expected text between <P> and </P>; one row is <P> alone")
-                for at, part in inside:
-                    if isinstance(part, Field):
-                        raise malformed(
-                            template,
-                            at,
-                            "expected text between <P> and </P>, which is the same for all examples, and no field; a literal brace is {{",
-                        )
-                piece = Seeded("".join(part.text for _, part in inside))
+    while i < len(tokens):
+        piece, i = parse_piece(template, tokens, i)
         if isinstance(piece, Literal) and pieces and isinstance(pieces[-1], Literal):
-            piece = Literal(pieces.pop().text + piece.text)
-        pieces.append(piece)
-    if not any(isinstance(piece, Rows | Seeded) for piece in pieces):
+            pieces[-1] = Literal(pieces[-1].text + piece.text)
+        else:
+            pieces.append(piece)
+    if not any(isinstance(piece, VirtualTokens | InitText) for piece in pieces):
         raise UserError(
-            f"--prompt_format={template!r}: has no trainable rows; <P*20> makes 20 of them, <P>text</P> one for each token of the text"
+            f"--prompt_format={template!r}: has no virtual tokens; write <P*20> for 20 of them, "
+            "or <P>text</P> for one for each token of the text"
         )
-    return Template(tuple(pieces))
+    return PromptTemplate(tuple(pieces))
+
+
+def parse_piece(template: str, tokens: Sequence[Token], i: int) -> tuple[Piece, int]:
+    """The piece that begins with token i, and the index of the token after it. Raises UserError."""
+    position, value = tokens[i]
+    if not isinstance(value, str):
+        return value, i + 1
+    if value == "</P>":
+        expected = r"a <P> before this </P>, and nothing but text between them; write \</P> for a literal one"
+        raise syntax_error(template, position, expected)
+    closing = find_closing_tag(tokens, i + 1)
+    if closing is None:
+        return VirtualTokens(1), i + 1
+    return parse_init_text(template, position, tokens[i + 1 : closing]), closing + 1
+
+
+def find_closing_tag(tokens: Sequence[Token], start: int) -> int | None:
+    """The index of the next </P>, if no <P> or <P*N> comes before it."""
+    for i in range(start, len(tokens)):
+        value = tokens[i].value
+        if value == "</P>":
+            return i
+        if value == "<P>" or isinstance(value, VirtualTokens):
+            return None
+    return None
+
+
+def parse_init_text(template: str, position: int, tokens: Sequence[Token]) -> InitText:
+    """The text between a <P> at `position` and its </P>. Raises UserError."""
+    if not tokens:
+        raise syntax_error(template, position, "text between <P> and </P>; write <P> alone for one virtual token")
+    text = ""
+    for token in tokens:
+        if not isinstance(token.value, Literal):
+            expected = "text between <P> and </P>, and no field, since it is the same for all examples"
+            raise syntax_error(template, token.position, f"{expected}; write {{{{ for a literal brace")
+        text += token.value.text
+    return InitText(text)
+
+
+def tokenize(template: str) -> Iterator[Token]:
+    """Split a template into pieces and tags. Raises UserError."""
+    for match in TOKEN.finditer(template):
+        kind = match.lastgroup
+        value: Piece | str
+        if kind == "tag":
+            value = match[0]
+        elif kind == "virtual_tokens":
+            value = read_virtual_tokens(template, match)
+        elif kind == "field":
+            value = read_field(template, match)
+        elif kind == "escape":
+            value = read_escape(template, match)
+        elif kind == "literal":
+            value = Literal(match[0])
+        else:
+            raise syntax_error(template, match.start(), "a { before this }; write }} for a literal brace")
+        yield Token(match.start(), value)
+
+
+def read_virtual_tokens(template: str, match: re.Match[str]) -> VirtualTokens:
+    """<P*60>. Raises UserError."""
+    count = match["count"]
+    if not count:
+        raise syntax_error(template, match.end(), "the number of virtual tokens, as in <P*60>")
+    if not match[0].endswith(">"):
+        raise syntax_error(template, match.end(), "> after the number of virtual tokens")
+    has_many_digits = len(count) > 9  # int() refuses thousands of them
+    if has_many_digits or not 1 <= int(count) <= MAX_VIRTUAL_TOKENS:
+        raise syntax_error(template, match.start("count"), f"a number from 1 to {MAX_VIRTUAL_TOKENS:,}")
+    return VirtualTokens(int(count))
+
+
+def read_field(template: str, match: re.Match[str]) -> Field:
+    """{field}. Raises UserError."""
+    name = match["name"]
+    if not match[0].endswith("}"):
+        raise syntax_error(template, match.start(), "a } that closes this {; write {{ for a literal brace")
+    if not name.strip():
+        expected = "a field's name between { and }; write {{ and }} for literal braces"
+        raise syntax_error(template, match.start(), expected)
+    return Field(name)
+
+
+def read_escape(template: str, match: re.Match[str]) -> Literal:
+    r"""{{, }} or a backslash with what it escapes. Raises UserError."""
+    if match[0] not in ESCAPES:
+        raise syntax_error(template, match.start(), r"\<, \\, \n or \t; write \\ for a literal backslash")
+    return Literal(ESCAPES[match[0]])
+
+
+def syntax_error(template: str, position: int, expected: str) -> UserError:
+    """Shows the template on one line, line breaks as escapes, with a caret under template[position]."""
+    shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in template]
+    column = sum(map(display_width, "".join(shown[:position])))
+    return UserError(f"--prompt_format: expected {expected}\n  {''.join(shown)}\n  {' ' * column}^")
+
+
+def display_width(char: str) -> int:
+    """The columns of a terminal that a character takes: 0, 1 or 2."""
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

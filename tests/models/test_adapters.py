@@ -361,11 +361,11 @@ DIGITS = CharTokenizer("0123456789+=", has_eos=True)
 V = 13
 
 
-def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, prompt_format.Template]:
+def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[GPT, prompt_format.PromptTemplate]:
     model, template = base_model(base), prompt_format.parse(text)
     torch.manual_seed(seed)
     adapters.add_soft_prompt(
-        model, adapters.initial_prompt(model.wte.weight.detach(), template.seeds(DIGITS), "vocab", V), provider
+        model, adapters.initial_prompt(model.wte.weight.detach(), template.init_ids(DIGITS), "vocab", V), provider
     )
     adapters.freeze_base(model)
     return model.eval(), template
@@ -378,7 +378,7 @@ def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[
 def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, literal, provider):
     """Before, behind and in the middle of fields: rows are the text's embeddings, logits those of the literal text."""
     model, template = prompted(base, prompt_format, provider)
-    seeds = template.seeds(DIGITS)
+    seeds = template.init_ids(DIGITS)
     assert torch.equal(model.wte.prompt().detach(), model.wte.weight[seeds].detach())
     values = {"a": "5+7", "b": "8"}
     idx = template.encode(values, DIGITS, V)
