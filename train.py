@@ -570,10 +570,7 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
         run.data.source,
         run.data.objective,
     )
-    parameters, factor = (
-        [parameter for parameter in run.model.parameters() if parameter.requires_grad],
-        builders.lr_scale(a),
-    )
+    factor = builders.lr_scale(a)
     stream = source.stream(progress.step, run.share, run.ranks.device, hashed=a.log_data_hash)
     meter = Meter(run, log)
     model = run.replica.train()
@@ -621,7 +618,7 @@ def loop(run: Run, log: logger.RunLogger, signals: Signals) -> None:
             loss, more = objective(model, batch, with_metrics=telling)
             scaler.scale(loss).backward()
             told |= {name: told.get(name, 0) + pair for name, pair in more.items()}
-        norm = optimizer.clip_grad_norm(parameters, scaler, a.grad_clip)
+        norm = optimizer.clip_grad_norm(scaler, a.grad_clip)
         optimizer.update(scaler, skip=run.guard.should_skip(norm))
         progress.step += 1
         progress.tokens += step.tokens

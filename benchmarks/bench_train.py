@@ -103,7 +103,6 @@ def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
         run = train.build(args, ranks, lambda message: None)
         log = logger.RunLogger(out_dir, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=20)
         stream = run.data.source.stream(0, run.share, ranks.device, hashed=False)
-        parameters = list(run.model.parameters())
 
         def step(number: int) -> None:
             with record_function("part: data"):
@@ -116,7 +115,7 @@ def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
                 loss.backward()
                 synchronize()
             with record_function("part: optimizer"):
-                norm = run.optimizer.clip_grad_norm(parameters, run.scaler, args.grad_clip)
+                norm = run.optimizer.clip_grad_norm(run.scaler, args.grad_clip)
                 run.optimizer.update(run.scaler)
                 synchronize()
             with record_function("part: logging"), contextlib.redirect_stdout(None):

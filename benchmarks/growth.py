@@ -54,7 +54,7 @@ def step_ms(device: torch.device, width: int, context: int, steps: int = 5) -> d
         begin = time.perf_counter()
         loss = model(idx, idx).mean()
         loss.backward()
-        optimizer.clip_grad_norm(list(model.parameters()), scaler, 1.0)
+        optimizer.clip_grad_norm(scaler, 1.0)
         optimizer.update(scaler)
         loss.item()
         times.append(time.perf_counter() - begin)

@@ -1,15 +1,14 @@
 """Optimizers: parameter groups, a registry, and one object that drives whichever were built.
 
-Matrices are decayed, vectors are not. With muon, matrices of the blocks go to Muon and everything else to AdamW; a weight that holds
-several matrices one above the other (a fused qkv) is given to Muon as that many.
+Matrices are decayed, vectors are not. With muon, matrices of the blocks go to Muon and everything else to AdamW.
 """
 
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,122 +16,49 @@ from torch.distributed.tensor import DTensor
 
 from nanoforge.distributed import full_tensor, shard_like
 from nanoforge.errors import UserError
+from nanoforge.training.muon import Muon, newton_schulz
+from nanoforge.training.skippable import SkippableOptimizer
 
-
-class SkippableOptimizer(torch.optim.Optimizer):
-    """An optimizer that, like torch's fused ones, does nothing where the tensor `found_inf` is 1; no host need know."""
-
-    found_inf: Tensor | None = None
-
-    @property
-    def kept(self) -> Tensor | float:
-        """What to multiply updates with: 0 in a step to skip, else 1."""
-        return 1.0 if self.found_inf is None else 1.0 - self.found_inf
-
-    def sound(self, grad: Tensor, momentum: Tensor) -> Tensor:
-        """The gradient; in a step to skip the momentum, which mixed with itself stays as it is."""
-        return grad if self.found_inf is None else torch.where(self.found_inf > 0, momentum, grad)
+Parameters = dict[str, nn.Parameter]
+Group = dict[str, Any]  # a parameter group of torch.optim
 
 
 class Lion(SkippableOptimizer):
     """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023, algorithm 2)."""
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                momentum = self.state[p]["exp_avg"]
-                grad = self.sound(p.grad, momentum)
-                p.mul_(1 - group["lr"] * group["weight_decay"] * self.kept)
-                p.add_(torch.lerp(grad, momentum, beta1).sign_() * self.kept, alpha=-group["lr"])
-                momentum.lerp_(grad, 1 - beta2)
-        return loss
-
-
-def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly orthogonal matrices of the same singular vectors: (N, rows, cols), rows <= cols (Jordan et al. 2024)."""
-    a, b, c = coefficients
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-class Muon(SkippableOptimizer, torch.optim.Muon):
-    """torch.optim.Muon with one batched Newton-Schulz iteration for all matrices of a shape, or of its transpose.
-
-    rows: of a weight that holds several matrices one above the other, none higher than wide, the rows of each. A weight sharded over ranks is gathered
-    whole, and every rank iterates on it and keeps its own rows: the momentum stays sharded.
-    """
-
-    orthogonalise = staticmethod(newton_schulz)
-
-    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **kwargs):
-        super().__init__(params, **kwargs)
-        self.rows = rows
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, grads, momenta = [], [], []
-            self._init_group(group, params, grads, momenta)
-            if not params:
+    def update_group(self, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        update_scale = self.update_scale
+        for p in group["params"]:
+            if p.grad is None:
                 continue
-            kept, grads = self.kept, list(map(self.sound, grads, momenta))
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-            matrices = [
-                piece
-                for p, update in zip(params, updates, strict=True)
-                for piece in full_tensor(update).split(self.rows.get(p, p.size(0)))
-            ]
-            by_shape: dict[tuple[int, ...], list[int]] = {}
-            for i, matrix in enumerate(matrices):
-                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
-            for shape, members in by_shape.items():
-                stacked = torch.stack(
-                    [matrices[i] if matrices[i].shape == shape else matrices[i].T for i in members]
-                ).bfloat16()
-                for i, update in zip(
-                    members,
-                    self.orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]),
-                    strict=True,
-                ):
-                    matrices[i] = update if matrices[i].shape == shape else update.T
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * kept)
-            done = iter(matrices)
-            for p in params:
-                parts = [next(done) for _ in self.rows.get(p, [p.size(0)])]
-                (rows, cols), update = parts[0].shape, parts[0] if len(parts) == 1 else torch.cat(parts)
-                scale = (
-                    0.2 * math.sqrt(max(rows, cols))
-                    if group["adjust_lr_fn"] == "match_rms_adamw"
-                    else math.sqrt(max(1, rows / cols))
-                )
-                p.add_(shard_like(update * kept, p), alpha=-group["lr"] * scale)
-        return loss
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p)
+            momentum = state["exp_avg"]
+            grad = self.masked_grad(p.grad, momentum)
+            p.mul_(1 - group["lr"] * group["weight_decay"] * update_scale)
+            direction = torch.lerp(grad, momentum, beta1).sign_()
+            p.add_(direction * update_scale, alpha=-group["lr"])
+            momentum.lerp_(grad, 1 - beta2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# registry
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """What the registry's entries take from the arguments."""
+    """What optimizers take from the arguments. Learning rates are peak values, which a schedule scales."""
 
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -141,193 +67,291 @@ class OptimConfig:
     muon_lr: float = 0.02
     muon_weight_decay: float = 0.0
     muon_momentum: float = 0.95
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer's class
     embedding_lr: float = 0.0  # of the token embedding; 0: lr
     head_lr: float = 0.0  # of an untied head; 0: lr
 
 
-# Of each optimizer: its class, and which settings its class knows besides lr and weight_decay.
-OPTIMIZERS: dict[str, tuple[type, Callable[[OptimConfig], dict[str, Any]]]] = {
-    "adamw": (torch.optim.AdamW, lambda s: {"betas": s.betas, "fused": True}),
-    "adam": (torch.optim.Adam, lambda s: {"betas": s.betas, "fused": True}),
-    "sgd": (torch.optim.SGD, lambda s: {"momentum": s.momentum}),
-    "nadam": (torch.optim.NAdam, lambda s: {"betas": s.betas}),
-    "radam": (torch.optim.RAdam, lambda s: {"betas": s.betas}),
-    "rmsprop": (torch.optim.RMSprop, lambda s: {"momentum": s.momentum}),
-    "adagrad": (torch.optim.Adagrad, lambda s: {}),
-    "adafactor": (torch.optim.Adafactor, lambda s: {}),
-    "lion": (Lion, lambda s: {"betas": s.betas}),
+def no_options(config: OptimConfig) -> dict[str, Any]:
+    return {}
+
+
+def betas(config: OptimConfig) -> dict[str, Any]:
+    return {"betas": config.betas}
+
+
+def betas_and_fused(config: OptimConfig) -> dict[str, Any]:
+    return {"betas": config.betas, "fused": True}
+
+
+def momentum(config: OptimConfig) -> dict[str, Any]:
+    return {"momentum": config.momentum}
+
+
+class OptimizerSpec(NamedTuple):
+    cls: type[torch.optim.Optimizer]
+    options: Callable[[OptimConfig], dict[str, Any]] = no_options  # of the class, besides lr and weight_decay
+    elementwise: bool = False  # a step on a shard is the shard of the step; otherwise it steps on full parameters
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec(torch.optim.AdamW, betas_and_fused, elementwise=True),
+    "adam": OptimizerSpec(torch.optim.Adam, betas_and_fused, elementwise=True),
+    "sgd": OptimizerSpec(torch.optim.SGD, momentum, elementwise=True),
+    "nadam": OptimizerSpec(torch.optim.NAdam, betas, elementwise=True),
+    "radam": OptimizerSpec(torch.optim.RAdam, betas, elementwise=True),
+    "rmsprop": OptimizerSpec(torch.optim.RMSprop, momentum, elementwise=True),
+    "adagrad": OptimizerSpec(torch.optim.Adagrad, elementwise=True),
+    "adafactor": OptimizerSpec(torch.optim.Adafactor),
+    "lion": OptimizerSpec(Lion, betas, elementwise=True),
 }
 
 
-ELEMENTWISE = {*OPTIMIZERS, "muon"} - {
-    "adafactor"
-}  # or, Muon, able to gather: the others step on whole parameters, of which each rank keeps its rows
-
-
-def named_class(name: str) -> type:
-    """The class that package:Class names. Raises UserError."""
+def find_optimizer(name: str) -> OptimizerSpec:
+    """The registry's entry, or the class that package:Class names. Raises UserError."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
     package, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(package), attribute)
+        cls = getattr(importlib.import_module(package), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"--optimizer={name}: {error}") from None
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+    if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise UserError(f"--optimizer={name}: not a torch.optim.Optimizer")
-    return found
+    return OptimizerSpec(cls)
+
+
+def build_optimizer(
+    name: str, cls: Callable[..., torch.optim.Optimizer], groups: list[Group], lr: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Construct a torch optimizer. Raises UserError when the class refuses its arguments."""
+    try:
+        return cls(groups, lr=lr, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--optimizer={name} --optimizer_kwargs: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parameter groups
+
+
+def split_parameters(parameters: Parameters, *, muon: bool) -> tuple[Parameters, Parameters]:
+    """(Muon's parameters, all others). Muon trains the matrices of the blocks."""
+    if not muon:
+        return {}, parameters
+    matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("blocks.")}
+    others = {name: p for name, p in parameters.items() if name not in matrices}
+    return matrices, others
+
+
+def build_groups(parameters: Parameters, config: OptimConfig) -> list[Group]:
+    """The embedding and the head, each alone; the other matrices; and the vectors, which are not decayed."""
+    own_lr = {"wte.weight": config.embedding_lr or config.lr, "head.weight": config.head_lr or config.lr}
+    groups: list[Group] = []
+    for name, lr in own_lr.items():
+        if name in parameters:
+            groups.append({"params": [parameters[name]], "weight_decay": config.weight_decay, "lr": lr})
+    others = [p for name, p in parameters.items() if name not in own_lr]
+    groups.append({"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay})
+    groups.append({"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def assert_each_once(parameters: Parameters, groups: Iterable[Group]) -> None:
+    """Every parameter is in exactly one group."""
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in parameters.values()), "a parameter is not in exactly one group"
+
+
+def refuse_set_options(name: str, options: Mapping[str, Any], config: OptimConfig) -> None:
+    """Raise UserError where --optimizer_kwargs names what an argument of its own sets."""
+    set_elsewhere = {"lr", "params", "weight_decay", *options} - {"fused"}
+    if name == "muon":
+        set_elsewhere = {"lr", "params", "weight_decay", "momentum"}
+    repeated = sorted(set_elsewhere & config.kwargs.keys())
+    if repeated:
+        raise UserError(f"--optimizer_kwargs: {', '.join(repeated)} follow from arguments of their own")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the driver
 
 
 class Optimizer:
     """One or more torch optimizers over a model's parameters, driven together.
 
-    Every group's rate is its own largest one times a factor that the schedule gives. State is saved under the parameters' names. To
-    a GradScaler it is one optimizer, with `param_groups` and `step`: an overflow anywhere skips the step everywhere.
+    Every group's learning rate is its own peak times a scale that the schedule gives. State is saved under the
+    parameters' names. To a GradScaler this is one optimizer, with `param_groups` and `step`: an overflow anywhere
+    skips the step everywhere.
     """
 
-    def __init__(self, name: str, model: nn.Module, settings: OptimConfig, muon_splits: dict[str, list[int]]):
-        """Raises UserError for a class that doesn't take the arguments."""
+    def __init__(
+        self, name: str, model: nn.Module, config: OptimConfig, muon_splits: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """muon_splits: names of weights that stack several matrices -> the rows of each. Raises UserError."""
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.skip: Tensor | None = None
         self.parameters = list(parameters.values())
-        self.gathered: dict[
-            nn.Parameter, nn.Parameter
-        ] = {}  # a sharded parameter -> all of it, while an optimizer steps that needs that
         self.names = {id(p): n for n, p in parameters.items()}
-        hidden = {n: p for n, p in parameters.items() if name == "muon" and p.dim() == 2 and n.startswith("blocks.")}
-        rest = {n: p for n, p in parameters.items() if n not in hidden}
-        covered = [id(p) for p in [*hidden.values(), *rest.values()]]
-        assert sorted(covered) == sorted(map(id, parameters.values())), "every parameter is in exactly one group"
+        self.skip: Tensor | None = None
+        self.full_parameters: dict[nn.Parameter, nn.Parameter] = {}  # a sharded one -> all of it, during a step
+        self.kind = {"kwargs": config.kwargs, "momentum": config.momentum > 0}  # what decides which state there is
+        self.optimizers: list[torch.optim.Optimizer] = []
 
-        cls, choose = OPTIMIZERS.get("adamw" if name == "muon" else name) or (named_class(name), lambda s: {})
-        own = (
-            {"lr", "params", "weight_decay", *choose(settings)} - {"fused"}
-            if name != "muon"
-            else {"lr", "params", "weight_decay", "momentum"}
-        )
-        if taken := own & settings.kwargs.keys():
-            raise UserError(f"--optimizer_kwargs: {', '.join(sorted(taken))} follow from arguments of their own")
-        self.kind = {"kwargs": settings.kwargs, "momentum": settings.momentum > 0}  # decide which state there is
-        kwargs = choose(settings) | ({} if name == "muon" else settings.kwargs)
-        rates = {"wte.weight": settings.embedding_lr or settings.lr, "head.weight": settings.head_lr or settings.lr}
-        groups = [
-            *(
-                {"params": [rest.pop(n)], "weight_decay": settings.weight_decay, "lr": lr}
-                for n, lr in rates.items()
-                if n in rest
-            ),
-            {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        if name not in ELEMENTWISE and any(isinstance(p, DTensor) for p in parameters.values()):
-            self.gathered = {p: nn.Parameter(torch.zeros(p.shape, device=p.device)) for p in parameters.values()}
-            self.names |= {id(all_of_it): self.names[id(p)] for p, all_of_it in self.gathered.items()}
-            groups = [group | {"params": [self.gathered[p] for p in group["params"]]} for group in groups]
-        groups = [group for group in groups if group["params"]]  # none where Muon trains all that learns: LoRA
-        self.optimizers = [self.build(cls, groups, settings.lr, kwargs, name)] if groups else []
-        self.forget_gathered()
-        if hidden:
-            kwargs = {
-                "momentum": settings.muon_momentum,
-                **settings.kwargs,
-                "rows": {p: muon_splits[n] for n, p in hidden.items() if n in muon_splits},
-            }
-            group = {"params": list(hidden.values()), "weight_decay": settings.muon_weight_decay}
-            self.optimizers.append(self.build(Muon, [group], settings.muon_lr, kwargs, name))
+        # 1. Which parameters go where.
+        use_muon = name == "muon"
+        muon_parameters, others = split_parameters(parameters, muon=use_muon)
+        groups = build_groups(others, config)
+        muon_group = {"params": list(muon_parameters.values()), "weight_decay": config.muon_weight_decay}
+        assert_each_once(parameters, [*groups, muon_group])
+
+        # 2. The optimizer of all that Muon does not train: none where it trains all, as with LoRA.
+        spec = find_optimizer("adamw" if use_muon else name)
+        options = spec.options(config)
+        refuse_set_options(name, options, config)
+        if not use_muon:
+            options |= config.kwargs
+            if not spec.elementwise:
+                groups = self.with_full_parameters(groups)
+        if groups:
+            self.optimizers.append(build_optimizer(name, spec.cls, groups, config.lr, options))
+        self.free_full_parameters()
+
+        # 3. Muon.
+        if muon_parameters:
+            splits = {muon_parameters[n]: rows for n, rows in (muon_splits or {}).items() if n in muon_parameters}
+            options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits}
+            self.optimizers.append(build_optimizer(name, Muon, [muon_group], config.muon_lr, options))
+
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[Group]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @staticmethod
-    def build(cls: type, groups: list[dict], lr: float, kwargs: dict[str, Any], name: str) -> torch.optim.Optimizer:
-        try:
-            return cls(groups, lr=lr, **kwargs)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"--optimizer={name} --optimizer_kwargs: {error}") from None
-
     def compile(self) -> None:
-        """Compile what Muon iterates."""
+        """Compile Muon's Newton-Schulz iteration."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
-                optimizer.orthogonalise = torch.compile(newton_schulz, dynamic=False)
+                optimizer.newton_schulz = torch.compile(newton_schulz, dynamic=False)
+
+    # A step, in the order of the calls.
 
     def set_lr_scale(self, scale: float) -> None:
-        """Set every group's rate to its largest one times the scale."""
+        """Set every group's learning rate to its peak times the scale."""
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * scale
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, bound: float) -> Tensor:
-        """Unscale the gradients and scale their norm to at most `bound` (0: any); the norm before, on the device."""
-        scaler.unscale_(self)
-        return full_tensor(nn.utils.clip_grad_norm_(parameters, bound or math.inf))
-
-    def step(self) -> None:
-        """Update the parameters by their gradients, unless `skip` is 1: then neither parameters nor state change. Those that can't be told
-        by a tensor (all but adamw, adam, lion, muon) wait for the device to know."""
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, SkippableOptimizer) or optimizer.defaults.get("fused"):
-                optimizer.found_inf = None if self.skip is None else self.skip.to(self.parameters[0].device)
-                optimizer.step()
-            elif self.skip is None or not self.skip:
-                for p, all_of_it in self.gathered.items():
-                    all_of_it.data, all_of_it.grad = full_tensor(p.detach()), full_tensor(p.grad)
-                optimizer.step()
-                with torch.no_grad():
-                    for p, all_of_it in self.gathered.items():
-                        p.copy_(shard_like(all_of_it.detach(), p))
-                self.forget_gathered()
-
-    def forget_gathered(self) -> None:
-        for all_of_it in self.gathered.values():
-            all_of_it.data, all_of_it.grad = all_of_it.data.new_empty(0), None
+    def clip_grad_norm(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
+        """Unscale the gradients and clip their norm to max_norm (0: don't clip); the norm before, on the device."""
+        scaler.unscale_(self)  # type: ignore[arg-type]  # it needs param_groups alone
+        return full_tensor(nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf))
 
     def update(self, scaler: torch.amp.GradScaler, skip: Tensor | None = None) -> None:
-        """Step and forget the gradients. skip: 1.0 if this step must change nothing, a scalar on the device; a float16 step that overflowed
-        is skipped by the scaler."""
+        """Step, and drop the gradients.
+
+        skip: a scalar on the device, 1.0 if this step must change nothing. The scaler skips a float16 step that
+        overflowed.
+        """
         self.skip = skip
-        scaler.step(self)
+        scaler.step(self)  # type: ignore[arg-type]  # it needs step alone
         scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
 
+    def step(self) -> None:
+        """Update the parameters by their gradients, unless `skip` is 1: then neither parameters nor state change.
+
+        Optimizers that can't skip on the device (all but adamw, adam, lion and muon) wait for it to know.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, SkippableOptimizer) or optimizer.defaults.get("fused"):
+                found_inf = None if self.skip is None else self.skip.to(self.parameters[0].device)
+                optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused ones read it too
+                optimizer.step()
+            elif self.skip is None or not self.skip:
+                self.gather_full_parameters()
+                optimizer.step()
+                self.scatter_full_parameters()
+
+    # Full copies of sharded parameters, for optimizers that are not elementwise. They have memory only during a step.
+
+    def with_full_parameters(self, groups: list[Group]) -> list[Group]:
+        """The groups with full copies in the place of sharded parameters, if there are any."""
+        if not any(isinstance(p, DTensor) for p in self.parameters):
+            return groups
+        self.full_parameters = {p: nn.Parameter(torch.zeros(p.shape, device=p.device)) for p in self.parameters}
+        for p, full in self.full_parameters.items():
+            self.names[id(full)] = self.names[id(p)]
+        return [group | {"params": [self.full_parameters[p] for p in group["params"]]} for group in groups]
+
+    def gather_full_parameters(self) -> None:
+        for p, full in self.full_parameters.items():
+            full.data = full_tensor(p.detach())
+            full.grad = None if p.grad is None else full_tensor(p.grad)
+
+    @torch.no_grad()
+    def scatter_full_parameters(self) -> None:
+        for p, full in self.full_parameters.items():
+            p.copy_(shard_like(full.detach(), p))
+        self.free_full_parameters()
+
+    def free_full_parameters(self) -> None:
+        for full in self.full_parameters.values():
+            full.data = full.data.new_empty(0)
+            full.grad = None
+
+    # State, for checkpoints.
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, the rest) of the state, keyed "optimizer/parameter/what"; the rest also names the classes."""
+        """(tensors, other values) of the state, keyed "optimizer/parameter/name"; the values also name the classes."""
         tensors: dict[str, Tensor] = {}
-        rest: dict[str, Any] = {"classes": self.classes(), "kind": self.kind}
+        values: dict[str, Any] = {"classes": self.class_names(), "kind": self.kind}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    (tensors if isinstance(value, Tensor) else rest)[f"{i}/{self.names[id(parameter)]}/{key}"] = value
-        return tensors, rest
+                for name, value in state.items():
+                    key = f"{i}/{self.names[id(parameter)]}/{name}"
+                    if isinstance(value, Tensor):
+                        tensors[key] = value
+                    else:
+                        values[key] = value
+        return tensors, values
 
-    def classes(self) -> list[str]:
-        return [type(optimizer).__name__ for optimizer in self.optimizers]
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up a saved state; rates, betas and decay stay the arguments'. Raises UserError if it doesn't fit."""
+        # 1. The same optimizers, and the same kind of state.
+        saved_classes, classes = values["classes"], self.class_names()
+        if saved_classes != classes:
+            raise UserError(
+                f"--optimizer: the checkpoint's state is that of {' and '.join(saved_classes)}, "
+                f"not of {' and '.join(classes)}; resume with the run's own optimizer"
+            )
+        if values["kind"] != self.kind:
+            raise UserError(
+                f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {values['kind']}, "
+                f"not {self.kind}; resume with the run's own"
+            )
 
-    def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Take up a saved state; rates, betas and decay stay those of the arguments. Raises UserError when it doesn't fit."""
-        rest = dict(rest)
-        if (saved := rest.pop("classes")) != self.classes():
-            raise UserError(
-                f"--optimizer: the checkpoint's state is that of {' and '.join(saved)}, not of {' and '.join(self.classes())}; resume with the run's own optimizer"
-            )
-        if (kind := rest.pop("kind")) != self.kind:
-            raise UserError(
-                f"--optimizer_kwargs, --momentum: the checkpoint's state was made with {kind}, not {self.kind}; resume with the run's own"
-            )
+        # 2. "optimizer/parameter/name" to the optimizer's own numbers of its parameters.
+        parameters = [self.numbered_parameters(optimizer) for optimizer in self.optimizers]
         states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
-        known = [
-            {self.names[id(p)]: (n, p) for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-            for optimizer in self.optimizers
-        ]
-        for key in [*tensors, *rest]:
-            i, name, what = key.split("/")
-            n, parameter = known[int(i)][name]
-            value = tensors[key] if key in tensors else rest[key]
-            value = (
-                shard_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
-            )  # whole for a gathered one
-            states[int(i)].setdefault(n, {})[what] = value
+        for key, value in {**values, **tensors}.items():
+            if key in ("classes", "kind"):
+                continue
+            i, parameter_name, name = key.split("/")
+            number, parameter = parameters[int(i)][parameter_name]
+            if isinstance(value, Tensor) and value.dim():
+                value = shard_like(value, parameter)
+            states[int(i)].setdefault(number, {})[name] = value
+
+        # 3. Load.
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+    def class_names(self) -> list[str]:
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
+    def numbered_parameters(self, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, nn.Parameter]]:
+        """name -> (number in the optimizer's state_dict, parameter)."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return {self.names[id(p)]: (number, p) for number, p in enumerate(parameters)}

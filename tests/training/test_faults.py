@@ -332,12 +332,12 @@ def poison(monkeypatch, steps, value=math.nan) -> None:
     """Gradients of these steps, by how many the process has made, are not finite, or `value` times as large."""
     plain, count = train.optimizers.Optimizer.clip_grad_norm, [0]
 
-    def clip(self, parameters, scaler, bound):
+    def clip(self, scaler, max_norm):
         count[0] += 1
         if count[0] in steps:
-            for parameter in parameters:
+            for parameter in self.parameters:
                 parameter.grad *= value
-        return plain(self, parameters, scaler, bound)
+        return plain(self, scaler, max_norm)
 
     monkeypatch.setattr(train.optimizers.Optimizer, "clip_grad_norm", clip)
 

@@ -586,9 +586,9 @@ def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     """One infinite gradient in one matrix that Muon trains: no parameter of AdamW moves either, and the scale is halved."""
     original = train.optimizers.Optimizer.clip_grad_norm
 
-    def poisoned(self, parameters, scaler, bound):
-        parameters[3].grad[0] = math.inf
-        return original(self, parameters, scaler, bound)
+    def poisoned(self, scaler, max_norm):
+        self.parameters[3].grad[0] = math.inf
+        return original(self, scaler, max_norm)
 
     monkeypatch.setattr(train.optimizers.Optimizer, "clip_grad_norm", poisoned)
     start = run("--dtype=float16", "--max_iters=0", "--optimizer=muon", name="start")
