@@ -762,19 +762,18 @@ def optim_config(args: TrainArgs) -> OptimConfig:
 
 def lr_scale(args: TrainArgs) -> Callable[[int], float]:
     """step -> learning rate divided by the peak learning rate."""
-    min_scale = 0.0
+    floor = 0.0
     if args.learning_rate:
-        min_scale = min(1.0, args.min_lr / args.learning_rate)
-    plan = schedules.Plan(
-        peak=1.0,
-        floor=min_scale,
+        floor = min(1.0, args.min_lr / args.learning_rate)
+    return schedules.make_schedule(
+        args.schedule,
         warmup=args.warmup_iters,
         steps=args.lr_decay_iters,
+        floor=floor,
         step_size=args.lr_step_size,
         gamma=args.lr_step_gamma,
         decay_fraction=args.wsd_decay_fraction,
     )
-    return partial(schedules.learning_rate, args.schedule, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

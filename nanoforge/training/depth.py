@@ -1,64 +1,100 @@
-"""One dial for a model's size: the width, heads, batch, horizon and learning rates that a depth asks for. Knows no torch.
+"""One dial for a model's size: width, heads, batch, steps and learning rates follow from a depth. Imports no torch.
 
-The rules are power laws through two points each: what was measured with configs/depth.py at a few million training tokens on a CPU
-(docs/depth.md), and the recipe that modded-nanogpt and nanochat found for GPT-2's size, at 1.2 billion (configs/gpt2_124m_modern.py).
+The rules are power laws through two points each: what was measured with configs/depth.py at a few million training
+tokens on a CPU (docs/depth.md), and the recipe that modded-nanogpt and nanochat found for GPT-2's size, at 1.2 billion
+(configs/gpt2_124m_modern.py).
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-TOKENS = 3.3e6  # of a whole training: where the following was measured, at a width of 96
-BATCH, BATCH_POWER = 4096, 0.82  # tokens of a step
-MUON, MUON_POWER = 0.04, -0.12  # learning rate of the blocks' matrices
-ADAM, ADAM_WIDTH = (
-    0.01,
-    96,
-)  # of everything else; falls with the root of the width (Yang et al. 2022 for Adam, as nanochat has it)
-DECAY, DECAY_TOKENS = (
-    0.05,
-    1.2e9,
-)  # of the blocks' matrices from so many tokens on, less before: a few million are better off without
-MICRO_TOKENS = 65536  # most tokens of a micro-batch
+MEASURED_TOKENS = 3.3e6  # training tokens of the measured anchor
+MEASURED_WIDTH = 96
+MAX_MICRO_BATCH_TOKENS = 65536
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the rules
 
 
-def brief(rate: float) -> float:
-    """To three digits."""
-    return float(f"{rate:.3g}")
-
-
-def head_width(width: int) -> int:
+def head_dim(width: int) -> int:
     """32 below a width of 256, 64 below 768, else 128."""
-    return 32 if width < 256 else 64 if width < 768 else 128
+    if width < 256:
+        return 32
+    return 64 if width < 768 else 128
+
+
+def training_tokens(n_layer: int, width: int, tokens_per_weight: float) -> float:
+    """So many for each of the 12 L C^2 weights of the blocks."""
+    return tokens_per_weight * 12 * n_layer * width**2
+
+
+def batch_tokens(tokens: float) -> float:
+    """Tokens of a step, for so many training tokens."""
+    return 4096 * (tokens / MEASURED_TOKENS) ** 0.82
+
+
+def muon_lr(tokens: float) -> float:
+    """Learning rate of the blocks' matrices."""
+    return 0.04 * (tokens / MEASURED_TOKENS) ** -0.12
+
+
+def muon_weight_decay(tokens: float) -> float:
+    """Weight decay of the blocks' matrices: 0.05 from 1.2 billion tokens on; a few million are better off without."""
+    return 0.05 * min(1.0, tokens / 1.2e9)
+
+
+def adam_lr(width: int) -> float:
+    """Learning rate of everything else: it falls with the root of the width (Yang et al. 2022, for Adam; nanochat)."""
+    return 0.01 * (width / MEASURED_WIDTH) ** -0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def round_to_digits(value: float) -> float:
+    """To three significant digits."""
+    return float(f"{value:.3g}")
+
+
+def power_of_two(exponent: float) -> int:
+    """2^exponent, the exponent cut to an integer of at least 0."""
+    return 2 ** max(0, int(exponent))
 
 
 def derive_args(
-    depth: int, aspect: int, tokens_per_weight: float, block_size: int, given: Mapping[str, Any]
+    depth: int, aspect: int, tokens_per_weight: float, block_size: int, fixed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of train.py that follow from `depth`; those in `given` stand, and the others follow from them.
+    """The arguments of train.py that follow from `depth`; the others follow from those that are `fixed`.
 
-    aspect: width over depth; widths are rounded up to whole heads. tokens_per_weight: training tokens over the 12 L C^2 weights of the
-    blocks. A step is a power of two of sequences, unless batch_size is given; with another than the rule's, rates change by the root of the ratio.
+    aspect: width over depth; widths are rounded up to whole heads. A step has a power of two of sequences, unless
+    batch_size is fixed; with another batch than the rule's, learning rates change by the root of the ratio.
     """
-    layers = given.get("n_layer", depth)
-    wished = depth * aspect
-    width = given.get("n_embd", math.ceil(wished / head_width(wished)) * head_width(wished))
-    tokens = tokens_per_weight * 12 * layers * width**2
-    batch = BATCH * (tokens / TOKENS) ** BATCH_POWER
-    rows = 2 ** max(0, round(math.log2(batch / block_size)))
-    micro = given.get("batch_size", min(rows, 2 ** max(0, int(math.log2(MICRO_TOKENS / block_size)))))
-    accumulation = given.get("gradient_accumulation_steps", max(1, round(rows / micro)))
-    steps = given.get("max_iters", max(1, round(tokens / (micro * accumulation * block_size))))
-    noise = math.sqrt(micro * accumulation / rows)
+    # 1. Shape.
+    n_layer = fixed.get("n_layer", depth)
+    heads = math.ceil(depth * aspect / head_dim(depth * aspect))
+    width = fixed.get("n_embd", heads * head_dim(depth * aspect))
+
+    # 2. Batch and steps.
+    tokens = training_tokens(n_layer, width, tokens_per_weight)
+    sequences = power_of_two(round(math.log2(batch_tokens(tokens) / block_size)))
+    max_micro_batch = power_of_two(math.log2(MAX_MICRO_BATCH_TOKENS / block_size))
+    batch_size = fixed.get("batch_size", min(sequences, max_micro_batch))
+    accumulation = fixed.get("gradient_accumulation_steps", max(1, round(sequences / batch_size)))
+    tokens_per_step = batch_size * accumulation * block_size
+    steps = fixed.get("max_iters", max(1, round(tokens / tokens_per_step)))
+
+    # 3. Learning rates.
+    batch_factor = math.sqrt(batch_size * accumulation / sequences)
     return {
-        "n_layer": layers,
+        "n_layer": n_layer,
         "n_embd": width,
-        "n_head": max(1, width // head_width(width)),
-        "batch_size": micro,
+        "n_head": max(1, width // head_dim(width)),
+        "batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "max_iters": steps,
         "lr_decay_iters": max(1, steps),
-        "muon_learning_rate": brief(MUON * (tokens / TOKENS) ** MUON_POWER * noise),
-        "muon_weight_decay": brief(DECAY * min(1.0, tokens / DECAY_TOKENS)),
-        "learning_rate": brief(ADAM * (width / ADAM_WIDTH) ** -0.5 * noise),
+        "muon_learning_rate": round_to_digits(muon_lr(tokens) * batch_factor),
+        "muon_weight_decay": round_to_digits(muon_weight_decay(tokens)),
+        "learning_rate": round_to_digits(adam_lr(width) * batch_factor),
     }

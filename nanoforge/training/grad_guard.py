@@ -1,58 +1,68 @@
-"""Which optimizer steps are skipped: those whose gradient is not finite, and, if asked, outliers of its norm.
+"""Which optimizer steps are skipped: those whose gradient is not finite and, if asked, outliers of its norm.
 
-Decided on the device and told to the optimizer as a tensor, so no step waits for the host; the counts are read when the loop logs.
+Decided on the device and passed to the optimizer as a tensor, so no step waits for the host. The counts are read when
+the loop logs.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-WINDOW, ENOUGH = 128, 32  # norms that are remembered; that are needed before an outlier is told
+WINDOW = 128  # gradient norms that are remembered
+MIN_NORMS = 32  # that are needed before one is called an outlier
+STD_PER_MAD = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 
 
 class GradGuard:
-    """Judges gradient norms. All ranks see the same norm, and so decide the same.
+    """Decides by its gradient norm whether a step is skipped. All ranks see the same norm, so they decide alike.
 
-    sigma: a norm is an outlier above median + sigma x 1.4826 x median absolute deviation (as many standard deviations, were the
-    norms normal; at least a hundredth of the median) of the last WINDOW finite ones; 0: none is.
+    sigma: a norm is an outlier above median + sigma x 1.4826 x median absolute deviation of the last 128 finite norms:
+    sigma standard deviations, robustly estimated, and taken to be at least a hundredth of the median. 0: no outliers.
     """
 
-    def __init__(self, sigma: float, device: torch.device):
+    def __init__(self, sigma: float, device: torch.device) -> None:
         self.sigma = sigma
-        self.norms = torch.full((WINDOW,), torch.nan, device=device)
-        self.seen, self.skipped, self.consecutive, self.max_consecutive = torch.zeros(
-            4, dtype=torch.long, device=device
-        )
+        self.norms = torch.full((WINDOW,), torch.nan, device=device)  # a ring; nan where there is none yet
+        counts = torch.zeros(4, dtype=torch.long, device=device)
+        self.n_norms, self.skipped, self.consecutive, self.max_consecutive = counts
 
     def should_skip(self, norm: Tensor) -> Tensor:
-        """1.0 where the step of this norm, a scalar, must be skipped, else 0.0; counted."""
+        """1.0 where the step of this gradient norm, a scalar, must be skipped, else 0.0; counts it."""
         norm = norm.to(self.norms.device)
         finite = norm.isfinite()
         skip = ~finite
         if self.sigma:
-            median = self.norms.nanmedian()
-            spread = (1.4826 * (self.norms - median).abs().nanmedian()).maximum(0.01 * median)
-            skip = skip | ((self.seen >= ENOUGH) & (norm > median + self.sigma * spread))
-            spot = self.seen.remainder(WINDOW).view(1)
-            self.norms.index_copy_(0, spot, torch.where(finite, norm, self.norms[spot]))
-            self.seen += finite
+            skip = skip | self.is_outlier(norm)
+            self.remember(norm, finite)
         self.skipped += skip
         self.consecutive.add_(1).mul_(skip)
         self.max_consecutive.copy_(self.max_consecutive.maximum(self.consecutive))
         return skip.float()
 
-    def state_dict(self) -> dict:
-        """For progress.json; the newest norm last."""
-        seen = int(self.seen)
-        return {
-            "skipped": int(self.skipped),
-            "norms": self.norms.roll(-(seen % WINDOW)).tolist()[-seen:] if seen else [],
-        }
+    def is_outlier(self, norm: Tensor) -> Tensor:
+        median = self.norms.nanmedian()
+        deviation = (self.norms - median).abs().nanmedian()
+        std = (STD_PER_MAD * deviation).maximum(0.01 * median)
+        return (self.n_norms >= MIN_NORMS) & (norm > median + self.sigma * std)
 
-    def load_state_dict(self, state: dict) -> None:
+    def remember(self, norm: Tensor, finite: Tensor) -> None:
+        """Put a finite norm in the place of the oldest."""
+        oldest = self.n_norms.remainder(WINDOW).view(1)
+        self.norms.index_copy_(0, oldest, torch.where(finite, norm, self.norms[oldest]))
+        self.n_norms += finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """For progress.json; the newest norm last."""
+        n_norms = int(self.n_norms)
+        norms = self.norms.roll(-(n_norms % WINDOW)).tolist()[-n_norms:] if n_norms else []
+        return {"skipped": int(self.skipped), "norms": norms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         norms = state["norms"]
         self.norms.fill_(torch.nan)
         self.norms[: len(norms)] = torch.tensor(norms, device=self.norms.device)
-        self.seen.fill_(len(norms))
+        self.n_norms.fill_(len(norms))
         self.skipped.fill_(state["skipped"])
         self.consecutive.zero_()
         self.max_consecutive.zero_()

@@ -1,78 +1,85 @@
-"""Learning rate schedules: pure functions of the step.
+"""Learning rate schedules: pure functions of the step. Each gives the learning rate over its peak.
 
-Each gives the rate of the update that follows `step` updates, after a warm-up that all of them share. A schedule is an entry of
-SCHEDULES: a function of a `Plan` and the step, asked only from `plan.warmup` on.
+All share a linear warmup; a schedule is asked only for steps from `warmup` on. A step is the number of updates made
+before. A new schedule is one function and its entry in SCHEDULES; it names the values that it needs:
+
+    warmup          steps of the warmup
+    steps           where the decay ends
+    floor           smallest value, as a part of the peak
+    step_size       steps between two drops
+    gamma           factor of a drop
+    decay_fraction  part of the steps in which wsd decays
 """
 
+import functools
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 
-@dataclass(frozen=True)
-class Plan:
-    """peak: largest rate; floor: smallest; warmup, steps, step_size in steps; steps: where the decay is over."""
-
-    peak: float
-    floor: float = 0.0
-    warmup: int = 0
-    steps: int = 1
-    step_size: int = 1
-    gamma: float = 0.1
-    decay_fraction: float = 0.4
-
-    def progress(self, step: int) -> float:
-        """From 0 at the end of the warm-up to 1 where the decay is over."""
-        return min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+def progress(step: int, warmup: int, steps: int) -> float:
+    """From 0 at the end of the warmup to 1 where the decay ends."""
+    return min(1.0, (step - warmup) / max(1, steps - warmup))
 
 
-def none(plan: Plan, step: int) -> float:
-    return plan.peak
+def constant(step: int) -> float:
+    return 1.0
 
 
-def linear(plan: Plan, step: int) -> float:
-    return plan.peak + (plan.floor - plan.peak) * plan.progress(step)
+def linear(step: int, warmup: int, steps: int, floor: float) -> float:
+    return 1.0 + (floor - 1.0) * progress(step, warmup, steps)
 
 
-def cosine(plan: Plan, step: int) -> float:
-    """Half a cosine from peak to floor (Loshchilov and Hutter 2017), as in nanoGPT."""
-    return plan.floor + 0.5 * (1 + math.cos(math.pi * plan.progress(step))) * (plan.peak - plan.floor)
+def cosine(step: int, warmup: int, steps: int, floor: float) -> float:
+    """Half a cosine (Loshchilov and Hutter 2017), as in nanoGPT."""
+    return floor + 0.5 * (1 + math.cos(math.pi * progress(step, warmup, steps))) * (1.0 - floor)
 
 
-def exponential(plan: Plan, step: int) -> float:
-    """A constant factor a step, from peak to floor."""
-    return plan.peak * (plan.floor / plan.peak) ** plan.progress(step) if plan.peak else 0.0
+def exponential(step: int, warmup: int, steps: int, floor: float) -> float:
+    """The same factor every step, down to the floor."""
+    return floor ** progress(step, warmup, steps)
 
 
-def step(plan: Plan, step: int) -> float:
-    """Times gamma every step_size steps after the warm-up, never below floor."""
-    return max(min(plan.floor, plan.peak), plan.peak * plan.gamma ** ((step - plan.warmup) // plan.step_size))
+def step_decay(step: int, warmup: int, floor: float, step_size: int, gamma: float) -> float:
+    """Times gamma every step_size steps after the warmup, never below the floor."""
+    return max(floor, gamma ** ((step - warmup) // step_size))
 
 
-def inverse_sqrt(plan: Plan, step: int) -> float:
-    """Like 1 / sqrt(step) from the end of the warm-up on (Vaswani et al. 2017), never below floor."""
-    return max(min(plan.floor, plan.peak), plan.peak * math.sqrt(max(1, plan.warmup) / max(1, step, plan.warmup)))
+def inverse_sqrt(step: int, warmup: int, floor: float) -> float:
+    """Like 1 / sqrt(step) after the warmup (Vaswani et al. 2017), never below the floor."""
+    return max(floor, math.sqrt(max(1, warmup) / max(1, step, warmup)))
 
 
-def wsd(plan: Plan, step: int) -> float:
-    """Warm-up, stable, then linear to floor over the last decay_fraction of the steps (Hu et al. 2024)."""
-    length = max(1, plan.decay_fraction * plan.steps)
-    left = min(1.0, max(0.0, (plan.steps - step) / length))
-    return plan.floor + left * (plan.peak - plan.floor)
+def wsd(step: int, steps: int, floor: float, decay_fraction: float) -> float:
+    """Warmup, stable, decay: linear to the floor over the last decay_fraction of the steps (Hu et al. 2024)."""
+    decay_steps = max(1, decay_fraction * steps)
+    remaining = min(1.0, max(0.0, (steps - step) / decay_steps))
+    return floor + remaining * (1.0 - floor)
 
 
-SCHEDULES = {
-    "none": none,
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "none": constant,
     "linear": linear,
     "cosine": cosine,
     "exponential": exponential,
-    "step": step,
+    "step": step_decay,
     "inverse_sqrt": inverse_sqrt,
     "wsd": wsd,
 }
 
 
-def learning_rate(name: str, plan: Plan, step: int) -> float:
-    """The rate of update number `step` (from 0): a linear warm-up as in nanoGPT, then the schedule."""
-    if step < plan.warmup:
-        return plan.peak * (step + 1) / (plan.warmup + 1)
-    return SCHEDULES[name](plan, step)
+def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[int], float]:
+    """step -> learning rate over its peak: a linear warmup as in nanoGPT, then the schedule.
+
+    values: at least those that the schedule names as its parameters.
+    """
+    values["warmup"] = warmup
+    parameters = inspect.signature(SCHEDULES[name]).parameters.keys() - {"step"}
+    after_warmup = functools.partial(SCHEDULES[name], **{parameter: values[parameter] for parameter in parameters})
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return after_warmup(step)
+
+    return scale
