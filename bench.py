@@ -16,13 +16,13 @@ from pathlib import Path
 
 import configurator
 from benchmarks.common import CASES
-from configurator import OnlyWith, Rules, arg
+from configurator import OnlyWith, Rules, arg, arg_group
 
 SECTIONS = ("train", "sample", "data", "startup", "race")
 NANOGPT = OnlyWith("--peer of --peer_kind=nanogpt", lambda args: args.peer != "" and args.peer_kind == "nanogpt")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class SubjectArgs:
     """what"""
 
@@ -34,7 +34,7 @@ class SubjectArgs:
     out: str = arg("benchmarks", "folder of the results")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class AmountArgs:
     """how much"""
 

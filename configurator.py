@@ -3,10 +3,13 @@
 A table is a frozen dataclass. Each of its base classes is a group of `--help`, titled by its docstring; each field is
 one argument:
 
-    @dataclass(frozen=True, kw_only=True)
+    @arg_group
     class OptimizerArgs:
         '''optimizer'''
         learning_rate: float = arg(1e-3, "peak learning rate", low=0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainArgs(OptimizerArgs, ...): ...
 
 Knows no argument by name and imports no torch: all errors are reported, at once and by flag, before the slow imports.
 Values come in layers, the later the stronger: the table's defaults, values derived from other arguments, the resumed
@@ -99,6 +102,12 @@ def arg(default: T, help: str, **options: typing.Unpack[ArgOptions]) -> T:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=typing.cast(Callable[[], T], default.copy), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def arg_group(cls: type[T]) -> type[T]:
+    """A dataclass that is only a base of tables: without the methods that a table gets anyway, which take time to make."""
+    return dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)(cls)
 
 
 def spec_of(field: dataclasses.Field) -> ArgSpec:

@@ -13,29 +13,18 @@ from dataclasses import dataclass
 
 import configurator
 import train_args
-from configurator import OnlyWith, Rules, arg
+from common_args import DeviceArgs, LoadArgs, checkpoint_errors
+from configurator import OnlyWith, Rules, arg, arg_group
 
 DECODE = {
     "greedy": (0.0, 0, 1.0),
     "standard": (0.7, 50, 0.95),
     "liberal": (0.85, 2000, 1.0),
 }  # temperature, top_k, top_p, as in agent_tunix
-RUN = OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")
 TASKS = OnlyWith("--tasks", lambda a: bool(a.tasks))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelArgs:
-    """model"""
-
-    out_dir: str = arg("out", "the run", needs=RUN)
-    checkpoint: str = arg("best", "best, last, or a step", needs=RUN)
-    init_from: str = arg(
-        "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class LossArgs:
     """losses"""
 
@@ -44,7 +33,7 @@ class LossArgs:
     max_windows: int = arg(0, "so many windows of a dataset, or examples, at most (0: all)", low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class TaskArgs:
     """tasks"""
 
@@ -61,27 +50,21 @@ class TaskArgs:
     seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=TASKS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SystemArgs:
+@arg_group
+class SystemArgs(DeviceArgs):
     """system"""
 
     batch_size: int = arg(64, "windows, examples or problems at once", low=1)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = arg("auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16"))
     json: str = arg("", "file to write (none: evaluation.json in out_dir)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(ModelArgs, LossArgs, TaskArgs, SystemArgs):
+class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, SystemArgs):
     """The arguments of evaluate.py."""
 
 
 def check(a, source: dict[str, str]) -> list[str]:
-    wrong = (
-        []
-        if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal()
-        else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
-    )
+    wrong = list(checkpoint_errors(a))
     wrong += ["--num_passes: the likeliest answer is always the same; take --decode=standard or liberal"] * (
         a.num_passes > 1 and a.decode == "greedy"
     )

@@ -12,13 +12,13 @@ import sys
 from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, arg
+from configurator import OnlyWith, arg, arg_group
 from nanoforge import config_files
 
 WATCH = OnlyWith("--watch", lambda a: a.watch)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class OutputArgs:
     """what"""
 
@@ -36,7 +36,7 @@ class OutputArgs:
     title: str = arg("", "title of the page (none: the folders)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class WatchArgs:
     """watch"""
 

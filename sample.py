@@ -17,28 +17,23 @@ import sys
 from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, Rules, arg
+from common_args import DeviceArgs, LoadArgs, checkpoint_errors
+from configurator import OnlyWith, Rules, arg, arg_group
 
 RUN = OnlyWith("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
 PROMPTED = OnlyWith("--prompt_dir", lambda a: bool(a.prompt_dir))
 DRAWN = OnlyWith("--temperature above 0", lambda a: a.temperature > 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelArgs:
+@arg_group
+class ModelArgs(LoadArgs):
     """model"""
 
     out_dir: str = arg("out", "the run", needs=RUN)
     prompt_dir: tuple[str, ...] = arg((), "runs of soft prompts: one for all of --fields, or one for each", split=False)
-    checkpoint: str = arg(
-        "best", "best, last, or a step", needs=OnlyWith("--init_from=resume", lambda a: a.init_from == "resume")
-    )
-    init_from: str = arg(
-        "resume", "resume (the run in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a PATH to weights"
-    )
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class PromptArgs:
     """text"""
 
@@ -63,7 +58,7 @@ class PromptArgs:
     stream: bool = arg(True, "print the first sample while it is drawn")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class SamplingArgs:
     """choice of the next token"""
 
@@ -76,12 +71,10 @@ class SamplingArgs:
     seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SystemArgs:
+@arg_group
+class SystemArgs(DeviceArgs):
     """system"""
 
-    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = arg("auto", "precision of activations", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(
         False,
         "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts",
@@ -94,11 +87,7 @@ class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
 
 
 def check(a, source: dict[str, str]) -> list[str]:
-    wrong = (
-        []
-        if a.checkpoint in ("best", "last") or a.checkpoint.isdecimal()
-        else [f"--checkpoint={a.checkpoint}: must be best, last or a step"]
-    )
+    wrong = list(checkpoint_errors(a))
     wrong += ["--start: has no effect with --prompt_dir; its text is made of --fields"] * (
         bool(a.prompt_dir) and source["start"] != "default"
     )

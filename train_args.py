@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from configurator import OnlyWith, Resolved, Rules, arg, with_set, with_value
+from common_args import DeviceArgs, device_errors
+from configurator import OnlyWith, Resolved, Rules, arg, arg_group, with_set, with_value
 from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import prompt_format
@@ -67,7 +68,7 @@ FSDP = with_value("parallel", "fsdp")
 
 
 # fmt: off
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class RunArgs:
     """run"""
 
@@ -89,7 +90,7 @@ class RunArgs:
     seed: int = arg(1337, "random seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class DataArgs:
     """data"""
 
@@ -126,7 +127,7 @@ class DataArgs:
         needs=with_value("training_mode", "multicontext"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class DepthArgs:
     """depth: scaling rules"""
 
@@ -138,7 +139,7 @@ class DepthArgs:
         above=0, needs=with_set("depth"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class BatchArgs:
     """batch"""
 
@@ -149,7 +150,7 @@ class BatchArgs:
         low=1, model_shape=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class ModelArgs:
     """model"""
 
@@ -195,7 +196,7 @@ class ModelArgs:
     dropout: float = arg(0.0, "dropout probability", low=0, high=0.999)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class ObjectiveArgs:
     """objective"""
 
@@ -212,7 +213,7 @@ class ObjectiveArgs:
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class SFTArgs:
     """SFT"""
 
@@ -221,7 +222,7 @@ class SFTArgs:
     packing: bool = arg(False, "pack several examples into one sequence; attention stays within an example", needs=SFT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class PreferenceArgs:
     """DPO and KTO"""
 
@@ -233,7 +234,7 @@ class PreferenceArgs:
     undesirable_weight: str = arg("1", "KTO loss weight of undesirable completions, or auto", needs=KTO)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class GRPOArgs:
     """GRPO"""
 
@@ -257,7 +258,7 @@ class GRPOArgs:
         needs=GRPO, alias=("mask_truncated_completions",))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class AdapterArgs:
     """adapter"""
 
@@ -281,7 +282,7 @@ class AdapterArgs:
     truncation_field: str = arg("", "field to truncate in examples that are too long", needs=SOFT_PROMPT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class DurationArgs:
     """training duration: the first limit reached ends the run"""
 
@@ -296,7 +297,7 @@ class DurationArgs:
         low=0, alias=("early_stopping_patience",))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class OptimizerArgs:
     """optimizer"""
 
@@ -323,7 +324,7 @@ class OptimizerArgs:
     grad_clip: float = arg(1.0, "gradient clipping: max gradient norm (0: off)", low=0, alias=("max_grad_norm",))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class ScheduleArgs:
     """learning rate schedule"""
 
@@ -338,7 +339,7 @@ class ScheduleArgs:
         above=0, high=1, needs=with_value("lr_scheduler", "wsd"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class CheckpointArgs:
     """evaluation and checkpoints"""
 
@@ -351,7 +352,7 @@ class CheckpointArgs:
     always_save_checkpoint: bool = arg(True, "save at every evaluation; off: only if val_loss improves, and at the end")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_group
 class LoggingArgs:
     """logging"""
 
@@ -364,11 +365,10 @@ class LoggingArgs:
     tensorboard_log: bool = arg(False, "log to out_dir/tensorboard (needs tensorboard)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SystemArgs:
+@arg_group
+class SystemArgs(DeviceArgs):
     """system"""
 
-    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
     parallel: str = arg("ddp", "multi-GPU training: ddp replicates the model, "
         "fsdp (FSDP2) shards weights, gradients and optimizer state", choices=("ddp", "fsdp"))
     fsdp_reshard: bool = arg(True, "reshard_after_forward (ZeRO-3; off: ZeRO-2)",
@@ -377,8 +377,6 @@ class SystemArgs:
         needs=FSDP, alias=("fsdp_cpu_offload",))
     rank_timeout: int = arg(600, "seconds a rank waits for the others before it ends the run",
         low=1, alias=("ddp_timeout",))
-    dtype: str = arg("auto", "mixed precision: dtype of activations and matrix products; weights stay float32",
-        choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
     attention_kernel: str = arg("auto", "scaled_dot_product_attention backend on CUDA (auto: PyTorch's choice)",
         choices=("auto", "flash", "cudnn", "efficient", "math"))
@@ -735,9 +733,7 @@ def system_errors(args: TrainArgs) -> Iterator[str]:
             yield f"--{flag}: requires a package: pip install {package}"
     if args.parallel == "fsdp" and args.dtype == "float16":
         yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
-    kind, _, index = args.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
-        yield f"--device={args.device}: must be auto, cpu, cuda, cuda:N or mps"
+    yield from device_errors(args)
 
 
 def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:

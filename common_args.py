@@ -1,0 +1,44 @@
+"""Arguments that several commands share, and their checks. Imports no torch."""
+
+from collections.abc import Iterator
+
+from configurator import arg, arg_group, with_value
+
+FROM_RUN = with_value("init_from", "resume")
+
+
+@arg_group
+class LoadArgs:
+    """model"""
+
+    out_dir: str = arg("out", "run folder", needs=FROM_RUN)
+    checkpoint: str = arg("best", "checkpoint of the run: best, last or a step", needs=FROM_RUN)
+    init_from: str = arg(
+        "resume", "resume (the run in out_dir), gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH to weights"
+    )
+
+
+@arg_group
+class DeviceArgs:
+    """system"""
+
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = arg(
+        "auto",
+        "mixed precision: dtype of activations and matrix products; weights stay float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+def checkpoint_errors(args: LoadArgs) -> Iterator[str]:
+    """Errors of --checkpoint."""
+    if args.checkpoint not in ("best", "last") and not args.checkpoint.isdecimal():
+        yield f"--checkpoint={args.checkpoint}: must be best, last or a step"
+
+
+def device_errors(args: DeviceArgs) -> Iterator[str]:
+    """Errors of --device."""
+    kind, _, index = args.device.partition(":")
+    is_cuda_index = kind == "cuda" and index.isdigit()
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not is_cuda_index):
+        yield f"--device={args.device}: must be auto, cpu, cuda, cuda:N or mps"
