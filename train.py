@@ -216,7 +216,7 @@ class Run:
             self.data.source,
             self.model.config,
             self.ranks.world_size,
-            self.args.batch_size * self.args.gradient_accumulation_steps,
+            self.args.global_batch_size,
         )
         chip = (
             torch.cuda.get_device_name(self.ranks.device)
@@ -277,7 +277,7 @@ def build(args, ranks: distributed.Ranks, say) -> Run:
         net = torch.compile(model, dynamic=False)
     if args.compile:
         optimizer.compile()
-    rows = args.batch_size * args.gradient_accumulation_steps
+    rows = args.global_batch_size
     if began and began.args["batch_size"] * began.args["gradient_accumulation_steps"] != rows:
         say(
             "a step had another number of sequences before: the data's order and epochs are those of a run that had this one from the start"

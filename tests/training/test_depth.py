@@ -79,7 +79,7 @@ def test_explicit_arguments_stay_and_the_others_follow_from_them(tmp_path, capsy
     args = parse(4, "--n_embd=512", "--batch_size=8", "--learning_rate=0.5")
     assert (args.n_layer, args.n_embd, args.batch_size, args.learning_rate) == (4, 512, 8, 0.5)
     assert args.n_head == 512 // 64
-    tokens = args.max_iters * args.batch_size * args.gradient_accumulation_steps * args.block_size
+    tokens = args.max_iters * args.global_batch_size * args.block_size
     assert tokens == pytest.approx(by_rule.tokens_per_weight * 12 * 4 * 512**2, rel=0.01)
 
     message = capsys.readouterr().err
