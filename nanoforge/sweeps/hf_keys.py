@@ -1,13 +1,16 @@
-"""The experiment file of rl_salamandra_alignment: its sections, and the Hugging Face trainers' keys in our arguments' names.
+"""Experiment files of rl_salamandra_alignment: the keys of Hugging Face's trainers become arguments of train.py.
 
-    execution           algorithm, venv, output_dir (one absolute path), distributed_config
+    execution           algorithm, venv, output_dir (an absolute path), distributed_config
     slurm               directives of sbatch
-    rl_script_args, model_config_args, rl_config_args       keys of trl's ScriptArguments, ModelConfig and trainers' configurations
-    environment         exported
-    evaluation          flags of evaluate.py, for a job that follows
+    rl_script_args      keys of TRL's ScriptArguments
+    model_config_args   keys of TRL's ModelConfig
+    rl_config_args      keys of TRL's trainer configs
+    environment         exported variables
+    evaluation          flags of evaluate.py, for a job that follows each training
 
-Any value may be a list except output_dir. `KEYS` is the table of all keys, `DEFAULTS` what a key that is left out means, as in those trainers.
-A key that is not in the table is a mistake. Knows nothing of the argument table; the check against it follows.
+Any value may be a list, except output_dir. `KEYS` is the table of all keys; `DEFAULTS` and `ALGORITHM_DEFAULTS` say
+what an absent key means in those trainers. A key that is not in the table is an error. Knows nothing of the types and
+limits of the arguments, which are checked afterwards.
 """
 
 import math
@@ -18,14 +21,279 @@ from typing import Any, NamedTuple
 
 from nanoforge.errors import UserError, did_you_mean
 
-EXECUTION = ("algorithm", "venv", "output_dir", "distributed_config")
+EXECUTION_KEYS = ("algorithm", "venv", "output_dir", "distributed_config")
 KEY_SECTIONS = ("rl_script_args", "model_config_args", "rl_config_args")
+JOB_SECTIONS = ("slurm", "environment", "evaluation")  # a grid file may have these too
+TEXT_SECTIONS = ("slurm", "environment")  # values stay the text that the file has: 2:00:00 and 010 are not numbers
 SECTIONS = ("execution", "slurm", *KEY_SECTIONS, "environment", "evaluation")
-OURS = ("slurm", "environment", "evaluation")  # sections that a grid of ours may have too
-LIST_KEYS = ("report_to", "lora_target_modules")  # a list is one value of these
+LIST_KEYS = ("report_to", "lora_target_modules")  # one value of these may be a list
 
 ALGORITHMS = ("sft", "dpo", "kto", "grpo")
-DISTRIBUTED: dict[str, dict[str, Any]] = {
+SFT = ("sft",)
+DPO = ("dpo",)
+KTO = ("kto",)
+GRPO = ("grpo",)
+WITH_REFERENCE = ("dpo", "kto", "grpo")
+
+Arguments = dict[str, Any]  # argument of train.py -> value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a key is translated with
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The keys of one run over their defaults, and the numbers of steps that follow from them."""
+
+    algorithm: str
+    keys: dict[str, Any]
+    ranks: int
+    count_examples: Callable[[str], int]  # folder of a dataset -> training examples; raises UserError
+
+    def integer(self, key: str) -> int:
+        return int(self.keys[key])
+
+    @property
+    def sequences_per_step(self) -> int:
+        """The global batch size."""
+        per_device = self.integer("per_device_train_batch_size")
+        return per_device * self.integer("gradient_accumulation_steps") * self.ranks
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of one pass over the examples; GRPO samples num_generations completions of each."""
+        folder = self.keys.get("dataset_name")
+        if not isinstance(folder, str):
+            raise UserError("dataset_name: missing; it is the folder of a dataset")
+        sequences = self.count_examples(folder)
+        if self.algorithm == "grpo":
+            sequences *= self.integer("num_generations")
+        return sequences / self.sequences_per_step
+
+    @property
+    def total_steps(self) -> int:
+        if self.integer("max_steps") > 0:
+            return self.integer("max_steps")
+        return math.ceil(float(self.keys["num_train_epochs"]) * self.steps_per_epoch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """From warmup_steps, a fraction of all steps if below 1, or else from warmup_ratio."""
+        steps = float(self.keys["warmup_steps"])
+        if steps >= 1:
+            return int(steps)
+        fraction = steps or float(self.keys["warmup_ratio"])
+        return math.ceil(fraction * self.total_steps)
+
+    def interval(self, key: str) -> int:
+        """Steps from a key that holds a number of steps or, below 1, a fraction of the run."""
+        value = float(self.keys[key])
+        if value < 0 or (value >= 1 and value != int(value)):
+            raise UserError("must be a whole number of steps, or a fraction of the run below 1")
+        steps = math.ceil(value * self.total_steps) if value < 1 else int(value)
+        return max(1, steps)
+
+    def interval_of(self, strategy: Any, steps_key: str, never: int) -> int:
+        """Steps between two events by a strategy (no, steps or epoch) and the key that goes with steps."""
+        match str(strategy).lower():
+            case "no" | "false":  # an unquoted no is false in YAML 1.1
+                return never
+            case "steps":
+                return self.interval(steps_key)
+            case "epoch":
+                return max(1, math.ceil(self.steps_per_epoch))
+        raise UserError("must be no, steps or epoch")
+
+
+Translate = Callable[[Any, Experiment], Arguments]  # (value of the key, the experiment) -> arguments; raises UserError
+
+
+class Key(NamedTuple):
+    """What a key of the trainers becomes, as text for docs/sweeps.md and as a function; the algorithms that have it."""
+
+    becomes: str
+    translate: Translate
+    algorithms: tuple[str, ...] = ALGORITHMS
+
+
+# Kinds of keys: each returns an entry of the table.
+
+
+def renamed(argument: str, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
+    """The value as it is, under another name."""
+    return Key(argument, lambda value, experiment: {argument: value}, algorithms)
+
+
+def lora(argument: str) -> Key:
+    """An argument of the adapter, which use_peft switches on."""
+
+    def translate(value: Any, experiment: Experiment) -> Arguments:
+        return {argument: value} if experiment.keys.get("use_peft") else {}
+
+    return Key(f"{argument}, with use_peft", translate)
+
+
+def switch(becomes: str, arguments: Arguments, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
+    """Arguments that are set if the key is true."""
+    return Key(becomes, lambda value, experiment: arguments if value else {}, algorithms)
+
+
+def ignored(becomes: str, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
+    """A key without an effect of its own: nothing follows from it, or another key's function reads it."""
+    return Key(becomes, lambda value, experiment: {}, algorithms)
+
+
+# Functions from a key's value to arguments.
+
+
+def one_of(choices: dict[str, Arguments]) -> Translate:
+    """The arguments of one of a few names, in any case."""
+
+    def translate(value: Any, experiment: Experiment) -> Arguments:
+        name = str(value).lower()
+        if name not in choices:
+            raise UserError(f"must be one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+        return choices[name]
+
+    return translate
+
+
+def only(supported: Any, reason: str) -> Translate:
+    """No arguments; every value but one is refused."""
+
+    def translate(value: Any, experiment: Experiment) -> Arguments:
+        if value != supported:
+            raise UserError(f"only {supported} is supported: {reason}")
+        return {}
+
+    return translate
+
+
+def to_dataset(value: Any, experiment: Experiment) -> Arguments:
+    folder = Path(str(value).rstrip("/"))
+    return {"data_dir": str(folder.parent), "dataset": folder.name}
+
+
+def to_accumulation(value: Any, experiment: Experiment) -> Arguments:
+    return {"gradient_accumulation_steps": int(value) * experiment.ranks}
+
+
+def to_epochs(value: Any, experiment: Experiment) -> Arguments:
+    if experiment.integer("max_steps") > 0:
+        return {}
+    return {"max_epochs": value, "max_iters": experiment.total_steps}
+
+
+def to_max_iters(value: Any, experiment: Experiment) -> Arguments:
+    return {"max_iters": value} if int(value) > 0 else {}
+
+
+def to_block_size(value: Any, experiment: Experiment) -> Arguments:
+    if experiment.algorithm == "grpo":
+        return {"block_size": value}
+    return {"block_size": value, "overflow": "truncate_target"}
+
+
+def to_schedule(value: Any, experiment: Experiment) -> Arguments:
+    schedules = {"linear": "linear", "cosine": "cosine", "constant": "none", "constant_with_warmup": "none"}
+    if value not in schedules:
+        raise UserError(f"must be one of {', '.join(schedules)}")
+    warmup = 0 if value == "constant" else experiment.warmup_steps
+    arguments = {"lr_scheduler": schedules[value], "warmup_iters": warmup}
+    if schedules[value] != "none":
+        arguments["lr_decay_iters"] = max(1, experiment.total_steps, warmup)
+        arguments["min_lr"] = 0.0
+    return arguments
+
+
+def to_adam_epsilon(value: Any, experiment: Experiment) -> Arguments:
+    return {"optimizer_kwargs": {"eps": float(value)}}
+
+
+def to_data_seed(value: Any, experiment: Experiment) -> Arguments:
+    return only(experiment.keys["seed"], "all randomness follows from seed")(value, experiment)
+
+
+def to_dtype(value: Any, experiment: Experiment) -> Arguments:
+    """From bf16, fp16 and torch_dtype together."""
+    bf16 = experiment.keys["bf16"] is True
+    fp16 = experiment.keys["fp16"] is True
+    if bf16 and fp16:
+        raise UserError("bf16 and fp16 are both true; choose one of them")
+    if bf16:
+        return {"dtype": "bfloat16"}
+    if fp16:
+        return {"dtype": "float16"}
+    dtype = experiment.keys.get("torch_dtype", experiment.keys.get("dtype", "float32"))
+    return {"dtype": str(dtype).lower()}
+
+
+def to_eval_interval(value: Any, experiment: Experiment) -> Arguments:
+    at_the_end = max(1, experiment.total_steps)
+    return {"eval_interval": experiment.interval_of(value, "eval_steps", never=at_the_end)}
+
+
+def to_checkpoint_interval(value: Any, experiment: Experiment) -> Arguments:
+    return {"checkpoint_interval": experiment.interval_of(value, "save_steps", never=0)}
+
+
+def to_log_interval(value: Any, experiment: Experiment) -> Arguments:
+    at_the_end = max(1, experiment.total_steps)
+    return {"log_interval": experiment.interval_of(value, "logging_steps", never=at_the_end)}
+
+
+def to_log_interval_in_steps(value: Any, experiment: Experiment) -> Arguments:
+    if "logging_strategy" in experiment.keys:
+        return {}  # which reads this key
+    return {"log_interval": experiment.interval("logging_steps")}
+
+
+def to_trackers(value: Any, experiment: Experiment) -> Arguments:
+    names = value if isinstance(value, list) else [value]
+    unknown = [str(name) for name in names if name not in ("wandb", "tensorboard", "none")]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: must be wandb, tensorboard or none")
+    return {f"{name}_log": True for name in ("wandb", "tensorboard") if name in names}
+
+
+def to_run_name(value: Any, experiment: Experiment) -> Arguments:
+    trackers = to_trackers(experiment.keys["report_to"], experiment)
+    return {"wandb_run_name": value} if "wandb_log" in trackers else {}
+
+
+def to_loss(value: Any, experiment: Experiment) -> Arguments:
+    if experiment.algorithm == "kto":
+        return only("kto", "KTO has one loss")(value, experiment)
+    return {"dpo_loss" if experiment.algorithm == "dpo" else "loss_type": value}
+
+
+def to_loss_on(value: Any, experiment: Experiment) -> Arguments:
+    """From completion_only_loss or assistant_only_loss."""
+    settings = [experiment.keys.get(key) for key in ("completion_only_loss", "assistant_only_loss")]
+    if len({setting for setting in settings if setting is not None}) > 1:
+        raise UserError("completion_only_loss and assistant_only_loss differ; one choice holds for all examples")
+    return {"loss_on": "completion" if value else "all"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+ATTENTION_KERNELS: dict[str, Arguments] = {
+    "flash_attention_2": {"attention_kernel": "flash"},
+    "sdpa": {"attention_kernel": "auto"},
+    "eager": {"attention_kernel": "math"},
+}
+OPTIMIZERS: dict[str, Arguments] = {
+    "adamw_torch": {"optimizer": "adamw"},
+    "adamw_torch_fused": {"optimizer": "adamw"},
+    "adamw_hf": {"optimizer": "adamw"},
+    "adafactor": {"optimizer": "adafactor"},
+    "sgd": {"optimizer": "sgd"},
+    "rmsprop": {"optimizer": "rmsprop"},
+    "lion_32bit": {"optimizer": "lion"},
+}
+DISTRIBUTED: dict[str, Arguments] = {  # execution.distributed_config
     "DDP": {"parallel": "ddp"},
     "MultiGPU": {"parallel": "ddp"},
     "DSZero1": {"parallel": "fsdp", "fsdp_reshard": False},
@@ -35,339 +303,318 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "DSZero3Offload": {"parallel": "fsdp", "fsdp_offload": True},
     "FSDP": {"parallel": "fsdp"},
 }
+DISTRIBUTED_CHOICES = {name.lower(): arguments for name, arguments in DISTRIBUTED.items()}
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """The keys of one run, with the defaults beneath, and what some of them are worked out from."""
-
-    algorithm: str
-    keys: dict[str, Any]
-    ranks: int
-    examples: Callable[[str], int]  # how many a dataset's folder has to train on; raises UserError
-
-    @property
-    def sequences(self) -> int:
-        """Of one step."""
-        return (
-            int(self.keys["per_device_train_batch_size"]) * int(self.keys["gradient_accumulation_steps"]) * self.ranks
-        )
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        if int(self.keys["max_steps"]) > 0:
-            return int(self.keys["max_steps"])
-        return math.ceil(float(self.keys["num_train_epochs"]) * self.epoch)
-
-    @property
-    def epoch(self) -> float:
-        """Steps of one pass over the examples; in GRPO each prompt is answered num_generations times."""
-        if not isinstance(self.keys.get("dataset_name"), str):
-            raise UserError("dataset_name: missing; a dataset's folder")
-        answers = int(self.keys["num_generations"]) if self.algorithm == "grpo" else 1
-        return self.examples(self.keys["dataset_name"]) * answers / self.sequences
-
-    def interval(self, key: str) -> int:
-        """Steps from a whole number of them or, below 1, from a part of the run."""
-        value = float(self.keys[key])
-        if value < 0 or (value >= 1 and value != int(value)):
-            raise UserError("must be a whole number of steps, or a part of the run below 1")
-        return max(1, math.ceil(value * self.steps) if value < 1 else int(value))
-
-    def every(self, strategy: str, key: str, never: int) -> int:
-        """Steps between two events that a strategy (no, steps, epoch) and its key ask for."""
-        match str(self.keys[strategy]).lower():
-            case "no" | "false":  # no without quotes is YAML 1.1's false
-                return never
-            case "steps":
-                return self.interval(key)
-            case "epoch":
-                return max(1, math.ceil(self.epoch))
-        raise UserError("must be no, steps or epoch")
-
-
-Ours = dict[str, Any]
-
-
-class Key(NamedTuple):
-    """What a key of the trainers becomes: the arguments `to(value, experiment)`, told as `words`."""
-
-    words: str
-    to: Callable[[Any, Experiment], Ours]
-    algorithms: tuple[str, ...] = ALGORITHMS
-
-
-def same(name: str) -> Callable[[Any, Experiment], Ours]:
-    return lambda value, x: {name: value}
-
-
-def nothing(value: Any, x: Experiment) -> Ours:
-    return {}
-
-
-def one_of(words: dict[str, Ours]) -> Callable[[Any, Experiment], Ours]:
-    """The arguments of a word of few."""
-
-    def to(value: Any, x: Experiment) -> Ours:
-        if str(value).lower() not in words:
-            raise UserError(f"must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
-        return words[str(value).lower()]
-
-    return to
-
-
-def only(value: Any, why: str) -> Callable[[Any, Experiment], Ours]:
-    """A key of which one value alone has an equal here."""
-
-    def to(given: Any, x: Experiment) -> Ours:
-        if given != value:
-            raise UserError(f"only {value} has an equal here: {why}")
-        return {}
-
-    return to
-
-
-def precision(value: Any, x: Experiment) -> Ours:
-    bf16, fp16 = (x.keys[key] is True for key in ("bf16", "fp16"))
-    if bf16 and fp16:
-        raise UserError("bf16 and fp16 are both true; one of them")
-    kind = (
-        "bfloat16"
-        if bf16
-        else "float16"
-        if fp16
-        else str(x.keys.get("torch_dtype", x.keys.get("dtype", "float32"))).lower()
-    )
-    return {"dtype": "auto" if kind == "auto" else kind}
-
-
-def schedule(value: Any, x: Experiment) -> Ours:
-    names = {"linear": "linear", "cosine": "cosine", "constant": "none", "constant_with_warmup": "none"}
-    if value not in names:
-        raise UserError(f"must be one of {', '.join(names)}")
-    given, part = float(x.keys["warmup_steps"]), float(x.keys["warmup_ratio"])
-    warmup = 0 if value == "constant" else int(given) if given >= 1 else math.ceil((given or part) * x.steps)
-    return {
-        "lr_scheduler": names[value],
-        "warmup_iters": warmup,
-        **({} if names[value] == "none" else {"lr_decay_iters": max(1, x.steps, warmup), "min_lr": 0.0}),
-    }
-
-
-def trackers(value: Any, x: Experiment) -> Ours:
-    names = value if isinstance(value, list) else [value]
-    if unknown := [str(name) for name in names if name not in ("wandb", "tensorboard", "none")]:
-        raise UserError(f"{', '.join(unknown)}: must be wandb, tensorboard or none")
-    return {flag: True for name, flag in (("wandb", "wandb_log"), ("tensorboard", "tensorboard_log")) if name in names}
-
-
-def loss(value: Any, x: Experiment) -> Ours:
-    return (
-        only("kto", "KTO has one loss")(value, x)
-        if x.algorithm == "kto"
-        else {"dpo_loss" if x.algorithm == "dpo" else "loss_type": value}
-    )
-
-
-def loss_on(value: Any, x: Experiment) -> Ours:
-    told = {x.keys[key] for key in ("completion_only_loss", "assistant_only_loss") if x.keys.get(key) is not None}
-    if len(told) > 1:
-        raise UserError("completion_only_loss and assistant_only_loss differ; here one choice is for all examples")
-    return {"loss_on": "completion" if value else "all"}
-
-
-def longest(value: Any, x: Experiment) -> Ours:
-    return {"block_size": value} | ({} if x.algorithm == "grpo" else {"overflow": "truncate_target"})
-
-
-def dataset(value: Any, x: Experiment) -> Ours:
-    folder = Path(str(value).rstrip("/"))
-    return {"data_dir": str(folder.parent), "dataset": folder.name}
-
-
-DPO, KTO, GRPO, SFT = ("dpo",), ("kto",), ("grpo",), ("sft",)
-NO_EFFECT = "nothing: no effect on what is learned here"
+NO_EFFECT = "nothing: it does not change what is learned"
+SET_BY_SWEEP = "nothing: each run gets its own"
 
 KEYS: dict[str, Key] = {
-    # the script and the model
-    "dataset_name": Key("data_dir and dataset: a dataset's folder", dataset),
-    "model_name_or_path": Key("init_from", same("init_from")),
-    "torch_dtype": Key("dtype, where neither bf16 nor fp16 is true; weights stay float32", nothing),
-    "dtype": Key("as torch_dtype", nothing),
-    "attn_implementation": Key("attention_kernel: flash_attention_2 is flash, sdpa auto, eager math", one_of({
-        "flash_attention_2": {"attention_kernel": "flash"}, "sdpa": {"attention_kernel": "auto"}, "eager": {"attention_kernel": "math"}})),
-    "use_peft": Key("adapter=lora", lambda value, x: {"adapter": "lora"} if value else {}),
-    "lora_r": Key("lora_rank, with use_peft", lambda value, x: {"lora_rank": value} if x.keys.get("use_peft") else {}),
-    "lora_alpha": Key("lora_alpha, with use_peft", lambda value, x: {"lora_alpha": value} if x.keys.get("use_peft") else {}),
-    "lora_dropout": Key("lora_dropout, with use_peft", lambda value, x: {"lora_dropout": value} if x.keys.get("use_peft") else {}),
-    "lora_target_modules": Key("lora_targets, with use_peft", lambda value, x: {"lora_targets": value} if x.keys.get("use_peft") else {}),
-    # how long, and how much at a time
-    "per_device_train_batch_size": Key("batch_size", same("batch_size")),
-    "gradient_accumulation_steps": Key("gradient_accumulation_steps, times the number of ranks", lambda value, x: {"gradient_accumulation_steps": int(value) * x.ranks}),
-    "num_train_epochs": Key("max_epochs, and max_iters from the examples of train.jsonl", lambda value, x: {} if int(x.keys["max_steps"]) > 0 else {"max_epochs": value, "max_iters": x.steps}),
-    "max_steps": Key("max_iters, where it is above 0", lambda value, x: {"max_iters": value} if int(value) > 0 else {}),
-    "max_length": Key("block_size: the longest example; the end of longer ones is cut (overflow=truncate_target), but in GRPO", longest),
-    "max_seq_length": Key("as max_length", longest, SFT),
-    # the optimizer
-    "learning_rate": Key("learning_rate", same("learning_rate")),
-    "lr_scheduler_type": Key("lr_scheduler: linear, cosine, constant or constant_with_warmup; min_lr 0, lr_decay_iters all steps", schedule),
-    "warmup_steps": Key("warmup_iters; below 1 a part of all steps", nothing),
-    "warmup_ratio": Key("warmup_iters, as a part of all steps", nothing),
-    "optim": Key("optimizer: adamw_torch, adamw_torch_fused, adamw_hf, adafactor, sgd, rmsprop, lion_32bit", one_of({
-        "adamw_torch": {"optimizer": "adamw"}, "adamw_torch_fused": {"optimizer": "adamw"}, "adamw_hf": {"optimizer": "adamw"},
-        "adafactor": {"optimizer": "adafactor"}, "sgd": {"optimizer": "sgd"}, "rmsprop": {"optimizer": "rmsprop"}, "lion_32bit": {"optimizer": "lion"}})),
-    "weight_decay": Key("weight_decay", same("weight_decay")),
-    "adam_beta1": Key("beta1", same("beta1")),
-    "adam_beta2": Key("beta2", same("beta2")),
-    "adam_epsilon": Key("optimizer_kwargs: eps", lambda value, x: {"optimizer_kwargs": {"eps": float(value)}}),
-    "max_grad_norm": Key("grad_clip", same("grad_clip")),
-    "seed": Key("seed", same("seed")),
-    "data_seed": Key("nothing: the data follows from seed too; must be equal to it", lambda value, x: only(x.keys["seed"], "all randomness follows from seed")(value, x)),
+    # the data and the model
+    "dataset_name": Key("data_dir and dataset: the folder of a dataset", to_dataset),
+    "model_name_or_path": renamed("init_from"),
+    "torch_dtype": ignored("dtype, unless bf16 or fp16 is true; weights stay float32"),
+    "dtype": ignored("as torch_dtype"),
+    "attn_implementation": Key(
+        "attention_kernel: flash_attention_2 is flash, sdpa is auto, eager is math", one_of(ATTENTION_KERNELS)
+    ),
+    "use_peft": switch("adapter=lora", {"adapter": "lora"}),
+    "lora_r": lora("lora_rank"),
+    "lora_alpha": lora("lora_alpha"),
+    "lora_dropout": lora("lora_dropout"),
+    "lora_target_modules": lora("lora_targets"),
+    # the batch and the duration
+    "per_device_train_batch_size": renamed("batch_size"),
+    "gradient_accumulation_steps": Key(
+        "gradient_accumulation_steps, multiplied by the number of ranks", to_accumulation
+    ),
+    "num_train_epochs": Key("max_epochs, and max_iters from the number of examples in train.jsonl", to_epochs),
+    "max_steps": Key("max_iters, if it is above 0", to_max_iters),
+    "max_length": Key(
+        "block_size; the end of longer examples is cut (overflow=truncate_target), except in GRPO", to_block_size
+    ),
+    "max_seq_length": Key("as max_length", to_block_size, SFT),
+    # the optimizer and its schedule
+    "learning_rate": renamed("learning_rate"),
+    "lr_scheduler_type": Key(
+        "lr_scheduler: linear, cosine, constant or constant_with_warmup; min_lr=0, lr_decay_iters is all steps",
+        to_schedule,
+    ),
+    "warmup_steps": ignored("warmup_iters; below 1 a fraction of all steps"),
+    "warmup_ratio": ignored("warmup_iters, as a fraction of all steps"),
+    "optim": Key(f"optimizer: {', '.join(OPTIMIZERS)}", one_of(OPTIMIZERS)),
+    "weight_decay": renamed("weight_decay"),
+    "adam_beta1": renamed("beta1"),
+    "adam_beta2": renamed("beta2"),
+    "adam_epsilon": Key("optimizer_kwargs: eps", to_adam_epsilon),
+    "max_grad_norm": renamed("grad_clip"),
+    "seed": renamed("seed"),
+    "data_seed": Key("nothing: the data order follows from seed too; it must equal seed", to_data_seed),
     # precision and memory
-    "bf16": Key("dtype=bfloat16", precision),
-    "fp16": Key("dtype=float16", nothing),
-    "gradient_checkpointing": Key("activation_checkpointing", same("activation_checkpointing")),
-    "torch_compile": Key("compile", same("compile")),
-    # evaluating, saving, telling
-    "eval_strategy": Key("eval_interval: no is at the end alone", lambda value, x: {"eval_interval": x.every("eval_strategy", "eval_steps", max(1, x.steps))}),
-    "evaluation_strategy": Key("as eval_strategy", lambda value, x: {"eval_interval": x.every("evaluation_strategy", "eval_steps", max(1, x.steps))}),
-    "eval_steps": Key("eval_interval, with eval_strategy=steps; below 1 a part of all steps", nothing),
-    "save_strategy": Key("checkpoint_interval; each evaluation saves too", lambda value, x: {"checkpoint_interval": x.every("save_strategy", "save_steps", 0)}),
-    "save_steps": Key("checkpoint_interval, with save_strategy=steps; below 1 a part of all steps", nothing),
-    "save_total_limit": Key("keep_last", same("keep_last")),
-    "logging_strategy": Key("log_interval", lambda value, x: {"log_interval": x.every("logging_strategy", "logging_steps", max(1, x.steps))}),
-    "logging_steps": Key("log_interval; below 1 a part of all steps", lambda value, x: {} if "logging_strategy" in x.keys else {"log_interval": x.interval("logging_steps")}),
-    "report_to": Key("wandb_log, tensorboard_log", trackers),
-    "run_name": Key("wandb_run_name, with report_to=wandb", lambda value, x: {"wandb_run_name": value} if trackers(x.keys["report_to"], x).get("wandb_log") else {}),
+    "bf16": Key("dtype=bfloat16", to_dtype),
+    "fp16": ignored("dtype=float16"),
+    "gradient_checkpointing": renamed("activation_checkpointing"),
+    "torch_compile": renamed("compile"),
+    # evaluation, checkpoints, logging
+    "eval_strategy": Key("eval_interval; no evaluates at the end only", to_eval_interval),
+    "evaluation_strategy": ignored("as eval_strategy"),
+    "eval_steps": ignored("eval_interval, with eval_strategy=steps; below 1 a fraction of all steps"),
+    "save_strategy": Key("checkpoint_interval; each evaluation saves too", to_checkpoint_interval),
+    "save_steps": ignored("checkpoint_interval, with save_strategy=steps; below 1 a fraction of all steps"),
+    "save_total_limit": renamed("keep_last"),
+    "logging_strategy": Key("log_interval", to_log_interval),
+    "logging_steps": Key("log_interval; below 1 a fraction of all steps", to_log_interval_in_steps),
+    "report_to": Key("wandb_log, tensorboard_log", to_trackers),
+    "run_name": Key("wandb_run_name, with report_to=wandb", to_run_name),
     # objectives
-    "beta": Key("beta", same("beta"), (*DPO, *KTO, *GRPO)),
-    "loss_type": Key("dpo_loss in DPO, loss_type in GRPO; in KTO kto alone", loss, (*DPO, *KTO, *GRPO)),
-    "label_smoothing": Key("label_smoothing", same("label_smoothing"), DPO),
-    "desirable_weight": Key("desirable_weight", same("desirable_weight"), KTO),
-    "undesirable_weight": Key("undesirable_weight", same("undesirable_weight"), KTO),
-    "packing": Key("packing", same("packing"), SFT),
-    "completion_only_loss": Key("loss_on: true is completion, false all", loss_on, SFT),
-    "assistant_only_loss": Key("as completion_only_loss; left out it is true, where trl learns whole conversations", loss_on, SFT),
-    "precompute_ref_log_probs": Key("reference=cache", lambda value, x: {"reference": "cache"} if value else {}, DPO),
-    "disable_dropout": Key("nothing: dropout is off unless dropout says otherwise; must be true", only(True, "dropout is off unless dropout says otherwise"), (*DPO, *KTO, *GRPO)),
-    "num_generations": Key("num_generations", same("num_generations"), GRPO),
-    "num_iterations": Key("num_iterations", same("num_iterations"), GRPO),
-    "epsilon": Key("epsilon", same("epsilon"), GRPO),
-    "epsilon_high": Key("epsilon_high", same("epsilon_high"), GRPO),
-    "scale_rewards": Key("scale_rewards", same("scale_rewards"), GRPO),
-    "max_completion_length": Key("max_new_tokens", same("max_new_tokens"), GRPO),
-    "temperature": Key("temperature", same("temperature"), GRPO),
-    "top_k": Key("top_k", same("top_k"), GRPO),
-    "top_p": Key("top_p", same("top_p"), GRPO),
-    "reward_funcs": Key("reward", same("reward"), GRPO),
-    # what this program does not need to be told
-    "max_prompt_length": Key("nothing: prompts are not cut; block_size bounds the whole example", nothing, (*DPO, *KTO, *GRPO)),
-    **{key: Key(NO_EFFECT, nothing) for key in (
-        "per_device_eval_batch_size", "remove_unused_columns", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "ddp_find_unused_parameters",
-        "gradient_checkpointing_kwargs", "trust_remote_code", "disable_tqdm", "log_level", "overwrite_output_dir")},
-    **{key: Key("nothing: computed for each run", lambda value, x: only(None, "it is computed for each run")(value, x)) for key in ("output_dir", "logging_dir", "local_rank")},
-}  # fmt: skip
+    "beta": renamed("beta", WITH_REFERENCE),
+    "loss_type": Key("dpo_loss in DPO, loss_type in GRPO; KTO has kto only", to_loss, WITH_REFERENCE),
+    "label_smoothing": renamed("label_smoothing", DPO),
+    "desirable_weight": renamed("desirable_weight", KTO),
+    "undesirable_weight": renamed("undesirable_weight", KTO),
+    "packing": renamed("packing", SFT),
+    "completion_only_loss": Key("loss_on: true is completion, false is all", to_loss_on, SFT),
+    "assistant_only_loss": Key(
+        "as completion_only_loss; the default is true, where TRL trains on whole conversations", to_loss_on, SFT
+    ),
+    "precompute_ref_log_probs": switch("reference=cache", {"reference": "cache"}, DPO),
+    "disable_dropout": Key(
+        "nothing: dropout is off unless dropout is set; it must be true",
+        only(supported=True, reason="dropout is off unless dropout is set"),
+        WITH_REFERENCE,
+    ),
+    "num_generations": renamed("num_generations", GRPO),
+    "num_iterations": renamed("num_iterations", GRPO),
+    "epsilon": renamed("epsilon", GRPO),
+    "epsilon_high": renamed("epsilon_high", GRPO),
+    "scale_rewards": renamed("scale_rewards", GRPO),
+    "max_completion_length": renamed("max_new_tokens", GRPO),
+    "temperature": renamed("temperature", GRPO),
+    "top_k": renamed("top_k", GRPO),
+    "top_p": renamed("top_p", GRPO),
+    "reward_funcs": renamed("reward", GRPO),
+    # without an effect
+    "max_prompt_length": ignored("nothing: prompts are not cut; block_size limits the whole example", WITH_REFERENCE),
+    "per_device_eval_batch_size": ignored(NO_EFFECT),
+    "remove_unused_columns": ignored(NO_EFFECT),
+    "dataset_num_proc": ignored(NO_EFFECT),
+    "dataloader_num_workers": ignored(NO_EFFECT),
+    "dataloader_pin_memory": ignored(NO_EFFECT),
+    "ddp_find_unused_parameters": ignored(NO_EFFECT),
+    "gradient_checkpointing_kwargs": ignored(NO_EFFECT),
+    "trust_remote_code": ignored(NO_EFFECT),
+    "disable_tqdm": ignored(NO_EFFECT),
+    "log_level": ignored(NO_EFFECT),
+    "overwrite_output_dir": ignored(NO_EFFECT),
+    "output_dir": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
+    "logging_dir": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
+    "local_rank": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
+}
 
-DEFAULTS: dict[str, Any] = {  # of transformers.TrainingArguments, where training depends on them
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3, "max_steps": -1, "learning_rate": 5e-5, "lr_scheduler_type": "linear",
-    "warmup_steps": 0, "warmup_ratio": 0, "optim": "adamw_torch", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "max_grad_norm": 1.0, "seed": 42,
-    "bf16": False, "fp16": False, "eval_strategy": "no", "eval_steps": 500, "report_to": "none",
-}  # fmt: skip
-OF_ALGORITHM: dict[str, dict[str, Any]] = {  # of trl's
+DEFAULTS: dict[str, Any] = {  # transformers.TrainingArguments, where training depends on them
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "warmup_ratio": 0,
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "bf16": False,
+    "fp16": False,
+    "eval_strategy": "no",
+    "eval_steps": 500,
+    "report_to": "none",
+}
+ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {  # TRL's trainer configs
     "sft": {"learning_rate": 2e-5, "max_length": 1024},
     "dpo": {"learning_rate": 1e-6, "max_length": 1024, "beta": 0.1},
     "kto": {"learning_rate": 1e-6, "max_length": 1024, "beta": 0.1},
     "grpo": {"learning_rate": 1e-6, "beta": 0.0, "num_generations": 8},
 }
-# How a varied key is named in tables and folders: as the argument that it becomes.
-COLUMNS = {"algorithm": "objective", "model_name_or_path": "init_from", "dataset_name": "dataset", "per_device_train_batch_size": "batch_size", "num_train_epochs": "max_epochs",
-           "max_length": "block_size", "adam_beta1": "beta1", "adam_beta2": "beta2", "max_grad_norm": "grad_clip", "lora_r": "lora_rank", "optim": "optimizer",
-           "lr_scheduler_type": "lr_scheduler"}  # fmt: skip
+COLUMNS = {  # a key that varies is named in tables and folders as the argument that it becomes
+    "algorithm": "objective",
+    "model_name_or_path": "init_from",
+    "dataset_name": "dataset",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "max_epochs",
+    "max_length": "block_size",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "max_grad_norm": "grad_clip",
+    "lora_r": "lora_rank",
+    "optim": "optimizer",
+    "lr_scheduler_type": "lr_scheduler",
+}
 
 
-def is_experiment(spec: dict) -> bool:
-    """Whether a file is of rl_salamandra_alignment's kind."""
-    return any(section in spec for section in SECTIONS if section not in OURS)
+def column(name: str) -> str:
+    """The column of a name that varies: of "section.key" the argument that the key becomes, or else the key."""
+    if "." not in name:
+        return name
+    key = name.rpartition(".")[2]
+    return COLUMNS.get(key, key)
 
 
-def flatten(spec: dict, verbatim: dict, wrong: list[str], sections: Iterable[str] = SECTIONS) -> dict[str, Any]:
-    """The sections' values by "section.key", those that are None left out; of slurm and environment as the text that the file has."""
+# ---------------------------------------------------------------------------------------------------------------------
+# the file
+
+
+def is_experiment(spec: dict[str, Any]) -> bool:
+    """Whether a YAML file is an experiment file: it has a section that a grid file can't have."""
+    return any(section in spec for section in SECTIONS if section not in JOB_SECTIONS)
+
+
+def flatten(
+    spec: dict[str, Any], as_text: dict[str, Any], sections: Iterable[str] = SECTIONS
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of sections by "section.key", without those that are None, and the errors.
+
+    `as_text` is the same file with all scalars as text; the values of TEXT_SECTIONS are taken from it.
+    """
     flat: dict[str, Any] = {}
+    errors: list[str] = []
     for section in sections:
         values = spec.get(section)
         if values is None:
             continue
         if not isinstance(values, dict):
-            wrong.append(f"{section}: must hold names with values")
+            errors.append(f"{section}: must map names to values")
             continue
-        told = verbatim[section] if section in ("slurm", "environment") else values
-        flat |= {f"{section}.{key}": told[key] for key, value in values.items() if value is not None}
-    return flat
+        source = as_text[section] if section in TEXT_SECTIONS else values
+        for key, value in values.items():
+            if value is not None:
+                flat[f"{section}.{key}"] = source[key]
+    return flat, errors
 
 
-def check_file(spec: dict, wrong: list[str]) -> None:
-    """What of a whole file is wrong, whatever its values are."""
-    wrong += [
-        f"{name}: no such section{did_you_mean(name, SECTIONS)}; there are {', '.join(SECTIONS)}"
+def file_errors(spec: dict[str, Any]) -> list[str]:
+    """The errors in the names of an experiment file, whatever its values are."""
+    errors = [
+        f"{name}: no such section{did_you_mean(name, SECTIONS)}; the sections are {', '.join(SECTIONS)}"
         for name in spec
         if name not in SECTIONS
     ]
-    execution, algorithms = spec.get("execution") or {}, set()
+    execution = spec.get("execution") or {}
+    algorithms: set[str] = set()
     if isinstance(execution, dict):
-        wrong += [
-            f"execution: {key}: no such key{did_you_mean(key, EXECUTION)}" for key in execution if key not in EXECUTION
-        ]
-        out = execution.get("output_dir")
-        if not isinstance(out, str) or not Path(out).is_absolute():
-            wrong.append(
-                f"execution: output_dir: must be one absolute path{', not a list' if isinstance(out, list) else ''}"
-            )
-        if not execution.get("algorithm"):
-            wrong.append(f"execution: algorithm: missing; {', '.join(ALGORITHMS)}")
-        algorithms = execution.get("algorithm")
-        algorithms = {str(name).lower() for name in (algorithms if isinstance(algorithms, list) else [algorithms])}
+        errors += execution_errors(execution)
+        value = execution.get("algorithm")
+        algorithms = {str(name).lower() for name in (value if isinstance(value, list) else [value])}
     for section in KEY_SECTIONS:
-        for key in spec[section] if isinstance(spec.get(section), dict) else ():
-            if key not in KEYS:
-                wrong.append(f"{section}: {key}: has no equal here{did_you_mean(str(key), KEYS)}")
-            elif algorithms & {*ALGORITHMS} and not algorithms & {*KEYS[key].algorithms}:
-                wrong.append(
-                    f"{section}: {key}: has no effect in {' and '.join(sorted(algorithms))}, only in {', '.join(KEYS[key].algorithms)}"
-                )
+        values = spec.get(section)
+        if isinstance(values, dict):
+            errors += [f"{section}: {error}" for error in key_errors(values, algorithms)]
+    return errors
 
 
-def arguments(point: dict[str, Any], ranks: int, examples: Callable[[str], int]) -> Ours:
-    """Our arguments for the values of one run, by "section.key". Raises UserError, all that is wrong in one, a line each."""
-    algorithm = str(point.get("execution.algorithm", "")).lower()
+def execution_errors(execution: dict[str, Any]) -> list[str]:
+    """The errors in the execution section."""
+    errors = [
+        f"execution: {key}: no such key{did_you_mean(str(key), EXECUTION_KEYS)}"
+        for key in execution
+        if key not in EXECUTION_KEYS
+    ]
+    output_dir = execution.get("output_dir")
+    if isinstance(output_dir, list):
+        errors.append("execution: output_dir: must be one absolute path, not a list")
+    elif not isinstance(output_dir, str) or not Path(output_dir).is_absolute():
+        errors.append("execution: output_dir: must be one absolute path")
+    if not execution.get("algorithm"):
+        errors.append(f"execution: algorithm: missing; it is one of {', '.join(ALGORITHMS)}")
+    return errors
+
+
+def key_errors(keys: Iterable[str], algorithms: set[str]) -> list[str]:
+    """The keys that are not in the table, or that none of the file's algorithms has."""
+    errors = []
+    has_known_algorithm = bool(algorithms & set(ALGORITHMS))
+    for key in keys:
+        if key not in KEYS:
+            errors.append(f"{key}: is not supported{did_you_mean(str(key), KEYS)}")
+        elif has_known_algorithm and not algorithms & set(KEYS[key].algorithms):
+            used, needed = " and ".join(sorted(algorithms)), ", ".join(KEYS[key].algorithms)
+            errors.append(f"{key}: has no effect in {used}, only in {needed}")
+    return errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def to_arguments(values: dict[str, Any], ranks: int, count_examples: Callable[[str], int]) -> Arguments:
+    """The arguments of train.py for the values of one run, by "section.key".
+
+    `count_examples(folder)` is the number of training examples of a dataset. Raises UserError, one line for each error.
+    """
+    # 1. The algorithm, its keys over their defaults.
+    algorithm = str(values.get("execution.algorithm", "")).lower()
     if algorithm not in ALGORITHMS:
         raise UserError(f"execution: algorithm: {algorithm}: must be one of {', '.join(ALGORITHMS)}")
-    given = {name.partition(".")[2]: value for name, value in point.items() if name.partition(".")[0] in KEY_SECTIONS}
-    if "evaluation_strategy" in given:
-        given["eval_strategy"] = given.pop("evaluation_strategy")
-    x = Experiment(algorithm, DEFAULTS | OF_ALGORITHM[algorithm] | given, ranks, examples)
-    ours: Ours = {"objective": algorithm}
-    wrong: dict[str, None] = {}
-    distributed = point.get("execution.distributed_config", "DDP")
-    try:
-        ours |= one_of({name.lower(): values for name, values in DISTRIBUTED.items()})(distributed, x)
-    except UserError:
-        wrong[f"execution: distributed_config: {distributed}: must be one of {', '.join(DISTRIBUTED)}"] = None
-    for key, value in x.keys.items():
+    keys = DEFAULTS | ALGORITHM_DEFAULTS[algorithm] | keys_of(values)
+    experiment = Experiment(algorithm, keys, ranks, count_examples)
+    arguments: Arguments = {"objective": algorithm}
+
+    # 2. The keys of the execution section, then those of the trainers.
+    errors: list[str] = []
+    distributed = values.get("execution.distributed_config", "DDP")
+    if str(distributed).lower() in DISTRIBUTED_CHOICES:
+        arguments |= DISTRIBUTED_CHOICES[str(distributed).lower()]
+    else:
+        errors.append(f"execution: distributed_config: {distributed}: must be one of {', '.join(DISTRIBUTED)}")
+    for key, value in keys.items():
+        if key not in KEYS or algorithm not in KEYS[key].algorithms:
+            continue  # file_errors reports it
         try:
-            if key in KEYS and algorithm in KEYS[key].algorithms:  # `check_file` tells of others
-                ours |= KEYS[key].to(value, x)
-        except UserError as mistake:
-            words = str(mistake)
-            wrong[words if words.startswith("dataset_name") else f"{key}={value}: {words}"] = None
+            arguments |= KEYS[key].translate(value, experiment)
+        except UserError as error:
+            message = str(error)
+            errors.append(message if message.startswith("dataset_name") else f"{key}={value}: {message}")
         except (ValueError, TypeError, ArithmeticError):
-            wrong[f"{key}={value}: must be a number"] = None
-    if ours.get("wandb_log"):  # which train.py gives to wandb itself
-        ours = {
-            name: point[f"environment.{key}"]
-            for key, name in (("WANDB_PROJECT", "wandb_project"), ("WANDB_NAME", "wandb_run_name"))
-            if point.get(f"environment.{key}")
-        } | ours
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return ours
+            errors.append(f"{key}={value}: must be a number")
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+
+    # 3. The environment that wandb would read; train.py passes it to wandb as arguments.
+    if arguments.get("wandb_log"):
+        arguments = wandb_arguments(values) | arguments
+    return arguments
+
+
+def keys_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The trainers' keys of one run, without their sections."""
+    keys = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        if section in KEY_SECTIONS:
+            keys[key] = value
+    if "evaluation_strategy" in keys:  # the older name of eval_strategy
+        keys["eval_strategy"] = keys.pop("evaluation_strategy")
+    return keys
+
+
+def count_examples(folder: str) -> int:
+    """The number of training examples in a dataset's folder, at least 1. Raises UserError."""
+    path = Path(folder) / "train.jsonl"
+    try:
+        with path.open("rb") as file:
+            return max(1, sum(1 for line in file if line.strip()))
+    except OSError:
+        raise UserError(
+            f"dataset_name={folder}: {path} not found; "
+            "num_train_epochs, warmup_ratio and fractions of a run need the number of its examples"
+        ) from None
+
+
+def wandb_arguments(values: dict[str, Any]) -> Arguments:
+    arguments = {}
+    for variable, argument in (("WANDB_PROJECT", "wandb_project"), ("WANDB_NAME", "wandb_run_name")):
+        value = values.get(f"environment.{variable}")
+        if value:
+            arguments[argument] = value
+    return arguments

@@ -1,7 +1,7 @@
-"""Runs commands as processes of this machine, some at a time, each with its share of the GPUs. Knows nothing of what they do.
+"""Runs commands as processes on this machine, several at a time, each with its share of the GPUs.
 
-A command that is stopped (SIGTERM) is expected to save and end. Each is held by a lock that the process inherits: as long as it lives,
-whatever becomes of this one, no other launcher begins it.
+A command that gets SIGTERM is expected to save and exit. Each task is protected by a lock that its process inherits:
+while that process lives, even if this one is gone, no other launcher starts the task. Knows nothing of what they do.
 """
 
 import contextlib
@@ -14,161 +14,283 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from nanoforge import run_state
 
-POLL = 0.2  # seconds
+POLL_SECONDS = 0.2
+LOCK_ATTEMPTS = 10  # with LOCK_PAUSE between them: another process may hold the lock for an instant, to look at it
+LOCK_PAUSE = 0.1  # seconds
+
+Command = list[str]
 
 
 @dataclass
 class Task:
-    """Commands to be run in turn for a folder; which ones, perhaps none, is asked when its lock is held."""
+    """Commands to run one after the other for a folder."""
 
     name: str
     folder: Path
-    commands: Callable[[], list[list[str]]]
+    commands: Callable[[], list[Command]]  # called once the folder's lock is held; perhaps none are left to run
     environment: dict[str, str] = field(default_factory=dict)
     data: Any = None  # the caller's
 
 
-def gpus() -> list[str]:
-    """The GPUs that may be dealt out, by the names that CUDA_VISIBLE_DEVICES takes."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+# ---------------------------------------------------------------------------------------------------------------------
+# GPUs and locks
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that may be assigned, by the names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return [name for name in names if name and name != "-1"]
     if not shutil.which("nvidia-smi"):
         return []
-    told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    return told.stdout.split() if told.returncode == 0 else []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True)
+    return result.stdout.split() if result.returncode == 0 else []
 
 
-def deal(names: list[str], jobs: int, each: int) -> list[list[str]]:
-    """The GPUs of each of `jobs` places, `each` a place; where there are fewer, places share them in turn."""
-    return [
-        [names[(place * each + i) % len(names)] for i in range(min(each, len(names)))] if names else []
-        for place in range(jobs)
-    ]
+def assign_gpus(gpus: list[str], n_slots: int, gpus_per_slot: int) -> list[list[str]]:
+    """The GPUs of each slot; slots take turns where there are fewer GPUs than they need.
+
+    >>> assign_gpus(["0", "1", "2", "3"], n_slots=2, gpus_per_slot=2)
+    [['0', '1'], ['2', '3']]
+    """
+    if not gpus:
+        return [[] for _ in range(n_slots)]
+    size = min(gpus_per_slot, len(gpus))
+    return [[gpus[(slot * gpus_per_slot + i) % len(gpus)] for i in range(size)] for slot in range(n_slots)]
 
 
-def take(folder: Path) -> int | None:
-    """The run's lock as a file descriptor that a child may inherit, or None when another process holds it."""
-    handle = os.open(folder / run_state.SWEEP_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(10):  # somebody may just be looking
+@dataclass(frozen=True)
+class Slots:
+    """Where tasks run at the same time, one in each slot."""
+
+    gpus: list[list[str]]  # of each slot; all empty without GPUs
+    threads: int  # OMP_NUM_THREADS of each task
+
+    @property
+    def processes_per_task(self) -> int:
+        return len(self.gpus[0]) or 1
+
+
+def gpu_slots(jobs: int, gpus_per_run: int) -> Slots:
+    """`jobs` slots on this machine; with 0 as many as its GPUs suffice for, or one without GPUs."""
+    gpus = visible_gpus()
+    n_slots = jobs or max(1, len(gpus) // gpus_per_run)
+    return Slots(assign_gpus(gpus, n_slots, gpus_per_run), threads=max(1, (os.cpu_count() or 1) // n_slots))
+
+
+def acquire_lock(folder: Path) -> int | None:
+    """The folder's lock as a file descriptor that a child may inherit, or None if another process holds it."""
+    descriptor = os.open(folder / run_state.SWEEP_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(LOCK_ATTEMPTS):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
         except BlockingIOError:
-            time.sleep(0.1)
-    os.close(handle)
+            time.sleep(LOCK_PAUSE)
+    os.close(descriptor)
     return None
 
 
-class Attempt:
-    """One task being run in one place."""
+# ---------------------------------------------------------------------------------------------------------------------
+# one task
 
-    def __init__(self, task: Task, devices: list[str], threads: int):
-        self.task, self.status, self.stopped, self.given_up, self.began = task, None, False, False, time.monotonic()
+
+class Attempt:
+    """One task in one slot: its commands, as processes, until all have ended or one has failed."""
+
+    def __init__(self, task: Task, gpus: list[str], threads: int):
+        self.task = task
+        self.exit_status: int | None = None  # of the last command
+        self.stopped = False
+        self.pruned = False
+        self.start_time = time.monotonic()
         self.environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **task.environment}
-        if devices:
-            self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        task.folder.mkdir(parents=True, exist_ok=True)
+        if gpus:
+            self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self.process: subprocess.Popen | None = None
-        self.lock = take(task.folder)
-        self.elsewhere = self.lock is None
-        self.left = [] if self.elsewhere else task.commands()
-        if self.left:
+        self.remaining: list[Command] = []
+        task.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = acquire_lock(task.folder)
+        self.locked_elsewhere = self.lock is None
+        if not self.locked_elsewhere:
+            self.remaining = task.commands()
+        if self.remaining:
             (task.folder / run_state.STATUS_FILE).unlink(missing_ok=True)
-            self.begin()
+            self.start_next()
         else:
-            self.release()
+            self.release_lock()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return time.monotonic() - self.start_time
 
-    def begin(self) -> None:
-        """Start the next command."""
-        words = self.left.pop(0)
+    def start_next(self) -> None:
+        """Start the next command, in a session of its own: Ctrl-C reaches only this process, which passes it on."""
+        assert self.lock is not None
+        command = self.remaining.pop(0)
         with (self.task.folder / run_state.LOG_FILE).open("a", encoding="utf-8") as log:
-            print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {subprocess.list2cmdline(words)}", file=log, flush=True)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"--- {now} {subprocess.list2cmdline(command)}", file=log, flush=True)
             self.process = subprocess.Popen(
-                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, pass_fds=(self.lock,),  # a terminal's Ctrl-C is for this process, which passes it on once
-            )  # fmt: skip
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self.lock,),
+            )
 
-    def over(self) -> bool:
-        """Whether all commands have ended, or one failed."""
+    def poll(self) -> bool:
+        """Start the next command if one has succeeded; whether the attempt has ended."""
         if self.process is None:
             return True
         if self.process.poll() is None:
             return False
-        self.status = self.process.returncode
-        if self.status == 0 and self.left and not self.stopped:
-            self.begin()
+        self.exit_status = self.process.returncode
+        if self.exit_status == 0 and self.remaining and not self.stopped:
+            self.start_next()
             return False
-        (self.task.folder / run_state.STATUS_FILE).write_text(f"{self.status}\n")
-        self.release()
+        (self.task.folder / run_state.STATUS_FILE).write_text(f"{self.exit_status}\n")
+        self.release_lock()
         return True
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """Have the command save and end, or with SIGKILL end at once, with its children."""
+    def stop(self) -> None:
+        """Have the command save and exit."""
         self.stopped = True
-        if self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number) if number == signal.SIGKILL else self.process.send_signal(number)
+        if self.is_alive():
+            assert self.process is not None
+            self.process.send_signal(signal.SIGTERM)
 
-    def release(self) -> None:
+    def kill(self) -> None:
+        """End the command and its children at once."""
+        self.stopped = True
+        if self.is_alive():
+            assert self.process is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def release_lock(self) -> None:
         if self.lock is not None:
             os.close(self.lock)
-            self.lock, self.process = None, None
+            self.lock = None
+            self.process = None
 
 
-def run(
-    draw: Callable[[], Task | None],
-    places: list[list[str]],
-    threads: int,
-    started: Callable[[Task], None],
-    ended: Callable[[Attempt], None],
-    watch: Callable[[Attempt], bool] = lambda attempt: False,
-) -> int:
-    """Run the tasks that `draw` gives, one in each place at a time, until it gives none. `watch`, called now and then, says whether an attempt
-    is given up. Returns 0, or the number of the signal that ended it: a first one has the commands save and end, a second one ends them at once."""
-    attempts: dict[int, Attempt] = {}
-    caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: caught.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    told, exhausted = 0, False
-    try:
-        while True:
-            for place, attempt in list(attempts.items()):
-                if attempt.over():
-                    del attempts[place]
-                    ended(attempt)
-                elif not attempt.stopped and watch(attempt):
-                    attempt.given_up = True
-                    attempt.stop()
-            for place in range(len(places)):
-                while not (caught or exhausted or place in attempts):
-                    task = draw()
-                    exhausted = task is None
-                    if task is not None:
-                        attempt = Attempt(task, places[place], threads)
-                        if attempt.process is None:
-                            ended(attempt)
-                            continue
-                        attempts[place] = attempt
-                        started(task)
-            for _ in caught[told:]:
-                for attempt in attempts.values():
-                    attempt.stop(signal.SIGTERM if told == 0 else signal.SIGKILL)
-                told += 1
-            if not attempts and (caught or exhausted):
-                return caught[0] if caught else 0
-            time.sleep(POLL)
-    finally:
-        for attempt in attempts.values():  # an error of ours
-            attempt.stop()
-        for number, handler in before.items():
+# ---------------------------------------------------------------------------------------------------------------------
+# all tasks
+
+
+class Signals:
+    """Within a `with`, collects SIGINT and SIGTERM instead of being ended by them."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a pool asks and reports."""
+
+    next_task: Callable[[], Task | None]  # None: no more tasks
+    on_start: Callable[[Task], None]
+    on_end: Callable[[Attempt], None]
+    should_prune: Callable[[Attempt], bool] = lambda attempt: False  # asked of each running attempt at every poll
+
+
+class Pool:
+    """Attempts at tasks, at most one in each slot at a time."""
+
+    def __init__(self, slots: Slots, callbacks: Callbacks):
+        self.slots = slots
+        self.callbacks = callbacks
+        self.attempts: dict[int, Attempt] = {}  # by slot
+        self.exhausted = False  # next_task has no more
+
+    def collect(self) -> None:
+        """Report the attempts that have ended, and stop those that are to be pruned."""
+        for slot, attempt in list(self.attempts.items()):
+            if attempt.poll():
+                del self.attempts[slot]
+                self.callbacks.on_end(attempt)
+            elif not attempt.stopped and self.callbacks.should_prune(attempt):
+                attempt.pruned = True
+                attempt.stop()
+
+    def fill(self, signals: Signals) -> None:
+        """Start tasks in the free slots, unless a signal arrives."""
+        for slot, gpus in enumerate(self.slots.gpus):
+            while slot not in self.attempts and not self.exhausted and not signals.received:
+                self.start_next_task(slot, gpus)
+
+    def start_next_task(self, slot: int, gpus: list[str]) -> None:
+        """Start the next task in a slot; one with nothing left to run ends at once and leaves the slot free."""
+        task = self.callbacks.next_task()
+        if task is None:
+            self.exhausted = True
+            return
+        attempt = Attempt(task, gpus, self.slots.threads)
+        if attempt.process is None:
+            self.callbacks.on_end(attempt)
+            return
+        self.attempts[slot] = attempt
+        self.callbacks.on_start(task)
+
+    def stop(self) -> None:
+        for attempt in self.attempts.values():
+            attempt.stop()
+
+    def kill(self) -> None:
+        for attempt in self.attempts.values():
+            attempt.kill()
+
+
+def run_tasks(slots: Slots, callbacks: Callbacks) -> int:
+    """Run tasks, one in each slot at a time, until there are no more.
+
+    The first SIGINT or SIGTERM has the commands save and exit; the second ends them at once. Returns 0, or the number
+    of the first signal.
+    """
+    pool = Pool(slots, callbacks)
+    n_handled = 0  # signals
+    with Signals() as signals:
+        try:
+            while True:
+                pool.collect()
+                pool.fill(signals)
+                for _ in signals.received[n_handled:]:
+                    if n_handled == 0:
+                        pool.stop()
+                    else:
+                        pool.kill()
+                    n_handled += 1
+                if not pool.attempts and (signals.received or pool.exhausted):
+                    return signals.received[0] if signals.received else 0
+                time.sleep(POLL_SECONDS)
+        finally:
+            pool.stop()  # after an error in this process: none is left here otherwise

@@ -1,97 +1,135 @@
-"""Hyper-parameter search with optuna: TPE proposes points of a grid, the median of the others prunes. Knows nothing of training.
+"""Hyperparameter search with optuna: TPE proposes points of a grid, the median of the other trials prunes.
 
-The study is a file: a search that was interrupted goes on, first with the trials that had not ended. optuna is imported only where it is used.
+The study is a file. An interrupted search continues: first with the trials that had not ended, then with new ones.
+Knows nothing of training; imports optuna only when a search is made.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanoforge.errors import UserError
-from nanoforge.sweeps.grid import Grid, Point, Range, excluded, merged
+from nanoforge.sweeps.grid import Axis, Canonical, Grid, Point, Range, is_excluded
 
-STARTUP = 5  # trials before any is pruned
+Trial = Any  # optuna.trial.Trial
+FrozenTrial = Any  # optuna.trial.FrozenTrial: a trial as the study holds it
+Distribution = Any  # optuna.distributions.BaseDistribution
+
+STARTUP_TRIALS = 5  # before any is pruned
+SEED_STRIDE = 1_000_003  # a continued search samples with another seed, so it proposes other points than at first
+MAX_PROPOSALS = 1000  # in a row that `exclude` may reject
 
 
-class Tpe:
-    """A study of `count` trials in the file `path`."""
+class Search(NamedTuple):
+    """What --search asks for: random:N or tpe:N."""
 
-    def __init__(self, path: Path, grid: Grid, count: int, seed: int, normal):
+    method: str
+    n_points: int
+
+
+def parse_search(text: str) -> Search | None:
+    """The search of a text such as tpe:40, or None if it is not one."""
+    method, _, count = text.partition(":")
+    if method in ("random", "tpe") and count.isdigit() and int(count) > 0:
+        return Search(method, int(count))
+    return None
+
+
+class TPESearch:
+    """A study of `n_trials` in the file `path`. Raises UserError without optuna, or if the file is of another grid."""
+
+    def __init__(self, path: Path, grid: Grid, n_trials: int, seed: int, canonical: Canonical):
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
         except ModuleNotFoundError:
             raise UserError("--search=tpe: needs a package: pip install optuna") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.grid, self.count, self.normal = optuna, grid, count, normal
-        made = {f"axis {i}" if not isinstance(axis, Range) else axis.name: axis for i, axis in enumerate(grid.axes)}
-        d = optuna.distributions
-        self.axes = made
-        self.space: dict[str, Any] = {
-            name: d.CategoricalDistribution(range(len(axis))) if not isinstance(axis, Range)
-            else (d.IntDistribution if axis.whole else d.FloatDistribution)(axis.low, axis.high, log=axis.log) for name, axis in made.items()
-        }  # fmt: skip
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
-        self.study = optuna.create_study(storage=storage, pruner=pruner, study_name="sweep", load_if_exists=True)
-        state = optuna.trial.TrialState
-        told = self.study.get_trials(deepcopy=False)
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=seed + 1_000_003 * len(told), constant_liar=True
-        )  # going on, it proposes other points than at first
-        if any(trial.distributions and trial.distributions != self.space for trial in told):
-            raise UserError(f"{path}: is of a search of another grid; take another --out_dir")
-        self.unfinished = [
+        self.optuna = optuna
+        self.grid = grid
+        self.n_trials = n_trials
+        self.canonical = canonical
+        self.axes: dict[str, Axis] = {}
+        for i, axis in enumerate(grid.axes):
+            self.axes[axis.name if isinstance(axis, Range) else f"axis {i}"] = axis
+        self.space = {name: self.distribution(axis) for name, axis in self.axes.items()}
+
+        # 1. Open the study, or begin it.
+        self.study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
+            study_name="sweep",
+            load_if_exists=True,
+        )
+        trials = self.trials()
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed + SEED_STRIDE * len(trials), constant_liar=True)
+        if any(trial.distributions and trial.distributions != self.space for trial in trials):
+            raise UserError(f"{path}: belongs to a search over another grid; choose another --out_dir")
+
+        # 2. What is left of an interrupted search.
+        states = optuna.trial.TrialState
+        self.unfinished: list[Trial] = [
             optuna.trial.Trial(self.study, trial._trial_id)
-            for trial in told
-            if trial.state == state.RUNNING and trial.params
+            for trial in trials
+            if trial.state == states.RUNNING and trial.params
         ]
-        self.numbers = [trial.number for trial in told if trial.state != state.FAIL]
+        self.numbers = [trial.number for trial in trials if trial.state != states.FAIL]  # of the trials that count
+
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def distribution(self, axis: Axis) -> Distribution:
+        """Where optuna samples an axis; a choice by its index."""
+        distributions = self.optuna.distributions
+        if not isinstance(axis, Range):
+            return distributions.CategoricalDistribution(range(len(axis)))
+        if axis.is_integer:
+            return distributions.IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+        return distributions.FloatDistribution(axis.low, axis.high, log=axis.log)
 
     def point(self, params: dict[str, Any]) -> Point:
-        """The point of a trial's parameters; numbers to three digits."""
-        choice = merged(
-            tuple(
-                axis.choice(params[name]) if isinstance(axis, Range) else axis[params[name]]
-                for name, axis in self.axes.items()
-            )
-        )
-        return Point({**self.grid.fixed, **choice.values}, choice.told)
+        """The point of a trial's parameters."""
+        choices = []
+        for name, axis in self.axes.items():
+            if isinstance(axis, Range):
+                choices.append(axis.choice(params[name]))
+            else:
+                choices.append(axis[params[name]])
+        return self.grid.point(choices)
 
     def points(self) -> list[Point]:
-        """Those of all trials so far."""
-        return [
-            self.point(trial.params)
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.number in set(self.numbers) and trial.params
-        ]
+        """The points of all trials so far."""
+        numbers = set(self.numbers)
+        return [self.point(trial.params) for trial in self.trials() if trial.number in numbers and trial.params]
 
-    def ask(self):
-        """The next trial and its point, or None when there were enough."""
+    def ask(self) -> tuple[Trial, Point] | None:
+        """The next trial and its point, or None after enough. Raises UserError if `exclude` leaves almost no point."""
         if self.unfinished:
             trial = self.unfinished.pop(0)
             return trial, self.point(trial.params)
-        for _ in range(1000):
-            if len(self.numbers) >= self.count:
+        for _ in range(MAX_PROPOSALS):
+            if len(self.numbers) >= self.n_trials:
                 return None
             trial = self.study.ask(self.space)
             point = self.point(trial.params)
-            if not any(excluded(point, item, self.normal) for item in self.grid.exclude):
+            if not is_excluded(self.grid, point, self.canonical):
                 self.numbers.append(trial.number)
                 return trial, point
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        raise UserError("exclude: leaves next to no point to search")
+        raise UserError("exclude: leaves almost no point to search")
 
-    def prune(self, trial, evaluations: tuple[tuple[int, float], ...]) -> bool:
-        """Tell what a trial has reached; whether to give it up."""
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        learned = [(step, loss) for step, loss in evaluations if step]  # not what the weights begin with
-        for step, loss in learned:
-            if step not in known:
+    def should_prune(self, trial: Trial, evaluations: tuple[tuple[int, float], ...]) -> bool:
+        """Report a trial's (step, val_loss) so far; whether the trial is worse than the median of the others."""
+        reported = self.trials()[trial.number].intermediate_values
+        after_training = [
+            (step, loss) for step, loss in evaluations if step > 0
+        ]  # step 0 evaluates the initial weights
+        for step, loss in after_training:
+            if step not in reported:
                 trial.report(loss, step)
-        return bool(learned) and trial.should_prune()
+        return bool(after_training) and trial.should_prune()
 
-    def tell(self, trial, loss: float | None, pruned: bool) -> None:
-        """Tell how a trial ended; one that failed or was stopped stays open, for the next time."""
+    def finish(self, trial: Trial, loss: float | None, *, pruned: bool) -> None:
+        """Record how a trial ended. Without a loss it failed or was stopped, and stays open for the next search."""
         if pruned:
             self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
         elif loss is not None:

@@ -1,80 +1,100 @@
-"""Tables of a sweep's runs: as CSV, as Markdown, and for a terminal. Imports no torch."""
+"""Tables of a sweep's runs: as CSV, as Markdown, and as text for a terminal. Imports no torch."""
 
 import csv
 import io
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from nanoforge.console import format_value
+from nanoforge.files import write_text
 from nanoforge.run_state import RunStatus
 
-NUMBERS = ("step", "loss", "val_loss", "best_val_loss", "best_step", "seconds")
+NUMBERS = ("step", "loss", "val_loss", "best_val_loss", "best_step", "seconds")  # attributes of RunStatus
 
 
-def rows(names: list[str], told: list[dict[str, Any]], outcomes: list[RunStatus]) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: what varies, the state, what was reached, accuracies, the run's name."""
-    columns = list(dict.fromkeys(name for one in told for name in one))
-    tasks = list(dict.fromkeys(task for outcome in outcomes for task, _ in outcome.scores))
-    return [*columns, "state", *NUMBERS, *tasks, "run"], [
-        [
-            *(one.get(column) for column in columns),
-            outcome.state,
-            *(getattr(outcome, number) for number in NUMBERS),
-            *(dict(outcome.scores).get(task) for task in tasks),
-            name,
-        ]
-        for name, one, outcome in zip(names, told, outcomes, strict=True)
-    ]
+class Table(NamedTuple):
+    """A header and rows of values, None where there is none."""
+
+    header: list[str]
+    rows: list[list[Any]]
 
 
-def as_csv(header: list[str], table: list[list[Any]]) -> str:
-    """Whole numbers as they are told; nothing where there is nothing."""
+def table_of_runs(names: list[str], varying: list[dict[str, Any]], statuses: list[RunStatus]) -> Table:
+    """One row for each run: what varies, its state and numbers, its accuracies, its name."""
+    columns = list(dict.fromkeys(name for values in varying for name in values))
+    tasks = list(dict.fromkeys(task for status in statuses for task, _ in status.scores))
+    rows = []
+    for name, values, status in zip(names, varying, statuses, strict=True):
+        scores = dict(status.scores)
+        rows.append(
+            [
+                *(values.get(column) for column in columns),
+                status.state,
+                *(getattr(status, number) for number in NUMBERS),
+                *(scores.get(task) for task in tasks),
+                name,
+            ]
+        )
+    return Table([*columns, "state", *NUMBERS, *tasks, "run"], rows)
+
+
+def as_csv(table: Table) -> str:
+    """All digits of numbers; an empty cell for None."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(
-        [
-            [
-                ""
-                if cell is None
-                else cell
-                if isinstance(cell, int | float | str) and not isinstance(cell, bool)
-                else format_value(cell)
-                for cell in row
-            ]
-            for row in table
-        ]
-    )
+    writer.writerow(table.header)
+    writer.writerows([[csv_cell(value) for value in row] for row in table.rows])
     return out.getvalue()
 
 
-def shown(cell: Any, name: str = "") -> str:
-    if cell is None:
+def csv_cell(value: Any) -> Any:
+    if value is None:
         return ""
-    return (
-        f"{cell:.4f}"
-        if ("loss" in name or name.startswith("accuracy/")) and isinstance(cell, float)
-        else f"{cell:.1f}"
-        if name == "seconds"
-        else format_value(cell)
-    )
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return value
+    return format_value(value)
 
 
-def as_markdown(header: list[str], table: list[list[Any]]) -> str:
-    """A table of Markdown, its numbers short."""
-    cells = [
-        header,
-        ["---"] * len(header),
-        *(
-            [shown(cell, name).replace("|", "\\|").replace("\n", " ") for name, cell in zip(header, row, strict=True)]
-            for row in table
-        ),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
+def short_cell(value: Any, column: str) -> str:
+    """A value in few characters: losses and accuracies with four decimals, seconds with one."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and ("loss" in column or column.startswith("accuracy/")):
+        return f"{value:.4f}"
+    if column == "seconds":
+        return f"{value:.1f}"
+    return format_value(value)
 
 
-def as_text(header: list[str], table: list[list[Any]]) -> str:
-    """The table in columns, for a terminal; columns with nothing in them are left out."""
-    cells = [[shown(cell, name) for name, cell in zip(header, row, strict=True)] for row in table]
-    kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
-    widths = {i: max(len(header[i]), *(len(row[i]) for row in cells)) for i in kept}
-    return "\n".join("  ".join(row[i].ljust(widths[i]) for i in kept).rstrip() for row in [header, *cells])
+def short_cells(table: Table) -> list[list[str]]:
+    """All cells of a table."""
+    return [[short_cell(value, column) for column, value in zip(table.header, row, strict=True)] for row in table.rows]
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table of short cells."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in short_cells(table)]
+    lines = [table.header, ["---"] * len(table.header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_text(table: Table) -> str:
+    """Aligned columns of short cells; columns without any value are left out."""
+    rows = short_cells(table)
+    columns = [i for i in range(len(table.header)) if any(row[i] for row in rows)]
+    lines = [table.header, *rows]
+    widths = {i: max(len(line[i]) for line in lines) for i in columns}
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in columns).rstrip() for line in lines)
+
+
+def write_results(table: Table, folder: Path) -> None:
+    """Write results.csv and results.md, the best run first, and print the latter."""
+    best = table.header.index("best_val_loss")
+    rows = sorted(table.rows, key=lambda row: (row[best] is None, row[best] or 0.0))
+    table = Table(table.header, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("results.csv", as_csv(table)), ("results.md", as_markdown(table))):
+        write_text(folder / name, text)
+        print(folder / name, file=sys.stderr)
+    print(as_markdown(table), end="")

@@ -1,9 +1,10 @@
-"""The scripts for Slurm: clean under bash and shellcheck, and run for real by a Slurm of two nodes on this machine.
+"""The scripts for Slurm: clean under bash and shellcheck, and run by a real Slurm of two nodes on this machine.
 
-That is installed and started where it may be: by root, on Debian, with a network (or where slurm-wlm, munge are there already). It lives in a
-folder of its own, with its own key and sockets, and ends with the tests.
+Slurm is installed and started where that is possible: by root, on Debian, with a network (or where slurm-wlm and munge
+are installed). It lives in a folder of its own, with its own key and sockets, and ends with the tests.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,16 @@ SECTION = {
 }
 
 
-def job(directives: dict, environment: dict | None = None) -> slurm.Job:
-    return slurm.Job(directives, environment or {}, "/venv/bin/python", "/work dir")
+def script(
+    directives: dict, environment: dict | None = None, folders: list[Path] | None = None, **changes
+) -> slurm.Script:
+    """A script for the job of one run."""
+    job = slurm.Job(directives, environment or {}, "/venv/bin/python", "/work dir")
+    return dataclasses.replace(slurm.Script("name", job, folders or [Path("/out/a")], Path("/logs")), **changes)
+
+
+def directives_of(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,72 +63,72 @@ def job(directives: dict, environment: dict | None = None) -> slurm.Job:
 )
 @pytest.mark.parametrize("array", [False, True])
 def test_scripts_are_clean(tmp_path, directives, array):
-    runs = [Path("/out/lr=3e-4,optimizer=muon-1f3c9a"), Path("/out/it's $HOME/b")][: 2 if array else 1]
-    one = job(directives, {"WANDB_NAME": NASTY, "EMPTY": ""})
-    for name, text in {
-        "train.sh": slurm.training("name", one, runs, ROOT / "train.py", Path("/logs 100%"), array, 2),
-        "evaluate.sh": slurm.evaluation(
-            "name", one, runs, ROOT / "evaluate.py", "evaluation.json", ["--tasks=a b"], Path("/logs"), array, 2
-        ),
-    }.items():
+    folders = [Path("/out/lr=3e-4,optimizer=muon-1f3c9a"), Path("/out/it's $HOME/b")][: 2 if array else 1]
+    one = script(
+        directives,
+        {"WANDB_NAME": NASTY, "EMPTY": ""},
+        folders,
+        log_dir=Path("/logs 100%"),
+        is_array=array,
+        max_at_once=2,
+    )
+    texts = {
+        "train.sh": slurm.training_script(one, ROOT / "train.py"),
+        "evaluate.sh": slurm.evaluation_script(one, ROOT / "evaluate.py", "evaluation.json", ["--tasks=a b"]),
+    }
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
         subprocess.run(["bash", "-n", str(tmp_path / name)], check=True)
         if shutil.which("shellcheck"):
-            told = subprocess.run(["shellcheck", str(tmp_path / name)], capture_output=True, text=True)
-            assert told.returncode == 0, told.stdout
+            result = subprocess.run(["shellcheck", str(tmp_path / name)], capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout
 
 
-def test_directives_are_verbatim_and_what_is_not_given_is_computed():
-    text = slurm.training("name", job(SECTION), [Path("/out/a")], ROOT / "train.py", Path("/logs"), False, 0)
-    told = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+def test_directives_are_verbatim_and_the_others_have_defaults():
+    lines = directives_of(slurm.training_script(script(SECTION), ROOT / "train.py"))
     assert [f"--{key}={value}" for key, value in SECTION.items()] == [
-        line for line in told if line.split("=")[0].removeprefix("--") in SECTION
+        line for line in lines if line.split("=")[0].removeprefix("--") in SECTION
     ]
-    assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(told)
-    given = slurm.training(
-        "name",
-        job({"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}),
-        [Path("/out/a")],
-        ROOT / "train.py",
-        Path("/logs"),
-        True,
-        4,
-    )
-    assert (
-        "#SBATCH --signal=B:USR1@60\n" in given
-        and "#SBATCH --output=mine\n" in given
-        and "#SBATCH --array=0-0%4\n" in given
-    )
-    assert "--requeue" not in given and "scontrol requeue" not in given
+    assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(lines)
+    directives = {"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}
+    text = slurm.training_script(script(directives, is_array=True, max_at_once=4), ROOT / "train.py")
+    lines = directives_of(text)
+    assert {"--signal=B:USR1@60", "--output=mine", "--array=0-0%4"} <= set(lines)
+    assert "--requeue" not in lines and "scontrol requeue" not in text
 
 
 def test_the_environment_is_exported_as_it_is(tmp_path):
     environment = {"A": NASTY, "EMPTY": "", "PLAIN": "1e-05"}
-    text = slurm.training(
-        "name", slurm.Job({}, environment, "python", str(tmp_path)), [tmp_path], ROOT / "train.py", tmp_path, False, 0
-    )
+    job = slurm.Job({}, environment, "python", str(tmp_path))
+    text = slurm.training_script(slurm.Script("name", job, [tmp_path], tmp_path), ROOT / "train.py")
     head = text.split("\nruns=(")[0] + "\nenv -0\n"
-    told = dict(
-        line.split("=", 1)
-        for line in subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True).stdout.split("\0")
-        if line
-    )
-    assert {name: told[name] for name in environment} == environment
+    result = subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True)
+    exported = dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
+    assert {name: exported[name] for name in environment} == environment
 
 
-@pytest.mark.parametrize(("directives", "expected"), [
-    ({}, (1, 1)), (SECTION, (2, 4)), ({"gres": "gpu:h100:2"}, (1, 2)), ({"gpus-per-node": "4", "nodes": "3"}, (3, 4)), ({"gpus": "8", "nodes": "2"}, (2, 4)),
-    ({"N": "2", "ntasks-per-node": "3"}, (2, 3)), ({"ntasks": "4", "nodes": "2"}, (2, 2)), ({"gres": "shard:2,gpu:1"}, (1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("directives", "expected"),
+    [
+        ({}, (1, 1)),
+        (SECTION, (2, 4)),
+        ({"gres": "gpu:h100:2"}, (1, 2)),
+        ({"gpus-per-node": "4", "nodes": "3"}, (3, 4)),
+        ({"gpus": "8", "nodes": "2"}, (2, 4)),
+        ({"N": "2", "ntasks-per-node": "3"}, (2, 3)),
+        ({"ntasks": "4", "nodes": "2"}, (2, 2)),
+        ({"gres": "shard:2,gpu:1"}, (1, 1)),
+    ],
+)
 def test_nodes_and_processes_follow_from_the_directives(directives, expected):
-    assert slurm.shape(directives) == expected
+    assert slurm.shape_of(directives) == expected
 
 
-def test_what_cannot_be_written_is_told():
-    wrong = slurm.check(
+def test_what_cannot_be_written_is_an_error():
+    errors = slurm.section_errors(
         {"nodes": 2, "bad key": 1, "time": "1\n2", "array": "0-3"}, {"OK": "1", "1BAD": "2", "LIST": [1]}
     )
-    assert len(wrong) == 5
+    assert len(errors) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,38 +163,40 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 
 def free_port() -> int:
-    with socket.socket() as at:
-        at.bind(("127.0.0.1", 0))
-        return at.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def wait_for(what, seconds: float = 60, every: float = 0.2):
-    """The first true value of what(); fails after so many seconds."""
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until condition() is true; fails after so many seconds."""
     end = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < end, f"{seconds} seconds are over"
-        time.sleep(every)
-    return value
+    while not condition():
+        assert time.monotonic() < end, f"not true after {seconds} seconds"
+        time.sleep(0.2)
 
 
 def install() -> None:
-    """Have Slurm's programs here, or skip the test and say why."""
+    """Have Slurm's programs on this machine, or skip the test and say why."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("a Slurm of one machine is started by root on Linux")
     if all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
         return
     if not Path("/etc/debian_version").exists():
-        pytest.skip("Slurm is not installed, and is installed by itself only on Debian")
+        pytest.skip("Slurm is not installed; the test installs it on Debian only")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
+    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         except (OSError, subprocess.TimeoutExpired) as error:
             pytest.skip(f"Slurm can't be installed: {error}")
-        if done.returncode:
-            pytest.skip(
-                f"Slurm can't be installed: {' '.join(words)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            )
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or ["no message"]
+            pytest.skip(f"Slurm can't be installed: {' '.join(command)}: {lines[-1]}")
+
+
+def output_of(command: list[str], environment: dict[str, str]) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -211,35 +223,24 @@ def cluster(tmp_path_factory):
         *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")),
         f"--socket={folder / 'munge.socket'}",
     ]
+    commands = [munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
     daemons = []
     try:
-        for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+        for command in commands:
             daemons.append(
-                subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
-            if words is munged:
+            if command is munged:
                 wait_for((folder / "munge.socket").exists)
+        nodes = ["sinfo", "-h", "-o", "%T %D"]
         try:
-            wait_for(
-                lambda: (
-                    subprocess.run(
-                        ["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True
-                    ).stdout.split()
-                    == ["idle", "2"]
-                ),
-                30,
-            )
+            wait_for(lambda: output_of(nodes, environment).split() == ["idle", "2"], 30)
         except AssertionError:
             logs = "\n".join(path.read_text(errors="replace")[-600:] for path in folder.glob("*.log"))
             pytest.fail(f"Slurm does not start:\n{logs}")
         yield environment
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
-        wait_for(
-            lambda: (
-                not subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True).stdout.strip()
-            ),
-            30,
-        )
+        wait_for(lambda: not output_of(["squeue", "-h"], environment).strip(), 30)
     finally:
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
@@ -250,15 +251,15 @@ def cluster(tmp_path_factory):
                 daemon.kill()
 
 
-def queue(cluster) -> str:
-    return subprocess.run(["squeue", "-h", "-o", "%i %T"], env=cluster, capture_output=True, text=True).stdout
+def queue(cluster) -> list[str]:
+    return output_of(["squeue", "-h", "-o", "%i %T"], cluster).splitlines()
 
 
-def write_grid(path: Path, data_dir: Path, words: str) -> Path:
+def write_grid(path: Path, data_dir: Path, yaml: str) -> Path:
     """A grid of tiny runs; both nodes are this machine, whose name torchrun would look up."""
     tiny = [flag for flag in TINY if not flag.startswith(("--max_iters", "--eval_interval"))]
     lines = [flag.removeprefix("--").replace("=", ": ", 1) for flag in [*tiny, f"--data_dir={data_dir}", "--dataset=a"]]
-    path.write_text("\n".join([*lines, "environment: {PET_LOCAL_ADDR: 127.0.0.1, OMP_NUM_THREADS: 1}", words]))
+    path.write_text("\n".join([*lines, "environment: {PET_LOCAL_ADDR: 127.0.0.1, OMP_NUM_THREADS: 1}", yaml]))
     return path
 
 
@@ -267,28 +268,23 @@ def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
     (tmp_path / "evaluate.py").write_text("import sys; print('no such task'); sys.exit(int(sys.argv[3][-1]))\n")
     for status, state in (("0", ("done", "finished: 3 steps")), ("3", ("failed", "status 3 after its training"))):
         job = slurm.Job({}, {}, sys.executable, str(tmp_path))
-        (tmp_path / "evaluate.sh").write_text(
-            slurm.evaluation(
-                "name",
-                job,
-                [tmp_path],
-                tmp_path / "evaluate.py",
-                "evaluation.json",
-                [f"--n={status}"],
-                tmp_path,
-                False,
-                0,
-            )
-        )
+        one = slurm.Script("name", job, [tmp_path], tmp_path)
+        text = slurm.evaluation_script(one, tmp_path / "evaluate.py", "evaluation.json", [f"--n={status}"])
+        (tmp_path / "evaluate.sh").write_text(text)
         assert subprocess.run(["bash", tmp_path / "evaluate.sh"]).returncode == int(status)
         assert run_state.run_status(tmp_path)[:2] == state and run_state.log_tail(tmp_path)[-1] == "no such task"
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
     cluster, data_dir, tmp_path, monkeypatch, capsys
 ):
-    """The two-node job gets USR1 in its batch shell, as Slurm itself sends it before the end of the time, and requeues itself. While it is held back (two
-    minutes, which are cut short here) the array runs; an evaluation follows each of its trainings. Submitting again submits nothing."""
+    """The two-node job gets USR1 in its batch shell, as from Slurm before the end of the time, and requeues itself.
+
+    While Slurm holds it back (two minutes, which are cut short here) the array runs; an evaluation follows each of its
+    trainings. Submitting again submits nothing.
+    """
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "evaluate.py").write_text("import sys\nprint('evaluated', *sys.argv[1:])\n")
@@ -299,35 +295,41 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
         "max_iters: 600\neval_interval: 600\ndropout: 0.1\nslurm: {nodes: 2, ntasks-per-node: 1, time: '10'}\n",
     )
     three = write_grid(
-        tmp_path / "three.yaml", data_dir,
-        "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\nexclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
-    )  # fmt: skip
+        tmp_path / "three.yaml",
+        data_dir,
+        "max_iters: 4\neval_interval: 2\nlearning_rate: [1e-3, 1e-2]\noptimizer: [adamw, sgd]\n"
+        "exclude: {optimizer: sgd, learning_rate: 1e-3}\nslurm: {time: 5}\nevaluation: {tasks: x}\n",
+    )
 
-    def swept(path: Path, *argv: str) -> str:
+    def run_sweep(path: Path, *argv: str) -> str:
         with pytest.raises(SystemExit) as end:
             sweep.command([str(path), f"--out_dir={tmp_path / path.stem}", *argv])
         assert end.value.code == 0
         return capsys.readouterr().out
 
-    assert "1 runs submitted" in swept(two, "--launcher=slurm", "--submit")
+    assert "1 run submitted" in run_sweep(two, "--launcher=slurm", "--submit")
     (job,) = json.loads((tmp_path / "two 100%/slurm/jobs.json").read_text()).values()
     run = next(path for path in (tmp_path / "two 100%").iterdir() if path.name != "slurm")
 
-    def told() -> str:
+    def log() -> str:
         return (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
 
-    wait_for(lambda: "step 50:" in told(), 120)
-    assert "running" in swept(two, "--status")
-    assert "3 runs submitted" in swept(three, "--launcher=slurm", "--array", "--submit")
+    wait_for(lambda: "step 50:" in log(), 120)
+    assert "running" in run_sweep(two, "--status")
+    assert "3 runs submitted" in run_sweep(three, "--launcher=slurm", "--array", "--submit")
     assert len(list((tmp_path / "three/slurm").glob("*.sh"))) == 2, "one of training, one of evaluation"
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-    wait_for(lambda: "stopped by SIGUSR1" in told() and f"{job} PENDING" in queue(cluster).splitlines())
-    assert "pending" in swept(two, "--status") and "0 runs submitted of 1" in swept(two, "--launcher=slurm", "--submit")
-    assert "0 runs submitted of 3" in swept(three, "--launcher=slurm", "--array", "--submit"), "they are in the queue"
-    wait_for(lambda: len(queue(cluster).splitlines()) == 1, 120)
+    wait_for(lambda: "stopped by SIGUSR1" in log() and f"{job} PENDING" in queue(cluster))
+    assert "pending" in run_sweep(two, "--status") and "0 runs submitted of 1" in run_sweep(
+        two, "--launcher=slurm", "--submit"
+    )
+    assert "0 runs submitted of 3" in run_sweep(three, "--launcher=slurm", "--array", "--submit"), (
+        "they are in the queue"
+    )
+    wait_for(lambda: len(queue(cluster)) == 1, 120)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
-    assert swept(three, "--status").count("done") == 3 and "0 runs submitted of 3" in swept(
+    assert run_sweep(three, "--status").count("done") == 3 and "0 runs submitted of 3" in run_sweep(
         three, "--launcher=slurm", "--submit"
     )
     runs = [path for path in (tmp_path / "three").iterdir() if path.name != "slurm"]
@@ -343,7 +345,7 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
 
     run_script(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
     wait_for(lambda: not queue(cluster), 120)
-    assert "start 1" in told() and "resuming" in told() and "done" in swept(two, "--status")
+    assert "start 1" in log() and "resuming" in log() and "done" in run_sweep(two, "--status")
     a, b = read_run(run), read_run(tmp_path / "whole")
     assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
     assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(
