@@ -102,21 +102,21 @@ def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
     with distributed.join_ranks(args.device) as ranks:
         run = train.build(args, ranks, lambda message: None)
         log = logger.RunLogger(out_dir, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=20)
-        stream = run.data.source.stream(0, run.share, ranks.device, hashed=False)
+        stream = run.data.source.stream(0, run.rank_slice, ranks.device, hashed=False)
 
         def step(number: int) -> None:
             with record_function("part: data"):
                 batch = next(stream).batches[0]
                 synchronize()
             with record_function("part: forward"):
-                loss = run.net(batch.idx, batch.targets).mean()
+                loss = run.model(batch.idx, batch.targets).mean()
                 synchronize()
             with record_function("part: backward"):
                 loss.backward()
                 synchronize()
             with record_function("part: optimizer"):
-                norm = run.optimizer.clip_grad_norm(run.scaler, args.grad_clip)
-                run.optimizer.update(run.scaler)
+                norm = run.state.optimizer.clip_grad_norm(run.state.scaler, args.grad_clip)
+                run.state.optimizer.update(run.state.scaler)
                 synchronize()
             with record_function("part: logging"), contextlib.redirect_stdout(None):
                 log.event("train", number, "", loss=float(loss.detach()), grad_norm=float(norm))

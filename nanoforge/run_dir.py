@@ -8,7 +8,9 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -76,6 +78,30 @@ class RunRecord:
             "_about": self.about,
         }
         write_json(folder / RECORD_FILE, self.args | parts)
+
+    def check_data(self, data: dict[str, dict[str, str]], *, allow_change: bool, log: Callable[[str], None]) -> None:
+        """Compare fingerprints with those of the record. Raises UserError when they differ, unless that is allowed."""
+        changed = []
+        for dataset in self.data.keys() & data.keys():
+            before, now = self.data[dataset], data[dataset]
+            changed += [f"{dataset}/{file}" for file in before.keys() | now.keys() if before.get(file) != now.get(file)]
+        if not changed:
+            return
+        message = f"{', '.join(sorted(changed))}: not the data that this run began with"
+        if not allow_change:
+            raise UserError(
+                f"--init_from=resume: {message}; restore it, or continue with the new data by --allow_data_change"
+            )
+        log(f"{message}; continuing because of --allow_data_change")
+
+
+def describe_software(repository: Path, packages: dict[str, str]) -> dict[str, str]:
+    """Versions of Python and of packages, and the commit of a git repository, where git is installed."""
+    about = {"python": platform.python_version(), **packages}
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True)
+        about["git_commit"] = git.stdout.strip()
+    return about
 
 
 def read_best_step(out_dir: Path) -> int | None:

@@ -1,309 +1,524 @@
-"""Checkpoints: save whole or not at all, verify, load, find the newest good one.
+"""Checkpoints: write whole or not at all, verify, load, find the newest good one, delete old ones.
 
     checkpoints/000040/  model.safetensors  optimizer.safetensors  progress.json  train_config.json  tokenizer.json
                          manifest.json: size and sha256 of every other file, written last
 
-A sharded run has folders model/ and optimizer/ instead, which torch.distributed.checkpoint fills with one safetensors file a rank.
+A sharded run has folders model/ and optimizer/ instead, which torch.distributed.checkpoint fills with one safetensors file
+a rank. A checkpoint is written to a temporary folder, synced, then renamed. No pickle is written or read.
 
-A checkpoint is written beside, synced, then renamed. No pickle is written or read. A `CheckpointSaver` does so in a thread, from a snapshot.
+`Manager` does this for a run that trains: a snapshot in memory, the files in a thread, then best.json and pruning.
 """
 
 import json
+import math
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nanoforge import run_dir
+from nanoforge.distributed import Ranks, cpu_snapshot, is_sharded, local_shard
 from nanoforge.errors import UserError
-from nanoforge.files import TMP_SUFFIX, fsync, sha256, write_json
+from nanoforge.files import TMP_SUFFIX, atomic_write, fsync, sha256, write_json
+from nanoforge.run_dir import read_best_step, write_best
+from nanoforge.training.grad_guard import GradGuard
+from nanoforge.training.logger import RunLogger
+from nanoforge.training.optimizers import Optimizer
 
-REPLACED_SUFFIX = ".old"
-WEIGHT_FILES = {"model.safetensors", "train_config.json", "tokenizer.json"}
+REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
+COPIED_FILES = ("train_config.json", "tokenizer.json")
+WEIGHT_FILES = {"model.safetensors", *COPIED_FILES}
 REQUIRED_FILES = WEIGHT_FILES | {"optimizer.safetensors", "progress.json"}
 
 
-class Checkpoint(NamedTuple):
-    folder: Path
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    progress: dict
+# ---------------------------------------------------------------------------------------------------------------------
+# files of tensors
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Replace a safetensors file: readers see the old one or the new one, whole. Raises UserError where it can't be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
+    """Replace a safetensors file, whole or not at all. Raises UserError when it can't be written."""
     try:
-        save_file(tensors, beside)
-        os.replace(beside, path)
+        with atomic_write(path) as tmp_path:
+            save_file(tensors, tmp_path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be written ({error})") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own."""
-    return {key: tensor.clone() for key, tensor in load_file(path).items()}
+    """The tensors of a safetensors file, copied: safetensors only maps the file, which may change."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Write tensors of which each rank holds its shards (DTensors; others are the same on all ranks), a safetensors file a rank. All ranks of the
-    group must call it; when it is over on one, all files are whole. Raises OSError on all ranks if it failed on one."""
+def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Write DTensors, each rank its shards to a safetensors file of its own; other tensors must be equal on all ranks.
+
+    A collective of the group: when it returns on one rank, all files are complete. Raises OSError on all ranks if one fails.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(
-            dict(tensors),
-            storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            process_group=group,
-        )
-    except CheckpointException as error:  # which is no Exception
-        raise OSError("; ".join(f"rank {rank}: {told[0]}" for rank, told in error.failures.items())) from None
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # a BaseException
+        failures = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        raise OSError("; ".join(failures)) from None
+
+
+class Shards(Mapping[str, Tensor]):
+    """Full tensors from a folder that `write_shards` filled, each assembled when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.pieces: dict[
+            str, list[tuple[Path, list[int]]]
+        ] = {}  # name -> (file, offset in the full tensor) of each shard
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+                for name in file.keys():  # noqa: SIM118
+                    self.pieces.setdefault(name, []).append((path, sharding[name]["saved_offsets"]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        offsets: list[list[int]] = []
+        shards: list[Tensor] = []
+        for path, offset in self.pieces[name]:
+            with safe_open(path, framework="pt") as file:
+                offsets.append(offset)
+                shards.append(file.get_tensor(name))
+        if shards[0].dim() == 0:
+            return shards[0]
+        placed = list(zip(offsets, shards, strict=True))
+        shape = [max(offset[d] + shard.size(d) for offset, shard in placed) for d in range(shards[0].dim())]
+        full = shards[0].new_empty(shape)
+        for offset, shard in placed:
+            region = tuple(slice(start, start + size) for start, size in zip(offset, shard.shape, strict=True))
+            full[region] = shard
+        return full
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# write a checkpoint
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimizer steps
+    tokens: int = 0
+    seconds: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = -1
+    worse_evaluations: int = 0  # since the best one
+    evaluated_at: int = -1  # step of the last evaluation
+    rollbacks: int = 0  # to a checkpoint, after too many skipped steps
+
+    def to_json(self) -> dict[str, Any]:
+        """For progress.json, which has null where there is no best loss."""
+        return asdict(self) | {"best_val_loss": self.best_val_loss if self.best_step >= 0 else None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Progress":
+        """From progress.json, which holds other things too; an older one may lack some of the fields."""
+        progress = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        if progress.best_val_loss is None:
+            progress.best_val_loss = math.inf
+        return progress
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory. Nothing in it changes while training goes on."""
+
+    progress: Progress
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]  # of the training, what is no tensor: joins the progress in progress.json
+    copied_files: dict[str, bytes]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return checkpoints / f"{step:06d}"
 
 
 def save(
-    checkpoints: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    progress: dict,
-    copied: dict[str, bytes],
-    group: dist.ProcessGroup | None = None,
-    main: bool = True,
+    checkpoints: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None, *, is_main: bool = True
 ) -> Path:
-    """Write checkpoints/<step>, tensors on the CPU and the files `copied` as they are; an older one of the same step is replaced.
+    """Write a snapshot to checkpoints/<step>. An older checkpoint of the same step is replaced.
 
     With a group the tensors are sharded over its ranks: all of them call this, and the main one writes all but their shards.
+    Raises OSError or SafetensorError, and then the older checkpoint is as it was.
     """
-    final = checkpoints / f"{step:06d}"
-    beside = checkpoints / f"{step:06d}{TMP_SUFFIX}"
-    failed = None
-    try:
-        if main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-    except OSError as error:
-        failed = error
-    if group is not None:  # none writes before the folder is there, or waits for one that can't be made
-        told = torch.tensor(int(failed is not None))
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-        failed = failed or (OSError("the main rank could not make the folder") if told else None)
-    if failed:
-        raise failed
+    final = step_folder(checkpoints, snapshot.progress.step)
+    tmp_folder = final.with_suffix(TMP_SUFFIX)
+    # 1. An empty folder.
+    create_empty(tmp_folder, group, is_main=is_main)
+    # 2. The tensors.
     if group is None:
-        save_file(weights, beside / "model.safetensors")
-        save_file(optimizer, beside / "optimizer.safetensors")
+        save_file(snapshot.weights, tmp_folder / "model.safetensors")
+        save_file(snapshot.optimizer, tmp_folder / "optimizer.safetensors")
     else:
-        save_shards(beside / "model", weights, group)
-        save_shards(beside / "optimizer", optimizer, group)
-    if not main:
+        write_shards(tmp_folder / "model", snapshot.weights, group)
+        write_shards(tmp_folder / "optimizer", snapshot.optimizer, group)
+    if not is_main:
         return final
-    write_json(beside / "progress.json", progress)
-    for name, content in copied.items():
-        (beside / name).write_bytes(content)
-    write_manifest(beside)
-    replaced = checkpoints / f"{step:06d}{REPLACED_SUFFIX}"
+    # 3. The other files, and the manifest once all of them are on the disk.
+    write_json(tmp_folder / "progress.json", snapshot.progress.to_json() | snapshot.state)
+    for name, content in snapshot.copied_files.items():
+        (tmp_folder / name).write_bytes(content)
+    write_manifest(tmp_folder)
+    # 4. The name. If the process ends between the renames, `newest` restores the older checkpoint.
+    replaced = final.with_suffix(REPLACED_SUFFIX)
     if final.exists():
-        os.rename(final, replaced)  # `newest` brings it back if this process ends here
-    os.rename(beside, final)
+        os.rename(final, replaced)
+    os.rename(tmp_folder, final)
     fsync(checkpoints)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+def create_empty(folder: Path, group: dist.ProcessGroup | None, *, is_main: bool) -> None:
+    """The main rank creates the folder, and all ranks wait for it. Raises OSError on all of them if it can't be created."""
+    error = None
+    if is_main:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as os_error:
+            error = os_error
+    if group is not None:
+        any_failed = torch.tensor(int(error is not None))
+        dist.all_reduce(any_failed, dist.ReduceOp.MAX, group=group)
+        if any_failed and error is None:
+            error = OSError("the main rank could not create the folder")
+    if error is not None:
+        raise error
+
+
 def write_manifest(folder: Path) -> None:
-    """Have all files of a checkpoint on the disk, and then their sizes and hashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    for path in {*files, *(path.parent for path in files)} - {folder}:
+    """Sync all files of a checkpoint to the disk, then write their sizes and hashes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    subfolders = {path.parent for path in paths} - {folder}
+    for path in [*paths, *sorted(subfolders)]:
         fsync(path)
-    write_json(
-        folder / "manifest.json",
-        {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
-    )
+    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    write_json(folder / "manifest.json", manifest)
     fsync(folder / "manifest.json")
     fsync(folder)
 
 
-class SaveResult(NamedTuple):
-    """Of a save: the folder, or the error that kept it from being; ms that training stood still for it, and that its thread took."""
-
-    step: int
-    folder: Path | None
-    error: Exception | None
-    blocked_ms: float
-    written_ms: float
+# ---------------------------------------------------------------------------------------------------------------------
+# verify, find and load a checkpoint
 
 
-class CheckpointSaver:
-    """Runs one save at a time in a thread. An error of the disk is an outcome; any other is raised by `outcome`."""
-
-    def __init__(self):
-        self.thread: threading.Thread | None = None
-        self.ended: SaveResult | None = None
-        self.step = 0  # of the save begun last
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last save that ended failed."""
-        return self.ended is not None and self.ended.error is not None
-
-    def begin(self, step: int, work: Callable[[], Path], since: float) -> None:
-        """Start a save, for which training has stood still since that time; the one before must be over and its outcome taken."""
-        assert self.thread is None
-        begin = time.perf_counter()
-        self.step = step
-
-        def run() -> None:
-            folder, error = None, None
-            try:
-                folder = work()
-            except Exception as raised:
-                error = raised
-            self.ended = SaveResult(step, folder, error, 1e3 * (begin - since), 1e3 * (time.perf_counter() - begin))
-
-        self.thread = threading.Thread(
-            target=run, name="save"
-        )  # not a daemon: the process does not end in the middle of it
-        self.thread.start()
-
-    def outcome(self, wait: bool) -> SaveResult | None:
-        """The outcome of the save that was begun, once; None when there is none, or it is not over and is not waited for."""
-        if self.thread is None or (self.thread.is_alive() and not wait):
-            return None
-        self.thread.join()
-        self.thread = None
-        if self.ended.error is not None and not isinstance(self.ended.error, OSError | SafetensorError):
-            raise self.ended.error
-        return self.ended
-
-
-def verify(folder: Path, needed: set[str] = REQUIRED_FILES) -> str | None:
-    """What is wrong with a checkpoint, which must have the needed files, by its manifest; or None."""
+def verify(folder: Path, required: set[str] = REQUIRED_FILES) -> str | None:
+    """Compare a checkpoint with its manifest, which must list the required files: the error, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = {f"{name.split('/')[0]}.safetensors" if "/" in name else name for name in manifest}  # of shards too
-        if missing := needed - whole:
+        missing = required - {unsharded_name(name) for name in manifest}
+        if missing:
             return f"{folder / 'manifest.json'} does not list {', '.join(sorted(missing))}"
-        for name, known in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != known["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {known['bytes']}"
-            if sha256(path) != known["sha256"]:
-                return f"{path} is not what was written (its sha256 differs)"
+        for name, expected in manifest.items():
+            error = verify_file(folder / name, expected["bytes"], expected["sha256"])
+            if error:
+                return error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / 'manifest.json'} can't be read ({error})"
     return None
 
 
+def unsharded_name(name: str) -> str:
+    """model/shard-00001-... -> model.safetensors, the file that the shards stand for; any other name as it is."""
+    folder, separator, _ = name.partition("/")
+    return f"{folder}.safetensors" if separator else name
+
+
+def verify_file(path: Path, size: int, digest: str) -> str | None:
+    """Compare a file with its entry in the manifest: the error, or None."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != size:
+        return f"{path} has {path.stat().st_size} bytes instead of {size}"
+    if sha256(path) != digest:
+        return f"{path} was changed after it was written (its sha256 differs)"
+    return None
+
+
 def list_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints there, ascending."""
-    return (
-        sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()) if checkpoints.is_dir() else []
-    )
+    """The steps of the checkpoints in a folder, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
 def newest(checkpoints: Path, log: Callable[[str], None] = print) -> Path:
-    """The newest undamaged checkpoint; says which ones it passes over. Raises UserError when there is none."""
+    """The newest undamaged checkpoint; logs those that it skips. Raises UserError when there is none."""
     for path in checkpoints.glob(f"*{REPLACED_SUFFIX}"):
         if not path.with_suffix("").exists():
             os.rename(path, path.with_suffix(""))
     for step in reversed(list_steps(checkpoints)):
-        folder = checkpoints / f"{step:06d}"
-        wrong = verify(folder)
-        if wrong is None:
+        folder = step_folder(checkpoints, step)
+        error = verify(folder)
+        if error is None:
             return folder
-        log(f"passing over {folder}: {wrong}")
-    raise UserError(f"{checkpoints}: holds no whole checkpoint to go on from; begin the run anew with --overwrite")
+        log(f"skipping checkpoint {folder}: {error}")
+    raise UserError(f"{checkpoints}: no undamaged checkpoint to resume from; start the run again with --overwrite")
 
 
-def resolve(out_dir: Path, which: str, log: Callable[[str], None] = print) -> Path:
-    """The checkpoint of a run that `which` names: best (the newest where there is none), last, or a step. Raises UserError."""
+def resolve(out_dir: Path, name: str, log: Callable[[str], None] = print) -> Path:
+    """The checkpoint of a run that --checkpoint names: best (or the newest, if there is none), last, or a step.
+
+    Raises UserError when there is no checkpoint, or the one of that step is damaged.
+    """
     checkpoints = out_dir / "checkpoints"
-    if not list_steps(checkpoints):
-        raise UserError(
-            f"{out_dir}: holds no checkpoints; train a model there first, or name another folder with --out_dir"
-        )
-    step = run_dir.read_best_step(out_dir) if which == "best" else None if which == "last" else int(which)
+    steps = list_steps(checkpoints)
+    if not steps:
+        raise UserError(f"{out_dir}: no checkpoints; train a model there first, or name another folder with --out_dir")
+    if name == "last":
+        return newest(checkpoints, log)
+    step = read_best_step(out_dir) if name == "best" else int(name)
     if step is None:
-        if which == "best":
-            log(f"{out_dir / 'best.json'} names no best checkpoint; taking the newest")
+        log(f"{out_dir / 'best.json'}: names no best checkpoint; using the newest")
         return newest(checkpoints, log)
-    folder = checkpoints / f"{step:06d}"
-    wrong = (
-        verify(folder)
-        if folder.exists()
-        else f"the run has those of steps {', '.join(map(str, list_steps(checkpoints)))}"
-    )
-    if wrong is None:
+    folder = step_folder(checkpoints, step)
+    error = verify(folder) if folder.exists() else f"the run has checkpoints of steps {', '.join(map(str, steps))}"
+    if error is None:
         return folder
-    if which == "best":
-        log(f"passing over the best checkpoint, {folder}: {wrong}")
+    if name == "best":
+        log(f"skipping the best checkpoint, {folder}: {error}")
         return newest(checkpoints, log)
-    raise UserError(f"--checkpoint={which}: {wrong}; take another one")
+    raise UserError(f"--checkpoint={name}: {error}; choose another one")
+
+
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint."""
+
+    folder: Path
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    progress: dict[str, Any]
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` or `resolve` found whole, into memory of its own: safetensors only maps the file."""
-    progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Checkpoint(folder, load_tensors(folder, "model"), load_tensors(folder, "optimizer"), progress)
+    """Read a checkpoint that `newest` or `resolve` has verified."""
+    return Checkpoint(
+        folder=folder,
+        weights=load_tensors(folder, "model"),
+        optimizer=load_tensors(folder, "optimizer"),
+        progress=json.loads((folder / "progress.json").read_text(encoding="utf-8")),
+    )
 
 
 def load_tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint's "model" or "optimizer", in memory of their own; those of shards are read when they are asked for."""
+    """The tensors of a checkpoint's "model" or "optimizer". Sharded ones are read when they are asked for."""
     if (folder / name).is_dir():
         return Shards(folder / name)
     return read_tensors(folder / f"{name}.safetensors")
 
 
-class Shards(Mapping[str, Tensor]):
-    """Whole tensors from a folder that `save_shards` wrote, each put together when it is asked for."""
-
-    def __init__(self, folder: Path):
-        self.parts: dict[str, list[tuple[Path, list[int]]]] = {}  # name -> (file, place in the whole) of each part
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-                for key in file.keys():  # noqa: SIM118
-                    self.parts.setdefault(key, []).append((path, places[key]["saved_offsets"]))
-
-    def __getitem__(self, name: str) -> Tensor:
-        parts = []
-        for path, place in self.parts[name]:
-            with safe_open(path, framework="pt") as file:
-                parts.append((place, file.get_tensor(name)))
-        if not parts[0][0]:
-            return parts[0][1]  # a scalar
-        whole = parts[0][1].new_empty(
-            [max(place[d] + part.size(d) for place, part in parts) for d in range(parts[0][1].dim())]
-        )
-        for place, part in parts:
-            whole[tuple(slice(first, first + size) for first, size in zip(place, part.shape, strict=True))] = part
-        return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
+# ---------------------------------------------------------------------------------------------------------------------
+# delete old checkpoints
 
 
-def steps_to_keep(all_steps: list[int], best: int | None, last: int, every: int) -> set[int]:
-    """Steps to keep: the best, the `last` ones, and the multiples of `every` (0: none)."""
-    return {best, *all_steps[-last:], *(step for step in all_steps if every and step % every == 0)} - {None}
+def steps_to_keep(steps: list[int], best_step: int | None, keep_last: int, keep_every: int) -> set[int]:
+    """The best step, the last ones, and the multiples of keep_every (0: none), of ascending steps."""
+    kept = set(steps[-keep_last:])
+    if best_step is not None:
+        kept.add(best_step)
+    if keep_every:
+        kept.update(step for step in steps if step % keep_every == 0)
+    return kept
 
 
 def prune(checkpoints: Path, keep: set[int]) -> None:
-    """Delete all checkpoints but those of the steps to keep, and what an interrupted save left."""
+    """Delete the checkpoints of all steps but those to keep, and what an interrupted save left."""
     for path in checkpoints.glob("*"):
-        if path.suffix in (TMP_SUFFIX, REPLACED_SUFFIX) or (path.name.isdigit() and int(path.name) not in keep):
+        is_leftover = path.suffix in (TMP_SUFFIX, REPLACED_SUFFIX)
+        is_old = path.name.isdigit() and int(path.name) not in keep
+        if is_leftover or is_old:
             shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# save while training goes on
+
+
+class SaveResult(NamedTuple):
+    """The result of one save: its folder, or the error."""
+
+    step: int
+    folder: Path | None
+    error: Exception | None
+    blocked_ms: float  # for which training waited
+    written_ms: float  # that the thread took
+
+
+class CheckpointSaver:
+    """Runs one save at a time in a thread. Errors of the disk are results; other errors are raised by `result`."""
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.last_result: SaveResult | None = None
+        self.step = 0  # of the save started last
+
+    def start(self, step: int, write: Callable[[], Path], blocked_since: float) -> None:
+        """Start a save. The one before it must be over, and its result taken."""
+        assert self.thread is None
+        self.step = step
+        started_at = time.perf_counter()
+
+        def run() -> None:
+            folder, error = None, None
+            try:
+                folder = write()
+            except Exception as raised:
+                error = raised
+            self.last_result = SaveResult(
+                step=step,
+                folder=folder,
+                error=error,
+                blocked_ms=1e3 * (started_at - blocked_since),
+                written_ms=1e3 * (time.perf_counter() - started_at),
+            )
+
+        # Not a daemon: the process does not end in the middle of a save.
+        self.thread = threading.Thread(target=run, name="save")
+        self.thread.start()
+
+    def result(self, *, wait: bool) -> SaveResult | None:
+        """The result of the save, once; None without a save, or when it is not over and not waited for."""
+        if self.thread is None or (self.thread.is_alive() and not wait):
+            return None
+        self.thread.join()
+        self.thread = None
+        result = self.last_result
+        assert result is not None
+        if result.error is not None and not isinstance(result.error, OSError | SafetensorError):
+            raise result.error
+        return result
+
+
+class TrainState(NamedTuple):
+    """The objects that training changes; a checkpoint holds their state."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    guard: GradGuard
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Load the state of all but the model. Raises UserError when the optimizer's does not fit."""
+        progress = checkpoint.progress
+        self.optimizer.load_state_dict(checkpoint.optimizer, progress["optimizer"])
+        if self.scaler.is_enabled() and progress["scaler"]:
+            self.scaler.load_state_dict(progress["scaler"])
+        self.guard.load_state_dict(progress.get("guard", {"skipped": 0, "norms": []}))  # older checkpoints have none
+
+
+class Manager:
+    """The checkpoints of a run that trains: starts saves, logs their results, keeps best.json, deletes old checkpoints."""
+
+    def __init__(self, out_dir: Path, state: TrainState, ranks: Ranks, *, keep_last: int, keep_every: int):
+        self.out_dir = out_dir
+        self.folder = out_dir / "checkpoints"
+        self.state = state
+        self.ranks = ranks
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.saver = CheckpointSaver()
+        self.is_sharded = is_sharded(state.model)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the save started last; 0 before any."""
+        return self.saver.step
+
+    def save(self, progress: Progress, logger: RunLogger) -> None:
+        """Start to save a checkpoint: a snapshot now, its files in a thread. Waits for the save before.
+
+        A collective where the run is sharded. Raises SystemExit when a tensor is not finite.
+        """
+        if not self.ranks.is_main and not self.is_sharded:
+            return
+        self.log_finished_save(logger, progress.step, wait=True)
+        blocked_since = time.perf_counter()
+        snapshot = self.snapshot(replace(progress, seconds=logger.seconds))
+        self.saver.start(snapshot.progress.step, partial(self.write, snapshot), blocked_since)
+
+    def snapshot(self, progress: Progress) -> Snapshot:
+        """Copy trainable weights and training state to host memory. Raises SystemExit when a tensor is not finite."""
+        model, optimizer, scaler, guard = self.state
+        optimizer_tensors, optimizer_values = optimizer.state_dict()
+        weights = {name: cpu_snapshot(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+        tensors = {name: cpu_snapshot(tensor) for name, tensor in optimizer_tensors.items()}
+        for name, tensor in (weights | tensors).items():
+            if tensor.is_floating_point() and not local_shard(tensor).isfinite().all():
+                raise SystemExit(f"{name} is not finite at step {progress.step}: stopped, nothing was saved")
+        return Snapshot(
+            progress=progress,
+            weights=weights,
+            optimizer=tensors,
+            state={"optimizer": optimizer_values, "scaler": scaler.state_dict(), "guard": guard.state_dict()},
+            copied_files={name: (self.out_dir / name).read_bytes() for name in COPIED_FILES},
+        )
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """What the thread does: write the files, then best.json, then delete old checkpoints."""
+        group = self.ranks.save_group if self.is_sharded else None
+        folder = save(self.folder, snapshot, group, is_main=self.ranks.is_main)
+        if not self.ranks.is_main:
+            return folder
+        steps = list_steps(self.folder)
+        progress = snapshot.progress
+        if progress.best_step in steps:
+            write_best(self.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
+        best_step = read_best_step(self.out_dir)
+        prune(self.folder, steps_to_keep(steps, best_step, self.keep_last, self.keep_every))
+        return folder
+
+    def log_finished_save(self, logger: RunLogger, step: int, *, wait: bool) -> None:
+        """Log the result of the save, if it is over, at this step. Training goes on after a failed save."""
+        result = self.saver.result(wait=wait)
+        if result is None:
+            return
+        if result.error is not None:
+            logger.note(
+                step,
+                f"could not save step {result.step}: {result.error}; "
+                "older checkpoints are unchanged, and the next save tries again",
+            )
+            return
+        logger.event(
+            "save",
+            result.step,
+            f"saved {result.folder}",
+            blocked_ms=result.blocked_ms,
+            written_ms=result.written_ms,
+        )
+
+    def finish(self, logger: RunLogger, step: int) -> None:
+        """Wait for the last save and log it. Raises SystemExit if it failed."""
+        self.log_finished_save(logger, step, wait=True)
+        result = self.saver.last_result
+        if result is not None and result.error is not None:
+            raise SystemExit(f"the last save, of step {result.step}, failed; the newest checkpoint is older")
+
+    def close(self) -> None:
+        """Wait for a save that is still being written."""
+        self.saver.result(wait=True)

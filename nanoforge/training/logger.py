@@ -1,79 +1,97 @@
-"""What a run tells: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
+"""Logs of a run: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
 
-Only the main rank has a RunLogger that writes; the others' are silent. wandb and tensorboard are imported only when they are asked for.
+`RunLogger` writes events, on the main rank; on other ranks it is silent. `StepLogger` reads a training step's metrics back
+from the device and hands them to it. wandb, tensorboard and matplotlib are imported only when they are asked for.
 """
 
+import gc
 import json
 import math
 import os
 import secrets
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from nanoforge.console import print_line
+from nanoforge.console import format_duration, print_line
+from nanoforge.distributed import Ranks
+from nanoforge.files import write_text
+from nanoforge.run_dir import METRICS_FILE
+from nanoforge.training.grad_guard import GradGuard
+
+CONSOLE_METRICS = ("reward", "rewards/accuracies", "rewards/margins", "kl")  # printed, where an objective has them
 
 
-def keep_until(path: Path, step: int, evaluated: bool) -> None:
-    """Drop what a resumed run will tell again from metrics.jsonl: lines later than its step, those of an evaluation which the
-    checkpoint doesn't know of, and the broken last line of a killed run."""
+def trim_metrics(path: Path, step: int, *, evaluated: bool) -> None:
+    """Drop from a metrics.jsonl what a run resumed at a step logs again.
+
+    These are lines of later steps, the broken last line of a killed run, and an evaluation at this step, with the save
+    that followed it, unless the checkpoint was made after it (`evaluated`).
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            told = json.loads(line)
-            if told["step"] < step or (told["step"] == step and (told["event"] not in ("eval", "save") or evaluated)):
-                kept.append(line + "\n")
+            line = json.loads(text)
+            is_logged_before = line["step"] < step
+            is_at_step = line["step"] == step and (evaluated or line["event"] not in ("eval", "save"))
         except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+        if is_logged_before or is_at_step:
+            kept.append(text + "\n")
+    write_text(path, "".join(kept))
 
 
 class RunLogger:
-    """Tells events of a run. `silent` ranks do nothing."""
+    """Logs events of a run. A silent one, on the ranks other than the main one, does nothing."""
 
     def __init__(
         self, out_dir: Path, *, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int
     ):
-        self.silent, self.start_step, self.out_dir, self.metrics = (
-            silent,
-            start_step,
-            out_dir,
-            out_dir / "metrics.jsonl",
-        )
-        self.began = time.perf_counter() - seconds
-        self.file = self.bar = self.wandb = self.tensorboard = None
+        """seconds: of training before start_step; evaluated: whether that step's evaluation is in metrics.jsonl already."""
+        self.out_dir = out_dir
+        self.path = out_dir / METRICS_FILE
+        self.silent = silent
+        self.start_step = start_step
+        self.started_at = time.perf_counter() - seconds
+        self.file: IO[bytes] | None = None
+        self.bar: tqdm | None = None
+        self.wandb: Any = None
+        self.tensorboard: Any = None
+        self.line_is_torn = False  # the last line was written in part
         if silent:
             return
-        keep_until(self.metrics, start_step, evaluated)
-        self.file, self.torn = self.metrics.open("ab", buffering=0), False
+        trim_metrics(self.path, start_step, evaluated=evaluated)
+        self.file = self.path.open("ab", buffering=0)
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
-        return time.perf_counter() - self.began
+        """Seconds of training so far, including those before a resume."""
+        return time.perf_counter() - self.started_at
 
-    def track_wandb(self, project: str, name: str, config: dict) -> None:
-        """Log to wandb from now on: to the run that this out_dir began, if it did."""
+    def track_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Log to wandb from now on. A resumed run continues its wandb run."""
         if self.silent:
             return
         import wandb
 
-        path = self.out_dir / "wandb_id"
-        if not path.exists():
-            path.write_text(secrets.token_hex(4))
+        id_path = self.out_dir / "wandb_id"
+        if not id_path.exists():
+            id_path.write_text(secrets.token_hex(4))
         self.wandb = wandb.init(
             project=project,
             name=name,
-            id=path.read_text().strip(),
+            id=id_path.read_text().strip(),
             resume="allow",
             config=config,
             dir=str(self.out_dir),
@@ -87,25 +105,24 @@ class RunLogger:
 
         self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=self.start_step + 1)
 
-    def print(self, words: str) -> None:
-        """A line on the console."""
-        if words and not self.silent:
-            print_line(words)
+    def print(self, message: str) -> None:
+        """Print a line on the console."""
+        if message and not self.silent:
+            print_line(message)
 
     def advance(self) -> None:
-        """One more step on the progress bar, if there is one."""
+        """Advance the progress bar, if there is one, by a step."""
         if self.bar is not None:
             self.bar.update()
 
-    def event(self, event: str, step: int, words: str, **values: Any) -> None:
-        """A line on the console and one in metrics.jsonl, flushed at once; numbers also go to the trackers."""
+    def event(self, event: str, step: int, message: str, **values: Any) -> None:
+        """Print a message, and write a line to metrics.jsonl at once; numbers also go to the trackers."""
         if self.silent:
             return
-        self.print(words)
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
+        self.print(message)
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None  # JSON has no nan
         line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
         self.write(json.dumps(line, allow_nan=False))
         numbers = {
@@ -120,45 +137,157 @@ class RunLogger:
                 self.tensorboard.add_scalar(key, value, step)
 
     def write(self, line: str) -> None:
-        """Append to metrics.jsonl. A full disk costs the line, not the run; the next one begins anew."""
+        """Append a line to metrics.jsonl. A full disk loses the line, not the run."""
+        assert self.file is not None
         data = (line + "\n").encode()
+        separator = b"\n" if self.line_is_torn else b""
         try:
-            written = os.write(self.file.fileno(), (b"\n" if self.torn else b"") + data)
-            self.torn = written < len(data)
+            n_written = os.write(self.file.fileno(), separator + data)
+            self.line_is_torn = n_written < len(data)
         except OSError as error:
-            written = 0
-            self.print(f"{self.metrics}: {error}")
-        if written < len(data):
-            self.print(f"{self.metrics}: a line is lost: {line}")
+            n_written = 0
+            self.print(f"{self.path}: {error}")
+        if n_written < len(data):
+            self.print(f"{self.path}: a line is lost: {line}")
 
-    def note(self, step: int, words: str) -> None:
-        """A remark, on the console and in metrics.jsonl."""
-        self.event("note", step, words, text=words)
+    def note(self, step: int, text: str) -> None:
+        """Print a note and write it to metrics.jsonl."""
+        self.event("note", step, text, text=text)
 
     def close(self) -> None:
-        for thing in (self.bar, self.file, self.tensorboard):
-            if thing is not None:
-                thing.close()
+        """Close the file, the progress bar and the trackers."""
+        for resource in (self.bar, self.file, self.tensorboard):
+            if resource is not None:
+                resource.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def draw_loss(metrics: Path, picture: Path) -> None:
-    """The loss curve of a run: training and validation loss against steps, as a PNG."""
+# ---------------------------------------------------------------------------------------------------------------------
+# training steps
+
+
+@dataclass(kw_only=True)
+class StepLogger:
+    """Logs training steps: their metrics, read back from the device, and the speed since the step logged before."""
+
+    logger: RunLogger
+    ranks: Ranks
+    guard: GradGuard
+    log_interval: int
+    total_steps: int
+    peak_tokens_per_second: float | None  # of all ranks together, at the devices' peak FLOPs; None where it isn't known
+    log_data_hash: bool
+    n_logged: int = 0
+
+    def restart(self, step: int, tokens: int) -> None:
+        """Measure the speed from here: an evaluation or a save is no part of it."""
+        self.start_time = time.perf_counter()
+        self.start_step = step
+        self.start_tokens = tokens
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is logged."""
+        return step == 1 or step % self.log_interval == 0
+
+    def log_step(
+        self, step: int, tokens: int, metrics: Mapping[str, Tensor], *, lr: float, grad_norm: Tensor, data_hash: int
+    ) -> None:
+        """Log the step just made: a collective, which waits for the device.
+
+        tokens: seen so far; metrics: (sum, count) of this rank's micro-batches; grad_norm: of the whole gradient, a scalar;
+        data_hash: of this rank's rows.
+        """
+        means = mean_over_ranks(metrics, self.ranks)
+        n_skipped = int(self.guard.skipped)
+        seconds_per_step = (time.perf_counter() - self.start_time) / (step - self.start_step)
+        tokens_per_second = (tokens - self.start_tokens) / (step - self.start_step) / seconds_per_step
+        line: dict[str, Any] = {
+            "loss": means.pop("loss"),
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens": tokens,
+            "step_ms": seconds_per_step * 1e3,
+            "tokens_per_second": tokens_per_second,
+            "skipped": n_skipped,
+            **means,
+        }
+        if self.peak_tokens_per_second:
+            line["mfu"] = tokens_per_second / self.peak_tokens_per_second
+        if self.log_data_hash:
+            line["data_hash"] = sum_hashes(data_hash, self.ranks)
+        self.logger.event("train", step, format_train_line(step, line), **line)
+        self.n_logged += 1
+        if self.n_logged == 1:  # modules and the model stay: the garbage collector need not look at them again
+            gc.freeze()
+            gc.enable()
+        if self.n_logged == 2:  # the first line's time includes what is made at the first step
+            n_left = self.total_steps - step
+            duration = format_duration(n_left * seconds_per_step)
+            self.logger.print(f"estimated time: {duration} for {n_left:,} more steps, without evaluations")
+        self.restart(step, tokens)
+
+
+def mean_over_ranks(metrics: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """Metrics, (2, ...) sums and counts of each rank, as means over all ranks; nan where the count is 0."""
+    pairs = [metric.reshape(2, -1).sum(1).to(ranks.device, torch.float32) for metric in metrics.values()]
+    sums, counts = ranks.all_reduce_(torch.stack(pairs)).T
+    return dict(zip(metrics, (sums / counts).tolist(), strict=True))
+
+
+def sum_hashes(data_hash: int, ranks: Ranks) -> str:
+    """The sum of the ranks' hashes mod 2^64, in hexadecimal."""
+    signed = data_hash - 2**64 if data_hash >= 2**63 else data_hash
+    return f"{int(ranks.all_reduce_(torch.tensor(signed))) % 2**64:016x}"
+
+
+def format_train_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """A training step on the console."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    parts += [f"{name} {metrics[name]:.3f}" for name in CONSOLE_METRICS if name in metrics]
+    parts += [f"{metrics['step_ms']:.1f} ms", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in metrics:
+        parts.append(f"mfu {metrics['mfu']:.1%}")
+    parts.append(f"lr {metrics['lr']:.2e}")
+    if metrics["skipped"]:
+        parts.append(f"{metrics['skipped']} skipped")
+    return f"step {step}: {', '.join(parts)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the picture
+
+
+def draw_loss(metrics_path: Path, picture_path: Path) -> None:
+    """Plot training and validation loss against steps, as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(text) for text in metrics_path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["event"] == "train" and math.isfinite(line["loss"])]
+    evaluations = [line for line in lines if line["event"] == "eval"]
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    train = [(line["step"], line["loss"]) for line in lines if line["event"] == "train" and math.isfinite(line["loss"])]
-    evals = [line for line in lines if line["event"] == "eval"]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training batches")
+    if steps:
+        axes.plot(
+            [line["step"] for line in steps],
+            [line["loss"] for line in steps],
+            color="#9ecae1",
+            linewidth=1,
+            label="training batches",
+        )
     for key, color in (("train_loss", "#3182bd"), ("val_loss", "#e6550d")):
-        points = [(line["step"], line[key]) for line in evals if math.isfinite(line[key])]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=key)
-    best = min(evals, key=lambda line: line["val_loss"], default=None)
+        finite = [line for line in evaluations if math.isfinite(line[key])]
+        if finite:
+            axes.plot(
+                [line["step"] for line in finite],
+                [line[key] for line in finite],
+                color=color,
+                marker="o",
+                markersize=3,
+                label=key,
+            )
+    best = min(evaluations, key=lambda line: line["val_loss"], default=None)
     if best:
         axes.annotate(
             f"{best['val_loss']:.3f}",
@@ -168,7 +297,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
             ha="center",
             color="#e6550d",
         )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics.parent.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics_path.parent.name)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture_path, dpi=120)

@@ -3,29 +3,36 @@
 import os
 import signal
 import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REPEAT_SECONDS = 1.0
 
 
 class Signals:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; another one, a second later or more, ends it at once.
 
-    Sooner it is the same wish once more: a scheduler signals every process, and torchrun passes its own signal on.
+    Within that second it counts as the same request: a scheduler signals every process, and torchrun passes its own on.
+    `number` is the signal, or 0.
     """
 
     def __init__(self):
-        self.number, self.since = 0, 0.0
+        self.number = 0
+        self.received_at = 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = {
-            number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        self.previous_handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         return self
 
-    def take(self, number: int, frame) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Called by Python when a signal arrives."""
         if not self.number:
-            self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 1:
+            self.number = number
+            self.received_at = time.monotonic()
+        elif time.monotonic() - self.received_at > REPEAT_SECONDS:
             os._exit(128 + number)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if self.number else handler)  # the same wish may still come twice
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous_handlers.items():
+            # Once a signal came, the same request may still come from elsewhere.
+            signal.signal(number, signal.SIG_IGN if self.number else handler)

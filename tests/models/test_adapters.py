@@ -205,7 +205,7 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
     """Bit for bit the base's weights, within the model that learned and in its files."""
     files = {path: path.read_bytes() for path in base.iterdir()}
     done = run(*flags, f"--init_from={base}", "--max_iters=6")
-    model, weights = built[0].model, pretrained.load(str(base)).weights
+    model, weights = built[0].raw_model, pretrained.load(str(base)).weights
     kept = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, weight in kept.items():
         assert torch.equal(weight, weights[name][: len(weight)]), name  # positions are cropped
@@ -224,7 +224,7 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
 def test_a_trained_lora_loads_merged(run, base, built):
     """--init_from takes the run as weights: the logits of the model that was trained."""
     done = run(*LORA, f"--init_from={base}", "--max_iters=6", "--block_size=32")
-    model, merged, idx = built[0].model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
+    model, merged, idx = built[0].raw_model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
     torch.testing.assert_close(merged(idx), model(idx), atol=1e-5, rtol=1e-4)
     assert (merged(idx) - base_model(base)(idx)).abs().max() > 0.01
     with adapters.disable_adapter(model):

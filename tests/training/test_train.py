@@ -19,6 +19,7 @@ import train_args
 from model import GPT, GPTConfig
 from nanoforge.errors import UserError
 from nanoforge.training import checkpoint
+from nanoforge.training.optimizers import Optimizer
 
 HARD = ["--dropout=0.1", "--gradient_accumulation_steps=3", "--optimizer=muon", "--training_mode=multidataset", "--dataset_list", "a", "b",
         "--dataset_sampling_probs", "3", "1", "--dataset_mixing=sequence", "--sampling_method=without_replacement", "--lr_scheduler=cosine",
@@ -211,7 +212,7 @@ def test_resume_passes_over_a_damaged_checkpoint(run):
     path.write_bytes(data)
     resumed = run("--init_from=resume")
     assert (
-        "passing over" in resumed.console
+        "skipping checkpoint" in resumed.console
         and "its sha256 differs" in resumed.console
         and "resuming" in resumed.console
         and "000004" in resumed.console
@@ -385,7 +386,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
     assert done.steps == [2, 6, 8]
     (done.out_dir / "checkpoints/000002/progress.json").write_text("{}")
     told = run_script(f"--out_dir={done.out_dir}", "--max_new_tokens=5", script="sample.py")
-    assert "passing over the best checkpoint" in told.stderr and told.stdout
+    assert "skipping the best checkpoint" in told.stderr and told.stdout
 
 
 def test_resume_refuses_vocabularies_in_another_order(run):
@@ -584,13 +585,13 @@ def nondeterministic_again():
 
 def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     """One infinite gradient in one matrix that Muon trains: no parameter of AdamW moves either, and the scale is halved."""
-    original = train.optimizers.Optimizer.clip_grad_norm
+    original = Optimizer.clip_grad_norm
 
     def poisoned(self, scaler, max_norm):
         self.parameters[3].grad[0] = math.inf
         return original(self, scaler, max_norm)
 
-    monkeypatch.setattr(train.optimizers.Optimizer, "clip_grad_norm", poisoned)
+    monkeypatch.setattr(Optimizer, "clip_grad_norm", poisoned)
     start = run("--dtype=float16", "--max_iters=0", "--optimizer=muon", name="start")
     done = run("--dtype=float16", "--max_iters=3", "--optimizer=muon", name="overflow")
     assert equal_tensors(start.last.weights, done.last.weights) and done.last.progress["scaler"]["scale"] == 2.0**13
@@ -609,7 +610,7 @@ def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
     folder = tmp_path / "data/made"
     folder.mkdir(parents=True)
     (folder / "prepare.py").write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom helpers import TEXT, write_text\nwrite_text(Path(__file__).parent, TEXT * 9)\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\nfrom helpers import TEXT, write_char_dataset\nwrite_char_dataset(Path(__file__).parent, TEXT * 9)\n"
     )
     done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=made", "--max_iters=1")
     assert "no bins yet; running" in done.console and len(done.train) == 1

@@ -1,0 +1,245 @@
+"""A run: all that train.py's loop needs, built from the arguments; new, or resumed from a checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import builders
+from model import GPT
+from nanoforge import distributed, run_dir
+from nanoforge.data import token_bins, tokenization
+from nanoforge.data.batches import SampleCounter
+from nanoforge.device import peak_flops
+from nanoforge.errors import UserError
+from nanoforge.training import checkpoint, summary
+from nanoforge.training.checkpoint import Progress
+from nanoforge.training.grad_guard import GradGuard
+from nanoforge.training.logger import RunLogger, StepLogger
+from nanoforge.training.optimizers import Optimizer
+from train_args import TrainArgs
+
+KEPT_ON_RESUME = ("init_from", "gpt2_type", "task_name")  # a resumed run's record still says where the run came from
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs."""
+
+    args: TrainArgs
+    ranks: distributed.Ranks
+    rank_slice: distributed.RankSlice  # this rank's rows of a step
+    record: run_dir.RunRecord
+    tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
+    data: builders.RunData
+    sample_counter: SampleCounter
+    raw_model: GPT  # holds the parameters
+    model: torch.nn.Module  # raw_model, perhaps compiled
+    ddp_model: torch.nn.Module  # model under DDP, where there are several ranks
+    state: checkpoint.TrainState  # optimizer, scaler and guard, with raw_model
+    checkpoints: checkpoint.Manager
+    dtype_reason: str
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def out_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.args.out_dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the first bound that is known in advance."""
+        args, progress, source = self.args, self.progress, self.data.source
+        bounds = [args.max_iters]
+        if args.max_train_tokens:
+            n_left = math.ceil((args.max_train_tokens - progress.tokens) / source.tokens_per_step)
+            bounds.append(progress.step + max(0, n_left))
+        if args.max_epochs:
+            bounds.append(math.ceil(args.max_epochs / source.epochs_per_step))
+        return min(bounds)
+
+    def finished(self, *, out_of_time: bool) -> str | None:
+        """Why the run is over, or None."""
+        args, progress = self.args, self.progress
+        if progress.step >= self.total_steps:
+            return f"{progress.step:,} steps"
+        if out_of_time:
+            return f"{args.max_seconds:g} seconds"
+        if args.early_stop_patience and progress.worse_evaluations >= args.early_stop_patience:
+            return (
+                f"{progress.worse_evaluations} evaluations without a better val_loss than {progress.best_val_loss:.4f}"
+            )
+        return None
+
+    def summary(self) -> str:
+        """What this run is, in a few lines."""
+        args, ranks, source, model = self.args, self.ranks, self.data.source, self.raw_model
+        n_tokens = self.total_steps * source.tokens_per_step
+        n_epochs = self.total_steps * source.epochs_per_step
+        flops_left = max(0, self.total_steps - self.progress.step) * source.tokens_per_step * model.flops_per_token()
+        batch = summary.describe_batch(source, args.block_size, args.objective, self.rank_slice, ranks.world_size)
+        device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, is_compiled=args.compile)
+        lines = [
+            ("run", f"{args.out_dir} (from {args.init_from})"),
+            ("model", summary.describe_model(model.config, model.parameters(), args.adapter)),
+            ("data", summary.describe_data(source, self.data.eval_datasets["val"])),
+            ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, schedule {args.schedule}"),
+            ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
+            ("device", device),
+            ("time", summary.describe_time(flops_left, ranks, model.compute_dtype)),
+        ]
+        return summary.format_summary(lines)
+
+    def step_logger(self, logger: RunLogger) -> StepLogger:
+        """The logger of this run's training steps; it measures their speed from now on."""
+        step_logger = StepLogger(
+            logger=logger,
+            ranks=self.ranks,
+            guard=self.state.guard,
+            log_interval=self.args.log_interval,
+            total_steps=self.total_steps,
+            peak_tokens_per_second=self.peak_tokens_per_second(),
+            log_data_hash=self.args.log_data_hash,
+        )
+        step_logger.restart(self.progress.step, self.progress.tokens)
+        return step_logger
+
+    def peak_tokens_per_second(self) -> float | None:
+        """Of all ranks together, at their GPUs' peak FLOPs in half precision; None where that is not known."""
+        if self.ranks.device.type != "cuda" or self.raw_model.compute_dtype == torch.float32:
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.ranks.device))
+        if peak is None:
+            return None
+        return peak * self.ranks.world_size / self.raw_model.flops_per_token()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# build and resume
+
+
+def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None]) -> Run:
+    """Everything from the arguments, resumed if asked. Raises UserError before anything of an older run is touched."""
+    resumed_from = None
+    if args.init_from == "resume":
+        resumed_from = run_dir.RunRecord.load(Path(args.out_dir))
+    elif not (args.overwrite or args.eval_only):
+        run_dir.refuse_existing_run(Path(args.out_dir))
+
+    # 1. Data.
+    with ranks.main_first():
+        for folder in args.folders.values():
+            token_bins.prepare_if_missing(folder, args.data_format)
+    fingerprints = builders.fingerprints(args)
+    if resumed_from and not args.eval_only:
+        resumed_from.check_data(fingerprints, allow_change=args.allow_data_change, log=log)
+    rank_slice = distributed.rank_slice(
+        args.batch_size, args.gradient_accumulation_steps, ranks, group_size=args.group_size
+    )
+
+    # 2. Model and optimizer.
+    args, tokenizers, raw_model, data, base, dtype_reason = builders.build_run(args, resumed_from, ranks, log)
+    state = checkpoint.TrainState(
+        model=raw_model,
+        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args), raw_model.muon_splits()),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
+        guard=GradGuard(args.spike_skip, ranks.device),
+    )
+    model = compile_model(raw_model, state.optimizer) if args.compile else raw_model
+
+    # 3. The run.
+    run = Run(
+        args=args,
+        ranks=ranks,
+        rank_slice=rank_slice,
+        record=make_record(args, raw_model, fingerprints, base, resumed_from),
+        tokenizers=tokenizers,
+        data=data,
+        sample_counter=data.source.sample_counter(),
+        raw_model=raw_model,
+        model=model,
+        ddp_model=model if distributed.is_sharded(raw_model) else distributed.wrap_ddp(model, ranks),
+        state=state,
+        checkpoints=checkpoint.Manager(
+            Path(args.out_dir), state, ranks, keep_last=args.keep_last, keep_every=args.keep_every
+        ),
+        dtype_reason=dtype_reason,
+    )
+    if resumed_from is None:
+        return run
+    run = resume(run, log)
+    if resumed_from.args["batch_size"] * resumed_from.args["gradient_accumulation_steps"] != args.global_batch_size:
+        log(
+            "the global batch had another number of sequences before: "
+            "data order and epochs are those of a run that had this number from the start"
+        )
+    return run
+
+
+def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:
+    """Compile the model, and what the optimizer can compile."""
+    optimizer.compile()
+    if distributed.is_sharded(raw_model):
+        raw_model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
+        return raw_model
+    return torch.compile(raw_model, dynamic=False)
+
+
+def make_record(
+    args: TrainArgs,
+    model: GPT,
+    fingerprints: dict[str, dict[str, str]],
+    base: dict[str, str],
+    resumed_from: run_dir.RunRecord | None,
+) -> run_dir.RunRecord:
+    """The record of a run, without the versions of this process."""
+    values = dataclasses.asdict(args) | {"overwrite": False}  # a run started from this config deletes nothing
+    if resumed_from:
+        values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
+    return run_dir.RunRecord(
+        args=values,
+        model=dataclasses.asdict(model.config),
+        counts={"parameters": model.count_parameters(), "flops_per_token": model.flops_per_token()},
+        data=fingerprints,
+        base=base,
+    )
+
+
+def resume(run: Run, log: Callable[[str], None]) -> Run:
+    """The run as its newest undamaged checkpoint has it. Raises UserError when there is none, or it does not fit."""
+    loaded = checkpoint.load(checkpoint.newest(run.checkpoints.folder, log))
+    check_tokenizers(tokenization.load(loaded.folder / "tokenizer.json"), run.tokenizers, loaded.folder)
+    run.raw_model.load_weights(loaded.weights, str(loaded.folder))
+    run.state.load(loaded)
+    log(f"resuming {loaded.folder}")
+    progress = Progress.from_json(loaded.progress)
+    return dataclasses.replace(run, progress=progress, sample_counter=run.data.source.sample_counter())
+
+
+def check_tokenizers(
+    saved: dict[str, tokenization.Tokenizer], current: dict[str, tokenization.Tokenizer], folder: Path
+) -> None:
+    """Compare the tokenizers of a checkpoint with those of the data. Raises UserError when they or their order differ."""
+    pairs = list(zip(saved.values(), current.values(), strict=False))
+    if len(saved) != len(current) or not all(tokenization.same_tokenizer(*pair) for pair in pairs):
+        raise UserError(f"--init_from=resume: {folder} was trained with another tokenizer than the data has now")
+    if len(saved) > 1 and list(saved) != list(current):
+        raise UserError(
+            f"--init_from=resume: {folder} was trained on {', '.join(saved)}, in this order; "
+            "the model's vocabularies follow it, so name the datasets in this order"
+        )
+
+
+def begin(run: Run, lock: run_dir.RunLock) -> None:
+    """Prepare the run's folder, and write what the run is: tokenizers, arguments, data, base, versions, git commit."""
+    if run.args.init_from != "resume":
+        run_dir.prepare_out_dir(run.out_dir, lock)
+    tokenization.save(run.out_dir / "tokenizer.json", run.tokenizers)
+    about = run_dir.describe_software(Path(__file__).parent, {"torch": torch.__version__, "numpy": np.__version__})
+    dataclasses.replace(run.record, about=about).save(run.out_dir)
+    if run.progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
+        run_dir.write_best(run.out_dir, step=run.progress.best_step, val_loss=run.progress.best_val_loss)
