@@ -1,12 +1,12 @@
 """Measure this program, alone or in turn with a peer (ours, peer, ours, peer, ...), and write benchmarks/<device>.json.
 
-    python bench.py all --peer=../nanoGPT            a checkout of nanoGPT, with its data/shakespeare_char prepared by its own script
-    python bench.py train --peer_kind=hf             transformers' GPT2LMHeadModel in a plain loop, and its generate
+    python bench.py all --peer=../nanoGPT       a checkout of nanoGPT; its own script has prepared data/shakespeare_char
+    python bench.py train --peer_kind=hf        transformers' GPT2LMHeadModel in a plain loop, and its generate
     python bench.py sample --pairs=9
 
-Sections: train (time and parts of a step), sample (tokens a second), data (prepare, batches), startup, race (to the peer's final
-loss), all. Each is a module of benchmarks/. The peer's own files run unmodified, in processes of their own, on the same data and shapes.
-A ratio above 1 says that this program is faster.
+Sections: train (time and parts of a step), sample (tokens a second), data (prepare, batches), startup, race (to the
+peer's final loss), all. Each is a module of benchmarks/. The peer's own files run unmodified, in processes of their
+own, on the same data and shapes. A ratio above 1 says that this program is faster.
 """
 
 import sys

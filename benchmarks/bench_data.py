@@ -79,9 +79,9 @@ def time_prepare(script: list[str]) -> Measurement:
 
 
 def measure_batches(session: Session) -> Figures:
-    """ms to make a batch, int64 on the CPU; ours without the thread that makes it in advance, the peer's with its get_batch.
+    """ms to make a batch, int64 on the CPU, and the memory of this process while many batches are made.
 
-    Then the memory of this process while many batches are made.
+    Ours is timed without the thread that makes batches in advance, the peer's with its get_batch.
     """
     cpu = torch.device("cpu")
     folder = session.folder / "bin" / "large"

@@ -1,7 +1,7 @@
 """Section race: our recipe and nanoGPT's, to nanoGPT's final loss on the held-out tokens.
 
-Seconds are those of training steps, without start-up and evaluation; `wall` is the whole process. Both sides are measured by
-`held_out_loss`. Draws race_<device>.png.
+Seconds are those of training steps, without start-up and evaluation; `wall` is the whole process. Both sides are
+measured by `held_out_loss`. Draws race_<device>.png.
 """
 
 import json
@@ -194,7 +194,7 @@ def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
 
 
 def reach_goal(name: str, runs: dict[str, list[Run]]) -> Figures:
-    """The peer's mean final loss, what it took the peer (median), and the first point of each of our runs that is as good."""
+    """The goal, the peer's mean final loss; what it took the peer (median); the first point of each of our runs that is as good."""
     goal = statistics.mean(run["loss"] for run in runs[name])
     peer = {key: statistics.median(run["curve"][-1][key] for run in runs[name]) for key in MEASURES}
     reached = [next((point for point in run["curve"] if point["loss"] <= goal), None) for run in runs["ours"]]

@@ -1,7 +1,7 @@
 """Section sample: tokens a second from the same weights.
 
-One sequence inside the block, 500 tokens past it, and a batch of 16 (on a GPU also of 256). nanoGPT's sample.py draws the sequences of a
-batch one after the other: that is its own way to draw 16.
+One sequence inside the block, 500 tokens past it, and a batch of 16 (on a GPU also of 256). nanoGPT's sample.py draws
+the sequences of a batch one after the other: that is its own way to draw 16.
 """
 
 import sys

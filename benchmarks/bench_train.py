@@ -87,7 +87,10 @@ def share_of_peak(session: Session, name: str, run: Measurement, tokens_per_seco
 
 
 def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
-    """Each part's share of the time of ten steps made of train.py's parts, by torch's profiler. Each part waits for the device."""
+    """Each part's share of the time of ten steps made of train.py's parts, by torch's profiler.
+
+    Each part waits for the device.
+    """
     out_dir = session.new_folder()
     flags = to_flags(
         **case,

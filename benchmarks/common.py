@@ -57,7 +57,8 @@ def to_flags(**values: object) -> list[str]:
 def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> ProcessResult:
     """Run a command and measure it. Raises UserError with the last lines of its output if it fails.
 
-    A child's peak memory counts from the fork, when it is as large as its parent. So a small process starts and measures it: scripts/meter.py.
+    A child's peak memory counts from the fork, when it is as large as its parent. So a small process starts and
+    measures it: scripts/meter.py.
     """
     meter = [sys.executable, "-IS", str(SCRIPTS / "meter.py")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -124,7 +125,10 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(results: dict[str, list[Measurement]], key: str, *, lower_is_better: bool) -> Figures:
-    """Each side's figures of `key`. Where there is a peer, each other side also has its ratio to the peer, round by round; above 1 is faster."""
+    """Each side's figures of `key`.
+
+    Where there is a peer, each other side also has its ratio to the peer, round by round; above 1 is faster.
+    """
     table: Figures = {name: summarize([run[key] for run in runs]) for name, runs in results.items()}
     for name in results:
         if name == "peer" or "peer" not in results:

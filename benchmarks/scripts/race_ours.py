@@ -1,4 +1,4 @@
-"""Run this program's train.py and measure the model at every evaluation as the race does, outside the time of the steps.
+"""Run train.py and measure the model at every evaluation as the race does, outside the time of the steps.
 
 python -m benchmarks.scripts.race_ours VAL_BIN BLOCK_SIZE CURVE_JSON [ARGUMENT ...]
 """

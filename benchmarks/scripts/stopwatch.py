@@ -2,7 +2,8 @@
 
     python stopwatch.py FOLDER MODULE FUNCTION SCRIPT [ARGUMENT ...]
 
-FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). It returns a tensor, whose last column is read: that waits for the device.
+FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). It returns a tensor, whose last column is
+read: that waits for the device.
 """
 
 import functools

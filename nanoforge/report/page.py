@@ -1,322 +1,433 @@
-"""The report's page: what it shows of the runs, as plain values, and one HTML file with everything in it.
+"""The report's page: what it shows of the runs as plain values (`payload`), and one HTML file (`render`).
 
-The page is report.html beside this file: its script draws with plotly.js, which plotly's Python package carries and which is put into
-the page; a page that can zoom and answer the pointer, from a file, on a phone, is what plotly gives and matplotlib's SVG does not.
+The page is report.html beside this file. Its script draws with plotly.js, which comes with plotly's Python package
+and is put into the page: it zooms and answers the pointer, from a file, on a phone, which matplotlib's SVG does not.
 
-What runs say is never trusted. Here control characters, bidirectional marks and whatever else can't be seen become words like ⟨U+202E⟩,
-and JSON in the page has no `<`; the script puts texts in as text; a content security policy runs none but the page's two scripts, by their hashes.
+Texts of runs are never trusted. Here control characters, bidirectional marks and other invisible characters become
+texts like ⟨U+202E⟩, and JSON in the page has no `<`. The script puts texts in as text. A content security policy runs
+the page's two scripts alone, by hash.
 """
 
 import base64
 import hashlib
 import html
 import json
+import math
 import re
 import statistics
 import time
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanoforge.errors import UserError
-from nanoforge.report import read_runs as folders
-from nanoforge.report import scaling, stats
-from nanoforge.report.read_runs import Group, Run
+from nanoforge.report import read_runs, scaling, stats
+from nanoforge.report.read_runs import Group, LoadedRun
 
-MEASURES = (
-    ("val_loss", "eval"),
-    ("loss", "train"),
-    ("train_loss", "eval"),
-    ("bits_per_byte", "eval"),
-)  # with a band for seeds
-UNSEEN = (
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-    "Zl",
-    "Zp",
-)  # Unicode's categories of control, format, unpaired, private, unassigned; line and paragraph separators
+BAND_KEYS = {"val_loss": "evals", "loss": "train", "train_loss": "evals", "bits_per_byte": "evals"}
+DATA_ARGS = ("training_mode", "dataset", "dataset_list", "multicontext_datasets")
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode categories: control, format, unpaired, private and unassigned characters; line and paragraph separators."""
+RUN_FIELDS = (
+    "name",
+    "state",
+    "reason",
+    "train",
+    "evals",
+    "notes",
+    "remarks",
+    "log_tail",
+    "parameters",
+    "flops_per_token",
+    "step",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "final_loss",
+    "best_loss",
+    "best_step",
+)
+MAX_EXACT_INT = 1e15
+LAW_POINTS = 80  # of a law's curve
 
-
-def visible(text: str) -> str:
-    """Text in which everything can be seen: ⟨U+001B⟩ for what has no glyph or turns the writing round; line ends and tabs stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(f"⟨U+{ord(c):04X}⟩" if c not in "\n\t" and unicodedata.category(c) in UNSEEN else c for c in text)
-
-
-def plain(value: Any) -> Any:
-    """A value for the page: numbers of six digits, None for what is not finite, texts made visible."""
-    if isinstance(value, np.ndarray):
-        return [plain(item) for item in value.tolist()]
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int | float):
-        value = folders.number(value)
-        return (
-            None
-            if value != value
-            else int(value)
-            if value == int(value) and abs(value) < 1e15
-            else float(f"{value:.6g}")
-        )
-    if isinstance(value, dict):
-        return {visible(str(key)): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else visible(str(value))
+Row = dict[str, Any]  # JSON
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is shown
+# plain values
 
 
-def judged(run: Run, by: str) -> float | None:
-    return run.best if by == "best" else run.final
+def make_visible(text: str) -> str:
+    """Text in which everything can be seen: ⟨U+001B⟩ for what has no glyph or reverses the direction.
+
+    Line ends and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    chars = []
+    for char in text:
+        invisible = unicodedata.category(char) in INVISIBLE and char not in "\n\t"
+        chars.append(f"⟨U+{ord(char):04X}⟩" if invisible else char)
+    return "".join(chars)
 
 
-def about(run: Run, group: int, by: str) -> dict[str, Any]:
-    """One run."""
-    keys = (
-        "name",
-        "state",
-        "why",
-        "train",
-        "evals",
-        "notes",
-        "remarks",
-        "log",
-        "parameters",
-        "flops",
-        "step",
-        "tokens",
-        "seconds",
-        "speed",
-        "final",
-        "best",
-        "best_step",
-    )
-    samples = [{"step": step, "texts": texts} for step, texts in run.samples]
-    config = {key: folders.brief(value) for key, value in run.config.items() if not key.startswith("_")}
-    return {key: getattr(run, key) for key in keys} | {
-        "folder": str(run.folder),
-        "group": group,
-        "judged": judged(run, by),
-        "samples": samples,
-        "config": config,
-    }
+def to_plain(value: Any) -> Any:
+    """A value as JSON for the page: numbers of six digits, None for what is not finite, visible texts."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return to_plain_number(value)
+    if isinstance(value, np.ndarray):
+        return [to_plain(item) for item in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {make_visible(str(key)): to_plain(item) for key, item in value.items()}
+    return make_visible(str(value))
 
 
-def percent(p: float) -> str:
-    return "less than 0.1 %" if p < 0.001 else f"{100 * p:.1f} %" if p < 0.1 else f"{100 * p:.0f} %"
+def to_plain_number(value: int | float) -> int | float | None:
+    number = read_runs.to_float(value)
+    if math.isnan(number):
+        return None
+    if number == int(number) and abs(number) < MAX_EXACT_INT:
+        return int(number)
+    return float(f"{number:.6g}")
 
 
-def verdict(p: float) -> str:
-    """What a p value means."""
-    return f"{'real' if p < 0.01 else 'probably real' if p < 0.05 else 'may be chance'}: seeds alone do as much in {percent(p)} of such experiments"
+# ---------------------------------------------------------------------------------------------------------------------
+# groups of seeds, and whether their differences are real
 
 
-def compared(runs: list[Run], grouped: list[Group], by: str) -> list[dict[str, Any]]:
-    """The groups, lowest mean first: its runs that are done, mean and spread, and the difference from the best group of several seeds, with
-    Welch's test, corrected by Holm for the number of groups, and the exact permutation test."""
+def finished_losses(runs: Sequence[LoadedRun], members: Sequence[int], by: str) -> dict[int, float]:
+    """The ranking losses of the members that are done, by their index."""
+    losses = {}
+    for i in members:
+        loss = runs[i].ranking_loss(by)
+        if runs[i].state == "done" and loss is not None:
+            losses[i] = loss
+    return losses
+
+
+def describe_groups(runs: Sequence[LoadedRun], groups: Sequence[Group], by: str) -> list[Row]:
+    """Each group: its losses, their mean and standard deviation, its bands, and its difference from the best group."""
     rows = []
-    for group in grouped:
-        ended = [i for i in group.members if runs[i].state == "done" and judged(runs[i], by) is not None]
-        losses = [judged(runs[i], by) for i in ended]
-        spread = statistics.stdev(losses) if len(losses) > 1 else None
+    for group in groups:
+        losses = list(finished_losses(runs, group.members, by).values())
         rows.append(
             {
                 "label": group.label,
                 "members": group.members,
                 "losses": losses,
                 "mean": statistics.fmean(losses) if losses else None,
-                "deviation": spread,
+                "deviation": statistics.stdev(losses) if len(losses) > 1 else None,
+                "bands": seed_bands([runs[i] for i in group.members]),
             }
         )
-    several = sorted((row for row in rows if len(row["losses"]) > 1), key=lambda row: row["mean"])
-    if len(several) > 1:
-        best, others = several[0], several[1:]
-        best["is_best"] = True
-        tests = [stats.welch(best["losses"], row["losses"]) for row in others]
-        for row, test, p in zip(others, tests, stats.holm([test.p for test in tests]), strict=True):
-            row |= {
-                **test._asdict(),
-                "corrected": p,
-                "permutation": stats.permutation_p(best["losses"], row["losses"]),
-                "verdict": verdict(p),
-            }
-    for row, group in zip(rows, grouped, strict=True):
-        row["bands"] = {
-            key: band
-            for key, kind in MEASURES
-            if len(group.members) > 1 and (band := folders.band([runs[i] for i in group.members], key, kind))
-        }
+    compare_with_best(rows)
     return rows
 
 
-def scaled(runs: list[Run], rows: list[dict[str, Any]], by: str) -> dict[str, Any] | None:
-    """The power laws of loss in compute and in parameters through the best group of each size; None for fewer than three sizes.
+def seed_bands(members: Sequence[LoadedRun]) -> Row:
+    bands = {}
+    if len(members) > 1:
+        for key, kind in BAND_KEYS.items():
+            band = read_runs.seed_band(members, key, kind)
+            if band is not None:
+                bands[key] = band
+    return bands
 
-    Only runs that are done count, and of several sets of data those on the one of most sizes."""
-    datas: dict[str, dict[int, list[dict]]] = {}
-    for row in rows:
-        member = runs[row["members"][0]]
-        if row["losses"] and member.parameters and member.flops:
-            data = json.dumps(
-                [
-                    member.config.get(key)
-                    for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")
-                ]
-                + [member.config.get("_data")],
-                sort_keys=True,
-            )
-            datas.setdefault(data, {}).setdefault(member.parameters, []).append(row)
-    sizes = max(datas.values(), key=len, default={})
-    if len(sizes) < 3:
+
+def compare_with_best(rows: list[Row]) -> None:
+    """Test each row of several seeds against the row with the lowest mean; p is corrected for their number."""
+    rows_with_seeds = sorted((row for row in rows if len(row["losses"]) > 1), key=lambda row: row["mean"])
+    if len(rows_with_seeds) < 2 or not stats.has_scipy():
+        return
+    best, *others = rows_with_seeds
+    best["is_best"] = True
+    tests = [stats.welch_t_test(best["losses"], row["losses"]) for row in others]
+    corrected = stats.holm_correction([test.p for test in tests])
+    for row, test, p in zip(others, tests, corrected, strict=True):
+        row |= test._asdict()
+        row["corrected_p"] = p
+        row["permutation_p"] = stats.permutation_test(best["losses"], row["losses"])
+        row["verdict"] = describe_p(p)
+
+
+def describe_p(p: float) -> str:
+    """What a p value means."""
+    if p < 0.01:
+        verdict = "significant"
+    elif p < 0.05:
+        verdict = "probably significant"
+    else:
+        verdict = "not significant"
+    return f"{verdict}: seeds alone give such a difference in {format_percent(p)} of experiments"
+
+
+def format_percent(p: float) -> str:
+    if p < 0.001:
+        return "less than 0.1 %"
+    return f"{100 * p:.1f} %" if p < 0.1 else f"{100 * p:.0f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scaling laws
+
+
+def describe_scaling(runs: Sequence[LoadedRun], rows: Sequence[Row], by: str) -> Row | None:
+    """Power laws of the loss in compute and in parameters, through the best group of each size.
+
+    None for fewer than three sizes.
+
+    Only runs that are done count; of several datasets, those on the one with the most sizes.
+    """
+    datasets = group_sizes(runs, rows)
+    sizes = max(datasets.values(), key=len, default={})
+    if len(sizes) < scaling.MIN_SIZES or not stats.has_scipy():
         return None
     points = []
-    for size, of_size in sorted(sizes.items()):
-        best = min(of_size, key=lambda row: row["mean"])
-        for i in best["members"]:
-            run = runs[i]
-            if run.state == "done" and (loss := judged(run, by)) is not None:
-                tokens = run.tokens * (run.best_step / run.step if by == "best" and run.step else 1.0)
-                points.append(
-                    {
-                        "run": i,
-                        "label": best["label"],
-                        "parameters": size,
-                        "compute": run.flops * tokens,
-                        "tokens": tokens,
-                        "loss": loss,
-                    }
-                )
-    points = [point for point in points if point["compute"] > 0 and point["loss"] > 0]
-    laws = {key: told for key in ("compute", "parameters") if (told := told_law(key, points))}
-    return {"points": points, "laws": laws, "sizes": len(sizes), "left_out": len(datas) - 1}
+    for _, rows_of_size in sorted(sizes.items()):
+        best = min(rows_of_size, key=lambda row: row["mean"])
+        points += scaling_points(runs, best, by)
+    laws = {}
+    for key in ("compute", "parameters"):
+        law = describe_fit(key, points)
+        if law is not None:
+            laws[key] = law
+    return {"points": points, "laws": laws, "sizes": len(sizes), "left_out": len(datasets) - 1}
 
 
-def told_law(key: str, points: list[dict]) -> dict[str, Any] | None:
-    """The law in `key`: its numbers, its curve to the next size with the 95 % interval of a run, and all of it in words."""
-    x, losses = [point[key] for point in points], [point["loss"] for point in points]
+def group_sizes(runs: Sequence[LoadedRun], rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
+    """Data -> parameters -> the rows with runs that are done."""
+    datasets: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        run = runs[row["members"][0]]
+        if row["losses"] and run.parameters and run.flops_per_token:
+            data = read_runs.identity([data_args(run), run.record.data])
+            datasets.setdefault(data, {}).setdefault(run.parameters, []).append(row)
+    return datasets
+
+
+def scaling_points(runs: Sequence[LoadedRun], row: Row, by: str) -> list[Row]:
+    """The runs of a row that are done; their tokens and compute are those up to the loss that counts."""
+    points = []
+    for i, loss in finished_losses(runs, row["members"], by).items():
+        run = runs[i]
+        tokens = run.tokens
+        if by == "best" and run.best_step is not None and run.step:
+            tokens *= run.best_step / run.step
+        compute = (run.flops_per_token or 0.0) * tokens
+        if compute > 0 and loss > 0:
+            points.append(
+                {
+                    "run": i,
+                    "label": row["label"],
+                    "parameters": run.parameters,
+                    "compute": compute,
+                    "tokens": tokens,
+                    "loss": loss,
+                }
+            )
+    return points
+
+
+def describe_fit(key: str, points: Sequence[Row]) -> Row | None:
+    """The law in `key`: numbers, a curve up to the next size with the 95 % interval of a run, and sentences."""
+    x = [point[key] for point in points]
+    losses = [point["loss"] for point in points]
     law = scaling.fit(x, losses)
     if law is None:
         return None
-    following, error, name = scaling.next_size(law, x), law.exponent_margin(), {"compute": "C", "parameters": "N"}[key]
-    curve = np.geomspace(min(x), following.x, 80)
-    margins = [law.margin(at) for at in curve]
-    known = margins[0] is not None
-    amount = law.height + law.exponent * law.center  # log of the factor before x^-exponent
-    unit = "FLOPs" if key == "compute" else "parameters"
-    formula = (
-        f"L = {f'{law.floor:.4g} + ' if law.floor else ''}({10 ** (amount / law.exponent / np.log(10)):.3g} / {name})^{law.exponent:.4f}"
-        if law.exponent > 0
-        else f"L does not fall with {name}"
-    )
-    words = [
-        f"{formula}, {name} in {unit}: the exponent is {law.exponent:.4f}"
-        + (
-            f" ± {error:.4f} (95 % confidence)."
-            if known
-            else "; as many unknowns as points, so how sure that is can't be told."
-        )
-    ]
-    if len(set(x)) < 5:
-        words.append(
-            "With fewer than five sizes a floor E can't be told apart from the exponent: E = 0, as in Kaplan et al. (2020). Five or more fit it too."
-        )
-    elif law.floor == 0:
-        words.append(
-            "A floor E was fitted too (Hoffmann et al. 2022) and came out as 0: the sizes are too close to show one."
-        )
-    else:
-        words.append(
-            f"The floor that no size gets below would be {law.floor:.3f} (Hoffmann et al. 2022); far beyond the sizes fitted it is a guess."
-        )
-    words.append(
-        f"The next size, {following.x:.3g} {unit}, should reach {following.loss:.4f}"
-        + (f" (95 % of runs: {following.low:.4f} to {following.high:.4f})." if following.low else ".")
-    )
-    if check := scaling.check_largest(x, losses):
-        words.append(
-            f"Put to the test: without the largest size the law foretells {check[0]:.4f} for it; it reached {check[1]:.4f}, {abs(check[0] / check[1] - 1):.1%} off."
-        )
+    prediction = scaling.predict_next_size(law, x)
+    curve_x = np.geomspace(min(x), prediction.x, LAW_POINTS)
+    curve = law.loss(curve_x)
+    margin = law.margin(curve_x)
     return {
-        "floor": law.floor, "exponent": law.exponent, "exponent_margin": error, "next": following._asdict(), "words": words,
-        "x": curve, "y": law.loss(curve), "low": law.loss(curve) * np.exp(-np.array(margins)) if known else None, "high": law.loss(curve) * np.exp(np.array(margins)) if known else None,
-    }  # fmt: skip
+        "floor": law.floor,
+        "exponent": law.exponent,
+        "exponent_margin": law.exponent_margin(),
+        "next": prediction._asdict(),
+        "x": curve_x,
+        "y": curve,
+        "low": None if margin is None else curve * np.exp(-margin),
+        "high": None if margin is None else curve * np.exp(margin),
+        "sentences": [
+            describe_law(law, key),
+            describe_floor(law, n_sizes=len(set(x))),
+            describe_prediction(prediction, key),
+            *describe_check(scaling.predict_largest(x, losses)),
+        ],
+    }
 
 
-def remarks(runs: list[Run], left_out: list[str], by: str) -> list[str]:
-    """What whoever compares these runs should know."""
-    told = [f"{path}: no run there" for path in left_out]
-    data = {
-        json.dumps(
-            [run.config.get(key) for key in ("training_mode", "dataset", "dataset_list", "multicontext_datasets")]
+SYMBOLS = {"compute": "C", "parameters": "N"}
+UNITS = {"compute": "FLOPs", "parameters": "parameters"}
+
+
+def describe_law(law: scaling.PowerLaw, key: str) -> str:
+    """The formula, and how certain its exponent is."""
+    symbol, unit = SYMBOLS[key], UNITS[key]
+    if law.exponent <= 0:
+        formula = f"L does not fall with {symbol}"
+    else:
+        constant = 10 ** (law.scale / law.exponent / math.log(10))  # A x^-alpha = (constant / x)^alpha
+        floor = f"{law.floor:.4g} + " if law.floor else ""
+        formula = f"L = {floor}({constant:.3g} / {symbol})^{law.exponent:.4f}"
+    margin = law.exponent_margin()
+    if margin is None:
+        certainty = "there are as many unknowns as points, so it has no confidence interval."
+    else:
+        certainty = f"its 95 % confidence interval is ± {margin:.4f}."
+    return f"{formula}, {symbol} in {unit}. The exponent is {law.exponent:.4f}; {certainty}"
+
+
+def describe_floor(law: scaling.PowerLaw, n_sizes: int) -> str:
+    if n_sizes < scaling.MIN_SIZES_FOR_FLOOR:
+        return (
+            "With fewer than five sizes, a floor E can't be told apart from the exponent: "
+            "E = 0, as in Kaplan et al. (2020). With five or more it is fitted too."
         )
-        for run in runs
-        if run.config
+    if law.floor == 0:
+        return "A floor E was fitted too (Hoffmann et al. 2022) and is 0: the sizes are too close to show one."
+    return (
+        f"The floor, which no size gets below, is {law.floor:.3f} (Hoffmann et al. 2022). "
+        "It is far from the sizes fitted, so it is a rough estimate."
+    )
+
+
+def describe_prediction(prediction: scaling.Prediction, key: str) -> str:
+    text = f"The predicted loss of the next size, {prediction.x:.3g} {UNITS[key]}, is {prediction.loss:.4f}"
+    if prediction.low is None:
+        return f"{text}."
+    return f"{text} (95 % of runs: {prediction.low:.4f} to {prediction.high:.4f})."
+
+
+def describe_check(check: tuple[float, float] | None) -> list[str]:
+    """A sentence about the largest size as the smaller ones predict it; none where there are too few."""
+    if check is None:
+        return []
+    predicted, reached = check
+    error = abs(predicted / reached - 1)
+    return [
+        f"Check: the smaller sizes predict {predicted:.4f} for the largest; it reached {reached:.4f}, {error:.1%} off."
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# everything
+
+
+def data_args(run: LoadedRun) -> list[Any]:
+    return [run.record.args.get(key) for key in DATA_ARGS]
+
+
+def git_commit(run: LoadedRun) -> str:
+    about = run.record.about
+    return str(about.get("git_commit") or "") if isinstance(about, dict) else ""
+
+
+def describe_run(run: LoadedRun, group: int, by: str) -> Row:
+    return {key: getattr(run, key) for key in RUN_FIELDS} | {
+        "folder": str(run.folder),
+        "group": group,
+        "ranking_loss": run.ranking_loss(by),
+        "samples": [{"step": step, "texts": texts} for step, texts in run.samples],
+        "config": {key: read_runs.format_arg(value) for key, value in run.record.args.items()},
     }
-    if len(data) > 1:
-        told.append(
-            f"These runs learn from {len(data)} different choices of data: their losses don't compare across them."
-        )
-    commits = {
-        str(commit)
-        for run in runs
-        if isinstance(made := run.config.get("_about"), dict) and (commit := made.get("git_commit"))
-    }
+
+
+def collect_remarks(runs: Sequence[LoadedRun], rows: Sequence[Row], empty_paths: Sequence[str]) -> list[str]:
+    """What one should know before comparing these runs."""
+    remarks = [f"{path}: no run found" for path in empty_paths]
+    n_datasets = len({read_runs.identity(data_args(run)) for run in runs if run.record.args})
+    if n_datasets > 1:
+        remarks.append(f"These runs train on {n_datasets} different datasets: their losses can't be compared.")
+    commits = {git_commit(run) for run in runs} - {""}
     if len(commits) > 1:
-        told.append(
-            f"They were made by {len(commits)} versions of the code ({', '.join(sorted(commit[:7] for commit in commits)[:6])})."
-        )
-    unended = sum(run.state not in ("done", "pruned") for run in runs)
-    if unended:
-        told.append(
-            f"{unended} of {len(runs)} runs are not done: they are drawn, but not part of means, tests and fits."
-        )
-    return told
+        names = ", ".join(sorted(commit[:7] for commit in commits)[:6])
+        remarks.append(f"These runs were made by {len(commits)} versions of the code ({names}).")
+    n_unfinished = sum(run.state not in ("done", "pruned") for run in runs)
+    if n_unfinished:
+        remarks.append(f"{n_unfinished} of {len(runs)} runs are not done: statistics use finished runs only.")
+    if not stats.has_scipy():
+        n_with_seeds = sum(len(row["losses"]) > 1 for row in rows)
+        n_sizes = max(map(len, group_sizes(runs, rows).values()), default=0)
+        if n_with_seeds > 1 or n_sizes >= scaling.MIN_SIZES:
+            remarks.append("Significance tests and scaling laws need scipy: pip install scipy.")
+    return remarks
 
 
-def payload(runs: list[Run], left_out: list[str], by: str, live: int = 0) -> dict[str, Any]:
-    """All that the page shows. by: best or final, which val_loss runs are judged by; live: seconds between two looks, 0 for a page that stays as it is."""
-    grouped = folders.groups(runs)
-    group_of = {i: g for g, group in enumerate(grouped) for i in group.members}
-    rows = compared(runs, grouped, by)
-    ranked = sorted((i for i, run in enumerate(runs) if judged(run, by) is not None), key=lambda i: judged(runs[i], by))
-    return plain({
-        "made": time.strftime("%Y-%m-%d %H:%M:%S"), "live": live, "by": by, "varied": folders.varied(runs), "best": ranked[0] if ranked else None, "groups": rows,
-        "runs": [about(run, group_of[i], by) for i, run in enumerate(runs)], "scaling": scaled(runs, rows, by), "remarks": remarks(runs, left_out, by),
-        "lines": sum(run.lines for run in runs),
-    })  # fmt: skip
+def payload(runs: Sequence[LoadedRun], empty_paths: Sequence[str], by: str, refresh_seconds: int = 0) -> Row:
+    """All that the page shows.
+
+    by: best or final, the val_loss that runs are ranked by. refresh_seconds: how often a served page asks for
+    changes; 0: never.
+    """
+    groups = read_runs.group_runs(runs)
+    group_of = {i: number for number, group in enumerate(groups) for i in group.members}
+    rows = describe_groups(runs, groups, by)
+    ranked = []
+    for i, run in enumerate(runs):
+        loss = run.ranking_loss(by)
+        if loss is not None:
+            ranked.append((loss, i))
+    return to_plain(
+        {
+            "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "live": refresh_seconds,
+            "by": by,
+            "varied": read_runs.varying_args(runs),
+            "best": min(ranked)[1] if ranked else None,
+            "groups": rows,
+            "runs": [describe_run(run, group_of[i], by) for i, run in enumerate(runs)],
+            "scaling": describe_scaling(runs, rows, by),
+            "remarks": collect_remarks(runs, rows, empty_paths),
+            "n_lines": sum(run.n_lines for run in runs),
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the file
 
 
-def as_json(shown: dict[str, Any]) -> str:
+def to_json(shown: Row) -> str:
     """JSON in ASCII that can stand in a page: no character of it ends a script or begins a tag."""
     text = json.dumps(shown, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def page(shown: dict[str, Any], title: str) -> str:
-    """The whole HTML. Raises UserError without plotly."""
+def csp_hash(script: str) -> str:
+    """A script's hash, as a content security policy names it."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def render(shown: Row, title: str) -> str:
+    """The page's HTML. Raises UserError without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError:
-        raise UserError("the report's page needs a package: pip install plotly") from None
+        raise UserError("the report's page needs plotly: pip install plotly") from None
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    plotly, script = get_plotlyjs(), re.search(r"<script>\n(.*?)</script>", template, re.S).group(1)
+    plotly = get_plotlyjs()
     assert "</script" not in plotly.lower()
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
-        for code in (plotly, "\n" + script)
+    page_script = re.search(r"<script>(\n.*?)</script>", template, re.S)
+    assert page_script is not None
+    hashes = f"{csp_hash(plotly)} {csp_hash(page_script[1])}"
+    connect = "'self'" if shown["live"] else "'none'"
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; connect-src {connect}"
     )
-    reaches = "'self'" if shown["live"] else "'none'"
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {reaches}"
-    parts = {"policy": policy, "title": html.escape(visible(title)), "plotly": plotly, "data": as_json(shown)}
-    return re.sub(r"\{\{(policy|title|plotly|data)\}\}", lambda found: parts[found[1]], template)
+    parts = {
+        "policy": policy,
+        "title": html.escape(make_visible(title)),
+        "plotly": plotly,
+        "data": to_json(shown),
+    }
+    return re.sub(r"\{\{(policy|title|plotly|data)\}\}", lambda match: parts[match[1]], template)

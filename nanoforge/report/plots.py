@@ -1,11 +1,16 @@
-"""The report's pictures, by matplotlib, for where a page can't go: loss.png, seeds.png, training.png, datasets.png, scaling.png.
+"""The report's figures, for where a page can't go: loss.png, training.png, datasets.png, seeds.png, scaling.png.
 
-They are drawn from what the page shows (page.payload), so both tell the same. A picture of which there is nothing to draw is not written, and an older one is taken away.
+They are drawn from what the page shows (page.payload), so both say the same. A figure with nothing to draw is not
+written, and an older one is deleted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PALETTE = (
     "#4269d0",
@@ -19,213 +24,275 @@ PALETTE = (
     "#6c8ebf",
     "#8a8f98",
 )  # the page's
+GREY = PALETTE[-1]
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "FLOPs"}
+TRAINING = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+NAN = float("nan")
+FIRST_SHARE = 0.08  # of a curve; its steep beginning would flatten the rest
+MAX_RANKED_GROUPS = 25
+
+Row = dict[str, Any]  # JSON of page.payload: everything, a run, a group
+ColorOf = Callable[[Row], Any]  # run -> color
 
 
-def literal(text: str) -> str:
-    """For matplotlib, which reads what stands between dollars as mathematics."""
+class Panel(NamedTuple):
+    """A key's curves of all runs, against a key of AXES."""
+
+    key: str
+    x: str
+    title: str
+
+
+def draw_figures(shown: Row, folder: Path) -> list[Path]:
+    """Write the figures that have something to show; their paths."""
+    color_of = make_colors(shown)
+    figures = {
+        "loss.png": draw_loss(shown, color_of),
+        "training.png": draw_training(shown, color_of),
+        "datasets.png": draw_datasets(shown, color_of),
+        "seeds.png": draw_seeds(shown, color_of),
+        "scaling.png": draw_scaling(shown, color_of),
+    }
+    written = []
+    for name, figure in figures.items():
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if figure is None:
+            continue
+        for axes in figure.axes:
+            axes.grid(alpha=0.22)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=120)
+        written.append(path)
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers
+
+
+def escape(text: str) -> str:
+    """For matplotlib, which reads text between dollars as mathematics."""
     return text.replace("$", r"\$")
 
 
-def colors(shown: dict[str, Any]) -> Callable[[dict], Any]:
-    """The colour of a run: of its group, or where there are many groups of its rank."""
+def make_colors(shown: Row) -> ColorOf:
+    """A run's color: that of its group, or with many groups that of its rank."""
     if len(shown["groups"]) <= len(PALETTE):
         return lambda run: PALETTE[run["group"] % len(PALETTE)]
     from matplotlib import colormaps
 
-    order = sorted(run["judged"] for run in shown["runs"] if run["judged"] is not None)
-    return lambda run: (
-        "#8a8f98"
-        if run["judged"] is None
-        else colormaps["plasma"](0.9 * order.index(run["judged"]) / max(1, len(order) - 1))
-    )
+    losses = sorted(run["ranking_loss"] for run in shown["runs"] if run["ranking_loss"] is not None)
+
+    def color_by_rank(run: Row) -> Any:
+        if run["ranking_loss"] is None:
+            return GREY
+        rank = losses.index(run["ranking_loss"])
+        return colormaps["plasma"](0.9 * rank / max(1, len(losses) - 1))
+
+    return color_by_rank
 
 
-def along(run: dict, lines: dict, x: str) -> list[float]:
-    """Where a run's lines stand on an axis; NaN where that isn't known."""
-    if x == "flops":
-        return [
-            tokens * run["flops"] if run["flops"] and tokens is not None else float("nan")
-            for tokens in lines.get("tokens", [])
-        ]
-    return [float("nan") if value is None else value for value in lines.get(x, [])]
+def to_floats(column: Iterable[float | None]) -> list[float]:
+    """None as NaN."""
+    return [NAN if value is None else value for value in column]
 
 
-def numbers(column: list) -> list[float]:
-    return [float("nan") if value is None else value for value in column]
+def x_values(run: Row, columns: Row, x: str) -> list[float]:
+    """Where a run's lines are on an axis; NaN where that is not known."""
+    if x != "flops":
+        return to_floats(columns.get(x, []))
+    flops = run["flops_per_token"] or NAN
+    return [tokens * flops for tokens in to_floats(columns.get("tokens", []))]
 
 
-def window(axes, curves: list[tuple[list[float], list[float]]]) -> None:
-    """Leave out of sight what comes before the first bend of the curves, which would flatten the rest."""
-    heights = [
-        y
-        for xs, ys in curves
-        for x, y in zip(xs, ys, strict=True)
-        if y == y and x == x and x >= 0.08 * max((one for one in xs if one == one), default=0)
-    ]
+def zoom_in(axes: "Axes", curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Set the limits of y without the curves' steep beginnings."""
+    heights = []
+    for xs, ys in curves:
+        last = max((x for x in xs if x == x), default=0)
+        for x, y in zip(xs, ys, strict=True):
+            if y == y and x >= FIRST_SHARE * last:  # x is not NaN either
+                heights.append(y)
     if heights:
-        low, high = min(heights), sorted(heights)[int(0.98 * (len(heights) - 1))]
+        heights.sort()
+        low, high = heights[0], heights[int(0.98 * (len(heights) - 1))]
         pad = 0.06 * (high - low or 0.1)
         axes.set_ylim(low - pad, high + pad)
 
 
-def draw(told: list, shown: dict[str, Any], out: Path) -> list[Path]:
-    """Write the pictures of which there is something to draw; their paths."""
+# ---------------------------------------------------------------------------------------------------------------------
+# curves of every run
+
+
+def draw_loss(shown: Row, color_of: ColorOf) -> "Figure | None":
+    """The validation loss against steps, tokens, seconds and FLOPs; without any, the training loss."""
+    key = "val_loss"
+    if not any("val_loss" in run["evals"] for run in shown["runs"]):
+        key = "loss"
+    panels = [Panel(key, x, f"{key} against {label}") for x, label in AXES.items()]
+    return draw_panels(shown, panels, color_of, columns=2)
+
+
+def draw_training(shown: Row, color_of: ColorOf) -> "Figure | None":
+    panels = []
+    for key, title in TRAINING.items():
+        if any(key in run["train"] for run in shown["runs"]):
+            panels.append(Panel(key, "step", title))
+    return draw_panels(shown, panels, color_of, columns=3)
+
+
+def draw_datasets(shown: Row, color_of: ColorOf) -> "Figure | None":
+    keys = {key for run in shown["runs"] for key in run["evals"] if key.startswith("val_loss/")}
+    panels = [Panel(key, "step", key) for key in sorted(keys)]
+    return draw_panels(shown, panels, color_of, columns=min(3, len(panels)))
+
+
+def draw_panels(shown: Row, panels: Sequence[Panel], color_of: ColorOf, columns: int) -> "Figure | None":
+    """A figure of panels; None where no run has any of their keys."""
+    runs = shown["runs"]
+    if not any(panel.key in run["train"] or panel.key in run["evals"] for panel in panels for run in runs):
+        return None
     from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, panel in zip(all_axes, panels, strict=False):
+        draw_panel(axes, panel, shown, color_of)
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    if len(shown["groups"]) > len(PALETTE):
+        figure.suptitle(f"{len(runs)} runs: the darker, the lower the {shown['by']} val_loss", fontsize=11)
+    else:
+        add_legend(figure)
+    return figure
+
+
+def draw_panel(axes: "Axes", panel: Panel, shown: Row, color_of: ColorOf) -> None:
     from matplotlib.ticker import EngFormatter
 
-    runs, color, drawn = shown["runs"], colors(shown), []
-    width = 0.9 if len(runs) > 30 else 1.5
+    def worst_first(run: Row) -> float:  # so the best run is on top
+        return -(run["ranking_loss"] if run["ranking_loss"] is not None else 1e9)
 
-    def save(name: str, sheet: Figure | None) -> None:
-        (out / name).unlink(missing_ok=True)
-        if sheet is not None:
-            for axes in sheet.axes:
-                axes.grid(alpha=0.22)
-                axes.spines[["top", "right"]].set_visible(False)
-            sheet.savefig(out / name, dpi=120)
-            drawn.append(out / name)
+    curves = []
+    for run in sorted(shown["runs"], key=worst_first):
+        columns = run["evals"] if panel.key in run["evals"] else run["train"]
+        if panel.key not in columns:
+            continue
+        xs, ys = x_values(run, columns, panel.x), to_floats(columns[panel.key])
+        curves.append((xs, ys))
+        group = shown["groups"][run["group"]]
+        label = group["label"] if len(group["members"]) > 1 else run["name"]
+        label = label.lstrip("_") or label  # matplotlib leaves names with an underscore out of a legend
+        width = 0.9 if len(shown["runs"]) > 30 else 1.5
+        axes.plot(xs, ys, color=color_of(run), linewidth=width, label=escape(label))
+    axes.set(xlabel=AXES[panel.x], title=escape(panel.title))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if "loss" in panel.key:
+        zoom_in(axes, curves)
 
-    def name_curves(sheet: Figure) -> None:
-        entries = {label: line for line in sheet.axes[0].get_lines() if not (label := line.get_label()).startswith("_")}
-        if len(entries) > 1 and len(shown["groups"]) <= len(PALETTE):
-            sheet.legend(
-                entries.values(),
-                entries.keys(),
-                loc="outside lower center",
-                ncols=3 if max(map(len, entries)) < 45 else 1,
-                frameon=False,
-                fontsize=9,
-            )
 
-    def panels(keys: list[tuple[str, str, str]], columns: int) -> Figure | None:
-        """One panel a (key, x, title): every run that tells the key."""
-        if not any(key in lines for run in runs for lines in (run["train"], run["evals"]) for key, _, _ in keys):
-            return None
-        rows = -(-len(keys) // columns)
-        sheet = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
-        for axes, (key, x, words) in zip(sheet.subplots(rows, columns, squeeze=False).flat, keys, strict=False):
-            curves = []
-            for run in sorted(
-                runs, key=lambda run: -(run["judged"] if run["judged"] is not None else 1e9)
-            ):  # the best on top
-                lines = run["evals"] if key in run["evals"] else run["train"]
-                if key in lines:
-                    curves.append((along(run, lines, x), numbers(lines[key])))
-                    group = shown["groups"][run["group"]]
-                    label = group["label"] if len(group["members"]) > 1 else run["name"]
-                    axes.plot(*curves[-1], color=color(run), linewidth=width, label=literal(label.lstrip("_") or label))
-            axes.set(xlabel=AXES[x], title=literal(words))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if "loss" in key:
-                window(axes, curves)
-        for axes in sheet.axes[len(keys) :]:
-            axes.remove()
-        name_curves(sheet)
-        if len(shown["groups"]) > len(PALETTE):
-            sheet.suptitle(f"{len(runs)} runs: the darker, the lower the {shown['by']} val_loss", fontsize=11)
-        return sheet
-
-    measure = next(
-        (key for key, kind in (("val_loss", "evals"), ("loss", "train")) if any(key in run[kind] for run in runs)),
-        "val_loss",
-    )
-    save("loss.png", panels([(measure, x, f"{measure} against {words}") for x, words in AXES.items()], 2))
-    training = [
-        (key, "step", words)
-        for key, words in (
-            ("lr", "learning rate"),
-            ("grad_norm", "gradient norm"),
-            ("tokens_per_second", "tokens a second"),
+def add_legend(figure: "Figure") -> None:
+    """One entry for each label, below the panels; none for a single label."""
+    lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    lines = {label: line for label, line in lines.items() if not label.startswith("_")}
+    if len(lines) > 1:
+        columns = 3 if max(map(len, lines)) < 45 else 1
+        figure.legend(
+            list(lines.values()),
+            list(lines),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
         )
-        if any(key in run["train"] for run in runs)
-    ]
-    save("training.png", panels(training, 3) if training else None)
-    datasets = sorted({key for run in runs for key in run["evals"] if key.startswith("val_loss/")})
-    save("datasets.png", panels([(key, "step", key) for key in datasets], min(3, len(datasets))) if datasets else None)
-    save("seeds.png", seeds(shown, color))
-    save("scaling.png", law(shown, color))
-    return drawn
 
 
-def seeds(shown: dict[str, Any], color: Callable[[dict], Any]):
-    """Mean of each group's seeds, from the lowest to the highest as a band, and what the groups reached."""
-    from matplotlib.figure import Figure
+# ---------------------------------------------------------------------------------------------------------------------
+# seeds and scaling
 
-    banded = [(group, shown["runs"][group["members"][0]]) for group in shown["groups"] if "val_loss" in group["bands"]]
-    if not banded:
+
+def draw_seeds(shown: Row, color_of: ColorOf) -> "Figure | None":
+    """Each group's mean curve with a band from the lowest to the highest seed, and the loss of each seed."""
+    groups = [group for group in shown["groups"] if "val_loss" in group["bands"]]
+    if not groups:
         return None
-    if len(banded) <= len(PALETTE):
-        own = {id(run): PALETTE[i] for i, (_, run) in enumerate(banded)}
-        color = lambda run: own[id(run)]  # noqa: E731
-    sheet = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = sheet.subplots(1, 2, width_ratios=(3, 2))
-    for group, run in banded:
-        band = group["bands"]["val_loss"]
-        left.fill_between(band["step"], band["low"], band["high"], color=color(run), alpha=0.17, linewidth=0)
-        left.plot(band["step"], band["mean"], color=color(run), linewidth=1.8)
-    window(
-        left,
-        [
-            (group["bands"]["val_loss"]["step"], group["bands"]["val_loss"][key])
-            for group, _ in banded
-            for key in ("low", "high")
-        ],
-    )
-    left.set(xlabel="steps", title="val_loss: mean of the seeds, lowest to highest")
-    ranked = sorted(
-        ((group, run) for group, run in banded if group["mean"] is not None), key=lambda pair: -pair[0]["mean"]
-    )[-25:]
-    for place, (group, run) in enumerate(ranked):
-        right.plot(group["losses"], [place] * len(group["losses"]), "o", color=color(run), alpha=0.7, markersize=6)
-        right.plot(group["mean"], place, "|", color=color(run), markersize=18, markeredgewidth=2)
-    words = [
-        f"{group['label'][:48]}"
-        + (
-            f"\n{group['verdict'].partition(':')[0]}, p {group['corrected']:.2g}"
-            if "verdict" in group
-            else "\nthe best mean"
-            if group.get("is_best")
-            else ""
-        )
-        for group, _ in ranked
-    ]
-    right.set_yticks(range(len(ranked)), [literal(word) for word in words], fontsize=8)
-    right.set(title=f"{shown['by']} val_loss of each seed", ylim=(-0.6, len(ranked) - 0.4))
-    return sheet
-
-
-def law(shown: dict[str, Any], color: Callable[[dict], Any]):
-    """The scaling fits: the points, the law, its interval and the next size."""
     from matplotlib.figure import Figure
 
+    if len(groups) <= len(PALETTE):
+        colors = list(PALETTE[: len(groups)])
+    else:
+        colors = [color_of(shown["runs"][group["members"][0]]) for group in groups]
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves = []
+    for group, color in zip(groups, colors, strict=True):
+        band = group["bands"]["val_loss"]
+        left.fill_between(band["step"], band["low"], band["high"], color=color, alpha=0.17, linewidth=0)
+        left.plot(band["step"], band["mean"], color=color, linewidth=1.8)
+        curves += [(band["step"], band["low"]), (band["step"], band["high"])]
+    zoom_in(left, curves)
+    left.set(xlabel="steps", title="val_loss: mean of the seeds, lowest to highest")
+
+    finished = [(group, color) for group, color in zip(groups, colors, strict=True) if group["mean"] is not None]
+    finished.sort(key=lambda pair: -pair[0]["mean"])
+    ranked = finished[-MAX_RANKED_GROUPS:]
+    for height, (group, color) in enumerate(ranked):
+        losses = group["losses"]
+        right.plot(losses, [height] * len(losses), "o", color=color, alpha=0.7, markersize=6)
+        right.plot(group["mean"], height, "|", color=color, markersize=18, markeredgewidth=2)
+    labels = [escape(describe_seeds(group)) for group, _ in ranked]
+    right.set_yticks(range(len(ranked)), labels, fontsize=8)
+    right.set(title=f"{shown['by']} val_loss of each seed", ylim=(-0.6, len(ranked) - 0.4))
+    return figure
+
+
+def describe_seeds(group: Row) -> str:
+    """A group's label, and below it the verdict of its test."""
+    label = group["label"][:48]
+    if group.get("is_best"):
+        return f"{label}\nlowest mean"
+    if "verdict" in group:
+        verdict = group["verdict"].partition(":")[0]
+        return f"{label}\n{verdict}, p {group['corrected_p']:.2g}"
+    return label
+
+
+def draw_scaling(shown: Row, color_of: ColorOf) -> "Figure | None":
+    """The laws: their points, their curve with its interval, and the next size."""
     laws = shown["scaling"]["laws"] if shown["scaling"] else {}
     if not laws:
         return None
-    sheet = Figure(figsize=(5.6 * len(laws), 4.8), layout="constrained")
-    for axes, (key, told) in zip(sheet.subplots(1, len(laws), squeeze=False).flat, laws.items(), strict=True):
-        if told["low"]:
-            axes.fill_between(told["x"], told["low"], told["high"], color=PALETTE[0], alpha=0.13, linewidth=0)
-        axes.plot(told["x"], told["y"], "--", color="#444", linewidth=1.5)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * len(laws), 4.8), layout="constrained")
+    for axes, (key, law) in zip(figure.subplots(1, len(laws), squeeze=False).flat, laws.items(), strict=True):
+        draw_law(axes, key, law)
         for point in shown["scaling"]["points"]:
-            axes.plot(point[key], point["loss"], "o", color=color(shown["runs"][point["run"]]), markersize=7)
-        axes.plot(told["next"]["x"], told["next"]["loss"], "D", color="#222", markerfacecolor="none", markersize=9)
-        axes.annotate(
-            f"{told['next']['loss']:.3f}",
-            (told["next"]["x"], told["next"]["loss"]),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-        )
-        margin = f" ± {told['exponent_margin']:.3f}" if told["exponent_margin"] is not None else ""
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="FLOPs" if key == "compute" else "parameters",
-            ylabel="val_loss",
-            title=f"exponent {told['exponent']:.3f}{margin}"
-            + (f", floor {told['floor']:.2f}" if told["floor"] else ""),
-        )
-        axes.yaxis.set_major_formatter("{x:.2f}")
-        axes.yaxis.set_minor_formatter("{x:.2f}")
-    return sheet
+            color = color_of(shown["runs"][point["run"]])
+            axes.plot(point[key], point["loss"], "o", color=color, markersize=7)
+    return figure
+
+
+def draw_law(axes: "Axes", key: str, law: Row) -> None:
+    if law["low"]:
+        axes.fill_between(law["x"], law["low"], law["high"], color=PALETTE[0], alpha=0.13, linewidth=0)
+    axes.plot(law["x"], law["y"], "--", color="#444", linewidth=1.5)
+    next_size = (law["next"]["x"], law["next"]["loss"])
+    axes.plot(*next_size, "D", color="#222", markerfacecolor="none", markersize=9)
+    axes.annotate(f"{next_size[1]:.3f}", next_size, xytext=(0, 10), textcoords="offset points", ha="center")
+    title = f"exponent {law['exponent']:.3f}"
+    if law["exponent_margin"] is not None:
+        title += f" ± {law['exponent_margin']:.3f}"
+    if law["floor"]:
+        title += f", floor {law['floor']:.2f}"
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOPs" if key == "compute" else "parameters",
+        ylabel="val_loss",
+        title=title,
+    )
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.yaxis.set_minor_formatter("{x:.2f}")

@@ -1,7 +1,10 @@
-"""What the folders of runs tell: their arguments, curves, samples and state, whatever state they are in. Starts and writes nothing.
+"""Run folders, read for a report: arguments, curves, samples and state, whatever state they are in.
 
-A folder is read with what is there: runs still going, empty, broken off in a line, resumed or failed are runs too, and `remarks` say so.
-Besides train.py's files it looks at those that whoever started the run may leave: log.txt, exit_status, pruned, and the locks.
+Starts and writes nothing.
+
+Runs that are running, empty, resumed, failed or damaged are read as far as they go; `remarks` say what is wrong or
+missing. Besides train.py's files this reads those that whoever started a run may leave (run_state.py): log.txt,
+exit_status, pruned, locks.
 """
 
 import itertools
@@ -9,339 +12,457 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanoforge import run_dir, run_state
+from nanoforge.console import plural
 from nanoforge.errors import UserError
-from nanoforge.report import scaling
+from nanoforge.run_dir import RunRecord
 
-CONFIG, METRICS = run_dir.RECORD_FILE, run_dir.METRICS_FILE
-NAMES = (
+NOT_LEARNED = (
     "out_dir",
     "overwrite",
     "allow_data_change",
     "wandb_run_name",
     "eval_only",
-)  # arguments that don't change what is learned
-LARGEST = ("grad_norm", "skipped", "step_ms")  # a drawn point is the largest of its lines, elsewhere their mean
-SAMPLED, SAMPLES, LETTERS = 25, 8, 4000  # of a run's sample texts: evaluations, texts of each, letters of each
+)  # don't change what is learned
+MAXIMUM_KEYS = ("grad_norm", "skipped", "step_ms")  # a point of a thinned curve is their maximum, else the mean
+MAX_SAMPLED_STEPS, MAX_SAMPLES, MAX_SAMPLE_CHARS = (
+    25,
+    8,
+    4000,
+)  # of a run: evaluations, texts of each, characters of each
+LOG_LINES, LOG_LINE_CHARS = 12, 400
+STAMPED_FILES = (run_dir.METRICS_FILE, run_dir.RECORD_FILE, run_state.STATUS_FILE, run_state.PRUNED_FILE)
 
-NONE = type(None)
-NUMERIC = {int, float, NONE}
-Series = dict[
-    str, np.ndarray
-]  # columns of equal length: step, seconds, tokens and every numeric key; NaN where a line had none
+Columns = dict[str, np.ndarray]  # of equal length: step, seconds, tokens, other numeric keys; NaN where a line has none
+Sample = dict[str, Any]  # prompt, completion, reward; each may be missing
 
 
 @dataclass
-class Run:
-    """A run's folder, read. Losses are in nats a token, `speed` is in tokens a second, `flops` those of a token in training."""
+class LoadedRun:
+    """A run's folder, read. Losses are in nats per token."""
 
     folder: Path
     name: str
-    config: dict[str, Any]
+    record: RunRecord = field(default_factory=lambda: RunRecord({}))
     state: str = "new"  # new, running, done, pruned, stopped, failed
-    why: str = ""
-    train: Series = field(default_factory=dict)
-    evals: Series = field(default_factory=dict)
-    lines: int = 0  # train and eval lines before they were thinned out
-    samples: list[tuple[int, list[dict]]] = field(default_factory=list)  # (step, [{"prompt", "completion", "reward"}])
-    notes: list[tuple[int, str]] = field(default_factory=list)
+    reason: str = ""  # of the state
+    train: Columns = field(default_factory=dict)
+    evals: Columns = field(default_factory=dict)
+    n_lines: int = 0  # train and eval lines, before they were thinned out
+    samples: list[tuple[int, list[Sample]]] = field(default_factory=list)  # by step
+    notes: list[tuple[int, str]] = field(default_factory=list)  # by step
     remarks: list[str] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)  # the last lines of what it printed, where it did not end well
+    log_tail: list[str] = field(default_factory=list)  # of a run that stopped or failed
     parameters: int | None = None
-    flops: float | None = None
+    flops_per_token: float | None = None  # in training
     step: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
-    speed: float | None = None
-    final: float | None = None  # the last val_loss
-    best: float | None = None  # the lowest one, and its step
+    tokens_per_second: float | None = None  # median
+    final_loss: float | None = None  # the last val_loss
+    best_loss: float | None = None  # the lowest val_loss
     best_step: int | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """Those that change what is learned."""
-        return {name: value for name, value in self.config.items() if not name.startswith("_") and name not in NAMES}
+    def learned_args(self) -> dict[str, Any]:
+        """The arguments that change what is learned."""
+        return {name: value for name, value in self.record.args.items() if name not in NOT_LEARNED}
+
+    def ranking_loss(self, by: str) -> float | None:
+        """The val_loss that runs are ranked by. by: best or final."""
+        return self.best_loss if by == "best" else self.final_loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # finding runs
 
 
-def find(paths: list[str]) -> tuple[list[Path], list[str]]:
-    """The folders of runs among and beneath the paths, and the paths that hold none. Raises UserError for a path that isn't there, or none at all."""
-    folders: list[Path] = []
-    without: list[str] = []
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise UserError(f"{missing[0]}: no such folder{f', and {len(missing) - 1} more' if missing[1:] else ''}")
-    for path in map(Path, paths):
-        beneath = []
-        for place, inner, files in os.walk(path):
-            if CONFIG in files or METRICS in files:
-                beneath.append(Path(place))
-                inner.clear()  # a run holds no other; its checkpoints have configs too
-            inner.sort()
-        folders += beneath
-        without += [] if beneath else [str(path)]
+def find_runs(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The run folders among and below the paths, and the paths without any.
+
+    Raises UserError for a missing path or no run at all.
+    """
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: no such folder{more}")
+    folders: dict[Path, Path] = {}  # by their real path: a folder may be given twice
+    empty_paths = []
+    for path in paths:
+        found = list(walk_runs(Path(path)))
+        if not found:
+            empty_paths.append(path)
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
     if not folders:
-        raise UserError(
-            f"{' '.join(paths)}: no run there (a folder with {METRICS} or {CONFIG}); give the out_dir of runs, or a folder that holds such"
-        )
-    return list({folder.resolve(): folder for folder in folders}.values()), without
+        files = f"{run_dir.METRICS_FILE} or {run_dir.RECORD_FILE}"
+        raise UserError(f"{' '.join(paths)}: no run found (a folder with {files}); pass out_dirs or folders of them")
+    return list(folders.values()), empty_paths
 
 
-def names(folders: list[Path]) -> list[str]:
-    """What tells the folders apart: their paths below the folder that all share."""
-    whole = [folder.resolve() for folder in folders]
-    if len(whole) == 1:
-        return [whole[0].name]
-    shared = os.path.commonpath([str(folder.parent) for folder in whole])
-    return [str(folder.relative_to(shared)) for folder in whole]
+def walk_runs(path: Path) -> Iterator[Path]:
+    """The run folders at and below a path. A run holds no other run: its checkpoints have a train_config.json too."""
+    for folder, subfolders, files in os.walk(path):
+        if run_dir.RECORD_FILE in files or run_dir.METRICS_FILE in files:
+            yield Path(folder)
+            subfolders.clear()
+        subfolders.sort()
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What tells folders apart: their paths below the folder that all share."""
+    resolved = [folder.resolve() for folder in folders]
+    if len(resolved) == 1:
+        return [resolved[0].name]
+    shared = os.path.commonpath([str(folder.parent) for folder in resolved])
+    return [str(folder.relative_to(shared)) for folder in resolved]
+
+
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes when the file does; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class RunReader:
+    """Reads the runs at and below some paths; a folder is read again only when one of its files has changed."""
+
+    def __init__(self, paths: Sequence[str], max_points: int):
+        self.paths, self.max_points = paths, max_points
+        self.cache: dict[Path, tuple[list, LoadedRun]] = {}  # folder -> (its stamp, the run)
+
+    def read(self) -> tuple[list[LoadedRun], list[str]]:
+        """The runs, and the paths without any. Raises UserError when there is no run at all."""
+        folders, empty_paths = find_runs(self.paths)
+        runs = []
+        for folder, name in zip(folders, names_of(folders), strict=True):
+            file_stamps = [file_stamp(folder / file) for file in STAMPED_FILES]
+            stamp = [name, run_state.is_running(folder), *file_stamps]
+            if folder not in self.cache or self.cache[folder][0] != stamp:
+                self.cache[folder] = (stamp, read_run(folder, name, self.max_points))
+            runs.append(self.cache[folder][1])
+        return runs, empty_paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading one
 
 
-def number(value: Any) -> float:
-    """A number as a float, anything else, and what is not finite, as NaN."""
+def read_run(folder: Path, name: str, max_points: int) -> LoadedRun:
+    """A run's folder, its curves thinned out to max_points.
+
+    Whatever is wrong is in the run's state, reason and remarks.
+    """
+    run = LoadedRun(folder, name)
+    if not (folder / run_dir.RECORD_FILE).exists():
+        run.remarks.append(f"no {run_dir.RECORD_FILE}")
+    else:
+        try:
+            run.record = RunRecord.load(folder)
+        except UserError as error:
+            run.remarks.append(str(error))
+        except RecursionError:
+            run.remarks.append(f"{run_dir.RECORD_FILE} can't be read (nested too deeply)")
+    lines = run_state.read_metrics(folder / run_dir.METRICS_FILE, run.remarks)
+    run.state, run.reason = run_state.state_and_reason(folder, lines)
+    if run.state in ("failed", "stopped"):
+        run.log_tail = [line[:LOG_LINE_CHARS] for line in run_state.log_tail(folder, LOG_LINES)]
+    train_lines = [line for line in lines if line["event"] == "train"]
+    eval_lines = [line for line in lines if line["event"] == "eval"]
+    run.n_lines = len(train_lines) + len(eval_lines)
+    run.notes = [(line["step"], shorten(line.get("text", ""))) for line in lines if line["event"] == "note"]
+    run.samples = read_samples(eval_lines)
+    train, evals = to_columns(train_lines), to_columns(eval_lines)
+    read_progress(run, lines)
+    read_counts(run)
+    add_tokens(run, train, evals)
+    read_losses(run, evals)
+    speeds = [speed for speed in train.get("tokens_per_second", ()) if not math.isnan(speed)]
+    if speeds:
+        run.tokens_per_second = statistics.median(speeds)
+    run.remarks += training_remarks(run, train, evals)
+    run.train, run.evals = thin_out(train, max_points), thin_out(evals, max_points)
+    return run
+
+
+def read_progress(run: LoadedRun, lines: list[dict]) -> None:
+    """The last step and the seconds."""
+    run.step = max((line["step"] for line in lines if line["event"] in ("train", "eval", "save")), default=0)
+    for line in reversed(lines):
+        seconds = to_float(line.get("seconds"))
+        if not math.isnan(seconds):
+            run.seconds = seconds
+            break
+
+
+def read_counts(run: LoadedRun) -> None:
+    """The model's parameters and FLOPs per token, as train.py recorded them. Runs of older versions have none."""
+    counts = run.record.counts if isinstance(run.record.counts, dict) else {}
+    parameters = to_float(counts.get("parameters"))
+    flops = to_float(counts.get("flops_per_token"))
+    if parameters > 0 and flops > 0:
+        run.parameters, run.flops_per_token = int(parameters), flops
+    elif run.record.args:
+        run.remarks.append("no parameter and FLOP counts (recorded by a newer train.py)")
+
+
+def add_tokens(run: LoadedRun, train: Columns, evals: Columns) -> None:
+    """The tokens seen at each line: interpolated between lines that have them, after the last one at the mean pace."""
+    batch = [run.record.args.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    tokens_per_step = math.prod(to_float(value) for value in batch)
+    known_steps = known_tokens = np.zeros(1)
+    if "tokens" in train:
+        known = ~np.isnan(train["tokens"])
+        known_steps = np.append(0.0, train["step"][known])
+        known_tokens = np.append(0.0, train["tokens"][known])
+        if known_steps[-1] > 0:
+            tokens_per_step = known_tokens[-1] / known_steps[-1]
+    for columns in (train, evals):
+        if "step" not in columns:
+            continue
+        step = columns["step"]
+        interpolated = np.interp(step, known_steps, known_tokens)
+        extrapolated = known_tokens[-1] + (step - known_steps[-1]) * tokens_per_step
+        columns["tokens"] = np.where(step > known_steps[-1], extrapolated, interpolated)
+        if len(step) and not math.isnan(columns["tokens"][-1]):
+            run.tokens = max(run.tokens, float(columns["tokens"][-1]))
+
+
+def read_losses(run: LoadedRun, evals: Columns) -> None:
+    """The final and the best val_loss; an evaluation before the first step is the best only if there is no other."""
+    losses = []
+    for loss, step in zip(evals.get("val_loss", ()), evals.get("step", ()), strict=True):
+        if not math.isnan(loss):
+            losses.append((float(loss), int(step)))
+    if not losses:
+        return
+    learned = [(loss, step) for loss, step in losses if step > 0]
+    run.final_loss = losses[-1][0]
+    run.best_loss, run.best_step = min(learned or losses)
+
+
+def training_remarks(run: LoadedRun, train: Columns, evals: Columns) -> list[str]:
+    """What was unusual."""
+    remarks = []
+    resumed = sum(text.startswith("resuming") for _, text in run.notes)
+    if resumed:
+        remarks.append("resumed once" if resumed == 1 else f"resumed {resumed} times")
+    for key, columns in (("loss", train), ("val_loss", evals)):
+        n_missing = int(np.isnan(columns[key]).sum()) if key in columns else 0
+        if n_missing:
+            remarks.append(f"{key} is not finite in {plural(n_missing, 'line')}")
+    n_skipped = np.nanmax(train["skipped"], initial=0) if "skipped" in train else 0
+    if n_skipped:
+        remarks.append(f"{int(n_skipped):,} steps skipped")
+    return remarks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lines and columns
+
+
+def to_float(value: Any) -> float:
+    """A finite number as a float; anything else as NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
         return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
+    except OverflowError:  # an integer of hundreds of digits
         return math.nan
 
 
-def read_json(path: Path, remarks: list[str]) -> Any:
-    """The content of a JSON file; None, with a remark, where it can't be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        remarks.append(f"{path.name} can't be read ({type(error).__name__})")
-        return None
-
-
-def series(lines: list[dict]) -> Series:
-    """Columns of the numeric keys of lines, and of the losses also where all of them are null."""
-    told: Series = {}
+def to_columns(lines: list[dict]) -> Columns:
+    """The keys that are numbers in at least one line, as columns; the losses also where all of them are null."""
+    columns: Columns = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(lines)):
-        column = [line.get(key) for line in lines]
-        kinds = set(map(type, column))
-        if kinds <= NUMERIC and kinds != {NONE}:
-            try:
-                values = np.array(column, dtype=float)  # None as NaN
-            except OverflowError:  # an integer of hundreds of digits
-                values = np.array([number(value) for value in column])
-            told[key] = np.where(np.isfinite(values), values, math.nan)
-        elif kinds & {int, float} or key in ("loss", "val_loss"):
-            told[key] = np.array([number(value) for value in column])
-    return told
+        values = [line.get(key) for line in lines]
+        kinds = set(map(type, values))
+        if not kinds & {int, float} and key not in ("loss", "val_loss"):
+            continue
+        if kinds <= {int, float, type(None)}:  # the fast way, for most columns
+            columns[key] = to_finite_array(values)
+        else:
+            columns[key] = np.array([to_float(value) for value in values])
+    return columns
 
 
-def thinned(whole: Series, points: int) -> Series:
-    """At most so many points: each stands for lines that follow each other, by their mean, in LARGEST by the largest. A best val_loss keeps its place."""
-    count = len(whole.get("step", ()))
-    if count <= points:
-        return whole
-    if "val_loss" in whole:  # evaluations are picked, not averaged
-        picked = np.unique(np.linspace(0, count - 1, points).round().astype(int))
-        losses = np.where(np.isnan(whole["val_loss"]), np.inf, whole["val_loss"])
-        picked = np.unique(np.append(picked, losses.argmin()))
-        return {key: column[picked] for key, column in whole.items()}
-    first = np.linspace(0, count, points + 1).astype(int)[:-1]  # of each point's lines
-    told = {}
-    for key, column in whole.items():
-        known = ~np.isnan(column)
-        counts = np.add.reduceat(known, first)
-        means = np.add.reduceat(np.where(known, column, 0.0), first) / np.maximum(1, counts)
-        told[key] = np.where(
-            counts > 0,
-            np.maximum.reduceat(np.where(known, column, -np.inf), first) if key in LARGEST else means,
-            math.nan,
-        )
-    return told
-
-
-def told_samples(lines: list[dict]) -> list[tuple[int, list[dict]]]:
-    """(step, texts) of evaluations that carry `samples`; of many the first, the last and evenly between."""
-    sampled = [line for line in lines if isinstance(line.get("samples"), list) and line["samples"]]
-    if len(sampled) > SAMPLED:
-        sampled = [sampled[round(i * (len(sampled) - 1) / (SAMPLED - 1))] for i in range(SAMPLED)]
-    told = []
-    for line in sampled:
-        texts = []
-        for sample in line["samples"][:SAMPLES]:
-            sample = sample if isinstance(sample, dict) else {"completion": sample}
-            one: dict[str, Any] = {
-                key: shortened(sample[key]) for key in ("prompt", "completion") if sample.get(key) is not None
-            }
-            if not math.isnan(reward := number(sample.get("reward"))):
-                one["reward"] = reward
-            texts.append(one)
-        told.append((line["step"], texts))
-    return told
-
-
-def shortened(text: Any) -> str:
-    text = text if isinstance(text, str) else json.dumps(text)
-    return text if len(text) <= LETTERS else f"{text[:LETTERS]}… and {len(text) - LETTERS:,} more letters"
-
-
-def read(folder: Path, name: str, points: int) -> Run:
-    """A run's folder; its curves thinned out to `points`. Whatever is wrong with it is told in the run's `state`, `why` and `remarks`."""
-    remarks: list[str] = []
-    config = read_json(folder / CONFIG, remarks) if (folder / CONFIG).exists() else remarks.append(f"no {CONFIG}")
-    run = Run(folder, name, config if isinstance(config, dict) else {}, remarks=remarks)
-    lines = run_state.read_metrics(folder / METRICS, remarks)
-    run.state, run.why = run_state.state_and_reason(folder, lines)
-    run.log = [line[:400] for line in run_state.log_tail(folder, 12)] if run.state in ("failed", "stopped") else []
-    train, evals = (series([line for line in lines if line["event"] == event]) for event in ("train", "eval"))
-    run.notes = [(line["step"], shortened(line.get("text", ""))) for line in lines if line["event"] == "note"]
-    run.samples = told_samples([line for line in lines if line["event"] == "eval"])
-    run.lines = sum(line["event"] in ("train", "eval") for line in lines)
-    run.step = max((line["step"] for line in lines if line["event"] in ("train", "eval", "save")), default=0)
-    run.seconds = next(
-        (seconds for line in reversed(lines) if not math.isnan(seconds := number(line.get("seconds")))), 0.0
-    )
-    if resumed := sum(text.startswith("resuming") for _, text in run.notes):
-        remarks.append("resumed once" if resumed == 1 else f"resumed {resumed} times")
-    for key, column in (("loss", train.get("loss")), ("val_loss", evals.get("val_loss"))):
-        if column is not None and (lost := int(np.isnan(column).sum())):
-            remarks.append(f"{key} is not finite in {lost} line{'s' * (lost > 1)}")
-    if "skipped" in train and (skipped := np.nanmax(train["skipped"], initial=0)):
-        remarks.append(f"{int(skipped):,} steps skipped")
-    measure(run, train, evals)
-    run.train, run.evals = thinned(train, points), thinned(evals, points)
-    return run
-
-
-def measure(run: Run, train: Series, evals: Series) -> None:
-    """Fill in the run's numbers from all of its lines, and the tokens of lines that don't tell them."""
-    shape = run.config.get("_model")
+def to_finite_array(values: list) -> np.ndarray:
+    """Numbers as an array; NaN for None and for what is not finite."""
     try:
-        run.parameters, run.flops = scaling.parameters(shape), scaling.flops_per_token(shape)
-    except (KeyError, TypeError, ValueError, ArithmeticError):
-        run.remarks += ["its size is not known: no FLOPs"] if run.config else []
-    per_step = math.prod(
-        number(run.config.get(name)) for name in ("batch_size", "gradient_accumulation_steps", "block_size")
-    )
-    if "tokens" in train:
-        known = ~np.isnan(train["tokens"])
-        steps, tokens = (np.append(0.0, train[key][known]) for key in ("step", "tokens"))
-        per_step = tokens[-1] / steps[-1] if steps[-1] > 0 else per_step
-    else:
-        steps = tokens = np.zeros(1)
-    for lines in (
-        train,
-        evals,
-    ):  # between lines that tell their tokens straight on, after the last one at the same pace
-        if "step" in lines:
-            lines["tokens"] = np.where(
-                lines["step"] > steps[-1],
-                tokens[-1] + (lines["step"] - steps[-1]) * per_step,
-                np.interp(lines["step"], steps, tokens),
-            )
-    run.tokens = float(
-        max((lines["tokens"][-1] for lines in (train, evals) if len(lines.get("tokens", ()))), default=0.0)
-    )
-    run.tokens = 0.0 if math.isnan(run.tokens) else run.tokens
-    if len(speeds := [speed for speed in train.get("tokens_per_second", ()) if not math.isnan(speed)]):
-        run.speed = statistics.median(speeds)
-    losses = [
-        (loss, int(step))
-        for loss, step in zip(evals.get("val_loss", ()), evals.get("step", ()), strict=True)
-        if not math.isnan(loss)
-    ]
-    if losses:
-        run.final = float(losses[-1][0])
-        best, run.best_step = min([pair for pair in losses if pair[1] > 0] or losses)  # of what was learned
-        run.best = float(best)
+        array = np.array(values, dtype=float)
+    except OverflowError:
+        return np.array([to_float(value) for value in values])
+    return np.where(np.isfinite(array), array, math.nan)
+
+
+def thin_out(columns: Columns, max_points: int) -> Columns:
+    """At most max_points points (one more where the best evaluation has to stay).
+
+    A point of training stands for consecutive lines by their mean, for MAXIMUM_KEYS by their maximum. Evaluations are
+    picked.
+    """
+    n_lines = len(columns.get("step", ()))
+    if n_lines <= max_points:
+        return columns
+    if "val_loss" in columns:
+        picked = np.linspace(0, n_lines - 1, max_points).round().astype(int)
+        losses = np.where(np.isnan(columns["val_loss"]), np.inf, columns["val_loss"])
+        picked = np.unique(np.append(picked, losses.argmin()))
+        return {key: column[picked] for key, column in columns.items()}
+    starts = np.linspace(0, n_lines, max_points + 1).astype(int)[:-1]  # each point's first line
+    thinned = {}
+    for key, column in columns.items():
+        known = ~np.isnan(column)
+        counts = np.add.reduceat(known, starts)
+        if key in MAXIMUM_KEYS:
+            points = np.maximum.reduceat(np.where(known, column, -np.inf), starts)
+        else:
+            points = np.add.reduceat(np.where(known, column, 0.0), starts) / np.maximum(1, counts)
+        thinned[key] = np.where(counts > 0, points, math.nan)
+    return thinned
+
+
+def read_samples(eval_lines: list[dict]) -> list[tuple[int, list[Sample]]]:
+    """(step, texts) of the evaluations with `samples`; of many, the first, the last and some in between."""
+    sampled = [line for line in eval_lines if isinstance(line.get("samples"), list) and line["samples"]]
+    if len(sampled) > MAX_SAMPLED_STEPS:
+        picked = np.linspace(0, len(sampled) - 1, MAX_SAMPLED_STEPS).round().astype(int)
+        sampled = [sampled[i] for i in picked]
+    return [(line["step"], [read_sample(sample) for sample in line["samples"][:MAX_SAMPLES]]) for line in sampled]
+
+
+def read_sample(value: Any) -> Sample:
+    """A sample of metrics.jsonl: an object, or the completion alone."""
+    fields = value if isinstance(value, dict) else {"completion": value}
+    sample: Sample = {}
+    for key in ("prompt", "completion"):
+        if fields.get(key) is not None:
+            sample[key] = shorten(fields[key])
+    reward = to_float(fields.get("reward"))
+    if not math.isnan(reward):
+        sample["reward"] = reward
+    return sample
+
+
+def shorten(value: Any) -> str:
+    """A text, or a value's JSON, of at most MAX_SAMPLE_CHARS characters."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) <= MAX_SAMPLE_CHARS:
+        return text
+    return f"{text[:MAX_SAMPLE_CHARS]}… and {len(text) - MAX_SAMPLE_CHARS:,} more characters"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# several
+# several runs
 
 
-def brief(value: Any) -> str:
-    """A value in few letters."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return (
-            " ".join(map(brief, value))
-            if isinstance(value, list)
-            else value
-            if isinstance(value, str)
-            else json.dumps(value)
-        )
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def varied(runs: list[Run]) -> list[str]:
-    """The arguments in which the runs differ, in the table's order; those without a config have no part in it."""
-    told = [run.arguments() for run in runs if run.config]
-    keys = dict.fromkeys(key for one in told for key in one)
-    return [key for key in keys if len({json.dumps(one.get(key), sort_keys=True) for one in told}) > 1]
-
-
-@dataclass
-class Group:
+class Group(NamedTuple):
     """Runs that differ in nothing but their seed."""
 
     label: str
-    members: list[int]  # places in the list of runs
+    members: list[int]  # indices of runs
 
 
-def telling(runs: list[Run], keys: list[str]) -> list[str]:
-    """As few of the keys as tell apart what all of them do, in their order: those of the most values first."""
+def format_arg(value: Any) -> str:
+    """An argument's value in few characters."""
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " ".join(map(format_arg, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value)
 
-    def kinds(chosen: list[str]) -> int:
-        return len({json.dumps([run.config.get(key) for key in chosen]) for run in runs})
+
+def identity(value: Any) -> str:
+    """Equal for equal values."""
+    return json.dumps(value, sort_keys=True)
+
+
+def varying_args(runs: Sequence[LoadedRun]) -> list[str]:
+    """The arguments in which runs differ, in the table's order. Runs without a record are ignored."""
+    args_of_runs = [run.learned_args() for run in runs if run.record.args]
+    keys = dict.fromkeys(itertools.chain.from_iterable(args_of_runs))
+    varying = []
+    for key in keys:
+        if len({identity(args.get(key)) for args in args_of_runs}) > 1:
+            varying.append(key)
+    return varying
+
+
+def distinguishing_args(runs: Sequence[LoadedRun], keys: Sequence[str]) -> list[str]:
+    """As few of the keys as tell apart what all of them do, in their order.
+
+    Keys with the most values are tried first.
+    """
+
+    def count_distinct(chosen: list[str]) -> int:
+        return len({identity([run.record.args.get(key) for key in chosen]) for run in runs})
 
     chosen: list[str] = []
-    for key in sorted(keys, key=lambda key: -kinds([key])):
-        if kinds([*chosen, key]) > kinds(chosen):
+    for key in sorted(keys, key=lambda key: -count_distinct([key])):
+        if count_distinct([*chosen, key]) > count_distinct(chosen):
             chosen.append(key)
     return [key for key in keys if key in chosen]
 
 
-def groups(runs: list[Run]) -> list[Group]:
-    """The runs by all their arguments but the seed; one without a config is a group of its own."""
-    keys = telling([run for run in runs if run.config], [key for key in varied(runs) if key != "seed"])
-    found: dict[str, Group] = {}
+def group_runs(runs: Sequence[LoadedRun]) -> list[Group]:
+    """The runs by all their arguments except the seed; one without a record is a group of its own."""
+    recorded = [run for run in runs if run.record.args]
+    keys = distinguishing_args(recorded, [key for key in varying_args(runs) if key != "seed"])
+    groups: dict[str, Group] = {}
     for i, run in enumerate(runs):
-        told = {key: value for key, value in run.arguments().items() if key != "seed"}
-        label = ", ".join(f"{key}={brief(run.config[key])}" for key in keys if key in run.config) or (
-            run.name if len(runs) == 1 or not run.config else "all alike"
-        )
-        found.setdefault(
-            json.dumps(told, sort_keys=True) if run.config else f"?{run.name}", Group(label, [])
-        ).members.append(i)
-    return list(found.values())
+        args = run.record.args
+        label = ", ".join(f"{key}={format_arg(args[key])}" for key in keys if key in args)
+        if not label:
+            label = run.name if len(runs) == 1 or not args else "same arguments"
+        learned_args = {key: value for key, value in run.learned_args().items() if key != "seed"}
+        group_key = identity(learned_args) if args else f"no record: {run.name}"
+        groups.setdefault(group_key, Group(label, [])).members.append(i)
+    return list(groups.values())
 
 
-def band(runs: list[Run], key: str, kind: str) -> dict[str, np.ndarray] | None:
-    """Mean, lowest and highest of a key's curves at the steps of the run that got least far, and the mean x there; None for less than two curves."""
+def seed_band(runs: Sequence[LoadedRun], key: str, kind: str) -> Columns | None:
+    """Mean, lowest and highest of a key's curves, at the steps of the shortest curve. kind: train or evals.
+
+    None for fewer than two.
+
+    Has also the mean tokens and seconds at these steps.
+    """
     curves = []
     for run in runs:
-        lines = run.evals if kind == "eval" else run.train
-        if key in lines and (known := ~np.isnan(lines[key])).any():
-            curves.append({name: lines[name][known] for name in ("step", "tokens", "seconds", key) if name in lines})
+        columns = run.evals if kind == "evals" else run.train
+        known = ~np.isnan(columns.get(key, np.zeros(0)))
+        if known.any():
+            curves.append(
+                {name: columns[name][known] for name in ("step", "tokens", "seconds", key) if name in columns}
+            )
     if len(curves) < 2:
         return None
     shortest = min(curves, key=lambda curve: curve["step"][-1])
-    steps = shortest["step"][shortest["step"] >= max(curve["step"][0] for curve in curves)]
+    first_step = max(curve["step"][0] for curve in curves)
+    steps = shortest["step"][shortest["step"] >= first_step]
     if not len(steps):
         return None
-    at = {
-        name: np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves])
-        for name in ("tokens", "seconds", key)
-        if all(name in curve for curve in curves)
-    }  # (runs, steps)
-    means = {name: values.mean(0) for name, values in at.items() if name != key}
-    return {"step": steps, **means, "mean": at[key].mean(0), "low": at[key].min(0), "high": at[key].max(0)}
+    band = {"step": steps}
+    for name in ("tokens", "seconds"):
+        if all(name in curve for curve in curves):
+            band[name] = interpolate(curves, name, steps).mean(axis=0)
+    values = interpolate(curves, key, steps)
+    return band | {"mean": values.mean(axis=0), "low": values.min(axis=0), "high": values.max(axis=0)}
+
+
+def interpolate(curves: list[Columns], name: str, steps: np.ndarray) -> np.ndarray:
+    """A column of each curve at some steps: (curves, steps)."""
+    return np.array([np.interp(steps, curve["step"], curve[name]) for curve in curves])

@@ -1,179 +1,190 @@
-"""Size, compute and loss: a model's parameters and FLOPs from its shape alone, and the power law through the losses of several sizes.
+"""Scaling laws: a power law through the losses of models of several sizes.
 
-Knows no torch; the counts are those of model.py's GPT, which a test compares.
+    L(x) = E + A x^-alpha         x: parameters or FLOPs; E: the floor, the loss that no size gets below
+
+Fitted by least squares in log L. Knows nothing of runs. Needs scipy, which is imported where it is used.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from nanoforge.report.stats import student_quantile
-
-# ---------------------------------------------------------------------------------------------------------------------
-# counts, from a run's `_model`
-
-
-def matrices(shape: Mapping[str, Any]) -> int:
-    """Weights in a token's matrix products, the head included: those of two dimensions but the embeddings."""
-    C = shape["n_embd"]
-    hidden, kv = round(shape["mlp_ratio"] * C), (shape["n_kv_head"] or shape["n_head"]) * (C // shape["n_head"])
-    layer = C * (C + 2 * kv) + C * C + (3 if shape["mlp"] == "gated" else 2) * C * hidden
-    return shape["n_layer"] * layer + sum(shape["vocab_sizes"]) * C
+MIN_SIZES = 3  # fewer points lie on too many laws
+MIN_SIZES_FOR_FLOOR = 5  # with fewer, a floor can't be told apart from the exponent
+FLOOR_GRID = np.linspace(0.05, 0.99, 40)  # starts of the fit, in units of the lowest loss
+N_REFINED = 3  # the best starts, which are refined
+MIN_FLOOR_GAIN = 1e-6  # relative decrease of the squared error that a floor must bring
 
 
-def parameters(shape: Mapping[str, Any]) -> int:
-    """All parameters, tied ones once. Raises KeyError or TypeError where the shape lacks something."""
-    C, L = shape["n_embd"], shape["n_layer"]
-    hidden, kv = round(shape["mlp_ratio"] * C), (shape["n_kv_head"] or shape["n_head"]) * (C // shape["n_head"])
-    gains = {"layernorm": 1 + shape["bias"], "rmsnorm": 1, "rmsnorm_nogain": 0}[shape["norm"]] * C * (2 * L + 1)
-    biases = shape["bias"] * L * (C + 2 * kv + C + C + hidden * (2 if shape["mlp"] == "gated" else 1))
-    scalars = 2 * L * shape.get("residual_scalars", False) + (L - 1) * shape.get("value_residual", False)
-    embeddings = sum(shape["vocab_sizes"]) * C * (not shape["tie_weights"]) + shape["block_size"] * C * (
-        shape["position"] == "learned"
-    )
-    return matrices(shape) + embeddings + gains + biases + scalars
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(x) = floor + exp(height - exponent (log x - center)), and its uncertainty."""
 
-
-def flops_per_token(shape: Mapping[str, Any]) -> float:
-    """Forward and backward FLOPs of a training token: 6 a weight in a product, 12 T C a layer for attention (PaLM, Chowdhery et al. 2022,
-    appendix B), short windows counted as such. Raises KeyError or TypeError where the shape lacks something."""
-    T, window = shape["block_size"], shape.get("window", "L")
-    short = min(T, shape.get("window_size", 0) or max(1, T // 2))
-    spans = sum(short if window[layer % len(window)] == "S" else T for layer in range(shape["n_layer"]))
-    return 6.0 * matrices(shape) + 12.0 * spans * shape["n_embd"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the law
-
-
-class PowerLaw(NamedTuple):
-    """L(x) = floor + exp(height - exponent (log x - center)), and how sure of it the points are."""
-
-    floor: float  # E: what no size gets below; 0 where it wasn't fitted
+    floor: float  # E; 0 where it was not fitted
     height: float  # log of the part above the floor, at the center
-    exponent: float
+    exponent: float  # alpha
     center: float  # mean of log x
-    covariance: np.ndarray | None  # of (height, exponent[, floor]); None where there are as many unknowns as points
-    variance: float  # of log L around the law
-    freedom: int  # points less unknowns
+    covariance: np.ndarray | None = None  # of (height, exponent[, floor]); None with as many unknowns as points
+    variance: float = 0.0  # of log L around the law
+    degrees_of_freedom: int = 0  # points less unknowns
 
-    def loss(self, x):
-        """The law at x, a number or an array."""
+    @property
+    def scale(self) -> float:
+        """log A"""
+        return self.height + self.exponent * self.center
+
+    def loss(self, x: np.ndarray | float) -> np.ndarray:
         return self.floor + np.exp(self.height - self.exponent * (np.log(x) - self.center))
 
-    def margin(self, x: float, confidence: float = 0.95) -> float | None:
-        """A new run at x is within loss(x) times or over exp(margin) with this confidence (delta method in log L); None where that can't be told."""
+    def gradient(self, x: np.ndarray) -> np.ndarray:
+        """Derivatives of log L at each x by height, exponent and floor: (points, 3)."""
+        loss = self.loss(x)
+        above_floor = (loss - self.floor) / loss
+        return np.stack((above_floor, -above_floor * (np.log(x) - self.center), 1 / loss), axis=1)
+
+    def residuals(self, x: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        return np.log(self.loss(x)) - np.log(losses)
+
+    def squared_error(self, x: np.ndarray, losses: np.ndarray) -> float:
+        return float(np.square(self.residuals(x, losses)).sum())
+
+    def margin(self, x: np.ndarray | float, confidence: float = 0.95) -> np.ndarray | None:
+        """A new run at x lies between loss(x) / exp(margin) and loss(x) * exp(margin) with this confidence.
+
+        Delta method in log L; None without a covariance.
+        """
         if self.covariance is None:
             return None
-        slope = slopes(np.array([x]), self)[0, : len(self.covariance)]
-        return float(
-            student_quantile(confidence, self.freedom) * math.sqrt(slope @ self.covariance @ slope + self.variance)
-        )
+        gradient = self.gradient(np.atleast_1d(x))[:, : len(self.covariance)]
+        variance = np.einsum("pi,ij,pj->p", gradient, self.covariance, gradient) + self.variance
+        return student_quantile(confidence, self.degrees_of_freedom) * np.sqrt(variance)
 
     def exponent_margin(self, confidence: float = 0.95) -> float | None:
-        """Half the exponent's confidence interval."""
-        return (
-            None
-            if self.covariance is None
-            else float(student_quantile(confidence, self.freedom) * math.sqrt(self.covariance[1, 1]))
-        )
+        """Half the width of the exponent's confidence interval; None without a covariance."""
+        if self.covariance is None:
+            return None
+        return float(student_quantile(confidence, self.degrees_of_freedom) * np.sqrt(self.covariance[1, 1]))
 
 
-def slopes(x: np.ndarray, law: PowerLaw) -> np.ndarray:
-    """Derivatives of log L at each x by height, exponent and floor: (points, 3)."""
-    loss = law.loss(x)
-    above = (loss - law.floor) / loss
-    return np.stack((above, -above * (np.log(x) - law.center), 1 / loss), axis=1)
+def student_quantile(confidence: float, degrees_of_freedom: int) -> float:
+    """The t that Student's distribution stays within, on both sides, with this probability."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, (1 + confidence) / 2))
 
 
-def squares_of(x: np.ndarray, y: np.ndarray, law: PowerLaw) -> float:
-    """Sum of squares of log L around the law."""
-    return float(np.square(np.log(y) - np.log(law.loss(x))).sum())
+# ---------------------------------------------------------------------------------------------------------------------
+# the fit
 
 
-def refined(x: np.ndarray, y: np.ndarray, law: PowerLaw, free: int) -> tuple[float, PowerLaw]:
-    """(sum of squares, law) where Levenberg's and Marquardt's steps in the first `free` of its unknowns end; x and losses y: (points,)."""
-    damping, least = 1e-3, squares_of(x, y, law)
-    for _ in range(300):
-        jacobian = slopes(x, law)[:, :free]
-        normal = jacobian.T @ jacobian
-        step = np.linalg.lstsq(
-            normal + damping * np.diag(np.diag(normal)), jacobian.T @ (np.log(y) - np.log(law.loss(x))), rcond=None
-        )[0]
-        height, exponent, floor = np.array([law.height, law.exponent, law.floor]) + np.pad(step, (0, 3 - free))
-        tried = law._replace(height=float(height), exponent=float(exponent), floor=float(floor))
-        now = squares_of(x, y, tried) if 0 <= floor < y.min() and abs(exponent) < 50 and abs(height) < 500 else math.inf
-        if now < least:
-            law, gain, least, damping = tried, least - now, now, damping / 10
-            if gain <= 1e-12 * least:
-                break
-        else:
-            damping *= 10
-            if damping > 1e12:
-                break
-    return least, law
+def fit(x: Sequence[float], losses: Sequence[float], *, with_floor: bool | None = None) -> PowerLaw | None:
+    """The power law with the least squared error of log L; equal x are seeds.
 
-
-def fit(x: Sequence[float], losses: Sequence[float], with_floor: bool | None = None) -> PowerLaw | None:
-    """The power law with the least squares of log L.
-
-    x: parameters or FLOPs; losses above 0. With five or more different x the floor E is fitted too (Hoffmann et al. 2022, approach 3,
-    with squares for their Huber loss), the best starts of a grid of floors being refined; with fewer it can't be told apart from the
-    exponent, and the law is Kaplan's (2020), E = 0. Repeated x are seeds. None with fewer than three x, or x that lie within a factor of 2.
+    With five or more sizes the floor is fitted too (Hoffmann et al. 2022, approach 3, with squares for their Huber
+    loss); with fewer the law is Kaplan's (2020), E = 0. None for values that are not positive, fewer than three
+    sizes, or sizes within a factor of 2.
     """
-    x, y = np.array(x, dtype=float), np.array(losses, dtype=float)
-    sizes = len(np.unique(x))
-    if (
-        sizes < 3
-        or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all())
-        or x.max() < 2 * x.min()
-    ):
+    sizes, values = np.array(x, dtype=float), np.array(losses, dtype=float)
+    n_sizes = len(np.unique(sizes))
+    valid = np.isfinite(sizes) & np.isfinite(values) & (sizes > 0) & (values > 0)
+    if not valid.all() or n_sizes < MIN_SIZES or sizes.max() < 2 * sizes.min():
         return None
+    if with_floor is None:
+        with_floor = n_sizes >= MIN_SIZES_FOR_FLOOR
+    law = fit_given_floor(sizes, values, 0.0)
+    if with_floor:
+        floored = fit_floor(sizes, values)
+        max_error = (1 - MIN_FLOOR_GAIN) * law.squared_error(sizes, values)
+        if floored.squared_error(sizes, values) < max_error:
+            law = floored
+    return with_uncertainty(law, sizes, values)
+
+
+def fit_given_floor(x: np.ndarray, losses: np.ndarray, floor: float) -> PowerLaw:
+    """The law with this floor: a line through log(L - E) against log x. Exact for floor 0, else a start for the fit."""
     center = float(np.log(x).mean())
-    floored = sizes >= 5 if with_floor is None else with_floor
-    starts = []
-    for floor in [0.0, *(y.min() * np.linspace(0.05, 0.99, 40) if floored else ())]:
-        weight = (y - floor) / y  # log(y - floor) errs so much more than log y
-        slope, height = np.polyfit(np.log(x) - center, np.log(y - floor), 1, w=weight)
-        starts.append(PowerLaw(float(floor), float(height), float(-slope), center, None, 0.0, 0))
-    least = sorted(starts[1:], key=lambda law: squares_of(x, y, law))[:3]
-    squares, law = min(
-        (refined(x, y, law, 3 if law.floor else 2) for law in (starts[0], *least)), key=lambda found: found[0]
-    )
-    free = 3 if floored and law.floor > 0 else 2  # a floor that ends at 0 is not an unknown
-    freedom = len(x) - free
-    if freedom < 1:
+    weights = (losses - floor) / losses  # log(L - E) errs by 1 / weights as much as log L
+    slope, height = np.polyfit(np.log(x) - center, np.log(losses - floor), 1, w=weights)
+    return PowerLaw(floor=float(floor), height=float(height), exponent=float(-slope), center=center)
+
+
+def fit_floor(x: np.ndarray, losses: np.ndarray) -> PowerLaw:
+    """The law with any floor between 0 and the lowest loss: the best of several starts, refined."""
+    from scipy.optimize import least_squares
+
+    def law_at(unknowns: np.ndarray) -> PowerLaw:
+        height, exponent, floor = map(float, unknowns)
+        return replace(starts[0], height=height, exponent=exponent, floor=floor)
+
+    starts = [fit_given_floor(x, losses, floor) for floor in losses.min() * FLOOR_GRID]
+    starts.sort(key=lambda law: law.squared_error(x, losses))
+    laws = []
+    for start in starts[:N_REFINED]:
+        result = least_squares(
+            lambda unknowns: law_at(unknowns).residuals(x, losses),
+            (start.height, start.exponent, start.floor),
+            jac=lambda unknowns: law_at(unknowns).gradient(x),
+            bounds=([-np.inf, -np.inf, 0.0], [np.inf, np.inf, losses.min()]),
+            x_scale="jac",
+            ftol=1e-12,
+            xtol=1e-12,
+            gtol=1e-12,
+        )
+        laws.append(law_at(result.x))
+    return min(laws, key=lambda law: law.squared_error(x, losses))
+
+
+def with_uncertainty(law: PowerLaw, x: np.ndarray, losses: np.ndarray) -> PowerLaw:
+    """The law with its covariance, where there are more points than unknowns."""
+    n_unknowns = 3 if law.floor > 0 else 2
+    degrees_of_freedom = len(x) - n_unknowns
+    if degrees_of_freedom < 1:
         return law
-    jacobian, variance = slopes(x, law)[:, :free], squares / freedom
-    return law._replace(covariance=variance * np.linalg.pinv(jacobian.T @ jacobian), variance=variance, freedom=freedom)
+    jacobian = law.gradient(x)[:, :n_unknowns]
+    variance = law.squared_error(x, losses) / degrees_of_freedom
+    covariance = variance * np.linalg.pinv(jacobian.T @ jacobian)
+    return replace(law, covariance=covariance, variance=variance, degrees_of_freedom=degrees_of_freedom)
 
 
-class NextSize(NamedTuple):
-    """What the law says of the size after the largest."""
+# ---------------------------------------------------------------------------------------------------------------------
+# predictions
+
+
+class Prediction(NamedTuple):
+    """The loss of a size that was not trained."""
 
     x: float
     loss: float
-    low: float | None  # of the 95 % interval of a new run
+    low: float | None  # the 95 % interval of a new run
     high: float | None
 
 
-def next_size(law: PowerLaw, x: Sequence[float]) -> NextSize:
-    """The loss at the largest x times the (geometric) mean ratio of the sizes given."""
+def predict_next_size(law: PowerLaw, x: Sequence[float]) -> Prediction:
+    """The loss at the largest x times the (geometric) mean ratio of the sizes."""
     sizes = sorted(set(x))
-    following = sizes[-1] * (sizes[-1] / sizes[0]) ** (1 / (len(sizes) - 1))
-    loss, margin = float(law.loss(following)), law.margin(following)
-    return NextSize(
-        following, loss, *((None, None) if margin is None else (loss * math.exp(-margin), loss * math.exp(margin)))
-    )
+    mean_ratio = (sizes[-1] / sizes[0]) ** (1 / (len(sizes) - 1))
+    following = sizes[-1] * mean_ratio
+    loss = float(law.loss(following))
+    margin = law.margin(following)
+    if margin is None:
+        return Prediction(following, loss, None, None)
+    factor = float(np.exp(margin[0]))
+    return Prediction(following, loss, loss / factor, loss * factor)
 
 
-def check_largest(x: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
-    """(what the smaller sizes alone foretell of the largest, what it reached): the test of such a prediction. None with fewer than four sizes."""
+def predict_largest(x: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
+    """(loss of the largest size as the smaller ones predict it, its mean loss): a test of the law.
+
+    None with fewer than four sizes.
+    """
     largest = max(x)
-    smaller = [(size, loss) for size, loss in zip(x, losses, strict=True) if size < largest]
-    law = fit(*zip(*smaller, strict=True)) if len({size for size, _ in smaller}) >= 3 else None
-    reached = [loss for size, loss in zip(x, losses, strict=True) if size == largest]
-    return (float(law.loss(largest)), float(np.mean(reached))) if law else None
+    if len(set(x)) < MIN_SIZES + 1:
+        return None
+    smaller = [i for i in range(len(x)) if x[i] < largest]
+    law = fit([x[i] for i in smaller], [losses[i] for i in smaller])
+    if law is None:
+        return None
+    reached = [losses[i] for i in range(len(x)) if x[i] == largest]
+    return float(law.loss(largest)), float(np.mean(reached))

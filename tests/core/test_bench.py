@@ -1,4 +1,4 @@
-"""bench.py: its arithmetic against closed forms, and its sections end to end with tiny shapes and a stand-in for nanoGPT."""
+"""bench.py: its arithmetic against closed forms; its sections with tiny shapes and a stand-in for nanoGPT."""
 
 import json
 import sys

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_args
-from nanoforge.report import scaling
+from model import GPT, GPTConfig
 from nanoforge.training.depth import derive_args
 from train_args import TrainArgs
 
@@ -39,17 +39,10 @@ def test_the_run_has_the_tokens_asked_for(depth, aspect, tokens_per_weight, bloc
 
 
 def test_the_weights_that_tokens_are_counted_by_are_those_of_the_blocks():
-    shape = {
-        "n_embd": 96,
-        "n_layer": 3,
-        "n_head": 3,
-        "n_kv_head": 0,
-        "mlp_ratio": 4.0,
-        "mlp": "plain",
-        "vocab_sizes": [0],
-    }
+    model = GPT(GPTConfig(vocab_sizes=(1,), n_layer=3, n_head=3, n_embd=96))
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
     values = derive_args(3, 32, 10, 100, {"batch_size": 1, "gradient_accumulation_steps": 1})
-    assert values["max_iters"] == round(10 * scaling.matrices(shape) / 100)
+    assert values["max_iters"] == round(10 * weights / 100)
 
 
 def test_the_rules_meet_the_recipe_for_gpt2s_size():
