@@ -194,7 +194,7 @@ def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
 
 
 def reach_goal(name: str, runs: dict[str, list[Run]]) -> Figures:
-    """The goal, the peer's mean final loss; what it took the peer (median); the first point of each of our runs that is as good."""
+    """The goal (the peer's mean final loss), what it took the peer (median), and when each of our runs reached it."""
     goal = statistics.mean(run["loss"] for run in runs[name])
     peer = {key: statistics.median(run["curve"][-1][key] for run in runs[name]) for key in MEASURES}
     reached = [next((point for point in run["curve"] if point["loss"] <= goal), None) for run in runs["ours"]]
