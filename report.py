@@ -69,7 +69,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from nanoforge import files
-from nanoforge.report import page, plots
+from nanoforge.report import page
 from nanoforge.report.read_runs import RunReader
 from nanoforge.report.server import HOST, PageServer
 
@@ -84,6 +84,8 @@ def default_title(paths: list[str]) -> str:
 
 def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Write the page and the figures to --out."""
+    from nanoforge.report import plots  # matplotlib: half a second that --watch and errors don't need
+
     runs, empty_paths = reader.read()
     for path in empty_paths:
         print(f"{path}: no run found, ignored", file=sys.stderr)

@@ -29,8 +29,8 @@ from nanoforge.report.read_runs import Group, LoadedRun
 
 BAND_KEYS = {"val_loss": "evals", "loss": "train", "train_loss": "evals", "bits_per_byte": "evals"}
 DATA_ARGS = ("training_mode", "dataset", "dataset_list", "multicontext_datasets")
+# Unicode categories: control, format, unpaired, private and unassigned characters; line and paragraph separators
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Unicode categories: control, format, unpaired, private and unassigned characters; line and paragraph separators."""
 RUN_FIELDS = (
     "name",
     "state",

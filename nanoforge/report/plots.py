@@ -6,11 +6,12 @@ written, and an older one is deleted.
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 PALETTE = (
     "#4269d0",
@@ -80,8 +81,6 @@ def make_colors(shown: Row) -> ColorOf:
     """A run's color: that of its group, or with many groups that of its rank."""
     if len(shown["groups"]) <= len(PALETTE):
         return lambda run: PALETTE[run["group"] % len(PALETTE)]
-    from matplotlib import colormaps
-
     losses = sorted(run["ranking_loss"] for run in shown["runs"] if run["ranking_loss"] is not None)
 
     def color_by_rank(run: Row) -> Any:
@@ -106,7 +105,7 @@ def x_values(run: Row, columns: Row, x: str) -> list[float]:
     return [tokens * flops for tokens in to_floats(columns.get("tokens", []))]
 
 
-def zoom_in(axes: "Axes", curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
+def zoom_in(axes: Axes, curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
     """Set the limits of y without the curves' steep beginnings."""
     heights = []
     for xs, ys in curves:
@@ -125,7 +124,7 @@ def zoom_in(axes: "Axes", curves: Iterable[tuple[Sequence[float], Sequence[float
 # curves of every run
 
 
-def draw_loss(shown: Row, color_of: ColorOf) -> "Figure | None":
+def draw_loss(shown: Row, color_of: ColorOf) -> Figure | None:
     """The validation loss against steps, tokens, seconds and FLOPs; without any, the training loss."""
     key = "val_loss"
     if not any("val_loss" in run["evals"] for run in shown["runs"]):
@@ -134,7 +133,7 @@ def draw_loss(shown: Row, color_of: ColorOf) -> "Figure | None":
     return draw_panels(shown, panels, color_of, columns=2)
 
 
-def draw_training(shown: Row, color_of: ColorOf) -> "Figure | None":
+def draw_training(shown: Row, color_of: ColorOf) -> Figure | None:
     panels = []
     for key, title in TRAINING.items():
         if any(key in run["train"] for run in shown["runs"]):
@@ -142,19 +141,17 @@ def draw_training(shown: Row, color_of: ColorOf) -> "Figure | None":
     return draw_panels(shown, panels, color_of, columns=3)
 
 
-def draw_datasets(shown: Row, color_of: ColorOf) -> "Figure | None":
+def draw_datasets(shown: Row, color_of: ColorOf) -> Figure | None:
     keys = {key for run in shown["runs"] for key in run["evals"] if key.startswith("val_loss/")}
     panels = [Panel(key, "step", key) for key in sorted(keys)]
     return draw_panels(shown, panels, color_of, columns=min(3, len(panels)))
 
 
-def draw_panels(shown: Row, panels: Sequence[Panel], color_of: ColorOf, columns: int) -> "Figure | None":
+def draw_panels(shown: Row, panels: Sequence[Panel], color_of: ColorOf, columns: int) -> Figure | None:
     """A figure of panels; None where no run has any of their keys."""
     runs = shown["runs"]
     if not any(panel.key in run["train"] or panel.key in run["evals"] for panel in panels for run in runs):
         return None
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -169,9 +166,7 @@ def draw_panels(shown: Row, panels: Sequence[Panel], color_of: ColorOf, columns:
     return figure
 
 
-def draw_panel(axes: "Axes", panel: Panel, shown: Row, color_of: ColorOf) -> None:
-    from matplotlib.ticker import EngFormatter
-
+def draw_panel(axes: Axes, panel: Panel, shown: Row, color_of: ColorOf) -> None:
     def worst_first(run: Row) -> float:  # so the best run is on top
         return -(run["ranking_loss"] if run["ranking_loss"] is not None else 1e9)
 
@@ -193,7 +188,7 @@ def draw_panel(axes: "Axes", panel: Panel, shown: Row, color_of: ColorOf) -> Non
         zoom_in(axes, curves)
 
 
-def add_legend(figure: "Figure") -> None:
+def add_legend(figure: Figure) -> None:
     """One entry for each label, below the panels; none for a single label."""
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     lines = {label: line for label, line in lines.items() if not label.startswith("_")}
@@ -213,13 +208,11 @@ def add_legend(figure: "Figure") -> None:
 # seeds and scaling
 
 
-def draw_seeds(shown: Row, color_of: ColorOf) -> "Figure | None":
+def draw_seeds(shown: Row, color_of: ColorOf) -> Figure | None:
     """Each group's mean curve with a band from the lowest to the highest seed, and the loss of each seed."""
     groups = [group for group in shown["groups"] if "val_loss" in group["bands"]]
     if not groups:
         return None
-    from matplotlib.figure import Figure
-
     if len(groups) <= len(PALETTE):
         colors = list(PALETTE[: len(groups)])
     else:
@@ -259,13 +252,11 @@ def describe_seeds(group: Row) -> str:
     return label
 
 
-def draw_scaling(shown: Row, color_of: ColorOf) -> "Figure | None":
+def draw_scaling(shown: Row, color_of: ColorOf) -> Figure | None:
     """The laws: their points, their curve with its interval, and the next size."""
     laws = shown["scaling"]["laws"] if shown["scaling"] else {}
     if not laws:
         return None
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(5.6 * len(laws), 4.8), layout="constrained")
     for axes, (key, law) in zip(figure.subplots(1, len(laws), squeeze=False).flat, laws.items(), strict=True):
         draw_law(axes, key, law)
@@ -275,7 +266,7 @@ def draw_scaling(shown: Row, color_of: ColorOf) -> "Figure | None":
     return figure
 
 
-def draw_law(axes: "Axes", key: str, law: Row) -> None:
+def draw_law(axes: Axes, key: str, law: Row) -> None:
     if law["low"]:
         axes.fill_between(law["x"], law["low"], law["high"], color=PALETTE[0], alpha=0.13, linewidth=0)
     axes.plot(law["x"], law["y"], "--", color="#444", linewidth=1.5)
