@@ -1,7 +1,8 @@
-"""The command line and config files: precedence, every kind of value, and all mistakes told at once with status 2."""
+"""The command line: precedence, every kind of value, aliases, and all errors reported at once with status 2."""
 
 import ast
 import json
+import re
 
 import pytest
 from helpers import ROOT
@@ -10,12 +11,15 @@ import configurator
 import train_args
 from nanoforge.errors import UserError
 
+SPECS = configurator.arg_specs(train_args.TrainArgs)
 
-def parse(*argv):
+
+def parse(*argv: str) -> train_args.TrainArgs:
     return train_args.parse(list(argv))
 
 
-def mistakes(capsys, *argv) -> str:
+def errors_of(capsys, *argv: str) -> str:
+    """What a command line with errors prints."""
     with pytest.raises(SystemExit) as end:
         parse(*argv)
     assert end.value.code == 2
@@ -23,19 +27,19 @@ def mistakes(capsys, *argv) -> str:
 
 
 def test_defaults_are_the_guides():
-    a = parse()
+    args = parse()
     expected = {
         "dataset": "shakespeare_char", "out_dir": "out", "batch_size": 64, "max_iters": 3500, "learning_rate": 1e-3, "eval_interval": 250, "eval_iters": 200,
         "log_interval": 10, "seed": 1337, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0, "lr_scheduler": "none",
         "decay_lr": False, "warmup_iters": 100, "lr_decay_iters": 3500, "min_lr": 1e-4, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
         "dropout": 0.0, "bias": False,
     }  # fmt: skip
-    assert {name: getattr(a, name) for name in expected} == expected
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_commands_of_the_guide_are_understood():
-    a = parse("--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "0.5", "0.5")
-    assert a.dataset_list == ("a", "b") and a.dataset_sampling_probs == (0.5, 0.5)
+    args = parse("--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "0.5", "0.5")
+    assert args.dataset_list == ("a", "b") and args.dataset_sampling_probs == (0.5, 0.5)
     assert parse("--training_mode", "multicontext", "--multicontext_datasets", "a", "b").mixture == [("a", "b")]
     assert parse("--init_from=gpt2", "--gpt2_type=gpt2-medium").weights_source == "gpt2-medium"
     assert parse(
@@ -59,23 +63,23 @@ def test_booleans_in_every_spelling():
 def test_numbers_in_every_spelling(tmp_path):
     assert parse("--learning_rate=3e-4").learning_rate == 3e-4 and parse("--max_iters=1e3").max_iters == 1000
     (tmp_path / "c.yaml").write_text("learning_rate: 3e-4\nmax_tokens: 1e9\n")
-    a = parse(str(tmp_path / "c.yaml"))
-    assert a.learning_rate == 3e-4 and a.max_tokens == 10**9 and type(a.max_tokens) is int
+    args = parse(str(tmp_path / "c.yaml"))
+    assert args.learning_rate == 3e-4 and args.max_tokens == 10**9 and type(args.max_tokens) is int
 
 
 def test_precedence_is_default_files_left_to_right_command_line(tmp_path):
     (tmp_path / "a.py").write_text("n_layer = 3\nn_embd = 48\nbatch_size = 2\n")
     (tmp_path / "b.json").write_text('{"n_embd": 96, "batch_size": 3, "_remark": 1}')
     for argv in (["a", "b", "--batch_size=5"], ["--batch_size=5", "a", "b"], ["a", "--batch_size=5", "b"]):
-        a = parse(*(str(tmp_path / {"a": "a.py", "b": "b.json"}[w]) if w in "ab" else w for w in argv))
-        assert (a.n_layer, a.n_embd, a.batch_size, a.n_head) == (3, 96, 5, 6)
-    a = parse("--compile", str(tmp_path / "a.py"))
-    assert a.compile is True and a.n_layer == 3, "a bare flag does not swallow a file"
-    a = parse("--training_mode=multidataset", "--dataset_list", "x", "y", str(tmp_path / "a.py"))
-    assert a.dataset_list == ("x", "y") and a.n_layer == 3, "nor does a list"
+        args = parse(*(str(tmp_path / {"a": "a.py", "b": "b.json"}[w]) if w in "ab" else w for w in argv))
+        assert (args.n_layer, args.n_embd, args.batch_size, args.n_head) == (3, 96, 5, 6)
+    args = parse("--compile", str(tmp_path / "a.py"))
+    assert args.compile is True and args.n_layer == 3, "a bare flag does not swallow a file"
+    args = parse("--training_mode=multidataset", "--dataset_list", "x", "y", str(tmp_path / "a.py"))
+    assert args.dataset_list == ("x", "y") and args.n_layer == 3, "nor does a list"
 
 
-def test_print_config_tells_where_values_come_from(tmp_path, capsys):
+def test_print_config_names_the_source_of_each_value(tmp_path, capsys):
     (tmp_path / "a.py").write_text("n_layer = 3\n")
     with pytest.raises(SystemExit) as end:
         parse(str(tmp_path / "a.py"), "--seed=5", "--print_config")
@@ -86,7 +90,7 @@ def test_print_config_tells_where_values_come_from(tmp_path, capsys):
         and rows["seed"] == ["5", "command", "line"]
         and rows["n_head"] == ["6", "default"]
     )
-    assert len(rows) == len(configurator.arg_specs(train_args.TrainArgs))
+    assert len(rows) == len(SPECS)
 
 
 def test_nanogpts_own_config_files_load(tmp_path, capsys):
@@ -103,8 +107,8 @@ def test_nanogpts_own_config_files_load(tmp_path, capsys):
         "import time\n\nout_dir = 'out-shakespeare'\neval_interval = 5\nwandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\ninit_from = 'gpt2-xl'\nbatch_size = 1\n"
         "gradient_accumulation_steps = 32\nmax_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n"
     )
-    a = parse(str(tmp_path / "train_shakespeare_char.py"))
-    assert a.dropout == 0.2 and a.always_save_checkpoint is False
+    args = parse(str(tmp_path / "train_shakespeare_char.py"))
+    assert args.dropout == 0.2 and args.always_save_checkpoint is False
     assert "lr_decay_iters is not used here" in capsys.readouterr().err
     assert parse(str(tmp_path / "train_gpt2.py")).gradient_accumulation_steps == 40
     assert parse(str(tmp_path / "finetune_shakespeare.py"), "--wandb_log").wandb_run_name.startswith("ft-1")
@@ -119,12 +123,12 @@ def test_nanogpts_own_config_files_load(tmp_path, capsys):
 def test_configs_are_never_executed(tmp_path, capsys, line):
     path, target = tmp_path / "c.py", tmp_path / "executed"
     path.write_text(line.replace("{}", str(target)))
-    assert str(path) in mistakes(capsys, str(path)) and not target.exists()
+    assert str(path) in errors_of(capsys, str(path)) and not target.exists()
 
 
-def test_all_mistakes_are_told_at_once(capsys, tmp_path):
+def test_all_errors_are_reported_at_once(capsys, tmp_path):
     (tmp_path / "c.py").write_text("n_lyer = 3\nbatch_size = 'many'\n")
-    told = mistakes(
+    errors = errors_of(
         capsys,
         str(tmp_path / "c.py"),
         "--learning_rat=1",
@@ -139,10 +143,10 @@ def test_all_mistakes_are_told_at_once(capsys, tmp_path):
     for part in ("10 errors", "--learning_rat: no such argument; did you mean --learning_rate?", "n_lyer: no such argument; did you mean n_layer?", "batch_size=many: must be a whole number",
                  "--n_head=0: must be at least 1", "--dropout=2: must be at most 0.999", "did you mean cosine?", "--compile=maybe: must be true or false", "--seed: needs a value",
                  "--max_iters=2.5: must be a whole number", "nowhere.json: can't be read"):  # fmt: skip
-        assert part in told, f"{part!r} is not in {told!r}"
+        assert part in errors, f"{part!r} is not in {errors!r}"
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize(("flags", "error"), [
     (["--dataset_list", "a", "b"], "--dataset_list: has an effect only with --training_mode=multidataset"),
     (["--training_mode=multidataset"], "--dataset_list: required by --training_mode=multidataset"),
     (["--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "1"], "1 weights for 2 datasets"),
@@ -175,8 +179,8 @@ def test_all_mistakes_are_told_at_once(capsys, tmp_path):
     (["--rope_base=10"], "only with --position=rope"),
     (["--no-compile=true"], "ignored explicit argument"),
 ])  # fmt: skip
-def test_arguments_that_dont_fit_are_told_by_flag(capsys, flags, told):
-    assert told in mistakes(capsys, *flags)
+def test_arguments_that_conflict_are_reported_by_flag(capsys, flags, error):
+    assert error in errors_of(capsys, *flags)
 
 
 def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
@@ -192,8 +196,8 @@ def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
             }
         )
     )
-    a = parse("--init_from=resume", f"--out_dir={tmp_path}", "--learning_rate=0.25")
-    assert (a.n_layer, a.learning_rate, a.out_dir, a.overwrite, a.init_from) == (
+    args = parse("--init_from=resume", f"--out_dir={tmp_path}", "--learning_rate=0.25")
+    assert (args.n_layer, args.learning_rate, args.out_dir, args.overwrite, args.init_from) == (
         3,
         0.25,
         str(tmp_path),
@@ -201,15 +205,173 @@ def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
         "resume",
     )
     assert parse("--init_from=resume", f"--out_dir={tmp_path}", "--n_layer=3").n_layer == 3
-    assert "--overwrite: " in mistakes(capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite")
+    assert "--overwrite: " in errors_of(capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite")
 
 
 def test_every_shipped_config_is_valid(capsys):
     for path in sorted((ROOT / "configs").glob("*.py")):
-        words = ast.get_docstring(ast.parse(path.read_text()))
-        assert words, f"{path} has no docstring"
-        parse(str(path), *(["--init_from=gpt2"] if "--init_from=" in words else []))  # where its command names weights
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, f"{path} has no docstring"
+        weights = ["--init_from=gpt2"] if "--init_from=" in docstring else []  # where its command names weights
+        parse(str(path), *weights)
         assert "is not used here" not in capsys.readouterr().err, f"{path} sets something that has no effect"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other programs' names
+
+ALIASES = [(alias, name) for name, spec in SPECS.items() for alias in spec.alias]
+RELATED = {  # what else an argument needs to be valid
+    "fsdp_reshard": ["--parallel=fsdp"],
+    "fsdp_offload": ["--parallel=fsdp"],
+    "lora_rank": ["--adapter=lora", "--init_from=gpt2"],
+    "lora_targets": ["--adapter=lora", "--init_from=gpt2"],
+    "max_new_tokens": ["--objective=sft"],
+    "reward": ["--objective=grpo", "--init_from=gpt2"],
+    "num_generations": ["--objective=grpo", "--init_from=gpt2"],
+    "mask_truncated": ["--objective=grpo", "--init_from=gpt2"],
+    "rope_base": ["--position=rope"],
+}
+VALUES = {
+    "init_from": "gpt2",
+    "lora_targets": "attn.qkv",
+    "reward": "length:2",
+    "n_head": "12",
+    "n_embd": "12",
+    "beta1": "0.5",
+    "beta2": "0.5",
+}
+
+
+def other_value(name: str) -> str:
+    """A valid value that is not the default."""
+    spec = SPECS[name]
+    if name in VALUES:
+        return VALUES[name]
+    if spec.kind is bool:
+        return str(not spec.default)
+    if spec.kind is str:
+        return "other"
+    return f"{spec.default * 2 or 2:g}"
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES)
+def test_an_alias_is_its_argument(tmp_path, alias, name):
+    value = other_value(name)
+    related = RELATED.get(name, [])
+    expected = parse(f"--{name}={value}", *related)
+    assert getattr(expected, name) != SPECS[name].default
+    assert parse(f"--{alias}={value}", *related) == parse(f"--{alias}", value, *related) == expected
+    (tmp_path / "c.json").write_text(json.dumps({alias: value}))
+    assert parse(str(tmp_path / "c.json"), *related) == expected
+    if SPECS[name].kind is bool:
+        assert getattr(parse(f"--no-{alias}", *related), name) is False
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("output_dir", "out_dir"),
+        ("model_name_or_path", "init_from"),
+        ("num_hidden_layers", "n_layer"),
+        ("num_attention_heads", "n_head"),
+        ("num_key_value_heads", "n_kv_head"),
+        ("hidden_size", "n_embd"),
+        ("rope_theta", "rope_base"),
+        ("tie_word_embeddings", "tie_weights"),
+        ("max_completion_length", "max_new_tokens"),
+        ("reward_funcs", "reward"),
+        ("mask_truncated_completions", "mask_truncated"),
+        ("lora_r", "lora_rank"),
+        ("lora_target_modules", "lora_targets"),
+        ("target_modules", "lora_targets"),
+        ("max_steps", "max_iters"),
+        ("steps", "max_iters"),
+        ("num_train_epochs", "max_epochs"),
+        ("early_stopping_patience", "early_stop_patience"),
+        ("lr", "learning_rate"),
+        ("adam_beta1", "beta1"),
+        ("adam_beta2", "beta2"),
+        ("max_grad_norm", "grad_clip"),
+        ("warmup_steps", "warmup_iters"),
+        ("eval_steps", "eval_interval"),
+        ("save_steps", "checkpoint_interval"),
+        ("logging_steps", "log_interval"),
+        ("torch_compile", "compile"),
+        ("gradient_checkpointing", "activation_checkpointing"),
+    ],
+)
+def test_names_of_trl_transformers_and_peft_are_aliases(alias, name):
+    assert (alias, name) in ALIASES
+
+
+def test_names_are_unique():
+    names = [*SPECS, *(alias for alias, _ in ALIASES), *train_args.HINTS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", train_args.HINTS)
+def test_a_name_that_means_something_else_is_answered_with_ours(capsys, tmp_path, name):
+    hint = train_args.HINTS[name]
+    assert f"--{name}: not an argument here; {hint}" in errors_of(capsys, f"--{name}=1")
+    (tmp_path / "c.json").write_text(json.dumps({name: 1}))
+    assert f"c.json: {name}: not an argument here; {hint}" in errors_of(capsys, str(tmp_path / "c.json"))
+    flags = re.findall(r"--(\w+)", hint)
+    assert flags and set(flags) <= {*SPECS, "field"}  # --field is data/prepare.py's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --help
+
+BANNED = r"\b(told|tells?|strange|wrong|mistakes?|given|beside|so many|answers)\b"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_help_is_short_plain_english(name):
+    text = SPECS[name].help
+    assert not re.search(BANNED, text), text
+    for sentence in re.split(r"[.;:] ", text):
+        assert len(sentence.split()) <= 25, sentence
+    assert text and not text.endswith(".") and len(text) <= 250
+
+
+@pytest.mark.parametrize(
+    ("phrase", "name"),
+    [
+        ("KL", "beta"),
+        ("reference model", "reference"),
+        ("clip range", "epsilon"),
+        ("group size", "num_generations"),
+        ("reward functions", "reward"),
+        ("importance ratio", "importance_sampling_level"),
+        ("learning rate warmup", "warmup_iters"),
+        ("peak learning rate", "learning_rate"),
+        ("LoRA rank", "lora_rank"),
+        ("target modules", "lora_targets"),
+        ("gradient accumulation", "gradient_accumulation_steps"),
+        ("global (effective) batch size", "batch_size"),
+        ("weight decay", "weight_decay"),
+        ("mixed precision", "dtype"),
+        ("(gradient) checkpointing", "activation_checkpointing"),
+        ("max gradient norm", "grad_clip"),
+        ("virtual tokens", "prompt_format"),
+        ("context length", "block_size"),
+        ("early stopping", "early_stop_patience"),
+    ],
+)
+def test_help_has_the_terms_of_the_field(phrase, name):
+    assert phrase in SPECS[name].help
+
+
+def test_help_shows_aliases_and_is_grouped(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(
+        f"\n{title}:\n" in text for title in configurator.arg_groups(train_args.TrainArgs)
+    )
+    flat = " ".join(text.split())
+    assert all(f"(alias: {', '.join(spec.alias)})" in flat for spec in SPECS.values() if spec.alias)
 
 
 def test_arguments_are_frozen():
@@ -217,8 +379,8 @@ def test_arguments_are_frozen():
         parse().n_layer = 3
 
 
-def test_mistakes_of_the_data_are_told_like_the_others(capsys):
-    def main(arguments):
+def test_errors_of_the_data_are_reported_like_the_others(capsys):
+    def main(args):
         raise UserError("the file is odd")
 
     with pytest.raises(SystemExit) as end:
