@@ -27,7 +27,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from nanoforge import config_files
@@ -71,7 +71,7 @@ class ArgSpec:
     item: type
     default: Any
     help: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     low: float = -math.inf  # smallest value allowed
     above: float = -math.inf  # every value must be larger than this
     high: float = math.inf  # largest value allowed
@@ -85,7 +85,7 @@ class ArgSpec:
 class ArgOptions(typing.TypedDict, total=False):
     """The fields of ArgSpec that a table may set."""
 
-    choices: tuple[str, ...]
+    choices: Collection[str]
     low: float
     above: float
     high: float

@@ -43,7 +43,10 @@ SAMPLED_DATASETS = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
     lambda args: args.training_mode == "multidataset" and not args.dataset_interleaving,
 )
-EXAMPLES = with_value("objective", *(name for name, spec in OBJECTIVES.items() if spec.reads_examples))
+EXAMPLES = OnlyWith(
+    f"--objective={'|'.join(name for name, spec in OBJECTIVES.items() if spec.reads_examples)}",
+    lambda args: OBJECTIVES[args.objective].reads_examples,
+)
 SFT = with_value("objective", "sft")
 DPO = with_value("objective", "dpo")
 KTO = with_value("objective", "kto")
@@ -202,7 +205,7 @@ class ObjectiveArgs:
 
     objective: str = arg("lm", "lm: language modeling on token bins; sft: supervised fine-tuning; "
         "dpo: preference pairs; kto: labelled completions; grpo: reinforcement learning on rewards",
-        choices=tuple(OBJECTIVES))
+        choices=OBJECTIVES.keys())  # a view, so that objectives can be registered later
     beta: float = arg(0.1, "DPO/KTO beta; GRPO: KL coefficient (0: no reference model is loaded)",
         low=0, needs=WITH_REFERENCE)
     reference: str = arg("auto", "reference model: adapter (base with adapter disabled), "
