@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class Run:
         device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, is_compiled=args.compile)
         lines = [
             ("run", f"{args.out_dir} (from {args.init_from})"),
-            ("model", summary.describe_model(model.config, model.parameters(), args.adapter)),
+            ("model", describe_model(model, args.adapter)),
             ("data", summary.describe_data(source, self.data.eval_datasets["val"])),
             ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, schedule {args.schedule}"),
             ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
@@ -118,6 +119,20 @@ class Run:
         return peak * self.ranks.world_size / self.raw_model.flops_per_token()
 
 
+def describe_model(model: GPT, adapter: str) -> str:
+    """Size and shape, and with an adapter the trainable part."""
+    shape, n_parameters = model.config, model.count_parameters()
+    vocabulary = " + ".join(str(size) for size in shape.vocab_sizes)
+    text = (
+        f"{n_parameters / 1e6:.2f} M parameters: {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, "
+        f"context {shape.block_size}, vocabulary {vocabulary}"
+    )
+    if adapter == "none":
+        return text
+    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{text}; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%})"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # build and resume
 
@@ -142,7 +157,8 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     )
 
     # 2. Model and optimizer.
-    args, tokenizers, raw_model, data, base, dtype_reason = builders.build_run(args, resumed_from, ranks, log)
+    parts = builders.build_run(args, resumed_from, ranks, log)
+    args, raw_model = parts.args, parts.model
     state = checkpoint.TrainState(
         model=raw_model,
         optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args), raw_model.muon_splits()),
@@ -156,10 +172,10 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         args=args,
         ranks=ranks,
         rank_slice=rank_slice,
-        record=make_record(args, raw_model, fingerprints, base, resumed_from),
-        tokenizers=tokenizers,
-        data=data,
-        sample_counter=data.source.sample_counter(),
+        record=make_record(args, raw_model, fingerprints, parts.base, resumed_from),
+        tokenizers=parts.tokenizers,
+        data=parts.data,
+        sample_counter=parts.data.source.sample_counter(),
         raw_model=raw_model,
         model=model,
         ddp_model=model if distributed.is_sharded(raw_model) else distributed.wrap_ddp(model, ranks),
@@ -167,7 +183,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         checkpoints=checkpoint.Manager(
             Path(args.out_dir), state, ranks, keep_last=args.keep_last, keep_every=args.keep_every
         ),
-        dtype_reason=dtype_reason,
+        dtype_reason=parts.dtype_reason,
     )
     if resumed_from is None:
         return run
@@ -186,7 +202,7 @@ def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:
     if distributed.is_sharded(raw_model):
         raw_model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
         return raw_model
-    return torch.compile(raw_model, dynamic=False)
+    return cast(torch.nn.Module, torch.compile(raw_model, dynamic=False))
 
 
 def make_record(
@@ -223,7 +239,7 @@ def resume(run: Run, log: Callable[[str], None]) -> Run:
 def check_tokenizers(
     saved: dict[str, tokenization.Tokenizer], current: dict[str, tokenization.Tokenizer], folder: Path
 ) -> None:
-    """Compare the tokenizers of a checkpoint with those of the data. Raises UserError when they or their order differ."""
+    """Raises UserError when the tokenizers of a checkpoint, or their order, are not those of the data."""
     pairs = list(zip(saved.values(), current.values(), strict=False))
     if len(saved) != len(current) or not all(tokenization.same_tokenizer(*pair) for pair in pairs):
         raise UserError(f"--init_from=resume: {folder} was trained with another tokenizer than the data has now")

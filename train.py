@@ -5,9 +5,9 @@
     python train.py --init_from=resume --out_dir=out/a          continue
     torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
-A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). builders.py chooses
-these, the model and the optimizer before the loop, so the loop asks for no mode. The arguments are in train_args.py, the
-model is in model.py, and everything else in the package nanoforge.
+A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). These and the model
+are chosen in builders.py, before the loop, so the loop asks for no mode. The arguments are in train_args.py, the model
+is in model.py, what the loop needs in run.py, and everything else in the package nanoforge.
 """
 
 import gc
@@ -50,16 +50,16 @@ class Diverged(Exception):
 
 
 def train(run: Run, logger: RunLogger, signals: Signals) -> None:
-    """Train until the run is finished. Raises SystemExit after a signal, and Diverged."""
+    """Train until the run is finished. Raises SystemExit after a signal, Diverged after too many skipped steps."""
     args, progress, ranks = run.args, run.progress, run.ranks
     source, objective = run.data.source, run.data.objective
-    _, optimizer, scaler, guard = run.state
+    optimizer, scaler, guard = run.state.optimizer, run.state.scaler, run.state.guard
     model = run.ddp_model.train()
     lr_scale = builders.lr_scale(args)
     steps = source.stream(progress.step, run.rank_slice, ranks.device, hashed=args.log_data_hash)
     step_logger = run.step_logger(logger)
     while True:
-        # 1. Evaluate, save, stop; but not between two steps on the same rollout.
+        # 1. Evaluate, save, stop; never between two steps on the same rollout.
         run.checkpoints.log_finished_save(logger, progress.step, wait=False)
         if progress.step % source.steps_per_rollout == 0 and evaluate_save_stop(run, logger, step_logger, signals):
             return
@@ -100,9 +100,9 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> None:
 
 
 def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, signals: Signals) -> bool:
-    """Evaluate and save where this step is due for it; True when the run is finished. The ranks agree on all of it.
+    """Evaluate and save when they are due, and return whether the run is finished. All ranks decide alike.
 
-    Raises SystemExit when one of them has received a signal; the run is saved then.
+    Raises SystemExit when a rank has received a signal, once the run is saved.
     """
     args, progress, ranks = run.args, run.progress, run.ranks
     out_of_time = args.max_seconds > 0 and bool(ranks.all_reduce_max(logger.seconds >= args.max_seconds))
@@ -132,34 +132,39 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
 
 
 def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last: bool) -> None:
-    """Evaluate, log it, and save if the arguments say so; the initial weights are not saved. A signal ends it at once."""
+    """Evaluate, log the metrics, and save as the arguments say; a run's initial weights are not saved.
+
+    A signal ends the evaluation at once. Raises SystemExit when the loss is not finite.
+    """
     args, progress = run.args, run.progress
+
     # 1. Evaluate.
     results = evaluation.evaluate(run.model, run.data.eval_datasets, run.ranks, signals)
     if results is None:
         return
-    losses = evaluation.summarize(results, run.data.eval_weights)
+    metrics = evaluation.summarize(results, run.data.eval_weights)
     samples = sample_completions(run)
-    if not math.isfinite(losses["val_loss"]):
-        raise SystemExit(
-            f"val_loss is {losses['val_loss']} at step {progress.step}: stopped, nothing was saved. {ADVICE}"
-        )
+    val_loss = metrics["val_loss"]
+    if not math.isfinite(val_loss):
+        raise SystemExit(f"val_loss is {val_loss} at step {progress.step}: stopped, nothing was saved. {ADVICE}")
     progress.evaluated_at = progress.step
-    is_best = losses["val_loss"] < progress.best_val_loss
+    is_best = val_loss < progress.best_val_loss
+
     # 2. Log.
-    message = f"step {progress.step}: {format_metrics(losses)}"
+    message = f"step {progress.step}: {format_metrics(metrics)}"
     if is_best and progress.step:
         message += " (best so far)"
-    metrics = losses | {"samples": samples} if samples else losses
+    logged_samples = {"samples": samples} if samples else {}
     epochs = evaluation.count_epochs(run.data.source, run.sample_counter, progress.step)
-    logger.event("eval", progress.step, message, **metrics, **epochs)
+    logger.event("eval", progress.step, message, **metrics, **logged_samples, **epochs)
     for sample in samples:
         logger.print(f"    {sample['prompt']!r} -> {sample['completion']!r}")
+
     # 3. Save.
     if progress.step or is_last:
         progress.worse_evaluations = 0 if is_best else progress.worse_evaluations + 1
         if is_best:
-            progress.best_val_loss = losses["val_loss"]
+            progress.best_val_loss = val_loss
             progress.best_step = progress.step
         if is_best or is_last or args.always_save_checkpoint:
             run.checkpoints.save(progress, logger)
@@ -169,11 +174,11 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
 
 def sample_completions(run: Run) -> list[dict[str, str]]:
     """Greedy completions of the first validation examples, as texts; none for a run that reads no examples."""
-    data = run.data
-    if data.sampler is None or not run.args.eval_samples:
+    sampler, examples = run.data.sampler, run.data.eval_datasets["val"][0].examples
+    if sampler is None or examples is None or not run.args.eval_samples:
         return []
-    examples = data.eval_datasets["val"][0].examples
-    return rollouts.sample_completions(data.sampler, examples, run.args.eval_samples, run.raw_model.wte.weight.size(0))
+    prompt_offset = run.raw_model.wte.weight.size(0)
+    return rollouts.sample_completions(sampler, examples, count=run.args.eval_samples, prompt_offset=prompt_offset)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
@@ -208,7 +213,7 @@ def main(args: TrainArgs) -> Progress:
     """One run, from its arguments to its end. Raises UserError."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(mode=True)
     device.tune_malloc()
     with distributed.join_ranks(args.device, args.rank_timeout) as ranks:
         args = dataclasses.replace(args, out_dir=choose_out_dir(args, ranks))
@@ -226,8 +231,8 @@ def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
 
 
 def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.RunLock) -> Progress:
-    """Build the run, and train it; or only evaluate it."""
-    # 1. Build. Nothing of an older run is touched before all of the new one stands.
+    """Build the run, and train it or only evaluate it."""
+    # 1. Build it. Nothing of an older run is touched until the new one is complete.
     notes: list[str] = []
     with ranks.main_first():
         if ranks.is_main and args.init_from == "resume" and not args.eval_only:
@@ -237,15 +242,18 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
         console.print_line("\n".join([*notes, run.summary()]))
     if args.eval_only:
         results = evaluation.evaluate(run.model, run.data.eval_datasets, ranks, Signals())
+        assert results is not None, "no signal is handled here"
         if ranks.is_main:
             console.print_line(format_metrics(evaluation.summarize(results, run.data.eval_weights)))
         return run.progress
-    # 2. Write what the run is, once no rank still reads what that may overwrite.
+
+    # 2. Write what it is, once no rank reads what that may overwrite.
     ranks.barrier()
     with ranks.main_first():
         if ranks.is_main:
             begin(run, lock)
-    # 3. Train, if need be again from a checkpoint.
+
+    # 3. Train it, after a rollback again.
     while True:
         logger = open_logger(run)
         for note in notes:
@@ -263,7 +271,7 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
 
 
 def open_logger(run: Run) -> RunLogger:
-    """The logger of the run, from its current step on."""
+    """Start to log the run, at its current step."""
     args, progress = run.args, run.progress
     logger = RunLogger(
         run.out_dir,

@@ -1,6 +1,6 @@
-"""The user's mistakes: how any part says that a flag or a file is wrong, and how to mend it.
+"""Errors that a user can fix.
 
-A `UserError` is told in one line and ends the command with exit status 2 (`configurator.run`). Errors of our own are asserts.
+A `UserError` is printed in one line and ends the command with exit status 2 (`configurator.run`). A bug is an assert.
 """
 
 import difflib
@@ -8,10 +8,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right; the text names the flag or file, what is wrong, and the fix."""
+    """A flag, file or argument that the user can correct. The message names it, then the error, then the fix."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the nearest known word, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
+    """'; did you mean X?' for the valid name that is most similar, or '' when none is."""
+    matches = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
+    if not matches:
+        return ""
+    return f"; did you mean {matches[0]}?"

@@ -1,4 +1,4 @@
-"""The folder of a run: its record (train_config.json), its best checkpoint (best.json), and the lock of the process that trains in it.
+"""The folder of a run: its record (train_config.json), its best step (best.json), and the lock of the process in it.
 
 What the files say about a run's state is in run_state.py. Imports no torch.
 """
@@ -40,9 +40,10 @@ RUN_FILES = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is, as its train_config.json says. The file is a config, too: its arguments, and names with an underscore that no config reads.
+    """What a run is: the content of train_config.json.
 
-    Records written by older versions lack some of the fields; these are empty.
+    The file is a config as well: names that begin with an underscore are ignored there. Fields that an older version
+    did not write are empty.
     """
 
     args: dict[str, Any]  # every argument with its value
@@ -175,7 +176,10 @@ def refuse_existing_run(out_dir: Path) -> None:
 
 
 def prepare_out_dir(out_dir: Path, lock: RunLock) -> None:
-    """Create the folder of a new run, or delete the run in it. Raises UserError when it is not writable or a process trains there."""
+    """Create the folder of a new run, or delete the run in it.
+
+    Raises UserError when it is not writable or another process trains in it.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):

@@ -1,4 +1,4 @@
-"""What the files in a run's folder say about the run: its state, what it has reached, the lines of its metrics. Starts nothing.
+"""What the files in a run's folder say about the run: its state, its results, the lines of its metrics. Starts nothing.
 
 Besides what train.py writes (run_dir.py), whoever started the run keeps in its folder:
 
@@ -29,7 +29,9 @@ PRUNED_FILE = "pruned"
 
 FINISHED = ("done", "pruned")  # states in which nothing is left to do
 NEEDS_WORK = ("new", "stopped", "failed")  # states in which something is left to do and no process does it
-STOP_STATUSES = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+STOP_STATUSES: dict[int | None, str] = {
+    128 + stop: stop.name for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+}
 
 MAX_STEP = 2**53  # a float still holds every integer up to here
 LOG_TAIL_BYTES = 20_000
@@ -42,7 +44,7 @@ LOG_TAIL_BYTES = 20_000
 class MetricsLines:
     """The lines of a metrics.jsonl as they are read, with what a resumed run logged again replaced."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[dict] = []
         self.n_broken = 0
         self.n_replaced = 0
@@ -78,7 +80,7 @@ class MetricsLines:
 
 
 def read_metrics(path: Path, warnings: list[str]) -> list[dict]:
-    """The valid lines of a metrics.jsonl. What was logged twice for a step counts as logged last; `warnings` gets what is wrong."""
+    """The valid lines of a metrics.jsonl; of steps that were logged twice, the later lines. Appends to `warnings`."""
     try:
         texts = path.read_bytes().decode("utf-8", "replace").split("\n")
     except FileNotFoundError:
@@ -123,7 +125,7 @@ def read_exit_status(folder: Path) -> int | None:
 
 
 def read_scores(folder: Path) -> tuple[tuple[str, float], ...]:
-    """Accuracies in the evaluation*.json files of evaluate.py: accuracy/TASK for greedy decoding, else accuracy/TASK/DECODE."""
+    """Accuracies that evaluate.py wrote to evaluation*.json: accuracy/TASK if greedy, else accuracy/TASK/DECODE."""
     scores: dict[str, float] = {}
     for path in sorted(folder.glob("evaluation*.json")):
         try:
@@ -146,7 +148,10 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine holds a lock file. The lock is shared for an instant to find out: acquiring it is retried."""
+    """Whether a process on this machine holds a lock file.
+
+    To find out, the lock is held in shared mode for an instant; those who acquire it try more than once.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -172,7 +177,7 @@ def is_running(folder: Path) -> bool:
 
 
 class RunStatus(NamedTuple):
-    """The state of a run (new, running, done, pruned, stopped, failed, or a queue's own state), and what it has reached."""
+    """The state of a run (new, running, done, pruned, stopped, failed, or a queue's own state), and its results."""
 
     state: str
     reason: str = ""
@@ -194,19 +199,21 @@ def last_note(lines: list[dict]) -> str:
     return str(lines[-1].get("text", ""))
 
 
-def state_and_reason(folder: Path, lines: list[dict], running: bool | None = None) -> tuple[str, str]:
-    """(state, reason) from a run's folder and the lines of its metrics.jsonl. `running`: where it is known without looking at locks."""
-    note, status = last_note(lines), read_exit_status(folder)
+def state_and_reason(folder: Path, lines: list[dict], *, running: bool | None = None) -> tuple[str, str]:
+    """(state, reason) of a run, from its folder and its metrics.jsonl's lines. running: None looks at the locks."""
     if running is None:
         running = is_running(folder)
     if running:
         return "running", ""
     if (folder / PRUNED_FILE).exists():
         return "pruned", ""
+    note, status = last_note(lines), read_exit_status(folder)
     if note.startswith("finished") and not status:
         return "done", note
-    if note.startswith("stopped by") or status in STOP_STATUSES:
-        return "stopped", note.partition(";")[0] or f"stopped by {signal.Signals(STOP_STATUSES[status]).name}"
+    if note.startswith("stopped by"):
+        return "stopped", note.partition(";")[0]
+    if status in STOP_STATUSES:
+        return "stopped", note.partition(";")[0] or f"stopped by {STOP_STATUSES[status]}"
     if status is not None:
         reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         return "failed", f"{reason} after its training" if note.startswith("finished") else reason
@@ -215,8 +222,8 @@ def state_and_reason(folder: Path, lines: list[dict], running: bool | None = Non
     return "new", ""
 
 
-def run_status(folder: Path, running: bool | None = None) -> RunStatus:
-    """The status of the run in a folder. `running`: where it is known without looking at locks."""
+def run_status(folder: Path, *, running: bool | None = None) -> RunStatus:
+    """The status of the run in a folder. running: None looks at the locks."""
     lines = read_metrics(folder / METRICS_FILE, warnings=[])
     train = [line for line in lines if line["event"] == "train"]
     evaluations = [
@@ -226,7 +233,7 @@ def run_status(folder: Path, running: bool | None = None) -> RunStatus:
     ]
     trained = [(loss, step) for step, loss in evaluations if step]  # step 0 shows the initial weights
     best_val_loss, best_step = min(trained, default=(None, None))
-    state, reason = state_and_reason(folder, lines, running)
+    state, reason = state_and_reason(folder, lines, running=running)
     return RunStatus(
         state=state,
         reason=reason,

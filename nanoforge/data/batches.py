@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -393,12 +393,14 @@ class Source:
             data_hash = row_hash(windows, rows.start) if hashed else 0
             yield Step(batches, data_hash, tokens=self.rows * self.datasets[0].T)
 
-    def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
+    def stream(
+        self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool
+    ) -> Generator[Step, None, None]:
         """What a rank reads from a step on, on the device: prefetched, to a GPU through pinned memory."""
         return prefetch(self.iter_steps(start_step, rows, pin=device.type == "cuda", hashed=hashed), device)
 
 
-def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
+def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Generator[Step, None, None]:
     """The steps on the device; a thread makes `ahead` of them in advance."""
     ready: queue.Queue[Step | BaseException] = queue.Queue(ahead)
     closed = threading.Event()

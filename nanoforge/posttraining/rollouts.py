@@ -14,7 +14,7 @@ A rollout serves `steps_per_rollout` optimizer steps, and a run is saved only be
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,7 +158,9 @@ class RolloutSource(ExampleSource):
         """An estimate from the prompts alone: the length of completions is not known beforehand."""
         return super().tokens_per_step * self.steps_per_rollout * self.group_size
 
-    def stream(self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool) -> Iterator[Step]:
+    def stream(
+        self, start_step: int, rows: RankSlice, device: torch.device, *, hashed: bool
+    ) -> Generator[Step, None, None]:
         """What a rank reads from a step on, sampled only when it is asked for: by then the model has learned."""
         for step in self.iter_steps(start_step, rows, pin=False, hashed=hashed):
             yield step._replace(batches=[batch.to(device) for batch in step.batches])

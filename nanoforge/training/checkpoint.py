@@ -3,8 +3,8 @@
     checkpoints/000040/  model.safetensors  optimizer.safetensors  progress.json  train_config.json  tokenizer.json
                          manifest.json: size and sha256 of every other file, written last
 
-A sharded run has folders model/ and optimizer/ instead, which torch.distributed.checkpoint fills with one safetensors file
-a rank. A checkpoint is written to a temporary folder, synced, then renamed. No pickle is written or read.
+A sharded run has folders model/ and optimizer/ instead, in which each rank writes one safetensors file
+(torch.distributed.checkpoint). A checkpoint is written to a temporary folder, synced, then renamed. Pickle is not used.
 
 `Manager` does this for a run that trains: a snapshot in memory, the files in a thread, then best.json and pruning.
 """
@@ -64,7 +64,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
     """Write DTensors, each rank its shards to a safetensors file of its own; other tensors must be equal on all ranks.
 
-    A collective of the group: when it returns on one rank, all files are complete. Raises OSError on all ranks if one fails.
+    A collective of the group: when it returns on one rank, all files are complete. Raises OSError on all ranks if it
+    fails on one.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
@@ -162,8 +163,8 @@ def save(
 ) -> Path:
     """Write a snapshot to checkpoints/<step>. An older checkpoint of the same step is replaced.
 
-    With a group the tensors are sharded over its ranks: all of them call this, and the main one writes all but their shards.
-    Raises OSError or SafetensorError, and then the older checkpoint is as it was.
+    With a group the tensors are sharded over its ranks: a collective, in which the main rank writes the other files.
+    Raises OSError or SafetensorError, and then an older checkpoint is unchanged.
     """
     final = step_folder(checkpoints, snapshot.progress.step)
     tmp_folder = final.with_suffix(TMP_SUFFIX)
@@ -194,7 +195,7 @@ def save(
 
 
 def create_empty(folder: Path, group: dist.ProcessGroup | None, *, is_main: bool) -> None:
-    """The main rank creates the folder, and all ranks wait for it. Raises OSError on all of them if it can't be created."""
+    """The main rank creates the folder, all ranks wait for it. Raises OSError on all of them if that fails."""
     error = None
     if is_main:
         try:
@@ -372,7 +373,7 @@ class SaveResult(NamedTuple):
 class CheckpointSaver:
     """Runs one save at a time in a thread. Errors of the disk are results; other errors are raised by `result`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.last_result: SaveResult | None = None
         self.step = 0  # of the save started last
@@ -432,7 +433,7 @@ class TrainState(NamedTuple):
 
 
 class Manager:
-    """The checkpoints of a run that trains: starts saves, logs their results, keeps best.json, deletes old checkpoints."""
+    """The checkpoints of a run that trains: saves them, logs the results, writes best.json, deletes old checkpoints."""
 
     def __init__(self, out_dir: Path, state: TrainState, ranks: Ranks, *, keep_last: int, keep_every: int):
         self.out_dir = out_dir

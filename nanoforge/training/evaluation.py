@@ -56,6 +56,12 @@ class DatasetResult:
     metrics: dict[str, float]
     streams: list[StreamLoss]
 
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean over streams; nan where one's bytes are not known."""
+        values = [math.nan if stream.bits_per_byte is None else stream.bits_per_byte for stream in self.streams]
+        return float(np.mean(values))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate
@@ -131,17 +137,16 @@ def summarize(results: Mapping[str, Sequence[DatasetResult]], weights: np.ndarra
     for name in results["val"][0].metrics:
         if name != "loss":
             metrics[f"val_{name}"] = weighted("val", name)
-    per_dataset = [[stream.bits_per_byte for stream in result.streams] for result in results["val"]]
-    if all(value is not None for values in per_dataset for value in values):
-        metrics["bits_per_byte"] = float(weights @ np.array([np.mean(values) for values in per_dataset]))
     streams = [stream for result in results["val"] for stream in result.streams]
+    if all(stream.bits_per_byte is not None for stream in streams):
+        metrics["bits_per_byte"] = float(weights @ np.array([result.bits_per_byte for result in results["val"]]))
     if len(streams) > 1:  # a mixture, or several contexts
         metrics |= {f"val_loss/{stream.name}": stream.loss for stream in streams}
     return metrics
 
 
 def count_epochs(source: Source, counter: SampleCounter, step: int) -> dict[str, float]:
-    """How much of the training data was read before a step: epochs, and in a mixture each dataset's tokens and epochs."""
+    """How much training data was read before a step: epochs, and in a mixture the tokens and epochs of each dataset."""
     n_sequences = counter.counts_before(step // source.steps_per_rollout)
     metrics = {"epochs": float(n_sequences.sum() / source.n_windows)}
     if len(n_sequences) > 1:

@@ -1,7 +1,7 @@
 """Logs of a run: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
 
-`RunLogger` writes events, on the main rank; on other ranks it is silent. `StepLogger` reads a training step's metrics back
-from the device and hands them to it. wandb, tensorboard and matplotlib are imported only when they are asked for.
+`RunLogger` writes events, on the main rank; on other ranks it is silent. `StepLogger` reads a training step's metrics
+back from the device and logs them. wandb, tensorboard and matplotlib are imported only when they are asked for.
 """
 
 import gc
@@ -55,8 +55,8 @@ class RunLogger:
 
     def __init__(
         self, out_dir: Path, *, silent: bool, start_step: int, evaluated: bool, seconds: float, total_steps: int
-    ):
-        """seconds: of training before start_step; evaluated: whether that step's evaluation is in metrics.jsonl already."""
+    ) -> None:
+        """evaluated: whether metrics.jsonl has the evaluation at start_step; seconds: of training before that step."""
         self.out_dir = out_dir
         self.path = out_dir / METRICS_FILE
         self.silent = silent
@@ -195,7 +195,7 @@ class StepLogger:
     ) -> None:
         """Log the step just made: a collective, which waits for the device.
 
-        tokens: seen so far; metrics: (sum, count) of this rank's micro-batches; grad_norm: of the whole gradient, a scalar;
+        tokens: seen so far. metrics: (sum, count) over this rank's micro-batches. grad_norm: a scalar on the device.
         data_hash: of this rank's rows.
         """
         means = mean_over_ranks(metrics, self.ranks)

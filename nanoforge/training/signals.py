@@ -16,7 +16,7 @@ class Signals:
     `number` is the signal, or 0.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
         self.received_at = 0.0
 

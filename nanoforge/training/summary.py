@@ -1,7 +1,6 @@
-"""The summary printed when a run starts: what is trained, on what data, for how long. Each function describes one line of it."""
+"""The summary that a run prints when it starts; each function describes one line of it."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 
@@ -14,36 +13,9 @@ from nanoforge.training.evaluation import EvalDataset
 LABEL_WIDTH = 9
 
 
-class ModelShape(Protocol):
-    """The fields of model.py's GPTConfig that are printed."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_sizes: tuple[int, ...]
-
-
 def format_summary(lines: Iterable[tuple[str, str]]) -> str:
     """(label, text) pairs, one a line."""
     return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in lines)
-
-
-def describe_model(shape: ModelShape, parameters: Iterable[torch.nn.Parameter], adapter: str) -> str:
-    """Size and shape, and with an adapter the trainable part."""
-    n_parameters = n_trainable = 0
-    for parameter in parameters:
-        n_parameters += parameter.numel()
-        if parameter.requires_grad:
-            n_trainable += parameter.numel()
-    vocabulary = " + ".join(str(size) for size in shape.vocab_sizes)
-    text = (
-        f"{n_parameters / 1e6:.2f} M parameters: {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, "
-        f"context {shape.block_size}, vocabulary {vocabulary}"
-    )
-    if adapter != "none":
-        text += f"; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%})"
-    return text
 
 
 def describe_data(source: Source, eval_datasets: Sequence[EvalDataset]) -> str:
