@@ -1,6 +1,7 @@
 """Every argument of the table has a test that sees its effect: a function here, named after it. A new row without one fails."""
 
 import importlib.machinery
+import inspect
 import itertools
 import json
 import math
@@ -43,9 +44,9 @@ def shapes(done) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", list(configurator.arg_specs(train_args.TrainArgs)))
 def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, base):
     assert name in EFFECTS, f"--{name} has no test of its effect"
-    given = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir, "base": base}
+    fixtures = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir, "base": base}
     function = EFFECTS[name]
-    function(**{key: given[key] for key in function.__code__.co_varnames[: function.__code__.co_argcount]})
+    function(**{parameter: fixtures[parameter] for parameter in inspect.signature(function).parameters})
 
 
 def test_no_effect_is_tested_of_an_argument_that_is_not_there():
@@ -79,7 +80,7 @@ def init_from(run):
 
 @effect
 def gpt2_type(run, tmp_path, monkeypatch):
-    """The hub's answer is a small GPT-2 on the disk; what is asked for is seen."""
+    """The hub is a folder with a small GPT-2; the name that is requested is recorded."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv(*next(iter(gpt2_tokenizer_env().items())))
     transformers.GPT2LMHeadModel(
@@ -92,8 +93,10 @@ def gpt2_type(run, tmp_path, monkeypatch):
         lambda: [corpus.TextChunk("train", "hello world " * 30), corpus.TextChunk("val", "hello world " * 30)],
         "gpt2",
     )
-    asked = []
-    monkeypatch.setattr(pretrained, "download", lambda name, file: (asked.append(name), tmp_path / "hub" / file)[1])
+    requested = []
+    monkeypatch.setattr(
+        pretrained, "download_from_hub", lambda name, file: (requested.append(name), tmp_path / "hub" / file)[1]
+    )
     done = run(
         "--init_from=gpt2",
         "--gpt2_type=gpt2-large",
@@ -101,7 +104,7 @@ def gpt2_type(run, tmp_path, monkeypatch):
         "--dataset=text",
         "--max_iters=1",
     )
-    assert set(asked) == {"gpt2-large"}
+    assert set(requested) == {"gpt2-large"}
     assert (
         done.config["bias"] is True
         and done.config["activation"] == "gelu_tanh"
@@ -267,10 +270,10 @@ def block_size(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# depth: the rules are tested in test_dial.py
+# depth: the rules are tested in test_depth.py
 
 
-def dialled(data_dir, out_dir, *flags):
+def train_depth(data_dir, out_dir, *flags):
     flags = [
         "--depth=1",
         "--aspect=32",
@@ -288,7 +291,7 @@ def dialled(data_dir, out_dir, *flags):
 
 @effect
 def depth(data_dir, tmp_path):
-    done = dialled(data_dir, tmp_path / "run", "--depth=2", "--aspect=16")
+    done = train_depth(data_dir, tmp_path / "run", "--depth=2", "--aspect=16")
     assert (
         shapes(done)["blocks.1.mlp.proj.weight"] == (32, 128)
         and (done.config["n_head"], done.config["depth"]) == (1, 2)
@@ -300,14 +303,14 @@ def depth(data_dir, tmp_path):
 
 @effect
 def aspect(data_dir, tmp_path):
-    assert shapes(dialled(data_dir, tmp_path / "run", "--aspect=64", "--tokens_per_weight=0.1"))[
+    assert shapes(train_depth(data_dir, tmp_path / "run", "--aspect=64", "--tokens_per_weight=0.1"))[
         "blocks.0.mlp.proj.weight"
     ] == (64, 256)
 
 
 @effect
 def tokens_per_weight(data_dir, tmp_path):
-    done = dialled(data_dir, tmp_path / "run", "--tokens_per_weight=0.3")
+    done = train_depth(data_dir, tmp_path / "run", "--tokens_per_weight=0.3")
     assert done.progress.tokens == pytest.approx(0.3 * 12 * 32**2, rel=0.1)
 
 
@@ -414,12 +417,12 @@ def window_size(run):
 @effect
 def logit_softcap(run):
     done = run("--logit_softcap=0.001")
-    assert done.losses == pytest.approx([math.log(V)] * 4, abs=0.002), "bounded logits can't tell tokens apart"
+    assert done.losses == pytest.approx([math.log(V)] * 4, abs=0.002), "bounded logits are nearly uniform"
 
 
 @effect
 def embedding_norm(run):
-    """What a position is, can't be told from the embedding's length any more: the first step's loss differs, the shapes don't."""
+    """The first step's loss differs, the shapes of the weights don't."""
     done, plain = run("--embedding_norm"), run(name="plain")
     assert done.losses[0] != plain.losses[0] and shapes(done) == shapes(plain)
 
@@ -604,7 +607,7 @@ def grad_clip(run):
         run("--grad_clip=0.001", "--optimizer=sgd", "--momentum=0", name="clipped"),
         run("--grad_clip=0", "--optimizer=sgd", "--momentum=0", name="free"),
     )
-    assert clipped.train[0]["grad_norm"] == free.train[0]["grad_norm"] > 0.01, "told before it is clipped"
+    assert clipped.train[0]["grad_norm"] == free.train[0]["grad_norm"] > 0.01, "logged before it is clipped"
     assert clipped.losses[1:] != free.losses[1:]
 
 
@@ -724,13 +727,14 @@ def wandb_log(run, monkeypatch):
     }
 
 
-def given_to_wandb(run, monkeypatch, *flags) -> dict:
+def wandb_init_options(run, monkeypatch, *flags) -> dict:
     """What wandb.init is called with, seen by a stand-in."""
     seen = {}
     stand_in = types.ModuleType("wandb")
     stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    stand_in.init = lambda **given: (
-        seen.update(given) or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
+    stand_in.init = lambda **options: (
+        seen.update(options)
+        or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run("--wandb_log", *flags)
@@ -740,12 +744,12 @@ def given_to_wandb(run, monkeypatch, *flags) -> dict:
 
 @effect
 def wandb_project(run, monkeypatch):
-    assert given_to_wandb(run, monkeypatch, "--wandb_project=theirs")["project"] == "theirs"
+    assert wandb_init_options(run, monkeypatch, "--wandb_project=theirs")["project"] == "theirs"
 
 
 @effect
 def wandb_run_name(run, monkeypatch):
-    assert given_to_wandb(run, monkeypatch, "--wandb_run_name=me")["name"] == "me"
+    assert wandb_init_options(run, monkeypatch, "--wandb_run_name=me")["name"] == "me"
 
 
 @effect
@@ -771,7 +775,7 @@ def device(run):
 def dtype(run):
     half = run("--dtype=bfloat16", name="half")
     assert (
-        half.losses != run(name="whole").losses
+        half.losses != run(name="single").losses
         and "bfloat16" in half.console
         and half.last.weights["wte.weight"].dtype == torch.float32
     )
@@ -781,25 +785,25 @@ def dtype(run):
 def attention_kernel(run, monkeypatch):
     with pytest.raises(UserError, match="only a CUDA GPU"):
         run("--attention_kernel=flash")
-    given = {}
+    enabled = {}
     monkeypatch.setattr(
         "nanoforge.device.ATTENTION_KERNELS",
-        {name: lambda on, name=name: given.update({name: on}) for name in ATTENTION_KERNELS},
+        {name: lambda on, name=name: enabled.update({name: on}) for name in ATTENTION_KERNELS},
     )
     set_attention_kernel("cudnn", torch.device("cuda"))
-    assert given == {"flash": False, "cudnn": True, "efficient": False, "math": False}
+    assert enabled == {"flash": False, "cudnn": True, "efficient": False, "math": False}
 
 
 @effect
 def compile(run, monkeypatch):
-    given = []
+    calls = []
     monkeypatch.setattr(
-        torch, "compile", lambda model, **options: (given.append(options), model)[1]
+        torch, "compile", lambda model, **options: (calls.append(options), model)[1]
     )  # what it computes is in test_model.py
     run("--compile")
-    assert given == [{"dynamic": False}], "the model alone"
+    assert calls == [{"dynamic": False}], "the model alone"
     run("--compile", "--optimizer=muon", name="muon")
-    assert given[1:] == [{"dynamic": False}] * 2, "the model, and Muon's iteration"
+    assert calls[1:] == [{"dynamic": False}] * 2, "the model, and Muon's iteration"
 
 
 @effect
@@ -822,8 +826,10 @@ def loss_chunk(run, monkeypatch):
     import model
 
     rows = []
-    original = model.ChunkedLoss.logits
-    monkeypatch.setattr(model.ChunkedLoss, "logits", lambda x, *given: rows.append(len(x)) or original(x, *given))
+    original = model.ChunkedLoss.softcapped_logits
+    monkeypatch.setattr(
+        model.ChunkedLoss, "softcapped_logits", lambda x, *rest: rows.append(len(x)) or original(x, *rest)
+    )
     assert run("--loss_chunk=5").losses == pytest.approx(run(name="plain").losses, rel=1e-5) and max(rows) == 5
 
 
@@ -837,7 +843,7 @@ def deterministic(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what keeps a run safe; test_faults.py and test_sharding.py have the whole of it
+# what keeps a run safe; more in test_faults.py and test_sharding.py
 
 
 @effect
@@ -870,10 +876,10 @@ def allow_data_change(run, tmp_path, data_dir):
 
 @effect
 def spike_skip(run):
-    """Above a hundredth of a deviation nearly half of the norms are outliers, once 32 are known."""
+    """Above a hundredth of a deviation nearly half of the norms are outliers, after the first 32."""
     flags = ["--max_iters=60", "--eval_interval=100", "--skip_patience=99"]
     assert run(*flags, name="none").train[-1]["skipped"] == 0
-    skipped = [line["skipped"] for line in run(*flags, "--spike_skip=0.01", name="some").train]
+    skipped = [line["skipped"] for line in run(*flags, "--spike_skip=0.01", name="often").train]
     assert skipped[31] == 0 and 3 < skipped[-1] < 25
 
 
@@ -885,14 +891,14 @@ def skip_patience(run):
 
 @effect
 def parallel_(run):
-    assert "one process holds all, nothing is sharded" in run("--parallel=fsdp").console
+    assert "--parallel=fsdp: " in run("--parallel=fsdp").console
 
 
-def given_to_fsdp(monkeypatch, *flags: str) -> dict:
-    """What FSDP2 is told for each module."""
-    given = {}
+def fsdp_options(monkeypatch, *flags: str) -> dict:
+    """The options that FSDP2 gets for each module."""
+    options_seen = {}
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *shape: None)
-    monkeypatch.setattr(distributed, "fully_shard", lambda module, **options: given.update(options))
+    monkeypatch.setattr(distributed, "fully_shard", lambda module, **options: options_seen.update(options))
     args = train_args.parse(["--parallel=fsdp", *flags])
     distributed.apply_fsdp(
         torch.nn.Linear(1, 1),
@@ -902,29 +908,30 @@ def given_to_fsdp(monkeypatch, *flags: str) -> dict:
         reshard_after_forward=args.fsdp_reshard,
         cpu_offload=args.fsdp_offload,
     )
-    return given
+    return options_seen
 
 
 @effect
 def fsdp_reshard(monkeypatch):
-    assert given_to_fsdp(monkeypatch)["reshard_after_forward"] is True
-    assert given_to_fsdp(monkeypatch, "--no-fsdp_reshard")["reshard_after_forward"] is False
+    assert fsdp_options(monkeypatch)["reshard_after_forward"] is True
+    assert fsdp_options(monkeypatch, "--no-fsdp_reshard")["reshard_after_forward"] is False
 
 
 @effect
 def fsdp_offload(monkeypatch):
-    assert type(given_to_fsdp(monkeypatch)["offload_policy"]).__name__ == "OffloadPolicy"
-    assert type(given_to_fsdp(monkeypatch, "--fsdp_offload")["offload_policy"]).__name__ == "CPUOffloadPolicy"
+    assert type(fsdp_options(monkeypatch)["offload_policy"]).__name__ == "OffloadPolicy"
+    assert type(fsdp_options(monkeypatch, "--fsdp_offload")["offload_policy"]).__name__ == "CPUOffloadPolicy"
 
 
 @effect
 def rank_timeout(run, monkeypatch):
-    given, plain = [], distributed.join_ranks
+    timeouts = []
+    original = distributed.join_ranks
     monkeypatch.setattr(
-        distributed, "join_ranks", lambda device, timeout: (given.append(timeout), plain(device, timeout))[1]
+        distributed, "join_ranks", lambda device, timeout: (timeouts.append(timeout), original(device, timeout))[1]
     )
     run("--rank_timeout=7")
-    assert given == [7]
+    assert timeouts == [7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1011,15 +1018,15 @@ def debug(tmp_path, monkeypatch, data_dir):
 
 @effect
 def train_file(run, tmp_path, base):
-    given, other = (
+    train, validation = (
         write_rows(tmp_path / f"{name}.jsonl", *[{"prompt": f"{i}+{i}=", "completion": name}] * 4)
         for i, name in ((1, "22"), (4, "9"))
     )
     done = run(
         "--objective=sft",
         f"--init_from={base}",
-        f"--train_file={given}",
-        f"--validation_file={other}",
+        f"--train_file={train}",
+        f"--validation_file={validation}",
         "--max_iters=20",
         "--learning_rate=0.03",
         "--eval_interval=20",
@@ -1047,14 +1054,10 @@ def overflow(run, base, data_dir):
     cut = run(*sft(base), "--block_size=7", "--overflow=truncate_target", name="cut")
     rows = [json.loads(line) for line in (data_dir / "sums/train.jsonl").read_text().splitlines()]
     longer = sum(len(row["prompt"] + row["completion"]) + 1 > 7 for row in rows)
-    assert (
-        longer
-        and f"sums, train: {longer} examples too long for 7 tokens are left out" in dropped.console
-        and "left out" not in cut.console
-    )
-    assert dropped.evals[-1]["epochs"] == pytest.approx(16 / (len(rows) - longer)) and cut.evals[-1][
-        "epochs"
-    ] == pytest.approx(16 / len(rows))
+    assert longer and f"dropped {longer} examples" in dropped.console
+    assert "dropped" not in cut.console
+    assert dropped.evals[-1]["epochs"] == pytest.approx(16 / (len(rows) - longer))
+    assert cut.evals[-1]["epochs"] == pytest.approx(16 / len(rows))
 
 
 @effect
@@ -1062,23 +1065,23 @@ def objective(run, base):
     keys = [set(run(*flags, "--max_iters=1", "--block_size=8", name=name).train[0]) for name, flags in
             {"lm": [], "sft": sft(base), "dpo": dpo(base), "kto": kto(base), "grpo": GRPO}.items()]  # fmt: skip
     assert (
-        all("loss" in told for told in keys)
+        all("loss" in metrics for metrics in keys)
         and "entropy" not in keys[0]
-        and all("entropy" in told for told in keys[1:])
+        and all("entropy" in metrics for metrics in keys[1:])
     )
-    assert [sum(name in told for told in keys) for name in ("rewards/accuracies", "kl", "reward")] == [1, 2, 1]
+    assert [sum(name in metrics for metrics in keys) for name in ("rewards/accuracies", "kl", "reward")] == [1, 2, 1]
 
 
 @effect
 def loss_on(run, base, tmp_path):
     """With an empty prompt all is completion, but its first token, before which there is nothing."""
     assert run(*sft(base), "--loss_on=all", name="all").losses != run(*sft(base), name="completion").losses
-    whole = write_rows(tmp_path / "whole.jsonl", *[{"prompt": "", "completion": "1+1=2"}] * 4)
-    apart = write_rows(tmp_path / "apart.jsonl", *[{"prompt": "1+1=", "completion": "2"}] * 4)
+    joined = write_rows(tmp_path / "joined.jsonl", *[{"prompt": "", "completion": "1+1=2"}] * 4)
+    split = write_rows(tmp_path / "split.jsonl", *[{"prompt": "1+1=", "completion": "2"}] * 4)
     flags = ["--objective=sft", f"--init_from={base}"]
     losses = [
         run(*flags, f"--train_file={file}", f"--validation_file={file}", f"--loss_on={on}", name=f"{n}").losses
-        for n, (file, on) in enumerate(((whole, "completion"), (apart, "all"), (apart, "completion")))
+        for n, (file, on) in enumerate(((joined, "completion"), (split, "all"), (split, "completion")))
     ]
     assert losses[0] == losses[1] != losses[2]
 
@@ -1106,14 +1109,15 @@ def beta(run, base):
 
 @effect
 def reference(run, base, tmp_path, data_dir):
-    """All are the model that the run began with; cache keeps its numbers beside the data."""
+    """Every kind is the initial model; cache keeps its log-probs in the dataset's folder."""
     shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
     flags = [*dpo(base), f"--data_dir={tmp_path / 'data'}", "--learning_rate=0.01"]
-    known = lambda: len(list((tmp_path / "data/pairs").glob("reference_*.safetensors")))  # noqa: E731
+    n_cached = lambda: len(list((tmp_path / "data/pairs").glob("reference_*.safetensors")))  # noqa: E731
     auto, copied = run(*flags, name="auto"), run(*flags, "--reference=copy", name="copy")
-    assert auto.losses == copied.losses and not known()
+    assert auto.losses == copied.losses and not n_cached()
     assert (
-        run(*flags, "--reference=cache", name="cache").losses == pytest.approx(copied.losses, rel=1e-5) and known() == 2
+        run(*flags, "--reference=cache", name="cache").losses == pytest.approx(copied.losses, rel=1e-5)
+        and n_cached() == 2
     )
     lora = [
         run(*flags, "--adapter=lora", f"--reference={kind}", name=f"lora_{kind}").losses
@@ -1143,8 +1147,8 @@ def dpo_loss(run, base):
         ).losses
         for name in train_args.DPO_LOSSES
     }
-    assert {name: some[0] for name, some in losses.items()} == pytest.approx(first, rel=1e-5) and len(
-        {tuple(some) for some in losses.values()}
+    assert {name: values[0] for name, values in losses.items()} == pytest.approx(first, rel=1e-5) and len(
+        {tuple(values) for values in losses.values()}
     ) == 6
 
 
@@ -1426,8 +1430,8 @@ def target_field(run, base, tmp_path):
 def truncation_field(run, base, tmp_path):
     """Cut to its first 5 characters, the example is one that has no more."""
     long, short = (
-        write_rows(tmp_path / f"{len(words)}.jsonl", *[{"sum": words, "completion": "2"}] * 4)
-        for words in ("1+1+1+1+1+1+1=", "1+1+1")
+        write_rows(tmp_path / f"{len(text)}.jsonl", *[{"sum": text, "completion": "2"}] * 4)
+        for text in ("1+1+1+1+1+1+1=", "1+1+1")
     )
     flags = [*soft(base, "<P*3>{sum}="), "--max_tokens=11"]
     with pytest.raises(UserError, match="exceeds"):
