@@ -1,8 +1,8 @@
 """Builds what a run is made of from its arguments, in the order of this file: data, tokenizers, base weights, model,
 adapter, reference model, source and objective; then the optimizer's settings, and a trained model for other commands.
 
-Here, before training, the kinds of runs differ; what comes out is the same for all of them, and train.py's loop asks for
-no mode. To add an objective: a `build_<name>` here, and an entry in nanoforge/posttraining/objective_specs.py that names it.
+Here, before training, the kinds of runs differ; what comes out is the same for all of them, and train.py's loop asks
+for no mode. To add an objective, write a `build_<name>` and one entry of objective_specs.OBJECTIVES that names it.
 """
 
 import copy
@@ -64,7 +64,10 @@ Rows = dict[str, dict[str, list[dict]]]  # dataset -> split -> rows
 
 @dataclass(frozen=True)
 class EvalDataset:
-    """A dataset to evaluate on. batches(model) yields the metrics of each batch, and whether this rank has a part in it."""
+    """A dataset to evaluate on.
+
+    batches(model) yields the metrics of each batch, and whether this rank has a part in it.
+    """
 
     name: str
     streams: Sequence[Any]
@@ -131,8 +134,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     # 3. The reference model is the model before its adapter. Then both go to the device.
     reference = build_reference(args, model)
     add_adapter(args, model, next(iter(inputs.tokenizers.values())))
-    is_copy = reference is not None and reference.model is not model
-    place_models(args, [model, reference.model] if is_copy else [model], ranks, log)
+    place_models(args, model, reference, ranks, log)
 
     # 4. The source and the objective.
     base_record = describe_base(args, base)
@@ -279,10 +281,15 @@ def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> T
     extended = extend_tokenizer(tokenizer, all_rows)
     if extended is not tokenizer and args.adapter != "none":
         raise UserError(
-            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(extended.added_ids)}, and its embedding is "
-            "frozen; fine-tune all weights on such examples first"
+            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(added_tokens(extended))}, "
+            "and its embedding is frozen; fine-tune all weights on such examples first"
         )
     return extended
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens of a tokenizer that no text becomes."""
+    return list(tokenizer.added_ids) if isinstance(tokenizer, tokenization.ExtendedTokenizer) else []
 
 
 def dataset_tokenizer(args: TrainArgs) -> Tokenizer:
@@ -330,7 +337,7 @@ def describe_base(args: TrainArgs, base: Pretrained | None) -> dict[str, str]:
 def build_model(
     args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained | None, record: RunRecord | None
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model on the CPU with initial or loaded weights, and the arguments that loaded weights decide. Raises UserError."""
+    """(model on the CPU with initial or loaded weights, the arguments that loaded weights decide). Raises UserError."""
     torch.manual_seed(args.seed)
     if base is None:
         return build_from_scratch(args, tokenizers), {}
@@ -418,18 +425,22 @@ def reference_kind(args: TrainArgs) -> str:
 
 
 def build_reference(args: TrainArgs, model: GPT) -> ReferenceModel | None:
-    """The reference model, from the model before its adapter. None: there is none, or its log-probabilities are cached."""
+    """The reference model, from the model before its adapter. None: there is none, or its log-probs are cached."""
     kind = reference_kind(args)
     if kind == "adapter":
         return ReferenceModel(model, partial(adapters.disable_adapter, model))
     if kind == "copy":
-        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
         return ReferenceModel(frozen, nullcontext)
     return None
 
 
-def place_models(args: TrainArgs, models: Sequence[nn.Module], ranks: Ranks, log: Log) -> None:
-    """Move the models to the device, and shard them under FSDP."""
+def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, ranks: Ranks, log: Log) -> None:
+    """Move the model, and a reference model apart from it, to the device; shard them under FSDP."""
+    models = [model]
+    if reference is not None and reference.model is not model:
+        assert isinstance(reference.model, GPT)
+        models.append(reference.model)
     for model in models:
         model.to(ranks.device)
     if args.parallel != "fsdp":
@@ -634,7 +645,7 @@ def build_kto(args: TrainArgs, context: BuildContext) -> RunData:
 
 
 def kto_weights(desirable: str, undesirable: str, n_desirable: int, n_undesirable: int) -> tuple[float, float]:
-    """The weights of desirable and undesirable examples; `auto` gives both kinds the same total weight. Raises UserError."""
+    """The weights of desirable and undesirable examples; `auto` gives both kinds the same total. Raises UserError."""
     if not n_desirable or not n_undesirable:
         raise UserError(
             f"--objective=kto: needs desirable and undesirable examples, got {n_desirable} and {n_undesirable}"

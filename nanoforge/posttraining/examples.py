@@ -1,9 +1,9 @@
 """Examples to batches: rows of JSONL, CSV or TSV files as token sequences and the masks of what counts in the loss.
 
-An example becomes one token sequence, or two; a batch holds them padded at their ends. As with token bins, which examples
-a step reads is a pure function of the arguments and the step: each once an epoch, in random order.
+An example becomes one token sequence, or two; a batch holds them padded at their ends. As with token bins, which
+examples a step reads is a pure function of the arguments and the step: each once an epoch, in random order.
 
-A prompt is a text or a list of messages {"role", "content"}. The fields that each objective needs are in objective_specs.py.
+A prompt is a text or a list of messages {"role", "content"}. objective_specs.py has the fields that objectives need.
 
 Knows of the model only the number of its embedding's rows, of ranks only which rows are asked for.
 """
@@ -62,24 +62,29 @@ class ExampleTooLongError(Exception):
 
 @dataclass(frozen=True)
 class ExampleEncoder:
-    """Rows to token sequences.
-
-    max_tokens: of a sequence. overflow: what becomes of a longer one: "error", "drop" or "truncate_target".
-    train_on_prompt: all tokens count in the loss, not just the completion's. max_completion_tokens: what a prompt must
-    leave free for a completion that is still to be generated.
-    template: a prompt format around the row's fields, the virtual token j of whose soft prompt has the id prompt_offset + j;
-    target_field: the field that the model learns to write; truncation_field: the field cut where an example is too long.
-    """
+    """Rows to token sequences."""
 
     tokenizer: tokenization.Tokenizer
-    max_tokens: int
-    overflow: str = "error"
-    train_on_prompt: bool = False
-    max_completion_tokens: int = 0
-    template: PromptTemplate | None = None
-    prompt_offset: int = 0
-    target_field: str = ""
-    truncation_field: str = ""
+    max_tokens: int  # of a sequence
+    overflow: str = "error"  # what becomes of a longer one: error, drop or truncate_target
+    train_on_prompt: bool = False  # all tokens count in the loss, not just the completion's
+    max_completion_tokens: int = 0  # that a prompt must leave free for a completion still to be generated
+    template: PromptTemplate | None = None  # a prompt format around the row's fields
+    prompt_offset: int = 0  # id of the first virtual token of the template's soft prompt
+    target_field: str = ""  # with a template: the field that the model learns to write
+    truncation_field: str = ""  # with a template: the field that is cut if an example is too long
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-sequence token, which extend_tokenizer adds where it is missing."""
+        assert self.tokenizer.eos_id is not None
+        return self.tokenizer.eos_id
+
+    @property
+    def role_ids(self) -> dict[str, int]:
+        """role -> id of its token, which extend_tokenizer adds where it is missing."""
+        assert isinstance(self.tokenizer, tokenization.ExtendedTokenizer)
+        return {role: self.tokenizer.added_ids[token] for role, token in ROLES.items()}
 
     def encode(self, row: Row, example_type: str) -> Example:
         """A row as an example; the types are those of objective_specs.py. Raises ExampleTooLongError and UserError."""
@@ -96,7 +101,7 @@ class ExampleEncoder:
             ids, loss_mask = self.encode_messages(row["messages"], add_generation_prompt=False)
             return Example((self.fit(ids, loss_mask),), row)
         if "text" in row and self.template is None:
-            ids = [*self.encode_text(row["text"]), self.tokenizer.eos_id]
+            ids = [*self.encode_text(row["text"]), self.eos_id]
             return Example((self.fit(ids, [True] * len(ids)),), row)
         return Example((self.prompt_completion(row, "completion"),), row)
 
@@ -114,7 +119,7 @@ class ExampleEncoder:
             ids, completion_start = self.encode_template(row)
         else:
             prompt = self.encode_prompt(row)
-            ids = [*prompt, *self.encode_text(row[field]), self.tokenizer.eos_id]
+            ids = [*prompt, *self.encode_text(row[field]), self.eos_id]
             completion_start = len(prompt)
         return self.fit(ids, [i >= completion_start for i in range(len(ids))])
 
@@ -129,14 +134,15 @@ class ExampleEncoder:
         What the assistant says and its end-of-sequence tokens count in the loss. add_generation_prompt: end with the
         assistant's token, so that the model writes its message.
         """
+        role_ids = self.role_ids
         ids: list[int] = []
         loss_mask: list[bool] = []
         for message in messages:
-            content = [*self.encode_text(message["content"]), self.tokenizer.eos_id]
-            ids += [self.tokenizer.added_ids[ROLES[message["role"]]], *content]
+            content = [*self.encode_text(message["content"]), self.eos_id]
+            ids += [role_ids[message["role"]], *content]
             loss_mask += [False, *[message["role"] == "assistant"] * len(content)]
         if add_generation_prompt:
-            ids.append(self.tokenizer.added_ids[ROLES["assistant"]])
+            ids.append(role_ids["assistant"])
             loss_mask.append(False)
         return ids, loss_mask
 
@@ -164,7 +170,10 @@ class ExampleEncoder:
         return encoded
 
     def fit(self, ids: list[int], loss_mask: list[bool]) -> TokenSequence:
-        """A sequence of at most max_tokens, cut at its end if that leaves a token to learn. Raises ExampleTooLongError."""
+        """A sequence of at most max_tokens, cut at its end as overflow says. Raises ExampleTooLongError.
+
+        The cut must leave a token to learn.
+        """
         if len(ids) > self.max_tokens:
             is_cut = self.overflow == "truncate_target" and any(loss_mask[1 : self.max_tokens])
             if not is_cut:
@@ -320,7 +329,7 @@ class Collator:
     min_rows: ClassVar[int] = 1  # examples that a step must have
 
     def __call__(self, examples: Sequence[Example], rows: range, n_micro_batches: int = 1) -> Batch:
-        """Some rows of a step's examples, one of its rank's micro-batches. All chosen sequences precede all rejected."""
+        """A micro-batch: some rows of a step's examples. All chosen sequences precede all rejected ones."""
         micro_batch = examples[rows.start : rows.stop]
         by_kind = zip(*(example.sequences for example in micro_batch), strict=True)
         batch = pad(list(itertools.chain.from_iterable(by_kind)), self.pad_to)
@@ -391,7 +400,7 @@ class Examples:
         self.tokens_per_window = self.tokens / self.n_windows  # the mean
 
     def locate(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(zeros, index of the row) for examples by their numbers in the run, as Dataset.locate gives (shard, start)."""
+        """(zeros, index of the row) of examples by their numbers in the run, as Dataset.locate gives (shard, start)."""
         epoch, index = np.divmod(sequence, self.n_windows)
         return np.zeros_like(index), permute(index, self.n_windows, self.seed, ORDER, self.index, epoch)
 
@@ -427,10 +436,10 @@ def mask_all(batch: Batch) -> Batch:
 class ExampleSource(Source):
     """Training batches of `rows` examples a step, drawn from datasets by a mixture."""
 
-    datasets: Sequence[Examples]
+    datasets: Sequence[Examples]  # type: ignore[assignment]  # they locate rows as a Dataset locates windows
 
     def __init__(self, datasets: Sequence[Examples], mixture: Mixture, rows: int, seed: int, collate: Collator):
-        super().__init__(datasets, mixture, rows, seed)
+        super().__init__(datasets, mixture, rows, seed)  # type: ignore[arg-type]
         self.collate = collate
 
     @property
@@ -445,7 +454,7 @@ class ExampleSource(Source):
             yield [self.datasets[dataset_id].rows[index] for dataset_id, index in pairs]
 
     def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
-        """What a rank reads from a step on: micro-batches in host memory. pin: in pinned memory; hashed: with data_hash."""
+        """What a rank reads from a step on: micro-batches in host memory, pinned or not. hashed: with data_hash."""
         micro_batches = [
             range(start, min(start + rows.micro_batch_size, rows.stop))
             for start in range(rows.start, rows.stop, rows.micro_batch_size)

@@ -1,7 +1,7 @@
 """Objectives: from a model and a batch to a loss and its metrics. The formulas are in losses.py.
 
-An objective is called with a micro-batch. Summed over a rank's micro-batches and averaged over the ranks, its losses are
-the step's loss, however the step is cut. A metric is a tensor (2, ...): a sum and its count, which are added up likewise.
+An objective is called with a micro-batch. Summed over a rank's micro-batches and averaged over the ranks, its losses
+are the step's loss, however the step is cut. A metric is a tensor (2, ...): a sum and its count, added up likewise.
 
 Legend: B sequences, T target positions, K contexts.
 """

@@ -9,7 +9,7 @@ A rollout has four steps (Shao et al. 2024, algorithm 1):
 
 Which prompts a rollout takes is a pure function of (arguments, step). Its completions follow from the model and from
 random numbers that are a function of (seed, rollout, completion, token), so any number of ranks samples the same ones.
-A rollout serves `steps_per_rollout` optimizer steps, and a run is saved only between two rollouts: to resume needs no state.
+A rollout serves `steps_per_rollout` optimizer steps. A run is saved only between two rollouts: resuming needs no state.
 """
 
 import dataclasses
@@ -166,7 +166,7 @@ class RolloutSource(ExampleSource):
             yield step._replace(batches=[batch.to(device) for batch in step.batches])
 
     def iter_steps(self, start_step: int, rows: RankSlice, *, pin: bool, hashed: bool) -> Iterator[Step]:
-        """The completions [rows.start, rows.stop) of each step; those of a rollout are repeated steps_per_rollout times."""
+        """The completions [rows.start, rows.stop) of each step; all steps of a rollout have the same ones."""
         start_rollout, remainder = divmod(start_step, self.steps_per_rollout)
         assert remainder == 0, "a run is resumed only between two rollouts"
         for rollout_index, prompts in enumerate(self.iter_examples(start_rollout), start=start_rollout):
@@ -270,7 +270,7 @@ def sum_and_count(values: Tensor) -> Tensor:
 
 
 def rollout_metrics(rewards: Tensor, completions: Sequence[Completion], group_size: int, ranks: Ranks) -> Metrics:
-    """TRL's metrics of a rollout, from the rewards (N,) of its completions; the largest and smallest are of all ranks."""
+    """TRL's metrics of a rollout, from the rewards (N,) of its completions. Extremes are taken over all ranks."""
     groups = rewards.view(-1, group_size)
     group_std = groups.std(1) if group_size > 1 else torch.zeros(len(groups))
     lengths = torch.tensor([float(len(completion.ids)) for completion in completions])
@@ -296,8 +296,10 @@ def rollout_metrics(rewards: Tensor, completions: Sequence[Completion], group_si
 def evaluate_rewards(
     sampler: Sampler, scorer: Scorer, examples: Examples, n_batches: int, batch_size: int
 ) -> Iterator[tuple[Metrics, bool]]:
-    """The rewards of greedy completions of this rank's part of each batch of prompts, and whether it has one. The loss is
-    the negative reward."""
+    """The rewards of greedy completions of this rank's part of each batch of prompts, and whether it has one.
+
+    The loss is the negative reward.
+    """
     for chunk, rows, has_rows in examples.eval_chunks(n_batches, batch_size, sampler.ranks):
         prompts = chunk[rows.start : rows.stop]
         rewards, metrics = scorer.score(prompts, sampler.generate_greedy(prompts))
@@ -312,11 +314,11 @@ def sample_completions(sampler: Sampler, examples: Examples, count: int, prompt_
     """
     prompts = []
     for example in examples.rows[:count]:
-        sequence = example.sequences[0]
-        prompt_length = int(sequence.loss_mask.argmax()) if sequence.loss_mask.any() else len(sequence.ids)
+        ids, loss_mask, _ = example.sequences[0]
+        prompt_length = int(loss_mask.argmax()) if loss_mask.any() else len(ids)
         if example.row and prompt_length:
-            prompt = TokenSequence(sequence.ids[:prompt_length], sequence.loss_mask[:prompt_length])
-            prompts.append(Example((prompt,), example.row))
+            prompt_sequence = TokenSequence(ids[:prompt_length], loss_mask[:prompt_length])
+            prompts.append(Example((prompt_sequence,), example.row))
     if not prompts:
         return []
     samples = []
