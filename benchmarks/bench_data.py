@@ -25,13 +25,13 @@ from benchmarks.common import (
     take_turns,
     to_flags,
 )
+from benchmarks.datasets import VOCAB_SIZE, write_random_dataset
 from benchmarks.session import Session
 from nanoforge.data import batches, tokenization
 from nanoforge.data.token_bins import Meta
 from nanoforge.distributed import RankSlice
 
-BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 64, 1024, 50257
-CHUNK_TOKENS = 10**7
+BATCH_SIZE, BLOCK_SIZE = 64, 1024
 TIMED_BATCHES = 50
 
 
@@ -85,7 +85,7 @@ def measure_batches(session: Session) -> Figures:
     """
     cpu = torch.device("cpu")
     folder = session.folder / "bin" / "large"
-    write_random_bins(folder, session.args.bin_tokens)
+    write_random_dataset(folder, session.args.bin_tokens)
     metas = {"large": Meta(VOCAB_SIZE, "uint16", tokenization.NumberTokenizer(VOCAB_SIZE), {})}
     data = batches.open_data(
         folder.parent,
@@ -115,17 +115,6 @@ def measure_batches(session: Session) -> Figures:
     stream.close()
     print(f"  resident MB over {session.args.batches:,} batches: {memory}")
     return {"ms": table, "resident_mb": memory}
-
-
-def write_random_bins(folder: Path, train_tokens: int) -> None:
-    """train.bin and val.bin of random tokens, in chunks."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name, tokens in (("train.bin", train_tokens), ("val.bin", 10**5)):
-        with (folder / name).open("wb") as file:
-            for start in range(0, tokens, CHUNK_TOKENS):
-                size = min(CHUNK_TOKENS, tokens - start)
-                generator.integers(0, VOCAB_SIZE, size, dtype=np.uint16).tofile(file)
 
 
 def load_nanogpt_get_batch(nanogpt: Path, data_dir: Path) -> Callable[[str], Any]:

@@ -1,85 +1,123 @@
-"""The tables of docs/scale.md: what a run would need on H100s or H200s, from the model's own counts and a few constants.
+"""The tables of docs/scale.md: what a run would need on H100s or H200s, from the model's counts and a few constants.
 
     python -m benchmarks.scale
 
-On paper: nothing here is measured. The constants are those below; the formulas are explained in docs/scale.md.
+Nothing here is measured. The constants are below; docs/scale.md explains the formulas.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from model import GPT, GPTConfig
 
-PEAK, UTILISATION = 989e12, 0.42  # dense bfloat16 FLOP/s of an H100 or H200; the share that one GPU reaches
-NVLINK, NETWORK, NODE = (
-    350e9,
-    40e9,
-    8,
-)  # bytes/s that a ring gets out of NVLink; out of each GPU's 400 Gb/s network card; GPUs in a node
-MODELS = {  # shape, tokens of a step
-    "124M": (GPTConfig(vocab_sizes=(50304,), n_layer=12, n_head=12, n_embd=768, block_size=1024, bias=False), 2**19),
-    "1.5B": (GPTConfig(vocab_sizes=(50304,), n_layer=48, n_head=25, n_embd=1600, block_size=1024, bias=False), 2**20),
-    "7B": (
-        GPTConfig(
-            vocab_sizes=(50304,),
-            n_layer=32,
-            n_head=32,
-            n_embd=4096,
-            block_size=4096,
-            bias=False,
-            position="rope",
-            tie_weights=False,
-        ),
-        2**22,
-    ),
-}
+PEAK_FLOPS = 989e12  # dense bfloat16 FLOP/s of an H100 or H200
+UTILIZATION = 0.42  # share of it that one GPU reaches
+NVLINK = 350e9  # bytes/s that a ring gets out of NVLink
+NETWORK = 40e9  # bytes/s out of each GPU's 400 Gb/s network card
+GPUS_PER_NODE = 8
+MEMORY = 120e9  # bytes of a GPU for weights, gradients and optimizer
+HIDDEN_SHARE = 2 / 3  # of a step, backward, behind which communication is hidden
 GPUS = (1, 8, 16, 64, 128, 512)
 
 
-def transfer(bytes_: float, gpus: int) -> float:
-    """Seconds of one pass of a ring over all ranks (a reduce-scatter or an all-gather): NVLink within a node, each GPU's card between nodes."""
-    return bytes_ * (gpus - 1) / gpus / (NVLINK if gpus <= NODE else NETWORK * NODE)
+class Case(NamedTuple):
+    """A model, and the tokens of its optimizer step."""
+
+    config: GPTConfig
+    tokens_per_step: int
+
+
+GPT2_124M = GPTConfig(vocab_sizes=(50304,), n_layer=12, n_head=12, n_embd=768, block_size=1024, bias=False)
+GPT2_XL = GPTConfig(vocab_sizes=(50304,), n_layer=48, n_head=25, n_embd=1600, block_size=1024, bias=False)
+LLAMA_7B = GPTConfig(
+    vocab_sizes=(50304,),
+    n_layer=32,
+    n_head=32,
+    n_embd=4096,
+    block_size=4096,
+    bias=False,
+    position="rope",
+    tie_weights=False,
+)
+CASES = {"124M": Case(GPT2_124M, 2**19), "1.5B": Case(GPT2_XL, 2**20), "7B": Case(LLAMA_7B, 2**22)}
+MEMORY_COLUMNS = (
+    "model",
+    "parameters",
+    "GFLOP a token",
+    "weights, gradients, AdamW",
+    "bfloat16 weights of a step",
+    "activations of 1,024 tokens",
+    "the same, checkpointed",
+    "logits of 1,024 tokens",
+)
+
+
+def make_model(config: GPTConfig) -> GPT:
+    """A model without weights."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def memory_row(name: str, config: GPTConfig) -> list[str]:
+    model = make_model(config)
+    N, C, L, V = model.count_parameters(), config.n_embd, config.n_layer, sum(config.vocab_sizes)
+    sizes = {
+        "weights, gradients, AdamW": 16 * N,
+        "bfloat16 weights": 2 * N,
+        "activations": 32 * C * L * 1024,
+        "checkpointed activations": (2 * C * L + 32 * C) * 1024,
+        "logits": 14 * V * 1024,
+    }
+    counts = [f"{N / 1e6:,.0f} M", f"{model.flops_per_token() / 1e9:.2f}"]
+    return [name, *counts, *(f"{size / 1e9:.2f} GB" for size in sizes.values())]
+
+
+def ring_seconds(n_bytes: float, gpus: int) -> float:
+    """One pass of a ring over all ranks, a reduce-scatter or an all-gather.
+
+    It runs over NVLink within a node, and over each GPU's network card between nodes.
+    """
+    bandwidth = NVLINK if gpus <= GPUS_PER_NODE else NETWORK * GPUS_PER_NODE
+    return n_bytes * (gpus - 1) / gpus / bandwidth
+
+
+def speed_cell(case: Case, model: GPT, gpus: int) -> str:
+    """Tokens a day, the share of the time in which GPUs compute, and the parallelism."""
+    N = model.count_parameters()
+    fits = 18 * N < MEMORY
+    if case.tokens_per_step / case.config.block_size < gpus:
+        return "too few sequences"
+    if gpus == 1 and not fits:
+        return "does not fit"
+    compute = case.tokens_per_step * model.flops_per_token() / (gpus * PEAK_FLOPS * UTILIZATION)
+    if fits:
+        parallelism = "DDP"
+        communication = 2 * ring_seconds(4 * N, gpus)  # gradients in float32, all-reduced once a step
+    else:
+        parallelism = "FSDP"  # weights gathered in bfloat16 twice, gradients scattered in float32
+        communication = 2 * ring_seconds(2 * N, gpus) + ring_seconds(4 * N, gpus)
+    waiting = max(0.0, communication - HIDDEN_SHARE * compute)
+    tokens_per_day = 86400 * case.tokens_per_step / (compute + waiting)
+    return f"{tokens_per_day / 1e9:,.1f} G ({compute / (compute + waiting):.0%}, {parallelism})"
 
 
 def main() -> None:
-    print(
-        "| model | parameters | GFLOP a token | weights, gradients, AdamW | bfloat16 weights of a step | activations of 1,024 tokens | the same, checkpointed | logits of 1,024 tokens |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for name, (config, _) in MODELS.items():
-        with torch.device("meta"):
-            model = GPT(config)
-        N, C, L, V = model.count_parameters(), config.n_embd, config.n_layer, sum(config.vocab_sizes)
-        sizes = (16 * N, 2 * N, 32 * C * L * 1024, (2 * C * L + 32 * C) * 1024, 14 * V * 1024)
-        print(
-            f"| {name} | {N / 1e6:,.0f} M | {model.flops_per_token() / 1e9:.2f} | "
-            + " | ".join(f"{size / 1e9:.2f} GB" for size in sizes)
-            + " |"
-        )
+    print_table(list(MEMORY_COLUMNS), [memory_row(name, case.config) for name, case in CASES.items()])
     print()
-    print("| model | tokens a step | " + " | ".join(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS) + " |")
-    print("|---" * (2 + len(GPUS)) + "|")
-    for name, (config, step) in MODELS.items():
-        with torch.device("meta"):
-            model = GPT(config)
-        N, cells = model.count_parameters(), []
-        for gpus in GPUS:
-            compute = step * model.flops_per_token() / (gpus * PEAK * UTILISATION)
-            ddp = 2 * transfer(4 * N, gpus)  # gradients in float32, summed once a step
-            fits = 18 * N < 120e9
-            fsdp = 2 * transfer(2 * N, gpus) + transfer(
-                4 * N, gpus
-            )  # weights gathered in bfloat16 twice, gradients scattered in float32
-            waits = max(0.0, (ddp if fits else fsdp) - 2 / 3 * compute)  # hidden behind backward, two thirds of a step
-            day = 86400 * step / (compute + waits) / 1e9
-            small = step / config.block_size < gpus
-            cells.append(
-                "too few sequences"
-                if small
-                else "does not fit"
-                if gpus == 1 and not fits
-                else f"{day:,.1f} G ({compute / (compute + waits):.0%}, {'DDP' if fits else 'FSDP'})"
-            )
-        print(f"| {name} | {step:,} | " + " | ".join(cells) + " |")
+    gpu_columns = ["1 GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in GPUS]
+    rows = []
+    for name, case in CASES.items():
+        model = make_model(case.config)
+        rows.append([name, f"{case.tokens_per_step:,}", *(speed_cell(case, model, gpus) for gpus in GPUS)])
+    print_table(["model", "tokens a step", *gpu_columns], rows)
 
 
 if __name__ == "__main__":

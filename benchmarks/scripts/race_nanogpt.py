@@ -23,7 +23,7 @@ def save_apart(checkpoint: dict[str, Any], path: str) -> None:
     save(checkpoint, path.replace("ckpt.pt", f"ckpt_{checkpoint['iter_num']:06d}.pt"))
 
 
-torch.manual_seed = manual_seed_plus
+torch.manual_seed = manual_seed_plus  # type: ignore[assignment]
 torch.save = save_apart  # type: ignore[assignment]
 sys.path[0] = os.getcwd()
 sys.argv = [script, *arguments]
