@@ -30,6 +30,7 @@ from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, w
 from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
 from nanoforge.errors import UserError
+from nanoforge.run_dir import RECORD_FILE
 from nanoforge.sweeps import grid, grid_file, hf_keys, launch, local, plan, slurm, summary
 from nanoforge.sweeps.plan import PlannedRun, Scripts
 from nanoforge.sweeps.search import TPESearch, parse_search
@@ -40,8 +41,8 @@ TRAIN = ROOT / "train.py"
 EVALUATE = ROOT / "evaluate.py"
 
 SHORT_NAMES = {"learning_rate": "lr", "weight_decay": "wd", "batch_size": "bs"}  # in the names of folders
-GRID = "grid"  # the source of values
-SET_BY_SWEEP = {
+GRID = "grid"  # a source of values, as the path of a config file is one
+DECIDED_BY_SWEEP = {
     "overwrite": "the sweep decides which runs start over",
     "eval_only": "writes nothing that a sweep could show",
 }
@@ -85,7 +86,7 @@ ALIASES = {alias: spec.name for spec in TRAIN_SPECS.values() for alias in spec.a
 
 
 def check_sweep_args(args: SweepArgs, source: dict[str, str]) -> Iterator[str]:
-    """The errors of the sweep's own arguments that conflict."""
+    """The errors of the sweep's arguments: values that are not valid, and conflicts."""
     search = parse_search(args.search)
     if args.search and search is None:
         yield f"--search={args.search}: must be random:N or tpe:N"
@@ -158,22 +159,18 @@ def read_base_configs(paths: list[str]) -> tuple[list[tuple[str, dict[str, Any]]
     return layers, errors
 
 
-def choose_out_dir(spec: dict[str, Any], grid_files: list[str]) -> tuple[Path, list[str]]:
-    """The folder of the sweep, by default out/ and the name of the grid file, and the errors."""
-    default = Path(grid_files[0]).stem if len(grid_files) == 1 else "sweep"
-    out_dir = spec.pop("out_dir", None) or f"out/{default}"
+def check_out_dir(out_dir: Any) -> list[str]:
+    """The errors of the folder of a sweep."""
     if not isinstance(out_dir, str):
-        return Path("out").absolute(), ["out_dir: the folder of the sweep must be one path, not a list"]
-    if (Path(out_dir) / "train_config.json").exists():
-        return Path(out_dir).absolute(), [
-            f"--out_dir={out_dir}: is the folder of a single run; choose another one for the sweep"
-        ]
-    return Path(out_dir).absolute(), []
+        return ["out_dir: the folder of the sweep must be one path, not a list"]
+    if (Path(out_dir) / RECORD_FILE).exists():
+        return [f"--out_dir={out_dir}: is the folder of a single run; choose another one for the sweep"]
+    return []
 
 
 def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     """Read the command line and the files that it names: the request, and the errors. Raises UserError."""
-    # 1. The command line: the sweep's own arguments, those of train.py, files.
+    # 1. The command line: arguments of the sweep, arguments of train.py, files.
     parser = configurator.build_parser(arg_groups(SweepArgs) | arg_groups(TrainArgs), (__doc__ or "").split("\n\n")[0])
     command_line = configurator.read_command_line(
         parser, SWEEP_SPECS | TRAIN_SPECS, spell_out_jobs(argv), train_args.RULES.hints
@@ -181,8 +178,10 @@ def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     errors = list(command_line.errors)
     if command_line.print_config:
         errors.append("--print_config: describes one run; use it with train.py and the run.json of a run")
-    own_values = {name: value for name, value in command_line.values.items() if name in SWEEP_SPECS}
-    resolved = configurator.resolve(SweepArgs, [(configurator.COMMAND_LINE, own_values)], Rules(check=check_sweep_args))
+    sweep_values = {name: value for name, value in command_line.values.items() if name in SWEEP_SPECS}
+    resolved = configurator.resolve(
+        SweepArgs, [(configurator.COMMAND_LINE, sweep_values)], Rules(check=check_sweep_args)
+    )
     errors += resolved.errors
 
     # 2. The grid file.
@@ -213,9 +212,17 @@ def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     # 4. The config files underneath, and the folder.
     config_paths = [path for path in command_line.files if path not in grid_paths]
     base_configs, config_errors = read_base_configs([*file.base_configs, *config_paths])
-    out_dir, out_dir_errors = choose_out_dir(spec, grid_paths)
-    errors += config_errors + out_dir_errors
-    return Request(resolved.args, base_configs, spec, file.is_experiment, out_dir), errors
+    default_name = Path(grid_paths[0]).stem if len(grid_paths) == 1 else "sweep"
+    out_dir = spec.pop("out_dir", None) or f"out/{default_name}"
+    errors += config_errors + check_out_dir(out_dir)
+    request = Request(
+        sweep_args=resolved.args,
+        base_configs=base_configs,
+        spec=spec,
+        is_experiment=file.is_experiment,
+        out_dir=Path(str(out_dir)).absolute(),
+    )
+    return request, errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ def evaluation_errors(flags: tuple[str, ...]) -> list[str]:
         return []
     lines = result.stderr.strip().removeprefix(f"{EVALUATE.name}: ").splitlines()
     if len(lines) > 1:
-        lines = lines[1:]  # after the number of errors
+        del lines[0]  # the number of errors
     return [line.strip() for line in lines]
 
 
@@ -337,7 +344,7 @@ class Planner:
             except UserError as error:
                 errors += str(error).splitlines()
         layers.append((GRID, arguments))
-        for name, reason in SET_BY_SWEEP.items():
+        for name, reason in DECIDED_BY_SWEEP.items():
             if any(name in values for _, values in layers):
                 errors.append(f"--{name}: {reason}")
         if any(values.get("init_from") == "resume" for _, values in layers):
@@ -382,7 +389,7 @@ class Planner:
     def exit_if_errors(self, errors: list[str], n_points: int = 0) -> None:
         """Exit with all errors, if there are any.
 
-        An argument that has no effect in any of the `n_points` is one; in some of them it is ignored there.
+        An argument that has no effect in any of the `n_points` is an error. In single points it may have none.
         """
         unused = []
         for name, count in self.n_unused.items():
@@ -575,7 +582,7 @@ def main(request: Request, errors: list[str]) -> int:
 
 
 def command(argv: list[str]) -> None:
-    """The whole command; exits with its status."""
+    """Read the request, do it, and exit with the status."""
     try:
         request, errors = read_request(argv)
     except UserError as error:

@@ -306,7 +306,7 @@ DISTRIBUTED: dict[str, Arguments] = {  # execution.distributed_config
 DISTRIBUTED_CHOICES = {name.lower(): arguments for name, arguments in DISTRIBUTED.items()}
 
 NO_EFFECT = "nothing: it does not change what is learned"
-SET_BY_SWEEP = "nothing: each run gets its own"
+PER_RUN = "nothing: each run gets its own"
 
 KEYS: dict[str, Key] = {
     # the data and the model
@@ -405,9 +405,9 @@ KEYS: dict[str, Key] = {
     "disable_tqdm": ignored(NO_EFFECT),
     "log_level": ignored(NO_EFFECT),
     "overwrite_output_dir": ignored(NO_EFFECT),
-    "output_dir": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
-    "logging_dir": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
-    "local_rank": Key(SET_BY_SWEEP, only(None, "each run gets its own")),
+    "output_dir": Key(PER_RUN, only(None, "each run gets its own")),
+    "logging_dir": Key(PER_RUN, only(None, "each run gets its own")),
+    "local_rank": Key(PER_RUN, only(None, "each run gets its own")),
 }
 
 DEFAULTS: dict[str, Any] = {  # transformers.TrainingArguments, where training depends on them

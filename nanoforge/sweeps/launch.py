@@ -73,7 +73,7 @@ class GridLauncher:
 
 
 class TPELauncher:
-    """Runs the points that a search proposes, and tells the search how their runs end."""
+    """Runs the points that a search proposes, and reports to it how their runs end."""
 
     def __init__(self, search: TPESearch, plan_point: Callable[[Point], PlannedRun], scripts: Scripts):
         self.search = search

@@ -32,7 +32,7 @@ class Task:
 
     name: str
     folder: Path
-    commands: Callable[[], list[Command]]  # called once the folder's lock is held; perhaps none are left to run
+    commands: Callable[[], list[Command]]  # called with the folder's lock held; may return none
     environment: dict[str, str] = field(default_factory=dict)
     data: Any = None  # the caller's
 

@@ -28,7 +28,7 @@ class Scripts(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: what it is told to train.py, and how it is started."""
+    """One run: its folder, its arguments for train.py, and how it is started."""
 
     folder: Path
     varying: dict[str, Any]  # column -> value, of what varies in the sweep
@@ -133,7 +133,7 @@ def conflicting_run(run: PlannedRun) -> str | None:
 def remaining_commands(run: PlannedRun, scripts: Scripts, n_processes: int) -> list[list[str]]:
     """What is left to do of a run: train.py, resumed if it can be, then evaluate.py. Writes run.json for a new run.
 
-    For the holder of the run's lock: nobody else is running it.
+    To be called with the run's lock held: no other process is running it.
     """
     status = run_state.run_status(run.folder, running=False)
     if status.state in run_state.FINISHED:

@@ -11,7 +11,7 @@ from nanoforge.errors import UserError
 from nanoforge.sweeps.grid import Axis, Canonical, Grid, Point, Range, is_excluded
 
 Trial = Any  # optuna.trial.Trial
-FrozenTrial = Any  # optuna.trial.FrozenTrial: a trial as the study holds it
+FrozenTrial = Any  # optuna.trial.FrozenTrial: a trial in the study, read only
 Distribution = Any  # optuna.distributions.BaseDistribution
 
 STARTUP_TRIALS = 5  # before any is pruned

@@ -145,7 +145,7 @@ def test_list_valued_arguments_take_lists_of_lists(run_sweep):
 
 
 def test_scalars_of_yaml_are_what_they_look_like(tmp_path):
-    """PyYAML's own reading of the same lines, by YAML 1.1, is the witness that they need this."""
+    """PyYAML alone reads the same lines by YAML 1.1, which is the witness that this is needed."""
     import yaml
 
     text = (
@@ -674,10 +674,10 @@ eval_interval: 200
     )
     for run in (killed, failing):
         run_script(run / "run.json", f"--out_dir={tmp_path / 'alone' / run.name}")
-        ours, alone = read_run(run), read_run(tmp_path / "alone" / run.name)
+        swept, alone = read_run(run), read_run(tmp_path / "alone" / run.name)
         assert (
-            equal_tensors(ours.last.weights, alone.last.weights)
-            and [line["loss"] for line in ours.train] == alone.losses
+            equal_tensors(swept.last.weights, alone.last.weights)
+            and [line["loss"] for line in swept.train] == alone.losses
         )
         assert float(rows[run.name]["val_loss"]) == alone.evals[-1]["val_loss"]
 
@@ -807,7 +807,7 @@ environment:
 
 @pytest.fixture
 def guide(tmp_path) -> str:
-    """The guide's example, in which a list stands where its second part has one."""
+    """The guide's example, with lists where its second part has them."""
     for name in ("one", "two", "data", "venv/bin"):
         (tmp_path / name).mkdir(parents=True)
     for split in ("train", "val"):
