@@ -13,206 +13,294 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanoforge import files
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError, did_you_mean
 
 SPLITS = ("train", "val")
-LLMC_HEADER = 256 * 4  # bytes
-LLMC_MAGIC = {20240520: "uint16", 20240801: "uint32"}
+
+# llm.c's shards begin with 256 int32: a magic number, a version, the number of tokens, zeros.
+LLMC_HEADER_BYTES = 256 * 4
+LLMC_DTYPES = {20240520: "uint16", 20240801: "uint32"}
+
+# Of a large file only 64 evenly spaced stretches are read, to check or hash it.
+STRETCHES = 64
 
 
 def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
+def stretch_starts(size: int, stretch: int) -> list[int]:
+    """Where the stretches of a file of `size` units begin: the first at 0, the last one ends with the file."""
+    return np.linspace(0, size - stretch, STRETCHES).astype(np.int64).tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# reading
+# the meta file
 
 
 class Meta(NamedTuple):
-    """What a dataset's meta file tells."""
+    """What a dataset's meta file says."""
 
     vocab_size: int
     dtype: str
     tokenizer: tokenization.Tokenizer
-    files: dict[str, dict]  # file name -> {"tokens", "bytes", "sha256"}; empty where not known
+    files: Mapping[str, Mapping[str, Any]]  # file name -> {"tokens", "bytes", "sha256"}; empty where not known
+
+
+def read_meta(folder: Path) -> Meta:
+    """A dataset's meta; without one the bins are taken as GPT-2's tokens, as nanoGPT does. Raises UserError."""
+    if (folder / "meta.json").exists():
+        return read_json_meta(folder / "meta.json")
+    if (folder / "meta.pkl").exists():
+        return read_pickled_meta(folder / "meta.pkl")
+    tokenizer: tokenization.Tokenizer
+    try:
+        tokenizer = tokenization.TiktokenTokenizer.from_name("gpt2")
+    except UserError as error:
+        print(f"{folder}: no meta file, so taken as GPT-2's tokens; they are shown as numbers, because {error}")
+        tokenizer = tokenization.NumberTokenizer(50257)
+    return Meta(tokenizer.vocab_size, "uint16", tokenizer, {})
+
+
+def read_json_meta(path: Path) -> Meta:
+    """Our own meta.json. Raises UserError."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        dtype = meta["dtype"]
+        vocab_size = int(meta["vocab_size"])
+        bins = dict(meta["files"])
+        tokenizer = meta["tokenizer"]
+        if dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {dtype!r}")
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: broken ({type(error).__name__}: {error}); prepare the dataset again") from None
+    return Meta(vocab_size, dtype, tokenization.from_json(tokenizer, str(path)), bins)
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Builds containers, numbers and strings, and nothing else: no pickle can run code through it."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(
             f"it asks for {module}.{name}, and only plain containers, numbers and strings are taken"
         )
 
 
 def read_pickled_meta(path: Path) -> Meta:
-    """nanoGPT's meta.pkl (stoi, itos, vocab_size), or ReaLLM-Forge's, which may name a tiktoken encoding."""
+    """nanoGPT's meta.pkl (stoi, itos, vocab_size), or ReaLLM-Forge's, which may name a tiktoken encoding.
+
+    Raises UserError.
+    """
     try:
         with path.open("rb") as file:
             meta = PlainUnpickler(file).load()
         vocab_size = int(meta["vocab_size"])
     except Exception as error:  # a broken pickle raises nearly anything
         raise UserError(f"{path}: not a meta.pkl of nanoGPT's kind ({type(error).__name__}: {error})") from None
-    stoi = meta.get("stoi", {})
+
+    tokenizer: tokenization.Tokenizer
+    stoi = meta.get("stoi", {})  # character -> id
     if "encoding" in meta or meta.get("tokenizer") == "tiktoken":
-        tokenizer = tokenization.TiktokenTokenizer.from_name(
-            meta.get("tiktoken_encoding") or meta.get("encoding") or "gpt2"
-        )
-    elif (
-        len(stoi) == vocab_size
-        and all(isinstance(char, str) and len(char) == 1 for char in stoi)
-        and sorted(stoi.values()) == list(range(vocab_size))
-    ):
+        name = meta.get("tiktoken_encoding") or meta.get("encoding") or "gpt2"
+        tokenizer = tokenization.TiktokenTokenizer.from_name(name)
+    elif is_char_vocabulary(stoi, vocab_size):
         tokenizer = tokenization.CharTokenizer(sorted(stoi, key=stoi.get))
     else:
         tokenizer = tokenization.NumberTokenizer(vocab_size)
     return Meta(vocab_size, dtype_for(vocab_size), tokenizer, {})
 
 
-def read_meta(folder: Path) -> Meta:
-    """A dataset's meta; without one the bins are taken as GPT-2's tokens, as nanoGPT does. Raises UserError."""
-    path = folder / "meta.json"
-    if path.exists():
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            dtype, vocab_size, files = meta["dtype"], int(meta["vocab_size"]), dict(meta["files"])
-            if dtype not in ("uint16", "uint32"):
-                raise ValueError(f"dtype {dtype!r}")
-            tokenizer = meta["tokenizer"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: broken ({type(error).__name__}: {error}); prepare the dataset again") from None
-        return Meta(vocab_size, dtype, tokenization.from_json(tokenizer, str(path)), files)
-    if (folder / "meta.pkl").exists():
-        return read_pickled_meta(folder / "meta.pkl")
-    try:
-        gpt2 = tokenization.TiktokenTokenizer.from_name("gpt2")
-    except UserError as mistake:
-        print(f"{folder}: no meta file, so taken as GPT-2's tokens; they are shown as numbers, because {mistake}")
-        gpt2 = tokenization.NumberTokenizer(50257)
-    return Meta(gpt2.vocab_size, "uint16", gpt2, {})
+def is_char_vocabulary(stoi: Mapping[Any, Any], vocab_size: int) -> bool:
+    """Whether the ids are those of single characters, each id once."""
+    are_chars = all(isinstance(char, str) and len(char) == 1 for char in stoi)
+    return are_chars and len(stoi) == vocab_size and sorted(stoi.values()) == list(range(vocab_size))
 
 
-def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
-    """Of each file of a dataset: its size and a sha256, of all of a file up to 16 MB, of a larger one 64 stretches of 64 KB."""
-    told = {}
-    for path in paths:
-        size, stretch = path.stat().st_size, 2**16
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            for first in (
-                range(0, size, stretch)
-                if size <= 2**24
-                else np.linspace(0, size - stretch, 64).astype(np.int64).tolist()
-            ):
-                file.seek(first)
-                digest.update(file.read(stretch))
-        told[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
-    return told
+def write_meta(folder: Path, tokenizer: tokenization.Tokenizer, bins: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write meta.json, last of a dataset's files. bins: file name -> what BinWriter says of it."""
+    meta = {
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "files": bins,
+        "tokenizer": tokenization.to_json(tokenizer),
+    }
+    files.write_text(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
 
 
 class TokenBin:
     """One split of one dataset: memory-mapped shards of token ids, and windows read from them.
 
-    A window never crosses shards. Raises UserError when a file is missing, empty, odd-sized, or holds ids beyond the vocabulary.
+    A window never crosses shards. `bytes` is the size of the text, None where it is not known.
     """
 
-    def __init__(self, folder: Path, split: str, meta: Meta, name: str | None = None):
-        self.name, self.split, self.meta = name or folder.name, split, meta
-        whole = folder / f"{split}.bin"
-        self.paths = [whole] if whole.exists() else sorted(folder.glob(f"*{split}_*.bin"))
-        if not self.paths:
-            raise UserError(f"{whole}: not there; {folder / 'prepare.py'} or data/prepare.py makes it")
-        self.shards = [self.open(path) for path in self.paths]
+    def __init__(self, folder: Path, split: str, meta: Meta, name: str | None = None) -> None:
+        """Raises UserError when a file is missing, empty or odd-sized, or holds ids beyond the vocabulary."""
+        self.name = name or folder.name
+        self.meta = meta
+        self.paths = shard_paths(folder, split)
+        self.shards = [open_shard(path, meta) for path in self.paths]
         self.dtype = self.shards[0].dtype
         if any(shard.dtype != self.dtype for shard in self.shards):
             raise UserError(f"{folder}: shards of {split} are of uint16 and of uint32; prepare the dataset again")
-        self.files, self.offsets = (
-            [os.open(path, os.O_RDONLY) for path in self.paths],
-            np.array([shard.offset for shard in self.shards]),
-        )
-        weakref.finalize(self, lambda files: [os.close(file) for file in files], self.files)
-        self.tokens = sum(map(len, self.shards))
-        files = [meta.files.get(path.name, {}) for path in self.paths]
-        self.bytes = sum(file["bytes"] for file in files) if all("bytes" in file for file in files) else None  # of text
+        self.tokens = sum(len(shard) for shard in self.shards)
+        self.bytes = self.count_bytes()
+        self.offsets = np.array([shard.offset for shard in self.shards])  # bytes before the first token
+        self.files = [os.open(path, os.O_RDONLY) for path in self.paths]
+        weakref.finalize(self, close_files, self.files)
 
-    def open(self, path: Path) -> np.ndarray:
-        size = path.stat().st_size
-        dtype, start = self.meta.dtype, 0
-        if size >= LLMC_HEADER:
-            header = np.fromfile(path, dtype="<i4", count=3)
-            if (
-                int(header[0]) in LLMC_MAGIC
-                and (size - LLMC_HEADER) == int(header[2]) * np.dtype(LLMC_MAGIC[int(header[0])]).itemsize
-            ):
-                dtype, start = LLMC_MAGIC[int(header[0])], LLMC_HEADER
-        width = np.dtype(dtype).itemsize
-        if size - start == 0:
-            raise UserError(f"{path}: empty; prepare the dataset again")
-        if (size - start) % width:
-            raise UserError(f"{path}: {size} bytes are no whole number of {dtype} tokens; prepare the dataset again")
-        known = self.meta.files.get(path.name, {}).get("tokens")
-        if known is not None and known != (size - start) // width:
-            raise UserError(
-                f"{path}: {(size - start) // width} tokens, but meta.json counts {known}; prepare the dataset again"
-            )
-        tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
-        # All of a small file, of a large one 64 stretches: a wrong vocabulary shows anywhere.
-        stretch = len(tokens) if len(tokens) <= 2**24 else 2**16
-        for first in np.linspace(0, len(tokens) - stretch, 1 if stretch == len(tokens) else 64).astype(np.int64):
-            part = np.fromfile(
-                path, tokens.dtype, stretch, offset=start + int(first) * width
-            )  # the map would keep megabytes around each
-            if (largest := int(part.max())) >= self.meta.vocab_size:
-                where = int(first) + int(part.argmax())
-                raise UserError(
-                    f"{path}: token {largest} at {where} is beyond the vocabulary of {self.meta.vocab_size}; is the meta file that of these bins?"
-                )
-        return tokens
+    def count_bytes(self) -> int | None:
+        total = 0
+        for path in self.paths:
+            size = self.meta.files.get(path.name, {}).get("bytes")
+            if size is None:
+                return None
+            total += size
+        return total
 
     def read_windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
         """(len(start), length) ids from these places of these shards.
 
-        Read by pread: through the map, every window would fault in up to a megabyte around it, and the process would grow to the
-        size of the data.
+        Read by pread: through the map, every window would fault in up to a megabyte around it, and the process would
+        grow to the size of the data.
         """
         width = self.dtype.itemsize
         offset = self.offsets[shard] + start * width
-        rows = [
-            os.pread(self.files[s], length * width, at) for s, at in zip(shard.tolist(), offset.tolist(), strict=True)
-        ]
+        places = zip(shard.tolist(), offset.tolist(), strict=True)
+        rows = [os.pread(self.files[i], length * width, position) for i, position in places]
         return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
 
 
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """split.bin, or the shards of the split in order. Raises UserError when there are none."""
+    single = folder / f"{split}.bin"
+    if single.exists():
+        return [single]
+    shards = sorted(folder.glob(f"*{split}_*.bin"))
+    if not shards:
+        raise UserError(f"{single}: not there; {folder / 'prepare.py'} or data/prepare.py makes it")
+    return shards
+
+
+def open_shard(path: Path, meta: Meta) -> np.memmap:
+    """The ids of a shard, checked against the meta file. Raises UserError."""
+    size = path.stat().st_size
+    dtype, start = read_llmc_header(path, size) or (meta.dtype, 0)
+    width = np.dtype(dtype).itemsize
+    if size == start:
+        raise UserError(f"{path}: empty; prepare the dataset again")
+    n_tokens, remainder = divmod(size - start, width)
+    if remainder:
+        raise UserError(f"{path}: {size} bytes are no whole number of {dtype} tokens; prepare the dataset again")
+    expected = meta.files.get(path.name, {}).get("tokens", n_tokens)
+    if expected != n_tokens:
+        raise UserError(f"{path}: {n_tokens} tokens, but meta.json counts {expected}; prepare the dataset again")
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
+    check_vocabulary(path, tokens, meta.vocab_size)
+    return tokens
+
+
+def read_llmc_header(path: Path, size: int) -> tuple[str, int] | None:
+    """(dtype, bytes of the header) of a shard that llm.c wrote, else None."""
+    if size < LLMC_HEADER_BYTES:
+        return None
+    magic, _, n_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
+    dtype = LLMC_DTYPES.get(magic)
+    if dtype is None or size - LLMC_HEADER_BYTES != n_tokens * np.dtype(dtype).itemsize:
+        return None  # tokens that look like a header
+    return dtype, LLMC_HEADER_BYTES
+
+
+def check_vocabulary(path: Path, tokens: np.memmap, vocab_size: int) -> None:
+    """Raise UserError for ids beyond the vocabulary: in all of a small file, in 64 stretches of a large one."""
+    starts, stretch = [0], len(tokens)
+    if len(tokens) > 2**24:
+        stretch = 2**16
+        starts = stretch_starts(len(tokens), stretch)
+    for start in starts:
+        # Read, not mapped: the map would keep megabytes around each stretch.
+        offset = tokens.offset + start * tokens.itemsize
+        ids = np.fromfile(path, tokens.dtype, stretch, offset=offset)
+        largest = int(ids.max())
+        if largest >= vocab_size:
+            raise UserError(
+                f"{path}: token {largest} at {start + int(ids.argmax())} is beyond the vocabulary of {vocab_size}; "
+                "is the meta file that of these bins?"
+            )
+
+
+def close_files(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
+    """name -> size and sha256 of each file; of one above 16 MB only 64 stretches of 64 KB are hashed."""
+    fingerprints = {}
+    stretch = 2**16
+    for path in paths:
+        size = path.stat().st_size
+        starts: Iterable[int] = range(0, size, stretch) if size <= 2**24 else stretch_starts(size, stretch)
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(stretch))
+        fingerprints[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
+    return fingerprints
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# datasets that make themselves
+
+FILE_SUFFIXES = {"bins": "bin", "examples": "jsonl"}
+
+
 def prepare_if_missing(folder: Path, what: str = "bins") -> None:
-    """Run the dataset's own prepare.py when its "bins", or its "examples", are not there. Raises UserError with the script's last words."""
-    script = folder / "prepare.py"
+    """Run the dataset's own prepare.py when its "bins" or "examples" are missing.
+
+    Raises UserError with the last line of the script's errors.
+    """
     if not folder.is_dir():
-        known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        datasets = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise UserError(
-            f"{folder}: no such dataset{did_you_mean(folder.name, known)}; --data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset"
+            f"{folder}: no such dataset{did_you_mean(folder.name, datasets)}; "
+            f"--data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset"
         )
-    suffix = {"bins": "bin", "examples": "jsonl"}[what]
-    if all(
-        (folder / f"{split}.{suffix}").exists() or (what == "bins" and any(folder.glob(f"*{split}_*.bin")))
-        for split in SPLITS
-    ):
+    missing = missing_files(folder, what)
+    if not missing:
         return
+    script = folder / "prepare.py"
     if not script.exists():
-        missing = " and ".join(f"{split}.{suffix}" for split in SPLITS if not (folder / f"{split}.{suffix}").exists())
-        raise UserError(f"{folder}: {missing} not there, and no prepare.py to make it")
+        raise UserError(f"{folder}: {' and '.join(missing)} not there, and no prepare.py to make it")
     print(f"{folder}: no {what} yet; running {script}", flush=True)
     done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{script}: {last.removeprefix('prepare.py: ')}")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{script}: {lines[-1].removeprefix('prepare.py: ')}")
+
+
+def missing_files(folder: Path, what: str) -> list[str]:
+    """Names of the splits' files that are not there; bins may be shards."""
+    missing = []
+    for split in SPLITS:
+        path = folder / f"{split}.{FILE_SUFFIXES[what]}"
+        has_shards = what == "bins" and any(folder.glob(f"*{split}_*.bin"))
+        if not path.exists() and not has_shards:
+            missing.append(path.name)
+    return missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,41 +308,31 @@ def prepare_if_missing(folder: Path, what: str = "bins") -> None:
 
 
 class BinWriter:
-    """Streams token ids into folder/name, which appears whole at `close` or not at all."""
+    """Streams token ids into an open file, and counts and hashes them as it does."""
 
-    def __init__(self, folder: Path, name: str, dtype: str):
-        self.path, self.beside = folder / name, folder / f".{name}.{os.getpid()}.tmp"
-        self.dtype, self.file, self.sha = np.dtype(dtype).newbyteorder("<"), self.beside.open("wb"), hashlib.sha256()
-        self.tokens = self.bytes = 0
+    def __init__(self, file: Any, dtype: str) -> None:
+        self.file = file
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.sha256 = hashlib.sha256()
+        self.tokens = 0
+        self.bytes = 0
 
     def write(self, ids: np.ndarray, text_bytes: int) -> None:
         data = np.ascontiguousarray(ids, dtype=self.dtype).data
         self.file.write(data)
-        self.sha.update(data)
+        self.sha256.update(data)
         self.tokens += len(ids)
         self.bytes += text_bytes
 
-    def close(self) -> dict:
-        """Sync and rename; what meta.json says of the file."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.beside, self.path)
-        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
-
-    def discard(self) -> None:
-        self.file.close()
-        self.beside.unlink(missing_ok=True)
+    def summary(self) -> dict[str, Any]:
+        """What meta.json says of the file."""
+        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha256.hexdigest()}
 
 
-def write_meta(folder: Path, tokenizer: tokenization.Tokenizer, files: dict[str, dict]) -> None:
-    """Write meta.json, last of a dataset's files."""
-    meta = {
-        "dtype": dtype_for(tokenizer.vocab_size),
-        "vocab_size": tokenizer.vocab_size,
-        "files": files,
-        "tokenizer": tokenization.to_json(tokenizer),
-    }
-    beside = folder / f".meta.json.{os.getpid()}.tmp"
-    beside.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(beside, folder / "meta.json")
+@contextmanager
+def open_bin(path: Path, dtype: str) -> Iterator[BinWriter]:
+    """A writer of a bin, which is synced and gets its name at the end of the block; an error leaves nothing."""
+    with files.atomic_write(path) as tmp_path, tmp_path.open("wb") as file:
+        yield BinWriter(file, dtype)
+        file.flush()
+        os.fsync(file.fileno())

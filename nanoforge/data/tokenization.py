@@ -1,17 +1,20 @@
-"""Tokenizers: text to token ids and back, each stored whole as JSON.
+"""Tokenizers: text to token ids and back, each stored whole as JSON. Knows nothing of datasets or models.
 
-A run's tokenizer.json is {"tokenizers": [{"name": dataset, "kind": ..., ...}, ...]}: one for each vocabulary of its model. Nothing
-else is needed to read it: a tiktoken encoding is stored with all of its ranks.
+A run's tokenizer.json is {"tokenizers": [{"name": dataset, "kind": ..., ...}, ...]}: one for each vocabulary of its
+model. Nothing else is needed to read it: a tiktoken encoding is stored with all of its ranks.
 
-A kind is a class with: `vocab_size`; `eos_id`, the id that ends a document, or None; `encode(text)` to an integer array;
-`decode(ids)`; `to_json()` and `from_json(spec)`, each other's inverse.
+    tokenizer = CharTokenizer("abc", has_eos=True)
+    tokenizer.encode("cab")              # array([2, 0, 1])
+    tokenizer.decode([2, 0, 1, 3])       # "cab<|endoftext|>"
 """
 
 import base64
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +24,36 @@ from nanoforge.errors import UserError, did_you_mean
 END_OF_TEXT = "<|endoftext|>"
 
 
+class Tokenizer(ABC):
+    """Text to token ids and back. A new kind is a subclass and its entry in KINDS."""
+
+    kind: ClassVar[str]
+    vocab_size: int
+    eos_id: int | None = None  # the end-of-sequence token, which ends a document
+    added_ids: Mapping[str, int] = {}  # control tokens by name; no text becomes one
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, integers of any width; never a control token. Raises UserError for what it can't hold."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; the end-of-sequence token is <|endoftext|>."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """All that from_json needs."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, spec: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer that to_json wrote."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# characters and bytes
+
+
 def code_points(text: str) -> np.ndarray:
     """The number of each character: uint8 of an ASCII text, which costs a copy, uint32 of any other."""
     if text.isascii():
@@ -28,73 +61,95 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-class CharTokenizer:
-    """One id a character; ids follow the characters' order. With `has_eos` one more id ends a document."""
+class CharTokenizer(Tokenizer):
+    """One id a character, in the order given; has_eos: one more id ends a document."""
 
     kind = "char"
 
-    def __init__(self, chars: Iterable[str], *, has_eos: bool = False):
+    def __init__(self, chars: Iterable[str], *, has_eos: bool = False) -> None:
         self.chars = list(chars)
         self.eos_id = len(self.chars) if has_eos else None
         self.vocab_size = len(self.chars) + has_eos
+        # Code point -> id, or vocab_size where there is none: so in the last entry, which stands for all points beyond.
         points = np.array([ord(char) for char in self.chars], dtype=np.uint32)
-        # Code point -> id; vocab_size for those without one, as the last entry is, in whose place all points beyond are looked up.
-        self.table = np.full(
-            max(128, int(points.max(initial=0)) + 1) + 1,
-            self.vocab_size,
-            dtype=np.uint16 if self.vocab_size < 2**16 else np.int32,
-        )
+        length = max(128, int(points.max(initial=0)) + 1) + 1
+        dtype = np.uint16 if self.vocab_size < 2**16 else np.int32
+        self.table = np.full(length, self.vocab_size, dtype=dtype)
         self.table[points] = np.arange(len(points))
 
     def encode(self, text: str) -> np.ndarray:
         points = code_points(text)
         ids = self.table.take(points, mode="clip")
         if ids.max(initial=0) == self.vocab_size:
-            strange = [chr(point) for point in np.unique(points[ids == self.vocab_size])]
-            raise UserError(
-                f"the tokenizer knows no {', '.join(map(repr, strange[:10]))}: its characters are {''.join(self.chars)!r}"
-            )
+            unknown = [repr(chr(point)) for point in np.unique(points[ids == self.vocab_size])]
+            known = "".join(self.chars)
+            raise UserError(f"the tokenizer knows no {', '.join(unknown[:10])}: its characters are {known!r}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         chars = [*self.chars, END_OF_TEXT]
         return "".join(chars[i] for i in ids)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {"chars": "".join(self.chars), "ends": self.eos_id is not None}
 
     @classmethod
-    def from_json(cls, spec: dict) -> "CharTokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "CharTokenizer":
         return cls(spec["chars"], has_eos=spec.get("ends", False))
 
 
-class ByteTokenizer:
-    """UTF-8: 256 bytes and the end of text."""
+class ByteTokenizer(Tokenizer):
+    """UTF-8: 256 bytes and the end-of-sequence token."""
 
-    kind, vocab_size, eos_id = "byte", 257, 256
+    kind = "byte"
+    vocab_size = 257
+    eos_id = 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids).decode("utf-8", "replace")
+        parts = [bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids]
+        return b"".join(parts).decode("utf-8", "replace")
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def from_json(cls, spec: dict) -> "ByteTokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "ByteTokenizer":
         return cls()
 
 
-class TiktokenTokenizer:
+# ---------------------------------------------------------------------------------------------------------------------
+# byte pair encodings
+
+
+class TiktokenTokenizer(Tokenizer):
     """Any encoding of tiktoken, GPT-2's among them."""
 
     kind = "tiktoken"
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: Any) -> None:
+        """encoding: a tiktoken.Encoding."""
         self.encoding = encoding
-        self.vocab_size, self.eos_id = encoding.n_vocab, encoding.eot_token
+        self.vocab_size = encoding.n_vocab
+        self.eos_id = encoding.eot_token
+
+    @classmethod
+    def from_name(cls, name: str) -> "TiktokenTokenizer":
+        """From tiktoken's own files: downloaded once, or found in TIKTOKEN_CACHE_DIR. Raises UserError."""
+        import tiktoken
+
+        names = tiktoken.list_encoding_names()
+        if name not in names:
+            raise UserError(f"--tokenizer={name}: tiktoken has no such encoding{did_you_mean(name, names)}")
+        try:
+            return cls(tiktoken.get_encoding(name))
+        except Exception as error:  # requests' many kinds of network trouble
+            raise UserError(
+                f"tiktoken's {name} can't be downloaded ({type(error).__name__}); "
+                "offline, point TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from None
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
@@ -102,58 +157,68 @@ class TiktokenTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode(list(ids))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         ranks = self.encoding._mergeable_ranks
-        words = [""] * (max(ranks.values()) + 1)  # by rank; p50k_base leaves gaps
+        tokens = [""] * (max(ranks.values()) + 1)  # by rank; p50k_base leaves gaps
         for token, rank in ranks.items():
-            words[rank] = base64.b64encode(token).decode()
+            tokens[rank] = base64.b64encode(token).decode()
         return {
             "encoding": self.encoding.name,
             "pattern": self.encoding._pat_str,
             "special_tokens": self.encoding._special_tokens,
-            "ranks": " ".join(words),
+            "ranks": " ".join(tokens),
         }
 
     @classmethod
-    def from_json(cls, spec: dict) -> "TiktokenTokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "TiktokenTokenizer":
+        if "ranks" not in spec:
+            return cls.from_name(spec["encoding"])
         import tiktoken
 
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split(" ")) if token}
-        return cls(
-            tiktoken.Encoding(
-                spec["encoding"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special_tokens"]
-            )
+        tokens = spec["ranks"].split(" ")
+        encoding = tiktoken.Encoding(
+            spec["encoding"],
+            pat_str=spec["pattern"],
+            mergeable_ranks={base64.b64decode(token): rank for rank, token in enumerate(tokens) if token},
+            special_tokens=spec["special_tokens"],
         )
-
-    @classmethod
-    def from_name(cls, name: str) -> "TiktokenTokenizer":
-        """From tiktoken's own files: downloaded once, or found in TIKTOKEN_CACHE_DIR. Raises UserError."""
-        import tiktoken
-
-        if name not in tiktoken.list_encoding_names():
-            raise UserError(
-                f"--tokenizer={name}: tiktoken has no such encoding{did_you_mean(name, tiktoken.list_encoding_names())}"
-            )
-        try:
-            return cls(tiktoken.get_encoding(name))
-        except Exception as error:  # requests' many kinds of network trouble
-            raise UserError(
-                f"tiktoken's {name} can't be downloaded ({type(error).__name__}); offline, point TIKTOKEN_CACHE_DIR to a folder that holds it"
-            ) from None
+        return cls(encoding)
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A byte-level BPE of the `tokenizers` library, trained on the data or read from a file of that library."""
 
     kind = "bpe"
 
-    def __init__(self, spec: dict):
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        """spec: the JSON of the library's tokenizer."""
         try:
-            from tokenizers import Tokenizer
+            import tokenizers
         except ModuleNotFoundError:
             raise UserError("this tokenizer needs a package: pip install tokenizers") from None
-        self.tokenizer = Tokenizer.from_str(json.dumps(spec))
-        self.vocab_size, self.eos_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END_OF_TEXT)
+        self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """A byte-level BPE (Sennrich et al. 2016) of vocab_size ids, the end-of-sequence token among them."""
+        try:
+            import tokenizers
+            from tokenizers import decoders, models, pre_tokenizers, trainers
+        except ModuleNotFoundError:
+            raise UserError("--tokenizer=bpe: needs a package: pip install tokenizers") from None
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(json.loads(tokenizer.to_str()))
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -161,42 +226,29 @@ class BPETokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {"tokenizer": json.loads(self.tokenizer.to_str())}
 
     @classmethod
-    def from_json(cls, spec: dict) -> "BPETokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "BPETokenizer":
         return cls(spec["tokenizer"])
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """A byte-level BPE (Sennrich et al. 2016) of vocab_size ids, the end of text among them."""
-        try:
-            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        except ModuleNotFoundError:
-            raise UserError("--tokenizer=bpe: needs a package: pip install tokenizers") from None
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(json.loads(tokenizer.to_str()))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# others
 
 
-class NumberTokenizer:
-    """Ids whose tokenizer is not known: text is their numbers, separated by spaces."""
+class NumberTokenizer(Tokenizer):
+    """Ids whose tokenizer is not known: a text is their numbers, separated by spaces."""
 
-    kind, eos_id = "numbers", None
+    kind = "numbers"
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            ids = np.array([int(word) for word in text.split()], dtype=np.int32)
+            ids = np.array([int(number) for number in text.split()], dtype=np.int32)
         except ValueError:
             raise UserError(
                 "the dataset's tokenizer is not known: text must be token ids separated by spaces"
@@ -208,21 +260,22 @@ class NumberTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f"{i} " for i in ids)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size}
 
     @classmethod
-    def from_json(cls, spec: dict) -> "NumberTokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "NumberTokenizer":
         return cls(spec["vocab_size"])
 
 
-class ExtendedTokenizer:
-    """Another tokenizer and further tokens, which no text becomes: an end of text, the roles of a chat. `ids` tells theirs."""
+class ExtendedTokenizer(Tokenizer):
+    """Another tokenizer with control tokens behind its own ids: the end-of-sequence token, the roles of a chat."""
 
     kind = "extended"
 
-    def __init__(self, base, added: Sequence[str]):
-        self.base, self.added = base, list(added)
+    def __init__(self, base: Tokenizer, added: Sequence[str]) -> None:
+        self.base = base
+        self.added = list(added)
         self.added_ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
         self.vocab_size = base.vocab_size + len(self.added)
         self.eos_id = self.added_ids.get(END_OF_TEXT, base.eos_id)
@@ -231,38 +284,60 @@ class ExtendedTokenizer:
         return self.base.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        runs = itertools.groupby(ids, lambda i: i >= self.base.vocab_size)
-        return "".join(
-            "".join(self.added[i - self.base.vocab_size] for i in run) if own else self.base.decode(list(run))
-            for own, run in runs
-        )
+        first_added = self.base.vocab_size
+        texts = []
+        for is_added, run in itertools.groupby(ids, lambda i: i >= first_added):
+            if is_added:
+                texts += [self.added[i - first_added] for i in run]
+            else:
+                texts.append(self.base.decode(list(run)))
+        return "".join(texts)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {"base": to_json(self.base), "added": self.added}
 
     @classmethod
-    def from_json(cls, spec: dict) -> "ExtendedTokenizer":
+    def from_json(cls, spec: Mapping[str, Any]) -> "ExtendedTokenizer":
         return cls(from_json(spec["base"], "tokenizer"), spec["added"])
 
 
-def add_tokens(tokenizer, tokens: Sequence[str]):
-    """The tokenizer with these tokens, those that it has not yet last."""
-    own = tokenizer.added_ids if isinstance(tokenizer, ExtendedTokenizer) else {}
-    if not (missing := [token for token in tokens if token not in own]):
+def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer with these control tokens; those that it lacks become its last ids."""
+    missing = [token for token in tokens if token not in tokenizer.added_ids]
+    if not missing:
         return tokenizer
-    return ExtendedTokenizer(tokenizer.base, [*own, *missing]) if own else ExtendedTokenizer(tokenizer, missing)
+    if isinstance(tokenizer, ExtendedTokenizer):
+        return ExtendedTokenizer(tokenizer.base, [*tokenizer.added, *missing])
+    return ExtendedTokenizer(tokenizer, missing)
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer | BPETokenizer | NumberTokenizer | ExtendedTokenizer
-KINDS = {
-    kind.kind: kind
-    for kind in (CharTokenizer, ByteTokenizer, TiktokenTokenizer, BPETokenizer, NumberTokenizer, ExtendedTokenizer)
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+KINDS: dict[str, type[Tokenizer]] = {
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "tiktoken": TiktokenTokenizer,
+    "bpe": BPETokenizer,
+    "numbers": NumberTokenizer,
+    "extended": ExtendedTokenizer,
 }
 
 
-def to_json(tokenizer: Tokenizer) -> dict:
+def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in full."""
     return {"kind": tokenizer.kind, **tokenizer.to_json()}
+
+
+def from_json(spec: Mapping[str, Any], source: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote; {"kind": "tiktoken", "encoding": name} is enough for one of tiktoken's.
+
+    source: what the error names. Raises UserError.
+    """
+    try:
+        return KINDS[spec["kind"]].from_json(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
 
 
 def same_tokenizer(*tokenizers: Tokenizer) -> bool:
@@ -271,24 +346,14 @@ def same_tokenizer(*tokenizers: Tokenizer) -> bool:
     return all(spec == specs[0] for spec in specs)
 
 
-def from_json(spec: dict, where: str) -> Tokenizer:
-    """The tokenizer that `to_json` told; `{"kind": "tiktoken", "encoding": name}` names one. Raises UserError."""
-    try:
-        if spec["kind"] == "tiktoken" and "ranks" not in spec:
-            return TiktokenTokenizer.from_name(spec["encoding"])
-        return KINDS[spec["kind"]].from_json(spec)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
-
-
-def save(path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+def save(path: Path, tokenizers: Mapping[str, Tokenizer]) -> None:
     """Write a run's tokenizer.json: one tokenizer for each vocabulary, by the dataset's name."""
     specs = [{"name": name, **to_json(tokenizer)} for name, tokenizer in tokenizers.items()]
     files.write_json(path, {"tokenizers": specs})
 
 
 def load(path: Path) -> dict[str, Tokenizer]:
-    """The tokenizers of a run's tokenizer.json. Raises UserError."""
+    """The tokenizers of a run's tokenizer.json, by the dataset's name. Raises UserError."""
     try:
         specs = json.loads(path.read_text(encoding="utf-8"))["tokenizers"]
         return {spec["name"]: from_json(spec, str(path)) for spec in specs}

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from nanoforge.errors import UserError
 DOCS = [f"document {i}: " + TEXT for i in range(25)]
 
 
-def prepare(*argv, check=True, **more):
-    return run_script(*argv, script="data/prepare.py", check=check, **more)
+def prepare(*flags, check=True, **options):
+    return run_script(*flags, script="data/prepare.py", check=check, **options)
 
 
 def tokens(folder, split="train"):
@@ -32,18 +34,18 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
     env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
     path = SHARED / "tinyshakespeare/input.txt"
     run_script(f"--input={path}", f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)
-    words = path.read_text()
+    text = path.read_text()
+    train_text = text[: int(len(text) * 0.9)]
     if name == "shakespeare_char":
-        stoi = {char: i for i, char in enumerate(sorted(set(words)))}
-        expected = [stoi[char] for char in words[: int(len(words) * 0.9)]]
+        stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+        expected = [stoi[char] for char in train_text]
     else:
-        import os
-
         import tiktoken
 
         os.environ |= env
-        expected = tiktoken.get_encoding("gpt2").encode_ordinary(words[: int(len(words) * 0.9)])
-    assert tokens(tmp_path / name) == expected and (len(expected), len(tokens(tmp_path / name, "val"))) == counts
+        expected = tiktoken.get_encoding("gpt2").encode_ordinary(train_text)
+    assert tokens(tmp_path / name) == expected
+    assert (len(expected), len(tokens(tmp_path / name, "val"))) == counts
 
 
 def test_offline_download_says_what_to_do(tmp_path):
@@ -84,32 +86,33 @@ def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
     expected = {"train": [], "val": []}
     for i, doc in enumerate(DOCS):
         expected["val" if i % 10 == 9 else "train"] += [*doc.encode(), 256]
-    assert tokens(tmp_path / "mine") == expected["train"] and tokens(tmp_path / "mine", "val") == expected["val"]
+    for split in ("train", "val"):
+        assert tokens(tmp_path / "mine", split) == expected[split]
     meta = json.loads((tmp_path / "mine/meta.json").read_text())
     assert meta["files"]["val.bin"]["bytes"] == sum(len(doc.encode()) for doc in DOCS[9::10])
 
 
 def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 100)
     path = tmp_path / "one.txt"
-    path.write_text(TEXT * 30)
-    pieces = list(corpus.read_corpus([str(path)], "text", 0.25))
-    assert max(len(piece.text) for piece in pieces) <= 100 and not any(piece.ends for piece in pieces)
-    whole = TEXT * 30
-    assert "".join(p.text for p in pieces if p.split == "train") == whole[: int(len(whole) * 0.75)]
-    assert "".join(p.text for p in pieces) == whole
+    text = TEXT * 30
+    train_text = text[: int(len(text) * 0.75)]
+    path.write_text(text)
+    chunks = list(corpus.read_corpus([str(path)], "text", 0.25))
+    assert max(len(chunk.text) for chunk in chunks) <= 100
+    assert not any(chunk.ends_document for chunk in chunks)
+    assert "".join(chunk.text for chunk in chunks if chunk.split == "train") == train_text
+    assert "".join(chunk.text for chunk in chunks) == text
     corpus.write_dataset(tmp_path / "d", lambda: corpus.read_corpus([str(path)], "text", 0.25), "char")
-    assert (
-        token_bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == whole[: int(len(whole) * 0.75)]
-    )
+    assert token_bins.read_meta(tmp_path / "d").tokenizer.decode(tokens(tmp_path / "d")) == train_text
 
 
-@pytest.mark.parametrize("piece", [7, 100, 2**17])
-def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, piece):
+@pytest.mark.parametrize("chunk_bytes", [7, 100, 2**17])
+def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, chunk_bytes):
     """Any Unicode, a byte order mark and every kind of line end, cut anywhere."""
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "one.txt"
-    for words in (
+    for text in (
         "\ufeffnaïve café\r\n日本 👩‍🚀\r\r\n\n x" * 50,
         "no\r",
         "",
@@ -117,58 +120,52 @@ def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, piece):
         "   \u3000 " * 30,
         "日本語" * 100,
     ):
-        path.write_bytes(words.encode())
+        path.write_bytes(text.encode())
         assert "".join(corpus.read_text(path)) == path.read_text(encoding="utf-8-sig")
 
 
-def test_bytes_that_are_not_utf_8_are_told_by_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 10)
+def test_the_place_of_bytes_that_are_not_utf_8_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 10)
     path = tmp_path / "one.txt"
     for broken in (b"\xef\xbb\xbf" + b"words " * 20 + "é".encode("latin-1") + b" more", "日本".encode()[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(UnicodeDecodeError) as told:
+        with pytest.raises(UnicodeDecodeError) as caught:
             broken.decode()
-        with pytest.raises(UserError, match=rf"at byte {told.value.start}\)"):
+        with pytest.raises(UserError, match=rf"at byte {caught.value.start}\)"):
             list(corpus.read_text(path))
 
 
 @needs_shared
-def test_the_pieces_of_a_text_change_no_token(tmp_path, monkeypatch):
-    """tiktoken, given the text at once, is the witness; pieces end where no token goes on."""
+def test_the_chunks_of_a_text_change_no_token(tmp_path, monkeypatch):
+    """tiktoken, which encodes the text at once, is the witness: no token spans two chunks."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_tokenizer_env()["TIKTOKEN_CACHE_DIR"])
-    monkeypatch.setattr(corpus, "PIECE", 200)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 200)
     import tiktoken
 
-    words = (SHARED / "tinyshakespeare/input.txt").read_text()[
-        :20_000
-    ] + "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
-    (tmp_path / "one.txt").write_text(words)
+    text = (SHARED / "tinyshakespeare/input.txt").read_text()[:20_000]
+    text += "  some \n  odd \n\n white\u3000 space , 's !\n a1 23 456 é è " * 40
+    (tmp_path / "one.txt").write_text(text)
     tokenizer = tokenization.TiktokenTokenizer.from_name("gpt2")
-    pieces = list(corpus.read_text(tmp_path / "one.txt"))
-    assert len(pieces) > 100 and np.concatenate(
-        [tokenizer.encode(piece) for piece in pieces]
-    ).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(words)
+    chunks = list(corpus.read_text(tmp_path / "one.txt"))
+    assert len(chunks) > 100
+    ids = np.concatenate([tokenizer.encode(chunk) for chunk in chunks])
+    assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
 def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
     """Python's sorted set and dict, as nanoGPT's prepare.py has them, are the witness; 70,000 characters take uint32."""
     chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
-    words = (chars * 3)[::-1]
-    corpus.write_dataset(
-        tmp_path / "d",
-        lambda: corpus.split_text(lambda: (words[i : i + 999] for i in range(0, len(words), 999)), 0.1),
-        "char",
-    )
-    stoi = {char: i for i, char in enumerate(sorted(set(words)))}
-    cut = int(len(words) * 0.9)
-    assert tokens(tmp_path / "d") == [stoi[char] for char in words[:cut]] and tokens(tmp_path / "d", "val") == [
-        stoi[char] for char in words[cut:]
-    ]
+    text = (chars * 3)[::-1]
+    chunks = [text[i : i + 999] for i in range(0, len(text), 999)]
+    corpus.write_dataset(tmp_path / "d", lambda: corpus.split_text(lambda: chunks, 0.1), "char")
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    cut = int(len(text) * 0.9)
+    assert tokens(tmp_path / "d") == [stoi[char] for char in text[:cut]]
+    assert tokens(tmp_path / "d", "val") == [stoi[char] for char in text[cut:]]
     meta = json.loads((tmp_path / "d/meta.json").read_text())
-    assert meta["files"]["val.bin"]["bytes"] == len(words[cut:].encode()) and meta["dtype"] == (
-        "uint16" if len(stoi) <= 2**16 else "uint32"
-    )
+    assert meta["files"]["val.bin"]["bytes"] == len(text[cut:].encode())
+    assert meta["dtype"] == ("uint16" if len(stoi) <= 2**16 else "uint32")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is not Linux")
@@ -178,8 +175,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     for megabytes in (1, 30):
         path = tmp_path / "one.txt"
         path.write_text(TEXT * (megabytes * 10**6 // len(TEXT)))
-        code = f"import runpy, sys; sys.argv = ['prepare.py', '--input={path}', '--name=d', '--data_dir={tmp_path}', '--tokenizer=char']; " \
-               f"runpy.run_path('{ROOT / 'data/prepare.py'}', run_name='__main__'); print('torch' in sys.modules, open('/proc/self/status').read())"  # fmt: skip
+        flags = [f"--input={path}", "--name=d", f"--data_dir={tmp_path}", "--tokenizer=char"]
+        code = (
+            f"import runpy, sys; sys.argv = ['prepare.py', *{flags!r}]; "
+            f"runpy.run_path('{ROOT / 'data/prepare.py'}', run_name='__main__'); "
+            "print('torch' in sys.modules, open('/proc/self/status').read())"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "False Name" in done.stdout, "torch takes a second to import"
         peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]))
@@ -198,18 +199,20 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("fraction, count", [(0.1, 10), (0.4, 40), (0.25, 25), (0.0005, 0)])
 def test_the_validation_part_is_what_was_asked_for(fraction, count):
-    pieces = list(corpus.split_documents([["x"]] * 100, fraction))
-    assert sum(piece.split == "val" for piece in pieces if piece.ends) == count
+    chunks = list(corpus.split_documents([["x"]] * 100, fraction))
+    assert sum(chunk.split == "val" for chunk in chunks if chunk.ends_document) == count
 
 
 def test_threads_keep_the_order():
-    import time
+    def every_third_is_slow(i: int) -> int:
+        if i % 3 == 0:
+            time.sleep(0.02)
+        return i
 
-    slow_first = lambda i: (time.sleep(0.02 * (i % 3 == 0)), i)[1]  # noqa: E731
-    assert list(corpus.map_in_order(slow_first, range(50), 4)) == list(range(50))
+    assert list(corpus.map_in_order(every_third_is_slow, range(50), 4)) == list(range(50))
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, message", [
     ([], "--input: is needed"),
     (["--input=/nowhere"], "no such file or folder"),
     (["--input=x.pdf"], "must be one of .txt"),
@@ -223,7 +226,7 @@ def test_threads_keep_the_order():
     (["--input=docs.jsonl", "--vocab_size=500"], "only with --tokenizer=bpe"),
     (["--input=hf:x"], "hf:x"),
 ])  # fmt: skip
-def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
+def test_bad_input_is_one_message_and_leaves_nothing(tmp_path, flags, message):
     (tmp_path / "x.pdf").write_text("")
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
@@ -232,8 +235,8 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, flags, told):
     (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     done = prepare("--tokenizer=byte", *flags, "--name=mine", check=False, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not list((tmp_path / "data").rglob("*.*")) if (tmp_path / "data").exists() else True
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list((tmp_path / "data").rglob("*.*"))
 
 
 def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
@@ -254,23 +257,23 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
 
 
 def test_standard_library_and_its_classes_are_aligned(tmp_path):
+    texts = []
     for name in ("stdlib_char", "stdlib_class"):
-        told = run_script(f"--out_dir={tmp_path / name}", script=f"data/{name}/prepare.py").stdout
-    assert "tokens" in told
-    char, kind = (
-        token_bins.read_meta(tmp_path / name).tokenizer.decode(tokens(tmp_path / name, "val")[:20000])
-        for name in ("stdlib_char", "stdlib_class")
-    )
+        folder = tmp_path / name
+        assert "tokens" in run_script(f"--out_dir={folder}", script=f"data/{name}/prepare.py").stdout
+        texts.append(token_bins.read_meta(folder).tokenizer.decode(tokens(folder, "val")[:20000]))
     assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > 1_000_000
-    assert len(char) == len(kind) and all((a == "\n") == (b == "\n") for a, b in zip(char, kind, strict=True))
-    words = [match.span() for match in re.finditer(r"^def (?=\w+\()", char, re.M)]
-    assert words and all(kind[first : last - 1] == "kkk" for first, last in words)
+    chars, classes = texts
+    assert [char == "\n" for char in chars] == [char == "\n" for char in classes]
+    keywords = [match.span() for match in re.finditer(r"^def (?=\w+\()", chars, re.M)]
+    assert keywords and all(classes[start : end - 1] == "kkk" for start, end in keywords)
 
 
 def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_path):
-    for place, words in (("b.py", "b = 1\n" * 9), ("site-packages/c/d.py", "d\n"), ("a/e.py", "e = 2\n")):
-        (tmp_path / "lib" / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "lib" / place).write_text(words)
+    for name, text in (("b.py", "b = 1\n" * 9), ("site-packages/c/d.py", "d\n"), ("a/e.py", "e = 2\n")):
+        path = tmp_path / "lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     code = (
         f"import sysconfig, runpy, sys; sysconfig.get_path = lambda name: {str(tmp_path / 'lib')!r}; sys.argv[1:] = []; "
         f"found = runpy.run_path({str(ROOT / 'data/stdlib_char/prepare.py')!r})['documents']; print([list(map(len, found(*how))) for how in ((), (True,), (True, 20))])"

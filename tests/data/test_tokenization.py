@@ -33,7 +33,8 @@ def through_json(tokenizer):
 def test_round_trips(tokenizer):
     again = through_json(tokenizer)
     ids = tokenizer.encode(SAMPLE)
-    assert tokenizer.decode(ids) == SAMPLE == again.decode(again.encode(SAMPLE)) and max(ids) < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == SAMPLE == again.decode(again.encode(SAMPLE))
+    assert max(ids) < tokenizer.vocab_size
     assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
     if tokenizer.eos_id is not None:
         assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
@@ -55,33 +56,34 @@ def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch):
     import tiktoken
 
     ids = gpt2.encode(SAMPLE)
-    assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(SAMPLE) and gpt2.decode(ids) == SAMPLE
+    assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(SAMPLE)
+    assert gpt2.decode(ids) == SAMPLE
     spec = json.dumps(tokenization.to_json(gpt2))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
     again = tokenization.from_json(json.loads(spec), "here")
-    assert np.array_equal(again.encode(SAMPLE), ids) and again.eos_id == 50256 and again.vocab_size == 50257
+    assert np.array_equal(again.encode(SAMPLE), ids)
+    assert (again.eos_id, again.vocab_size) == (50256, 50257)
     assert tokenization.to_json(again) == tokenization.to_json(gpt2)
 
 
-def test_unknown_encodings_are_told():
+def test_unknown_encodings_are_refused():
     with pytest.raises(UserError, match="did you mean gpt2"):
         tokenization.TiktokenTokenizer.from_name("gpt22")
 
 
 def test_trained_bpe_is_the_tokenizers_librarys():
     tokenizers = pytest.importorskip("tokenizers")
-    words = "low lower lowest new newer newest wide wider widest\n" * 50
-    trained = tokenization.BPETokenizer.train([words], 300)
+    text = "low lower lowest new newer newest wide wider widest\n" * 50
+    trained = tokenization.BPETokenizer.train([text], 300)
     again = through_json(trained)
     reference = tokenizers.Tokenizer.from_str(json.dumps(trained.to_json()["tokenizer"]))
-    for sample in (words, SAMPLE):
-        assert trained.encode(sample).tolist() == reference.encode(sample).ids == again.encode(sample).tolist()
+    for sample in (text, SAMPLE):
+        expected = reference.encode(sample).ids
+        assert trained.encode(sample).tolist() == again.encode(sample).tolist() == expected
         assert trained.decode(trained.encode(sample)) == sample
-    assert (
-        trained.vocab_size <= 300
-        and trained.decode([trained.eos_id]) == "<|endoftext|>"
-        and len(trained.encode("lowest")) < 6
-    )
+    assert trained.vocab_size <= 300
+    assert trained.decode([trained.eos_id]) == "<|endoftext|>"
+    assert len(trained.encode("lowest")) < 6
 
 
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
