@@ -1,36 +1,51 @@
-"""How good a trained model is: losses on held-out data, and answers to tasks that can be checked.
+"""How good a trained model is: losses on held-out data, and accuracy on tasks whose answers can be checked.
 
-    python evaluate.py --out_dir=out/run                                            loss, perplexity, bits a byte of its own datasets
-    python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k                   accuracy of the likeliest answers
-    python evaluate.py --out_dir=out/run --tasks arithmetic --decode=standard --num_passes=8
+    python evaluate.py --out_dir=out/run                              loss, perplexity, bits per byte of its datasets
+    python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k     accuracy of greedy completions
+    python evaluate.py --out_dir=out/run --tasks gsm8k --decode=standard --num_passes=8        pass@k, majority@k
 
-A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes evaluation.json beside the run.
+A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes
+evaluation.json to the run's folder.
 """
 
 import gc
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import configurator
-import train_args
 from common_args import DeviceArgs, LoadArgs, checkpoint_errors
-from configurator import OnlyWith, Rules, arg, arg_group
+from configurator import Rules, arg, arg_group, with_set
 
-DECODE = {
-    "greedy": (0.0, 0, 1.0),
-    "standard": (0.7, 50, 0.95),
-    "liberal": (0.85, 2000, 1.0),
-}  # temperature, top_k, top_p, as in agent_tunix
-TASKS = OnlyWith("--tasks", lambda a: bool(a.tasks))
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+
+
+class Decoding(NamedTuple):
+    """The sampling parameters of a value of --decode."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+DECODINGS = {  # as in agent_tunix
+    "greedy": Decoding(temperature=0.0, top_k=0, top_p=1.0),
+    "standard": Decoding(temperature=0.7, top_k=50, top_p=0.95),
+    "liberal": Decoding(temperature=0.85, top_k=2000, top_p=1.0),
+}
+DEFAULT_MAX_NEW_TOKENS = 256
+TASKS = with_set("tasks")
 
 
 @arg_group
 class LossArgs:
     """losses"""
 
-    datasets: tuple[str, ...] = arg((), "datasets to take losses on (none: the run's own)")
-    data_dir: str = arg("", "folder that holds the dataset folders (none: the run's, otherwise data)")
-    max_windows: int = arg(0, "so many windows of a dataset, or examples, at most (0: all)", low=0)
+    datasets: tuple[str, ...] = arg((), "datasets whose validation loss is taken (default: the run's own)")
+    data_dir: str = arg("", "folder of the dataset folders (default: the run's, otherwise data)")
+    max_windows: int = arg(0, "at most so many windows, or examples, of a dataset (0: all)", low=0)
 
 
 @arg_group
@@ -40,22 +55,22 @@ class TaskArgs:
     tasks: tuple[str, ...] = arg((), "datasets with a val.jsonl of prompts and answers, or paths to such files")
     decode: str = arg(
         "greedy",
-        "the likeliest tokens; or drawn, standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
-        choices=tuple(DECODE),
+        "greedy, or sampling. standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
+        choices=tuple(DECODINGS),
         needs=TASKS,
     )
-    num_passes: int = arg(1, "answers to each problem, for pass@k and majority@k", low=1, needs=TASKS)
-    max_new_tokens: int = arg(0, "tokens of an answer (0: the run's, otherwise 256)", low=0, needs=TASKS)
-    max_problems: int = arg(0, "so many problems of a task, the first ones (0: all)", low=0, needs=TASKS)
-    seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=TASKS)
+    num_passes: int = arg(1, "completions sampled per problem, for pass@k and majority@k", low=1, needs=TASKS)
+    max_new_tokens: int = arg(0, "maximum completion length (0: the run's, otherwise 256)", low=0, needs=TASKS)
+    max_problems: int = arg(0, "at most so many problems of a task, the first ones (0: all)", low=0, needs=TASKS)
+    seed: int = arg(1337, "random seed of sampling", low=0, high=2**32 - 1, needs=TASKS)
 
 
 @arg_group
 class SystemArgs(DeviceArgs):
     """system"""
 
-    batch_size: int = arg(64, "windows, examples or problems at once", low=1)
-    json: str = arg("", "file to write (none: evaluation.json in out_dir)")
+    batch_size: int = arg(64, "windows, examples or problems per batch", low=1)
+    json: str = arg("", "file to write (default: evaluation.json in out_dir)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +78,13 @@ class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, SystemArgs):
     """The arguments of evaluate.py."""
 
 
-def check(a, source: dict[str, str]) -> list[str]:
-    wrong = list(checkpoint_errors(a))
-    wrong += ["--num_passes: the likeliest answer is always the same; take --decode=standard or liberal"] * (
-        a.num_passes > 1 and a.decode == "greedy"
-    )
-    return wrong + ["--json: say where to write; there is no run"] * (a.init_from != "resume" and not a.json)
+def check(args: EvaluateArgs, source: dict[str, str]) -> Iterator[str]:
+    """Errors of arguments that conflict."""
+    yield from checkpoint_errors(args)
+    if args.num_passes > 1 and args.decode == "greedy":
+        yield "--num_passes: greedy completions are all the same; use --decode=standard or liberal"
+    if args.init_from != "resume" and not args.json:
+        yield "--json: required without a run; name the file to write"
 
 
 if __name__ == "__main__":
@@ -77,275 +93,372 @@ if __name__ == "__main__":
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import sample
-from model import GPT, GPTConfig
+from builders import LoadedModel, load_model
 from nanoforge import files, rng
+from nanoforge.console import print_to_stderr
 from nanoforge.data import batches, token_bins, tokenization
-from nanoforge.device import choose_dtype, get_device
+from nanoforge.data.tables import Row
 from nanoforge.errors import UserError
-from nanoforge.models import generation, pretrained
-from nanoforge.posttraining import accuracy, answers, examples, prompt_format, rewards
+from nanoforge.models.generation import SamplingParams, generate_batch
+from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
+from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit, to_problem
+from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows, read_example_rows
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.training import checkpoint
+from nanoforge.posttraining.prompt_format import PromptTemplate
+from nanoforge.posttraining.rewards import format_score
+from train_args import TrainArgs
+
+NUM_SAMPLES = 5  # completions of a task that evaluation.json shows
 
 
-def say(words: str) -> None:
-    print(words, file=sys.stderr)
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, and how."""
 
-
-class Subject:
-    """The model, its tokenizers, and the arguments of its run, if it comes from one."""
-
-    def __init__(self, a):
-        """Raises UserError."""
-        self.folder = checkpoint.resolve(Path(a.out_dir), a.checkpoint, say) if a.init_from == "resume" else None
-        self.run = train_args.load_args(self.folder) if self.folder else None
-        self.template, self.first_row = None, 0
-        if self.run and self.run.adapter == "soft_prompt":
-            self.model, tokenizer, (self.first_row,) = sample.base_with_prompts([self.folder])
-            self.tokenizers, self.template = {"tokens": tokenizer}, prompt_format.parse(self.run.prompt_format)
-        else:
-            loaded = pretrained.load(str(self.folder or a.init_from), say)
-            self.model = GPT(GPTConfig(**loaded.shape))
-            self.model.load_weights(loaded.weights, str(self.folder or a.init_from))
-            self.tokenizers = loaded.tokenizers or {
-                "tokens": tokenization.NumberTokenizer(sum(self.model.config.vocab_sizes))
-            }
-        self.device = get_device(a.device)
-        self.model.to(self.device).eval()
-        self.model.compute_dtype, _ = choose_dtype(a.dtype, self.device)
-        self.data_dir = Path(a.data_dir or (self.run.data_dir if self.run else "data"))
-        self.target, self.truncated = (
-            ((self.run.target_field or "completion"), self.run.truncation_field) if self.run else ("completion", "")
-        )
+    args: EvaluateArgs
+    loaded: LoadedModel
+    device: torch.device
+    run: TrainArgs | None  # the arguments of the run in out_dir
+    template: PromptTemplate | None  # of a soft prompt
 
     @property
-    def tokenizer(self) -> tokenization.Tokenizer:
-        """The only one. Raises UserError."""
-        if len(self.tokenizers) > 1:
-            raise UserError("--tasks: the model has several vocabularies; tasks and examples need one")
-        return next(iter(self.tokenizers.values()))
+    def data_dir(self) -> Path:
+        """The folder of the dataset folders."""
+        if self.args.data_dir:
+            return Path(self.args.data_dir)
+        return Path(self.run.data_dir if self.run else "data")
+
+    @property
+    def prompt_offset(self) -> int:
+        """The id of the first virtual token of a soft prompt."""
+        return self.loaded.prompt_offsets[0] if self.loaded.prompt_offsets else 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The maximum length of a completion."""
+        if self.args.max_new_tokens:
+            return self.args.max_new_tokens
+        if self.run and self.run.objective != "lm":
+            return self.run.max_new_tokens
+        return DEFAULT_MAX_NEW_TOKENS
+
+    def progress(self, size: int, title: str) -> Iterator[range]:
+        """The numbers below `size` in batches, with a progress bar on a terminal."""
+        starts = range(0, size, self.args.batch_size)
+        for start in tqdm(starts, desc=title, disable=not sys.stderr.isatty(), leave=False):
+            yield range(start, min(start + self.args.batch_size, size))
+
+
+def load_evaluation(args: EvaluateArgs) -> Evaluation:
+    """The model on its device, with what its run says of data. Raises UserError."""
+    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, print_to_stderr)
+    run = loaded.args if args.init_from == "resume" else None
+    template = None
+    if run and run.adapter == "soft_prompt":
+        template = prompt_format.parse(run.prompt_format)
+    device = loaded.to(args.device, args.dtype)
+    return Evaluation(args=args, loaded=loaded, device=device, run=run, template=template)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # losses
 
 
+def evaluate_losses(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """The losses on the datasets of the arguments, or on the run's own data. Raises UserError."""
+    run = evaluation.run
+    if evaluation.args.datasets:
+        names = evaluation.args.datasets
+    elif run is None or not has_meaningful_loss(run):
+        return {}
+    elif run.validation_file:
+        path = Path(run.validation_file)
+        return {path.stem: example_loss(evaluation, path)}
+    else:
+        names = tuple(run.folders)
+
+    data_format = run.data_format if run else "bins"
+    results = {}
+    for name in names:
+        folder = evaluation.data_dir / name
+        token_bins.prepare_if_missing(folder, data_format)
+        if data_format == "bins":
+            results[name] = text_loss(evaluation, name)
+        else:
+            results[name] = example_loss(evaluation, folder / "val.jsonl")
+    return results
+
+
+def has_meaningful_loss(run: TrainArgs) -> bool:
+    """Whether the loss of a run's own data is taken unasked.
+
+    Not of aligned contexts, which are read together, nor of preferences and rewards: without its reference model a
+    preference loss means little.
+    """
+    return run.training_mode != "multicontext" and run.objective in ("lm", "sft")
+
+
 @torch.no_grad()
-def loss_of_text(subject: Subject, name: str, a) -> dict[str, float]:
-    """Over the windows of val.bin, one after the other, so that each token is predicted once. Raises UserError."""
-    meta = token_bins.read_meta(subject.data_dir / name)
-    names = list(subject.tokenizers)
-    own = names.index(name) if name in names else 0
-    if not tokenization.same_tokenizer(meta.tokenizer, list(subject.tokenizers.values())[own]):
+def text_loss(evaluation: Evaluation, name: str) -> dict[str, float]:
+    """The loss on val.bin, by windows one after the other, so that each token is predicted once. Raises UserError."""
+    args, loaded = evaluation.args, evaluation.loaded
+    meta = token_bins.read_meta(evaluation.data_dir / name)
+    vocabularies = list(loaded.tokenizers)
+    vocabulary = vocabularies.index(name) if name in vocabularies else 0
+    if not tokenization.same_tokenizer(meta.tokenizer, loaded.tokenizers[vocabularies[vocabulary]]):
         raise UserError(f"--datasets={name}: has another tokenizer than the model")
-    model, T = subject.model, subject.model.config.block_size
-    val = token_bins.TokenBin(subject.data_dir / name, "val", meta, name)
-    windows = batches.Dataset([val], min(T, val.tokens - 1), "sequential", 0, 0, [model.vocabulary.vocab_offsets[own]])
-    count = min(windows.n_windows, a.max_windows or windows.n_windows)
-    total = tokens = 0.0
-    for first in tqdm(range(0, count, a.batch_size), desc=name, disable=not sys.stderr.isatty(), leave=False):
-        batch = batches.to_batch(windows.gather(np.arange(first, min(first + a.batch_size, count))), pin=False).to(
-            subject.device
-        )
-        losses = model(batch.idx, batch.targets)
-        total, tokens = total + float(losses.sum()), tokens + losses.numel()
-    told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
-    return told | ({"bits_per_byte": total / tokens / math.log(2) * val.tokens / val.bytes} if val.bytes else {})
+
+    val = token_bins.TokenBin(evaluation.data_dir / name, "val", meta, name)
+    dataset = batches.Dataset(
+        streams=[val],
+        block_size=min(loaded.model.config.block_size, val.tokens - 1),
+        method="sequential",
+        seed=0,
+        index=0,
+        vocab_offsets=[loaded.model.vocabulary.vocab_offsets[vocabulary]],
+    )
+    n_windows = min(dataset.n_windows, args.max_windows or dataset.n_windows)
+    total_loss = 0.0
+    n_tokens = 0
+    for rows in evaluation.progress(n_windows, name):
+        windows = dataset.gather(np.arange(rows.start, rows.stop))
+        batch = batches.to_batch(windows, pin=False).to(evaluation.device)
+        losses = loaded.model(batch.idx, batch.targets)  # (B, T)
+        total_loss += float(losses.sum())
+        n_tokens += losses.numel()
+    metrics = loss_metrics(total_loss, n_tokens)
+    if val.bytes:
+        metrics["bits_per_byte"] = total_loss / n_tokens / math.log(2) * val.tokens / val.bytes
+    return metrics
 
 
 @torch.no_grad()
-def loss_of_examples(subject: Subject, path: Path, a) -> dict[str, float]:
-    """Over the completions of the examples in a file, their end tokens included. Raises UserError."""
-    fields = [*subject.template.fields, subject.target] if subject.template else []
-    rows = examples.read_example_rows(
-        path,
-        fields=[fields] if fields else OBJECTIVES["sft"].fields,
-        needed_by="--objective=sft",
-        parse_row=lambda row: answers.to_problem(row) if "question" in row else row,
+def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
+    """The loss on the completions of the examples in a file, end tokens included. Raises UserError."""
+    args, model, run, template = evaluation.args, evaluation.loaded.model, evaluation.run, evaluation.template
+    target_field = (run.target_field if run else "") or "completion"
+    fields = OBJECTIVES["sft"].fields if template is None else [[*template.fields, target_field]]
+    rows = read_example_rows(path, fields, needed_by="--datasets", parse_row=gsm8k_to_problem)
+    encoder = ExampleEncoder(
+        tokenizer=evaluation.loaded.tokenizer,
+        max_tokens=model.config.block_size,
+        overflow="drop",
+        template=template,
+        prompt_offset=evaluation.prompt_offset,
+        target_field=target_field,
+        truncation_field=run.truncation_field if run else "",
     )
-    rows = rows[: a.max_windows or len(rows)]
-    coder = examples.ExampleEncoder(
-        subject.tokenizer, subject.model.config.block_size, "drop", template=subject.template, prompt_offset=subject.first_row, target_field=subject.target, truncation_field=subject.truncated,
-    )  # fmt: skip
-    encoded, n_dropped = examples.encode_rows(rows, coder, "prompt_completion", str(path))
-    total = tokens = 0.0
-    for first in tqdm(
-        range(0, len(encoded), a.batch_size), desc=str(path), disable=not sys.stderr.isatty(), leave=False
-    ):
-        some = encoded[first : first + a.batch_size]
-        batch = examples.Collator()(some, range(len(some))).to(subject.device)
-        total, tokens = (
-            total - float(per_token_logps(subject.model, batch.tokens, batch.extras["loss_mask"]).sum()),
-            tokens + int(batch.extras["loss_mask"].sum()),
-        )
-    told = {"val_loss": total / tokens, "perplexity": math.exp(total / tokens), "tokens": int(tokens)}
-    return told | ({"left_out": n_dropped} if n_dropped else {})
+    examples, n_dropped = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
+    total_loss = 0.0
+    n_tokens = 0
+    for numbers in evaluation.progress(len(examples), str(path)):
+        chunk = examples[numbers.start : numbers.stop]
+        batch = Collator()(chunk, range(len(chunk))).to(evaluation.device)
+        loss_mask = batch.extras["loss_mask"]
+        total_loss -= float(per_token_logps(model, batch.tokens, loss_mask).sum())
+        n_tokens += int(loss_mask.sum())
+    metrics = loss_metrics(total_loss, n_tokens)
+    if n_dropped:
+        metrics["left_out"] = n_dropped
+    return metrics
 
 
-def losses(subject: Subject, a) -> dict[str, dict[str, float]]:
-    """Of each dataset; of a run on aligned contexts, which are read together, and of one on preferences or rewards only if asked. Raises UserError."""
-    run, told = subject.run, {}
-    own = (
-        run is not None and run.training_mode != "multicontext" and run.objective in ("lm", "sft")
-    )  # without its reference a loss of preferences means little
-    for name in a.datasets or (run.folders if own else ()):
-        folder, reads = subject.data_dir / name, run.data_format if run else "bins"
-        token_bins.prepare_if_missing(folder, reads)
-        told[name] = (
-            loss_of_text(subject, name, a) if reads == "bins" else loss_of_examples(subject, folder / "val.jsonl", a)
-        )
-    if own and run.validation_file and not a.datasets:
-        told[Path(run.validation_file).stem] = loss_of_examples(subject, Path(run.validation_file), a)
-    return told
+def gsm8k_to_problem(row: Row) -> Row:
+    """GSM8K's own rows as problems, which have a completion; others as they are. Raises UserError."""
+    return to_problem(row) if "question" in row else row
+
+
+def loss_metrics(total_loss: float, n_tokens: int) -> dict[str, float]:
+    """The mean loss, its perplexity and the number of tokens."""
+    mean = total_loss / n_tokens
+    return {"val_loss": mean, "perplexity": math.exp(mean), "tokens": n_tokens}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks
 
+ProblemScore = dict[str, float]  # metric -> value in [0, 1]
 
-def problems_of(subject: Subject, task: str) -> list[dict]:
-    """The problems of a dataset's val.jsonl, or of a file; for a soft prompt with the fields of its format. Raises UserError."""
+
+class Answer(NamedTuple):
+    """A completion of a problem."""
+
+    text: str  # without the end token
+    n_tokens: int
+    ended: bool  # by itself
+
+
+def evaluate_task(evaluation: Evaluation, task: str) -> dict[str, Any]:
+    """Accuracy and its relatives over the problems of a task, with what the completions are like. Raises UserError."""
+    args = evaluation.args
+    problems = read_problems(evaluation, task)
+    problems = problems[: args.max_problems or len(problems)]
+    answers = answer_problems(evaluation, problems, title=task)
+    scores = []
+    samples = []
+    for problem, problem_answers in zip(problems, answers, strict=True):
+        texts = [answer.text for answer in problem_answers]
+        scores.append(score_problem(problem["answer"], texts, args.num_passes))
+    for problem, problem_answers in zip(problems[:NUM_SAMPLES], answers[:NUM_SAMPLES], strict=True):
+        if problem_answers:
+            completion = problem_answers[0].text
+            samples.append({"prompt": problem["prompt"], "answer": problem["answer"], "completion": completion})
+    return {
+        **aggregate(scores),
+        "n": len(problems),
+        "passes": args.num_passes,
+        **describe_lengths(answers),
+        "too_long_to_answer": sum(not problem_answers for problem_answers in answers),
+        "samples": samples,
+    }
+
+
+def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
+    """The problems of a dataset's val.jsonl, or of a file. Raises UserError.
+
+    Those of a soft prompt need the fields of its template instead of a prompt.
+    """
     path = Path(task)
     if path.suffix != ".jsonl":
-        token_bins.prepare_if_missing(subject.data_dir / task, "examples")
-        path = subject.data_dir / task / "val.jsonl"
-    if subject.template is not None:
-        fields = [*subject.template.fields, "answer"]
-        rows = examples.read_example_rows(path, [fields], needed_by="--tasks")
-        return [
-            {"prompt": " ".join(str(row[field]) for field in subject.template.fields)}
-            | row
-            | {"answer": str(row["answer"])}
-            for row in rows
-        ]
-    return examples.read_example_rows(path, OBJECTIVES["grpo"].fields, "--tasks", answers.to_problem)
+        folder = evaluation.data_dir / task
+        token_bins.prepare_if_missing(folder, "examples")
+        path = folder / "val.jsonl"
+    if evaluation.template is None:
+        return read_example_rows(path, OBJECTIVES["grpo"].fields, needed_by="--tasks", parse_row=to_problem)
+    names = evaluation.template.fields
+    rows = read_example_rows(path, [[*names, "answer"]], needed_by="--tasks")
+    problems = []
+    for row in rows:
+        shown_prompt = " ".join(str(row[name]) for name in names)  # in the samples, unless the row has a prompt
+        problems.append({"prompt": shown_prompt, **row, "answer": str(row["answer"])})
+    return problems
 
 
-def judged(subject: Subject, task: str, a) -> dict:
-    """What the answers to a task are worth; the proportions with an interval of 95 % over the problems."""
-    problems = problems_of(subject, task)
-    problems = problems[: a.max_problems or len(problems)]
-    tokenizer, model = subject.tokenizer, subject.model
-    coder = examples.ExampleEncoder(
-        tokenizer, model.config.block_size, template=subject.template, prompt_offset=subject.first_row
+def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str) -> list[list[Answer]]:
+    """num_passes completions of each problem; none of one whose prompt fills the context. Raises UserError."""
+    args, model, tokenizer = evaluation.args, evaluation.loaded.model, evaluation.loaded.tokenizer
+    encoder = ExampleEncoder(
+        tokenizer=tokenizer,
+        max_tokens=model.config.block_size,
+        template=evaluation.template,
+        prompt_offset=evaluation.prompt_offset,
     )
-    prompts = [coder.encode_prompt(row) for row in problems]
-    temperature, top_k, top_p = DECODE[a.decode]
-    longest = a.max_new_tokens or (subject.run.max_new_tokens if subject.run and subject.run.objective != "lm" else 256)
-    sampling = generation.SamplingParams(
-        max_new_tokens=longest,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        n=a.num_passes,
+    sampling = SamplingParams(
+        max_new_tokens=evaluation.max_new_tokens,
+        n=args.num_passes,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
+        **DECODINGS[args.decode]._asdict(),
     )
-    said: list[list[str]] = [[] for _ in problems]
-    lengths, ended = [], 0
-    fit = [
-        number for number, ids in enumerate(prompts) if len(ids) < model.config.block_size
-    ]  # the others can't be answered
-    for first in tqdm(range(0, len(fit), a.batch_size), desc=task, disable=not sys.stderr.isatty(), leave=False):
-        some = fit[first : first + a.batch_size]
-        completions = generation.generate_batch(
+    prompts = [encoder.encode_prompt(problem) for problem in problems]
+    answerable = [i for i, ids in enumerate(prompts) if len(ids) < model.config.block_size]
+    answers: list[list[Answer]] = [[] for _ in problems]
+    for batch in evaluation.progress(len(answerable), title):
+        indices = answerable[batch.start : batch.stop]
+        completions = generate_batch(
             model,
-            prompts=[prompts[number] for number in some],
+            prompts=[prompts[i] for i in indices],
             sampling=sampling,
-            uniform=lambda number, token, first=first: rng.uniform(a.seed, first * a.num_passes + number, token),
+            uniform=uniform_of(args.seed, first_completion=batch.start * args.num_passes),
         )
-        for place, answer in enumerate(completions):
-            said[some[place // a.num_passes]].append(tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids))
-            lengths.append(len(answer.ids))
-            ended += answer.ended
-    n, passes = len(problems), a.num_passes
-    right = [
-        sum(answers.is_correct(words, row["answer"]) for words in some)
-        for some, row in zip(said, problems, strict=True)
-    ]
+        for number, completion in enumerate(completions):
+            ids = completion.ids[:-1] if completion.ended else completion.ids
+            answer = Answer(tokenizer.decode(ids), n_tokens=len(completion.ids), ended=completion.ended)
+            answers[indices[number // args.num_passes]].append(answer)
+    return answers
 
-    def given(words: str, answer: str) -> str | None:
-        """What a completion gives as its answer; where a text is asked for and none is marked, all of it."""
-        return (
-            answers.extract_answer(words)
-            if answers.parse_number(answer) is not None
-            else answers.marked_answer(words) or words
-        )
 
-    def mean(values: list[float]) -> dict[str, float]:
-        middle = sum(values) / n
-        return dict(zip(("value", "low", "high"), (middle, *accuracy.wilson_interval(sum(values), n)), strict=True))
+def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Random numbers of (completion of a batch, token) that are the same in batches of any size."""
+    return lambda completion, token: rng.uniform(seed, first_completion + completion, token)
 
-    told = {
-        "accuracy": mean([count / passes for count in right]),
-        "partial": mean([sum(answers.partial_credit(words, row["answer"]) for words in some) / passes for some, row in zip(said, problems, strict=True)]),
-        "format": mean([sum(rewards.format_score(words) == 1 for words in some) / passes for some, row in zip(said, problems, strict=True)]),
-    }  # fmt: skip
-    for k in (2**i for i in range(1, passes.bit_length())):
-        told[f"pass@{k}"] = mean([accuracy.pass_at_k(passes, count, k) for count in right])
-        told[f"majority@{k}"] = mean(
-            [
-                accuracy.majority_at_k([given(words, row["answer"]) for words in some], row["answer"], k)
-                if some
-                else 0.0
-                for some, row in zip(said, problems, strict=True)
-            ]
-        )
-    told |= {
-        "n": n,
-        "passes": passes,
-        "mean_tokens": sum(lengths) / max(1, len(lengths)),
-        "ended": ended / max(1, len(lengths)),
-        "too_long_to_answer": n - len(fit),
+
+def score_problem(reference: str, completions: Sequence[str], num_passes: int) -> ProblemScore:
+    """What the completions of one problem are worth; nothing if there are none."""
+    n_correct = sum(is_correct(completion, reference) for completion in completions)
+    n_in_format = sum(format_score(completion) == 1 for completion in completions)
+    votes = [extract_vote(completion, reference) for completion in completions]
+    score = {
+        "accuracy": n_correct / num_passes,
+        "partial": sum(partial_credit(completion, reference) for completion in completions) / num_passes,
+        "format": n_in_format / num_passes,
     }
-    return told | {
-        "samples": [
-            {"prompt": row["prompt"], "answer": row["answer"], "completion": some[0]}
-            for some, row in zip(said[:5], problems[:5], strict=True)
-            if some
-        ]
+    for exponent in range(1, num_passes.bit_length()):
+        k = 2**exponent
+        score[f"pass@{k}"] = pass_at_k(num_passes, n_correct, k)
+        score[f"majority@{k}"] = majority_at_k(votes, reference, k) if votes else 0.0
+    return score
+
+
+def aggregate(scores: Sequence[ProblemScore]) -> dict[str, dict[str, float]]:
+    """For each metric the mean over the problems, with a confidence interval of 95 %."""
+    n = len(scores)
+    metrics = {}
+    for name in scores[0]:
+        total = sum(score[name] for score in scores)
+        low, high = wilson_interval(total, n)
+        metrics[name] = {"value": total / n, "low": low, "high": high}
+    return metrics
+
+
+def describe_lengths(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+    """The mean length of completions, and how many of them ended by themselves."""
+    completions = [answer for problem_answers in answers for answer in problem_answers]
+    n = max(1, len(completions))
+    return {
+        "mean_tokens": sum(answer.n_tokens for answer in completions) / n,
+        "ended": sum(answer.ended for answer in completions) / n,
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(a) -> dict:
-    """Prints and writes what was found. Raises UserError."""
-    if not a.tasks and a.init_from != "resume" and not a.datasets:
-        raise UserError("--tasks, --datasets: say what to evaluate on; there is no run that knows")
-    subject = Subject(a)
-    told = {
-        "checkpoint": str(subject.folder or a.init_from), "decode": a.decode, "seed": a.seed, "dtype": str(subject.model.compute_dtype).removeprefix("torch."),
-        "losses": losses(subject, a), "tasks": {task: judged(subject, task, a) for task in a.tasks},
-    }  # fmt: skip
-    print(told["checkpoint"])
-    for name, values in told["losses"].items():
+def print_results(results: dict[str, Any]) -> None:
+    """A line for each dataset, and for each task a line and its metrics."""
+    print(results["checkpoint"])
+    for name, metrics in results["losses"].items():
+        cells = [
+            f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in metrics.items()
+        ]
+        print(f"  {name:20} {'  '.join(cells)}")
+    for name, task in results["tasks"].items():
+        completions = "1 completion" if task["passes"] == 1 else f"{task['passes']} completions"
         print(
-            f"  {name:20} "
-            + "  ".join(
-                f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}"
-                for key, value in values.items()
-            )
+            f"  {name:20} n {task['n']:,}, {completions} each ({results['decode']}), "
+            f"{task['mean_tokens']:.1f} tokens, {task['ended']:.1%} ended"
         )
-    for name, values in told["tasks"].items():
-        print(
-            f"  {name:20} n {values['n']:,}, {values['passes']} answer{'s' * (values['passes'] > 1)} to each ({a.decode}), {values['mean_tokens']:.1f} tokens, {values['ended']:.1%} ended"
-        )
-        for key, value in values.items():
+        for key, value in task.items():
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")
-    path = Path(a.json or Path(a.out_dir) / "evaluation.json")
-    files.write_json(path, told)
+
+
+def main(args: EvaluateArgs) -> dict[str, Any]:
+    """Print the results and write them as JSON. Raises UserError."""
+    if not args.tasks and args.init_from != "resume" and not args.datasets:
+        raise UserError("--tasks, --datasets: one is required without a run; name what to evaluate on")
+    evaluation = load_evaluation(args)
+    results = {
+        "checkpoint": evaluation.loaded.source,
+        "decode": args.decode,
+        "seed": args.seed,
+        "dtype": str(evaluation.loaded.model.compute_dtype).removeprefix("torch."),
+        "losses": evaluate_losses(evaluation),
+        "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
+    }
+    print_results(results)
+    path = Path(args.json or Path(args.out_dir) / "evaluation.json")
+    files.write_json(path, results)
     print(path)
-    return told
+    return results
 
 
 if __name__ == "__main__":

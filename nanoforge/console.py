@@ -19,6 +19,11 @@ def print_line(message: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def print_to_stderr(message: str) -> None:
+    """Print a line where it is no part of a command's output."""
+    print(message, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Characters done in a long pass over text: a bar on a terminal, a plain line every ten seconds elsewhere."""
 

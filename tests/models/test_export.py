@@ -1,0 +1,65 @@
+"""export.py: merged weights begin a run, and peft loads an exported adapter with our logits."""
+
+import pytest
+import torch
+from helpers import run_script
+
+from builders import load_model
+from model import GPT
+from nanoforge.training import checkpoint
+
+
+def export(*argv, **options):
+    return run_script(*argv, script="export.py", **options)
+
+
+def load(folder) -> GPT:
+    return load_model(str(folder)).model
+
+
+def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
+    sft = ["--objective=sft", "--dataset=sums", "--block_size=32"]
+    steps = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
+    done = run(*sft, *steps, "--adapter=lora", f"--init_from={base}")
+    merged = tmp_path / "merged"
+    export("merge", done.out_dir, f"--to={merged}")
+    ours, theirs = load(merged), load(done.out_dir / "checkpoints/000004")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.blocks[0].attn.qkv.weight, load(base).blocks[0].attn.qkv.weight)
+    flags = [*sft, f"--init_from={merged}", "--max_iters=1", "--eval_interval=1"]
+    assert run(*flags, name="next").steps == [1]
+    weights = merged / "model.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    assert checkpoint.verify(merged, checkpoint.WEIGHT_FILES)
+
+
+def test_peft_loads_what_was_exported(run, tmp_path):
+    """On the GPT-2 that it was trained on, with the logits of our own merged model."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    base_dir, adapter_dir = tmp_path / "hf", tmp_path / "adapter"
+    transformers.GPT2LMHeadModel(config).save_pretrained(base_dir)
+    lora = ["--adapter=lora", "--lora_rank=3", "--lora_alpha=5", f"--init_from={base_dir}"]
+    checkpoint_dir = run(*lora, "--learning_rate=1e-1", "--max_iters=8").out_dir / "checkpoints/000008"
+    export("peft", checkpoint_dir, f"--to={adapter_dir}")
+    adapted = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(base_dir), adapter_dir)
+    idx = torch.randint(30, (2, 8))
+    with torch.no_grad():
+        ours = load(checkpoint_dir)(idx)
+        base_logits = transformers.GPT2LMHeadModel.from_pretrained(base_dir).eval()(idx).logits
+        torch.testing.assert_close(adapted.eval()(idx).logits, ours, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(base_logits, ours, atol=1e-2)
+
+
+def test_errors_of_exports_name_the_flag(base, tmp_path):
+    for argv, message in (
+        (["merge", base], "--to"),
+        (["peft", base, f"--to={tmp_path / 'x'}"], "--adapter=lora"),
+        (["melt", base], "consolidate, merge, peft"),
+    ):
+        done = export(*argv, check=False)
+        assert done.returncode == 2 and message in done.stderr
