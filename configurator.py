@@ -106,7 +106,7 @@ def arg(default: T, help: str, **options: typing.Unpack[ArgOptions]) -> T:
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def arg_group(cls: type[T]) -> type[T]:
-    """A dataclass that is only a base of tables: without the methods that a table gets anyway, which take time to make."""
+    """A dataclass that is only a base of tables, without the methods that a table makes anyway: saves start-up time."""
     return dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)(cls)
 
 
@@ -364,19 +364,25 @@ def read_command_line(
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a command knows of its arguments beyond their table; `source` says where each argument's value came from."""
+    """What a command knows of its arguments beyond their table.
 
-    resumed_config: Callable[[Any], str | None] = lambda args: None  # path of the config of the run that is resumed
+    resumed_config(args): path of the config of the run that is resumed, if any. May raise UserError.
+    derive(args, source): what values are derived from, and the values, for arguments that are not set.
+    check(args, source): the errors of arguments that conflict.
+    hints: names of other programs that mean something else here -> what to use instead.
+    `source` maps each argument to where its value came from.
+    """
+
+    resumed_config: Callable[[Any], str | None] = lambda args: None
     derive: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda args, source: ("", {})
-    """(what they are derived from, values) of arguments that nothing set"""
-    check: Callable[[Any, dict[str, str]], Iterable[str]] = lambda args, source: ()  # errors of arguments that conflict
-    hints: dict[str, str] = dataclasses.field(default_factory=dict)  # name in other programs -> what to use here
+    check: Callable[[Any, dict[str, str]], Iterable[str]] = lambda args, source: ()
+    hints: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Layers:
     """Values applied over each other, the source of each, and the errors found on the way."""
 
-    def __init__(self, specs: dict[str, ArgSpec], hints: dict[str, str]):
+    def __init__(self, specs: dict[str, ArgSpec], hints: dict[str, str]) -> None:
         self.specs = specs
         self.hints = hints
         self.errors: list[str] = []
@@ -422,37 +428,45 @@ class Resolved(NamedTuple):
     args: Any  # an instance of the table; None where a file could not be read
     source: dict[str, str]  # argument -> where its value came from
     errors: list[str]
-    unused: list[str]  # arguments that were set but have no effect with these others
-    derived: list[str]  # arguments that nothing set and that follow from others
+    unused: list[str]  # arguments that were set but have no effect with the others
+    derived: list[str]  # arguments that were not set and follow from others
 
 
 def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules | None = None) -> Resolved:
-    """An instance of the table from layers of (source, values), the later the stronger. Prints nothing, exits never."""
+    """An instance of the table from layers of (source, values), the later the stronger. Prints nothing, never exits."""
     rules = rules or Rules()
     specs = arg_specs(table)
     state = Layers(specs, rules.hints)
+    # 1. The values that were set.
     for source, values in layers:
         state.apply(source, values)
+    # 2. Beneath them, the values of the resumed run.
     try:
         resumed = rules.resumed_config(table(**state.values))
         if resumed:
             state.apply_resumed(resumed, config_files.read_file(resumed))
     except UserError as error:
-        return Resolved(None, state.source, [*state.errors, str(error)], [], [])
+        errors = [*state.errors, str(error)]
+        return Resolved(args=None, source=state.source, errors=errors, unused=[], derived=[])
+    # 3. Beneath these, the values that follow from others.
     derived_from, values = rules.derive(table(**state.values), state.source)
     derived = [name for name in values if state.source[name] == DEFAULT]
     state.apply(derived_from, {name: values[name] for name in derived})
+    # 4. What is wrong with them. A config file may have values without effect, a command line may not.
     args = table(**state.values)
-    unused = []
-    refused = []
-    for name, spec in specs.items():
-        is_set = state.source[name] not in (DEFAULT, resumed, derived_from)
-        if spec.needs and is_set and not spec.needs.holds(args):
-            unused.append(name)
-            if state.source[name] == COMMAND_LINE:
-                refused.append(f"--{name}: has an effect only with {spec.needs.description}")
-    errors = [*state.errors, *refused, *rules.check(args, state.source)]
-    return Resolved(args, state.source, errors, unused, derived)
+    not_set = (DEFAULT, resumed, derived_from)
+    is_set = [spec for spec in specs.values() if state.source[spec.name] not in not_set]
+    unused = [spec for spec in is_set if spec.needs and not spec.needs.holds(args)]
+    errors = state.errors
+    errors += [unused_argument(spec) for spec in unused if state.source[spec.name] == COMMAND_LINE]
+    errors += rules.check(args, state.source)
+    unused_names = [spec.name for spec in unused]
+    return Resolved(args=args, source=state.source, errors=errors, unused=unused_names, derived=derived)
+
+
+def unused_argument(spec: ArgSpec) -> str:
+    """The error for an argument that is set but has no effect."""
+    return f"--{spec.name}: has an effect only with {spec.needs.description if spec.needs else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,6 +474,7 @@ def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules 
 
 
 def is_main_process() -> bool:
+    """Whether this process prints for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -494,7 +509,7 @@ def parse(table: type[T], argv: list[str], description: str, rules: Rules | None
 
 
 def print_notes(specs: dict[str, ArgSpec], resolved: Resolved, *, print_derived: bool) -> None:
-    """Tell on stderr which values of config files have no effect and which values are derived."""
+    """Print to stderr which values of config files have no effect, and which values are derived."""
     for name in resolved.unused:
         spec = specs[name]
         if spec.needs and getattr(resolved.args, name) != spec.default:

@@ -7,7 +7,7 @@ import pytest
 import train_args
 from nanoforge import config_files
 from nanoforge.errors import UserError
-from nanoforge.sweeps import grid
+from nanoforge.sweeps import grid_file
 
 
 def test_names_and_arithmetic_in_configs():
@@ -70,7 +70,7 @@ def test_configs_and_grids_read_yaml_alike(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 010\nlearning_rate: 1e-3\nwandb_run_name: 2:00:00\ncompile: no\ntask_name: no\n_remark: 1\n")
     expected = {"seed": 10, "learning_rate": 1e-3, "wandb_run_name": "2:00:00", "compile": "no", "task_name": "no"}
-    assert config_files.read_file(str(path)) == grid.read_file(str(path))[0] == expected
+    assert config_files.read_file(str(path)) == grid_file.read_file(str(path))[0] == expected
     args = train_args.parse([str(path)])
     assert args.seed == 10 and args.compile is False and args.task_name == "no"
 
