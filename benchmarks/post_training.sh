@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/alignment.md and docs/reinforcement.md tell: sums from fine-tuning to rewards and preferences, three seeds, with controls; prints the accuracies.
+# The tables of docs/alignment.md and docs/reinforcement.md: sums from fine-tuning to preferences and rewards, three seeds, with controls. Prints accuracies.
 #     bash benchmarks/post_training.sh [OUT]
 set -euo pipefail
 out=${1:-out/post_training}
@@ -10,7 +10,7 @@ python data/arithmetic/prepare.py > /dev/null
 python data/arithmetic/prepare.py --kind=preferences --out_dir=data/arithmetic_dpo > /dev/null
 for n in 1 8; do python data/arithmetic/prepare.py --kind=preferences --unpaired=$n --out_dir=data/arithmetic_kto_$n > /dev/null; done
 
-for seed in 1 2 3; do  # the first of the checkpoints, one every third step, that gets 30 % right
+for seed in 1 2 3; do  # the first checkpoint (one every third step) with an accuracy of 30 %
     run configs/arithmetic_sft.py --seed=$seed --checkpoint_interval=3 --keep_every=3 --out_dir="$out/sft_$seed"
     for step in $(seq 60 3 120); do
         python evaluate.py --out_dir="$out/sft_$seed" --checkpoint=$step --tasks arithmetic > "$out/last.log" 2>&1
