@@ -206,7 +206,7 @@ def example_files(args: TrainArgs) -> dict[str, dict[str, Path]]:
 
 
 def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
-    """dataset -> file -> hash of the data, with which alone a run may be resumed."""
+    """dataset -> file -> hash of the data, which a resumed run compares."""
     if OBJECTIVES[args.objective].reads_examples:
         return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
     return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
@@ -218,8 +218,7 @@ def parse_template(args: TrainArgs) -> PromptTemplate | None:
 
 
 def needed_fields(args: TrainArgs) -> Sequence[Sequence[str]]:
-    """The alternatives of fields that a row must have: those of the objective, or those of the prompt format and of the
-    completion after it."""
+    """The fields of a row, in alternatives: the objective's, or those of the prompt format and the completion."""
     spec = OBJECTIVES[args.objective]
     template = parse_template(args)
     if template is None:
@@ -246,13 +245,13 @@ def with_answer_as_text(row: dict) -> dict:
 
 def read_rows(args: TrainArgs) -> Rows:
     """The rows of every dataset and split. Raises UserError."""
-    rows: Rows = {}
-    for name, files in example_files(args).items():
-        rows[name] = {}
-        for split, path in files.items():
-            flag = f"--objective={args.objective}"
-            rows[name][split] = read_example_rows(path, needed_fields(args), flag, row_parser(args))
-    return rows
+    fields = needed_fields(args)
+    flag = f"--objective={args.objective}"
+    parse_row = row_parser(args)
+    return {
+        name: {split: read_example_rows(path, fields, flag, parse_row) for split, path in files.items()}
+        for name, files in example_files(args).items()
+    }
 
 
 def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokenizer]:
@@ -272,8 +271,7 @@ def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokeniz
 
 
 def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> Tokenizer:
-    """The tokenizer of the base weights, or from scratch of the dataset, with the tokens that examples need. Raises
-    UserError."""
+    """The tokenizer of the base weights, or else of the dataset, with what examples need. Raises UserError."""
     if args.init_from == "resume":
         return next(iter(tokenization.load(Path(args.out_dir) / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
@@ -314,7 +312,10 @@ def base_tokenizer(args: TrainArgs, base: Pretrained) -> Tokenizer:
 
 
 def load_base(args: TrainArgs, record: RunRecord | None, log: Log) -> Pretrained | None:
-    """The weights that the run starts from, or if a resumed run still needs them started from. Raises UserError."""
+    """The weights that the run starts from; of a resumed run those that it started from, if it needs them still.
+
+    Raises UserError.
+    """
     if args.init_from == "scratch":
         return None
     if args.init_from != "resume":
@@ -362,7 +363,7 @@ def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer]) -> GPT
 def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained) -> tuple[GPT, dict[str, Any]]:
     """A model of the base's shape and weights, and the arguments that this shape decides. Raises UserError.
 
-    Examples may add tokens to the vocabulary; text must be tokenized as the base's was.
+    Examples may add tokens to the vocabulary; text has to be tokenized as the base's was.
     """
     reads_examples = OBJECTIVES[args.objective].reads_examples
     base_vocab_size = sum(base.shape["vocab_sizes"])
@@ -513,7 +514,7 @@ def add_cached_reference(
 ) -> dict[str, list[Examples]]:
     """The examples with the reference model's log-probabilities, which is the model before training.
 
-    They are computed once, and kept beside the data under a hash of all that they follow from.
+    They are computed once, and kept in the dataset's folder under a hash of all that they depend on.
     """
     files = example_files(args)
     result: dict[str, list[Examples]] = {}
@@ -534,7 +535,7 @@ def add_cached_reference(
 
 
 def cache_key(dataset: Examples, weights_sha256: str, dtype: str) -> str:
-    """A hash of all that the reference model's log-probabilities follow from."""
+    """A hash of all that the reference model's log-probabilities depend on."""
     arrays = []
     for example in dataset.rows:
         for sequence in example.sequences:
@@ -551,7 +552,7 @@ def compute_reference_logps(dataset: Examples, model: GPT, batch_size: int, rank
     for start in range(0, len(rows), batch_size * ranks.world_size):
         own_start = start + ranks.rank * batch_size
         own_rows = range(own_start, min(own_start + batch_size, len(rows)))
-        # a rank without rows reads one all the same: all ranks must call a sharded model as often
+        # a rank without rows reads one all the same: all ranks have to call a sharded model as often
         batch = Collator()(rows, own_rows or range(1)).to(ranks.device)
         batch_logps = per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1)
         if own_rows:

@@ -45,11 +45,11 @@ class Example(NamedTuple):
 
     sequences: tuple[TokenSequence, ...]  # of a preference: chosen, rejected
     row: Row
-    ref_logps: tuple[float, ...] = ()  # of each sequence, where the reference model's log-probabilities are cached
+    ref_logps: tuple[float, ...] = ()  # of each sequence, if the reference model's are cached
 
 
 class ExampleTooLongError(Exception):
-    """An example exceeds the encoder's max_tokens, by so many tokens where that is known."""
+    """An example exceeds the encoder's max_tokens. excess: by how many tokens, or 0 if that is unknown."""
 
     def __init__(self, excess: int = 0):
         super().__init__(excess)
@@ -68,7 +68,7 @@ class ExampleEncoder:
     max_tokens: int  # of a sequence
     overflow: str = "error"  # what becomes of a longer one: error, drop or truncate_target
     train_on_prompt: bool = False  # all tokens count in the loss, not just the completion's
-    max_completion_tokens: int = 0  # that a prompt must leave free for a completion still to be generated
+    max_completion_tokens: int = 0  # that a prompt leaves free for a completion still to be generated
     template: PromptTemplate | None = None  # a prompt format around the row's fields
     prompt_offset: int = 0  # id of the first virtual token of the template's soft prompt
     target_field: str = ""  # with a template: the field that the model learns to write
@@ -76,13 +76,13 @@ class ExampleEncoder:
 
     @property
     def eos_id(self) -> int:
-        """The end-of-sequence token, which extend_tokenizer adds where it is missing."""
+        """The end-of-sequence token, which extend_tokenizer adds if it is missing."""
         assert self.tokenizer.eos_id is not None
         return self.tokenizer.eos_id
 
     @property
     def role_ids(self) -> dict[str, int]:
-        """role -> id of its token, which extend_tokenizer adds where it is missing."""
+        """role -> id of its token, which extend_tokenizer adds if it is missing."""
         assert isinstance(self.tokenizer, tokenization.ExtendedTokenizer)
         return {role: self.tokenizer.added_ids[token] for role, token in ROLES.items()}
 
@@ -94,7 +94,7 @@ class ExampleEncoder:
             return Example((self.prompt_only(row),), row)
         if example_type == "unpaired_preference":
             if row["label"] not in (0, 1) or not isinstance(row["label"], bool | int):
-                raise UserError(f"label must be true or false, not {row['label']!r}")
+                raise UserError(f"label: expected true or false, got {row['label']!r}")
             return Example((self.prompt_completion(row, "completion"),), row)
         assert example_type == "prompt_completion", example_type
         if "messages" in row:
@@ -172,7 +172,7 @@ class ExampleEncoder:
     def fit(self, ids: list[int], loss_mask: list[bool]) -> TokenSequence:
         """A sequence of at most max_tokens, cut at its end as overflow says. Raises ExampleTooLongError.
 
-        The cut must leave a token to learn.
+        A cut that leaves no token to learn is not made.
         """
         if len(ids) > self.max_tokens:
             is_cut = self.overflow == "truncate_target" and any(loss_mask[1 : self.max_tokens])
@@ -222,7 +222,7 @@ def check_messages(row: Row) -> None:
     for field in ("messages", "prompt"):
         if isinstance(row.get(field), list) and not all(is_message(message) for message in row[field]):
             roles = ", ".join(ROLES)
-            raise UserError(f'{field}: each message must be {{"role": one of {roles}, "content": text}}')
+            raise UserError(f'{field}: a message is {{"role": one of {roles}, "content": text}}')
 
 
 def is_message(message: object) -> bool:
@@ -326,7 +326,7 @@ class Collator:
 
     pad_to: int = 0
     world_size: int = 1
-    min_rows: ClassVar[int] = 1  # examples that a step must have
+    min_rows: ClassVar[int] = 1  # smallest number of examples in a step
 
     def __call__(self, examples: Sequence[Example], rows: range, n_micro_batches: int = 1) -> Batch:
         """A micro-batch: some rows of a step's examples. All chosen sequences precede all rejected ones."""
@@ -383,10 +383,10 @@ class KTOCollator(Collator):
 class Examples:
     """One split of one dataset of examples. `rows` stay in the order of the file; an epoch has them in a random one.
 
-    It stands where a Dataset of token bins may: an example is its window, and the dataset its only stream.
+    It has the interface of a Dataset of token bins: an example is a window, and the dataset is its only stream.
     """
 
-    bytes = None  # of text: a tokenizer's own measure, bits per byte, is not taken of examples
+    bytes = None  # of text: bits per byte are not measured on examples
 
     def __init__(self, name: str, rows: Sequence[Example], seed: int = 0, index: int = 0):
         """index: this dataset's number in the mixture."""
@@ -419,7 +419,7 @@ class Examples:
     ) -> Iterator[tuple[Sequence[Example], range, bool]]:
         """The first n_batches batches: the examples of each, which of them are this rank's, and whether they count.
 
-        A rank without an example in a batch gets one all the same, since all ranks must call the model as often.
+        A rank without an example in a batch gets one all the same, since all ranks have to call the model as often.
         """
         n_rows = min(len(self.rows), n_batches * batch_size)
         for start in range(0, n_rows, batch_size):

@@ -36,10 +36,11 @@ def with_kl_coefficient(args: ObjectiveArgs) -> bool:
 class ObjectiveSpec:
     """One objective.
 
-    fields: the alternatives that a row may choose from, each the fields it then must have; none: it reads token bins.
-    example_type: what a row becomes, as TRL names the types of datasets: "prompt_completion", "preference" (a pair),
-        "unpaired_preference" (a completion with a label) or "prompt_only" (the model answers it itself).
-    build: "module:function"; the function takes (args: TrainArgs, context: BuildContext) and returns RunData.
+    build: the builder as "module:function"; it takes (args: TrainArgs, context: BuildContext) and returns RunData.
+    fields: of a row, in alternatives: a row has all fields of one of them. Without fields it reads token bins.
+    example_type: what a row becomes, by TRL's names of dataset types: "prompt_completion", "preference" (a pair),
+        "unpaired_preference" (a completion with a label) or "prompt_only" (the model completes it itself).
+    needs_reference: whether it compares the policy with a reference model.
     """
 
     build: str

@@ -48,7 +48,7 @@ class Sampler:
     def generate(self, prompts: Sequence[Example], seed: tuple[int, ...], first_index: int) -> list[Completion]:
         """A group of completions of each prompt, the groups after each other.
 
-        The seed, a completion's index in the whole rollout batch and a token's index alone decide the draws.
+        The seed, a completion's index in the rollout batch of all ranks and a token's index alone decide the draws.
         first_index: that of the first completion here.
         """
 
@@ -66,7 +66,7 @@ class Sampler:
     ) -> list[Completion]:
         """Generate in evaluation mode, and leave the model in the mode that it was in."""
         any_rank_active: Callable[[bool], bool] = bool
-        if is_sharded(self.model):  # all ranks must call it together
+        if is_sharded(self.model):  # all ranks have to call it together
             any_rank_active = lambda active: bool(self.ranks.all_reduce_max(active))  # noqa: E731
         was_training = self.model.training
         self.model.eval()
@@ -155,7 +155,7 @@ class RolloutSource(ExampleSource):
 
     @property
     def tokens_per_step(self) -> float:
-        """An estimate from the prompts alone: the length of completions is not known beforehand."""
+        """An estimate from the prompts alone: the length of completions is not known in advance."""
         return super().tokens_per_step * self.steps_per_rollout * self.group_size
 
     def stream(

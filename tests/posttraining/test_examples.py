@@ -60,7 +60,7 @@ def loss_text(sequence: TokenSequence, tokenizer) -> str:
 
 
 def test_a_chat_is_learned_where_the_assistant_speaks():
-    """A message is its role's token, its text and the end-of-sequence token; a role's token never counts in the loss."""
+    """A message is its role's token, its text and the end-of-sequence token; a role is never learned."""
     rows = [
         {
             "messages": [
@@ -208,9 +208,9 @@ INVALID_ROWS = [
     ("sft", {"prompt": "x"}, r"prompt; --objective=sft needs \{prompt, completion\} or \{messages\} or \{text\}"),
     ("dpo", {"prompt": "x", "chosen": "y"}, r"prompt, chosen; --objective=dpo needs \{prompt, chosen, rejected\}"),
     ("kto", {"prompt": "x", "completion": "y"}, r"prompt, completion; --objective=kto needs"),
-    ("sft", {"messages": [{"role": "robot", "content": "x"}]}, "messages: each message must be"),
-    ("sft", {"messages": [{"role": "user", "content": 3}]}, "messages: each message must be"),
-    ("sft", {"prompt": ["x"], "completion": "y"}, "prompt: each message must be"),
+    ("sft", {"messages": [{"role": "robot", "content": "x"}]}, "messages: a message is"),
+    ("sft", {"messages": [{"role": "user", "content": 3}]}, "messages: a message is"),
+    ("sft", {"prompt": ["x"], "completion": "y"}, "prompt: a message is"),
 ]
 
 
@@ -229,9 +229,9 @@ def test_gsm8ks_rows_are_problems(tmp_path):
 
 
 UNENCODABLE_ROWS = [
-    ("kto", {"prompt": "1", "completion": "2", "label": "yes"}, "row 2: label must be true or false, not 'yes'"),
-    ("kto", {"prompt": "1", "completion": "2", "label": 2}, "row 2: label must be true or false, not 2"),
-    ("kto", {"prompt": "1", "completion": "2", "label": 1.0}, "row 2: label must be true or false, not 1.0"),
+    ("kto", {"prompt": "1", "completion": "2", "label": "yes"}, "row 2: label: expected true or false, got 'yes'"),
+    ("kto", {"prompt": "1", "completion": "2", "label": 2}, "row 2: label: expected true or false, got 2"),
+    ("kto", {"prompt": "1", "completion": "2", "label": 1.0}, "row 2: label: expected true or false, got 1.0"),
     ("sft", {"prompt": "1", "completion": "two"}, "row 2: .*'o', 't', 'w'"),
 ]
 

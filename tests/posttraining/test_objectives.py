@@ -317,7 +317,7 @@ def mean_token_loss(rows) -> float:
 
 
 def test_on_its_own_samples_the_gradient_is_reinforces():
-    """While the policy is still the one that sampled, the ratio is 1 and the gradient that of -A log p (Williams 1992)."""
+    """While the policy is the one that sampled, ratios are 1 and the gradient is that of -A log p (Williams 1992)."""
     model = TableModel(flat(OLD_LOGPS))
     loss, metrics = grpo(loss_type="dapo", beta=0.0, reference=None)(model, grpo_batch(), with_metrics=True)
     loss.backward()
@@ -641,9 +641,8 @@ def test_log_probabilities_are_those_of_the_tempered_softmax(temperature):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# no way of cutting a step changes it
+# however a step is cut into micro-batches and ranks, it is the same
 
-CUTS = [(4, 1), (2, 2), (1, 4)]
 SGD = [
     "--optimizer=sgd",
     "--learning_rate=0.05",
@@ -653,154 +652,131 @@ SGD = [
     "--eval_samples=0",
     "--log_data_hash",
 ]
+GRPO_FLAGS = [
+    "--objective=grpo",
+    "--dataset=sums",
+    "--num_generations=4",
+    "--max_new_tokens=3",
+    "--temperature=1.5",
+    "--reward=length",
+]
 
 
-def cut(rows: int, accumulation: int) -> list[str]:
-    return [f"--batch_size={rows}", f"--gradient_accumulation_steps={accumulation}"]
+def batch_flags(batch_size: int, accumulation: int) -> list[str]:
+    return [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+
+
+def run_cuts(run, flags: list[str], cuts=((4, 1), (2, 2), (1, 4))) -> tuple:
+    """The run of one micro-batch a step, and those of several, which read the same rows."""
+    one, *others = [run(*flags, *batch_flags(*cut), name=f"micro_batch_{cut[0]}") for cut in cuts]
+    for other in others:
+        assert metric(one, "data_hash") == metric(other, "data_hash")
+    return one, others
 
 
 @pytest.mark.parametrize(
     "flags", [[], ["--packing", "--block_size=24"], ["--loss_on=all"]], ids=["padded", "packed", "all"]
 )
-def test_fine_tuning_weighs_the_tokens_of_the_whole_step(run, base, flags):
+def test_fine_tuning_averages_over_the_tokens_of_the_step(run, base, flags):
     """Completions of 1 and 2 digits: means of micro-batches' means would differ."""
-    runs = [
-        run("--objective=sft", "--dataset=sums", f"--init_from={base}", *SGD, *flags, *cut(*c), name=f"{c[0]}")
-        for c in CUTS
-    ]
-    for other in runs[1:]:
-        assert_same_run(runs[0], other, "mean_token_accuracy", "entropy", "tokens")
-        assert metric(runs[0], "data_hash") == metric(other, "data_hash")
+    one, others = run_cuts(run, ["--objective=sft", "--dataset=sums", f"--init_from={base}", *SGD, *flags])
+    for other in others:
+        assert_same_run(one, other, "mean_token_accuracy", "entropy", "tokens")
 
 
-def agreeing(folder: Path) -> list[str]:
-    """kto on completions of which 7 is always desirable, so that also another prompt's becomes likelier: a reference point above 0."""
+def kto_flags(folder: Path) -> list[str]:
+    """Completions of which 7 is always desirable, so that it becomes likelier after other prompts too: the KL grows."""
     rows = [{"prompt": f"{i}+{i % 7}=", "completion": "7" if i % 3 else "9", "label": bool(i % 3)} for i in range(12)]
-    path = folder / "agreeing.jsonl"
+    path = folder / "sevens.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [
-        "--objective=kto",
-        f"--train_file={path}",
-        f"--validation_file={path}",
-        "--undesirable_weight=0.1",
-        "--beta=0.5",
-    ]
+    files = [f"--train_file={path}", f"--validation_file={path}"]
+    return ["--objective=kto", *files, "--undesirable_weight=0.1", "--beta=0.5"]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-@pytest.mark.parametrize("more", [[], ["--adapter=lora"]], ids=["full", "lora"])
-def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tmp_path, more):
-    """kto's reference point is that of the whole step."""
-    flags = agreeing(tmp_path) if objective == "kto" else ["--objective=dpo", "--dataset=pairs"]
-    runs = [
-        run(*flags, f"--init_from={base}", *SGD, "--learning_rate=0.3", *more, *cut(*c), name=f"{c[0]}") for c in CUTS
-    ]
-    names = [
-        "logps/chosen",
-        "rewards/chosen",
-        "rewards/rejected",
-        *(["kl"] if objective == "kto" else ["rewards/margins", "rewards/accuracies"]),
-    ]
-    for other in runs[1:]:
-        assert metric(runs[0], "data_hash") == metric(other, "data_hash")
+@pytest.mark.parametrize("adapter", [[], ["--adapter=lora"]], ids=["full", "lora"])
+def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tmp_path, adapter):
+    """KTO's reference point is that of all rows of the step."""
+    flags = kto_flags(tmp_path) if objective == "kto" else ["--objective=dpo", "--dataset=pairs"]
+    one, others = run_cuts(run, [*flags, f"--init_from={base}", *SGD, "--learning_rate=0.3", *adapter])
+    names = ["logps/chosen", "rewards/chosen", "rewards/rejected"]
+    names += ["kl"] if objective == "kto" else ["rewards/margins", "rewards/accuracies"]
+    for other in others:
         for name in ("loss", "grad_norm"):
-            assert metric(other, name) == pytest.approx(metric(runs[0], name), rel=1e-4)
-        assert_same_lines(runs[0].train, other.train, names)
-    assert objective == "dpo" or min(metric(runs[0], "kl")[1:]) > 1e-3
-    assert runs[0].losses[0] != runs[0].losses[-1]
+            assert metric(other, name) == pytest.approx(metric(one, name), rel=1e-4)
+        assert_same_lines(one.train, other.train, names)
+    if objective == "kto":
+        assert min(metric(one, "kl")[1:]) > 1e-3
+    assert one.losses[0] != one.losses[-1]
 
 
 def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
-    flags = [*agreeing(tmp_path), f"--init_from={base}", *SGD, "--learning_rate=0.3"]
-    whole, parts = run(*flags, *cut(3, 1), name="3"), run(*flags, *cut(1, 3), name="1")
-    assert parts.losses == pytest.approx(whole.losses, rel=1e-5) and max(metric(whole, "kl")) > 1e-3
-    assert parts.evals[0]["val_loss"] > 0, "of two rows, as one is none"
+    flags = [*kto_flags(tmp_path), f"--init_from={base}", *SGD, "--learning_rate=0.3"]
+    one = run(*flags, *batch_flags(3, 1), name="one")
+    three = run(*flags, *batch_flags(1, 3), name="three")
+    assert three.losses == pytest.approx(one.losses, rel=1e-5) and max(metric(one, "kl")) > 1e-3
+    assert three.evals[0]["val_loss"] > 0, "batches of two rows, since one row has no other completion"
     (tmp_path / "lone.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "label": true}\n')
-    with pytest.raises(UserError, match="kto: agreeing, val: has one example"):
+    with pytest.raises(UserError, match="--objective=kto: sevens, val"):
         run(*flags, f"--validation_file={tmp_path / 'lone.jsonl'}", name="lone")
     with pytest.raises(SystemExit):
-        train_args.parse([*TINY_WITHOUT_SHAPE, *flags, *cut(1, 1)])
+        train_args.parse([*TINY_WITHOUT_SHAPE, *flags, *batch_flags(1, 1)])
     assert "--batch_size=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss_type, scale", [("grpo", "group"), ("dr_grpo", "batch"), ("dapo", "none")])
-def test_reinforcement_is_the_same_however_a_step_is_cut(run, base, loss_type, scale):
-    flags = [
-        "--objective=grpo",
-        "--dataset=sums",
-        f"--init_from={base}",
-        *SGD,
-        "--num_generations=4",
-        "--max_new_tokens=3",
-        "--temperature=1.5",
-        "--reward=length",
-        f"--loss_type={loss_type}",
-        f"--scale_rewards={scale}",
-        "--num_iterations=2",
-    ]
-    runs = [run(*flags, *cut(*c), name=f"{c[0]}") for c in ((8, 1), (4, 2), (1, 8))]
-    for other in runs[1:]:
-        assert metric(runs[0], "data_hash") == metric(other, "data_hash"), "the same answers"
-        assert_same_run(runs[0], other, "reward", "kl", "clip_ratio/low", "clip_ratio/high", "completions/mean_length")
-    assert max(map(abs, metric(runs[0], "grad_norm"))) > 1e-3
+def test_grpo_is_the_same_however_a_step_is_cut(run, base, loss_type, scale):
+    flags = [f"--loss_type={loss_type}", f"--scale_rewards={scale}", "--num_iterations=2"]
+    one, others = run_cuts(run, [*GRPO_FLAGS, f"--init_from={base}", *SGD, *flags], cuts=((8, 1), (4, 2), (1, 8)))
+    names = ["reward", "kl", "clip_ratio/low", "clip_ratio/high", "completions/mean_length"]
+    for other in others:
+        assert_same_run(one, other, *names)
+    assert max(map(abs, metric(one, "grad_norm"))) > 1e-3
 
 
-OF_RANKS = {
-    "sft": ["--objective=sft", "--dataset=sums", *cut(2, 2)],
-    "dpo": ["--objective=dpo", "--dataset=pairs", *cut(2, 2), "--learning_rate=0.3"],
-    "dpo_cache": ["--objective=dpo", "--dataset=pairs", "--reference=cache", *cut(2, 2), "--learning_rate=0.3"],
-    "kto": [*cut(2, 3), "--learning_rate=0.3"],
-    "grpo": [
-        "--objective=grpo",
-        "--dataset=sums",
-        "--num_generations=4",
-        "--max_new_tokens=3",
-        "--temperature=1.5",
-        "--reward=length",
-        "--loss_type=dapo",
-        "--scale_rewards=batch",
-        *cut(8, 1),
-    ],
+FLAGS_ON_RANKS = {
+    "sft": ["--objective=sft", "--dataset=sums", *batch_flags(2, 2)],
+    "dpo": ["--objective=dpo", "--dataset=pairs", *batch_flags(2, 2), "--learning_rate=0.3"],
+    "dpo_cache": ["--objective=dpo", "--dataset=pairs", "--reference=cache", *batch_flags(2, 2), "--learning_rate=0.3"],
+    "kto": [*batch_flags(2, 3), "--learning_rate=0.3"],
+    "grpo": [*GRPO_FLAGS, "--loss_type=dapo", "--scale_rewards=batch", *batch_flags(8, 1)],
 }
+NOT_COMPARED = ("seconds", "step_ms", "tokens_per_second", "mfu")
 
 
 @pytest.mark.parametrize(
-    "kind, parallel",
-    [*((kind, "ddp") for kind in OF_RANKS), *((kind, "fsdp") for kind in ("sft", "dpo", "kto", "grpo"))],
+    "name, parallel",
+    [*((name, "ddp") for name in FLAGS_ON_RANKS), *((name, "fsdp") for name in ("sft", "dpo", "kto", "grpo"))],
 )
-def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
-    """The same examples, and of grpo the same answers; the same losses and metrics."""
-    flags = [
-        *TINY_WITHOUT_SHAPE,
-        f"--data_dir={data_dir}",
-        f"--init_from={base}",
-        *SGD,
-        "--eval_interval=2",
-        *OF_RANKS[kind],
-        *(agreeing(tmp_path) if kind == "kto" else []),
-    ]
-    if kind == "dpo_cache":
-        shutil.copytree(data_dir / "pairs", tmp_path / "one/pairs")
-        shutil.copytree(data_dir / "pairs", tmp_path / "two/pairs")
-    places = [[f"--data_dir={tmp_path / name}"] if kind == "dpo_cache" else [] for name in ("one", "two")]
-    one, two = (
-        run_on_ranks(tmp_path / "1", 1, *flags, *places[0]),
-        run_on_ranks(tmp_path / "2", 2, *flags, *places[1], f"--parallel={parallel}"),
-    )
+def test_two_ranks_are_one(tmp_path, data_dir, base, name, parallel):
+    """The same examples, of GRPO the same completions; the same losses and metrics."""
+    flags = [*TINY_WITHOUT_SHAPE, f"--init_from={base}", *SGD, "--eval_interval=2", *FLAGS_ON_RANKS[name]]
+    if name == "kto":
+        flags += kto_flags(tmp_path)
+    done = {}
+    for world_size in (1, 2):
+        folder = data_dir
+        if name == "dpo_cache":  # which a run writes beside the data
+            folder = tmp_path / f"data_{world_size}"
+            shutil.copytree(data_dir / "pairs", folder / "pairs")
+        parallel_flags = [f"--parallel={parallel}"] if world_size == 2 else []
+        out_dir = tmp_path / f"run_{world_size}"
+        done[world_size] = run_on_ranks(out_dir, world_size, *flags, f"--data_dir={folder}", *parallel_flags)
+    one, two = done[1], done[2]
     assert metric(one, "data_hash") == metric(two, "data_hash")
-    numbers = [
-        name
-        for name, value in one.train[0].items()
-        if isinstance(value, float) and name not in ("seconds", "step_ms", "tokens_per_second", "mfu")
-    ]
-    assert {"loss", "grad_norm", "entropy"} <= set(numbers)
-    assert_same_lines(one.train, two.train, numbers)
-    assert_same_lines(one.evals, two.evals, ["val_loss", "train_loss", *(["val_reward"] if kind == "grpo" else [])])
-    assert kind != "kto" or min(metric(one, "kl")[1:]) > 1e-3
+    names = [key for key, value in one.train[0].items() if isinstance(value, float) and key not in NOT_COMPARED]
+    assert {"loss", "grad_norm", "entropy"} <= set(names)
+    assert_same_lines(one.train, two.train, names)
+    eval_names = ["val_loss", "train_loss"]
+    if name == "grpo":
+        eval_names.append("val_reward")
+    assert_same_lines(one.evals, two.evals, eval_names)
+    if name == "kto":
+        assert min(metric(one, "kl")[1:]) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# packed is padded
+# packing
 
 
 @pytest.mark.parametrize(
@@ -822,97 +798,70 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
         }
         for _ in range(17)
     ]
-    results = []
-    for packed in (False, True):
-        examples, _ = encode_rows(rows, encoder, "prompt_completion", "x")
-        if packed:
-            examples = pack(examples, 24)
+    padded = encode_rows(rows, encoder, "prompt_completion", "x").examples
+    packed = pack(padded, 24)
+    assert len(packed) < len(padded) / 1.8
+    losses, metrics, gradients = [], [], []
+    for examples in (padded, packed):
         batch = Collator()(examples, range(len(examples)))
         assert batch.num_loss_tokens == sum(len(row["completion"]) + 1 for row in rows)
         model = tiny_model(block_size=24, **variant)
-        loss, metrics = SFT()(model, batch, with_metrics=True)
+        loss, batch_metrics = SFT()(model, batch, with_metrics=True)
         loss.backward()
-        results.append(
-            (
-                len(examples),
-                loss.item(),
-                {name: mean(pair) for name, pair in metrics.items()},
-                {name: p.grad for name, p in model.named_parameters()},
-            )
-        )
-    (many, loss, metrics, gradients), (few, packed_loss, packed_metrics, packed_gradients) = results
-    assert (
-        few < many / 1.8
-        and packed_loss == pytest.approx(loss, rel=1e-6)
-        and packed_metrics == pytest.approx(metrics, rel=1e-5)
-    )
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        losses.append(loss.item())
+        metrics.append({name: mean(pair) for name, pair in batch_metrics.items()})
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the reference
+# the reference model
 
 
-def test_the_cache_is_read_the_second_time_and_follows_the_weights(run, base, tmp_path, data_dir):
-    """A number changed in it is seen; other weights have a file of their own."""
+def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base, tmp_path, data_dir):
+    """A run takes its numbers, as a changed one shows; other weights have files of their own."""
     shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
-    flags = [
-        "--objective=dpo",
-        "--dataset=pairs",
-        f"--data_dir={tmp_path / 'data'}",
-        *SGD,
-        "--reference=cache",
-        "--max_iters=2",
-        "--batch_size=110",
-    ]
+    flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", "--reference=cache"]
+    flags += [*SGD, "--max_iters=2", "--batch_size=110"]
     first = run(*flags, f"--init_from={base}", name="first")
     files = sorted((tmp_path / "data/pairs").glob("reference_*.safetensors"))
     assert [path.name.split("_")[1] for path in files] == ["train", "val"]
-    before = [path.stat().st_mtime_ns for path in files]
+    mtimes = [path.stat().st_mtime_ns for path in files]
+
     again = run(*flags, f"--init_from={base}", name="again")
-    assert (
-        again.losses == first.losses
-        and equal_tensors(again.last.weights, first.last.weights)
-        and [path.stat().st_mtime_ns for path in files] == before
-    )
+    assert again.losses == first.losses and equal_tensors(again.last.weights, first.last.weights)
+    assert [path.stat().st_mtime_ns for path in files] == mtimes
+
     logps = checkpoint.read_tensors(files[0])["logps"]
     checkpoint.write_tensors(files[0], {"logps": logps - torch.tensor([10.0, 0.0])})  # each margin grows by 10 beta
-    moved = run(*flags, f"--init_from={base}", name="moved")
-    assert (
-        moved.losses[0] == pytest.approx(np.log(1 + np.exp(-0.1 * 10)), rel=1e-4)
-        and moved.evals[0]["val_loss"] == first.evals[0]["val_loss"]
-    )
+    changed = run(*flags, f"--init_from={base}", name="changed")
+    assert changed.losses[0] == pytest.approx(np.log(1 + np.exp(-0.1 * 10)), rel=1e-4)
+    assert changed.evals[0]["val_loss"] == first.evals[0]["val_loss"]
+
     run(*flags, f"--init_from={first.out_dir}", name="other")
     assert len(list((tmp_path / "data/pairs").glob("reference_*.safetensors"))) == 4
 
 
-@pytest.mark.parametrize("objective, data", [("dpo", "pairs"), ("kto", "labelled")])
-def test_the_reference_is_what_the_run_began_with_after_a_resume_too(run, base, objective, data):
+REFERENCES = [[], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]]
+
+
+@pytest.mark.parametrize("objective, dataset", [("dpo", "pairs"), ("kto", "labelled")])
+@pytest.mark.parametrize("reference", REFERENCES, ids=["copy", "adapter", "lora_copy"])
+def test_a_resumed_run_has_the_same_reference(run, base, objective, dataset, reference):
     """Bit for bit the run that never stopped, whose rewards are measured from the base."""
-    flags = [
-        f"--objective={objective}",
-        f"--dataset={data}",
-        f"--init_from={base}",
-        "--max_iters=4",
-        "--eval_interval=2",
-        "--eval_samples=0",
-        "--learning_rate=0.01",
-    ]
-    for more in ([], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]):
-        name = "_".join(more).replace("=", "").replace("--", "") or "full"
-        whole = run(*flags, *more, name=f"{name}_whole")
-        run(*flags, *more, "--max_iters=2", name=f"{name}_parts")
-        parts = run("--init_from=resume", "--max_iters=4", name=f"{name}_parts")
-        assert (
-            parts.losses == whole.losses
-            and equal_tensors(parts.last.weights, whole.last.weights)
-            and equal_tensors(parts.last.optimizer, whole.last.optimizer)
-        )
-        assert (
-            metric(parts, "rewards/chosen") == metric(whole, "rewards/chosen")
-            and whole.train[-1]["rewards/chosen"] != 0
-        )
+    flags = [f"--objective={objective}", f"--dataset={dataset}", f"--init_from={base}", *reference]
+    flags += ["--max_iters=4", "--eval_interval=2", "--eval_samples=0", "--learning_rate=0.01"]
+    straight = run(*flags, name="straight")
+    run(*flags, "--max_iters=2", name="resumed")
+    resumed = run("--init_from=resume", "--max_iters=4", name="resumed")
+    assert resumed.losses == straight.losses
+    assert equal_tensors(resumed.last.weights, straight.last.weights)
+    assert equal_tensors(resumed.last.optimizer, straight.last.optimizer)
+    assert metric(resumed, "rewards/chosen") == metric(straight, "rewards/chosen")
+    assert straight.train[-1]["rewards/chosen"] != 0
 
 
 def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
@@ -923,5 +872,5 @@ def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
     weights["norm.weight"][0] += 1e-3
     checkpoint.write_tensors(tmp_path / "base/model.safetensors", weights)
     (tmp_path / "base/manifest.json").unlink()
-    with pytest.raises(UserError, match="does not hold the weights that the run began with"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'base'}"):
         run("--init_from=resume", "--max_iters=4")

@@ -1,5 +1,7 @@
-"""Rollouts: completions of a batch are those of each prompt alone without a cache, their log-probabilities are the model's,
-and a step of GRPO is a pure function of the arguments, the weights and the step."""
+"""Rollouts: completions of a batch are those of each prompt alone, and their log-probabilities are the model's.
+
+A step of GRPO is a pure function of the arguments, the weights and the step.
+"""
 
 import json
 
