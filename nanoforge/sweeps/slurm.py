@@ -340,7 +340,7 @@ def start_command(shape: Shape, python: str) -> str:
 
 
 def submit(script: Path, after_job: str = "", *, is_array: bool = False) -> str:
-    """Hand a script to sbatch, to run after the success of `after_job` if there is one; the job's id. Raises UserError."""
+    """Hand a script to sbatch, after the success of `after_job` if there is one; the job's id. Raises UserError."""
     if not shutil.which("sbatch"):
         raise UserError("--submit: sbatch is not installed on this machine")
     command = ["sbatch", "--parsable"]

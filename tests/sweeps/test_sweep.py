@@ -481,7 +481,9 @@ def test_several_gpus_of_a_run_are_used_by_torchrun(run_sweep, stand_in, monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
 
     def print_first_command(slots: local.Slots, callbacks: local.Callbacks) -> int:
-        print(slots.gpus, callbacks.next_task().commands()[0])
+        task = callbacks.next_task()
+        assert task is not None
+        print(slots.gpus, task.commands()[0])
         return 0
 
     monkeypatch.setattr(local, "run_tasks", print_first_command)
