@@ -24,7 +24,7 @@ from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
 from train_args import TrainArgs
 
-KEPT_ON_RESUME = ("init_from", "gpt2_type", "task_name")  # a resumed run's record still says where the run came from
+KEPT_ON_RESUME = ("init_from", "gpt2_type", "task_name")  # a resumed run keeps its origin in its record
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Run:
     sample_counter: SampleCounter
     raw_model: GPT  # holds the parameters
     model: torch.nn.Module  # raw_model, perhaps compiled
-    ddp_model: torch.nn.Module  # model under DDP, where there are several ranks
+    ddp_model: torch.nn.Module  # model, under DDP with several ranks
     state: checkpoint.TrainState  # optimizer, scaler and guard, with raw_model
     checkpoints: checkpoint.Manager
     dtype_reason: str
@@ -110,7 +110,7 @@ class Run:
         return step_logger
 
     def peak_tokens_per_second(self) -> float | None:
-        """Of all ranks together, at their GPUs' peak FLOPs in half precision; None where that is not known."""
+        """Of all ranks together, at their GPUs' peak half-precision FLOPs; None on other devices, or unknown ones."""
         if self.ranks.device.type != "cuda" or self.raw_model.compute_dtype == torch.float32:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.ranks.device))
@@ -138,7 +138,7 @@ def describe_model(model: GPT, adapter: str) -> str:
 
 
 def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None]) -> Run:
-    """Everything from the arguments, resumed if asked. Raises UserError before anything of an older run is touched."""
+    """Build a run from the arguments, or resume one. Raises UserError before anything of an older run is touched."""
     resumed_from = None
     if args.init_from == "resume":
         resumed_from = run_dir.RunRecord.load(Path(args.out_dir))
@@ -226,7 +226,7 @@ def make_record(
 
 
 def resume(run: Run, log: Callable[[str], None]) -> Run:
-    """The run as its newest undamaged checkpoint has it. Raises UserError when there is none, or it does not fit."""
+    """The run at its newest undamaged checkpoint. Raises UserError without one, or when it does not fit the run."""
     loaded = checkpoint.load(checkpoint.newest(run.checkpoints.folder, log))
     check_tokenizers(tokenization.load(loaded.folder / "tokenizer.json"), run.tokenizers, loaded.folder)
     run.raw_model.load_weights(loaded.weights, str(loaded.folder))

@@ -187,7 +187,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def rollback(run: Run, logger: RunLogger) -> Run:
-    """The run at its newest undamaged checkpoint. Raises SystemExit the second time, or when there is none."""
+    """The run at its newest undamaged checkpoint. Raises SystemExit the second time, and without a checkpoint."""
     progress = run.progress
     reason = (
         f"{run.args.skip_patience} steps in a row were skipped until step {progress.step}, "
@@ -223,7 +223,7 @@ def main(args: TrainArgs) -> Progress:
 
 
 def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
-    """--out_dir, or for a task without one its own outputs/TASK/DATE_TIME, the same on all ranks."""
+    """--out_dir; with --task_name alone outputs/TASK/DATE_TIME, the same on all ranks."""
     if not args.task_name or args.out_dir != "out":
         return args.out_dir
     now = ranks.all_reduce_max(int(time.time()) if ranks.is_main else 0)

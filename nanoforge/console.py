@@ -1,4 +1,4 @@
-"""What a person reads on the terminal: lines beside a progress bar, and values in few characters. Imports no torch."""
+"""Console output: lines above a progress bar, and values in few characters. Imports no torch."""
 
 import os
 import sys
@@ -7,9 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+SECONDS_BETWEEN_LINES = 10.0
+
 
 def print_line(message: str) -> None:
-    """Print a line above the progress bar, if there is one. A reader that went away does not end the run."""
+    """Print a line, above the progress bar if there is one. A closed pipe does not end the run."""
     try:
         if sys.stderr.isatty():
             tqdm.write(message)
@@ -20,51 +22,52 @@ def print_line(message: str) -> None:
 
 
 def print_to_stderr(message: str) -> None:
-    """Print a line where it is no part of a command's output."""
+    """Print a line on stderr, apart from the output of a command."""
     print(message, file=sys.stderr, flush=True)
 
 
-class Progress:
-    """Characters done in a long pass over text: a bar on a terminal, a plain line every ten seconds elsewhere."""
+class ProgressBar:
+    """Characters read in a long pass over text: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.done = 0
+        self.n_chars = 0
         self.last_printed = time.monotonic()
         self.bar = tqdm(desc=title, unit="char", unit_scale=True) if sys.stderr.isatty() else None
 
     def add(self, n_chars: int) -> None:
-        """Count so many more characters as done."""
-        self.done += n_chars
+        """Advance by a number of characters."""
+        self.n_chars += n_chars
         if self.bar is not None:
             self.bar.update(n_chars)
-        elif time.monotonic() - self.last_printed > 10:
+        elif time.monotonic() - self.last_printed > SECONDS_BETWEEN_LINES:
             self.last_printed = time.monotonic()
-            print(f"{self.title}: {self.done:,} characters", flush=True)
+            print(f"{self.title}: {self.n_chars:,} characters", flush=True)
 
     def close(self) -> None:
-        """End the bar."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def format_duration(seconds: float) -> str:
     """Seconds as 41s, 2m05s or 3h20m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def plural(count: int, noun: str) -> str:
-    """1 line, 2 lines."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """A count with its noun: 1 line, 2 lines."""
+    suffix = "" if count == 1 else "s"
+    return f"{count:,} {noun}{suffix}"
 
 
 def shortest_float(value: float) -> str:
-    """A float in as few characters as give the same float back: 3e-4, 0.1, 1000."""
+    """The shortest text that parses to the same float: 3e-4, 0.1, 1000."""
     plain = repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     for precision in range(17):
         digits, _, exponent = f"{value:.{precision}e}".partition("e")

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their hashes, and downloads. Imports no torch."""
+"""Atomic writes, hashes and downloads of files. Imports no torch."""
 
 import hashlib
 import json
@@ -11,14 +11,15 @@ from pathlib import Path
 
 from nanoforge.errors import UserError
 
-TMP_SUFFIX = ".tmp"  # of what is not finished: a reader never takes it, the next writer replaces it
+TMP_SUFFIX = ".tmp"  # of unfinished files and folders, which no reader opens
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; at the end it is renamed to `path`, on an error it is deleted.
+    """Yields a temporary path in the same folder. It is renamed to `path` at the end, or deleted on an error.
 
-    Readers see the old file or the new one, never a part. The name has the process's id, so two writers don't meet.
+    Readers see the old file or the new one, never a part of it. Two processes may write at once: the temporary name
+    contains the process id.
     """
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
     try:
@@ -29,24 +30,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file, UTF-8, whole or not at all."""
+    """Replace a text file atomically, as UTF-8."""
     with atomic_write(path) as tmp_path:
         tmp_path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file, whole or not at all."""
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,7 +56,7 @@ def fsync(path: Path) -> None:
 
 
 def download(url: str, path: Path) -> Path:
-    """The file at `path`, downloaded if it is not there. Raises UserError that says what to do offline."""
+    """The file at `path`, downloaded from the URL if it is missing. Raises UserError when that fails."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from nanoforge.console import Progress
+from nanoforge.console import ProgressBar
 from nanoforge.data.tables import read_texts
 from nanoforge.data.token_bins import SPLITS, dtype_for, open_bin, write_meta
 from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
@@ -266,7 +266,7 @@ def write_bins(folder: Path, chunks: Iterable[TextChunk], tokenizer: Tokenizer) 
         def encode(group: list[TextChunk]) -> list[EncodedChunk]:
             return [encode_chunk(chunk, tokenizer) for chunk in group]
 
-        progress = stack.enter_context(closing(Progress(f"preparing {folder.name}")))
+        progress = stack.enter_context(closing(ProgressBar(f"preparing {folder.name}")))
         for group in map_in_order(encode, group_chunks(chunks), os.cpu_count() or 1):
             for chunk in group:
                 writers[chunk.split].write(chunk.ids, chunk.n_bytes)

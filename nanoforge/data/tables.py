@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from nanoforge.console import Progress
+from nanoforge.console import ProgressBar
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write
 
@@ -213,7 +213,7 @@ def write_splits(folder: Path, rows: Iterable[tuple[str, Row]], splits: Sequence
     Raises UserError for a split without rows and for a folder that can't be written; what was there before stays then.
     """
     counts = dict.fromkeys(splits, 0)
-    progress = Progress(f"preparing {folder.name}")
+    progress = ProgressBar(f"preparing {folder.name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:

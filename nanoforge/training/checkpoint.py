@@ -1,4 +1,4 @@
-"""Checkpoints: write whole or not at all, verify, load, find the newest good one, delete old ones.
+"""Checkpoints: save atomically, verify, load, find the newest undamaged one, delete old ones.
 
     checkpoints/000040/  model.safetensors  optimizer.safetensors  progress.json  train_config.json  tokenizer.json
                          manifest.json: size and sha256 of every other file, written last
@@ -48,7 +48,7 @@ REQUIRED_FILES = WEIGHT_FILES | {"optimizer.safetensors", "progress.json"}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Replace a safetensors file, whole or not at all. Raises UserError when it can't be written."""
+    """Replace a safetensors file atomically. Raises UserError when it can't be written."""
     try:
         with atomic_write(path) as tmp_path:
             save_file(tensors, tmp_path)
@@ -76,7 +76,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
 
 
 class Shards(Mapping[str, Tensor]):
-    """Full tensors from a folder that `write_shards` filled, each assembled when it is asked for."""
+    """Full tensors from a folder that `write_shards` filled, each assembled on access."""
 
     def __init__(self, folder: Path):
         self.pieces: dict[
@@ -135,7 +135,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
-        """From progress.json, which holds other things too; an older one may lack some of the fields."""
+        """From progress.json, which has further keys. Fields that an older version did not write keep their defaults."""
         progress = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
         if progress.best_val_loss is None:
             progress.best_val_loss = math.inf
@@ -229,7 +229,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path, required: set[str] = REQUIRED_FILES) -> str | None:
-    """Compare a checkpoint with its manifest, which must list the required files: the error, or None."""
+    """Compare a checkpoint with its manifest, which lists at least the required files. Returns the error, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         missing = required - {unsharded_name(name) for name in manifest}
@@ -251,7 +251,7 @@ def unsharded_name(name: str) -> str:
 
 
 def verify_file(path: Path, size: int, digest: str) -> str | None:
-    """Compare a file with its entry in the manifest: the error, or None."""
+    """Compare a file with its entry in the manifest. Returns the error, or None."""
     if not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -327,7 +327,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def load_tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint's "model" or "optimizer". Sharded ones are read when they are asked for."""
+    """The tensors of a checkpoint's "model" or "optimizer". Sharded ones are read on access."""
     if (folder / name).is_dir():
         return Shards(folder / name)
     return read_tensors(folder / f"{name}.safetensors")
@@ -379,7 +379,7 @@ class CheckpointSaver:
         self.step = 0  # of the save started last
 
     def start(self, step: int, write: Callable[[], Path], blocked_since: float) -> None:
-        """Start a save. The one before it must be over, and its result taken."""
+        """Start a save. Call `result` for the one before it first."""
         assert self.thread is None
         self.step = step
         started_at = time.perf_counter()
