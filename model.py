@@ -189,8 +189,8 @@ class RotaryPosition(Position):
     def rotate(self, q: Tensor, positions: Positions) -> Tensor:
         cos = self.cos[positions].to(q.dtype).unsqueeze(-3)  # (1, T, D) or (B, 1, T, D)
         sin = self.sin[positions].to(q.dtype).unsqueeze(-3)
-        halves_swapped = q.roll(q.size(-1) // 2, dims=-1)
-        return torch.addcmul(q * cos, halves_swapped, sin)
+        rotated = q * cos  # before the roll: its gradient then comes first, and keeps the layout of q
+        return torch.addcmul(rotated, q.roll(q.size(-1) // 2, dims=-1), sin)
 
 
 POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": Position}
