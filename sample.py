@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model:
+"""Sample from a trained model:
 
     python sample.py --out_dir=out/run --start="To be" --num_samples=3
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
@@ -6,69 +6,73 @@
     python sample.py --out_dir=out/chat --start="Who are you?" --chat
     python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
 
-A run folder is all it needs. The first sample appears as it is drawn; all of them are one batch. Soft prompts, of several runs too, are put on the
-base that they were trained on.
+A run folder is all it needs. All samples are drawn in one batch, and the first one is printed while it is drawn. Soft prompts, also
+of several runs, are added to the base model that they were trained on.
 """
 
-import dataclasses
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import configurator
-from common_args import DeviceArgs, LoadArgs, checkpoint_errors
-from configurator import OnlyWith, Rules, arg, arg_group
+from common_args import DeviceArgs, LoadArgs, checkpoint_errors, device_errors
+from configurator import OnlyWith, Rules, arg, arg_group, with_set
 
-RUN = OnlyWith("--init_from=resume and without --prompt_dir", lambda a: a.init_from == "resume" and not a.prompt_dir)
-PROMPTED = OnlyWith("--prompt_dir", lambda a: bool(a.prompt_dir))
-DRAWN = OnlyWith("--temperature above 0", lambda a: a.temperature > 0)
+WITHOUT_PROMPT_DIR = OnlyWith(
+    "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
+)
+NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0)
 
 
 @arg_group
 class ModelArgs(LoadArgs):
     """model"""
 
-    out_dir: str = arg("out", "the run", needs=RUN)
-    prompt_dir: tuple[str, ...] = arg((), "runs of soft prompts: one for all of --fields, or one for each", split=False)
+    out_dir: str = arg("out", "run folder", needs=WITHOUT_PROMPT_DIR)
+    prompt_dir: tuple[str, ...] = arg(
+        (), "run folders of soft prompts: one for all --fields, or one for each of them", split=False
+    )
 
 
 @arg_group
 class PromptArgs:
-    """text"""
+    """prompt"""
 
     start: tuple[str, ...] = arg(
         ("\n",),
-        "prompt: text, FILE:path, or - for standard input; of a multicontext model one for each context, of equal length",
+        "prompt: text, FILE:path, or - for standard input; a multicontext model takes one for each context, of equal length",
         split=False,
     )
-    chat: bool = arg(False, "the prompt is what a user says, to a model that was trained on messages")
-    stop_at_end: bool = arg(
-        False, "a sample is over with the model's end token; always so with --chat and --prompt_dir"
-    )
+    chat: bool = arg(False, "the prompt is a user's message, and the model was trained on messages")
+    stop_at_end: bool = arg(False, "stop at the end-of-sequence token; --chat and --prompt_dir always do")
     fields: tuple[str, ...] = arg(
         (),
-        "of a soft prompt's text: a JSON object for each text, or FILE:path of a .jsonl, .csv or .tsv file",
+        "field values of a soft prompt: a JSON object for each prompt, or FILE:path to a table (.jsonl, .csv, .tsv, .parquet)",
         split=False,
-        needs=PROMPTED,
+        needs=with_set("prompt_dir"),
     )
-    dataset: str = arg("", "whose tokens to write, of a model with several vocabularies (none: the first)")
-    num_samples: int = arg(3, "continuations, drawn together", low=1)
-    max_new_tokens: int = arg(500, "tokens of a continuation", low=1)
+    dataset: str = arg("", "which vocabulary to write in, for a model with several (default: the first)")
+    num_samples: int = arg(3, "completions of each prompt, drawn in one batch", low=1)
+    max_new_tokens: int = arg(500, "maximum length of a completion", low=1)
     stream: bool = arg(True, "print the first sample while it is drawn")
 
 
 @arg_group
 class SamplingArgs:
-    """choice of the next token"""
+    """sampling"""
 
-    temperature: float = arg(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", low=0)
-    top_k: int = arg(200, "only the k likeliest (0: all)", low=0, needs=DRAWN)
-    top_p: float = arg(1.0, "only the likeliest that together reach p (1: all)", above=0, high=1, needs=DRAWN)
-    min_p: float = arg(
-        0.0, "only those at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=DRAWN
+    temperature: float = arg(0.8, "sampling temperature (0: greedy)", low=0)
+    top_k: int = arg(200, "keep the k likeliest tokens (0: all)", low=0, needs=NOT_GREEDY)
+    top_p: float = arg(
+        1.0, "keep the likeliest tokens that together reach probability p (1: all)", above=0, high=1, needs=NOT_GREEDY
     )
-    seed: int = arg(1337, "of the draws", low=0, high=2**32 - 1, needs=DRAWN)
+    min_p: float = arg(
+        0.0, "keep tokens at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=NOT_GREEDY
+    )
+    seed: int = arg(1337, "random seed", low=0, high=2**32 - 1, needs=NOT_GREEDY)
 
 
 @arg_group
@@ -76,8 +80,7 @@ class SystemArgs(DeviceArgs):
     """system"""
 
     compile: bool = arg(
-        False,
-        "compile the step that reads one token (on a GPU with CUDA graphs): slower to begin, faster for long texts",
+        False, "compile the decoding step (on a GPU with CUDA graphs): slower to start, faster for long samples"
     )
 
 
@@ -86,282 +89,323 @@ class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
     """The arguments of sample.py."""
 
 
-def check(a, source: dict[str, str]) -> list[str]:
-    wrong = list(checkpoint_errors(a))
-    wrong += ["--start: has no effect with --prompt_dir; its text is made of --fields"] * (
-        bool(a.prompt_dir) and source["start"] != "default"
-    )
-    wrong += ["--fields: --prompt_dir needs it, a JSON object for each text"] * (bool(a.prompt_dir) and not a.fields)
-    wrong += ["--chat: --start needs what the user says"] * (a.chat and source["start"] == "default")
-    wrong += [
-        f"--compile: has no effect with --{name}"
-        for name in ("prompt_dir", "chat", "stop_at_end")
-        if a.compile and getattr(a, name)
-    ]
-    return wrong + ["--start: empty; a model needs at least one token to go on from"] * (not a.start or "" in a.start)
+def check(args: SampleArgs, source: dict[str, str]) -> list[str]:
+    return [*checkpoint_errors(args), *device_errors(args), *prompt_errors(args, source)]
+
+
+def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
+    start_is_set = source["start"] != "default"
+    if args.prompt_dir and start_is_set:
+        yield "--start: has no effect with --prompt_dir; use --fields"
+    if args.prompt_dir and not args.fields:
+        yield "--prompt_dir: needs --fields, a JSON object for each prompt"
+    if args.chat and not start_is_set:
+        yield "--chat: needs --start, the user's message"
+    if not args.start or "" in args.start:
+        yield "--start: is empty; a model needs at least one token to continue"
+    for name in ("prompt_dir", "chat", "stop_at_end"):
+        if args.compile and getattr(args, name):
+            yield f"--compile: has no effect with --{name}"
 
 
 if __name__ == "__main__":
-    ARGUMENTS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
-    gc.disable()  # a sixth of the seconds that torch takes to import; nothing here leaves cycles behind
+    ARGS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
+    gc.disable()  # a sixth of torch's import time; nothing here leaves cycles behind
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import GPT, GPTConfig
-from nanoforge.data import tables, tokenization
-from nanoforge.device import choose_dtype, get_device
+from builders import LoadedModel, load_model, load_soft_prompts
+from nanoforge.data import tables
+from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.errors import UserError
-from nanoforge.models import adapters, generation, pretrained
-from nanoforge.posttraining import examples, prompt_format
+from nanoforge.models.generation import SamplingParams, generate, generate_batch
+from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining.examples import ROLES, ExampleEncoder
+from nanoforge.posttraining.rollouts import decode_completion
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 
+SEPARATOR = "---------------"
 
-def prompt(given: str) -> str:
+
+def main(args: SampleArgs) -> None:
+    if args.prompt_dir:
+        sample_soft_prompts(args)
+        return
+    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, log=log_to_stderr)
+    if loaded.prompt_offsets:
+        raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
+    if args.chat:
+        sample_reply(args, loaded)
+    elif args.stop_at_end:
+        sample_until_end(args, loaded)
+    else:
+        sample_endlessly(args, loaded)
+
+
+def log_to_stderr(message: str) -> None:
+    """Standard output holds the samples alone."""
+    print(message, file=sys.stderr)
+
+
+def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
+    """The sampling arguments, and further fields of SamplingParams."""
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_start(start: str) -> str:
     """The text that --start names. Raises UserError."""
-    if given == "-":
+    if start == "-":
         return sys.stdin.read()
-    if not given.startswith("FILE:"):
-        return given
+    if not start.startswith("FILE:"):
+        return start
     try:
-        return Path(given[5:]).read_text(encoding="utf-8")
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--start={given}: can't be read ({error})") from None
+        raise UserError(f"--start={start}: can't be read ({error})") from None
 
 
-def encode(tokenizer: tokenization.Tokenizer, words: str) -> np.ndarray:
-    """Ids of a prompt, in which <|endoftext|> is the token. Raises UserError for unknown characters and empty prompts."""
-    parts = words.split(tokenization.END_OF_TEXT) if tokenizer.eos_id is not None else [words]
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids, (T,), of a text in which <|endoftext|> is the token. Raises UserError, also for no ids."""
+    parts = [text] if tokenizer.eos_id is None else text.split(END_OF_TEXT)
     try:
-        ids = [tokenizer.encode(parts[0])]
+        ids = list(tokenizer.encode(parts[0]))
         for part in parts[1:]:
-            ids += [[tokenizer.eos_id], tokenizer.encode(part)]
+            ids += [tokenizer.eos_id, *tokenizer.encode(part)]
     except (UserError, UnicodeError) as error:
         raise UserError(f"--start: {error}") from None
-    ids = np.concatenate(ids).astype(np.int64)
-    if not len(ids):
-        raise UserError("--start: empty; a model needs at least one token to go on from")
-    return ids
+    if not ids:
+        raise UserError("--start: is empty; a model needs at least one token to continue")
+    return np.array(ids, dtype=np.int64)
 
 
-class Stream:
-    """Prints ids as text as soon as they make whole characters."""
-
-    def __init__(self, tokenizer: tokenization.Tokenizer):
-        self.tokenizer, self.waiting = tokenizer, []
-
-    def put(self, token: int) -> None:
-        self.waiting.append(token)
-        if not self.tokenizer.decode(self.waiting).endswith("\ufffd") or len(self.waiting) > 8:
-            self.flush()
-
-    def flush(self) -> None:
-        """Print what is waiting, whole or not."""
-        print(self.tokenizer.decode(self.waiting), end="", flush=True)
-        self.waiting = []
-
-
-def say(words: str) -> None:
-    print(words, file=sys.stderr)
-
-
-def load(a) -> tuple[GPT, dict[str, tokenization.Tokenizer]]:
-    """The model and its tokenizers. Raises UserError."""
-    source = str(checkpoint.resolve(Path(a.out_dir), a.checkpoint, say)) if a.init_from == "resume" else a.init_from
-    loaded = pretrained.load(source, say)
-    model = GPT(GPTConfig(**loaded.shape))
-    model.load_weights(loaded.weights, source)
-    return model.eval(), loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
-
-
-def told_of(run: Path) -> dict:
-    """What a checkpoint's train_config.json tells."""
-    return json.loads((run / "train_config.json").read_text(encoding="utf-8"))
-
-
-def base_with_prompts(runs: list[Path]) -> tuple[GPT, tokenization.Tokenizer, list[int]]:
-    """The base that the soft prompts of these checkpoints share, with their rows, its tokenizer, and the id of each one's first row. Raises UserError."""
-    configs = [told_of(run) for run in runs]
-    base, shape = pretrained.load_base(configs[0]["_base"], say), configs[0]["_model"]
-    model = GPT(
-        GPTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()})
-    )
-    model.load_weights(base.weights, configs[0]["_base"]["source"], grow=True)
-    rows = [
-        adapters.load_prompt(checkpoint.load_tensors(folder, "model"), config["prompt_provider"])
-        for folder, config in zip(runs, configs, strict=True)
-    ]
-    adapters.add_soft_prompt(model, torch.cat(rows), "tensor")
-    firsts = [sum(shape["vocab_sizes"]) + sum(map(len, rows[:i])) for i in range(len(rows))]
-    return model.eval(), next(iter(tokenization.load(runs[0] / "tokenizer.json").values())), firsts
-
-
-def load_prompted(a) -> tuple[GPT, tokenization.Tokenizer, list[list[int]]]:
-    """The base with all soft prompts, its tokenizer, and the ids of each text. Raises UserError."""
-    runs = [checkpoint.resolve(Path(folder), a.checkpoint, say) for folder in a.prompt_dir]
-    configs = [told_of(run) for run in runs]
-    for folder, config in zip(a.prompt_dir, configs, strict=True):
-        if config.get("adapter") != "soft_prompt":
-            raise UserError(f"--prompt_dir={folder}: not a run with --adapter=soft_prompt; --out_dir samples from it")
-        if config["_base"]["sha256"] != configs[0]["_base"]["sha256"]:
-            raise UserError(
-                f"--prompt_dir={folder}: was trained on another base than {a.prompt_dir[0]}; a batch has one"
-            )
-    texts = [row for given in a.fields for row in read_fields(given)]
-    if len(runs) not in (1, len(texts)):
-        raise UserError(f"--prompt_dir: {len(runs)} given for {len(texts)} texts; give one, or one for each")
-    model, tokenizer, firsts = base_with_prompts(runs)
-    prompts = []
-    for number, row in enumerate(texts):
-        which = number if len(runs) > 1 else 0
-        template = prompt_format.parse(configs[which]["prompt_format"])
-        if strange := sorted(row.keys() - set(template.fields)):
-            raise UserError(f"--fields: {', '.join(strange)} not in the prompt {configs[which]['prompt_format']!r}")
-        prompts.append(template.encode(row, tokenizer, firsts[which]))
-    return model, tokenizer, prompts
-
-
-def read_fields(given: str) -> list[dict]:
-    """The rows that --fields names. Raises UserError."""
-    if given.startswith("FILE:"):
-        return list(tables.read_rows(Path(given[5:])))
+def read_fields(fields: str) -> list[dict[str, Any]]:
+    """The rows that an element of --fields names. Raises UserError."""
+    if fields.startswith("FILE:"):
+        return list(tables.read_rows(Path(fields.removeprefix("FILE:"))))
     try:
-        row = json.loads(given)
+        row = json.loads(fields)
     except ValueError as error:
-        raise UserError(f"--fields={given}: not JSON ({error})") from None
+        raise UserError(f"--fields={fields}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise UserError(f'--fields={given}: must be a JSON object such as {{"toxic": "..."}}')
+        raise UserError(f'--fields={fields}: must be a JSON object such as {{"toxic": "..."}}')
     return [row]
 
 
-def sampling_params(a) -> generation.SamplingParams:
-    """The arguments that choose the next token."""
-    return generation.SamplingParams(
-        max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# completions, until the end-of-sequence token
 
 
-def answer(a, model: GPT, tokenizer: tokenization.Tokenizer, prompts: list[list[int]], titles: list[str]) -> None:
-    """Print what the model answers to each prompt, until its end token."""
-    device = get_device(a.device)
-    model.to(device)
-    model.compute_dtype, _ = choose_dtype(a.dtype, device)
-    if (longest := max(map(len, prompts))) >= model.config.block_size:
-        raise UserError(
-            f"--start, --fields: the longest prompt has {longest} tokens, and the model's context {model.config.block_size}"
-        )
-    torch.manual_seed(a.seed)
-    sampling = dataclasses.replace(
-        sampling_params(a), n=a.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size
-    )
-    answers = generation.generate_batch(model, prompts, sampling)
-    for number, one in enumerate(answers):
-        print(
-            f"{titles[number // a.num_samples]}{tokenizer.decode(one.ids[:-1] if one.ended else one.ids)}\n---------------"
-        )
-
-
-def main(a) -> None:
-    if a.prompt_dir:
-        model, tokenizer, prompts = load_prompted(a)
-        return answer(a, model, tokenizer, prompts, [""] * len(prompts))
-    device = get_device(a.device)
-    model, tokenizers = load(a)
-    if a.chat or a.stop_at_end:
-        if len(tokenizers) > 1:
-            raise UserError(f"--{'chat' if a.chat else 'stop_at_end'}: the model has several vocabularies")
-        tokenizer, words = next(iter(tokenizers.values())), prompt(a.start[0])
-        if a.chat and examples.ROLES["assistant"] not in getattr(tokenizer, "ids", {}):
-            raise UserError("--chat: this model was not trained on messages")
-        coder = examples.ExampleEncoder(tokenizer, model.config.block_size)
-        ids = (
-            coder.encode_prompt({"prompt": [{"role": "user", "content": words}]})
-            if a.chat
-            else encode(tokenizer, words).tolist()
-        )
-        return answer(a, model, tokenizer, [ids], ["" if a.chat else words])
-    model.to(device)
-    model.compute_dtype, _ = choose_dtype(a.dtype, device)
-    model.to(model.compute_dtype)  # once, rather than at every token
-    vocabulary = model.vocabulary
-    contexts = vocabulary.vocab_sizes if model.config.vocabulary == "contexts" else None
-    names = list(tokenizers)
-
-    if a.dataset and (a.dataset not in names or contexts):
-        raise UserError(
-            f"--dataset={a.dataset}: "
-            + (
-                "the contexts are continued together"
-                if contexts
-                else f"the model has vocabularies of {', '.join(names)}"
-            )
-        )
-    chosen = names if contexts else [a.dataset or names[0]]
-    if len(a.start) == 1 and a.start[0] == "\n":
-        starts = a.start * len(chosen)
-    elif len(a.start) == len(chosen):
-        starts = a.start
+def sample_soft_prompts(args: SampleArgs) -> None:
+    """Complete each row of --fields with its soft prompt. Raises UserError."""
+    rows = [row for fields in args.fields for row in read_fields(fields)]
+    folders = [checkpoint.resolve(Path(run), args.checkpoint, log_to_stderr) for run in args.prompt_dir]
+    if len(folders) == 1:
+        prompt_of_row = [0] * len(rows)
+    elif len(folders) == len(rows):
+        prompt_of_row = list(range(len(rows)))
     else:
-        raise UserError(
-            f"--start: {len(a.start)} given, {len(chosen)} needed"
-            + (f", one for each context ({', '.join(names)})" if contexts else "")
-        )
-    firsts = [vocabulary.vocab_offsets[names.index(name)] for name in chosen]
-    prompts = [encode(tokenizers[name], prompt(start)) for name, start in zip(chosen, starts, strict=True)]
-    if len({len(ids) for ids in prompts}) > 1:
-        raise UserError(
-            f"--start: the contexts' prompts must be equally long, not {', '.join(str(len(ids)) for ids in prompts)} tokens"
-        )
+        raise UserError(f"--prompt_dir: got {len(folders)} for {len(rows)} rows of --fields; pass one, or one for each")
 
-    rows = np.stack([ids + first for ids, first in zip(prompts, firsts, strict=True)])  # (contexts, T)
-    idx = torch.from_numpy(rows if contexts else rows[0]).to(device)
-    idx = idx.expand(a.num_samples, *idx.shape)
-    sampling = sampling_params(a)
-    if model.config.vocabulary == "one":
-        sampling = dataclasses.replace(sampling, vocab_size=tokenizers[names[0]].vocab_size)
-    stream = Stream(tokenizers[chosen[0]]) if a.stream and not contexts else None
-    if stream:
-        for token in prompts[0].tolist():
-            stream.put(token)
-    out = generation.generate(
+    loaded = load_soft_prompts(folders, log_to_stderr)
+    formats = [RunRecord.load(folder).args["prompt_format"] for folder in folders]
+    templates = [prompt_format.parse(template) for template in formats]
+    prompts = []
+    for row, i in zip(rows, prompt_of_row, strict=True):
+        unknown_fields = sorted(row.keys() - set(templates[i].fields))
+        if unknown_fields:
+            raise UserError(f"--fields: {', '.join(unknown_fields)} not in the prompt {formats[i]!r}")
+        prompts.append(templates[i].encode(row, loaded.tokenizer, loaded.prompt_offsets[i]))
+    print_completions(args, loaded, prompts, prefix="")
+
+
+def sample_reply(args: SampleArgs, loaded: LoadedModel) -> None:
+    """Reply to a user's message. Raises UserError."""
+    if ROLES["assistant"] not in getattr(loaded.tokenizer, "added_ids", {}):
+        raise UserError("--chat: this model was not trained on messages")
+    encoder = ExampleEncoder(loaded.tokenizer, loaded.model.config.block_size)
+    message = {"role": "user", "content": read_start(args.start[0])}
+    print_completions(args, loaded, [encoder.encode_prompt({"prompt": [message]})], prefix="")
+
+
+def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:
+    """Continue a text until the end-of-sequence token. Raises UserError."""
+    text = read_start(args.start[0])
+    ids = encode_text(loaded.tokenizer, text).tolist()
+    print_completions(args, loaded, [ids], prefix=text)
+
+
+def print_completions(args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefix: str) -> None:
+    """Draw and print num_samples completions of each prompt, each after the prefix. Raises UserError."""
+    loaded.to(args.device, args.dtype)
+    longest, block_size = max(map(len, prompts)), loaded.model.config.block_size
+    if longest >= block_size:
+        raise UserError(f"--start, --fields: the longest prompt has {longest} tokens; the context has {block_size}")
+    tokenizer = loaded.tokenizer
+    sampling = sampling_params(args, n=args.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(args.seed)
+    for completion in generate_batch(loaded.model, prompts, sampling):
+        print(f"{prefix}{decode_completion(completion, tokenizer)}\n{SEPARATOR}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# texts without end
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """A text to continue: the only one, or that of a context."""
+
+    name: str  # of its vocabulary
+    tokenizer: Tokenizer
+    offset: int  # of its vocabulary in the model
+    prompt: np.ndarray  # (T,)
+
+    def local_ids(self, ids: torch.Tensor) -> list[int]:
+        """The tokenizer's ids from the model's, (T,)."""
+        return (ids - self.offset).tolist()
+
+
+class TokenPrinter:
+    """Prints tokens as soon as they make whole characters."""
+
+    MAX_WAITING = 8  # tokens; a character has fewer, so these make none
+
+    def __init__(self, stream: TextStream):
+        self.stream = stream
+        self.waiting: list[int] = []
+
+    def put(self, token: int) -> None:
+        self.waiting.append(token)
+        is_whole = not self.stream.tokenizer.decode(self.waiting).endswith("\ufffd")
+        if is_whole or len(self.waiting) > self.MAX_WAITING:
+            self.flush()
+
+    def put_first_sample(self, ids: torch.Tensor) -> None:
+        """The first of the samples' new ids, (B,)."""
+        self.put(int(ids[0]) - self.stream.offset)
+
+    def flush(self) -> None:
+        """Print what is waiting, whole or not."""
+        print(self.stream.tokenizer.decode(self.waiting), end="", flush=True)
+        self.waiting = []
+
+
+def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
+    """Continue a text, or all contexts together, by max_new_tokens tokens. Raises UserError."""
+    # 1. The model on its device; its weights are cast once, not at every token.
+    model = loaded.model
+    device = loaded.to(args.device, args.dtype)
+    model.to(model.compute_dtype)
+
+    # 2. One batch of num_samples copies of the prompt.
+    has_contexts = model.config.vocabulary == "contexts"
+    streams = open_contexts(args, loaded) if has_contexts else [open_stream(args, loaded)]
+    rows = np.stack([stream.prompt + stream.offset for stream in streams])  # (K, T)
+    idx = torch.from_numpy(rows if has_contexts else rows[0]).to(device)
+    idx = idx.expand(args.num_samples, *idx.shape)  # (B, T) or (B, K, T)
+    vocab_size = streams[0].tokenizer.vocab_size if model.config.vocabulary == "one" else None
+
+    # 3. Draw; the first sample is printed meanwhile, unless contexts must be aligned first.
+    printer = None
+    if args.stream and not has_contexts:
+        printer = TokenPrinter(streams[0])
+        for token in streams[0].prompt.tolist():
+            printer.put(token)
+    samples = generate(
         model,
         idx,
-        sampling,
-        torch.Generator(device).manual_seed(a.seed),
-        on_token=lambda ids: stream.put(int(ids[0]) - firsts[0]) if stream else None,
-        decode="compiled" if a.compile else "cached",
+        sampling_params(args, vocab_size=vocab_size),
+        torch.Generator(device).manual_seed(args.seed),
+        on_token=printer.put_first_sample if printer else None,
+        decode="compiled" if args.compile else "cached",
     ).cpu()
-    if stream:
-        stream.flush()
-    for number, row in enumerate(out):
-        if number or not stream:
-            streams = [
-                (tokenizers[name], (ids - first).tolist())
-                for name, ids, first in zip(chosen, row.view(len(chosen), -1), firsts, strict=True)
-            ]
-            if contexts:
-                print(aligned(chosen, [[tokenizer.decode([i]) for i in ids] for tokenizer, ids in streams]), end="")
-            else:
-                print(streams[0][0].decode(streams[0][1]), end="")
-        print("\n---------------")
+
+    # 4. The rest.
+    if printer:
+        printer.flush()
+        print(f"\n{SEPARATOR}")
+        samples = samples[1:]
+    for sample in samples:
+        print(format_sample(streams, sample.view(len(streams), -1)), end=f"\n{SEPARATOR}\n")
 
 
-def aligned(names: list[str], tokens: list[list[str]]) -> str:
-    """The contexts below each other, token under token; a line ends where a token of the first context ends one."""
-    width = max(map(len, names))
-    blocks, lines = [], [""] * len(names)
+def open_stream(args: SampleArgs, loaded: LoadedModel) -> TextStream:
+    """The text of the vocabulary that --dataset names, or of the first one. Raises UserError."""
+    names = list(loaded.tokenizers)
+    if args.dataset and args.dataset not in names:
+        raise UserError(f"--dataset={args.dataset}: the model has the vocabularies of {', '.join(names)}")
+    if len(args.start) != 1:
+        raise UserError(f"--start: got {len(args.start)}, the model takes one")
+    name = args.dataset or names[0]
+    tokenizer = loaded.tokenizers[name]
+    offset = loaded.model.vocabulary.vocab_offsets[names.index(name)]
+    return TextStream(name, tokenizer, offset, encode_text(tokenizer, read_start(args.start[0])))
+
+
+def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
+    """The texts of all contexts; the default --start serves each of them. Raises UserError."""
+    names = list(loaded.tokenizers)
+    if args.dataset:
+        raise UserError(f"--dataset={args.dataset}: the contexts are continued together")
+    starts = args.start
+    if starts == ("\n",):
+        starts *= len(names)
+    if len(starts) != len(names):
+        raise UserError(
+            f"--start: got {len(starts)}, the model takes {len(names)}, one for each context ({', '.join(names)})"
+        )
+    streams = []
+    for (name, tokenizer), offset, start in zip(
+        loaded.tokenizers.items(), loaded.model.vocabulary.vocab_offsets, starts, strict=True
+    ):
+        streams.append(TextStream(name, tokenizer, offset, encode_text(tokenizer, read_start(start))))
+    lengths = [len(stream.prompt) for stream in streams]
+    if len(set(lengths)) > 1:
+        raise UserError(
+            f"--start: the contexts' prompts must be equally long, not {', '.join(map(str, lengths))} tokens"
+        )
+    return streams
+
+
+def format_sample(streams: list[TextStream], sample: torch.Tensor) -> str:
+    """A sample as text; sample: (K, T)."""
+    if len(streams) == 1:
+        return streams[0].tokenizer.decode(streams[0].local_ids(sample[0]))
+    tokens = []
+    for stream, ids in zip(streams, sample, strict=True):
+        tokens.append([stream.tokenizer.decode([token]) for token in stream.local_ids(ids)])
+    return align_contexts([stream.name for stream in streams], tokens)
+
+
+def align_contexts(names: list[str], tokens: list[list[str]]) -> str:
+    """The contexts' tokens, (K, T), below each other. A line ends where a token of the first context ends one."""
+    lines: list[list[str]] = []
+    line = [""] * len(names)  # of each context
     for column in zip(*tokens, strict=True):
-        room = max(len(piece.strip("\n")) for piece in column)
-        lines = [line + piece.replace("\n", "").ljust(room) for line, piece in zip(lines, column, strict=True)]
+        width = max(len(token.strip("\n")) for token in column)
+        line = [text + token.replace("\n", "").ljust(width) for text, token in zip(line, column, strict=True)]
         if "\n" in column[0]:
-            blocks.append(lines)
-            lines = [""] * len(names)
-    return "\n".join(
-        f"{name:{width}} | {line}" for block in [*blocks, lines] for name, line in zip(names, block, strict=True)
-    )
+            lines.append(line)
+            line = [""] * len(names)
+    lines.append(line)
+    name_width = max(map(len, names))
+    return "\n".join(f"{name:{name_width}} | {text}" for line in lines for name, text in zip(names, line, strict=True))
 
 
 if __name__ == "__main__":
-    configurator.run(main, ARGUMENTS)
+    configurator.run(main, ARGS)

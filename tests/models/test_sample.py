@@ -125,7 +125,7 @@ def test_a_dataset_of_several_is_chosen(trained):
 def test_mistakes_are_one_line(trained, tmp_path):
     assert "knows no '€'" in refuse(f"--out_dir={trained}/single", "--start=a €")
     assert "no checkpoints" in refuse(f"--out_dir={tmp_path}")
-    assert "--start: empty" in refuse(f"--out_dir={trained}/single", "--start=-", input="")
+    assert "--start: is empty" in refuse(f"--out_dir={trained}/single", "--start=-", input="")
     assert "can't be read" in refuse(f"--out_dir={trained}/single", "--start=FILE:/nowhere")
     assert "no such argument; did you mean --top_k?" in refuse("--topk=3")
     assert "must be at least 0" in refuse("--temperature=-1")
