@@ -87,7 +87,7 @@ def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
 def test_checkpoints_are_chosen(trained):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=50", "--num_samples=1"]
     assert sample(*flags, "--checkpoint=last") == sample(*flags, "--checkpoint=150")
-    assert "has those of steps" in refuse(*flags, "--checkpoint=77") and "best, last or a step" in refuse(
+    assert "of steps 100, 150" in refuse(*flags, "--checkpoint=77") and "best, last or a step" in refuse(
         *flags, "--checkpoint=first"
     )
 
