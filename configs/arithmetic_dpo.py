@@ -1,9 +1,9 @@
-"""DPO on two-digit sums: right answers against those that are off by one.
+"""DPO on two-digit sums: correct answers preferred to answers that are off by one.
 
     python data/arithmetic/prepare.py --kind=preferences --out_dir=data/arithmetic_dpo
     python train.py configs/arithmetic_dpo.py --init_from=out/sums --out_dir=out/sums_dpo
 
-docs/alignment.md has what was measured.
+Measurements are in docs/alignment.md.
 """
 
 objective = "dpo"

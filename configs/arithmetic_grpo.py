@@ -1,15 +1,15 @@
-"""GRPO on two-digit sums, from a model that gets a third to a half of them right, in three minutes on 2 CPU cores.
+"""GRPO on two-digit sums: starts from a model that solves a third to a half of them; three minutes on 2 CPU cores.
 
     python train.py configs/arithmetic_grpo.py --init_from=out/sums/checkpoints/000099 --out_dir=out/sums_grpo
     python evaluate.py --out_dir=out/sums_grpo --tasks arithmetic
 
-docs/reinforcement.md has what was measured.
+Measurements are in docs/reinforcement.md.
 """
 
 objective = "grpo"
 dataset = "arithmetic"
 reward = "correct:1"
-beta = 0.3  # so much that shuffled rewards leave the model where it is
+beta = 0.3  # large enough that shuffled rewards do not change the model
 num_generations = 8
 max_new_tokens = 5
 block_size = 16

@@ -1,10 +1,10 @@
-"""KTO on two-digit sums: right answers, and answers that are off by one, each of another sum.
+"""KTO on two-digit sums: correct answers are desirable, answers that are off by one undesirable, each of another sum.
 
     python data/arithmetic/prepare.py --kind=preferences --unpaired=1 --out_dir=data/arithmetic_kto
     python train.py configs/arithmetic_kto.py --init_from=out/sums --out_dir=out/sums_kto
 
-With --unpaired=8 there are eight wrong ones to a right one, and --desirable_weight=10.6 keeps the two sides' weights as they are here, 4 to 3.
-docs/alignment.md has what was measured.
+With --unpaired=8 there are eight undesirable answers per desirable one; --desirable_weight=10.6 then keeps the total
+weights of both sides at 4 to 3, as they are here. Measurements are in docs/alignment.md.
 """
 
 objective = "kto"

@@ -1,8 +1,8 @@
-"""Fine-tuning to two-digit sums, stopped early, as a start for rewards and preferences: 0.6 M parameters.
+"""SFT on two-digit sums, stopped early: the initial model of the GRPO, DPO and KTO configs; 0.6 M parameters.
 
     python train.py configs/arithmetic_sft.py --out_dir=out/sums
 
-With --max_iters=400 --lr_decay_iters=400 it is the yardstick. docs/alignment.md has what was measured.
+--max_iters=400 --lr_decay_iters=400 trains the SFT baseline. Measurements are in docs/alignment.md.
 """
 
 objective = "sft"

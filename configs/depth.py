@@ -1,4 +1,4 @@
-"""The modern architecture and optimizer with one dial for the size; --depth makes the rest (docs/depth.md).
+"""The modern architecture and optimizer in any size: --depth sets all sizes and rates by scaling rules (docs/depth.md).
 
 python train.py configs/depth.py --depth=4 --aspect=32
 """

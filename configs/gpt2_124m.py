@@ -1,8 +1,9 @@
-"""GPT-2 124M from nothing on OpenWebText, as nanoGPT reproduces it: half a million tokens a step.
+"""GPT-2 124M from scratch on OpenWebText, as nanoGPT reproduces it: half a million tokens per step.
 
     torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m.py
 
-nanoGPT reports a validation loss of about 2.85 after 600,000 steps, four days on 8 A100 GPUs. Not measured with this program yet.
+nanoGPT reports a validation loss of about 2.85 after 600,000 steps, four days on 8 A100 GPUs. Not measured with this
+program yet.
 """
 
 dataset = "openwebtext"

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m_modern.py
 
-12 layers x 768, heads of 128, half a million tokens a step, 1.7 G tokens: as many as modded-nanogpt's record of this kind took to a
-validation loss of 3.28 on FineWeb, where GPT-2's recipe took 10 G. Not measured with this program yet.
+12 layers x 768, heads of 128, half a million tokens per step, 1.7 G tokens. modded-nanogpt's record of this kind took
+as many to a validation loss of 3.28 on FineWeb, GPT-2's recipe 10 G. Not measured with this program yet.
 """
 
 base = "modern_base.py"

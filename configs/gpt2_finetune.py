@@ -1,8 +1,8 @@
-"""GPT-2's weights tuned on Shakespeare, as nanoGPT does it: 20 short steps of 32,768 tokens at a small constant rate.
+"""GPT-2 fine-tuned on Shakespeare, as in nanoGPT: 20 steps of 32,768 tokens at a small constant learning rate.
 
     python train.py configs/gpt2_finetune.py --gpt2_type=gpt2-xl
 
-The weights come from the hub. Not measured with this program yet.
+The weights are downloaded from the hub. Not measured with this program yet.
 """
 
 init_from = "gpt2"

@@ -1,6 +1,9 @@
-"""Llama's architecture, to put before a size: python train.py configs/llama.py --n_layer=12 --n_embd=768 --n_head=12 --n_kv_head=4
+"""Llama's architecture, to combine with a size.
 
-RMSNorm with gain, rotary positions, SwiGLU with as many parameters as a plain MLP, two query heads to a key and value head, an untied head.
+    python train.py configs/llama.py --n_layer=12 --n_embd=768 --n_head=12 --n_kv_head=4
+
+RMSNorm with gain, RoPE, SwiGLU with as many parameters as a plain MLP, grouped-query attention with two query heads per
+key/value head, an untied head.
 """
 
 norm = "rmsnorm"

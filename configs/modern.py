@@ -1,7 +1,8 @@
-"""The modern architecture and optimizer, to put before a size: python train.py configs/modern.py --n_layer=12 --n_head=6 --n_embd=768
+"""The modern architecture and optimizer, to combine with a size.
 
-RMSNorm without gain, rotary positions, QK-norm, ReLU^2, output projections that start at zero, an untied head with bounded logits;
-Muon for the matrices, AdamW for the rest; warm-up, stable, decay (as in modded-nanogpt and nanochat).
+    python train.py configs/modern.py --n_layer=12 --n_head=6 --n_embd=768
+
+Architecture, optimizer and schedule of configs/modern_base.py, with a logit softcap and learning rates.
 """
 
 base = "modern_base.py"

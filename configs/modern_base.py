@@ -1,7 +1,7 @@
-"""What the modern configs share: architecture, optimizer and schedule, without size and learning rates. A base for others.
+"""The base of the modern configs: architecture, optimizer and schedule, without size and learning rates.
 
-RMSNorm without gain, RoPE, QK-norm, squared ReLU, zero-initialized output projections, an untied head; Muon for hidden
-matrices, AdamW for the rest; warmup, stable, decay to zero (as in modded-nanogpt and nanochat).
+RMSNorm without gain, RoPE, QK-norm, squared ReLU, zero-initialized output projections, an untied head. Muon for hidden
+matrices, AdamW for the rest. Warmup, stable, decay to zero. (As in modded-nanogpt and nanochat.)
 """
 
 norm = "rmsnorm_nogain"

@@ -1,8 +1,8 @@
-"""The first run: a small modern GPT learns to write Python from the standard library's source, on 2 CPU cores in minutes.
+"""The first run: a small modern GPT learns Python from the standard library's source, in minutes on 2 CPU cores.
 
     python train.py configs/quickstart.py && python sample.py --out_dir=out/quickstart --start="def "
 
-Reaches a validation loss of 1.42 (2.05 bits a byte) in 70 seconds on 2 CPU cores.
+Reaches a validation loss of 1.42 (2.05 bits per byte) in 70 seconds on 2 CPU cores.
 """
 
 base = "modern_base.py"

@@ -1,12 +1,15 @@
-"""Characters of Shakespeare on a CPU: a lower loss than nanoGPT's CPU recipe at no more parameters, in a tenth of its steps.
+"""Shakespeare by characters on a CPU: below the loss of nanoGPT's CPU recipe, no more parameters, a tenth of its steps.
 
     python train.py configs/shakespeare_cpu.py
 
-Reaches a validation loss of 1.75 (1.752, 1.754, 1.757 with three seeds, on all of the validation text) after 200 steps, 410,000 tokens, in 15 seconds
-on 2 CPU cores; nanoGPT's recipe of 2,000 steps reaches 1.91, and 1.78 with its learning rate tuned, in 84 to 98 seconds there (benchmarks/cpu.json). The
-modern architecture and optimizer; chosen on the last 100,000 characters of the training text (benchmarks/ablation.md:
-rotary positions, the untied head, QK-norm, ReLU squared, residual scalars and RMSNorm earn their place, Muon most of all; embedding norm and zero-initialised
-projections make no difference that three seeds show; value residual and softcap, which make none either, are left out).
+Reaches a validation loss of 1.75 (1.752, 1.754, 1.757 with three seeds, on all of the validation text) after 200 steps,
+410,000 tokens, in 15 seconds on 2 CPU cores. There, nanoGPT's recipe of 2,000 steps reaches 1.91, or 1.78 with its
+learning rate tuned, in 84 to 98 seconds (benchmarks/cpu.json).
+
+The modern architecture and optimizer, chosen on the last 100,000 characters of the training text
+(benchmarks/ablation.md). RoPE, the untied head, QK-norm, squared ReLU, residual scalars and RMSNorm each lower the
+loss, Muon most of all. Embedding norm and zero-initialized projections make no difference that three seeds show. Value
+residual and softcap make none either, and are off.
 """
 
 base = "modern_base.py"

@@ -1,4 +1,4 @@
-"""Characters of Shakespeare on one GPU: nanoGPT's 10.7 M parameters with the modern architecture and optimizer.
+"""Shakespeare by characters on one GPU: nanoGPT's 10.7 M parameters with the modern architecture and optimizer.
 
     python train.py configs/shakespeare_gpu.py
 

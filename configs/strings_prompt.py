@@ -1,8 +1,9 @@
-"""A soft prompt of eight rows for a task that the input does not name.
+"""Prompt tuning: eight virtual tokens for a task that the input does not name.
 
-    python train.py configs/strings_prompt.py --init_from=out/strings --train_file=data/strings/hidden_train.jsonl --validation_file=data/strings/hidden_val.jsonl --task_name=reverse
+    python train.py configs/strings_prompt.py --init_from=out/strings --task_name=reverse \\
+        --train_file=data/strings/hidden_train.jsonl --validation_file=data/strings/hidden_val.jsonl
 
-docs/prompt_tuning.md has what was measured.
+Measurements are in docs/prompt_tuning.md.
 """
 
 objective = "sft"

@@ -1,8 +1,8 @@
-"""Fine-tuning to four tasks on short words that the prompt names, the base for a soft prompt: 0.6 M parameters.
+"""SFT on four tasks on short words, which the prompt names: the base model for prompt tuning; 0.6 M parameters.
 
     python train.py configs/strings_sft.py --out_dir=out/strings
 
-docs/prompt_tuning.md has what was measured.
+Measurements are in docs/prompt_tuning.md.
 """
 
 objective = "sft"

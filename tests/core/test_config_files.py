@@ -130,7 +130,8 @@ def test_a_config_lies_over_its_base(tmp_path, capsys):
         train_args.parse([str(tmp_path / "c.yaml"), "--print_config"])
     sources = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines() if "tmp" in line}
     assert end.value.code == 0
-    assert sources == {name: str(tmp_path / file) for name, file in (("n_layer", "c.yaml"), ("n_head", "b.py"), ("n_embd", "a.py"))}  # fmt: skip
+    files = {"n_layer": "c.yaml", "n_head": "b.py", "n_embd": "a.py"}
+    assert sources == {name: str(tmp_path / file) for name, file in files.items()}
 
 
 def test_a_base_is_relative_to_the_config_or_the_working_directory(tmp_path, monkeypatch):

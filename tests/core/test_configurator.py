@@ -29,10 +29,12 @@ def errors_of(capsys, *argv: str) -> str:
 def test_defaults_are_the_guides():
     args = parse()
     expected = {
-        "dataset": "shakespeare_char", "out_dir": "out", "batch_size": 64, "max_iters": 3500, "learning_rate": 1e-3, "eval_interval": 250, "eval_iters": 200,
-        "log_interval": 10, "seed": 1337, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0, "lr_scheduler": "none",
-        "decay_lr": False, "warmup_iters": 100, "lr_decay_iters": 3500, "min_lr": 1e-4, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
-        "dropout": 0.0, "bias": False,
+        "dataset": "shakespeare_char", "out_dir": "out", "seed": 1337,
+        "batch_size": 64, "block_size": 256, "max_iters": 3500,
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.0, "bias": False,
+        "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0,
+        "lr_scheduler": "none", "decay_lr": False, "warmup_iters": 100, "lr_decay_iters": 3500, "min_lr": 1e-4,
+        "eval_interval": 250, "eval_iters": 200, "log_interval": 10,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -93,20 +95,62 @@ def test_print_config_names_the_source_of_each_value(tmp_path, capsys):
     assert len(rows) == len(SPECS)
 
 
+NANOGPT_CONFIGS = {  # the kinds of lines that its configs have: comments, arithmetic, a time in a name
+    "train_shakespeare_char.py": """
+# a miniature model
+out_dir = 'out-shakespeare-char'
+eval_interval = 250 # often
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+# device = 'cpu'
+""",
+    "train_gpt2.py": """
+wandb_log = True
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+weight_decay = 1e-1
+""",
+    "finetune_shakespeare.py": """
+import time
+
+out_dir = 'out-shakespeare'
+eval_interval = 5
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
+}
+
+
 def test_nanogpts_own_config_files_load(tmp_path, capsys):
-    """The kinds of lines that its config folder has: comments, arithmetic, a time in a name, another init_from."""
-    (tmp_path / "train_shakespeare_char.py").write_text(
-        "# a miniature model\nout_dir = 'out-shakespeare-char'\neval_interval = 250 # often\nalways_save_checkpoint = False\nwandb_log = False\nwandb_project = 'shakespeare-char'\n"
-        "wandb_run_name = 'mini-gpt'\ndataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\nbatch_size = 64\nblock_size = 256\nn_layer = 6\nn_head = 6\nn_embd = 384\ndropout = 0.2\n"
-        "learning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\nmin_lr = 1e-4\nbeta2 = 0.99\nwarmup_iters = 100\n# device = 'cpu'\n"
-    )
-    (tmp_path / "train_gpt2.py").write_text(
-        "wandb_log = True\nbatch_size = 12\nblock_size = 1024\ngradient_accumulation_steps = 5 * 8\nmax_iters = 600000\nlr_decay_iters = 600000\neval_interval = 1000\neval_iters = 200\nweight_decay = 1e-1\n"
-    )
-    (tmp_path / "finetune_shakespeare.py").write_text(
-        "import time\n\nout_dir = 'out-shakespeare'\neval_interval = 5\nwandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\ninit_from = 'gpt2-xl'\nbatch_size = 1\n"
-        "gradient_accumulation_steps = 32\nmax_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n"
-    )
+    for name, text in NANOGPT_CONFIGS.items():
+        (tmp_path / name).write_text(text)
     args = parse(str(tmp_path / "train_shakespeare_char.py"))
     assert args.dropout == 0.2 and args.always_save_checkpoint is False
     assert "lr_decay_iters is not used here" in capsys.readouterr().err
@@ -115,10 +159,11 @@ def test_nanogpts_own_config_files_load(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line", [
-    "__import__('os').system('touch {}')", "x = open('{}', 'w')", "import os", "n_layer = [].append(open('{}', 'w'))", "n_layer = (lambda: open('{}', 'w'))()",
-    "exec('1')", "if True:\n    n_layer = 3", "n_layer = 9**9**9", "n_layer = 10**10**10", "n_layer = 'a' * 10**9", "n_layer = 1 / 0", "n_layer = undefined", "n_layer = f'{{1}}'",
-    "del n_layer", "n_layer += 1", "time.sleep(9)", "n_layer = (1, 2, 3", "n_layer, n_head = 3",
-    "n_layer = [0] * 10**11", "n_layer = 3j", "n_layer = b'3'",
+    "__import__('os').system('touch {}')", "x = open('{}', 'w')", "import os",
+    "n_layer = [].append(open('{}', 'w'))", "n_layer = (lambda: open('{}', 'w'))()", "exec('1')",
+    "if True:\n    n_layer = 3", "del n_layer", "n_layer += 1", "time.sleep(9)", "n_layer = undefined",
+    "n_layer = 9**9**9", "n_layer = 10**10**10", "n_layer = 'a' * 10**9", "n_layer = [0] * 10**11", "n_layer = 1 / 0",
+    "n_layer = f'{{1}}'", "n_layer = (1, 2, 3", "n_layer, n_head = 3", "n_layer = 3j", "n_layer = b'3'",
 ])  # fmt: skip
 def test_configs_are_never_executed(tmp_path, capsys, line):
     path, target = tmp_path / "c.py", tmp_path / "executed"
@@ -140,19 +185,32 @@ def test_all_errors_are_reported_at_once(capsys, tmp_path):
         "--max_iters=2.5",
         "nowhere.json",
     )
-    for part in ("10 errors", "--learning_rat: no such argument; did you mean --learning_rate?", "n_lyer: no such argument; did you mean n_layer?", "batch_size=many: must be a whole number",
-                 "--n_head=0: must be at least 1", "--dropout=2: must be at most 0.999", "did you mean cosine?", "--compile=maybe: must be true or false", "--seed: needs a value",
-                 "--max_iters=2.5: must be a whole number", "nowhere.json: can't be read"):  # fmt: skip
+    for part in (
+        "10 errors",
+        "--learning_rat: no such argument; did you mean --learning_rate?",
+        "n_lyer: no such argument; did you mean n_layer?",
+        "batch_size=many: must be a whole number",
+        "--n_head=0: must be at least 1",
+        "--dropout=2: must be at most 0.999",
+        "did you mean cosine?",
+        "--compile=maybe: must be true or false",
+        "--seed: needs a value",
+        "--max_iters=2.5: must be a whole number",
+        "nowhere.json: can't be read",
+    ):
         assert part in errors, f"{part!r} is not in {errors!r}"
+
+
+MIXTURE = ["--training_mode=multidataset", "--dataset_list", "a", "b"]
 
 
 @pytest.mark.parametrize(("flags", "error"), [
     (["--dataset_list", "a", "b"], "--dataset_list: has an effect only with --training_mode=multidataset"),
     (["--training_mode=multidataset"], "--dataset_list: required by --training_mode=multidataset"),
-    (["--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "1"], "1 weights for 2 datasets"),
-    (["--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "1", "-1"], "must not be negative"),
-    (["--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "0", "0"], "not all zero"),
-    (["--training_mode=multidataset", "--dataset_list", "a", "b", "--dataset_sampling_probs", "0.5", "1", "--dataset_interleaving"], "whole numbers"),
+    ([*MIXTURE, "--dataset_sampling_probs", "1"], "1 weights for 2 datasets"),
+    ([*MIXTURE, "--dataset_sampling_probs", "1", "-1"], "must not be negative"),
+    ([*MIXTURE, "--dataset_sampling_probs", "0", "0"], "not all zero"),
+    ([*MIXTURE, "--dataset_sampling_probs", "0.5", "1", "--dataset_interleaving"], "whole numbers"),
     (["--training_mode=multidataset", "--dataset_list", "a", "a"], "--dataset_list: contains a dataset twice"),
     (["--training_mode=multicontext", "--dataset=a"], "--dataset: has an effect only with --training_mode=single"),
     (["--training_mode=multicontext"], "--multicontext_datasets: required by --training_mode=multicontext"),
@@ -184,26 +242,12 @@ def test_arguments_that_conflict_are_reported_by_flag(capsys, flags, error):
 
 
 def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
-    (tmp_path / "train_config.json").write_text(
-        json.dumps(
-            {
-                "n_layer": 3,
-                "learning_rate": 0.5,
-                "out_dir": "elsewhere",
-                "overwrite": True,
-                "init_from": "gpt2",
-                "_about": {},
-            }
-        )
-    )
+    config = {"n_layer": 3, "learning_rate": 0.5, "_about": {}}
+    not_inherited = {"out_dir": "elsewhere", "overwrite": True, "init_from": "gpt2"}
+    (tmp_path / "train_config.json").write_text(json.dumps(config | not_inherited))
     args = parse("--init_from=resume", f"--out_dir={tmp_path}", "--learning_rate=0.25")
-    assert (args.n_layer, args.learning_rate, args.out_dir, args.overwrite, args.init_from) == (
-        3,
-        0.25,
-        str(tmp_path),
-        False,
-        "resume",
-    )
+    assert (args.n_layer, args.learning_rate, args.out_dir) == (3, 0.25, str(tmp_path))
+    assert (args.overwrite, args.init_from) == (False, "resume")
     assert parse("--init_from=resume", f"--out_dir={tmp_path}", "--n_layer=3").n_layer == 3
     assert "--overwrite: " in errors_of(capsys, "--init_from=resume", f"--out_dir={tmp_path}", "--overwrite")
 
