@@ -1,4 +1,4 @@
-"""What the tests share: tiny datasets and examples, flags of a tiny run, and commands in processes of their own."""
+"""What tests share: tiny datasets, the flags of a tiny run, what runs leave, and processes that run scripts."""
 
 import dataclasses
 import json
@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test runs on each core: their threads would be in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
 
 import torch
 
@@ -29,126 +30,211 @@ from nanoforge.data import corpus, tokenization
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.training import checkpoint
 
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--max_iters=4", "--eval_iters=1", "--eval_interval=2",
-        "--log_interval=1", "--warmup_iters=0", "--device=cpu", "--dtype=float32"]  # fmt: skip
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=8",
+    "--batch_size=4",
+    "--max_iters=4",
+    "--eval_iters=1",
+    "--eval_interval=2",
+    "--log_interval=1",
+    "--warmup_iters=0",
+    "--device=cpu",
+    "--dtype=float32",
+]
+SHAPE_FLAGS = ("--n_layer", "--n_head", "--n_embd")
+TINY_WITHOUT_SHAPE = [flag for flag in TINY if not flag.startswith(SHAPE_FLAGS)]  # loaded weights have their own shape
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n"
 
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "tinyshakespeare").exists(), reason="needs the real texts in ../shared, which are missing"
+)
 
-def write_char_dataset(folder: Path, words: str, chars: str | None = None) -> None:
-    """A character dataset; the last tenth is for validation."""
-    cut = int(len(words) * 0.9)
-    corpus.write_dataset(
-        folder,
-        lambda: [corpus.TextChunk("train", words[:cut]), corpus.TextChunk("val", words[cut:])],
-        CharTokenizer(chars or sorted(set(words))),
-    )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiny datasets
+
+
+def write_char_dataset(folder: Path, text: str, chars: Sequence[str] | None = None) -> None:
+    """Token bins of characters; the last tenth of the text is for validation."""
+    cut = int(len(text) * 0.9)
+    chunks = [corpus.TextChunk("train", text[:cut]), corpus.TextChunk("val", text[cut:])]
+    corpus.write_dataset(folder, lambda: chunks, CharTokenizer(chars or sorted(set(text))))
 
 
 DIGITS = CharTokenizer("0123456789+=", has_eos=True)
 
 
-def write_examples(folder: Path, rows: list[dict], train: int, tokenizer: tokenization.Tokenizer = DIGITS) -> None:
-    """Examples with a tokenizer; the first `train` rows are for training, the others for validation."""
+def write_examples(
+    folder: Path, rows: Sequence[dict], n_train: int, tokenizer: tokenization.Tokenizer = DIGITS
+) -> None:
+    """Examples with a tokenizer; the first n_train rows are for training, the others for validation."""
     folder.mkdir(parents=True)
-    files.write_json(
-        folder / "meta.json",
-        {
-            "dtype": "uint16",
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenization.to_json(tokenizer),
-            "files": {},
-        },
-    )
-    for split, some in (("train", rows[:train]), ("val", rows[train:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    meta = {
+        "dtype": "uint16",
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenization.to_json(tokenizer),
+        "files": {},
+    }
+    files.write_json(folder / "meta.json", meta)
+    for split, split_rows in (("train", rows[:n_train]), ("val", rows[n_train:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split_rows))
 
 
 def write_sum_datasets(folder: Path) -> None:
-    """The sums 12+9= 21 of prompts and completions of different lengths, of at most 8 tokens with their end: 110 to train, 20 to validate; as
-    sft and grpo take them in `sums`, as preferences of the right answer to a wrong one in `pairs` and `labelled`, as chats in `chat`."""
-    sums = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
-    asked = [(f"{a}+{b}=", str(a + b), str(a + b + 1)) for a, b in sums if len(f"{a}+{b}={a + b + 1}") < 8]
-    write_examples(
-        folder / "sums", [{"prompt": prompt, "completion": right, "answer": right} for prompt, right, _ in asked], 110
-    )
-    write_examples(
-        folder / "pairs",
-        [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in asked],
-        110,
-    )
-    labelled = [
-        {"prompt": prompt, "completion": right if i % 3 == 0 else wrong, "label": i % 3 == 0}
-        for i, (prompt, right, wrong) in enumerate(asked)
-    ]
-    write_examples(folder / "labelled", labelled, 12)
+    """Sums such as 12+9=21, at most 8 tokens with their end, as examples of every kind: 110 to train, 20 to validate.
+
+    sums: for SFT and GRPO. pairs: the right sum is chosen, a wrong one rejected. labelled: every third completion is right
+    and desirable. chat: as messages.
+    """
+    operands = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
+    problems = [
+        (f"{a}+{b}=", str(a + b), str(a + b + 1)) for a, b in operands if len(f"{a}+{b}={a + b + 1}") < 8
+    ]  # (prompt, right, wrong)
+    sums = [{"prompt": prompt, "completion": right, "answer": right} for prompt, right, _ in problems]
+    pairs = [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in problems]
+    labelled = []
+    for i, (prompt, right, wrong) in enumerate(problems):
+        is_right = i % 3 == 0
+        labelled.append({"prompt": prompt, "completion": right if is_right else wrong, "label": is_right})
     chats = [
         {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": right}]}
-        for prompt, right, _ in asked
+        for prompt, right, _ in problems
         if len(prompt + right) < 6
     ]
-    write_examples(folder / "chat", chats, 50)
+    write_examples(folder / "sums", sums, n_train=110)
+    write_examples(folder / "pairs", pairs, n_train=110)
+    write_examples(folder / "labelled", labelled, n_train=12)
+    write_examples(folder / "chat", chats, n_train=50)
 
 
-def read_run(out_dir: Path, progress=None, console: str = "") -> SimpleNamespace:
-    """A run's folder as its files tell it."""
+def gpt2_tokenizer_env() -> dict[str, str]:
+    """The environment in which tiktoken finds its gpt2 offline. Skips the test when it is missing."""
+    if not (SHARED / "tiktoken_cache").exists():
+        pytest.skip("needs tiktoken's gpt2 in ../shared, which is missing")
+    return {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
 
-    metrics = out_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    config = out_dir / "train_config.json"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs, and what they leave
+
+
+@dataclass
+class RunFiles:
+    """What a run's folder holds, and, of a run in this process, its progress and console output."""
+
+    out_dir: Path
+    progress: checkpoint.Progress | None
+    console: str
+    config: dict[str, Any] | None  # train_config.json
+    train: list[dict]  # lines of metrics.jsonl
+    evals: list[dict]
+    steps: list[int]  # of the checkpoints
+    last: checkpoint.Checkpoint | None
+
+    @property
+    def losses(self) -> list[float]:
+        return metric(self, "loss")
+
+
+def read_run(out_dir: Path, progress: checkpoint.Progress | None = None, console: str = "") -> RunFiles:
+    """Read a run's folder."""
+    metrics_path, config_path = out_dir / "metrics.jsonl", out_dir / "train_config.json"
+    lines = []
+    if metrics_path.exists():
+        lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     steps = checkpoint.list_steps(out_dir / "checkpoints")
-    last = checkpoint.load(out_dir / "checkpoints" / f"{steps[-1]:06d}") if steps else None
-    return SimpleNamespace(
-        out_dir=out_dir, progress=progress, console=console, steps=steps, last=last,
-        train=[line for line in lines if line["event"] == "train"], evals=[line for line in lines if line["event"] == "eval"],
-        losses=[line["loss"] for line in lines if line["event"] == "train"],
-        config=json.loads(config.read_text()) if config.exists() else None,
-    )  # fmt: skip
+    return RunFiles(
+        out_dir=out_dir,
+        progress=progress,
+        console=console,
+        config=json.loads(config_path.read_text()) if config_path.exists() else None,
+        train=[line for line in lines if line["event"] == "train"],
+        evals=[line for line in lines if line["event"] == "eval"],
+        steps=steps,
+        last=checkpoint.load(checkpoint.step_folder(out_dir / "checkpoints", steps[-1])) if steps else None,
+    )
+
+
+def metric(run: RunFiles, name: str) -> list[float]:
+    """A metric of a run's training lines."""
+    return [line[name] for line in run.train]
+
+
+def assert_same_lines(lines: Sequence[dict], expected: Sequence[dict], names: Iterable[str]) -> None:
+    """The named metrics agree within 1e-4; None, where a mean had nothing to count, agrees with None."""
+    assert len(lines) == len(expected)
+    for line, expected_line in zip(lines, expected, strict=True):
+        for name in names:
+            value = expected_line[name]
+            assert line[name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)), (name, line)
+
+
+def equal_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Whether names and values are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands in processes of their own
+
+
+def script_command(script: str | Path = "train.py", ranks: int = 1, torchrun_options: Sequence[str] = ()) -> list[str]:
+    """What starts a script, with several ranks by torchrun."""
+    if ranks == 1:
+        return [sys.executable, str(ROOT / script)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*torchrun, *torchrun_options, str(ROOT / script)]
 
 
 def run_script(
-    *argv: str,
+    *argv: object,
     check: bool = True,
     ranks: int = 1,
     script: str = "train.py",
     cwd: Path = ROOT,
-    env: dict | None = None,
-    **more,
+    env: dict[str, str] | None = None,
+    **options: Any,
 ) -> subprocess.CompletedProcess:
-    """Run a command of the program in a process of its own, or under torchrun."""
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    """Run a script to its end."""
     done = subprocess.run(
-        [*start, str(ROOT / script), *map(str, argv)],
+        [*script_command(script, ranks), *map(str, argv)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         timeout=300,
-        **more,
+        **options,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def start_script(
+    *argv: object,
+    ranks: int = 1,
+    script: str | Path = "train.py",
+    torchrun_options: Sequence[str] = (),
+    stderr: int | None = None,
+) -> subprocess.Popen:
+    """Start a script, whose output can be read line by line."""
+    return subprocess.Popen(
+        [*script_command(script, ranks, torchrun_options), *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
-def gpt2_tokenizer_env() -> dict[str, str]:
-    """The environment in which tiktoken finds its gpt2 offline; skips the test where that is not there."""
-    if not (SHARED / "tiktoken_cache").exists():
-        pytest.skip("tiktoken's gpt2 is in ../shared, which is not here")
-    return {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
-
-
-needs_shared = pytest.mark.skipif(
-    not (SHARED / "tinyshakespeare").exists(), reason="the real texts of ../shared are not here"
-)
+def wait_for_line(process: subprocess.Popen, text: str) -> None:
+    """Read the output of a process up to a line that contains a text."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +244,7 @@ TINY_MODEL = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_
 
 
 def tiny_model(seed: int = 0, **changes) -> GPT:
-    """A GPT of TINY_MODEL's shape, changed; its weights are random, away from the special values of initialisation."""
+    """A GPT of TINY_MODEL's shape with changes. Its weights are random, away from the special ones at initialization."""
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(TINY_MODEL, **changes))
     with torch.no_grad():
@@ -177,62 +263,46 @@ def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "torch._dynamo"])
-TINY_WITHOUT_SHAPE = [flag for flag in TINY if not flag.startswith(("--n_layer", "--n_head", "--n_embd"))]
 
 
-def train_in_fork(flags: list[str], log: Path, env: dict[str, str], before: Callable[[], None] | None) -> None:
-    """What a forked process does: a run whose output goes to `log`, after `before` has prepared a fault."""
+def train_in_fork(flags: list[str], log: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
+    """What a forked process does: train, with its output in `log`, after `prepare` has set up a fault."""
     os.environ |= env
     sys.stdout = sys.stderr = log.open("a")
     torch.set_num_threads(1)
-    if before is not None:
-        before()
+    if prepare is not None:
+        prepare()
     train.main(train_args.parse(flags))
     sys.stdout.flush()
 
 
-def start_ranks(flags: list[str], ranks: int, log: Path, before: Callable[[], None] | None = None) -> list:
-    """The processes of a run on so many ranks, started."""
+def start_ranks(flags: list[str], ranks: int, log: Path, prepare: Callable[[], None] | None = None) -> list:
+    """Start the processes of a run on a number of ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = []
     for rank in range(ranks):
-        env = {}
+        env: dict[str, str] = {}
         if ranks > 1:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        processes.append(FORKSERVER.Process(target=train_in_fork, args=(flags, log, env, before)))
-        processes[-1].start()
+        process = FORKSERVER.Process(target=train_in_fork, args=(flags, log, env, prepare))
+        process.start()
+        processes.append(process)
     return processes
 
 
-def wait_for_exit(process, seconds: float = 60) -> int:
-    """The exit status of a process that must end in time."""
+def wait_for_exit(process: Any, seconds: float = 60) -> int:
+    """The exit status of a process, which fails the test if it still runs after so many seconds."""
     process.join(seconds)
     assert process.exitcode is not None, "still running"
     return process.exitcode
 
 
-def run_on_ranks(out_dir: Path, ranks: int, *flags: str) -> SimpleNamespace:
-    """A run on so many ranks, in forked processes; its files."""
+def run_on_ranks(out_dir: Path, ranks: int, *flags: str) -> RunFiles:
+    """Train on a number of ranks, in forked processes, and read the run's folder."""
     log = out_dir.with_suffix(".log")
     processes = start_ranks([*flags, f"--out_dir={out_dir}"], ranks, log)
     assert [wait_for_exit(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
     return read_run(out_dir)
-
-
-def metric(done: SimpleNamespace, name: str) -> list[float]:
-    """A metric of a run's training lines."""
-    return [line[name] for line in done.train]
-
-
-def assert_same_lines(a: list[dict], b: list[dict], names) -> None:
-    """Of metrics, within 1e-4; None is told where there was nothing to take a mean of."""
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        for name in names:
-            assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=1e-4, abs=1e-5)), (
-                name,
-                one["step"],
-            )
