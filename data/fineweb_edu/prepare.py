@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.prepare import dataset
+from data.prepare import prepare_dataset
 
 if __name__ == "__main__":
-    dataset(__file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001)
+    prepare_dataset(__file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001)

@@ -2,12 +2,12 @@
 
     python data/gsm8k/prepare.py [--input FOLDER | --input train.jsonl test.jsonl]
 
-A row has the prompt, which asks for <reasoning>..</reasoning><answer>..</answer>, the worked solution in that format as completion,
-and the answer. Text becomes tokens by the tokenizer of the weights that are trained.
+A row has the prompt, which asks for <reasoning>..</reasoning><answer>..</answer>, the worked solution in that format as
+completion, and the answer. Text becomes tokens by the tokenizer of the weights that are trained.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg
-from nanoforge.data import tables, token_bins
+from nanoforge.data.tables import Row, read_rows, write_splits
 from nanoforge.errors import UserError
 from nanoforge.files import download
 from nanoforge.posttraining.answers import to_problem
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-NAMES = {"train": "train.jsonl", "val": "test.jsonl"}  # GSM8K's own
+FILES = {"train": "train.jsonl", "val": "test.jsonl"}  # split -> GSM8K's own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,38 +30,51 @@ class PrepareArgs:
 
     input: tuple[str, ...] = arg(
         (),
-        "the folder with GSM8K's own train.jsonl and test.jsonl, or these two files; none: they are downloaded",
+        "folder with GSM8K's own train.jsonl and test.jsonl, or these two files (default: downloads them)",
         split=False,
     )
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
 
 
-def sources(inputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
-    """The file of each split. Raises UserError."""
+def find_files(inputs: Sequence[str], out_dir: Path) -> dict[str, Path]:
+    """The file of each split, by --input or downloaded. Raises UserError."""
     if not inputs:
-        return {split: download(URL + name, folder / f"input_{name}") for split, name in NAMES.items()}
-    given = [path for path in map(Path, inputs) if not path.is_dir()]
-    given += [path / name for path in map(Path, inputs) if path.is_dir() for name in NAMES.values()]
-    found = {path.name: path for path in given if path.is_file()}
-    for path in given:
-        if path.name not in found or path.name not in NAMES.values():
-            raise UserError(f"--input: {path} is not there, or is neither of GSM8K's {' and '.join(NAMES.values())}")
-    if missing := [name for name in NAMES.values() if name not in found]:
-        raise UserError(
-            f"--input: {' and '.join(missing)} of GSM8K is missing too; give the folder that holds both, or both files"
-        )
-    return {split: found[name] for split, name in NAMES.items()}
+        return {split: download(URL + name, out_dir / f"input_{name}") for split, name in FILES.items()}
+    found = {}
+    for path in expand_folders(inputs):
+        if path.name not in FILES.values() or not path.is_file():
+            names = " and ".join(FILES.values())
+            raise UserError(f"--input: {path} does not exist, or is neither of GSM8K's {names}")
+        found[path.name] = path
+    missing = [name for name in FILES.values() if name not in found]
+    if missing:
+        names = " and ".join(missing)
+        raise UserError(f"--input: GSM8K's {names} is missing; give the folder that holds both files, or both files")
+    return {split: found[name] for split, name in FILES.items()}
 
 
-def rows(files: dict[str, Path]) -> Iterator[tuple[str, dict]]:
+def expand_folders(inputs: Sequence[str]) -> list[Path]:
+    """Paths of files; a folder stands for both files in it."""
+    paths = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            paths += [path / name for name in FILES.values()]
+        else:
+            paths.append(path)
+    return paths
+
+
+def iter_problems(files: dict[str, Path]) -> Iterator[tuple[str, Row]]:
+    """(split, row) for every problem. Raises UserError."""
     for split, path in files.items():
-        for problem in tables.read_rows(path, to_problem):
+        for problem in read_rows(path, to_problem):
             yield split, problem
 
 
-def main(a) -> None:
-    folder = Path(a.out_dir)
-    tables.write_splits(folder, rows(sources(a.input, folder)), token_bins.SPLITS)
+def main(args: PrepareArgs) -> None:
+    out_dir = Path(args.out_dir)
+    files = find_files(args.input, out_dir)
+    write_splits(out_dir, iter_problems(files), splits=tuple(FILES))
 
 
 if __name__ == "__main__":

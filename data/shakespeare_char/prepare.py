@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.prepare import dataset
+from data.prepare import prepare_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 if __name__ == "__main__":
-    dataset(__file__, __doc__, input=(URL,), tokenizer="char")
+    prepare_dataset(__file__, __doc__, input=(URL,), tokenizer="char")

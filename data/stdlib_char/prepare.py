@@ -1,7 +1,8 @@
 """The source of the running Python's standard library, by characters: real text wherever Python is.
 
-Of the modules at the top of the library, in alphabetical order, those in ASCII that `tokenize` reads, up to 3 MB. Every tenth one is
-for validation. data/stdlib_class has the same characters' lexical classes. With its packages the library is ten times as large:
+Of the modules at the top of the library, in alphabetical order, those in ASCII that `tokenize` reads, up to 3 MB. Every
+tenth one is for validation. data/stdlib_class has the lexical classes of the same characters. With its packages the
+library is ten times as large:
 
     python data/stdlib_char/prepare.py --packages --max_bytes=30_000_000 --out_dir=data/stdlib_large
 """
@@ -21,7 +22,8 @@ from configurator import arg
 from nanoforge.data import corpus
 from nanoforge.errors import UserError
 
-BYTES = 3_000_000
+MAX_BYTES = 3_000_000
+VAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,35 +31,46 @@ class PrepareArgs:
     """prepare"""
 
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
-    packages: bool = arg(False, "the library's packages too, without those that were installed")
-    max_bytes: str = arg(BYTES, "most characters in all", low=1)
+    packages: bool = arg(False, "also the library's packages, without those that were installed")
+    max_bytes: int = arg(MAX_BYTES, "maximum number of characters in all", low=1)
 
 
-def documents(packages: bool = False, most: int = BYTES) -> Iterator[str]:
-    """The modules' sources. Raises UserError where Python came without them."""
-    size = 0
+def read_module(path: Path) -> str | None:
+    """The source of a module; None if it is not ASCII, or no Python that `tokenize` reads."""
+    try:
+        source = path.read_bytes().decode("ascii").replace("\r\n", "\n")
+        for _ in tokenize.generate_tokens(io.StringIO(source).readline):
+            pass
+    except (UnicodeDecodeError, tokenize.TokenError, SyntaxError):
+        return None
+    return source
+
+
+def iter_modules(*, packages: bool = False, max_bytes: int = MAX_BYTES) -> Iterator[str]:
+    """The sources of the library's modules; one that would exceed max_bytes is left out. Raises UserError."""
     library = Path(sysconfig.get_path("stdlib"))
+    size = 0
     for path in sorted(library.rglob("*.py") if packages else library.glob("*.py")):
         if "site-packages" in path.parts:
             continue
-        try:
-            source = path.read_bytes().decode("ascii").replace("\r\n", "\n")
-            list(tokenize.generate_tokens(io.StringIO(source).readline))
-        except (UnicodeDecodeError, tokenize.TokenError, SyntaxError):
-            continue
-        if source and size + len(source) <= most:
+        source = read_module(path)
+        if source and size + len(source) <= max_bytes:
             size += len(source)
             yield source
-    if not size:
-        raise UserError(f"{sysconfig.get_path('stdlib')}: this Python came without the source of its library")
+    if size == 0:
+        raise UserError(f"{library}: this Python came without the source of its library")
 
 
-def main(a) -> None:
-    found = list(documents(a.packages, a.max_bytes))
-    print(
-        f"{len(found)} modules of Python {sys.version.split()[0]}'s standard library, {sum(map(len, found)):,} characters"
+def main(args: PrepareArgs) -> None:
+    sources = list(iter_modules(packages=args.packages, max_bytes=args.max_bytes))
+    version = sys.version.split()[0]
+    n_chars = sum(map(len, sources))
+    print(f"{len(sources)} modules of Python {version}'s standard library, {n_chars:,} characters")
+    corpus.write_dataset(
+        folder=Path(args.out_dir),
+        read=lambda: corpus.split_documents(([source] for source in sources), VAL_FRACTION),
+        tokenizer="char",
     )
-    corpus.write_dataset(Path(a.out_dir), lambda: corpus.split_documents(([source] for source in found), 0.1), "char")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The lexical class of each character of data/stdlib_char, aligned with it: a second context.
 
-One character a class, so that the stream prints below the code:
+A class is one character, so that the classes print below the code:
 
     k keyword   n name   0 number   s string   # comment   o operator   white space stands for itself
 """
@@ -10,14 +10,17 @@ import keyword
 import sys
 import tokenize
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg
-from data.stdlib_char.prepare import documents
+from data.stdlib_char.prepare import VAL_FRACTION, iter_modules
 from nanoforge.data import corpus
+
+CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,32 +30,34 @@ class PrepareArgs:
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
 
 
-CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}
-
-
-def classes(source: str) -> str:
+def classify(source: str) -> str:
     """One class for each character of a Python source."""
-    starts = [0]  # of each line
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    out = [
-        char if char in "\n\t " else "s" for char in source
-    ]  # what no token covers is inside an f-string, or white space
+    line_starts = [0, *accumulate(len(line) for line in source.splitlines(keepends=True))]
+    # What no token covers is white space, or inside an f-string.
+    classes = [char if char in "\n\t " else "s" for char in source]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        first, last = (
-            starts[token.start[0] - 1] + token.start[1],
-            starts[min(token.end[0], len(starts)) - 1] + token.end[1],
-        )
-        name = "k" if keyword.iskeyword(token.string) else "n"
-        symbol = name if token.type == tokenize.NAME else CLASSES.get(token.type)
-        for place in range(first, last if symbol else first):
-            out[place] = "\n" if source[place] == "\n" else symbol
-    return "".join(out)
+        symbol = token_class(token)
+        if symbol is None:
+            continue
+        start = line_starts[token.start[0] - 1] + token.start[1]
+        end = line_starts[min(token.end[0], len(line_starts)) - 1] + token.end[1]
+        for i in range(start, end):
+            classes[i] = "\n" if source[i] == "\n" else symbol
+    return "".join(classes)
 
 
-def main(a) -> None:
+def token_class(token: tokenize.TokenInfo) -> str | None:
+    """The class of a token's characters; None for white space and parts of f-strings."""
+    if token.type == tokenize.NAME:
+        return "k" if keyword.iskeyword(token.string) else "n"
+    return CLASSES.get(token.type)
+
+
+def main(args: PrepareArgs) -> None:
     corpus.write_dataset(
-        Path(a.out_dir), lambda: corpus.split_documents(([classes(source)] for source in documents()), 0.1), "char"
+        folder=Path(args.out_dir),
+        read=lambda: corpus.split_documents(([classify(source)] for source in iter_modules()), VAL_FRACTION),
+        tokenizer="char",
     )
 
 

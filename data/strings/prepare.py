@@ -1,13 +1,14 @@
 """Tasks on short words, as JSONL: a synthetic text-to-text dataset whose answers can be checked.
 
-train.jsonl, val.jsonl name the task: {"prompt": "reverse:abcd>", "completion": "dcba"}; the tasks are copy, reverse, upper and double.
-hidden_train.jsonl, hidden_val.jsonl do not: {"word": "abcd", "answer": "dcba"}, always the one of --hidden. No word is both in train and val.
+train.jsonl and val.jsonl name the task: {"prompt": "reverse:abcd>", "completion": "dcba"}; the tasks are copy, reverse,
+upper and double. hidden_train.jsonl and hidden_val.jsonl do not name it: {"word": "abcd", "answer": "dcba"}, always the
+task of --hidden. No word is both in train and in val.
 
     python data/strings/prepare.py
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,57 +18,88 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg
-from nanoforge.data import tables, token_bins
+from nanoforge.data import token_bins
+from nanoforge.data.tables import Row, write_splits
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.rng import hash_u64
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TASKS = {
-    "copy": lambda word: word,
-    "reverse": lambda word: word[::-1],
-    "upper": str.upper,
-    "double": lambda word: "".join(letter * 2 for letter in word),
-}
+MIN_LETTERS = 2
+
+
+def copy(word: str) -> str:
+    return word
+
+
+def reverse(word: str) -> str:
+    return word[::-1]
+
+
+def upper(word: str) -> str:
+    return word.upper()
+
+
+def double(word: str) -> str:
+    """aabbcc of abc."""
+    return "".join(letter * 2 for letter in word)
+
+
+TASKS: dict[str, Callable[[str], str]] = {"copy": copy, "reverse": reverse, "upper": upper, "double": double}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArgs:
     """prepare"""
 
-    words: int = arg(20_000, "words, of which every tenth is for validation", low=20)
-    longest: int = arg(6, "letters of the longest word; the shortest has two", low=2, high=20)
-    hidden: str = arg("reverse", "the task that is not named", choices=tuple(TASKS))
-    seed: int = arg(0, "of the words", low=0)
+    words: int = arg(20_000, "number of words, of which about a tenth is for validation", low=20)
+    longest: int = arg(6, "letters of the longest words; the shortest have two", low=2, high=20)
+    hidden: str = arg("reverse", "task that hidden_*.jsonl does not name", choices=tuple(TASKS))
+    seed: int = arg(0, "random seed of the words", low=0)
     out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to")
 
 
-def words(count: int, longest: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Different words, with their splits, which follow from the word alone."""
-    seen, number = set(), 0
-    room = sum(26**length for length in range(2, longest + 1))
-    while len(seen) < min(count, room // 2):
+def hash_below(n: int, *key: int) -> int:
+    """A hash of the key in [0, n)."""
+    return int(hash_u64(*key) % np.uint64(n))
+
+
+def iter_words(n_words: int, max_letters: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Different words as (split, word); the split follows from the word alone."""
+    n_possible = sum(26**length for length in range(MIN_LETTERS, max_letters + 1))
+    n_words = min(n_words, n_possible // 2)  # so that new ones are found soon
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < n_words:
         number += 1
-        length = 2 + int(hash_u64(seed, 0, number) % np.uint64(longest - 1))
-        word = "".join(LETTERS[int(hash_u64(seed, 1, number, place) % np.uint64(26))] for place in range(length))
+        length = MIN_LETTERS + hash_below(max_letters - 1, seed, 0, number)
+        word = "".join(LETTERS[hash_below(26, seed, 1, number, position)] for position in range(length))
         if word not in seen:
             seen.add(word)
-            yield ("val" if int(hash_u64(seed, 2, *map(ord, word)) % np.uint64(10)) == 0 else "train"), word
+            is_val = hash_below(10, seed, 2, *map(ord, word)) == 0
+            yield "val" if is_val else "train", word
 
 
-def main(a) -> None:
-    folder, some = Path(a.out_dir), list(words(a.words, a.longest, a.seed))
-    named = (
-        (split, {"prompt": f"{name}:{word}>", "completion": task(word), "answer": task(word)})
-        for split, word in some
-        for name, task in TASKS.items()
-    )
-    tables.write_splits(folder, named, token_bins.SPLITS)
-    tables.write_splits(
-        folder,
-        ((f"hidden_{split}", {"word": word, "answer": TASKS[a.hidden](word)}) for split, word in some),
-        [f"hidden_{split}" for split in token_bins.SPLITS],
-    )
-    token_bins.write_meta(folder, CharTokenizer(LETTERS + LETTERS.upper() + ":>", has_eos=True), {})
+def main(args: PrepareArgs) -> None:
+    folder = Path(args.out_dir)
+    words = list(iter_words(args.words, args.longest, args.seed))
+    write_splits(folder, iter_named(words), token_bins.SPLITS)
+    hidden_splits = [f"hidden_{split}" for split in token_bins.SPLITS]
+    write_splits(folder, iter_hidden(words, TASKS[args.hidden]), hidden_splits)
+    tokenizer = CharTokenizer(LETTERS + LETTERS.upper() + ":>", has_eos=True)
+    token_bins.write_meta(folder, tokenizer, {})
+
+
+def iter_named(words: list[tuple[str, str]]) -> Iterator[tuple[str, Row]]:
+    """Every task on every word, as (split, row)."""
+    for split, word in words:
+        for name, task in TASKS.items():
+            yield split, {"prompt": f"{name}:{word}>", "completion": task(word), "answer": task(word)}
+
+
+def iter_hidden(words: list[tuple[str, str]], task: Callable[[str], str]) -> Iterator[tuple[str, Row]]:
+    """One task on every word, not named, as (split, row)."""
+    for split, word in words:
+        yield f"hidden_{split}", {"word": word, "answer": task(word)}
 
 
 if __name__ == "__main__":

@@ -276,7 +276,9 @@ def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_
         path.write_text(text)
     code = (
         f"import sysconfig, runpy, sys; sysconfig.get_path = lambda name: {str(tmp_path / 'lib')!r}; sys.argv[1:] = []; "
-        f"found = runpy.run_path({str(ROOT / 'data/stdlib_char/prepare.py')!r})['documents']; print([list(map(len, found(*how))) for how in ((), (True,), (True, 20))])"
+        f"iter_modules = runpy.run_path({str(ROOT / 'data/stdlib_char/prepare.py')!r})['iter_modules']; "
+        "options = [{}, {'packages': True}, {'packages': True, 'max_bytes': 20}]; "
+        "print([list(map(len, iter_modules(**option))) for option in options])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[[54], [6, 54], [6]]", done.stderr
@@ -284,10 +286,10 @@ def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_
 
 def test_classes_of_a_line():
     sys.path.insert(0, str(ROOT))
-    from data.stdlib_class.prepare import classes
+    from data.stdlib_class.prepare import classify
 
-    assert classes("if x1 == 30: # no\n  s = 'a b'\n") == "kk nn oo 00o ####\n  n o sssss\n"
-    assert classes('"""two\nlines"""\n') == "ssssss\nssssssss\n"
+    assert classify("if x1 == 30: # no\n  s = 'a b'\n") == "kk nn oo 00o ####\n  n o sssss\n"
+    assert classify('"""two\nlines"""\n') == "ssssss\nssssssss\n"
 
 
 def test_arithmetic_is_right_and_held_out(tmp_path):
