@@ -8,12 +8,12 @@ for no mode. To add an objective, write a `build_<name>` and one entry of object
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from nanoforge.training import checkpoint, schedules
 from nanoforge.training.optimizers import OptimConfig
 from train_args import TrainArgs, load_args
 
+T = TypeVar("T")
 Log = Callable[[str], None]
 Rows = dict[str, dict[str, list[dict]]]  # dataset -> split -> rows
 
@@ -442,19 +443,19 @@ def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, 
     if reference is not None and reference.model is not model:
         assert isinstance(reference.model, GPT)
         models.append(reference.model)
-    for model in models:
-        model.to(ranks.device)
+    for module in models:
+        module.to(ranks.device)
     if args.parallel != "fsdp":
         return
     if ranks.world_size == 1:
         log("--parallel=fsdp: there is one process, so nothing is sharded")
         return
-    for model in models:
+    for module in models:
         apply_fsdp(
-            model,
-            model.blocks,
+            module,
+            module.blocks,
             ranks,
-            dtype=model.compute_dtype,
+            dtype=module.compute_dtype,
             reshard_after_forward=args.fsdp_reshard,
             cpu_offload=args.fsdp_offload,
         )
@@ -597,9 +598,7 @@ def build_lm(args: TrainArgs, context: BuildContext) -> RunData:
         metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
         return EvalDataset(dataset.name, dataset.streams, metrics)
 
-    eval_datasets = {
-        split: [eval_dataset(dataset) for dataset in datasets] for split, datasets in data.eval_datasets.items()
-    }
+    eval_datasets = map_splits(eval_dataset, data.eval_datasets)
     return RunData(data.source, objective, eval_datasets, data.eval_weights)
 
 
@@ -689,13 +688,12 @@ def build_grpo(args: TrainArgs, context: BuildContext) -> RunData:
 
         return EvalDataset(examples.name, examples.streams, metrics, examples)
 
-    eval_datasets = {
-        split: [eval_dataset(examples) for examples in datasets] for split, datasets in context.examples.items()
-    }
+    eval_datasets = map_splits(eval_dataset, context.examples)
     return RunData(source, objective, eval_datasets, context.mixture.final_weights, sampler)
 
 
-# what builders share
+# ---------------------------------------------------------------------------------------------------------------------
+# what the builders share
 
 
 def example_data(args: TrainArgs, context: BuildContext, objective: Objective, collate: Collator) -> RunData:
@@ -707,17 +705,19 @@ def example_data(args: TrainArgs, context: BuildContext, objective: Objective, c
         metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
         return EvalDataset(examples.name, examples.streams, metrics, examples)
 
+    train = context.examples["train"]
     return RunData(
-        source=ExampleSource(
-            context.examples["train"], context.mixture, args.global_batch_size, args.seed, collate=collate
-        ),
+        source=ExampleSource(train, context.mixture, args.global_batch_size, args.seed, collate=collate),
         objective=objective,
-        eval_datasets={
-            split: [eval_dataset(examples) for examples in datasets] for split, datasets in context.examples.items()
-        },
+        eval_datasets=map_splits(eval_dataset, context.examples),
         eval_weights=context.mixture.final_weights,
         sampler=build_sampler(args, context),
     )
+
+
+def map_splits(build: Callable[[T], EvalDataset], datasets: Mapping[str, Sequence[T]]) -> EvalDatasets:
+    """Every dataset of every split, built."""
+    return {split: [build(dataset) for dataset in split_datasets] for split, split_datasets in datasets.items()}
 
 
 def evaluate_objective(
