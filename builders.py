@@ -280,15 +280,10 @@ def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> T
     extended = extend_tokenizer(tokenizer, all_rows)
     if extended is not tokenizer and args.adapter != "none":
         raise UserError(
-            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(added_tokens(extended))}, "
+            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(extended.added_ids)}, "
             "and its embedding is frozen; fine-tune all weights on such examples first"
         )
     return extended
-
-
-def added_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The tokens of a tokenizer that no text becomes."""
-    return list(tokenizer.added_ids) if isinstance(tokenizer, tokenization.ExtendedTokenizer) else []
 
 
 def dataset_tokenizer(args: TrainArgs) -> Tokenizer:

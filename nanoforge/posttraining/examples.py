@@ -83,27 +83,35 @@ class ExampleEncoder:
     @property
     def role_ids(self) -> dict[str, int]:
         """role -> id of its token, which extend_tokenizer adds if it is missing."""
-        assert isinstance(self.tokenizer, tokenization.ExtendedTokenizer)
         return {role: self.tokenizer.added_ids[token] for role, token in ROLES.items()}
 
     def encode(self, row: Row, example_type: str) -> Example:
         """A row as an example; the types are those of objective_specs.py. Raises ExampleTooLongError and UserError."""
         if example_type == "preference":
-            return Example((self.prompt_completion(row, "chosen"), self.prompt_completion(row, "rejected")), row)
+            chosen = self.prompt_completion(row, "chosen")
+            rejected = self.prompt_completion(row, "rejected")
+            return Example((chosen, rejected), row)
         if example_type == "prompt_only":
             return Example((self.prompt_only(row),), row)
         if example_type == "unpaired_preference":
-            if row["label"] not in (0, 1) or not isinstance(row["label"], bool | int):
-                raise UserError(f"label: expected true or false, got {row['label']!r}")
+            check_label(row["label"])
             return Example((self.prompt_completion(row, "completion"),), row)
         assert example_type == "prompt_completion", example_type
         if "messages" in row:
-            ids, loss_mask = self.encode_messages(row["messages"], add_generation_prompt=False)
-            return Example((self.fit(ids, loss_mask),), row)
+            return Example((self.chat(row["messages"]),), row)
         if "text" in row and self.template is None:
-            ids = [*self.encode_text(row["text"]), self.eos_id]
-            return Example((self.fit(ids, [True] * len(ids)),), row)
+            return Example((self.text(row["text"]),), row)
         return Example((self.prompt_completion(row, "completion"),), row)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> TokenSequence:
+        """A whole chat. Raises ExampleTooLongError."""
+        ids, loss_mask = self.encode_messages(messages, add_generation_prompt=False)
+        return self.fit(ids, loss_mask)
+
+    def text(self, text: object) -> TokenSequence:
+        """A text and the end-of-sequence token, all of it in the loss. Raises ExampleTooLongError."""
+        ids = [*self.encode_text(text), self.eos_id]
+        return self.fit(ids, [True] * len(ids))
 
     def prompt_only(self, row: Row) -> TokenSequence:
         """A prompt that leaves room for a completion. Raises ExampleTooLongError."""
@@ -181,6 +189,12 @@ class ExampleEncoder:
         mask = np.array(loss_mask[: self.max_tokens], dtype=bool) | self.train_on_prompt
         mask[0] = False  # no token predicts the first one
         return TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), mask)
+
+
+def check_label(label: object) -> None:
+    """Raises UserError unless a label is true, false, 1 or 0."""
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise UserError(f"label: expected true or false, got {label!r}")
 
 
 def extend_tokenizer(tokenizer: tokenization.Tokenizer, rows: Iterable[Row]) -> tokenization.Tokenizer:
