@@ -19,7 +19,7 @@ def get_device(name: str) -> torch.device:
     """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"--device={name}: must be auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device={name}: not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "auto":
         kind = best_device_type()
     if kind == "cuda" and not torch.cuda.is_available():

@@ -132,8 +132,10 @@ def rank_range(n: int, rank: int, world_size: int) -> range:
 
 
 def eval_share(n: int, rank: int, world_size: int) -> tuple[range, bool]:
-    """This rank's part of a batch of n > 0 rows, and whether that counts: a rank without rows reads one all the same, since
-    all ranks must call the model as often."""
+    """This rank's part of an evaluation batch of n > 0 rows, and whether it counts.
+
+    A rank without rows reads one that does not count, because all ranks have to call the model equally often.
+    """
     rows = rank_range(n, rank, world_size)
     return range(rows.start, max(rows.stop, rows.start + 1)), len(rows) > 0
 

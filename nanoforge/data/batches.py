@@ -193,10 +193,7 @@ class Dataset:
     def eval_batches(
         self, n_batches: int, batch_size: int, rank: int, world_size: int, *, pin: bool
     ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's part of each of `n_batches` batches of batch_size windows, and whether it has one.
-
-        A rank without a window in a batch reads one all the same, since all ranks must call the model as often.
-        """
+        """This rank's part of each of `n_batches` batches of batch_size windows, and whether that counts (eval_share)."""
         rows, has_rows = eval_share(batch_size, rank, world_size)
         for i in range(n_batches):
             sequence = i * batch_size + np.arange(rows.start, rows.stop)
@@ -211,7 +208,7 @@ def aligned_sizes(streams: Sequence[TokenBin]) -> np.ndarray:
         if [len(shard) for shard in stream.shards] != sizes:
             raise UserError(
                 f"{stream.paths[0]}: {stream.tokens:,} tokens, but {first.paths[0]} has {first.tokens:,}; "
-                "contexts must be aligned token by token"
+                "contexts are aligned token by token"
             )
     return np.array(sizes)
 

@@ -56,7 +56,7 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
         elif not path.is_file():
             raise UserError(f"--input={name}: no such file or folder")
         elif path.suffix not in SUFFIXES:
-            raise UserError(f"--input={name}: must be one of {', '.join(SUFFIXES)}, a folder of them, or hf:NAME")
+            raise UserError(f"--input={name}: not one of {', '.join(SUFFIXES)}, a folder of them, or hf:NAME")
         else:
             files.append(path)
     return files

@@ -250,11 +250,9 @@ class NumberTokenizer(Tokenizer):
         try:
             ids = np.array([int(number) for number in text.split()], dtype=np.int32)
         except ValueError:
-            raise UserError(
-                "the dataset's tokenizer is not known: text must be token ids separated by spaces"
-            ) from None
+            raise UserError("the dataset's tokenizer is not known; give token ids, separated by spaces") from None
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UserError(f"token ids must lie below {self.vocab_size}")
+            raise UserError(f"a token id is outside [0, {self.vocab_size})")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ class GradGuard:
         self.n_norms, self.skipped, self.consecutive, self.max_consecutive = counts
 
     def should_skip(self, norm: Tensor) -> Tensor:
-        """1.0 where the step of this gradient norm, a scalar, must be skipped, else 0.0; counts it."""
+        """1.0 where the step of this gradient norm, a scalar, is to be skipped, else 0.0; counts it."""
         norm = norm.to(self.norms.device)
         finite = norm.isfinite()
         skip = ~finite

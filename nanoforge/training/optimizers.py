@@ -250,7 +250,7 @@ class Optimizer:
     def update(self, scaler: torch.amp.GradScaler, skip: Tensor | None = None) -> None:
         """Step, and drop the gradients.
 
-        skip: a scalar on the device, 1.0 if this step must change nothing. The scaler skips a float16 step that
+        skip: a scalar on the device, 1.0 if this step is to change nothing. The scaler skips a float16 step that
         overflowed.
         """
         self.skip = skip

@@ -127,7 +127,7 @@ def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, chunk_bytes):
 def test_the_place_of_bytes_that_are_not_utf_8_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK_BYTES", 10)
     path = tmp_path / "one.txt"
-    for broken in (b"\xef\xbb\xbf" + b"words " * 20 + "é".encode("latin-1") + b" more", "日本".encode()[:-1]):
+    for broken in (b"\xef\xbb\xbf" + b"text " * 20 + "é".encode("latin-1") + b" more", "日本".encode()[:-1]):
         path.write_bytes(broken)
         with pytest.raises(UnicodeDecodeError) as caught:
             broken.decode()
@@ -215,7 +215,7 @@ def test_threads_keep_the_order():
 @pytest.mark.parametrize("flags, message", [
     ([], "--input: is needed"),
     (["--input=/nowhere"], "no such file or folder"),
-    (["--input=x.pdf"], "must be one of .txt"),
+    (["--input=x.pdf"], "one of .txt"),
     (["--input=bad.jsonl"], "bad.jsonl:2"),
     (["--input=docs.jsonl", "--field=title"], "--field"),
     (["--input=latin.txt"], "not UTF-8"),
