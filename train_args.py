@@ -132,7 +132,7 @@ class DataArgs:
 
 @arg_group
 class DepthArgs:
-    """depth: scaling rules"""
+    """depth (scaling rules)"""
 
     depth: int = arg(0, "number of layers from which width, heads, batch size, steps, learning rates and weight decay "
         "follow by the scaling rules of docs/depth.md; arguments that are set keep their values (0: off)",
@@ -233,7 +233,7 @@ class PreferenceArgs:
     label_smoothing: float = arg(0.0, "assumed fraction of flipped labels (cDPO, rDPO)",
         low=0, high=0.499, needs=LABEL_SMOOTHING)
     desirable_weight: str = arg("1", "KTO loss weight of desirable completions, "
-        "or auto: balances their number against undesirable ones", needs=KTO)
+        "or auto: same total weight as undesirable ones", needs=KTO)
     undesirable_weight: str = arg("1", "KTO loss weight of undesirable completions, or auto", needs=KTO)
 
 
@@ -287,7 +287,7 @@ class AdapterArgs:
 
 @arg_group
 class DurationArgs:
-    """training duration: the first limit reached ends the run"""
+    """training duration (the first limit reached ends the run)"""
 
     max_iters: int = arg(3500, "optimizer steps, counted from the start of the run",
         low=0, alias=("steps", "max_steps"))

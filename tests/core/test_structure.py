@@ -154,7 +154,7 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
     from nanoforge.posttraining import losses, prompt_format
     from nanoforge.training import optimizers, schedules
 
-    rows = configurator.arg_specs(train_args.TrainArgs)
+    specs = configurator.arg_specs(train_args.TrainArgs)
     registries = {
         "norm": model.NORMS,
         "position": model.POSITIONS,
@@ -166,8 +166,8 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
         "overflow": prompt_format.OVERFLOWS,
     }
     for name, registry in registries.items():
-        assert set(rows[name].choices) == set(registry)
+        assert set(specs[name].choices) == set(registry)
     smoothed = {name for name, loss in losses.DPO_LOSSES.items() if loss.label_smoothing}
     assert set(train_args.SMOOTHED) == smoothed
     assert set(train_args.OPTIMIZERS) == {*optimizers.OPTIMIZERS, "muon"}
-    assert all(name in rows["activation"].help for name in model.ACTIVATIONS)
+    assert all(name in specs["activation"].help for name in model.ACTIVATIONS)
