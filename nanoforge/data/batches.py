@@ -25,9 +25,8 @@ from nanoforge.distributed import RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.rng import DATASET, EVALUATION, OFFSET, ORDER, WINDOW, hash_u64, permute, uniform
 
-Metrics = dict[
-    str, Tensor
-]  # name -> (2, ...): a sum and its count, of this rank; the metric is their ratio over all ranks
+# name -> (2, ...): a sum and its count on this rank. Summed over the ranks, their ratio is the metric.
+Metrics = dict[str, Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
@@ -37,14 +36,22 @@ Metrics = dict[
 class Batch:
     """The rows of one micro-batch, (B, T + 1) ids, or (B, K, T + 1) of K contexts.
 
-    tokens: int64, but in pinned memory as narrow as the bins' ids. extras: further tensors of the objective, by name;
-    batches of examples have at least `loss_mask`, (B, T) bool: the targets that count in the loss.
+    tokens: int64, but in pinned memory as narrow as the bins' ids. extras: what an objective needs besides:
+
+        loss_mask             (B, T) bool, the targets that count in the loss: in all batches of examples
+        position_ids          (B, T), of packed examples
+        ref_logps             (B,) of the completions or (B, T) of the tokens, by the reference model
+        old_logps             (B, T), by the policy that sampled
+        advantages            (B,)
+        desirable             (B,) bool
+        kl_completion         (B, T' + 1) ids of KTO's mismatched pairs, kl_completion_mask (B, T') their loss mask
+        kl                    scalar, KTO's reference point
     """
 
     tokens: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
     n_micro_batches: int = 1  # that this rank makes of its rows of the step
-    num_loss_tokens: float = 0.0  # targets in the loss masks of the whole step, divided by the number of ranks
+    num_loss_tokens: float = 0.0  # targets in the loss masks of the global batch, divided by the number of ranks
 
     @property
     def idx(self) -> Tensor:
@@ -55,7 +62,7 @@ class Batch:
         return self.tokens[..., 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, its tokens as int64. Only from pinned memory the copy is asynchronous."""
+        """The batch on a device, its tokens as int64. The copy is asynchronous from pinned memory alone."""
         tokens = self.tokens.to(device, non_blocking=self.tokens.is_pinned()).long()
         extras = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.extras.items()}
         return replace(self, tokens=tokens, extras=extras)
@@ -69,11 +76,9 @@ class Step(NamedTuple):
     """What a rank reads for one optimizer step."""
 
     batches: list[Batch]
-    data_hash: int = (
-        0  # of this rank's rows; the ranks' hashes add up (mod 2^64) to the same sum for any split of the rows
-    )
-    tokens: int = 0  # of the whole step, without padding
-    metrics: Mapping[str, Tensor] = {}
+    data_hash: int = 0  # of this rank's rows; the ranks' sum mod 2^64 does not depend on how rows are split over them
+    tokens: int = 0  # of the global batch, without padding
+    metrics: Mapping[str, Tensor] = {}  # Metrics that are known before the model sees the batches
 
 
 def to_batch(windows: np.ndarray, *, pin: bool, n_micro_batches: int = 1) -> Batch:
@@ -132,7 +137,7 @@ class Dataset:
                 f"--block_size={block_size} and its targets; lower it or prepare more text"
             )
 
-        # Windows of each shard in an epoch. A grid that moves has one window less, where there are two.
+        # Windows of each shard in an epoch; a grid that moves needs the room of one of them for its offset.
         if method == "without_replacement":
             self.windows_per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
         else:
@@ -140,9 +145,9 @@ class Dataset:
         self.n_windows = int(self.windows_per_shard.sum())
         self.tokens_per_window = block_size
 
-        rows = zip(streams, vocab_offsets, strict=True)
-        largest = max(offset + stream.meta.vocab_size for stream, offset in rows)
-        self.dtype = np.dtype(np.uint16 if largest <= 2**16 else np.int32)  # torch takes no uint32
+        vocab_sizes = [stream.meta.vocab_size for stream in streams]
+        n_rows = max(offset + size for offset, size in zip(vocab_offsets, vocab_sizes, strict=True))
+        self.dtype = np.dtype(np.uint16 if n_rows <= 2**16 else np.int32)  # torch takes no uint32
 
     def locate(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where sequences of this dataset lie, by their numbers in the run: (shard, start), int64 of the same shape."""
@@ -193,7 +198,7 @@ class Dataset:
     def eval_batches(
         self, n_batches: int, batch_size: int, rank: int, world_size: int, *, pin: bool
     ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's part of each of `n_batches` batches of batch_size windows, and whether that counts (eval_share)."""
+        """This rank's part of each of `n_batches` batches of batch_size windows, and whether it counts (eval_share)."""
         rows, has_rows = eval_share(batch_size, rank, world_size)
         for i in range(n_batches):
             sequence = i * batch_size + np.arange(rows.start, rows.stop)
@@ -246,11 +251,13 @@ class Mixture:
 
     def draw(self, seed: int, step: np.ndarray, rows: int) -> np.ndarray:
         """Indices of datasets: (len(step), rows), of each sequence; or (len(step), 1), of each whole batch."""
-        draw = step[:, None] * rows + np.arange(rows) if self.per == "sequence" else step[:, None]
+        number = step[:, None]  # of the draw
+        if self.per == "sequence":
+            number = number * rows + np.arange(rows)
         if self.turns:
-            return np.searchsorted(np.cumsum(self.turns), draw % sum(self.turns), side="right")
+            return np.searchsorted(np.cumsum(self.turns), number % sum(self.turns), side="right")
         bounds = np.cumsum(self.weights(step), axis=-1)[:, None, :-1]  # (steps, 1, datasets - 1)
-        return (uniform(seed, DATASET, draw)[..., None] >= bounds).sum(-1)
+        return (uniform(seed, DATASET, number)[..., None] >= bounds).sum(-1)
 
 
 def make_mixture(
