@@ -221,9 +221,9 @@ def add_tokens(run: LoadedRun, train: Columns, evals: Columns) -> None:
     tokens_per_step = math.prod(to_float(value) for value in batch)
     known_steps = known_tokens = np.zeros(1)
     if "tokens" in train:
-        known = ~np.isnan(train["tokens"])
-        known_steps = np.append(0.0, train["step"][known])
-        known_tokens = np.append(0.0, train["tokens"][known])
+        valid = ~np.isnan(train["tokens"])
+        known_steps = np.append(0.0, train["step"][valid])
+        known_tokens = np.append(0.0, train["tokens"][valid])
         if known_steps[-1] > 0:
             tokens_per_step = known_tokens[-1] / known_steps[-1]
     for columns in (train, evals):
@@ -321,12 +321,12 @@ def thin_out(columns: Columns, max_points: int) -> Columns:
     starts = np.linspace(0, n_lines, max_points + 1).astype(int)[:-1]  # each point's first line
     thinned = {}
     for key, column in columns.items():
-        known = ~np.isnan(column)
-        counts = np.add.reduceat(known, starts)
+        valid = ~np.isnan(column)
+        counts = np.add.reduceat(valid, starts)
         if key in MAXIMUM_KEYS:
-            points = np.maximum.reduceat(np.where(known, column, -np.inf), starts)
+            points = np.maximum.reduceat(np.where(valid, column, -np.inf), starts)
         else:
-            points = np.add.reduceat(np.where(known, column, 0.0), starts) / np.maximum(1, counts)
+            points = np.add.reduceat(np.where(valid, column, 0.0), starts) / np.maximum(1, counts)
         thinned[key] = np.where(counts > 0, points, math.nan)
     return thinned
 
@@ -443,10 +443,10 @@ def seed_band(runs: Sequence[LoadedRun], key: str, kind: str) -> Columns | None:
     curves = []
     for run in runs:
         columns = run.evals if kind == "evals" else run.train
-        known = ~np.isnan(columns.get(key, np.zeros(0)))
-        if known.any():
+        valid = ~np.isnan(columns.get(key, np.zeros(0)))
+        if valid.any():
             curves.append(
-                {name: columns[name][known] for name in ("step", "tokens", "seconds", key) if name in columns}
+                {name: columns[name][valid] for name in ("step", "tokens", "seconds", key) if name in columns}
             )
     if len(curves) < 2:
         return None

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 
 PEER = """
 import sys, torch
-options = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
+options = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:])
 for i in range(int(options["max_iters"]) + 1):
     print(f"iter {i}: loss 4.{i}, time {1000 if i < 3 else 80 + i}.50ms, mfu 1%")
 """
