@@ -198,7 +198,7 @@ def evaluate_losses(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def has_meaningful_loss(run: TrainArgs) -> bool:
-    """Whether the loss of a run's own data is taken unasked.
+    """Whether the loss on a run's own data is taken without being asked for.
 
     Not of aligned contexts, which are read together, nor of preferences and rewards: without its reference model a
     preference loss means little.

@@ -28,6 +28,7 @@ PARQUET_BATCH_ROWS = 1024
 
 
 def unchanged(row: Row) -> Row:
+    """The row as it is."""
     return row
 
 
@@ -59,16 +60,14 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
             yield from (text or "" for text in batch.column(0).to_pylist())
         return
     for line, row in numbered_rows(path):
-        text = row.get(field)
+        if field not in row:
+            available = ", ".join(row) or "none"
+            raise UserError(f"{path}:{line}: has no field {field} but {available}; name the field with --field")
+        text = row[field]
         if not isinstance(text, str):
-            found = (
-                f"holds {text!r:.60}, not text" if field in row else f"is missing among {', '.join(row) or 'no fields'}"
-            )
-            raise UserError(f"{path}:{line}: the field {field} {found}; name the field of the text with --field")
+            raise UserError(f"{path}:{line}: {field} is {text!r:.60}, not text; name the field with --field")
         if not text.isascii() and not is_unicode(text):
-            raise UserError(
-                f"{path}:{line}: the field {field} is not UTF-8 (half of a surrogate pair); convert it first"
-            )
+            raise UserError(f"{path}:{line}: {field} is not UTF-8: it has half of a surrogate pair; convert it first")
         yield text
 
 
@@ -124,7 +123,7 @@ def read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
 def csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of every record that is not blank; a record may span lines. Raises UserError."""
     csv.field_size_limit(MAX_CELL_CHARS)  # for the whole process: the module has no other way
-    with open_text(path) as file:
+    with open_text(path, newline="") as file:  # cells keep the line ends in them
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         while True:
             line = reader.line_num + 1
@@ -169,10 +168,10 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A file of lines with their ends, without a byte order mark. Raises UserError, also as it is read."""
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A file of lines without a byte order mark; newline as in `open`. Raises UserError, also as it is read."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # csv needs line ends as they are
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{undecodable_line(path)}: not UTF-8 ({error.reason}); convert it first") from None

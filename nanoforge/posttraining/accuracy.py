@@ -8,10 +8,9 @@ from nanoforge.posttraining.answers import normalize_answer, parse_number, same_
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k completions is right, without bias, from c right ones of n >= k: 1 - C(n-c, k) / C(n,
-    k).
+    """The unbiased estimate of the chance that at least one of k completions is right, if c of n >= k are.
 
-    Chen et al. 2021, eq. 1.
+    1 - C(n - c, k) / C(n, k): Chen et al. 2021, eq. 1.
     """
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -39,10 +38,9 @@ def majority_vote(answers: Iterable[str | None]) -> str | None:
 
 
 def majority_at_k(answers: Sequence[str | None], reference: str, k: int) -> float:
-    """How often the majority of k answers is right: the mean over the list cut into groups of k, an incomplete last
-    one left out.
+    """How often the majority of k answers is right: the mean over consecutive groups of k.
 
-    Unbiased, as each group is a sample of its own; with exactly k answers it is 0 or 1.
+    An incomplete last group is left out. Unbiased, as the groups are independent; with exactly k answers it is 0 or 1.
     """
     assert 1 <= k <= len(answers), (k, len(answers))
     starts = range(0, len(answers) - k + 1, k)

@@ -24,15 +24,14 @@ THIN_SPACES = "\u2009\u202f\u00a0"
 VULGAR_FRACTION = "[¼-¾⅐-⅞]"
 CURRENCY = r"\\?[$¢€£¥₹₩₽]"
 
-# what `normalize` replaces
+# What `normalize` replaces.
 BEFORE_FRACTION = re.compile(rf"(?<=[0-9]) ?(?=\\[dt]?frac|{VULGAR_FRACTION})")  # of a mixed number: 1\frac{1}{2}, 1½
 FRACTION_SIGN = re.compile(VULGAR_FRACTION)
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 LATEX_SPACE = re.compile(r"\\[,;: ]")
 CURRENCY_SIGN = re.compile(rf"(?<![0-9]){CURRENCY}|{CURRENCY}(?![0-9])")  # between digits it separates two numbers
-POWER_OF_TEN = re.compile(
-    r"(?<=[0-9]) ?(?:\u00d7|x|\*|·|\\times|\\cdot) ?10 ?\^ ?\{? ?([-+]?[0-9]+)\}?"
-)  # \times 10^{3}
+TIMES = r"(?:\u00d7|x|\*|·|\\times|\\cdot)"
+POWER_OF_TEN = re.compile(rf"(?<=[0-9]) ?{TIMES} ?10 ?\^ ?\{{? ?([-+]?[0-9]+)\}}?")  # 1.5 \times 10^{3}
 
 
 def number_pattern(spaces: str) -> str:
@@ -45,9 +44,9 @@ def number_pattern(spaces: str) -> str:
     return integer_part + fraction + scale
 
 
-# a number anywhere; a sign behind a word or a bracket is a dash or an operator
+# A number anywhere. A sign behind a word or a bracket is a dash or an operator.
 NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w.)\]}}%])[-+])?{number_pattern(THIN_SPACES)}")
-# a text that is one number
+# A text that is one number.
 NUMBER_ALONE = re.compile(
     r"(?:\w+ ?=)?(?:[\s({\[*\"'`=≈~]|\\boxed|\\[(\[])*"  # x = \boxed{(**
     rf"(?P<sign>[-+]?) ?(?:[A-Z]{{2,3}})? ?(?P<late_sign>[-+]?) ?{number_pattern(THIN_SPACES + ' ')}"  # -USD 1 234.50
@@ -177,8 +176,7 @@ def same_answer(answer: str | None, reference: str) -> bool:
 def is_correct(completion: str, reference: str) -> bool:
     """Whether a completion gives the right answer.
 
-    An answer that it marks must be one number; if the right one is text, a completion that marks none is the answer as
-    it is.
+    An answer that it marks must be one number. If the right answer is text, a completion that marks none is the answer.
     """
     if parse_number(reference) is None and marked_answer(completion) is None:
         return same_answer(completion, reference)

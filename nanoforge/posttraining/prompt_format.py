@@ -79,7 +79,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """The target of an example, and how the whole is made to fit into max_tokens."""
+    """The target of an example, and how the example is made to fit into max_tokens."""
 
     target_field: str
     truncation_field: str | None  # loses tokens from its end first
@@ -161,11 +161,16 @@ class PromptTemplate:
     ) -> EncodedExample | None:
         """The ids of the prompt, the target and the end token, if the tokenizer has one: at most max_tokens.
 
-        An example that is too long loses tokens from the end of the truncation field, down to none (as many at each
-        place where it stands). If that is not enough: overflow "error" raises UserError, "drop" gives None,
-        "truncate_target" cuts the target, its end token first, since the text does not end there, and down to its
-        first token; UserError if there is no room for that either. Virtual tokens, literal text and other fields are
-        never cut. Raises UserError also for what `check_fields` and `encode` refuse.
+        An example that is too long loses tokens from the end of the truncation field, equally at each of its places,
+        down to none. If that is not enough, `options.overflow` decides:
+
+            error            raises UserError
+            drop             returns None
+            truncate_target  cuts the target at its end, the end token first, down to its first token; raises
+                             UserError if that has no room either
+
+        Virtual tokens, literal text and other fields are never cut. Raises UserError also for what `check_fields` and
+        `encode` refuse.
         """
         assert options.overflow in OVERFLOWS
         self.check_fields(options.target_field, options.truncation_field)

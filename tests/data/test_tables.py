@@ -1,4 +1,4 @@
-"""Tables of rows: Python's csv and json are the witnesses; errors name the file and the line; datasets are whole or not there."""
+"""Tables of rows: Python's csv and json are the witnesses; errors name the line; datasets are whole or not there."""
 
 import csv
 import itertools
@@ -104,9 +104,9 @@ def test_broken_tables_are_refused_by_line(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"text": "a"}\n\n{"text": 3}\n', "t.jsonl:3: the field text holds 3, not text"),
-    ('{"text": "a"}\n{"body": "b"}\n', "t.jsonl:2: the field text is missing among body"),
-    ('{"text": "\\ud800"}\n', "t.jsonl:1: the field text is not UTF-8"),
+    ('{"text": "a"}\n\n{"text": 3}\n', "t.jsonl:3: text is 3, not text"),
+    ('{"text": "a"}\n{"body": "b"}\n', "t.jsonl:2: has no field text but body"),
+    ('{"text": "\\ud800"}\n', "t.jsonl:1: text is not UTF-8"),
 ])  # fmt: skip
 def test_texts_that_are_none_are_refused_by_line(tmp_path, content, message):
     path = tmp_path / "t.jsonl"
@@ -130,8 +130,8 @@ def test_unreadable_tables_are_refused(tmp_path):
 
 
 def broken_rows():
-    """Two rows, then the end of the disk. str.splitlines takes U+2028 for the end of a line: some of GSM8K's questions have it."""
-    yield "train", {"a": "ä\u2028"}
+    """Two rows, then the end of the disk."""
+    yield "train", {"a": "ä\u2028"}  # which str.splitlines takes for the end of a line: questions of GSM8K have it
     yield "val", {"a": 2}
     raise UserError("the disk is gone")
 

@@ -46,7 +46,7 @@ def test_majority_at_k_is_the_mean_over_groups():
 
 
 def test_majority_at_k_is_unbiased():
-    """Over all the orders of three draws from {1 twice as likely, 2, 3} the mean is the exact chance, enumerated by hand."""
+    """Over all the orders of draws from {1 twice as likely, 2, 3} the mean is the exact chance, enumerated by hand."""
     pool = ["1", "1", "2", "3"]
     threes = list(itertools.product(pool, repeat=3))
     exact = sum(max(three, key=three.count) == "1" for three in threes) / len(threes)

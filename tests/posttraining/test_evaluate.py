@@ -35,7 +35,7 @@ def read_val(data_dir, name: str) -> list[dict]:
 
 
 def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
-    """By hand: windows of block_size in order, each token after the first predicted once, an incomplete window left out."""
+    """By hand: windows of block_size in order, each token after the first predicted once, the rest left out."""
     done = run("--max_iters=20", "--learning_rate=1e-2")
     results = run_evaluate(f"--out_dir={done.out_dir}", "--checkpoint=last", "--dtype=float32", "--batch_size=5")
     metrics = results["losses"]["a"]

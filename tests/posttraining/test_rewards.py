@@ -105,7 +105,7 @@ SAMPLE = st.tuples(st.booleans(), st.integers(0, 10), st.booleans())  # in the f
 @settings(deadline=None)
 @given(WEIGHT, WEIGHT, st.floats(0, 4, width=32), SAMPLE, SAMPLE)
 def test_a_wrong_answer_never_gets_as_much_as_a_right_one(format_weight, length_weight, weight, wrong, right):
-    """Whatever else the two do. The program that this one replaces paid 4 of 9.5 points for a wrong answer in the right format."""
+    """Whatever else they do. The program that this one replaces paid 4 of 9.5 points for a wrong one in the format."""
     try:
         rewards = parse_rewards(f"format:{format_weight},correct:{weight},length:{length_weight}")
     except UserError:
