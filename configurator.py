@@ -334,6 +334,19 @@ def unknown_argument(name: str, known: Iterable[str], hints: dict[str, str]) -> 
     return f"{name}: no such argument{did_you_mean(name, known)}"
 
 
+def split_rest(rest: list[str]) -> tuple[list[str], list[str]]:
+    """(files, unknown flags) of what argparse did not take; text after an unknown flag is its value, unless a config."""
+    files = []
+    flags = []
+    for previous, text in itertools.pairwise(["", *rest]):
+        is_value = previous.startswith("--") and "=" not in previous and not text.endswith(config_files.SUFFIXES)
+        if text.startswith("-"):
+            flags.append(text.split("=")[0])
+        elif not is_value:
+            files.append(text)
+    return files, flags
+
+
 def read_command_line(
     parser: Parser, specs: dict[str, ArgSpec], argv: list[str], hints: dict[str, str] | None = None
 ) -> CommandLine:
@@ -344,7 +357,8 @@ def read_command_line(
     values = vars(namespace)
     print_config = values.pop("print_config")
     files = values.pop("config_path", [])
-    files += [text for text in rest if not text.startswith("-")]
+    more_files, unknown_flags = split_rest(rest)
+    files += more_files
     for name, items in values.items():
         if isinstance(items, list) and specs[name].split:  # a config file after a list is not one of its items
             files += [item for item in items if item.endswith(config_files.SUFFIXES)]
@@ -353,8 +367,7 @@ def read_command_line(
     errors = [f"--{name}: needs a value" for name in empty]
     values = {name: value for name, value in values.items() if name not in empty}
     known = [f"--{name}" for name in names] + [f"--no-{name}" for name in names]
-    unknown = [text.split("=")[0] for text in rest if text.startswith("-")]
-    errors += [unknown_argument(flag, known, hints or {}) for flag in unknown]
+    errors += [unknown_argument(flag, known, hints or {}) for flag in unknown_flags]
     return CommandLine(values, files, print_config, errors)
 
 

@@ -358,6 +358,9 @@ def test_names_are_unique():
 def test_a_name_that_means_something_else_is_answered_with_ours(capsys, tmp_path, name):
     hint = train_args.HINTS[name]
     assert f"--{name}: not an argument here; {hint}" in errors_of(capsys, f"--{name}=1")
+    assert "config file" not in errors_of(capsys, f"--{name}", "4"), (
+        "the value of an unknown flag is no error of its own"
+    )
     (tmp_path / "c.json").write_text(json.dumps({name: 1}))
     assert f"c.json: {name}: not an argument here; {hint}" in errors_of(capsys, str(tmp_path / "c.json"))
     flags = re.findall(r"--(\w+)", hint)
