@@ -1,49 +1,63 @@
-"""Turn what a run saved into files for elsewhere:
+"""Write what a run saved in a form for elsewhere:
 
     python export.py consolidate out/run/checkpoints/000040 [--dtype=bfloat16]
     python export.py merge out/lora --to=out/merged
     python export.py peft out/lora --to=out/adapter
 
-consolidate: the shards of an FSDP run to one model.safetensors beside them, in one process on the CPU; what was written is read again
-and compared with the shards. The optimizer's state is not read.
-merge: a LoRA and its base to weights that --init_from and sample.py --init_from take.
-peft: a LoRA on a GPT-2 in the layout of the `peft` library, to be put on transformers' GPT2LMHeadModel with the same base.
-A run's folder stands for its best checkpoint (consolidate: its last).
+consolidate: the shards of an FSDP run as one model.safetensors beside them, on the CPU. It is read back and compared with the shards.
+merge: a LoRA merged into its base, as weights for --init_from.
+peft: a LoRA on a GPT-2 in the layout of the `peft` library, for transformers' GPT2LMHeadModel with the same base.
+The folder is a checkpoint's, or a run's: its best checkpoint (consolidate: its last).
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import configurator
-from configurator import OnlyWith, Rules, arg
+from configurator import Rules, arg
 
 ACTIONS = ("consolidate", "merge", "peft")
-ACTION = sys.argv[1] if len(sys.argv) > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArgs:
     """export"""
 
-    to: str = arg("", "folder to write to", needs=OnlyWith("merge and peft", lambda a: ACTION in ("merge", "peft")))
-    dtype: str = arg("float32", "of the weights that are written", choices=("float32", "bfloat16", "float16"))
+    to: str = arg("", "folder to write to (merge and peft)")
+    dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
+
+
+class Request(NamedTuple):
+    action: str
+    folder: str
+    args: ExportArgs
+
+
+def parse(argv: list[str]) -> Request:
+    """ACTION FOLDER and flags; exits with status 2 on errors."""
+    if argv == ["--help"]:
+        configurator.parse(ExportArgs, argv, __doc__)
+    if len(argv) < 2 or argv[0] not in ACTIONS or argv[1].startswith("-"):
+        configurator.exit_with_errors([f"usage: export.py ACTION FOLDER; actions: {', '.join(ACTIONS)}; see --help"])
+    action, folder, *flags = argv
+    rules = Rules(check=lambda args, source: list(to_errors(args, action)))
+    return Request(action, folder, configurator.parse(ExportArgs, flags, __doc__, rules))
+
+
+def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
+    """Errors of --to."""
+    if action == "consolidate" and args.to:
+        yield "--to: has an effect only with merge and peft"
+    if action != "consolidate" and not args.to:
+        yield f"--to: {action} needs a folder to write to"
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:3] if len(sys.argv) > 2 and not sys.argv[2].startswith("-") else []
-    if sys.argv[1:] != ["--help"] and (not asked or asked[0] not in ACTIONS):
-        configurator.exit_with_errors(
-            [
-                f"say what to do and with which folder: python export.py consolidate out/run/checkpoints/000040 (there is: {', '.join(ACTIONS)})"
-            ]
-        )
-    ARGUMENTS = configurator.parse(
-        ExportArgs, sys.argv[3:] if asked else sys.argv[1:], __doc__,
-        Rules(check=lambda a, source: ["--to: say which folder to write to"] * (ACTION in ("merge", "peft") and not a.to)),
-    )  # fmt: skip
+    REQUEST = parse(sys.argv[1:])
 
-import json
-import os
+import dataclasses
 import re
 from pathlib import Path
 
@@ -51,115 +65,148 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanoforge import files
 from nanoforge.errors import UserError
+from nanoforge.files import atomic_write, write_json
 from nanoforge.models import pretrained
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 
 
+def main(request: Request) -> None:
+    folder, to = Path(request.folder), Path(request.args.to)
+    dtype = getattr(torch, request.args.dtype)
+    note = ""
+    if request.action == "consolidate":
+        path = consolidate(folder, dtype)
+        note = ", compared with the shards"
+    elif request.action == "merge":
+        path = merge(folder, to, dtype)
+    else:
+        path = export_peft(folder, to, dtype)
+    print(f"{path}: {path.stat().st_size / 2**20:,.1f} MB{note}")
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint in a folder, or of that name in a run's folder; verified. Raises UserError."""
+    if (folder / "checkpoints").is_dir():
+        return checkpoint.resolve(folder, name)
+    error = checkpoint.verify(folder)
+    if error:
+        raise UserError(error)
+    return folder
+
+
 def consolidate(folder: Path, dtype: torch.dtype) -> Path:
-    """Write folder/model.safetensors from folder/model/, verified; the manifest then lists it too. Raises UserError."""
-    if (folder / "checkpoints").is_dir():
-        folder = checkpoint.resolve(folder, "last")
-    if wrong := checkpoint.verify(folder):
-        raise UserError(wrong)
+    """Write model.safetensors from the shards in model/, and list it in the manifest. Raises UserError."""
+    folder = find_checkpoint(folder, "last")
     if not (folder / "model").is_dir():
-        raise UserError(f"{folder}: nothing to consolidate; its model.safetensors is whole")
+        raise UserError(f"{folder}: nothing to consolidate; its model.safetensors is not sharded")
     shards = checkpoint.load_tensors(folder, "model")
-    target, beside = folder / "model.safetensors", folder / f"model.safetensors{files.TMP_SUFFIX}"
-    save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, beside)
-    with safe_open(beside, framework="pt") as file:
-        if set(file.keys()) != set(shards) or not all(
-            torch.equal(file.get_tensor(name), shards[name].to(dtype)) for name in shards
-        ):
-            raise SystemExit(f"{beside}: what was written differs from the shards")
-    os.replace(beside, target)
+    path = folder / "model.safetensors"
+    with atomic_write(path) as tmp_path:
+        save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, tmp_path)
+        with safe_open(tmp_path, framework="pt") as file:
+            if set(file.keys()) != set(shards):
+                raise SystemExit(f"{path}: the names written differ from those in the shards")
+            for name in shards:
+                if not torch.equal(file.get_tensor(name), shards[name].to(dtype)):
+                    raise SystemExit(f"{path}: {name} as written differs from the shards")
     checkpoint.write_manifest(folder)
-    return target
+    return path
 
 
-def lora_run(folder: Path) -> tuple[Path, dict]:
-    """The checkpoint of a LoRA, and what its run was told. Raises UserError."""
-    if (folder / "checkpoints").is_dir():
-        folder = checkpoint.resolve(folder, "best")
-    if wrong := checkpoint.verify(folder):
-        raise UserError(wrong)
-    config = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
-    if config.get("adapter") != "lora":
+def find_lora(folder: Path) -> tuple[Path, RunRecord]:
+    """The checkpoint of a LoRA, and the record of its run. Raises UserError."""
+    folder = find_checkpoint(folder, "best")
+    record = RunRecord.load(folder)
+    if record.args.get("adapter") != "lora":
         raise UserError(f"{folder}: not a run with --adapter=lora")
-    return folder, config
+    return folder, record
 
 
 def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write a folder of weights: the base with the LoRA in it, the arguments that tell the shape, and the tokenizer. Raises UserError."""
-    folder, config = lora_run(folder)
-    loaded = pretrained.load_checkpoint(folder)
+    """Write the base with the LoRA merged into it, with its tokenizer and a record that gives its shape. Raises UserError."""
+    folder, record = find_lora(folder)
+    weights = pretrained.load_checkpoint(folder).weights
     to.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: weight.to(dtype).contiguous() for name, weight in loaded.weights.items()}, to / "model.safetensors"
-    )
-    files.write_json(to / "train_config.json", config | {"adapter": "none", "_base": {}})
+    path = to / "model.safetensors"
+    checkpoint.write_tensors(path, {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()})
+    dataclasses.replace(record, args=record.args | {"adapter": "none"}, base={}).save(to)
     (to / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     checkpoint.write_manifest(to)
-    return to / "model.safetensors"
+    return path
 
 
-TO_PEFT = (
+# ---------------------------------------------------------------------------------------------------------------------
+# the peft library
+
+# Applied one after the other: the name in model.py -> the name in peft's adapter of a GPT2LMHeadModel.
+PEFT_PATTERNS = (
     (r"^blocks\.(\d+)\.", r"base_model.model.transformer.h.\1."),
     (r"\.attn\.qkv\.", ".attn.c_attn."),
     (r"\.mlp\.up\.", ".mlp.c_fc."),
     (r"\.proj\.", ".c_proj."),
     (r"\.(lora_[AB])$", r".\1.weight"),
 )
+PEFT_LAYER = re.compile(r"\.h\.\d+\.(?P<layer>.*)\.lora_[AB]\.weight$")
+
+# The shape of a GPT-2, which is all that transformers can put the adapter on.
+GPT2_SHAPE = {
+    "norm": "layernorm",
+    "position": "learned",
+    "mlp": "plain",
+    "qk_norm": False,
+    "bias": True,
+    "tie_weights": True,
+    "logit_softcap": 0.0,
+    "window": "L",
+    "n_kv_head": 0,
+}
 
 
-def peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is no GPT-2."""
-    folder, config = lora_run(folder)
-    model = config["_model"]
-    gpt2 = {
-        "norm": "layernorm",
-        "position": "learned",
-        "mlp": "plain",
-        "qk_norm": False,
-        "bias": True,
-        "tie_weights": True,
-        "logit_softcap": 0.0,
-        "window": "L",
-        "n_kv_head": 0,
-    }
-    if odd := [f"{name}={model[name]}" for name, usual in gpt2.items() if model[name] != usual]:
+def export_peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is not a GPT-2."""
+    folder, record = find_lora(folder)
+    variants = [f"{name}={record.model[name]}" for name, value in GPT2_SHAPE.items() if record.model[name] != value]
+    if variants:
         raise UserError(
-            f"{folder}: {', '.join(odd)}: no GPT-2, which is what transformers could put it on; merge it instead"
+            f"{folder}: not a GPT-2 ({', '.join(variants)}), and transformers has no other class for it; use merge"
         )
-    to.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in checkpoint.load_tensors(folder, "model").items():
-        for pattern, new in TO_PEFT:
-            name = re.sub(pattern, new, name)
-        tensors[name] = tensor.to(dtype).contiguous()
-    save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.split(".h.")[1].split(".", 1)[1].rsplit(".lora_", 1)[0] for name in tensors})
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config["_base"]["source"], "r": config["lora_rank"], "lora_alpha": config["lora_alpha"],
-        "lora_dropout": config["lora_dropout"], "target_modules": targets, "fan_in_fan_out": True, "bias": "none", "inference_mode": True,
-    }  # fmt: skip
-    files.write_json(to / "adapter_config.json", about)
-    return to / "adapter_model.safetensors"
+        tensors[peft_name(name)] = tensor.to(dtype).contiguous()
+
+    to.mkdir(parents=True, exist_ok=True)
+    path = to / "adapter_model.safetensors"
+    with atomic_write(path) as tmp_path:
+        save_file(tensors, tmp_path, metadata={"format": "pt"})
+    write_json(to / "adapter_config.json", peft_config(record, list(tensors)))
+    return path
 
 
-def main(given) -> None:
-    action, folder, a = given
-    dtype = getattr(torch, a.dtype)
-    path = (
-        consolidate(folder, dtype)
-        if action == "consolidate"
-        else {"merge": merge, "peft": peft}[action](folder, Path(a.to), dtype)
-    )
-    print(
-        f"{path}: {path.stat().st_size / 2**20:,.1f} MB{', compared with the shards' if action == 'consolidate' else ''}"
-    )
+def peft_name(name: str) -> str:
+    """The name of a LoRA's parameter in peft's files."""
+    for pattern, replacement in PEFT_PATTERNS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def peft_config(record: RunRecord, peft_names: list[str]) -> dict[str, object]:
+    """adapter_config.json."""
+    layers = {match["layer"] for match in map(PEFT_LAYER.search, peft_names) if match}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base["source"],
+        "r": record.args["lora_rank"],
+        "lora_alpha": record.args["lora_alpha"],
+        "lora_dropout": record.args["lora_dropout"],
+        "target_modules": sorted(layers),
+        "fan_in_fan_out": True,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 if __name__ == "__main__":
-    configurator.run(main, (asked[0], Path(asked[1]), ARGUMENTS))
+    configurator.run(main, REQUEST)
