@@ -810,7 +810,7 @@ class LoadedModel:
         return next(iter(self.tokenizers.values()))
 
     def to(self, device_name: str, dtype_name: str) -> torch.device:
-        """Move the model to the device that --device names, with the activations that --dtype names; the device. Raises UserError."""
+        """Move the model to the device of --device, with activations of --dtype; returns the device. Raises UserError."""
         device = get_device(device_name)
         self.model.to(device)
         self.model.compute_dtype, _ = choose_dtype(dtype_name, device)
@@ -820,8 +820,8 @@ class LoadedModel:
 def load_model(
     init_from: str, out_dir: str = "", checkpoint_name: str = "best", log: Callable[[str], None] = print_line
 ) -> LoadedModel:
-    """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir, at the checkpoint that
-    checkpoint_name names: best, last, or a step. Raises UserError."""
+    """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir, at the
+    checkpoint that checkpoint_name names: best, last, or a step. Raises UserError."""
     source = init_from
     if init_from == "resume":
         source = str(checkpoint.resolve(Path(out_dir), checkpoint_name, log))
@@ -836,7 +836,7 @@ def load_model(
 
 
 def load_soft_prompts(folders: list[Path], log: Callable[[str], None] = print_line) -> LoadedModel:
-    """The base that the soft prompts in these checkpoints share, with the virtual tokens of all of them. Raises UserError."""
+    """The base model that these checkpoints share, with the virtual tokens of all of them. Raises UserError."""
     # 1. They must have one base.
     records = [RunRecord.load(folder) for folder in folders]
     for folder, record in zip(folders, records, strict=True):

@@ -4,7 +4,8 @@
     python export.py merge out/lora --to=out/merged
     python export.py peft out/lora --to=out/adapter
 
-consolidate: the shards of an FSDP run as one model.safetensors beside them, on the CPU. It is read back and compared with the shards.
+consolidate: the shards of an FSDP run as one model.safetensors beside them, on the CPU. It is read back and compared
+with the shards.
 merge: a LoRA merged into its base, as weights for --init_from.
 peft: a LoRA on a GPT-2 in the layout of the `peft` library, for transformers' GPT2LMHeadModel with the same base.
 The folder is a checkpoint's, or a run's: its best checkpoint (consolidate: its last).
@@ -125,7 +126,7 @@ def find_lora(folder: Path) -> tuple[Path, RunRecord]:
 
 
 def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write the base with the LoRA merged into it, with its tokenizer and a record that gives its shape. Raises UserError."""
+    """Write the base with the LoRA merged into it, its tokenizer, and a record with its shape. Raises UserError."""
     folder, record = find_lora(folder)
     weights = pretrained.load_checkpoint(folder).weights
     to.mkdir(parents=True, exist_ok=True)

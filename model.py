@@ -1,12 +1,13 @@
 """The GPT: token ids in, logits or per-token losses out. Knows nothing of data, training or files.
 
-The default architecture is GPT-2's (Radford et al. 2019). Variants are entries of the dicts NORMS, ACTIVATIONS, POSITIONS, MLPS and
-VOCABULARIES, or plain numbers. They are chosen in `__init__`; `forward` asks for none of them.
+The default architecture is GPT-2's (Radford et al. 2019). Variants are entries of the dicts NORMS, ACTIVATIONS,
+POSITIONS, MLPS and VOCABULARIES, or plain numbers. They are chosen in `__init__`; `forward` asks for none of them.
 
-Weights are float32. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the embedding. There
-is no autocast, and the residual stream has the dtype of the matrix products.
+Weights are float32. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the
+embedding. There is no autocast, and the residual stream has the dtype of the matrix products.
 
-Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = C / H, V = sum(vocab_sizes), K contexts, S keys.
+Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = C / H, S keys, K contexts,
+V = sum(vocab_sizes).
 """
 
 import math
@@ -64,7 +65,7 @@ class GPTConfig:
         return cls(**values | overrides)
 
 
-# Positions of the tokens that a forward reads: a slice or (T,), the same of all sequences, or (B, T), each sequence's own.
+# Positions of the tokens that a forward reads: a slice or (T,), the same for all sequences, or (B, T), one row each.
 Positions = slice | Tensor
 
 
@@ -72,7 +73,8 @@ class Cache(Protocol):
     """The part of a KV cache that attention calls (nanoforge/models/generation.py has one)."""
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; return its keys and values to attend to, (B, H_kv, S, D)."""
+        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to attend to, (B, H_kv, S, D)."""
+        ...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,14 +176,20 @@ class LearnedPosition(Position):
 
 
 class RotaryPosition(Position):
-    """Rotary embedding (Su et al. 2021): (a, b) -> (a cos - b sin, a sin + b cos), with a and b a head's halves, as in GPT-NeoX and Llama."""
+    """Rotary embedding (Su et al. 2021).
+
+    (a, b) -> (a cos - b sin, a sin + b cos), where a and b are the halves of a head, as in GPT-NeoX and Llama.
+    """
+
+    cos: Tensor  # (block_size, D)
+    sin: Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         D = config.n_embd // config.n_head
         frequency = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
         angle = torch.outer(torch.arange(config.block_size).float(), frequency)  # (block_size, D / 2)
-        cos = torch.cat((angle.cos(), angle.cos()), dim=1)  # (block_size, D)
+        cos = torch.cat((angle.cos(), angle.cos()), dim=1)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -209,8 +217,8 @@ def attention_mask(positions: Positions, num_keys: int, span: int, device: torch
     """True where a query at `positions` sees one of S keys: (T, S), or (B, 1, T, S) if sequences differ."""
     key_positions = torch.arange(num_keys, device=device)
 
-    # 1. Packed documents: as many keys as positions, which restart at 0 in every document. Tokens see their own document only: it is
-    #    the same one if their distance by position is their distance in the row.
+    # 1. Packed documents: as many keys as positions, which restart at 0 in every document. Tokens see their own
+    #    document only. Two tokens share it if their distance by position is their distance in the row.
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.size(1) == num_keys:
         distance = positions[:, :, None] - positions[:, None, :]  # (B, T, T)
         same_document = distance == key_positions[:, None] - key_positions
@@ -223,7 +231,8 @@ def attention_mask(positions: Positions, num_keys: int, span: int, device: torch
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
-    """Causal attention of q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D), a chunk of queries at a time.
+    """Causal attention of q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D), a chunk of queries at
+    a time.
 
     Memory grows with T x span: the probabilities are kept for backward.
     """
@@ -299,13 +308,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, v1: Tensor | None, position: Position, positions: Positions, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """The output, (B, T, C), and v1, the first layer's values, (B, H_kv, T, D); None goes into the first layer itself."""
+        """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D); that layer gets None."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
         q = position.rotate(self.qk_norm(q), positions)
         k = position.rotate(self.qk_norm(k), positions)
         if self.first_values is not None:  # value residual (Zhou et al. 2024)
+            assert v1 is not None
             v = torch.lerp(v, v1, self.first_values.to(v.dtype))
         if v1 is None:
             v1 = v
@@ -336,8 +346,8 @@ ACTIVATIONS: dict[str, Activation] = {"gelu_tanh": gelu_tanh, "relu2": relu_squa
 
 
 def get_activation(name: str) -> Activation:
-    """An entry of ACTIVATIONS, or a function of torch.nn.functional that maps a tensor to one of its shape. Raises UserError."""
-    function = ACTIVATIONS.get(name) or getattr(F, name, None)
+    """An entry of ACTIVATIONS, or a function of torch.nn.functional that keeps a tensor's shape. Raises UserError."""
+    function: Any = ACTIVATIONS.get(name) or getattr(F, name, None)
     if not name.startswith("_") and keeps_shape(function):
         return function
     names = [*ACTIVATIONS, *(name for name in dir(F) if name[0].islower())]
@@ -370,7 +380,10 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """One half of the hidden layer gates the other (Shazeer 2020). With mlp_ratio=2.667 it has as many parameters as a plain one with 4."""
+    """One half of the hidden layer gates the other (Shazeer 2020).
+
+    With mlp_ratio=2.667 it has as many parameters as a plain MLP with 4.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -508,9 +521,11 @@ class Softcap(nn.Module):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of each target (B, T), float32, from x (B, T, C) and the head (V, C), with the logits of `chunk` tokens at a time.
+    """Cross-entropy of each target (B, T), float32, from x (B, T, C) and the head (V, C), with the logits of `chunk`
+    tokens at a time.
 
-    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V. bound: of Softcap, 0 for none.
+    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V. bound: of Softcap, 0 for
+    none.
     """
 
     @staticmethod
@@ -619,11 +634,13 @@ class GPT(nn.Module):
         position_ids: Positions | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Logits, (B, T, V); with targets the loss of each of them, float32, in their shape, of the logits over the temperature.
+        """Logits, (B, T, V); with targets the loss of each of them, float32, in their shape, of the logits over the
+        temperature.
 
         idx, targets: ids, (B, T), or (B, K, T) of K contexts.
         cache: keys and values of the tokens before; those of idx are added to it.
-        position_ids: below block_size; None: from 0 on. Without a cache, (B, T) positions that restart at 0 are packed documents.
+        position_ids: below block_size; None: from 0 on. Without a cache, (B, T) positions that restart at 0 are packed
+        documents.
         """
         positions = slice(0, idx.size(-1)) if position_ids is None else position_ids
         x = self.vocabulary.embed(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
@@ -645,9 +662,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], source_name: str, *, grow: bool = False) -> None:
-        """Copy weights to the trainable parameters of the same names. Raises UserError, which names the source, unless all fit.
+        """Copy weights to the trainable parameters of the same names. Raises UserError, which names the source, unless
+        all fit.
 
-        Longer learned positions are cropped. With `grow`, rows of the vocabulary that the weights lack keep their initial values.
+        Longer learned positions are cropped. With `grow`, rows of the vocabulary that the weights lack keep their
+        initial values.
         """
         parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing_keys = sorted(parameters.keys() - weights.keys())
@@ -668,9 +687,13 @@ class GPT(nn.Module):
                 raise UserError(f"{source_name}: {name} is {shapes}")
             parameter.copy_(shard_like(tensor, parameter))
 
+    def attention_layers(self) -> list[Attention]:
+        """In order."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def muon_splits(self) -> dict[str, list[int]]:
-        """Weights that are several matrices stacked: name -> rows of each. Muon orthogonalizes each of them by itself."""
-        return {f"blocks.{i}.attn.qkv.weight": block.attn.qkv_sizes for i, block in enumerate(self.blocks)}
+        """Weights that are several matrices stacked: name -> rows of each. Muon orthogonalizes each one by itself."""
+        return {f"blocks.{attn.layer}.attn.qkv.weight": attn.qkv_sizes for attn in self.attention_layers()}
 
     def count_parameters(self) -> int:
         """All parameters, tied ones once."""
@@ -687,5 +710,5 @@ class GPT(nn.Module):
                 matmul_weights += parameter.numel()
         if self.config.tie_weights:
             matmul_weights += self.wte.weight.numel()  # as the head
-        total_span = sum(block.attn.span for block in self.blocks)
+        total_span = sum(attn.span for attn in self.attention_layers())
         return 6.0 * matmul_weights + 12.0 * total_span * self.config.n_embd

@@ -6,8 +6,8 @@
     python sample.py --out_dir=out/chat --start="Who are you?" --chat
     python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
 
-A run folder is all it needs. All samples are drawn in one batch, and the first one is printed while it is drawn. Soft prompts, also
-of several runs, are added to the base model that they were trained on.
+A run folder is all it needs. All samples are drawn in one batch, and the first one is printed while it is drawn. Soft
+prompts, also of several runs, are added to the base model that they were trained on.
 """
 
 import gc
@@ -43,14 +43,14 @@ class PromptArgs:
 
     start: tuple[str, ...] = arg(
         ("\n",),
-        "prompt: text, FILE:path, or - for standard input; a multicontext model takes one for each context, of equal length",
+        "prompt: text, FILE:path, or - for standard input; one for each context of a multicontext model, equally long",
         split=False,
     )
     chat: bool = arg(False, "the prompt is a user's message, and the model was trained on messages")
     stop_at_end: bool = arg(False, "stop at the end-of-sequence token; --chat and --prompt_dir always do")
     fields: tuple[str, ...] = arg(
         (),
-        "field values of a soft prompt: a JSON object for each prompt, or FILE:path to a table (.jsonl, .csv, .tsv, .parquet)",
+        "field values of a soft prompt: a JSON object for each prompt, or FILE:path (.jsonl, .csv, .tsv, .parquet)",
         split=False,
         needs=with_set("prompt_dir"),
     )

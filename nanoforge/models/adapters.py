@@ -1,8 +1,11 @@
-"""Adapters: a few new parameters are trained, and the base model stays as it is, bit for bit. Knows nothing of runs or objectives.
+"""Adapters: a few new parameters are trained, and the base model stays as it is, bit for bit.
 
-LoRA adds a low-rank update to linear layers (Hu et al. 2021). A soft prompt adds virtual tokens to the token embedding, which a text
-holds like any other token: virtual token j has the id V + j (Lester et al. 2021). Both start as the base model: LoRA's update is 0,
-and a virtual token may start as the embedding of a real one. Within `disable_adapter` a model is what it was before training.
+Knows nothing of runs, data or objectives.
+
+LoRA adds a low-rank update to linear layers (Hu et al. 2021). A soft prompt adds virtual tokens to the token embedding,
+which a text holds like any other token: virtual token j has the id V + j (Lester et al. 2021). Both start as the base
+model: LoRA's update is 0, and a virtual token may start as the embedding of a real one. Within `disable_adapter` a
+model is what it was before training.
 
 The base's parameters keep their names, so names alone tell an adapter's parameters from the base's.
 """
@@ -23,7 +26,10 @@ from nanoforge.errors import UserError, did_you_mean
 
 
 class LoraLinear(nn.Module):
-    """y = W x + b + (alpha / rank) B A dropout(x), with W and b of a linear layer. B starts at 0, A as in the paper's code."""
+    """y = W x + b + (alpha / rank) B A dropout(x), with W and b of a linear layer.
+
+    B starts at 0, A as in the paper's code.
+    """
 
     enabled = True
 
@@ -48,7 +54,8 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
-    """Replace linear layers of the blocks by LoraLinear: those whose names end in one of the targets, or all if there are no targets.
+    """Replace linear layers of the blocks by LoraLinear: those whose names end in one of the targets, or all if there
+    are no targets.
 
     Raises UserError for a target that is the end of no layer's name.
     """
@@ -104,7 +111,10 @@ class TensorProvider(nn.Module):
 
 
 class LSTMProvider(nn.Module):
-    """Virtual tokens (P, C) as parameters, plus an MLP of a bidirectional LSTM over them (after Liu et al. 2021) that starts at 0."""
+    """Virtual tokens (P, C) as parameters, plus an MLP of a bidirectional LSTM over them (after Liu et al. 2021).
+
+    The MLP's output starts at 0.
+    """
 
     def __init__(self, initial: Tensor):
         super().__init__()
@@ -112,9 +122,10 @@ class LSTMProvider(nn.Module):
         hidden = n_embd // 2
         self.rows = nn.Parameter(initial.clone())
         self.lstm = nn.LSTM(n_embd, hidden, num_layers=2, bidirectional=True, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(hidden * 2, n_embd), nn.ReLU(), nn.Linear(n_embd, n_embd))
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        output = nn.Linear(n_embd, n_embd)
+        self.mlp = nn.Sequential(nn.Linear(hidden * 2, n_embd), nn.ReLU(), output)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
 
     def forward(self) -> Tensor:
         states, _ = self.lstm(self.rows[None])  # (1, P, 2 hidden)
@@ -152,8 +163,8 @@ class PromptedEmbedding(nn.Module):
 def initial_prompt(embedding: Tensor, seeds: Sequence[int | None], init: str, vocab_size: int) -> Tensor:
     """Initial virtual tokens, (P, C), from a token embedding (V, C).
 
-    A seed is the id of the token whose embedding a virtual token copies. Those without one (None) start, with init `vocab`, as
-    distinct random tokens below vocab_size, or with init `normal`, as N(0, std of the embedding).
+    A seed is the id of the token whose embedding a virtual token copies. Those without one (None) start, with init
+    `vocab`, as distinct random tokens below vocab_size, or with init `normal`, as N(0, std of the embedding).
     """
     count, n_embd = len(seeds), embedding.size(1)
     random_ids = torch.randperm(vocab_size)[:count] if count <= vocab_size else torch.randint(vocab_size, (count,))
@@ -165,8 +176,10 @@ def initial_prompt(embedding: Tensor, seeds: Sequence[int | None], init: str, vo
 
 
 def add_soft_prompt(model: nn.Module, initial: Tensor, provider: str) -> None:
-    """Add virtual tokens, with initial values (P, C), to the model's token embedding; `provider` is a key of PROVIDERS."""
-    model.wte = PromptedEmbedding(model.wte, PROVIDERS[provider](initial))
+    """Add virtual tokens, with initial values (P, C), to the model's token embedding. provider: a key of PROVIDERS."""
+    embedding = model.wte
+    assert isinstance(embedding, nn.Embedding)
+    model.wte = PromptedEmbedding(embedding, PROVIDERS[provider](initial))
 
 
 def load_prompt(weights: Mapping[str, Tensor], provider: str) -> Tensor:

@@ -1,16 +1,18 @@
-"""Generation: sampling parameters, a KV cache, and decoding of one text or of many. Knows nothing of tokenizers, prompts as text or rewards.
+"""Generation: sampling parameters, a KV cache, and the decoding of one text or of many.
 
-`generate` continues prompts of one length without end and hands over each token as it is drawn. Past block_size the context is cut to
-its last half and read again. Every token is thus drawn from the model's exact output for at least half a block of context, at the
-cost of one prefill every half block.
+Knows nothing of tokenizers, prompts as text, or rewards.
 
-`generate_batch` completes prompts of different lengths, each `n` times, until the end-of-sequence token. Its `BatchDecoder` prefills
-once, then decodes a token of every sequence at a time, and retires the sequences that are finished.
+`generate` continues prompts of one length without end and hands over each token as it is drawn. Past block_size the
+context is cut to its last half and read again. Every token is thus drawn from the model's exact output for at least
+half a block of context, at the cost of one prefill every half block.
+
+`generate_batch` completes prompts of different lengths, each `n` times, until the end-of-sequence token. Its
+`BatchDecoder` prefills once, then decodes a token of every sequence at a time, and retires finished sequences.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +26,9 @@ from torch import Tensor, nn
 class SamplingParams:
     """How completions are drawn. The defaults keep every id and never stop early.
 
-    The filters act on the tempered distribution in this order: top_k; top_p, the smallest set of likeliest ids whose probabilities
-    reach p (Holtzman et al. 2020); min_p, ids at least p times as likely as the likeliest one (Nguyen et al. 2024).
+    The filters act on the tempered distribution in this order: top_k; top_p, the smallest set of likeliest ids whose
+    probabilities reach p (Holtzman et al. 2020); min_p, ids at least p times as likely as the likeliest one (Nguyen et
+    al. 2024).
     """
 
     max_new_tokens: int
@@ -39,7 +42,10 @@ class SamplingParams:
 
 
 def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities of the next ids, (B, V), from logits (B, V), at a temperature above 0; ids that a filter drops have probability 0."""
+    """Probabilities of the next ids, (B, V), from logits (B, V). What a filter drops has probability 0.
+
+    The temperature must be above 0.
+    """
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if sampling.top_k:
         top = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values
@@ -62,7 +68,10 @@ def sample_next_token(logits: Tensor, sampling: SamplingParams, generator: torch
 
 
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The ids, (B,), at which the cumulated probs (B, V) pass u, (B,) in [0, 1): u alone decides the draw. probs need not sum to 1."""
+    """The ids, (B,), at which the cumulative probs, (B, V), pass u, (B,) in [0, 1): u alone decides the draw.
+
+    The probs need not sum to 1.
+    """
     cdf = probs.cumsum(-1)
     drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return drawn.clamp(max=probs.size(-1) - 1)
@@ -72,23 +81,30 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
 # KV cache
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return model.get_parameter("wte.weight").device
+
+
 class KVCache:
     """Keys and values of all layers, allocated once for `size` tokens of each sequence.
 
-    The caller asks `advance` for the positions of the tokens that come next and passes positions to the model's forward:
+    The caller asks `advance` for the positions of the tokens that come next and passes positions to the model's
+    forward:
 
         logits = model(tokens, cache=cache, position_ids=cache.advance(tokens.size(1)))
 
-    Positions are a slice, the same of all sequences: attention then reads the tokens so far. Or they are `static_pos`, a tensor (1,) at a
-    fixed address: attention reads all `size` slots behind a mask, in shapes that never change, as a compiled step needs. Or they
-    are a tensor (B, 1): each sequence has its own.
+    Positions are a slice, the same of all sequences: attention then reads the tokens so far. Or they are `static_pos`,
+    a tensor (1,) at a fixed address: attention reads all `size` slots behind a mask, in shapes that never change, as a
+    compiled step needs. Or they are a tensor (B, 1): each sequence has its own.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, size: int):
-        config, device = model.config, model.wte.weight.device
+        config: Any = model.config
+        dtype: Any = model.compute_dtype
+        device = device_of(model)
         n_kv_head, head_dim = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, n_kv_head, size, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=model.compute_dtype)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.static_pos = torch.zeros(1, device=device, dtype=torch.long)
         self.size = size
@@ -114,7 +130,7 @@ class KVCache:
         self.values = self.values[:, rows]
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v, (B, H_kv, T, D), of a layer at `positions`; the layer's keys and values to attend to, (B, H_kv, S, D)."""
+        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to attend to, (B, H_kv, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
         if isinstance(positions, Tensor) and positions.dim() == 2:
             rows, columns = torch.arange(len(k), device=k.device), positions[:, 0]
@@ -151,7 +167,8 @@ class CachedReader(UncachedReader):
 
     def __init__(self, model: nn.Module, batch_size: int):
         super().__init__(model, batch_size)
-        self.cache = KVCache(model, batch_size, model.config.block_size)
+        config: Any = model.config
+        self.cache = KVCache(model, batch_size, config.block_size)
 
     def reset(self) -> None:
         self.cache.reset()
@@ -194,7 +211,9 @@ def generate(
 
     on_token is called with the new ids of each step, (B,) or (B, K). decode is a key of READERS.
     """
-    prompt_length, block_size = idx.size(-1), model.config.block_size
+    config: Any = model.config
+    vocabulary: Any = model.vocabulary
+    prompt_length, block_size = idx.size(-1), config.block_size
     tokens = torch.cat((idx, idx.new_zeros(*idx.shape[:-1], sampling.max_new_tokens)), dim=-1)
     reader = READERS[decode](model, idx.size(0))
     start = max(0, prompt_length - block_size)  # of the context
@@ -207,7 +226,7 @@ def generate(
         logits = reader.next_logits(tokens[..., start:end])  # (B, V)
         # 3. Draw a token, of several contexts one each.
         drawn = []
-        for offset, choices in model.vocabulary.next_token_logits(logits, tokens[..., end - 1]):
+        for offset, choices in vocabulary.next_token_logits(logits, tokens[..., end - 1]):
             drawn.append(offset + sample_next_token(choices[:, : sampling.vocab_size], sampling, generator))
         tokens[..., end] = torch.stack(drawn, dim=-1).view(idx.shape[:-1])  # (B,) or (B, K)
         if on_token is not None:
@@ -231,11 +250,16 @@ MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of t
 class BatchDecoder:
     """Decodes completions of many prompts together: `prefill`, then `step` and `retire` in turn.
 
-    Completion i belongs to prompt i // n. A row of the batch is a completion; `completion_of_row` says which, since finished rows retire.
-    Per-row state of the next forward lives on the device: last_tokens, positions. What is drawn is kept on the host by completion.
+    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. What the next forward
+    reads of a row is on the device; what was drawn is kept on the host, by completion.
 
-    uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's global generator.
+    uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's generator.
     """
+
+    cache: KVCache
+    completion_of_row: np.ndarray  # (R,)
+    last_tokens: Tensor  # (R,) drawn, but not read yet
+    positions: Tensor  # (R,) of the last tokens
 
     def __init__(
         self,
@@ -244,13 +268,14 @@ class BatchDecoder:
         uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
         self.model, self.sampling, self.uniform = model, sampling, uniform
-        self.device = model.wte.weight.device
+        self.device = device_of(model)
         self.num_drawn = 0  # tokens of each active completion
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts and draw the first token of every completion."""
-        # 1. One batch, padded on the right: causal attention never reads the padding, and later tokens are written over it.
-        config, sampling = self.model.config, self.sampling
+        # 1. One batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
+        config: Any = self.model.config
+        sampling = self.sampling
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(prompt_lengths.max())
         idx = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -267,7 +292,7 @@ class BatchDecoder:
         prompt_of_row = torch.arange(len(prompts)).repeat_interleave(sampling.n)
         self.cache.select(prompt_of_row.to(self.device))
         lengths = prompt_lengths[prompt_of_row]
-        self.positions = lengths.to(self.device)  # (R,) of the next token to read
+        self.positions = lengths.to(self.device)
         self.completion_of_row = np.arange(len(lengths))
 
         # 4. What is drawn, by completion.
@@ -340,11 +365,11 @@ def generate_batch(
     uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     any_rank_active: Callable[[bool], bool] = bool,
 ) -> list[Completion]:
-    """Completions of prompts of any lengths, `n` of each one after the other. Each ends with the end-of-sequence token, after max_new_tokens,
-    or when the sequence has block_size tokens.
+    """Completions of prompts of any lengths, `n` of each one after the other. Each ends with the end-of-sequence token,
+    after max_new_tokens, or when the sequence has block_size tokens.
 
-    uniform: see BatchDecoder. any_rank_active: whether any rank has unfinished completions, given whether this one has; for models that all
-    ranks must call together.
+    uniform: see BatchDecoder. any_rank_active: whether any rank has unfinished completions, given whether this one has;
+    for models that all ranks must call together.
     """
     decoder = BatchDecoder(model, sampling, uniform)
     decoder.prefill(prompts)

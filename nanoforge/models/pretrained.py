@@ -1,7 +1,7 @@
 """Pretrained weights: GPT-2 from the hub or a local folder, nanoGPT's ckpt.pt, and this program's own runs.
 
-All of them come as `Pretrained`: the model's shape by GPTConfig's names, the weights by model.py's names, and the tokenizers.
-Knows nothing of the model itself.
+All of them come as `Pretrained`: the model's shape by GPTConfig's names, the weights by model.py's names, and the
+tokenizers. Knows nothing of the model itself.
 """
 
 import json
@@ -118,7 +118,10 @@ ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def convert_weights(weights: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
-    """Float32 weights by model.py's names. transposed: linear weights are (in, out), as in GPT-2's own files (Conv1D); nanoGPT's are not."""
+    """Float32 weights by model.py's names.
+
+    transposed: linear weights are (in, out), as in GPT-2's own files (Conv1D); nanoGPT's are (out, in).
+    """
     converted = {}
     for name, tensor in weights.items():
         for pattern, replacement in NAME_PATTERNS:
@@ -180,7 +183,7 @@ def load_gpt2_path(path: Path) -> Pretrained:
 
 def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
     """Hugging Face's GPT-2: config.json (heads, activation; may be missing) and model.safetensors. Raises UserError."""
-    config = {}
+    config: dict[str, Any] = {}
     if config_path.exists():
         config = json.loads(config_path.read_text(encoding="utf-8"))
     for name, value in FIXED_SETTINGS.items():
@@ -223,7 +226,7 @@ def shape_of_record(record: RunRecord) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pretrained:
-    """A checkpoint of this program. LoRA is merged into its base, which must still be where the run found it. Raises UserError."""
+    """A checkpoint of this program, with LoRA merged into its base, which must still be where it was. Raises UserError."""
     record = RunRecord.load(folder)
     weights = checkpoint.load_tensors(folder, "model")
     adapter = record.args.get("adapter", "none")
@@ -240,7 +243,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pr
 
 
 def load_base(base: Mapping[str, str], log: Callable[[str], None] = print_line) -> Pretrained:
-    """The weights that a run began with, from the `source` and `sha256` in its record. Raises UserError if they have changed."""
+    """The weights that a run began with, by `source` and `sha256` in its record. Raises UserError if they changed."""
     loaded = load(base["source"], log)
     if adapters.hash_weights(loaded.weights) != base["sha256"]:
         raise UserError(f"{base['source']}: does not hold the weights that the run began with")
