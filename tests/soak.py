@@ -1,19 +1,20 @@
-"""Train, kill, resume, on one to three ranks at random, for as long as asked; then compare with a run that was never disturbed.
+"""Train, kill, resume, on one to three ranks at random, for a number of minutes; then compare with an undisturbed run.
 
     python tests/soak.py [MINUTES]        30 by default
 
-Every part ends by SIGKILL of all its ranks, of one of them, or by SIGTERM; every next one finds its checkpoint by itself, sharded or
-not, on another number of ranks. In the end the steps, the tokens and the data of every step must be exactly those of the undisturbed
-run (one process), and the losses within 1e-4 of its: sums over another number of ranks round otherwise, and that grows with the steps.
+Each part ends by SIGKILL of all its ranks or of one, or by SIGTERM. The next one finds its checkpoint by itself, sharded
+or not, on another number of ranks. At the end the steps, the tokens and the data of every step must be exactly those of
+the undisturbed run (one process), and the losses within 1e-4 of its: sums over another number of ranks round differently.
 """
 
 import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from helpers import TEXT, TINY, read_run, start_ranks, write_char_dataset
+from helpers import TEXT, TINY, metric, read_run, start_ranks, write_char_dataset
 
 from nanoforge.training import checkpoint
 
@@ -28,55 +29,74 @@ FLAGS = [
     "--rank_timeout=20",
     "--overwrite",
 ]
+ENDINGS = ("all ranks killed", "one rank killed", "SIGTERM")
+EXIT_SECONDS = 360  # a rank that still looks for the others gives up after five minutes
 
 
 def start(folder: Path, name: str, ranks: int, *flags: str) -> list:
-    """Processes of a run, new or resumed."""
+    """Start the processes of a run, new or resumed."""
     out_dir = folder / name
-    given = (
-        ["--init_from=resume"] if checkpoint.list_steps(out_dir / "checkpoints") else [*FLAGS, f"--data_dir={folder}"]
-    )
-    return start_ranks([*given, f"--out_dir={out_dir}", *flags], ranks, folder / f"{name}.log")
+    if checkpoint.list_steps(out_dir / "checkpoints"):
+        defaults = ["--init_from=resume"]
+    else:
+        defaults = [*FLAGS, f"--data_dir={folder}"]
+    return start_ranks([*defaults, f"--out_dir={out_dir}", *flags], ranks, folder / f"{name}.log")
+
+
+def end(processes: list, ending: str, rng: random.Random) -> None:
+    """End a part, and wait for all of its ranks."""
+    victims = [rng.choice(processes)] if ending == "one rank killed" else processes
+    for process in victims:
+        if ending == "SIGTERM":
+            process.terminate()
+        else:
+            process.kill()
+    for process in processes:
+        process.join(EXIT_SECONDS)
+        assert process.exitcode is not None, f"a rank still runs six minutes after: {ending}"
+        assert ending == "all ranks killed" or process.exitcode != 0
+
+
+def finish(folder: Path, name: str, last_step: int, *flags: str) -> None:
+    """Train a run to its last step on one rank."""
+    (process,) = start(folder, name, 1, f"--max_iters={last_step}", *flags)
+    process.join()
+    assert process.exitcode == 0, (folder / f"{name}.log").read_text()[-3000:]
+
+
+def compare(folder: Path, last_step: int) -> float:
+    """Compare both runs; the largest relative difference of their losses."""
+    run, expected = read_run(folder / "run"), read_run(folder / "undisturbed")
+    assert metric(run, "step") == metric(expected, "step") == list(range(1, last_step + 1))
+    assert metric(run, "data_hash") == metric(expected, "data_hash")
+    assert run.last.progress["tokens"] == expected.last.progress["tokens"]
+    return max(abs(a - b) / b for a, b in zip(run.losses, expected.losses, strict=True))
 
 
 def main(minutes: float) -> None:
-    dice, until, parts, ends = random.Random(0), time.monotonic() + 60 * minutes, 0, {}
+    rng = random.Random(0)
+    stop_at = time.monotonic() + 60 * minutes
+    endings: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="soak") as name:
         folder = Path(name)
+        checkpoints = folder / "run/checkpoints"
         write_char_dataset(folder / "a", TEXT * 200)
-        while time.monotonic() < until:
-            ranks, way = dice.randint(1, 3), dice.choice(("ddp", "fsdp"))
-            processes = start(folder, "run", ranks, "--max_iters=10000000", f"--parallel={way}")
-            time.sleep(dice.uniform(0.5, 12))
-            how = dice.choice(("all ranks killed", "one rank killed", "SIGTERM"))
-            victims = [dice.choice(processes)] if how == "one rank killed" else processes
-            for process in victims:
-                process.terminate() if how == "SIGTERM" else process.kill()
-            for process in processes:
-                process.join(360)  # one that still looks for the others gives up after five minutes
-                assert process.exitcode is not None, f"a rank still runs six minutes after: {how}"
-                assert how == "all ranks killed" or process.exitcode != 0
-            parts, ends[how] = parts + 1, ends.get(how, 0) + 1
-            print(
-                f"part {parts}: {ranks} ranks ({way}), {how}, exit statuses {[process.exitcode for process in processes]}, newest checkpoint {checkpoint.list_steps(folder / 'run/checkpoints')[-1:]}",
-                flush=True,
-            )
-        last = checkpoint.list_steps(folder / "run/checkpoints")[-1] + 10
-        for run in ("run", "undisturbed"):
-            (process,) = start(folder, run, 1, f"--max_iters={last}", *(["--parallel=ddp"] if run == "run" else []))
-            process.join()
-            assert process.exitcode == 0, (folder / f"{run}.log").read_text()[-3000:]
-        run, whole = read_run(folder / "run"), read_run(folder / "undisturbed")
-        assert (
-            [line["step"] for line in run.train] == [line["step"] for line in whole.train] == list(range(1, last + 1))
-        )
-        assert [line["data_hash"] for line in run.train] == [line["data_hash"] for line in whole.train]
-        assert run.last.progress["tokens"] == whole.last.progress["tokens"]
-        apart = max(abs(a - b) / b for a, b in zip(run.losses, whole.losses, strict=True))
-        print(
-            f"{parts} parts {ends}, {last} steps: steps, tokens and data are those of the undisturbed run; losses at most {apart:.1e} apart"
-        )
-        assert apart < 1e-4
+        while time.monotonic() < stop_at:
+            ranks, layout = rng.randint(1, 3), rng.choice(("ddp", "fsdp"))
+            processes = start(folder, "run", ranks, "--max_iters=10000000", f"--parallel={layout}")
+            time.sleep(rng.uniform(0.5, 12))
+            ending = rng.choice(ENDINGS)
+            end(processes, ending, rng)
+            endings[ending] += 1
+            statuses = [process.exitcode for process in processes]
+            steps = checkpoint.list_steps(checkpoints)
+            print(f"{ranks} ranks ({layout}), {ending}, exit statuses {statuses}, checkpoints {steps}", flush=True)
+        last_step = checkpoint.list_steps(checkpoints)[-1] + 10
+        finish(folder, "run", last_step, "--parallel=ddp")
+        finish(folder, "undisturbed", last_step)
+        difference = compare(folder, last_step)
+    print(f"{dict(endings)}, {last_step} steps: same steps, tokens and data; losses differ by at most {difference:.1e}")
+    assert difference < 1e-4
 
 
 if __name__ == "__main__":
