@@ -150,7 +150,7 @@ class Evaluation:
             return self.run.max_new_tokens
         return DEFAULT_MAX_NEW_TOKENS
 
-    def progress(self, size: int, title: str) -> Iterator[range]:
+    def iter_batches(self, size: int, title: str) -> Iterator[range]:
         """The numbers below `size` in batches, with a progress bar on a terminal."""
         starts = range(0, size, self.args.batch_size)
         for start in tqdm(starts, desc=title, disable=not sys.stderr.isatty(), leave=False):
@@ -228,7 +228,7 @@ def text_loss(evaluation: Evaluation, name: str) -> dict[str, float]:
     n_windows = min(dataset.n_windows, args.max_windows or dataset.n_windows)
     total_loss = 0.0
     n_tokens = 0
-    for rows in evaluation.progress(n_windows, name):
+    for rows in evaluation.iter_batches(n_windows, name):
         windows = dataset.gather(np.arange(rows.start, rows.stop))
         batch = batches.to_batch(windows, pin=False).to(evaluation.device)
         losses = loaded.model(batch.idx, batch.targets)  # (B, T)
@@ -259,7 +259,7 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
     examples, n_dropped = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
     total_loss = 0.0
     n_tokens = 0
-    for numbers in evaluation.progress(len(examples), str(path)):
+    for numbers in evaluation.iter_batches(len(examples), str(path)):
         chunk = examples[numbers.start : numbers.stop]
         batch = Collator()(chunk, range(len(chunk))).to(evaluation.device)
         loss_mask = batch.extras["loss_mask"]
@@ -361,7 +361,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
     prompts = [encoder.encode_prompt(problem) for problem in problems]
     answerable = [i for i, ids in enumerate(prompts) if len(ids) < model.config.block_size]
     answers: list[list[Answer]] = [[] for _ in problems]
-    for batch in evaluation.progress(len(answerable), title):
+    for batch in evaluation.iter_batches(len(answerable), title):
         indices = answerable[batch.start : batch.stop]
         completions = generate_batch(
             model,

@@ -118,6 +118,7 @@ import numpy as np
 import torch
 
 from builders import LoadedModel, load_model, load_soft_prompts
+from nanoforge.console import print_to_stderr
 from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.errors import UserError
@@ -135,7 +136,7 @@ def main(args: SampleArgs) -> None:
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
-    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, log=log_to_stderr)
+    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, log=print_to_stderr)
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
     if args.chat:
@@ -144,11 +145,6 @@ def main(args: SampleArgs) -> None:
         sample_until_end(args, loaded)
     else:
         sample_endlessly(args, loaded)
-
-
-def log_to_stderr(message: str) -> None:
-    """Standard output holds the samples alone."""
-    print(message, file=sys.stderr)
 
 
 def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
@@ -213,7 +209,7 @@ def read_fields(fields: str) -> list[dict[str, Any]]:
 def sample_soft_prompts(args: SampleArgs) -> None:
     """Complete each row of --fields with its soft prompt. Raises UserError."""
     rows = [row for fields in args.fields for row in read_fields(fields)]
-    folders = [checkpoint.resolve(Path(run), args.checkpoint, log_to_stderr) for run in args.prompt_dir]
+    folders = [checkpoint.resolve(Path(run), args.checkpoint, print_to_stderr) for run in args.prompt_dir]
     if len(folders) == 1:
         prompt_of_row = [0] * len(rows)
     elif len(folders) == len(rows):
@@ -221,7 +217,7 @@ def sample_soft_prompts(args: SampleArgs) -> None:
     else:
         raise UserError(f"--prompt_dir: got {len(folders)} for {len(rows)} rows of --fields; pass one, or one for each")
 
-    loaded = load_soft_prompts(folders, log_to_stderr)
+    loaded = load_soft_prompts(folders, print_to_stderr)
     formats = [RunRecord.load(folder).args["prompt_format"] for folder in folders]
     templates = [prompt_format.parse(template) for template in formats]
     prompts = []
