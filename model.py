@@ -247,7 +247,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float
         # 2. The queries [start, end) reach the keys [first_key, end).
         end = min(T, start + chunk)
         first_key = max(0, start - span + 1)
-        # 3. Of these keys, hide what a query must not see.
+        # 3. Of these keys, hide the future and what the window has passed.
         visible = window_mask(positions[start:end], positions[first_key:end], span)
         bias = q.new_zeros(()).where(visible, -math.inf)
         # 4. Attend.

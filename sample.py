@@ -198,7 +198,7 @@ def read_fields(fields: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise UserError(f"--fields={fields}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise UserError(f'--fields={fields}: must be a JSON object such as {{"toxic": "..."}}')
+        raise UserError(f'--fields={fields}: not a JSON object such as {{"toxic": "..."}}')
     return [row]
 
 
@@ -316,7 +316,7 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     idx = idx.expand(args.num_samples, *idx.shape)  # (B, T) or (B, K, T)
     vocab_size = streams[0].tokenizer.vocab_size if model.config.vocabulary == "one" else None
 
-    # 3. Draw; the first sample is printed meanwhile, unless contexts must be aligned first.
+    # 3. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
     printer = None
     if args.stream and not has_contexts:
         printer = TokenPrinter(streams[0])
@@ -373,7 +373,7 @@ def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
     lengths = [len(stream.prompt) for stream in streams]
     if len(set(lengths)) > 1:
         raise UserError(
-            f"--start: the contexts' prompts must be equally long, not {', '.join(map(str, lengths))} tokens"
+            f"--start: prompts of {', '.join(map(str, lengths))} tokens; the contexts' prompts need equal lengths"
         )
     return streams
 

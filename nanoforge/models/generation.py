@@ -44,7 +44,7 @@ class SamplingParams:
 def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Probabilities of the next ids, (B, V), from logits (B, V). What a filter drops has probability 0.
 
-    The temperature must be above 0.
+    For temperatures above 0.
     """
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if sampling.top_k:

@@ -226,7 +226,7 @@ def shape_of_record(record: RunRecord) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pretrained:
-    """A checkpoint of this program, with LoRA merged into its base, which must still be where it was. Raises UserError."""
+    """A checkpoint of this program, with LoRA merged into its base, which is still where it was. Raises UserError."""
     record = RunRecord.load(folder)
     weights = checkpoint.load_tensors(folder, "model")
     adapter = record.args.get("adapter", "none")

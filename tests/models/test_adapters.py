@@ -30,11 +30,16 @@ SOFT = [
 
 
 @pytest.fixture
-def built(monkeypatch) -> list:
-    """What train.build made, run after run."""
-    seen, plain = [], train.build
-    monkeypatch.setattr(train, "build", lambda *args: (seen.append(plain(*args)), seen[-1])[1])
-    return seen
+def built_runs(monkeypatch) -> list:
+    """What train.build returns, run after run."""
+    runs, build = [], train.build
+
+    def build_and_keep(*args):
+        runs.append(build(*args))
+        return runs[-1]
+
+    monkeypatch.setattr(train, "build", build_and_keep)
+    return runs
 
 
 def base_model(base, **changes) -> GPT:
@@ -44,8 +49,8 @@ def base_model(base, **changes) -> GPT:
     return model
 
 
-def shaken(model: GPT) -> GPT:
-    """What learns, moved away from where it begins."""
+def perturbed(model: GPT) -> GPT:
+    """The model with its trainable parameters moved away from their initial values."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -71,7 +76,7 @@ def test_lora_begins_as_the_base_and_switched_off_is_it_again(variant, targets):
     adapters.add_lora(model, targets, rank=4, alpha=8.0, dropout=0.0)
     adapters.freeze_base(model)
     assert torch.equal(model(idx), expected), "B is 0"
-    shaken(model)
+    perturbed(model)
     moved = model(idx)
     assert (moved - expected).abs().max() > 0.01
     with adapters.disable_adapter(model):
@@ -97,7 +102,7 @@ def test_merged_weights_give_the_unmerged_logits(variant):
     weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     adapters.add_lora(model, [], rank=4, alpha=10.0, dropout=0.0)
     adapters.freeze_base(model)
-    shaken(model)
+    perturbed(model)
     own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain.load_weights(adapters.merge_lora(weights, own, 10.0 / 4), "merged")
     torch.testing.assert_close(plain(idx), model(idx), atol=1e-5, rtol=1e-4)
@@ -167,7 +172,7 @@ def test_dropout_is_on_the_additions_input_in_training_alone():
     model = tiny_model(dropout=0.0)
     adapters.add_lora(model, [], rank=4, alpha=8.0, dropout=0.5)
     adapters.freeze_base(model)
-    shaken(model)
+    perturbed(model)
     idx = ids(2, 12)
     assert torch.equal(model.eval()(idx), model(idx)) and not torch.equal(model.train()(idx), model(idx))
     with adapters.disable_adapter(model):
@@ -201,11 +206,11 @@ def test_unknown_lora_targets_are_refused(targets, message):
     [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]],
     ids=["lora", "soft", "lstm", "muon"],
 )
-def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, built, flags):
+def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, built_runs, flags):
     """Bit for bit the base's weights, within the model that learned and in its files."""
     files = {path: path.read_bytes() for path in base.iterdir()}
     done = run(*flags, f"--init_from={base}", "--max_iters=6")
-    model, weights = built[0].raw_model, pretrained.load(str(base)).weights
+    model, weights = built_runs[0].raw_model, pretrained.load(str(base)).weights
     kept = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, weight in kept.items():
         assert torch.equal(weight, weights[name][: len(weight)]), name  # positions are cropped
@@ -221,10 +226,10 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
     assert done.losses[-1] != done.losses[0]
 
 
-def test_a_trained_lora_loads_merged(run, base, built):
+def test_a_trained_lora_loads_merged(run, base, built_runs):
     """--init_from takes the run as weights: the logits of the model that was trained."""
     done = run(*LORA, f"--init_from={base}", "--max_iters=6", "--block_size=32")
-    model, merged, idx = built[0].raw_model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
+    model, merged, idx = built_runs[0].raw_model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
     torch.testing.assert_close(merged(idx), model(idx), atol=1e-5, rtol=1e-4)
     assert (merged(idx) - base_model(base)(idx)).abs().max() > 0.01
     with adapters.disable_adapter(model):
@@ -388,7 +393,7 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
     )
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([idx])), base_model(base)(torch.tensor([plain])))
-        shaken(model)
+        perturbed(model)
         moved = model(torch.tensor([idx]))
         assert not torch.allclose(moved, base_model(base)(torch.tensor([plain])))
         with adapters.disable_adapter(model):
@@ -411,7 +416,7 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]
     batch = pad([item.sequences[0] for item in encoded])
     batch = type(batch)(batch.tokens, batch.extras, 1, 7.0)
-    loss, told = objectives.SFT()(model, batch, with_metrics=True)
+    loss, metrics = objectives.SFT()(model, batch, with_metrics=True)
     loss.backward()
     together, model.wte.prompt.rows.grad = model.wte.prompt.rows.grad, None
     total = 0.0
@@ -420,7 +425,7 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         alone, _ = objectives.SFT()(model, type(one)(one.tokens, one.extras, 1, 7.0), with_metrics=False)
         alone.backward()
         total += alone.item()
-    assert loss.item() == pytest.approx(total, rel=1e-6) and told["loss"][1] == 7
+    assert loss.item() == pytest.approx(total, rel=1e-6) and metrics["loss"][1] == 7
     torch.testing.assert_close(model.wte.prompt.rows.grad, together, atol=1e-6, rtol=1e-5)
     assert (together.abs().sum(1) > 0).all() and model.wte.weight.grad is None
 
@@ -434,7 +439,7 @@ def test_rows_that_are_not_in_a_text_get_no_gradient(base):
 @pytest.mark.parametrize("provider", adapters.PROVIDERS)
 def test_rows_come_back_from_a_checkpoints_weights(base, provider):
     model, _ = prompted(base, "<P*5>", provider)
-    shaken(model)
+    perturbed(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     torch.testing.assert_close(adapters.load_prompt(weights, provider), model.wte.prompt().detach(), atol=1e-6, rtol=0)
     assert (model.wte.prompt() - model.wte.initial_prompt).abs().max() > 0.01
@@ -445,7 +450,7 @@ def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
     model, _ = prompted(base, "<P*5>", "lstm")
     prompt = model.wte.prompt
     assert torch.equal(prompt(), prompt.rows)
-    shaken(model)
+    perturbed(model)
     lstm = torch.nn.LSTM(16, 8, num_layers=2, bidirectional=True)
     lstm.load_state_dict(prompt.lstm.state_dict())
     hidden = lstm(prompt.rows[:, None])[0][:, 0]  # time first

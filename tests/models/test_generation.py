@@ -1,10 +1,10 @@
-"""Generation: cached equals uncached, filters against their definitions, and no token that may not be drawn."""
+"""Generation: cached equals uncached, a batch equals its prompts one at a time, filters against their definitions, and no token that may not be drawn."""
 
 import pytest
 import torch
 from helpers import ids, tiny_model
 
-from nanoforge.models.generation import KVCache, SamplingParams, generate, sample_next_token
+from nanoforge.models.generation import BatchDecoder, KVCache, SamplingParams, generate, sample_next_token
 
 
 def draw(model, idx, n, seed=0, on_token=None, decode="cached", **sampling):
@@ -134,7 +134,63 @@ def test_a_dataset_with_its_own_vocabulary_stays_in_it():
     )
 
 
-def test_every_token_is_told_as_it_is_drawn():
-    told = []
-    out = draw(tiny_model(), ids(2, 4), 20, on_token=lambda new: told.append(new))
-    assert torch.equal(torch.stack(told, 1), out[:, 4:])
+def test_every_token_is_streamed_as_it_is_drawn():
+    streamed = []
+    out = draw(tiny_model(), ids(2, 4), 20, on_token=lambda new: streamed.append(new))
+    assert torch.equal(torch.stack(streamed, 1), out[:, 4:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts of different lengths in one batch
+
+RAGGED = [
+    {},
+    {"position": "rope", "n_kv_head": 2},
+    {"position": "rope", "window": "SL", "window_size": 3, "value_residual": True},
+    {"position": "none", "qk_norm": True},
+]
+LENGTHS = [3, 1, 7, 12, 4]
+
+
+@pytest.mark.parametrize("variant", RAGGED, ids=str)
+@torch.no_grad()
+def test_rows_at_their_own_positions_equal_unpadded_decoding(variant):
+    """Prompts padded on the right, then three tokens of each row at its own position: the logits of a plain forward."""
+    model = tiny_model(block_size=20, **variant).eval()
+    rows = [ids(length + 3, seed=length) for length in LENGTHS]  # three tokens more than the prompt
+    padded = torch.nn.utils.rnn.pad_sequence([row[:-3] for row in rows], batch_first=True)
+    cache = KVCache(model, batch_size=len(rows), size=20)
+    model(padded, cache=cache, position_ids=cache.advance(padded.size(1)))
+    for step in range(3):
+        tokens = torch.stack([row[length + step] for row, length in zip(rows, LENGTHS, strict=True)])
+        cache.advance(1)
+        position_ids = torch.tensor(LENGTHS)[:, None] + step
+        logits = model(tokens[:, None], cache=cache, position_ids=position_ids)[:, -1]
+        for row, length, row_logits in zip(rows, LENGTHS, logits, strict=True):
+            expected = model(row[None, : length + step + 1])[0, -1]
+            torch.testing.assert_close(row_logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", RAGGED, ids=str)
+@torch.no_grad()
+def test_batch_decoder_draws_what_generate_draws_for_each_prompt(variant):
+    """Greedy, while rows retire: each completion is that of `generate`, up to its end-of-sequence token."""
+    model = tiny_model(block_size=40, **variant).eval()
+    prompts = [ids(length, seed=length) for length in LENGTHS]
+    alone = [draw(model, prompt[None], 20, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
+    eos_id = alone[0][2]  # ends the first completion at its third token at the latest
+    decoder = BatchDecoder(model, SamplingParams(max_new_tokens=20, temperature=0.0, n=2, eos_id=eos_id))
+    decoder.prefill([prompt.tolist() for prompt in prompts])
+    num_rows = [len(decoder.completion_of_row)]
+    while decoder.num_drawn < 20 and decoder.any_active:
+        decoder.retire()
+        decoder.step()
+        num_rows.append(len(decoder.completion_of_row))
+    assert num_rows[0] == 2 * len(prompts)
+    assert num_rows == sorted(num_rows, reverse=True)
+    for i, completion in enumerate(decoder.completions()):
+        expected = alone[i // 2]
+        if eos_id in expected:
+            expected = expected[: expected.index(eos_id) + 1]
+        assert completion.ids == expected
+        assert completion.ended == (eos_id in expected)

@@ -191,9 +191,9 @@ def test_own_activations():
     torch.testing.assert_close(ACTIVATIONS["relu2"](x), x.clamp(min=0) ** 2)
     cubic = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), cubic)
-    for wrong in ("no_such", "cross_entropy", "_in_projection", "siluu"):
+    for name in ("no_such", "cross_entropy", "_in_projection", "siluu"):
         with pytest.raises(UserError, match="--activation"):
-            get_activation(wrong)
+            get_activation(name)
     with pytest.raises(UserError, match="did you mean silu"):
         get_activation("siluu")
 
@@ -298,7 +298,7 @@ def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch):
     import model as module
 
     calls = []
-    monkeypatch.setattr(module, "chunked_attention", lambda *given: calls.append(given) or chunked_attention(*given))
+    monkeypatch.setattr(module, "chunked_attention", lambda *args: calls.append(args) or chunked_attention(*args))
     model = tiny_model(position="rope", window="SL", window_size=4, n_kv_head=2)
     exact = model(ids(2, 12))
     assert not calls

@@ -1,4 +1,4 @@
-"""sample.py as a user calls it: prompts of every kind, what is printed, and what is told when something is wrong."""
+"""sample.py as a user calls it: prompts of every kind, what is printed, and errors."""
 
 import re
 import subprocess
@@ -50,18 +50,18 @@ def refuse(*argv, **more) -> str:
 
 
 def test_samples_resemble_the_text(trained):
-    told = sample(
+    output = sample(
         f"--out_dir={trained}/single", "--start=the quick", "--num_samples=2", "--max_new_tokens=200", "--temperature=2"
     )
-    samples = told.split("\n---------------\n")
+    samples = output.split("\n---------------\n")
     assert (
         len(samples) == 3
         and samples[2] == ""
         and all(s.startswith("the quick") and len(s) == 209 for s in samples[:2])
         and samples[0] != samples[1]
     )
-    words = set(re.findall(r"\w+", TEXT))
-    assert sum(word in words for word in re.findall(r"\w+", told)) > 20
+    known_words = set(re.findall(r"\w+", TEXT))
+    assert sum(word in known_words for word in re.findall(r"\w+", output)) > 20
 
 
 def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
@@ -93,7 +93,7 @@ def test_checkpoints_are_chosen(trained):
 
 
 def test_contexts_are_printed_aligned(trained):
-    told = sample(
+    output = sample(
         f"--out_dir={trained}/contexts",
         "--num_samples=1",
         "--max_new_tokens=80",
@@ -102,7 +102,7 @@ def test_contexts_are_printed_aligned(trained):
         "UUU.",
         "--temperature=0.3",
     )
-    lines = told.splitlines()[:-1]
+    lines = output.splitlines()[:-1]
     a, upper = (
         "".join(line[8:] for line in lines if line.startswith("a     |")),
         "".join(line[8:] for line in lines if line.startswith("upper |")),
@@ -111,18 +111,18 @@ def test_contexts_are_printed_aligned(trained):
     agree = [char.isalpha() == (kind == "U") for char, kind in zip(a, upper, strict=True)]
     assert sum(agree) > 0.8 * len(agree), "the contexts are continued together"
     assert "one for each context (a, upper)" in refuse(f"--out_dir={trained}/contexts", "--start=the ")
-    assert "equally long" in refuse(f"--out_dir={trained}/contexts", "--start", "the ", "U")
+    assert "need equal lengths" in refuse(f"--out_dir={trained}/contexts", "--start", "the ", "U")
 
 
 def test_a_dataset_of_several_is_chosen(trained):
-    told = sample(
+    output = sample(
         f"--out_dir={trained}/separate", "--dataset=c", "--start=0123", "--num_samples=1", "--max_new_tokens=40"
     )
-    assert set(told.splitlines()[0]) <= set("0123456789 ")
+    assert set(output.splitlines()[0]) <= set("0123456789 ")
     assert "vocabularies of a, c" in refuse(f"--out_dir={trained}/separate", "--dataset=x")
 
 
-def test_mistakes_are_one_line(trained, tmp_path):
+def test_errors_are_one_line(trained, tmp_path):
     assert "knows no '€'" in refuse(f"--out_dir={trained}/single", "--start=a €")
     assert "no checkpoints" in refuse(f"--out_dir={tmp_path}")
     assert "--start: is empty" in refuse(f"--out_dir={trained}/single", "--start=-", input="")
@@ -142,10 +142,10 @@ def test_gpt2_of_a_local_folder(tmp_path):
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path)
-    told = sample(
+    output = sample(
         f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env=env
     )
-    assert told.count("Hello<|endoftext|>") == 2
+    assert output.count("Hello<|endoftext|>") == 2
 
 
 def test_help_is_quick():
