@@ -1,4 +1,4 @@
-"""Adapters: PEFT's own LoRA, identities of merged, switched off and fresh ones with the base, and prompts that begin as the text that seeds them."""
+"""Adapters against peft's own LoRA, and by identities with the base: merged, disabled, untrained, seeded by text."""
 
 import math
 import shutil
@@ -256,9 +256,13 @@ def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
 
 
 RESUMED = {
-    "lora": [*LORA, "--lora_dropout=0.2", "--gradient_accumulation_steps=2"], "lora_muon": [*LORA, "--optimizer=muon"], "soft": SOFT, "lstm": [*SOFT, "--prompt_provider=lstm"],
-    "soft_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs"], "lstm_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs", "--prompt_provider=lstm", "--prompt_init=normal"],
-}  # fmt: skip
+    "lora": [*LORA, "--lora_dropout=0.2", "--gradient_accumulation_steps=2"],
+    "lora_muon": [*LORA, "--optimizer=muon"],
+    "soft": SOFT,
+    "lstm": [*SOFT, "--prompt_provider=lstm"],
+    "soft_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs"],
+    "lstm_dpo": [*SOFT, "--objective=dpo", "--dataset=pairs", "--prompt_provider=lstm", "--prompt_init=normal"],
+}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -377,9 +381,15 @@ def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[
 
 
 @pytest.mark.parametrize("provider", adapters.PROVIDERS)
-@pytest.mark.parametrize("prompt_format, literal", [
-    ("<P>12+</P>{a}", "12+{a}"), ("{a}<P>+3=</P>", "{a}+3="), ("{a}<P>+</P>{b}<P>=</P>", "{a}+{b}="), ("1<P>2</P>+<P>34</P>={a}", "12+34={a}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt_format, literal",
+    [
+        ("<P>12+</P>{a}", "12+{a}"),
+        ("{a}<P>+3=</P>", "{a}+3="),
+        ("{a}<P>+</P>{b}<P>=</P>", "{a}+{b}="),
+        ("1<P>2</P>+<P>34</P>={a}", "12+34={a}"),
+    ],
+)
 def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, literal, provider):
     """Before, behind and in the middle of fields: rows are the text's embeddings, logits those of the literal text."""
     model, template = prompted(base, prompt_format, provider)
@@ -402,7 +412,7 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
 
 
 def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
-    """The gradient of the rows is the sum over examples, whose prompts stand at other places; the targets are ids that the head has."""
+    """The virtual tokens' gradient is the sum over examples, whose prompts differ in length."""
     model, template = prompted(base, "{prompt}<P*2>{more}<P>=</P>")
     rows = [
         {"prompt": "1+1", "more": "+2", "completion": "4"},
@@ -480,8 +490,21 @@ def test_free_rows_are_distinct_and_known():
 def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
     """To say 9 whatever it is asked; the base is frozen."""
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"word": "{i}", "completion": "9"}}\n' for i in range(10)))
-    flags = ["--objective=sft", f"--train_file={tmp_path / 'rows.jsonl'}", f"--validation_file={tmp_path / 'rows.jsonl'}", "--adapter=soft_prompt", "--prompt_format=<P*4>{word}<P*2>",
-             f"--init_from={base}", "--block_size=16", "--learning_rate=0.1", "--weight_decay=0", "--max_iters=120", "--eval_interval=120", "--batch_size=10", "--eval_samples=10"]  # fmt: skip
+    flags = [
+        "--objective=sft",
+        f"--train_file={tmp_path / 'rows.jsonl'}",
+        f"--validation_file={tmp_path / 'rows.jsonl'}",
+        "--adapter=soft_prompt",
+        "--prompt_format=<P*4>{word}<P*2>",
+        f"--init_from={base}",
+        "--block_size=16",
+        "--learning_rate=0.1",
+        "--weight_decay=0",
+        "--max_iters=120",
+        "--eval_interval=120",
+        "--batch_size=10",
+        "--eval_samples=10",
+    ]
     done = run(*flags)
     assert done.evals[-1]["val_loss"] < 0.2 * done.evals[0]["val_loss"]
     assert (

@@ -1,4 +1,4 @@
-"""Generation: cached equals uncached, a batch equals its prompts one at a time, filters against their definitions, and no token that may not be drawn."""
+"""Generation: cached equals uncached, a batch equals its prompts alone, and filters keep what their definitions say."""
 
 import pytest
 import torch

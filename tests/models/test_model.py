@@ -94,9 +94,18 @@ def test_modern_block_equals_transformers_llama():
     """RMSNorm, rotary positions, gated SiLU and grouped heads, against LlamaForCausalLM."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=31, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=12, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=12,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     ours = tiny_model(
         n_kv_head=2, norm="rmsnorm", position="rope", activation="silu", mlp="gated", mlp_ratio=2.0, tie_weights=False
@@ -104,9 +113,17 @@ def test_modern_block_equals_transformers_llama():
     w, state = {name: p.detach() for name, p in ours.named_parameters()}, {}
     for i in range(2):
         q, k, v = w[f"blocks.{i}.attn.qkv.weight"].split([32, 16, 16])
-        names = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": w[f"blocks.{i}.attn.proj.weight"],
-                 "mlp.gate_proj": w[f"blocks.{i}.mlp.gate.weight"], "mlp.up_proj": w[f"blocks.{i}.mlp.up.weight"], "mlp.down_proj": w[f"blocks.{i}.mlp.proj.weight"],
-                 "input_layernorm": w[f"blocks.{i}.norm_1.weight"], "post_attention_layernorm": w[f"blocks.{i}.norm_2.weight"]}  # fmt: skip
+        names = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": w[f"blocks.{i}.attn.proj.weight"],
+            "mlp.gate_proj": w[f"blocks.{i}.mlp.gate.weight"],
+            "mlp.up_proj": w[f"blocks.{i}.mlp.up.weight"],
+            "mlp.down_proj": w[f"blocks.{i}.mlp.proj.weight"],
+            "input_layernorm": w[f"blocks.{i}.norm_1.weight"],
+            "post_attention_layernorm": w[f"blocks.{i}.norm_2.weight"],
+        }
         state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
     state |= {
         "model.embed_tokens.weight": w["wte.weight"],
@@ -335,7 +352,7 @@ def test_model_with_chunked_loss_learns_the_same():
 
 
 def test_value_residual_mixes_in_the_first_layers_values():
-    """With no part the model is the plain one; with the whole part a later layer's own values don't matter, the first one's do."""
+    """With share 0 the model is the plain one. With share 1 a later layer's own values have no effect, the first one's do."""
     plain, mixed = tiny_model(), tiny_model(value_residual=True)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     values = mixed.blocks[1].attn.qkv.weight[64:]
@@ -428,7 +445,7 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
 
 
 def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
-    """A local server that speaks the hub's protocol is asked by the real client; unreachable, one line says what to do."""
+    """From a local server by the real client; when it can't be reached, the error is one line that says what to do."""
     _, folder = hugging_face
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -456,7 +473,10 @@ def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = "import sys; from nanoforge.models import pretrained; print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
+        code = (
+            "import sys; from nanoforge.models import pretrained; "
+            "print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
+        )
         env = {
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
