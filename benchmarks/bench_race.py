@@ -165,6 +165,19 @@ def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
     printed = [ms / 1e3 for ms in read_nanogpt_step_ms(result.output)]
     median = statistics.median(printed)
     seconds = [median if i % eval_interval == 0 else printed[i] for i in range(len(printed))]
+    curve, parameters = nanogpt_curve(race, out_dir, seconds)
+    return {
+        "seed": seed,
+        "lr": lr,
+        "wall": result.seconds,
+        "curve": curve,
+        "loss": curve[-1]["loss"],
+        "parameters": parameters,
+    }
+
+
+def nanogpt_curve(race: Race, out_dir: Path, seconds: list[float]) -> tuple[list[dict[str, Any]], int]:
+    """The held-out loss of each checkpoint, and the model's parameters. seconds: of each iteration."""
     curve = []
     for path in sorted(out_dir.glob("ckpt_*.pt")):
         loaded = pretrained.load(str(path))
@@ -179,14 +192,7 @@ def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
                 "loss": held_out_loss(model, race.val_path, race.block_size),
             }
         )
-    return {
-        "seed": seed,
-        "lr": lr,
-        "wall": result.seconds,
-        "curve": curve,
-        "loss": curve[-1]["loss"],
-        "parameters": model.count_parameters(),
-    }
+    return curve, model.count_parameters()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

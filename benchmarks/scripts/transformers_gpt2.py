@@ -78,7 +78,7 @@ def main() -> None:
         attn_pdrop=options["dropout"],
     )
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).to(torch.device(device))
+    model = transformers.GPT2LMHeadModel(config).to(device)  # type: ignore[arg-type]
     measure = {"train": train, "generate": generate}[task]
     print(json.dumps(measure(model, device, options)))
 

@@ -13,7 +13,7 @@ from nanoforge.report.read_runs import RunReader
 
 @pytest.fixture
 def write_run(tmp_path):
-    """write_run(name, note=, loss=, eval_metrics=, **args) writes out/name: 20 steps of 64 tokens, evaluated every 5."""
+    """write_run(name, note=, loss=, eval_metrics=, **args) writes out/name: 20 steps of 64 tokens, 5 evaluations."""
 
     def write_run(
         name: str,
