@@ -253,11 +253,11 @@ def join(prompt: Example, completion: Completion, *, in_loss: bool) -> TokenSequ
 
 def align_logps(completions: Sequence[Completion], sequences: Sequence[TokenSequence], width: int) -> Tensor:
     """The log-probabilities with which completions were sampled, at the positions of their targets: (B, width)."""
-    old_logps = torch.zeros(len(completions), width)
+    old_logps = np.zeros((len(completions), width), dtype=np.float32)
     for row, (completion, sequence) in enumerate(zip(completions, sequences, strict=True)):
         stop = len(sequence.ids) - 1  # a target stands one position before its token
-        old_logps[row, stop - len(completion.logps) : stop] = torch.tensor(completion.logps)
-    return old_logps
+        old_logps[row, stop - len(completion.logps) : stop] = completion.logps
+    return torch.from_numpy(old_logps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
