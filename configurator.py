@@ -335,7 +335,7 @@ def unknown_argument(name: str, known: Iterable[str], hints: dict[str, str]) -> 
 
 
 def split_rest(rest: list[str]) -> tuple[list[str], list[str]]:
-    """(files, unknown flags) of what argparse did not take. Text after an unknown flag is its value, if not a config."""
+    """(files, unknown flags) of what argparse left. Text after an unknown flag is its value, if not a config file."""
     files = []
     flags = []
     for previous, text in itertools.pairwise(["", *rest]):
