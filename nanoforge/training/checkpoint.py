@@ -62,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Write DTensors, each rank its shards to a safetensors file of its own; other tensors must be equal on all ranks.
+    """Write DTensors, each rank its shards to a safetensors file of its own. Other tensors are equal on all ranks.
 
     A collective of the group: when it returns on one rank, all files are complete. Raises OSError on all ranks if it
     fails on one.
@@ -78,10 +78,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
 class Shards(Mapping[str, Tensor]):
     """Full tensors from a folder that `write_shards` filled, each assembled on access."""
 
-    def __init__(self, folder: Path):
-        self.pieces: dict[
-            str, list[tuple[Path, list[int]]]
-        ] = {}  # name -> (file, offset in the full tensor) of each shard
+    def __init__(self, folder: Path) -> None:
+        # name -> (file, offset in the full tensor) of each shard
+        self.pieces: dict[str, list[tuple[Path, list[int]]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
@@ -97,7 +96,7 @@ class Shards(Mapping[str, Tensor]):
                 shards.append(file.get_tensor(name))
         if shards[0].dim() == 0:
             return shards[0]
-        placed = list(zip(offsets, shards, strict=True))
+        placed = list(zip(offsets, shards, strict=True))  # each shard with its offset
         shape = [max(offset[d] + shard.size(d) for offset, shard in placed) for d in range(shards[0].dim())]
         full = shards[0].new_empty(shape)
         for offset, shard in placed:
@@ -135,7 +134,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
-        """From progress.json, which has further keys. Fields that an older version did not write keep their defaults."""
+        """From progress.json, which has further keys. Fields that an older version didn't write keep their defaults."""
         progress = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
         if progress.best_val_loss is None:
             progress.best_val_loss = math.inf
