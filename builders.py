@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from nanoforge.console import print_line
 from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.data.batches import Batch, Metrics
+from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.device import choose_dtype, get_device
@@ -57,7 +58,7 @@ from train_args import TrainArgs, load_args
 
 T = TypeVar("T")
 Log = Callable[[str], None]
-Rows = dict[str, dict[str, list[dict]]]  # dataset -> split -> rows
+Rows = dict[str, dict[str, list[Row]]]  # dataset -> split -> rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is built
@@ -230,7 +231,7 @@ def needed_fields(args: TrainArgs) -> Sequence[Sequence[str]]:
     return [[*template.fields, *completion_fields]]
 
 
-def row_parser(args: TrainArgs) -> Callable[[dict], dict]:
+def row_parser(args: TrainArgs) -> Callable[[Row], Row]:
     """What a row becomes as it is read."""
     if not OBJECTIVES[args.objective].is_online:
         return dict
@@ -239,7 +240,7 @@ def row_parser(args: TrainArgs) -> Callable[[dict], dict]:
     return to_problem
 
 
-def with_answer_as_text(row: dict) -> dict:
+def with_answer_as_text(row: Row) -> Row:
     """A problem whose answer may be a number."""
     return row | {"answer": str(row.get("answer", ""))}
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from nanoforge.data import tables, tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
+from nanoforge.data.tables import Row
 from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.posttraining.prompt_format import EncodedExample, PromptTemplate, TargetOptions
 from nanoforge.rng import ORDER, permute
-
-Row = Mapping[str, Any]
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
@@ -213,14 +212,14 @@ def extend_tokenizer(tokenizer: tokenization.Tokenizer, rows: Iterable[Row]) -> 
 
 
 def read_example_rows(
-    path: Path, fields: Sequence[Sequence[str]], needed_by: str, parse_row: Callable[[dict], dict] = dict
-) -> list[dict]:
+    path: Path, fields: Sequence[Sequence[str]], needed_by: str, parse_row: Callable[[Row], Row] = dict
+) -> list[Row]:
     """The rows of a file, each as parse_row returns it, with all the fields of one of the alternatives.
 
     needed_by: the flag that asks for the fields, for errors. Raises UserError that names the file and the row.
     """
 
-    def checked(row: dict) -> dict:
+    def checked(row: Row) -> Row:
         row = parse_row(row)
         if not any(all(name in row for name in alternative) for alternative in fields):
             wanted = " or ".join("{" + ", ".join(alternative) + "}" for alternative in fields)

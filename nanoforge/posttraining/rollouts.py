@@ -105,14 +105,14 @@ class Scorer:
     max_new_tokens: int
 
     def score(self, prompts: Sequence[Example], completions: Sequence[Completion]) -> tuple[Tensor, Metrics]:
-        """(total rewards (N,) float64, metrics of each reward), of as many completions of each prompt."""
+        """(total rewards (N,) float64, metrics of each reward) of N completions, as many of each prompt."""
         group_size = len(completions) // len(prompts)
         totals: list[float] = []
         values: dict[str, list[float]] = {reward.name: [] for reward in self.rewards}
         for prompt, completion in zip(repeat_each(prompts, group_size), completions, strict=True):
             sample = Sample(
                 completion=decode_completion(completion, self.tokenizer),
-                problem=dict(prompt.row),
+                problem=prompt.row,
                 n_tokens=len(completion.ids),
                 max_tokens=self.max_new_tokens,
                 ended=completion.ended,
@@ -122,7 +122,7 @@ class Scorer:
             for name, value in sample_values.items():
                 values[name].append(value)
         metrics = {
-            f"rewards/{name}": sum_and_count(torch.tensor(by_name, dtype=torch.float64))
+            f"rewards/{name}": float64_sum_and_count(torch.tensor(by_name, dtype=torch.float64))
             for name, by_name in values.items()
         }
         return torch.tensor(totals, dtype=torch.float64), metrics
@@ -264,8 +264,8 @@ def align_logps(completions: Sequence[Completion], sequences: Sequence[TokenSequ
 # metrics
 
 
-def sum_and_count(values: Tensor) -> Tensor:
-    """(2,) float32; summed in float64, in which rewards are."""
+def float64_sum_and_count(values: Tensor) -> Tensor:
+    """As objectives.sum_and_count, (2,) float32, but summed in float64, in which rewards are."""
     return torch.stack((values.double().sum(), torch.tensor(len(values)).double())).float()
 
 
@@ -278,12 +278,12 @@ def rollout_metrics(rewards: Tensor, completions: Sequence[Completion], group_si
     min_length = -ranks.all_reduce_max(-int(lengths.min()))
     max_length = ranks.all_reduce_max(int(lengths.max()))
     return {
-        "reward": sum_and_count(rewards),
-        "reward_std": sum_and_count(group_std),
-        "frac_reward_zero_std": sum_and_count(group_std == 0),
-        "completions/mean_length": sum_and_count(lengths),
-        "completions/clipped_ratio": sum_and_count(~ended),
-        "completions/mean_terminated_length": sum_and_count(lengths[ended]),
+        "reward": float64_sum_and_count(rewards),
+        "reward_std": float64_sum_and_count(group_std),
+        "frac_reward_zero_std": float64_sum_and_count(group_std == 0),
+        "completions/mean_length": float64_sum_and_count(lengths),
+        "completions/clipped_ratio": float64_sum_and_count(~ended),
+        "completions/mean_terminated_length": float64_sum_and_count(lengths[ended]),
         "completions/min_length": torch.tensor([float(min_length), 1.0]),
         "completions/max_length": torch.tensor([float(max_length), 1.0]),
     }
@@ -303,7 +303,7 @@ def evaluate_rewards(
     for chunk, rows, has_rows in examples.eval_chunks(n_batches, batch_size, sampler.ranks):
         prompts = chunk[rows.start : rows.stop]
         rewards, metrics = scorer.score(prompts, sampler.generate_greedy(prompts))
-        reward = sum_and_count(rewards)
+        reward = float64_sum_and_count(rewards)
         yield {"loss": reward * torch.tensor([-1.0, 1.0]), "reward": reward, **metrics}, has_rows
 
 

@@ -404,7 +404,7 @@ def test_prompts_that_leave_no_room_are_refused_or_dropped(run, base):
 
 
 def test_reinforcement_learns(run):
-    """From scratch: to end at once becomes the rule, since the length reward of the end-of-sequence token alone is 2/3."""
+    """From scratch: completions learn to end at once, since the length reward of the end alone is 2/3."""
     flags = ["--beta=0", "--learning_rate=0.02", "--batch_size=32", "--max_iters=30", "--eval_interval=30"]
     done = run(*GRPO, *flags, "--temperature=1")
     assert done.train[0]["reward"] < 0.4 and done.train[-1]["reward"] > 0.6
