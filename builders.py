@@ -811,7 +811,7 @@ class LoadedModel:
         return next(iter(self.tokenizers.values()))
 
     def to(self, device_name: str, dtype_name: str) -> torch.device:
-        """Move the model to the device of --device, with activations of --dtype; returns the device. Raises UserError."""
+        """Move the model to --device, with activations of --dtype; returns the device. Raises UserError."""
         device = get_device(device_name)
         self.model.to(device)
         self.model.compute_dtype, _ = choose_dtype(dtype_name, device)

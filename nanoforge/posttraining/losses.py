@@ -183,12 +183,12 @@ def mean_of_sequence_means(losses: Tensor, loss_mask: Tensor, normalizer: Normal
 
 
 def mean_over_local_tokens(losses: Tensor, loss_mask: Tensor, normalizer: Normalizer) -> Tensor:
-    """BNPO (Xiao et al. 2025): the mean over the micro-batch's own tokens."""
+    """BNPO, as in TRL: the mean over the tokens of the micro-batch alone."""
     return (losses * loss_mask).sum() / (loss_mask.sum().clamp(min=1) * normalizer.n_micro_batches)
 
 
 def mean_over_max_tokens(losses: Tensor, loss_mask: Tensor, normalizer: Normalizer) -> Tensor:
-    """Dr. GRPO (Liu et al. 2025, appendix): the sum over a constant, the tokens that the completions could have had."""
+    """Dr. GRPO (Liu et al. 2025): the sum divided by a constant, the tokens that completions may have at most."""
     max_tokens = len(losses) * normalizer.max_completion_tokens
     return (losses * loss_mask).sum() / (max_tokens * normalizer.n_micro_batches)
 
