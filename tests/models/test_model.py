@@ -352,7 +352,7 @@ def test_model_with_chunked_loss_learns_the_same():
 
 
 def test_value_residual_mixes_in_the_first_layers_values():
-    """With share 0 the model is the plain one. With share 1 a later layer's own values have no effect, the first one's do."""
+    """With share 0 the model is the plain one; with share 1 only the first layer's values have an effect."""
     plain, mixed = tiny_model(), tiny_model(value_residual=True)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     values = mixed.blocks[1].attn.qkv.weight[64:]
