@@ -821,8 +821,10 @@ class LoadedModel:
 def load_model(
     init_from: str, out_dir: str = "", checkpoint_name: str = "best", log: Callable[[str], None] = print_line
 ) -> LoadedModel:
-    """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir, at the
-    checkpoint that checkpoint_name names: best, last, or a step. Raises UserError."""
+    """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir.
+
+    checkpoint_name: of the run: best, last, or a step. Raises UserError.
+    """
     source = init_from
     if init_from == "resume":
         source = str(checkpoint.resolve(Path(out_dir), checkpoint_name, log))

@@ -231,14 +231,13 @@ def attention_mask(positions: Positions, num_keys: int, span: int, device: torch
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
-    """Causal attention of q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D), a chunk of queries at
-    a time.
+    """Causal attention of q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D).
 
-    Memory grows with T x span: the probabilities are kept for backward.
+    It takes a chunk of queries at a time. Memory grows with T x span: the probabilities are kept for backward.
     """
-    # 1. Scale the queries once; give each query head its own keys and values.
-    q = q * q.size(-1) ** -0.5
+    # 1. Give each query head its own keys and values; scale the queries once.
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
+    q = q * q.size(-1) ** -0.5
     T = q.size(2)
     positions = torch.arange(T, device=q.device)
 
@@ -634,8 +633,7 @@ class GPT(nn.Module):
         position_ids: Positions | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Logits, (B, T, V); with targets the loss of each of them, float32, in their shape, of the logits over the
-        temperature.
+        """Logits, (B, T, V), or with targets the loss of each, float32, in their shape, from logits / temperature.
 
         idx, targets: ids, (B, T), or (B, K, T) of K contexts.
         cache: keys and values of the tokens before; those of idx are added to it.
@@ -662,11 +660,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], source_name: str, *, grow: bool = False) -> None:
-        """Copy weights to the trainable parameters of the same names. Raises UserError, which names the source, unless
-        all fit.
+        """Copy weights to the trainable parameters of the same names.
 
         Longer learned positions are cropped. With `grow`, rows of the vocabulary that the weights lack keep their
-        initial values.
+        initial values. Raises UserError, which names the source, unless all weights fit.
         """
         parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing_keys = sorted(parameters.keys() - weights.keys())

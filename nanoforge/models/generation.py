@@ -88,8 +88,7 @@ def device_of(model: nn.Module) -> torch.device:
 class KVCache:
     """Keys and values of all layers, allocated once for `size` tokens of each sequence.
 
-    The caller asks `advance` for the positions of the tokens that come next and passes positions to the model's
-    forward:
+    The caller asks `advance` for the positions of the next tokens and passes positions to the model's forward:
 
         logits = model(tokens, cache=cache, position_ids=cache.advance(tokens.size(1)))
 
@@ -365,11 +364,12 @@ def generate_batch(
     uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     any_rank_active: Callable[[bool], bool] = bool,
 ) -> list[Completion]:
-    """Completions of prompts of any lengths, `n` of each one after the other. Each ends with the end-of-sequence token,
-    after max_new_tokens, or when the sequence has block_size tokens.
+    """Completions of prompts of any lengths, the `n` of a prompt one after the other.
 
-    uniform: see BatchDecoder. any_rank_active: whether any rank has unfinished completions, given whether this one has;
-    for models that all ranks must call together.
+    Each ends with the end-of-sequence token, after max_new_tokens, or when the sequence has block_size tokens.
+
+    uniform: see BatchDecoder.
+    any_rank_active: whether this rank has unfinished completions -> whether any rank has, for sharded models.
     """
     decoder = BatchDecoder(model, sampling, uniform)
     decoder.prefill(prompts)
