@@ -73,7 +73,7 @@ class Cache(Protocol):
     """The part of a KV cache that attention calls (nanoforge/models/generation.py has one)."""
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to attend to, (B, H_kv, S, D)."""
+        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
         ...
 
 

@@ -129,7 +129,7 @@ class KVCache:
         self.values = self.values[:, rows]
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to attend to, (B, H_kv, S, D)."""
+        """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
         if isinstance(positions, Tensor) and positions.dim() == 2:
             rows, columns = torch.arange(len(k), device=k.device), positions[:, 0]
@@ -249,8 +249,8 @@ MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of t
 class BatchDecoder:
     """Decodes completions of many prompts together: `prefill`, then `step` and `retire` in turn.
 
-    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. What the next forward
-    reads of a row is on the device; what was drawn is kept on the host, by completion.
+    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. What the next
+    forward reads of a row is on the device; what was drawn is kept on the host, by completion.
 
     uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's generator.
     """
