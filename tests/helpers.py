@@ -86,7 +86,7 @@ def write_examples(
 def write_sum_datasets(folder: Path) -> None:
     """Sums such as 12+9=21, at most 8 tokens with their end, as examples of every kind: 110 to train, 20 to validate.
 
-    sums: for SFT and GRPO. pairs: the right sum is chosen, a wrong one rejected. labelled: every third completion is right
+    sums: for SFT and GRPO. pairs: the right sum is chosen, a wrong one rejected. labelled: each third completion is right
     and desirable. chat: as messages.
     """
     operands = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
@@ -244,7 +244,7 @@ TINY_MODEL = GPTConfig(vocab_sizes=(31,), block_size=12, n_layer=2, n_head=4, n_
 
 
 def tiny_model(seed: int = 0, **changes) -> GPT:
-    """A GPT of TINY_MODEL's shape with changes. Its weights are random, away from the special ones at initialization."""
+    """A GPT of TINY_MODEL's shape with changes. Its weights are random, away from special initial values."""
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(TINY_MODEL, **changes))
     with torch.no_grad():

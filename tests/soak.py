@@ -3,7 +3,7 @@
     python tests/soak.py [MINUTES]        30 by default
 
 Each part ends by SIGKILL of all its ranks or of one, or by SIGTERM. The next one finds its checkpoint by itself,
-sharded or not, on another number of ranks. At the end the steps, the tokens and the data of every step are exactly those
+sharded or not, on another number of ranks. At the end the steps, tokens and data of every step are exactly those
 of the undisturbed run (one process), and the losses within 1e-4: sums over another number of ranks round differently.
 """
 

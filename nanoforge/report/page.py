@@ -288,7 +288,7 @@ def describe_law(law: scaling.PowerLaw, key: str) -> str:
 def describe_floor(law: scaling.PowerLaw, n_sizes: int) -> str:
     if n_sizes < scaling.MIN_SIZES_FOR_FLOOR:
         return (
-            "With fewer than five sizes, a floor E can't be told apart from the exponent: "
+            "With fewer than five sizes, a floor E can't be distinguished from the exponent: "
             "E = 0, as in Kaplan et al. (2020). With five or more it is fitted too."
         )
     if law.floor == 0:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_SIZES = 3  # fewer points lie on too many laws
-MIN_SIZES_FOR_FLOOR = 5  # with fewer, a floor can't be told apart from the exponent
+MIN_SIZES_FOR_FLOOR = 5  # with fewer, a floor can't be distinguished from the exponent
 FLOOR_GRID = np.linspace(0.05, 0.99, 40)  # starts of the fit, in units of the lowest loss
 N_REFINED = 3  # the best starts, which are refined
 MIN_FLOOR_GAIN = 1e-6  # relative decrease of the squared error that a floor must bring

@@ -1,4 +1,4 @@
-"""The law of imports (docs/ARCHITECTURE.md), read from the source: which wing may import which, and what imports no torch."""
+"""The law of imports (docs/ARCHITECTURE.md), read from the source: who may import whom, and what imports no torch."""
 
 import ast
 import dataclasses
@@ -115,7 +115,7 @@ def test_torch_free_modules_import_no_torch():
 
 
 def test_arguments_and_configs_import_no_torch():
-    code = "import sys, train_args, configurator; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, train_args; train_args.parse([]); print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

@@ -161,7 +161,7 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel is not Linux")
 def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
-    """256 MB of zeros, which take no place on the disk, are read at 6,400 places; the kernel counts what is resident."""
+    """256 MB of zeros, which take no disk space, are read at 6,400 places; the kernel counts what is resident."""
     folder = tmp_path / "large"
     folder.mkdir()
     with (folder / "train.bin").open("wb") as file:

@@ -154,7 +154,7 @@ def test_the_chunks_of_a_text_change_no_token(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
 def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
-    """Python's sorted set and dict, as nanoGPT's prepare.py has them, are the witness; 70,000 characters take uint32."""
+    """Python's sorted set and dict, as in nanoGPT's prepare.py, are the witness; 70,000 characters take uint32."""
     chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
     text = (chars * 3)[::-1]
     chunks = [text[i : i + 999] for i in range(0, len(text), 999)]
@@ -275,7 +275,8 @@ def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     code = (
-        f"import sysconfig, runpy, sys; sysconfig.get_path = lambda name: {str(tmp_path / 'lib')!r}; sys.argv[1:] = []; "
+        "import sysconfig, runpy, sys; sys.argv[1:] = []; "
+        f"sysconfig.get_path = lambda name: {str(tmp_path / 'lib')!r}; "
         f"iter_modules = runpy.run_path({str(ROOT / 'data/stdlib_char/prepare.py')!r})['iter_modules']; "
         "options = [{}, {'packages': True}, {'packages': True, 'max_bytes': 20}]; "
         "print([list(map(len, iter_modules(**option))) for option in options])"
@@ -304,7 +305,9 @@ def test_arithmetic_is_right_and_held_out(tmp_path):
 def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
     (tmp_path / "datasets.py").write_text(
-        "def load_dataset(*args, **kwargs):\n    print('asked', args, kwargs)\n    return [{'text': f'document {i}'} for i in range(4001)]\n"
+        "def load_dataset(*args, **kwargs):\n"
+        "    print('asked', args, kwargs)\n"
+        "    return [{'text': f'document {i}'} for i in range(4001)]\n"
     )
     env = {"PYTHONPATH": str(tmp_path), **gpt2_tokenizer_env()}
     done = run_script(f"--data_dir={tmp_path}", script=f"data/{name}/prepare.py", env=env)

@@ -131,7 +131,11 @@ def test_shards_of_two_widths_are_refused(folder):
     ("empty", lambda f: (f / "train.bin").write_bytes(b""), r"train\.bin: empty"),
     ("odd", lambda f: (f / "train.bin").write_bytes(b"\0" * 801), r"801 bytes are no whole number"),
     ("short", lambda f: (f / "val.bin").write_bytes(b"\0" * 16), r"8 tokens are less than one window"),
-    ("beyond", lambda f: np.full(400, 4000, dtype=np.uint16).tofile(f / "train.bin"), r"token 4000 at 0 is beyond the vocabulary of 9"),
+    (
+        "beyond",
+        lambda f: np.full(400, 4000, dtype=np.uint16).tofile(f / "train.bin"),
+        r"token 4000 at 0 is beyond the vocabulary of 9",
+    ),
     ("meta", lambda f: (f / "meta.json").write_text("{"), r"meta\.json: broken"),
     ("pickle", lambda f: (f / "meta.pkl").write_bytes(b"no"), r"not a meta\.pkl"),
     ("folder", lambda f: shutil.rmtree(f), r"no such dataset"),
