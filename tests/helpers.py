@@ -86,7 +86,7 @@ def write_examples(
 def write_sum_datasets(folder: Path) -> None:
     """Sums such as 12+9=21, at most 8 tokens with their end, as examples of every kind: 110 to train, 20 to validate.
 
-    sums: for SFT and GRPO. pairs: the right sum is chosen, a wrong one rejected. labelled: each third completion is right
+    sums: for SFT and GRPO. pairs: the right sum is chosen, a wrong one rejected. labelled: a third is right
     and desirable. chat: as messages.
     """
     operands = sorted(((a, b) for a in range(13) for b in range(10)), key=lambda ab: (ab[0] * 37 + ab[1] * 53) % 131)
