@@ -124,6 +124,11 @@ def arg_specs(table: type) -> dict[str, ArgSpec]:
     return {spec.name: spec for specs in arg_groups(table).values() for spec in specs}
 
 
+def to_dict(args: Any) -> dict[str, Any]:
+    """The arguments and their values, in the order of --help: dataclasses.asdict has the last group first."""
+    return {name: getattr(args, name) for name in arg_specs(type(args))}
+
+
 @functools.cache
 def arg_groups(table: type) -> dict[str, list[ArgSpec]]:
     """The arguments of a table by group: those of its base classes, then its own. It may override a group's field."""

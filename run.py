@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import builders
+import configurator
 from model import GPT
 from nanoforge import distributed, run_dir
 from nanoforge.data import token_bins, tokenization
@@ -213,7 +214,7 @@ def make_record(
     resumed_from: run_dir.RunRecord | None,
 ) -> run_dir.RunRecord:
     """The record of a run, without the versions of this process."""
-    values = dataclasses.asdict(args) | {"overwrite": False}  # a run started from this config deletes nothing
+    values = configurator.to_dict(args) | {"overwrite": False}  # a run started from this config deletes nothing
     if resumed_from:
         values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
     return run_dir.RunRecord(

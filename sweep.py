@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,7 @@ class Planner:
     ) -> PlannedRun:
         """The run of a point without errors."""
         # 1. The arguments with an effect; those that differ from the defaults identify the run.
-        values = asdict(resolved.args)
+        values = configurator.to_dict(resolved.args)
         effective = {
             name: value
             for name, value in values.items()

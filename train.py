@@ -65,8 +65,8 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> None:
             return
 
         # 2. Forward, backward, update. The last micro-batch averages the gradients over the ranks.
-        lr = lr_scale(progress.step)
-        optimizer.set_lr_scale(lr)
+        scale = lr_scale(progress.step)
+        optimizer.set_lr_scale(scale)
         torch.manual_seed(int(rng.hash_u64(args.seed, rng.DROPOUT, progress.step, ranks.rank)) >> 1)
         step = next(steps)
         should_log = step_logger.is_due(progress.step + 1)
@@ -90,7 +90,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> None:
                 step=progress.step,
                 tokens=progress.tokens,
                 metrics=metrics,
-                lr=args.learning_rate * lr,
+                lr=args.learning_rate * scale,
                 grad_norm=grad_norm,
                 data_hash=step.data_hash,
             )
@@ -282,7 +282,7 @@ def open_logger(run: Run) -> RunLogger:
         total_steps=run.total_steps,
     )
     if args.wandb_log:
-        logger.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(args))
+        logger.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, configurator.to_dict(args))
     if args.tensorboard_log:
         logger.track_tensorboard()
     return logger
