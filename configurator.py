@@ -124,9 +124,9 @@ def arg_specs(table: type) -> dict[str, ArgSpec]:
     return {spec.name: spec for specs in arg_groups(table).values() for spec in specs}
 
 
-def to_dict(args: object) -> dict[str, Any]:
+def to_dict(args: Any) -> dict[str, Any]:
     """The arguments and their values, in the order of --help: dataclasses.asdict has the last group first."""
-    return {name: getattr(args, name) for name in arg_specs(type(args))}
+    return {name: getattr(args, name) for name in arg_specs(args.__class__)}
 
 
 @functools.cache

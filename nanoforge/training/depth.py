@@ -1,4 +1,4 @@
-"""One dial for a model's size: width, heads, batch, steps and learning rates follow from a depth. Imports no torch.
+"""A model's size from one number, its depth: width, heads, batch, steps and learning rates follow. Imports no torch.
 
 The rules are power laws through two points each: what was measured with configs/depth.py at a few million training
 tokens on a CPU (docs/depth.md), and the recipe that modded-nanogpt and nanochat found for GPT-2's size, at 1.2 billion

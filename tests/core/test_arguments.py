@@ -41,6 +41,7 @@ def shapes(done) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in done.last.weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(configurator.arg_specs(train_args.TrainArgs)))
 def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, base):
     assert name in EFFECTS, f"--{name} has no test of its effect"

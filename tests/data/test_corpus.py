@@ -27,6 +27,7 @@ def tokens(folder, split="train"):
     return token_bins.TokenBin(folder, split, token_bins.read_meta(folder)).shards[0].tolist()
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("name, counts", [("shakespeare_char", (1003854, 111540)), ("shakespeare", (301966, 36059))])
 def test_shakespeare_is_nanogpts(tmp_path, name, counts):
@@ -48,6 +49,7 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
     assert (len(expected), len(tokens(tmp_path / name, "val"))) == counts
 
 
+@pytest.mark.slow
 def test_offline_download_says_what_to_do(tmp_path):
     done = run_script(
         f"--data_dir={tmp_path}",
@@ -58,6 +60,7 @@ def test_offline_download_says_what_to_do(tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--input FILE" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
 def test_documents_are_the_same_from_every_kind_of_file(tmp_path, kind):
     path = tmp_path / f"my docs, new.{kind}"
@@ -152,6 +155,7 @@ def test_the_chunks_of_a_text_change_no_token(tmp_path, monkeypatch):
     assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
 def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
     """Python's sorted set and dict, as in nanoGPT's prepare.py, are the witness; 70,000 characters take uint32."""
@@ -168,6 +172,7 @@ def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
     assert meta["dtype"] == ("uint16" if len(stoi) <= 2**16 else "uint32")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is not Linux")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """The peak of a whole process, as the kernel counts it, with 1 MB of text and with 30."""
@@ -187,6 +192,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks[1] - peaks[0] < 10_000, peaks  # kB
 
 
+@pytest.mark.slow
 def test_preparing_twice_gives_the_same_bytes(tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
@@ -212,6 +218,7 @@ def test_threads_keep_the_order():
     assert list(corpus.map_in_order(every_third_is_slow, range(50), 4)) == list(range(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     ([], "--input: is needed"),
     (["--input=/nowhere"], "no such file or folder"),
@@ -256,6 +263,7 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
 # the shipped datasets
 
 
+@pytest.mark.slow
 def test_standard_library_and_its_classes_are_aligned(tmp_path):
     texts = []
     for name in ("stdlib_char", "stdlib_class"):
@@ -269,6 +277,7 @@ def test_standard_library_and_its_classes_are_aligned(tmp_path):
     assert keywords and all(classes[start : end - 1] == "kkk" for start, end in keywords)
 
 
+@pytest.mark.slow
 def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_path):
     for name, text in (("b.py", "b = 1\n" * 9), ("site-packages/c/d.py", "d\n"), ("a/e.py", "e = 2\n")):
         path = tmp_path / "lib" / name
@@ -293,6 +302,7 @@ def test_classes_of_a_line():
     assert classify('"""two\nlines"""\n') == "ssssss\nssssssss\n"
 
 
+@pytest.mark.slow
 def test_arithmetic_is_right_and_held_out(tmp_path):
     run_script(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
     tokenizer = token_bins.read_meta(tmp_path).tokenizer
@@ -301,6 +311,7 @@ def test_arithmetic_is_right_and_held_out(tmp_path):
     assert all(eval(line.replace("=", "==")) for line in [*train, *val])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
@@ -320,6 +331,7 @@ def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     assert (train == 50256).sum() == 4001 - {"openwebtext": 2, "fineweb_edu": 4}[name] and train[-1] == 50256
 
 
+@pytest.mark.slow
 def test_prepare_shows_its_help():
     done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--tokenizer" in done.stdout

@@ -24,6 +24,7 @@ def prepare_gsm8k(out_dir, *flags, **options):
     return run_script(*flags, f"--out_dir={out_dir}", script="data/gsm8k/prepare.py", **options)
 
 
+@pytest.mark.slow
 @needs_gsm8k
 def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
     raw = SHARED / "gsm8k"
@@ -36,6 +37,7 @@ def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
         assert read_split(tmp_path / "a", split) == list(read_rows(raw / f"{name}.jsonl", to_problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     (["--input=nowhere"], "--input: nowhere"), (["--input=test.jsonl"], "train.jsonl"),
     (["--input=folder"], "folder/train.jsonl"),
@@ -69,6 +71,7 @@ def prepare_preferences(out_dir, *flags):
     return prepare_arithmetic(out_dir, "--kind=preferences", *flags)
 
 
+@pytest.mark.slow
 def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
     prepare_arithmetic(tmp_path, "--sums=2500")
     meta = token_bins.read_meta(tmp_path)
@@ -82,6 +85,7 @@ def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
             assert row == to_problem(row) and is_correct(row["completion"], row["answer"])
 
 
+@pytest.mark.slow
 def test_preferences_are_off_by_one(tmp_path):
     for name, flags in {"a": [], "b": [], "c": ["--seed=1"]}.items():
         prepare_preferences(tmp_path / name, *flags)
@@ -97,6 +101,7 @@ def test_preferences_are_off_by_one(tmp_path):
     assert 4000 < same < 6000, "another seed, other mistakes in the same rows"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unpaired", [1, 8])
 def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpaired):
     prepare_preferences(tmp_path, f"--unpaired={unpaired}", "--sums=1800")
@@ -111,6 +116,7 @@ def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpair
 WRONG_FLAGS = [(["--kind=preferences"], "--out_dir"), (["--unpaired=8"], "only with --kind=preferences")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", WRONG_FLAGS)
 def test_preferences_dont_take_the_place_of_the_sums(flags, message):
     done = run_script(*flags, script="data/arithmetic/prepare.py", check=False)

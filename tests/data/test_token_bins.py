@@ -35,6 +35,7 @@ def test_nanogpts_folder_is_read_as_it_is(folder):
     assert meta.tokenizer.encode("low").tolist() == [CHARS.index(char) for char in "low"]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_nanogpts_shakespeare_trains_unchanged(tmp_path, run):
     """Bins and meta.pkl as its data/shakespeare_char/prepare.py writes them."""
@@ -126,6 +127,7 @@ def test_shards_of_two_widths_are_refused(folder):
         token_bins.TokenBin(folder, "train", meta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, break_it, message", [
     ("missing", lambda f: (f / "val.bin").unlink(), r"val\.bin not there"),
     ("empty", lambda f: (f / "train.bin").write_bytes(b""), r"train\.bin: empty"),

@@ -112,6 +112,7 @@ def test_merged_weights_give_the_unmerged_logits(variant):
 THEIR_NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs_of", [["attn.c_attn"], list(THEIR_NAMES)], ids=["qkv", "all"])
 def test_lora_is_pefts(tmp_path, theirs_of):
     """The same A and B on the same GPT-2: logits, loss and gradients, also of what PEFT itself merges."""
@@ -201,6 +202,7 @@ def test_unknown_lora_targets_are_refused(targets, message):
 # runs with LoRA and with a soft prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]],
@@ -236,6 +238,7 @@ def test_a_trained_lora_loads_merged(run, base, built_runs):
         torch.testing.assert_close(model(idx), base_model(base)(idx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
 def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
     """By the hash of its weights; the file itself may move in whole."""
@@ -265,6 +268,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 def test_resumed_is_bit_identical(run, base, kind):
     """N steps = N/2, resume, N/2; of a soft prompt's preferences too, whose reference is the prompt as it began."""
@@ -296,6 +300,7 @@ def test_resumed_is_bit_identical(run, base, kind):
         ] == pytest.approx(math.log(2), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, parallel",
     [
@@ -339,6 +344,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
     assert one.losses[0] != one.losses[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
 def test_every_objective_takes_an_adapter(run, base, flags):
     """Preferences begin at log 2, since the adapter switched off is what it was; rollouts agree with training."""
@@ -487,6 +493,7 @@ def test_free_rows_are_distinct_and_known():
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
     """To say 9 whatever it is asked; the base is frozen."""
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"word": "{i}", "completion": "9"}}\n' for i in range(10)))

@@ -17,6 +17,7 @@ def load(folder) -> GPT:
     return load_model(str(folder)).model
 
 
+@pytest.mark.slow
 def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
     sft = ["--objective=sft", "--dataset=sums", "--block_size=32"]
     steps = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
@@ -33,6 +34,7 @@ def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
     assert checkpoint.verify(merged, checkpoint.WEIGHT_FILES)
 
 
+@pytest.mark.slow
 def test_peft_loads_what_was_exported(run, tmp_path):
     """On the GPT-2 that it was trained on, with the logits of our own merged model."""
     peft = pytest.importorskip("peft")
@@ -55,6 +57,7 @@ def test_peft_loads_what_was_exported(run, tmp_path):
         assert not torch.allclose(base_logits, ours, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_errors_of_exports_name_the_flag(base, tmp_path):
     for argv, message in (
         (["merge", base], "--to"),

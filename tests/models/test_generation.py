@@ -48,6 +48,7 @@ def test_cached_logits_equal_uncached_logits():
     torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_compiled_steps_draw_what_eager_ones_draw(position):
     """Through the end of the block, where the context is cut and read again."""

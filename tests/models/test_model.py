@@ -388,6 +388,7 @@ def test_embedding_norm_forgets_the_embeddings_size():
     torch.testing.assert_close(model(ids(2, 12)), before, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     model = tiny_model()
     compiled = torch.compile(model, dynamic=False)
@@ -444,6 +445,7 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
     """From a local server by the real client; when it can't be reached, the error is one line that says what to do."""
     _, folder = hugging_face

@@ -49,6 +49,7 @@ def refuse(*argv, **more) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_samples_resemble_the_text(trained):
     output = sample(
         f"--out_dir={trained}/single", "--start=the quick", "--num_samples=2", "--max_new_tokens=200", "--temperature=2"
@@ -64,6 +65,7 @@ def test_samples_resemble_the_text(trained):
     assert sum(word in known_words for word in re.findall(r"\w+", output)) > 20
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
     flags = [f"--out_dir={trained}/single", "--start=pack", "--max_new_tokens=60", "--num_samples=2"]
     assert (
@@ -74,6 +76,7 @@ def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
     )
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
     (tmp_path / "p.txt").write_text("five dozen")
@@ -84,6 +87,7 @@ def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_are_chosen(trained):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=50", "--num_samples=1"]
     assert sample(*flags, "--checkpoint=last") == sample(*flags, "--checkpoint=150")
@@ -92,6 +96,7 @@ def test_checkpoints_are_chosen(trained):
     )
 
 
+@pytest.mark.slow
 def test_contexts_are_printed_aligned(trained):
     output = sample(
         f"--out_dir={trained}/contexts",
@@ -114,6 +119,7 @@ def test_contexts_are_printed_aligned(trained):
     assert "need equal lengths" in refuse(f"--out_dir={trained}/contexts", "--start", "the ", "U")
 
 
+@pytest.mark.slow
 def test_a_dataset_of_several_is_chosen(trained):
     output = sample(
         f"--out_dir={trained}/separate", "--dataset=c", "--start=0123", "--num_samples=1", "--max_new_tokens=40"
@@ -122,6 +128,7 @@ def test_a_dataset_of_several_is_chosen(trained):
     assert "vocabularies of a, c" in refuse(f"--out_dir={trained}/separate", "--dataset=x")
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(trained, tmp_path):
     assert "knows no '€'" in refuse(f"--out_dir={trained}/single", "--start=a €")
     assert "no checkpoints" in refuse(f"--out_dir={tmp_path}")
@@ -135,6 +142,7 @@ def test_errors_are_one_line(trained, tmp_path):
     assert "--top_k: has an effect only with --temperature above 0" in refuse("--temperature=0", "--top_k=3")
 
 
+@pytest.mark.slow
 def test_gpt2_of_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
     env = gpt2_tokenizer_env()

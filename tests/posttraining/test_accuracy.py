@@ -45,6 +45,7 @@ def test_majority_at_k_is_the_mean_over_groups():
         majority_at_k(answers, "1", 11)
 
 
+@pytest.mark.slow
 def test_majority_at_k_is_unbiased():
     """Over all the orders of draws from {1 twice as likely, 2, 3} the mean is the exact chance, enumerated by hand."""
     pool = ["1", "1", "2", "3"]

@@ -94,6 +94,7 @@ HARD_TEXTS = [
 ]
 
 
+@pytest.mark.slow
 def test_no_text_takes_long_to_parse():
     start = time.process_time()
     for text in HARD_TEXTS:
@@ -207,6 +208,7 @@ def test_rows_that_are_no_problem_are_refused(tmp_path, row):
         next(problems)
 
 
+@pytest.mark.slow
 @needs_gsm8k
 def test_every_real_answer_of_gsm8k_is_a_number():
     """int() of it without its commas is the witness; a solution of GSM8K's own is right, and in the format."""

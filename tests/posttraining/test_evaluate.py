@@ -96,6 +96,7 @@ def test_accuracy_is_that_of_greedy_completions(base, data_dir):
     assert metrics["partial"]["value"] >= accuracy["value"] and metrics["format"]["value"] == 0
 
 
+@pytest.mark.slow
 def test_completions_depend_on_the_seed_alone(base, tmp_path):
     def evaluate_sums(*flags) -> dict:
         flags = ["--tasks=sums", "--decode=liberal", "--num_passes=4", f"--json={tmp_path / 'e.json'}", *flags]
@@ -172,6 +173,7 @@ def sample_greedily(*argv) -> list[str]:
     return run_script(*argv, *flags, script="sample.py").stdout.split("\n---------------\n")[:-1]
 
 
+@pytest.mark.slow
 def test_prompts_of_several_runs_share_a_batch(soft_prompts):
     a, b = soft_prompts / "a", soft_prompts / "b"
     a_fields, b_fields = '{"prompt": "12+9="}', '{"prompt": "3+4="}'
@@ -182,6 +184,7 @@ def test_prompts_of_several_runs_share_a_batch(soft_prompts):
     assert sample_greedily("--prompt_dir", a, b, "--fields", a_fields, b_fields) == alone
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_soft_prompt_gives_its_completions(soft_prompts):
     run_dir = soft_prompts / "a"
     flags = ["--tasks=sums", "--dtype=float32", "--max_problems=3", f"--json={soft_prompts / 'e.json'}"]
@@ -192,6 +195,7 @@ def test_an_evaluation_of_a_soft_prompt_gives_its_completions(soft_prompts):
         assert sample_greedily("--prompt_dir", run_dir, "--fields", fields) == [sample["completion"]]
 
 
+@pytest.mark.slow
 def test_errors_of_prompts_are_one_line_that_names_the_flag(soft_prompts, base):
     def error_of(*argv) -> str:
         done = run_script(*argv, script="sample.py", check=False)
@@ -209,6 +213,7 @@ def test_errors_of_prompts_are_one_line_that_names_the_flag(soft_prompts, base):
     assert "--chat" in error_of(f"--out_dir={base.parent.parent}", "--start=1", "--chat")
 
 
+@pytest.mark.slow
 def test_a_chat_and_an_end_token(run, base, tmp_path):
     """A model that has learned one chat by heart says it without the end token, at which --stop_at_end stops."""
     row = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}

@@ -674,6 +674,7 @@ def run_cuts(run, flags: list[str], cuts=((4, 1), (2, 2), (1, 4))) -> tuple:
     return one, others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [[], ["--packing", "--block_size=24"], ["--loss_on=all"]], ids=["padded", "packed", "all"]
 )
@@ -693,6 +694,7 @@ def kto_flags(folder: Path) -> list[str]:
     return ["--objective=kto", *files, "--undesirable_weight=0.1", "--beta=0.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 @pytest.mark.parametrize("adapter", [[], ["--adapter=lora"]], ids=["full", "lora"])
 def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tmp_path, adapter):
@@ -710,6 +712,7 @@ def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tm
     assert one.losses[0] != one.losses[-1]
 
 
+@pytest.mark.slow
 def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     flags = [*kto_flags(tmp_path), f"--init_from={base}", *SGD, "--learning_rate=0.3"]
     one = run(*flags, *batch_flags(3, 1), name="one")
@@ -724,6 +727,7 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
     assert "--batch_size=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type, scale", [("grpo", "group"), ("dr_grpo", "batch"), ("dapo", "none")])
 def test_grpo_is_the_same_however_a_step_is_cut(run, base, loss_type, scale):
     flags = [f"--loss_type={loss_type}", f"--scale_rewards={scale}", "--num_iterations=2"]
@@ -744,6 +748,7 @@ FLAGS_ON_RANKS = {
 NOT_COMPARED = ("seconds", "step_ms", "tokens_per_second", "mfu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parallel",
     [*((name, "ddp") for name in FLAGS_ON_RANKS), *((name, "fsdp") for name in ("sft", "dpo", "kto", "grpo"))],
@@ -821,6 +826,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
 # the reference model
 
 
+@pytest.mark.slow
 def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base, tmp_path, data_dir):
     """A run takes its numbers, as a changed one shows; other weights have files of their own."""
     shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
@@ -848,6 +854,7 @@ def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base, tmp
 REFERENCES = [[], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective, dataset", [("dpo", "pairs"), ("kto", "labelled")])
 @pytest.mark.parametrize("reference", REFERENCES, ids=["copy", "adapter", "lora_copy"])
 def test_a_resumed_run_has_the_same_reference(run, base, objective, dataset, reference):

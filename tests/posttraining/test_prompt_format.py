@@ -102,6 +102,7 @@ PIECE = st.one_of(COUNT.map(VirtualTokens), TEXT.map(InitText), TEXT.map(Literal
 PIECES = st.lists(PIECE, max_size=9).filter(has_virtual_tokens)
 
 
+@pytest.mark.slow
 @given(PIECES)
 def test_parse_is_the_inverse_of_render(pieces):
     separate = []  # two literals that follow each other would become one

@@ -47,6 +47,7 @@ def short_sft(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "short_sft", SPEC)
 
 
+@pytest.mark.slow
 def test_a_registered_objective_trains(run, base, short_sft):
     done = run(*FLAGS, f"--init_from={base}", "--max_iters=30", "--eval_interval=30", "--batch_size=10")
     assert done.config["objective"] == "short_sft"

@@ -262,6 +262,7 @@ LORA = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
 def test_resumed_in_the_middle_is_bit_identical(run, base, num_iterations, flags):

@@ -26,6 +26,7 @@ def write_seeds(write_run) -> None:
             write_run(f"lr={lr},seed={seed}", learning_rate=lr, seed=seed, loss=loss)
 
 
+@pytest.mark.slow
 def test_seeds_are_one_group_with_mean_band_and_test(write_run, payload_of, tmp_path):
     write_seeds(write_run)
     shown = payload_of(tmp_path / "out")
@@ -160,6 +161,7 @@ def test_the_page_in_a_browser(write_run, write_hostile_run, payload_of, tmp_pat
     assert "onerror=" not in re.sub(r"&lt;.*?&gt;", "", dom)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_also_of_odd_names(write_run, write_hostile_run, payload_of, tmp_path):
     folder = write_hostile_run()
     for seed in (1, 2):

@@ -18,6 +18,7 @@ from nanoforge.report.read_runs import RunReader
 from nanoforge.report.server import PageServer
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_and_figures(write_run, tmp_path):
     pytest.importorskip("plotly")
     write_run("a")
@@ -28,6 +29,7 @@ def test_the_command_writes_page_and_figures(write_run, tmp_path):
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "loss.png", "training.png"}
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_and_help_is_quick(tmp_path):
     for arguments, message in (
         ([], "pass run folders"),

@@ -52,6 +52,7 @@ def test_students_quantiles_are_those_of_the_tables():
     assert scaling.student_quantile(0.95, 1) == pytest.approx(math.tan(0.95 * math.pi / 2))
 
 
+@pytest.mark.slow
 def test_the_intervals_hold_as_often_as_they_say():
     x, generator = np.repeat(COMPUTE, 2), np.random.default_rng(0)
     n_exponents = n_losses = 0

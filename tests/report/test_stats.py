@@ -38,6 +38,7 @@ def test_welch_without_variance():
     assert stats.welch_t_test([1.0, 1.0], [2.0, 2.0]).p == 0
 
 
+@pytest.mark.slow
 def test_equals_are_seldom_called_different():
     draws = np.random.default_rng(0).normal(size=(800, 8))
     different = [stats.welch_t_test(row[:4], row[4:]).p < 0.05 for row in draws]

@@ -314,6 +314,7 @@ ODD_VALUES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     lines=st.lists(st.sampled_from(LINES), max_size=5, unique=True),
@@ -430,6 +431,7 @@ def starts() -> list[list[str]]:
     return [line.split() for line in Path("o/starts").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_shown_with_the_end_of_its_log_and_retried(run_sweep, stand_in):
     Path("o").mkdir()
     Path("o/fail").touch()
@@ -458,6 +460,7 @@ def test_a_failed_run_is_shown_with_the_end_of_its_log_and_retried(run_sweep, st
     assert len(Path("o/results.md").read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_j_runs_at_a_time_with_gpus_assigned(run_sweep, stand_in, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     monkeypatch.setenv("PACE", "0.3")
@@ -523,6 +526,7 @@ def wait_for_starts(count: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_has_its_runs_save_and_is_resumed(run_sweep, stand_in, number):
     process = start_sweep(
@@ -551,6 +555,7 @@ def test_two_sweeps_over_one_folder_start_no_run_twice(run_sweep, stand_in):
     assert run_sweep("--status", "--learning_rate=1,2,3,4,5,6", yaml=stand_in)[1].count("done") == 6
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_launcher_that_was_killed_and_is_not_started_again(run_sweep, stand_in):
     process = start_sweep(stand_in, "--launcher=local", "--learning_rate=1", "--max_iters=20", pace="0.2")
     wait_for_starts(1)
@@ -594,6 +599,7 @@ if sys.argv[3] == "--tasks=a":
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_follows_its_training(run_sweep, stand_in, tmp_path, monkeypatch):
     (tmp_path / "evaluate.py").write_text(EVALUATE)
     monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")

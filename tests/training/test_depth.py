@@ -1,4 +1,4 @@
-"""The dial for the size: what follows from a depth, and that explicit arguments stay."""
+"""What follows from --depth, and that explicit arguments stay."""
 
 import math
 

@@ -170,6 +170,7 @@ def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
 # 2. a full disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
     assert wait_for_exit(fork(*flags, fault=partial(full_disk, 4))) == 0
@@ -181,6 +182,7 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
     assert wait_for_exit(fork(*flags, fault=partial(full_disk, 8))) == 1
@@ -224,6 +226,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_byte, truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, damage, tmp_path):
     undamaged = run("--checkpoint_interval=1", "--max_iters=4", name="undamaged")
@@ -370,6 +373,7 @@ def test_a_poisoned_first_step_is_skipped_too(run, monkeypatch):
     assert equal_tensors(poisoned.last.weights, start.last.weights)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_roll_back_once(run, monkeypatch):
     """Three in a row exhaust the patience: the run continues from the checkpoint of step 4, as if they had not been."""
     flags = ["--max_iters=10", "--eval_interval=4", "--skip_patience=3", "--dropout=0.1"]
@@ -403,6 +407,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, tmp_path)
     assert checkpoint.list_steps(tmp_path / "run/checkpoints") == []
 
 
+@pytest.mark.slow
 def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch):
     """A gradient a thousand times as large as usual in step 40, after a resume or not: that step alone is skipped."""
     flags = ["--eval_interval=100", "--spike_skip=8"]
@@ -420,6 +425,7 @@ def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch
 # 6. data that changed, or that ends
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_on_resume(run, data_dir, tmp_path):
     shutil.copytree(data_dir / "a", tmp_path / "data/a")
     run(f"--data_dir={tmp_path / 'data'}")

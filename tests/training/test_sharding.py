@@ -41,6 +41,7 @@ def shapes(run: RunFiles) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in run.last.weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
 def test_sharded_training_is_the_plain_run_with_every_optimizer(train, optimizer):
     """Losses of six steps within 1e-5 of one process's. Neither 12 nor 31 rows always divide by three ranks."""
@@ -72,6 +73,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda flags: flags[0])
 def test_sharded_variants_are_the_plain_run(train, variant):
     tolerance = 1e-2 if "--dtype=bfloat16" in variant else 1e-5
@@ -83,6 +85,7 @@ def test_sharded_variants_are_the_plain_run(train, variant):
     assert [line["val_loss"] for line in sharded.evals] == pytest.approx(val_losses, rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", LAYOUTS)
 @pytest.mark.parametrize("second", LAYOUTS)
 def test_a_checkpoint_of_any_number_of_ranks_resumes_on_any_other(train, first, second):
@@ -126,6 +129,7 @@ def test_shards_become_one_file_that_samples_and_is_verified(train):
     assert refused.returncode == 2 and "instead of" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_plain_checkpoint_needs_no_consolidating(train):
     run = train(1, name="plain")
     refused = run_script("consolidate", run.out_dir / "checkpoints/000004", script="export.py", check=False)

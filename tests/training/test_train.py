@@ -66,6 +66,7 @@ def restore_nondeterminism():
 # precision
 
 
+@pytest.mark.slow
 def test_automatic_precision_is_measured_printed_and_kept(run, monkeypatch):
     """On a CPU it is the faster of float32 and bfloat16; a resumed run keeps it."""
     speed = {torch.bfloat16: 3e11, torch.float32: 2e11}
@@ -79,6 +80,7 @@ def test_automatic_precision_is_measured_printed_and_kept(run, monkeypatch):
     assert run("--init_from=resume", "--max_iters=2", name="fast").config["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_as_float32_does(run):
     """The loss curves differ less than those of two seeds."""
     flags = ["--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2"]
@@ -93,6 +95,7 @@ def test_bfloat16_learns_as_float32_does(run):
     assert bfloat16[-1] < bfloat16[0] - 0.5
 
 
+@pytest.mark.slow
 def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     """One infinite gradient in a matrix of Muon's: no parameter of AdamW's moves either, and the scale is halved."""
     original = Optimizer.clip_grad_norm
@@ -109,6 +112,7 @@ def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
     assert metric(done, "grad_norm") == [None] * 3, "strict JSON has no Infinity"
 
 
+@pytest.mark.slow
 def test_float16_keeps_its_scaler(run):
     scaler = run("--dtype=float16").last.progress["scaler"]
     assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 4
@@ -120,6 +124,7 @@ def test_float16_keeps_its_scaler(run):
 # the same run: repeated, resumed, in other batches, on other ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -145,6 +150,7 @@ def test_resumed_run_is_bit_identical(run, flags):
     assert [line["val_loss"] for line in resumed.evals] == [line["val_loss"] for line in whole.evals]
 
 
+@pytest.mark.slow
 def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
     first = run("--dropout=0.2", name="first")
     again = run("--dropout=0.2", name="again")
@@ -223,6 +229,7 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_hot_loop_reads_nothing_back(run, optimizer):
     """40 steps read as many tensors as 10 when neither logs in between."""
@@ -336,6 +343,7 @@ def test_resume_restores_a_lost_tokenizer_and_best_json(run):
 # signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
@@ -384,6 +392,7 @@ with Signals() as signals:
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once():
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "ready\n"
@@ -439,6 +448,7 @@ def test_an_out_dir_that_cant_be_written_is_an_error(run, tmp_path):
         run()
 
 
+@pytest.mark.slow
 def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path):
     """Also after --overwrite and after a resume, which keeps where the run came from."""
     run()
@@ -487,6 +497,7 @@ def test_best_checkpoint_outlives_later_worse_ones(run):
     assert done.steps == sorted({best["step"], 6, 8})
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_gives_way_to_the_newest(run):
     done = run("--learning_rate=0", "--max_iters=8")  # step 2 stays the best
     assert done.steps == [2, 6, 8]
@@ -577,6 +588,7 @@ write_char_dataset(Path(__file__).parent, TEXT * 9)
 """
 
 
+@pytest.mark.slow
 def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
     folder = tmp_path / "data/made"
     folder.mkdir(parents=True)
@@ -598,6 +610,7 @@ print([name for name in ("wandb", "tensorboard", "matplotlib") if name in sys.mo
 """
 
 
+@pytest.mark.slow
 def test_an_untracked_run_never_imports_wandb(data_dir, tmp_path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path}/x"]
     command = [sys.executable, "-c", TRAIN_AND_LIST_MODULES, *flags]
@@ -618,6 +631,7 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(seconds) < 0.5
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_run(data_dir, tmp_path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=40", f"--out_dir={tmp_path / 'x'}"]
     process = start_script(*flags, stderr=subprocess.PIPE)
