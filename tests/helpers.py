@@ -1,6 +1,7 @@
 """What tests share: tiny datasets, the flags of a tiny run, what runs leave, and processes that run scripts."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -276,11 +277,25 @@ def train_in_fork(flags: list[str], log: Path, env: dict[str, str], prepare: Cal
     sys.stdout.flush()
 
 
+PORTS = itertools.count(10_000 + 97 * os.getpid() % 20_000)
+
+
+def free_port() -> int:
+    """A port that nobody listens on. It is below those that the kernel gives to connections: none of the tests that run
+    at the same time takes it between now and its use, as happened to ports that the kernel chose."""
+    for port in PORTS:
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise AssertionError("no port is free")
+
+
 def start_ranks(flags: list[str], ranks: int, log: Path, prepare: Callable[[], None] | None = None) -> list:
     """Start the processes of a run on a number of ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     processes = []
     for rank in range(ranks):
         env: dict[str, str] = {}
