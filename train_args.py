@@ -19,7 +19,6 @@ from common_args import DeviceArgs, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, with_set, with_value
 from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
-from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
 from nanoforge.training.schedules import SCHEDULES
@@ -391,7 +390,7 @@ class SystemArgs(DeviceArgs):
 # fmt: on
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)  # each unused method of so many fields costs a millisecond
 class TrainArgs(
     RunArgs,
     DataArgs,
@@ -699,6 +698,8 @@ def prompt_errors(args: TrainArgs) -> Iterator[str]:
     if not args.prompt_format:
         yield "--prompt_format: required by --adapter=soft_prompt"
     else:
+        from nanoforge.posttraining import prompt_format  # here, since few runs need it
+
         try:
             template = prompt_format.parse(args.prompt_format)
             template.check_fields(args.target_field or "completion", args.truncation_field or None)
