@@ -390,7 +390,7 @@ class SystemArgs(DeviceArgs):
 # fmt: on
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)  # each unused method of so many fields costs a millisecond
+@dataclass(frozen=True, kw_only=True, repr=False)  # a repr of so many fields costs milliseconds of start-up
 class TrainArgs(
     RunArgs,
     DataArgs,
