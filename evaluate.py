@@ -45,7 +45,7 @@ class LossArgs:
 
     datasets: tuple[str, ...] = arg((), "datasets whose validation loss is taken (default: the run's own)")
     data_dir: str = arg("", "folder of the dataset folders (default: the run's, otherwise data)")
-    max_windows: int = arg(0, "at most so many windows, or examples, of a dataset (0: all)", low=0)
+    max_windows: int = arg(0, "maximum windows, or examples, per dataset (0: all)", low=0)
 
 
 @arg_group
@@ -61,7 +61,7 @@ class TaskArgs:
     )
     num_passes: int = arg(1, "completions sampled per problem, for pass@k and majority@k", low=1, needs=TASKS)
     max_new_tokens: int = arg(0, "maximum completion length (0: the run's, otherwise 256)", low=0, needs=TASKS)
-    max_problems: int = arg(0, "at most so many problems of a task, the first ones (0: all)", low=0, needs=TASKS)
+    max_problems: int = arg(0, "maximum problems per task, the first ones (0: all)", low=0, needs=TASKS)
     seed: int = arg(1337, "random seed of sampling", low=0, high=2**32 - 1, needs=TASKS)
 
 

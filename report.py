@@ -103,7 +103,7 @@ def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
 def serve_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Serve the page until Ctrl-C."""
     with PageServer(args.port, reader, by=args.by, title=title, refresh_seconds=args.refresh) as server:
-        page.render(server.payload(), title)  # raises what is wrong before anything is served
+        page.render(server.payload(), title)  # raises its UserErrors before anything is served
         print(f"http://{HOST}:{server.server_port} follows {len(reader.cache)} runs; Ctrl-C stops it", flush=True)
         server.serve_forever()
 

@@ -153,9 +153,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     fingerprints = builders.fingerprints(args)
     if resumed_from and not args.eval_only:
         resumed_from.check_data(fingerprints, allow_change=args.allow_data_change, log=log)
-    rank_slice = distributed.rank_slice(
-        args.batch_size, args.gradient_accumulation_steps, ranks, group_size=args.group_size
-    )
+    rank_slice = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size)
 
     # 2. Model and optimizer.
     parts = builders.build_run(args, resumed_from, ranks, log)

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import CASES, ROOT, SCRIPTS, Case, Figures, run_process, to_flags
 from benchmarks.session import Session, read_nanogpt_step_ms
-from model import GPT, GPTConfig
+from builders import load_model
+from model import GPT
 from nanoforge.errors import UserError
-from nanoforge.models import pretrained
 from nanoforge.run_dir import RunRecord
 
 Run = dict[str, Any]  # seed, wall, curve, loss, parameters; curve: [{"step", "seconds", "tokens", "loss"}, ...]
@@ -180,9 +180,7 @@ def nanogpt_curve(race: Race, out_dir: Path, seconds: list[float]) -> tuple[list
     """The held-out loss of each checkpoint, and the model's parameters. seconds: of each iteration."""
     curve = []
     for path in sorted(out_dir.glob("ckpt_*.pt")):
-        loaded = pretrained.load(str(path))
-        model = GPT(GPTConfig(**loaded.shape))
-        model.load_weights(loaded.weights, str(path))
+        model = load_model(str(path)).model
         step = int(path.stem.removeprefix("ckpt_"))
         curve.append(
             {

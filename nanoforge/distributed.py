@@ -140,22 +140,21 @@ def eval_share(n: int, rank: int, world_size: int) -> tuple[range, bool]:
     return range(rows.start, max(rows.stop, rows.start + 1)), len(rows) > 0
 
 
-def rank_slice(batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, group_size: int = 1) -> RankSlice:
-    """This rank's rows of a global batch of batch_size x gradient_accumulation_steps; each group stays together.
+def rank_slice(global_batch_size: int, batch_size: int, ranks: Ranks, group_size: int = 1) -> RankSlice:
+    """This rank's rows of a global batch; the rows of a group stay together.
 
     Micro-batches are equal, as large as possible, at most batch_size. Raises UserError when the ranks don't divide
     the rows.
     """
-    rows = batch_size * gradient_accumulation_steps
-    n_groups = rows // group_size
+    n_groups = global_batch_size // group_size
     if n_groups % ranks.world_size:
-        divisors = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if n_groups % n == 0)
-        batch = f"{rows} sequences" if group_size == 1 else f"{n_groups} groups of {group_size}"
+        divisors = ", ".join(str(n) for n in range(1, min(global_batch_size, 1024) + 1) if n_groups % n == 0)
+        batch = f"{global_batch_size} sequences" if group_size == 1 else f"{n_groups} groups of {group_size}"
         raise UserError(
             f"{ranks.world_size} ranks don't divide the {batch} of a step "
             f"(--batch_size x --gradient_accumulation_steps); these numbers of ranks do: {divisors}"
         )
-    rows_per_rank = rows // ranks.world_size
+    rows_per_rank = global_batch_size // ranks.world_size
     micro_batch_size = max(n for n in range(1, min(rows_per_rank, batch_size) + 1) if rows_per_rank % n == 0)
     return RankSlice(ranks.rank * rows_per_rank, (ranks.rank + 1) * rows_per_rank, micro_batch_size)
 

@@ -47,7 +47,7 @@ class PrepareArgs:
     )
     unpaired: int = arg(
         0,
-        "rows with a label instead of pairs: so many wrong answers for each right one, of other sums (0: pairs)",
+        "labelled rows instead of pairs: wrong answers per right answer, each of another sum (0: pairs)",
         low=0,
         needs=with_value("kind", "preferences"),
     )

@@ -30,7 +30,7 @@ def training_tokens(n_layer: int, width: int, tokens_per_weight: float) -> float
 
 
 def batch_tokens(tokens: float) -> float:
-    """Tokens of a step, for so many training tokens."""
+    """Tokens of a step, from the training tokens of the run."""
     return 4096 * (tokens / MEASURED_TOKENS) ** 0.82
 
 
@@ -81,11 +81,11 @@ def derive_args(
     max_micro_batch = power_of_two(math.log2(MAX_MICRO_BATCH_TOKENS / block_size))
     batch_size = fixed.get("batch_size", min(sequences, max_micro_batch))
     accumulation = fixed.get("gradient_accumulation_steps", max(1, round(sequences / batch_size)))
-    tokens_per_step = batch_size * accumulation * block_size
-    steps = fixed.get("max_iters", max(1, round(tokens / tokens_per_step)))
+    global_batch_size = batch_size * accumulation
+    steps = fixed.get("max_iters", max(1, round(tokens / (global_batch_size * block_size))))
 
     # 3. Learning rates.
-    batch_factor = math.sqrt(batch_size * accumulation / sequences)
+    batch_factor = math.sqrt(global_batch_size / sequences)
     return {
         "n_layer": n_layer,
         "n_embd": width,

@@ -45,6 +45,6 @@ def describe_device(device: torch.device, dtype: str, dtype_reason: str, *, is_c
 
 
 def describe_time(flops: float, ranks: Ranks, dtype: torch.dtype) -> str:
-    """How long so many FLOPs take at least, shared by the ranks, at the speed of matrix products on this device."""
+    """The least time that FLOPs take, shared by the ranks, at the speed of matrix products on this device."""
     seconds = flops / ranks.world_size / measure_matmul_flops(ranks.device, dtype)
     return f"at least {format_duration(seconds)}, by matrix products here; an estimate follows after the first steps"
