@@ -27,6 +27,18 @@ from nanoforge.errors import UserError
 from nanoforge.report import read_runs, scaling, stats
 from nanoforge.report.read_runs import Group, LoadedRun
 
+PALETTE = (  # one colour a group of runs, on the page and in the figures
+    "#4269d0",
+    "#e8871e",
+    "#3ca951",
+    "#e0457b",
+    "#17a2b8",
+    "#a463f2",
+    "#9c6b4e",
+    "#d4b106",
+    "#6c8ebf",
+    "#8a8f98",
+)
 BAND_KEYS = {"val_loss": "evals", "loss": "train", "train_loss": "evals", "bits_per_byte": "evals"}
 DATA_ARGS = ("training_mode", "dataset", "dataset_list", "multicontext_datasets")
 # Unicode categories: control, format, unpaired, private and unassigned characters; line and paragraph separators
@@ -385,6 +397,7 @@ def payload(runs: Sequence[LoadedRun], empty_paths: Sequence[str], by: str, refr
             "groups": rows,
             "runs": [describe_run(run, group_of[i], by) for i, run in enumerate(runs)],
             "scaling": describe_scaling(runs, rows, by),
+            "palette": PALETTE,
             "remarks": collect_remarks(runs, rows, empty_paths),
             "n_lines": sum(run.n_lines for run in runs),
         }

@@ -13,18 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-PALETTE = (
-    "#4269d0",
-    "#e8871e",
-    "#3ca951",
-    "#e0457b",
-    "#17a2b8",
-    "#a463f2",
-    "#9c6b4e",
-    "#d4b106",
-    "#6c8ebf",
-    "#8a8f98",
-)  # the page's
+from nanoforge.report.page import PALETTE
+
 GREY = PALETTE[-1]
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds", "flops": "FLOPs"}
 TRAINING = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
