@@ -11,12 +11,11 @@ own, on the same data and shapes. A ratio above 1 says that this program is fast
 
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
 from benchmarks.common import CASES
-from configurator import OnlyWith, Rules, arg, arg_group
+from configurator import OnlyWith, Rules, arg, arg_group, arg_table
 
 SECTIONS = ("train", "sample", "data", "startup", "race")
 NANOGPT = OnlyWith("--peer of --peer_kind=nanogpt", lambda args: args.peer != "" and args.peer_kind == "nanogpt")
@@ -49,7 +48,7 @@ class AmountArgs:
     peer_iters: int = arg(2000, "iterations of the peer in the race", low=2, needs=NANOGPT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class BenchArgs(SubjectArgs, AmountArgs):
     """The arguments of bench.py."""
 

@@ -8,7 +8,7 @@ one argument:
         '''optimizer'''
         learning_rate: float = arg(1e-3, "peak learning rate", low=0)
 
-    @dataclass(frozen=True, kw_only=True)
+    @arg_table
     class TrainArgs(OptimizerArgs, ...): ...
 
 Knows no argument by name and imports no torch: all errors are reported, at once and by flag, before the slow imports.
@@ -19,6 +19,7 @@ run, config files from left to right, the command line.
 import argparse
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -106,8 +107,29 @@ def arg(default: T, help: str, **options: typing.Unpack[ArgOptions]) -> T:
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def arg_group(cls: type[T]) -> type[T]:
-    """A dataclass that is only a base of tables, without the methods that a table makes anyway: saves start-up time."""
-    return dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)(cls)
+    """Marks a group of arguments. It has no methods of its own: only tables are instantiated."""
+    return cls
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def arg_table(cls: type[T]) -> type[T]:
+    """A frozen dataclass of the arguments of its groups, in their order, then its own. A repr would slow the start."""
+    annotations: dict[str, Any] = {}
+    for group in (*cls.__bases__, cls):
+        annotations |= annotations_of(group)
+    for name in annotations:
+        if name not in cls.__dict__:
+            setattr(cls, name, getattr(cls, name))  # the group's field
+    cls.__annotations__ = annotations
+    return dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
+
+
+def annotations_of(cls: type) -> dict[str, Any]:
+    """Names and types of the fields of a class and its bases, the bases' first."""
+    annotations: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        annotations |= inspect.get_annotations(base)
+    return annotations
 
 
 def spec_of(field: dataclasses.Field) -> ArgSpec:
@@ -124,21 +146,16 @@ def arg_specs(table: type) -> dict[str, ArgSpec]:
     return {spec.name: spec for specs in arg_groups(table).values() for spec in specs}
 
 
-def to_dict(args: Any) -> dict[str, Any]:
-    """The arguments and their values, in the order of --help: dataclasses.asdict has the last group first."""
-    return {name: getattr(args, name) for name in arg_specs(args.__class__)}
-
-
 @functools.cache
 def arg_groups(table: type) -> dict[str, list[ArgSpec]]:
     """The arguments of a table by group: those of its base classes, then its own. It may override a group's field."""
     specs = {field.name: spec_of(field) for field in dataclasses.fields(table)}
     groups: dict[str, list[ArgSpec]] = {}
     for group in (*table.__bases__, table):
-        if dataclasses.is_dataclass(group):
-            names = [field.name for field in dataclasses.fields(group) if field.name in specs]
+        names = [name for name in annotations_of(group) if name in specs]
+        if names:
             groups[(group.__doc__ or group.__name__).strip()] = [specs.pop(name) for name in names]
-    return {title: group for title, group in groups.items() if group}
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------

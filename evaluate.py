@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import configurator
 from common_args import DeviceArgs, LoadArgs, checkpoint_errors
-from configurator import Rules, arg, arg_group, with_set
+from configurator import Rules, arg, arg_group, arg_table, with_set
 
 # ---------------------------------------------------------------------------------------------------------------------
 # arguments
@@ -73,7 +73,7 @@ class SystemArgs(DeviceArgs):
     json: str = arg("", "file to write (default: evaluation.json in out_dir)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, SystemArgs):
     """The arguments of evaluate.py."""
 

@@ -13,16 +13,15 @@ The folder is a checkpoint's, or a run's: its best checkpoint (consolidate: its 
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import configurator
-from configurator import Rules, arg
+from configurator import Rules, arg, arg_table
 
 ACTIONS = ("consolidate", "merge", "peft")
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class ExportArgs:
     """export"""
 

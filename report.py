@@ -10,10 +10,9 @@ by plots.py. Imports no torch.
 
 import os
 import sys
-from dataclasses import dataclass
 
 import configurator
-from configurator import OnlyWith, arg, arg_group
+from configurator import OnlyWith, arg, arg_group, arg_table
 from nanoforge import config_files
 from nanoforge.errors import UserError
 
@@ -40,7 +39,7 @@ class WatchArgs:
     refresh: int = arg(5, "seconds between two updates", low=1, needs=WATCH)
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class ReportArgs(OutputArgs, WatchArgs):
     """The arguments of report.py."""
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 import builders
-import configurator
 from model import GPT
 from nanoforge import distributed, run_dir
 from nanoforge.data import token_bins, tokenization
@@ -212,7 +211,7 @@ def make_record(
     resumed_from: run_dir.RunRecord | None,
 ) -> run_dir.RunRecord:
     """The record of a run, without the versions of this process."""
-    values = configurator.to_dict(args) | {"overwrite": False}  # a run started from this config deletes nothing
+    values = dataclasses.asdict(args) | {"overwrite": False}  # a run started from this config deletes nothing
     if resumed_from:
         values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
     return run_dir.RunRecord(

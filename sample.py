@@ -19,7 +19,7 @@ from typing import Any
 
 import configurator
 from common_args import DeviceArgs, LoadArgs, checkpoint_errors, device_errors
-from configurator import OnlyWith, Rules, arg, arg_group, with_set
+from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 
 WITHOUT_PROMPT_DIR = OnlyWith(
     "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
@@ -84,7 +84,7 @@ class SystemArgs(DeviceArgs):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
     """The arguments of sample.py."""
 

@@ -12,6 +12,7 @@ command again skips the runs that are done, resumes those that were stopped, and
 docs/sweeps.md has more.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 import configurator
 import train_args
-from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, with_set, with_value
+from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, arg_table, with_set, with_value
 from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
 from nanoforge.errors import UserError
@@ -53,7 +54,7 @@ N_CHECKED_POINTS = 100  # random ones, before a search begins
 # arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class SweepArgs:
     """sweep (then all arguments of train.py; values separated by commas, and those of a [list], vary)"""
 
@@ -356,7 +357,7 @@ class Planner:
     ) -> PlannedRun:
         """The run of a point without errors."""
         # 1. The arguments with an effect; those that differ from the defaults identify the run.
-        values = configurator.to_dict(resolved.args)
+        values = dataclasses.asdict(resolved.args)
         effective = {
             name: value
             for name, value in values.items()

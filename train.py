@@ -282,7 +282,7 @@ def open_logger(run: Run) -> RunLogger:
         total_steps=run.total_steps,
     )
     if args.wandb_log:
-        logger.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, configurator.to_dict(args))
+        logger.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(args))
     if args.tensorboard_log:
         logger.track_tensorboard()
     return logger

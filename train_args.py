@@ -8,7 +8,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import configurator
 from common_args import DeviceArgs, device_errors
-from configurator import OnlyWith, Resolved, Rules, arg, arg_group, with_set, with_value
+from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -390,7 +389,7 @@ class SystemArgs(DeviceArgs):
 # fmt: on
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)  # a repr of so many fields costs milliseconds of start-up
+@arg_table
 class TrainArgs(
     RunArgs,
     DataArgs,

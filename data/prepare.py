@@ -13,19 +13,18 @@ The text datasets in data/ are this script with other defaults: see `prepare_dat
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-from configurator import Rules, arg
+from configurator import Rules, arg, arg_table
 from nanoforge.data import corpus
 from nanoforge.files import download
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 

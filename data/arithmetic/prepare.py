@@ -11,7 +11,6 @@ folder of its own: right answers against those that are off by one.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import Rules, arg, with_value
+from configurator import Rules, arg, arg_table, with_value
 from nanoforge.data import corpus, tables
 from nanoforge.data.corpus import TextChunk
 from nanoforge.data.tables import Row
@@ -33,7 +32,7 @@ CHARS = "\n+0123456789="
 SUMS_PER_CHUNK = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 

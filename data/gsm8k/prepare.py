@@ -8,13 +8,12 @@ completion, and the answer. Text becomes tokens by the tokenizer of the weights 
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import arg
+from configurator import arg, arg_table
 from nanoforge.data.tables import Row, read_rows, write_splits
 from nanoforge.errors import UserError
 from nanoforge.files import download
@@ -24,7 +23,7 @@ URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 FILES = {"train": "train.jsonl", "val": "test.jsonl"}  # split -> GSM8K's own name
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 

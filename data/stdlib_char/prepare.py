@@ -12,13 +12,12 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import arg
+from configurator import arg, arg_table
 from nanoforge.data import corpus
 from nanoforge.errors import UserError
 
@@ -26,7 +25,7 @@ MAX_BYTES = 3_000_000
 VAL_FRACTION = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 

@@ -9,21 +9,20 @@ import io
 import keyword
 import sys
 import tokenize
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import arg
+from configurator import arg, arg_table
 from data.stdlib_char.prepare import VAL_FRACTION, iter_modules
 from nanoforge.data import corpus
 
 CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 

@@ -9,7 +9,6 @@ task of --hidden. No word is both in train and in val.
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from configurator import arg
+from configurator import arg, arg_table
 from nanoforge.data import token_bins
 from nanoforge.data.tables import Row, write_splits
 from nanoforge.data.tokenization import CharTokenizer
@@ -47,7 +46,7 @@ def double(word: str) -> str:
 TASKS: dict[str, Callable[[str], str]] = {"copy": copy, "reverse": reverse, "upper": upper, "double": double}
 
 
-@dataclass(frozen=True, kw_only=True)
+@arg_table
 class PrepareArgs:
     """prepare"""
 
