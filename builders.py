@@ -26,7 +26,7 @@ from nanoforge.data.batches import Batch, Metrics
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
 from nanoforge.data.tokenization import Tokenizer
-from nanoforge.device import choose_dtype, get_device
+from nanoforge.device import AUTO_DTYPES, choose_dtype, find_bfloat16_units, get_device
 from nanoforge.distributed import Ranks, apply_fsdp
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
@@ -159,11 +159,10 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
 
 
 def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
-    """The precision of activations, and why; bfloat16 if one rank chose it, since their measurements may differ."""
+    """The precision of activations, and why: what all ranks can compute in, should their devices differ."""
     dtype, reason = choose_dtype(dtype_name, ranks.device)
-    if ranks.all_reduce_max(dtype == torch.bfloat16):
-        dtype = torch.bfloat16
-    return dtype, reason
+    agreed = AUTO_DTYPES[ranks.all_reduce_max(AUTO_DTYPES.index(dtype))]
+    return agreed, reason if agreed == dtype else "auto: the devices of other ranks have no bfloat16"
 
 
 def build_mixture(args: TrainArgs) -> batches.Mixture:
@@ -752,8 +751,9 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
 # optimizer and schedule
 
 
-def optim_config(args: TrainArgs) -> OptimConfig:
-    """The settings of the optimizer."""
+def optim_config(args: TrainArgs, ranks: Ranks) -> OptimConfig:
+    """The settings of the optimizer. Muon iterates in bfloat16 unless a rank would only emulate it."""
+    emulated = ranks.all_reduce_max(not find_bfloat16_units(ranks.device))
     return OptimConfig(
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
@@ -762,6 +762,7 @@ def optim_config(args: TrainArgs) -> OptimConfig:
         muon_lr=args.muon_learning_rate,
         muon_weight_decay=args.muon_weight_decay,
         muon_momentum=args.muon_momentum,
+        muon_dtype=torch.float32 if emulated else torch.bfloat16,
         kwargs=args.optimizer_kwargs,
         embedding_lr=args.embedding_learning_rate,
         head_lr=args.head_learning_rate,

@@ -159,7 +159,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     args, raw_model = parts.args, parts.model
     state = checkpoint.TrainState(
         model=raw_model,
-        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args), raw_model.muon_splits()),
+        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args, ranks), raw_model.muon_splits()),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
         guard=GradGuard(args.spike_skip, ranks.device),
     )

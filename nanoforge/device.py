@@ -56,27 +56,40 @@ def cuda_device(name: str, index: str) -> torch.device:
 # which precision
 
 
+# Instructions that multiply bfloat16 matrices, as torch.cpu.get_capabilities names them: Intel's Cooper Lake and later
+# Xeons, AMD's Zen 4 and later, and ARM. Every other CPU emulates bfloat16, at a thirtieth of float32's speed or less.
+CPU_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the first that a device can compute in, for --dtype=auto
+
+
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of activations for `--dtype=name`, and why. On a CPU `auto` measures; see choose_cpu_dtype."""
+    """The precision of activations for `--dtype=name`, and why.
+
+    `auto` follows from what the device can do, never from a measurement: the same command is the same run every time.
+    """
     if name != "auto":
         return getattr(torch, name), "as asked"
+    bfloat16_units = find_bfloat16_units(device)
+    if bfloat16_units:
+        return torch.bfloat16, f"auto: {bfloat16_units}"
+    if device.type == "cuda":
+        return torch.float16, "auto: this GPU has no bfloat16"
     if device.type == "cpu":
-        return choose_cpu_dtype(device)
-    if device.type != "cuda":
-        return torch.float32, f"the default on {device.type}"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "this GPU computes in it"
-    return torch.float16, "this GPU has no bfloat16"
+        return torch.float32, "auto: this CPU has no bfloat16 instructions"
+    return torch.float32, f"the default on {device.type}"
 
 
-def choose_cpu_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """bfloat16 where its matrix products are at least 1.2 times as fast as float32's: many CPUs only emulate it."""
-    bfloat16_flops = measure_matmul_flops(device, torch.bfloat16, 256)
-    float32_flops = measure_matmul_flops(device, torch.float32, 256)
-    speedup = bfloat16_flops / float32_flops
-    if speedup > 1.2:
-        return torch.bfloat16, f"its matrix products take {1 / speedup:.2g} of float32's time here"
-    return torch.float32, f"bfloat16's matrix products take {1 / speedup:.2g} of its time here"
+def find_bfloat16_units(device: torch.device) -> str:
+    """What multiplies bfloat16 matrices on this device; empty if nothing does, or if it is only emulated."""
+    if device.type == "cuda":
+        return "this GPU has bfloat16 units" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return ""
+    capabilities = torch.cpu.get_capabilities()
+    found = [name for name in CPU_BFLOAT16_INSTRUCTIONS if capabilities.get(name)]
+    return f"this CPU has {', '.join(found)}" if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

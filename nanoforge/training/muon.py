@@ -40,15 +40,23 @@ def lr_factor(shape: Sequence[int], adjust_lr_fn: str | None) -> float:
 class Muon(SkippableOptimizer, torch.optim.Muon):
     """torch.optim.Muon, batched over matrices.
 
-    splits: of a weight that stacks several matrices, the rows of each; none is higher than wide. A weight that is
+    splits: of a weight that stacks several matrices, the rows of each; none is higher than wide. dtype: the precision
+    of the iteration; bfloat16 is torch's, float32 is far faster on a CPU that only emulates it. A weight that is
     sharded over ranks is gathered whole; every rank iterates on it and keeps its own rows. Its momentum stays sharded.
     """
 
     newton_schulz = staticmethod(newton_schulz)  # `Optimizer.compile` replaces it
 
-    def __init__(self, params: Iterable[Any], splits: Mapping[Tensor, list[int]] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        splits: Mapping[Tensor, list[int]] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **options: Any,
+    ) -> None:
         super().__init__(params, **options)
         self.splits = splits or {}
+        self.dtype = dtype
 
     def update_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = []
@@ -81,7 +89,7 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
             p.add_(shard_like(update * update_scale, p), alpha=-lr)
 
     def orthogonalize(self, matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Each matrix orthogonalized, in bfloat16."""
+        """Each matrix orthogonalized."""
         # 1. Group by shape, a matrix and its transpose together.
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, matrix in enumerate(matrices):
@@ -92,7 +100,7 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
             # 2. Iterate on a stack of wide matrices: (N, rows, cols), rows <= cols.
             is_wide = [matrices[i].shape == shape for i in indices]
             wide = [matrices[i] if ok else matrices[i].T for i, ok in zip(indices, is_wide, strict=True)]
-            stack = torch.stack(wide).bfloat16()
+            stack = torch.stack(wide).to(self.dtype)
             stack = self.newton_schulz(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
             # 3. Scatter back.
             for i, ok, update in zip(indices, is_wide, stack, strict=True):

@@ -67,6 +67,7 @@ class OptimConfig:
     muon_lr: float = 0.02
     muon_weight_decay: float = 0.0
     muon_momentum: float = 0.95
+    muon_dtype: torch.dtype = torch.bfloat16  # of its Newton-Schulz iteration
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer's class
     embedding_lr: float = 0.0  # of the token embedding; 0: lr
     head_lr: float = 0.0  # of an untied head; 0: lr
@@ -219,7 +220,7 @@ class Optimizer:
         # 3. Muon.
         if muon_parameters:
             splits = {muon_parameters[n]: rows for n, rows in (muon_splits or {}).items() if n in muon_parameters}
-            options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits}
+            options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits, "dtype": config.muon_dtype}
             self.optimizers.append(build_optimizer(name, Muon, [muon_group], config.muon_lr, options))
 
         for group in self.param_groups:

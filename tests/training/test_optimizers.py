@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nanoforge.errors import UserError
 from nanoforge.training import optimizers
+from nanoforge.training.muon import Muon, newton_schulz
 from nanoforge.training.optimizers import Lion, OptimConfig, Optimizer
 from nanoforge.training.schedules import SCHEDULES, make_schedule
 
@@ -141,6 +142,35 @@ def test_muon_is_torchs_with_q_k_v_apart():
         adam.step()
         theirs.zero_grad()
     assert_same_parameters(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_newton_schulz_is_a_polynomial_of_the_singular_values():
+    """In float32 it is U p(p(...p(S))) V^T to rounding, p(s) = a s + b s^3 + c s^5; bfloat16 is only near it."""
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    matrices = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    left, sizes, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    sizes = sizes / sizes.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        sizes = a * sizes + b * sizes**3 + c * sizes**5
+    expected = left @ torch.diag_embed(sizes) @ right
+    for dtype, low, high in [(torch.float32, 0, 1e-5), (torch.bfloat16, 1e-3, 0.1)]:
+        result = newton_schulz(matrices.to(dtype), coefficients, steps=5, eps=1e-7)
+        error = float((result - expected).abs().max())
+        assert low <= error < high, f"{dtype}: {error}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch):
+    seen = []
+
+    def record(matrices: Tensor, *settings: object) -> Tensor:
+        seen.append(matrices.dtype)
+        return newton_schulz(matrices, *settings)
+
+    monkeypatch.setattr(Muon, "newton_schulz", staticmethod(record))
+    model = tiny_model(n_layer=1)
+    train(model, build("muon", model, muon_dtype=dtype), steps=[0])
+    assert set(seen) == {dtype}
 
 
 def test_compiled_muon_is_the_eager_one():

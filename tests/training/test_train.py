@@ -67,17 +67,36 @@ def restore_nondeterminism():
 
 
 @pytest.mark.slow
-def test_automatic_precision_is_measured_printed_and_kept(run, monkeypatch):
-    """On a CPU it is the faster of float32 and bfloat16; a resumed run keeps it."""
-    speed = {torch.bfloat16: 3e11, torch.float32: 2e11}
-    monkeypatch.setattr(device, "measure_matmul_flops", lambda device, dtype, n=0: speed[dtype])
-    fast = run("--dtype=auto", "--max_iters=1", name="fast")
-    assert fast.config["dtype"] == "bfloat16"
-    assert "bfloat16 (its matrix products take 0.67 of float32's time here)" in fast.console
-    speed[torch.bfloat16] = 1e9
-    slow = run("--dtype=auto", "--max_iters=1", name="slow")
-    assert "float32 (bfloat16's matrix products take 2e+02 of its time here)" in slow.console
-    assert run("--init_from=resume", "--max_iters=2", name="fast").config["dtype"] == "bfloat16"
+def test_automatic_precision_follows_from_the_instructions_and_is_kept(run, monkeypatch):
+    """On a CPU it is bfloat16 exactly where there are instructions for it; a resumed run keeps it."""
+    capabilities = {"avx2": True, "avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    native = run("--dtype=auto", "--max_iters=1", name="native")
+    assert native.config["dtype"] == "bfloat16"
+    assert "avx512_bf16" in native.console
+    capabilities["avx512_bf16"] = False
+    emulated = run("--dtype=auto", "--max_iters=1", name="emulated")
+    assert emulated.config["dtype"] == "float32"
+    assert run("--init_from=resume", "--max_iters=2", name="native").config["dtype"] == "bfloat16"
+
+
+def test_no_measurement_decides_the_precision(monkeypatch):
+    """No clock is read: a busy machine makes the same run as a quiet one. CPU features of x86 and of ARM count."""
+
+    def no_clock():
+        raise AssertionError("the precision depends on a time")
+
+    monkeypatch.setattr(device.time, "perf_counter", no_clock)
+    cpu = torch.device("cpu")
+    for features, dtype in [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "amx_tile": True}, torch.float32),
+        ({"neon": True, "bf16": False}, torch.float32),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
+        assert device.choose_dtype("auto", cpu)[0] == dtype
+        assert device.choose_dtype("bfloat16", cpu)[0] == torch.bfloat16
 
 
 @pytest.mark.slow
