@@ -201,12 +201,9 @@ def convert_bool(value: Any) -> bool:
 
 
 def convert_dict(value: Any) -> dict[str, Any]:
-    """A dict from a dict or from JSON. Raises UserError."""
+    """A dict from a dict or from JSON; braces of YAML are read too, as in a config file. Raises UserError."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not JSON ({error})") from None
+        value = config_files.read_value(value)
     if not isinstance(value, dict):
         raise UserError('must be a JSON object such as {"eps": 1e-10}')
     return value
@@ -428,6 +425,7 @@ class Layers:
     def apply(self, source: str, values: dict[str, Any]) -> None:
         """Set values, as typed or read, over those set before."""
         prefix = "" if source == COMMAND_LINE else f"{source}: "
+        self.errors += [prefix + error for error in config_files.named_twice(values, self.names)]
         for alias, value in values.items():
             name = self.names.get(alias)
             if name is None:

@@ -14,7 +14,6 @@ docs/sweeps.md has more.
 
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import subprocess
@@ -126,10 +125,7 @@ def parse_cell(spec: ArgSpec, value: Any) -> Any:
     if isinstance(text, str):
         is_range = text.startswith("{") and spec.kind in (int, float)
         if is_range or text.startswith("["):
-            try:
-                return json.loads(text)
-            except ValueError:
-                return grid_file.read_yaml(text, f"--{spec.name}")[0]
+            return config_files.read_value(text)
     if spec.kind in (tuple, dict) or "," not in value:
         return value
     return value.split(",")

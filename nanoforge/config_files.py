@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,7 +83,10 @@ def evaluate_dict(keys: list[ast.expr | None], values: list[ast.expr], names: di
     for key, value in zip(keys, values, strict=True):
         if key is None:
             raise ValueError("a dict literal may not contain **")
-        result[str(evaluate(key, names))] = evaluate(value, names)
+        name = str(evaluate(key, names))
+        if name in result:
+            raise ValueError(f"duplicate key: {name}")
+        result[name] = evaluate(value, names)
     return result
 
 
@@ -189,6 +192,19 @@ def read_yaml(text: str, path: str, *, verbatim: bool = False) -> Any:
         raise UserError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
 
 
+def read_value(text: str) -> Any:
+    """The value of a flag that holds a list or a mapping: JSON, or YAML's form of it. Raises UserError."""
+    try:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON ({error})"
+    if text.lstrip()[:1] in ("{", "["):
+        value = read_yaml(text, f"{message}, and as YAML")
+        if not isinstance(value, dict) or None not in value.values():  # YAML reads {a} as a name without a value
+            return value
+    raise UserError(message)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # any of them
 
@@ -206,6 +222,14 @@ def check_names(values: Any, path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: must contain names with values")
     return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+
+
+def named_twice(values: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """An error for each argument that stands under two of its names. `names` maps every name to the argument's."""
+    used: dict[str, list[str]] = {}
+    for name in values:
+        used.setdefault(names.get(name, name), []).append(name)
+    return [f"{' and '.join(aliases)}: one argument; keep one of them" for aliases in used.values() if len(aliases) > 1]
 
 
 def read_file(path: str) -> dict[str, Any]:

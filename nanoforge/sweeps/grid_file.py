@@ -40,6 +40,7 @@ def read_grid_file(path: str, arguments: Iterable[str], aliases: dict[str, str])
     if venv:
         spec["execution.venv"] = venv
     known = [*arguments, *aliases, *SECTIONS]
+    errors += [f"{path}: {error}" for error in config_files.named_twice(values, aliases)]
     for name, value in values.items():
         if name in known:
             spec[aliases.get(name, name)] = value

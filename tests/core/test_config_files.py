@@ -82,12 +82,36 @@ def test_configs_and_grids_read_yaml_alike(tmp_path):
         ("c.yaml", "optimizer_kwargs:\n  eps: 1\n  eps: 2\n", "eps"),
         ("c.json", '{"n_layer": 1, "n_head": 2, "n_layer": 3}', "n_layer"),
         ("c.json", '{"optimizer_kwargs": {"eps": 1, "eps": 2}}', "eps"),
+        ("c.py", 'optimizer_kwargs = {"eps": 1, "eps": 2}', "eps"),
     ],
 )
 def test_duplicate_keys_are_refused(tmp_path, name, text, key):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name}: .*duplicate key: {key}"):
+    with pytest.raises(UserError, match=f"{name}:.*duplicate key: {key}"):
         config_files.read_file(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ['{"eps": 1e-10}', "{eps: 1e-10}", '{"eps":1E-10}', "{eps: 1.0e-10}"])
+def test_a_mapping_on_the_command_line_is_read_as_in_a_config(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"optimizer_kwargs: {text}\n")
+    typed = train_args.parse([f"--optimizer_kwargs={text}"]).optimizer_kwargs
+    assert typed == train_args.parse([str(tmp_path / "c.yaml")]).optimizer_kwargs == {"eps": 1e-10}
+
+
+@pytest.mark.parametrize("text", ['{"eps": 1, "eps": 2}', "{eps: 1, eps: 2}", "[1]", "eps", "{eps", "{eps}"])
+def test_a_mapping_on_the_command_line_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_args.parse([f"--optimizer_kwargs={text}"])
+    assert end.value.code == 2 and "--optimizer_kwargs=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_two_names_of_one_argument_are_refused_as_a_duplicate_is(tmp_path, capsys, name):
+    text = '{"steps": 5, "max_iters": 6}' if name == "c.json" else "steps: 5\nmax_iters: 6\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as end:
+        train_args.parse([str(tmp_path / name)])
+    assert end.value.code == 2 and "steps and max_iters" in capsys.readouterr().err
 
 
 def test_merge_keys_are_no_duplicates():
