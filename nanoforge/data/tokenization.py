@@ -11,6 +11,7 @@ model. Nothing else is needed to read it: a tiktoken encoding is stored with all
 import base64
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from nanoforge import files
 from nanoforge.errors import UserError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
+CONTROL_MARK = re.compile(
+    r"<[|\uff5c].*[|\uff5c]>"
+)  # how control tokens are spelled, also where a file does not mark them so
 
 
 class Tokenizer(ABC):
@@ -185,8 +189,18 @@ class TiktokenTokenizer(Tokenizer):
         return cls(encoding)
 
 
+def mark_control(token: Mapping[str, Any]) -> dict[str, Any]:
+    """An added token of the `tokenizers` library, special if it is spelled as a control token."""
+    is_control = token["special"] or CONTROL_MARK.fullmatch(token["content"]) is not None
+    return {**token, "special": is_control}
+
+
 class BPETokenizer(Tokenizer):
-    """A byte-level BPE of the `tokenizers` library, trained on the data or read from a file of that library."""
+    """A byte-level BPE of the `tokenizers` library, trained on the data or read from a file of that library.
+
+    Its control tokens are those that the file marks as special, and those spelled <|...|>. Text that spells one is
+    encoded as any other text.
+    """
 
     kind = "bpe"
 
@@ -196,7 +210,9 @@ class BPETokenizer(Tokenizer):
             import tokenizers
         except ModuleNotFoundError:
             raise UserError("this tokenizer needs a package: pip install tokenizers") from None
-        self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        added = [mark_control(token) for token in spec.get("added_tokens") or ()]
+        self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": added}))
+        self.tokenizer.encode_special_tokens = True  # as text: the library's name for it; no file keeps this setting
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
 

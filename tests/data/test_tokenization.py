@@ -86,6 +86,27 @@ def test_trained_bpe_is_the_tokenizers_librarys():
     assert len(trained.encode("lowest")) < 6
 
 
+@pytest.mark.parametrize("is_special", [True, False])
+def test_text_that_spells_a_control_token_is_text(is_special):
+    """The witness is the same tokenizer without added tokens: the library then knows of no control token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    spec = tokenization.BPETokenizer.train(["low lower <|endoftext|> newest\n" * 50], 300).to_json()["tokenizer"]
+    imported = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    words = [tokenizers.AddedToken("<|im_start|>", special=is_special), tokenizers.AddedToken("  ", special=False)]
+    imported.add_tokens(words)
+    tokenizer = tokenization.ExtendedTokenizer(
+        tokenization.BPETokenizer(json.loads(imported.to_str())), ["<|user|>", "<|assistant|>"]
+    )
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    text = "low<|endoftext|>\n<|im_start|>user lower<|assistant|>"
+    for again in (tokenizer, through_json(tokenizer)):
+        assert again.encode(text).tolist() == plain.encode(text).ids
+        assert again.decode(again.encode(text)) == text
+        assert again.eos_id == plain.token_to_id("<|endoftext|>")
+    assert tokenizer.encode("a  b").tolist() == imported.encode("a  b").ids, "white space is no control token"
+    assert imported.token_to_id("  ") in tokenizer.encode("a  b")
+
+
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
     tokenizers = {"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}
     tokenization.save(tmp_path / "tokenizer.json", tokenizers)
