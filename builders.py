@@ -579,6 +579,10 @@ def build_lm(args: TrainArgs, context: BuildContext) -> RunData:
         mixture=context.mixture,
         sampling=batches.WindowSampling(args.block_size, args.global_batch_size, args.sampling_method, args.seed),
     )
+    for dataset in [*data.source.datasets, *data.eval_datasets["val"]]:
+        if dataset.short_shards and ranks.is_main:
+            names = ", ".join(path.name for path in dataset.short_shards)
+            print_line(f"{dataset.name}: not read, since shorter than a window of {args.block_size} tokens: {names}")
     objective = LanguageModel()
 
     def eval_dataset(dataset: batches.Dataset) -> EvalDataset:

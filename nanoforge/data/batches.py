@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoforge.data.token_bins import SPLITS, Meta, TokenBin
+from nanoforge.data.token_bins import MAX_OPEN_FILES, SPLITS, Meta, TokenBin
 from nanoforge.distributed import RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.rng import DATASET, EVALUATION, OFFSET, ORDER, WINDOW, hash_u64, permute, uniform
@@ -120,7 +120,7 @@ class Dataset:
     ):
         """index: this dataset's number in the mixture. vocab_offsets: the model's row of each stream's token 0.
 
-        Raises UserError when streams differ in length, or a shard is shorter than a window.
+        A shard that is shorter than a window is left out. Raises UserError when all are, or streams differ in length.
         """
         self.streams = streams
         self.T = block_size
@@ -130,16 +130,17 @@ class Dataset:
         self.vocab_offsets = vocab_offsets
         self.name = "+".join(stream.name for stream in streams)
         self.sizes = aligned_sizes(streams)  # (shards,) tokens
-        if self.sizes.min() < block_size + 1:
-            shortest = int(self.sizes.argmin())
+        if self.sizes.max() < block_size + 1:
+            longest = int(self.sizes.argmax())
             raise UserError(
-                f"{streams[0].paths[shortest]}: {self.sizes[shortest]} tokens are less than one window of "
+                f"{streams[0].paths[longest]}: {self.sizes[longest]} tokens are less than one window of "
                 f"--block_size={block_size} and its targets; lower it or prepare more text"
             )
+        self.short_shards = [streams[0].paths[i] for i in np.flatnonzero(self.sizes <= block_size)]  # not read
 
         # Windows of each shard in an epoch; a grid that moves needs the room of one of them for its offset.
         if method == "without_replacement":
-            self.windows_per_shard = np.maximum(1, (self.sizes - block_size) // block_size)
+            self.windows_per_shard = np.maximum(self.sizes > block_size, (self.sizes - block_size) // block_size)
         else:
             self.windows_per_shard = (self.sizes - 1) // block_size
         self.n_windows = int(self.windows_per_shard.sum())
@@ -173,7 +174,7 @@ class Dataset:
 
     def locate_random(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, start) of each sequence, uniform over all positions where a window fits."""
-        n_starts = self.sizes - self.T
+        n_starts = np.maximum(0, self.sizes - self.T)
         ends = np.cumsum(n_starts)
         position = (hash_u64(self.seed, WINDOW, self.index, sequence) % np.uint64(ends[-1])).astype(np.int64)
         shard = np.searchsorted(ends, position, side="right")
@@ -208,14 +209,13 @@ class Dataset:
 def aligned_sizes(streams: Sequence[TokenBin]) -> np.ndarray:
     """Tokens of each shard, (shards,), the same in all streams. Raises UserError when they are not."""
     first = streams[0]
-    sizes = [len(shard) for shard in first.shards]
     for stream in streams[1:]:
-        if [len(shard) for shard in stream.shards] != sizes:
+        if not np.array_equal(stream.sizes, first.sizes):
             raise UserError(
                 f"{stream.paths[0]}: {stream.tokens:,} tokens, but {first.paths[0]} has {first.tokens:,}; "
                 "contexts are aligned token by token"
             )
-    return np.array(sizes)
+    return first.sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,8 +471,11 @@ def open_data(
 
     metas: of each stream; vocab_offsets: the model's first row of each stream, 0 where it is missing. Raises UserError.
     """
+    max_open_files = max(1, MAX_OPEN_FILES // (len(SPLITS) * len(metas)))
     bins = {
-        (split, name): TokenBin(data_dir / name, split, meta, name) for split in SPLITS for name, meta in metas.items()
+        (split, name): TokenBin(data_dir / name, split, meta, name, max_open_files)
+        for split in SPLITS
+        for name, meta in metas.items()
     }
 
     def datasets(split: str, method: str, seed: int) -> list[Dataset]:

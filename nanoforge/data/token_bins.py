@@ -12,8 +12,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ SPLITS = ("train", "val")
 # llm.c's shards begin with 256 int32: a magic number, a version, the number of tokens, zeros.
 LLMC_HEADER_BYTES = 256 * 4
 LLMC_DTYPES = {20240520: "uint16", 20240801: "uint32"}
+
+MAX_OPEN_FILES = 256  # of a run's bins: a quarter of what many systems let a process open
 
 # Of a large file only 64 evenly spaced stretches are read, to check or hash it.
 STRETCHES = 64
@@ -140,26 +144,41 @@ def write_meta(folder: Path, tokenizer: tokenization.Tokenizer, bins: Mapping[st
 # reading
 
 
+class Shard(NamedTuple):
+    """A file of token ids. It is not kept open: a dataset may have more shards than a process may open files."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int  # bytes before the first token
+    tokens: int
+
+    def open(self) -> np.memmap:
+        """All ids, memory-mapped as long as the array lives."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset)
+
+
 class TokenBin:
-    """One split of one dataset: memory-mapped shards of token ids, and windows read from them.
+    """One split of one dataset: shards of token ids, and windows read from them.
 
     A window never crosses shards. `bytes` is the size of the text, None where it is not known.
     """
 
-    def __init__(self, folder: Path, split: str, meta: Meta, name: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, split: str, meta: Meta, name: str | None = None, max_open_files: int = MAX_OPEN_FILES
+    ) -> None:
         """Raises UserError when a file is missing, empty or odd-sized, or holds ids beyond the vocabulary."""
         self.name = name or folder.name
         self.meta = meta
         self.paths = shard_paths(folder, split)
-        self.shards = [open_shard(path, meta) for path in self.paths]
+        self.shards = [read_shard(path, meta) for path in self.paths]
         self.dtype = self.shards[0].dtype
         if any(shard.dtype != self.dtype for shard in self.shards):
             raise UserError(f"{folder}: shards of {split} are of uint16 and of uint32; prepare the dataset again")
-        self.tokens = sum(len(shard) for shard in self.shards)
+        self.sizes = np.array([shard.tokens for shard in self.shards])
+        self.tokens = int(self.sizes.sum())
         self.bytes = self.count_bytes()
-        self.offsets = np.array([shard.offset for shard in self.shards])  # bytes before the first token
-        self.files = [os.open(path, os.O_RDONLY) for path in self.paths]
-        weakref.finalize(self, close_files, self.files)
+        self.offsets = np.array([shard.offset for shard in self.shards])
+        self.files = OpenFiles(self.paths, max_open_files)
 
     def count_bytes(self) -> int | None:
         total = 0
@@ -173,14 +192,41 @@ class TokenBin:
     def read_windows(self, shard: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
         """(len(start), length) ids from these places of these shards.
 
-        Read by pread: through the map, every window would fault in up to a megabyte around it, and the process would
+        Read by pread: through a map, every window would fault in up to a megabyte around it, and the process would
         grow to the size of the data.
         """
         width = self.dtype.itemsize
         offset = self.offsets[shard] + start * width
         places = zip(shard.tolist(), offset.tolist(), strict=True)
-        rows = [os.pread(self.files[i], length * width, position) for i, position in places]
+        rows = [self.files.pread(i, length * width, position) for i, position in places]
         return np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(len(rows), length)
+
+
+class OpenFiles:
+    """Files that are read at any place: opened when they are needed, and only the last used ones are kept open."""
+
+    def __init__(self, paths: Sequence[Path], max_open: int) -> None:
+        self.paths = paths
+        self.max_open = max_open
+        self.descriptors: OrderedDict[int, int] = OrderedDict()  # index of the path -> descriptor, the last used last
+        self.lock = threading.Lock()  # training and evaluation read in two threads: none closes what the other reads
+        weakref.finalize(self, close_files, self.descriptors)
+
+    def pread(self, i: int, size: int, offset: int) -> bytes:
+        """`size` bytes of file i from an offset on."""
+        with self.lock:
+            descriptor = self.descriptors.pop(i, None)
+            if descriptor is None:
+                if len(self.descriptors) >= self.max_open:
+                    os.close(self.descriptors.popitem(last=False)[1])
+                descriptor = os.open(self.paths[i], os.O_RDONLY)
+            self.descriptors[i] = descriptor
+            return os.pread(descriptor, size, offset)
+
+
+def close_files(descriptors: Mapping[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -194,8 +240,8 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def open_shard(path: Path, meta: Meta) -> np.memmap:
-    """The ids of a shard, checked against the meta file. Raises UserError."""
+def read_shard(path: Path, meta: Meta) -> Shard:
+    """A shard, checked against the meta file. Raises UserError."""
     size = path.stat().st_size
     dtype, start = read_llmc_header(path, size) or (meta.dtype, 0)
     width = np.dtype(dtype).itemsize
@@ -207,9 +253,9 @@ def open_shard(path: Path, meta: Meta) -> np.memmap:
     expected = meta.files.get(path.name, {}).get("tokens", n_tokens)
     if expected != n_tokens:
         raise UserError(f"{path}: {n_tokens} tokens, but meta.json counts {expected}; prepare the dataset again")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
-    check_vocabulary(path, tokens, meta.vocab_size)
-    return tokens
+    shard = Shard(path, np.dtype(dtype).newbyteorder("<"), start, n_tokens)
+    check_vocabulary(shard, meta.vocab_size)
+    return shard
 
 
 def read_llmc_header(path: Path, size: int) -> tuple[str, int] | None:
@@ -223,27 +269,22 @@ def read_llmc_header(path: Path, size: int) -> tuple[str, int] | None:
     return dtype, LLMC_HEADER_BYTES
 
 
-def check_vocabulary(path: Path, tokens: np.memmap, vocab_size: int) -> None:
+def check_vocabulary(shard: Shard, vocab_size: int) -> None:
     """Raise UserError for ids beyond the vocabulary: in all of a small file, in 64 stretches of a large one."""
-    starts, stretch = [0], len(tokens)
-    if len(tokens) > 2**24:
+    starts, stretch = [0], shard.tokens
+    if shard.tokens > 2**24:
         stretch = 2**16
-        starts = stretch_starts(len(tokens), stretch)
+        starts = stretch_starts(shard.tokens, stretch)
     for start in starts:
         # Read, not mapped: the map would keep megabytes around each stretch.
-        offset = tokens.offset + start * tokens.itemsize
-        ids = np.fromfile(path, tokens.dtype, stretch, offset=offset)
+        offset = shard.offset + start * shard.dtype.itemsize
+        ids = np.fromfile(shard.path, shard.dtype, stretch, offset=offset)
         largest = int(ids.max())
         if largest >= vocab_size:
             raise UserError(
-                f"{path}: token {largest} at {start + int(ids.argmax())} is beyond the vocabulary of {vocab_size}; "
-                "is the meta file that of these bins?"
+                f"{shard.path}: token {largest} at {start + int(ids.argmax())} is beyond the vocabulary of "
+                f"{vocab_size}; is the meta file that of these bins?"
             )
-
-
-def close_files(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:

@@ -1,7 +1,10 @@
 """Batches: what is drawn, from where, by whom. Witnesses: counting, closed forms, and the pure function of the step."""
 
+import gc
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +160,52 @@ def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size
     batch = Batch(torch.from_numpy(windows[:, 0])).to(CPU)  # as it is widened on a GPU
     assert batch.idx.dtype == torch.int64
     assert np.array_equal(batch.idx, expected[:, :-1]) and np.array_equal(batch.targets, expected[:, 1:])
+
+
+@pytest.mark.parametrize("method", ["random", "without_replacement", "sequential"])
+def test_a_short_shard_changes_no_window(tmp_path: Path, method: str):
+    """The same shards without it are the witness, wherever it stands."""
+    whole = make_dataset([make_bin(tmp_path, 50, 40, name="whole")], method=method)
+    sequences = np.arange(4 * whole.n_windows)
+    for sizes in ((50, 40, 3), (50, 8, 40)):
+        name = "-".join(map(str, sizes))
+        stream = make_bin(tmp_path, *sizes, name=name)
+        for i, size in enumerate(sizes):
+            if size == 40:
+                np.arange(50, 90, dtype=np.uint16).tofile(stream.paths[i])
+        dataset = make_dataset([stream], method=method)
+        assert [path.name for path in dataset.short_shards] == [stream.paths[sizes.index(min(sizes))].name]
+        assert dataset.n_windows == whole.n_windows
+        if method != "without_replacement" or sizes[1] == 40:  # there the offset of a shard's grid follows its number
+            assert np.array_equal(dataset.gather(sequences), whole.gather(sequences))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the kernel is not Linux")
+def test_more_shards_than_open_files(tmp_path: Path):
+    """Two threads read 40 shards with 3 files open; numpy's own reading of the files is the witness."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(40):
+        np.full(30, i, dtype=np.uint16).tofile(folder / f"train_{i:06d}.bin")
+    n_before = len(os.listdir("/proc/self/fd"))
+
+    def read_all() -> set[int]:
+        dataset = make_dataset([TokenBin(folder, "train", number_meta(2**16), max_open_files=3)])
+
+        def read(first: int) -> list[int]:
+            numbers = np.arange(first, first + 1000)
+            windows = dataset.gather(numbers)
+            assert np.array_equal(windows[:, 0, 0], dataset.locate(numbers)[0])
+            return windows[:, 0, 0].tolist()
+
+        with ThreadPoolExecutor(2) as pool:
+            seen = set().union(*pool.map(read, (0, 5000)))
+        assert len(os.listdir("/proc/self/fd")) == n_before + 3
+        return seen
+
+    assert read_all() == set(range(40))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == n_before
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel is not Linux")
@@ -316,7 +365,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
 
 def test_an_error_of_the_gathering_thread_is_raised_where_batches_are_taken(tmp_path):
     source = make_source(tmp_path)
-    source.datasets[1].streams[0].files = []
+    source.datasets[1].streams[0].files.paths = []
     stream = source.stream(0, RankSlice(0, 12, 4), CPU, hashed=False)
     with pytest.raises(IndexError):
         for _ in range(10):

@@ -24,7 +24,7 @@ def prepare(*flags, check=True, **options):
 
 
 def tokens(folder, split="train"):
-    return token_bins.TokenBin(folder, split, token_bins.read_meta(folder)).shards[0].tolist()
+    return token_bins.TokenBin(folder, split, token_bins.read_meta(folder)).shards[0].open().tolist()
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
     meta = token_bins.read_meta(tmp_path)
     assert meta.vocab_size == 14 and meta.tokenizer.eos_id == 13
     for split in ("train", "val"):
-        lines = meta.tokenizer.decode(token_bins.TokenBin(tmp_path, split, meta).shards[0].tolist()).splitlines()
+        lines = meta.tokenizer.decode(token_bins.TokenBin(tmp_path, split, meta).shards[0].open().tolist()).splitlines()
         rows = read_split(tmp_path, split)
         assert [row["prompt"] + row["completion"] for row in rows] == lines
         assert len(lines) == N_ROWS[split]

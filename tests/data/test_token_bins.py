@@ -31,7 +31,7 @@ def test_nanogpts_folder_is_read_as_it_is(folder):
     meta = token_bins.read_meta(folder)
     train = token_bins.TokenBin(folder, "train", meta)
     assert meta.vocab_size == len(CHARS) and train.tokens == 480
-    assert meta.tokenizer.decode(train.shards[0][:12].tolist()) == "hello world\n"
+    assert meta.tokenizer.decode(train.shards[0].open()[:12].tolist()) == "hello world\n"
     assert meta.tokenizer.encode("low").tolist() == [CHARS.index(char) for char in "low"]
 
 
@@ -102,7 +102,11 @@ def test_vocabularies_above_65536_take_uint32(folder):
     assert (token_bins.dtype_for(65536), token_bins.dtype_for(65537)) == ("uint16", "uint32")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100277}))
     np.array([1, 100_000, 70_000], dtype=np.uint32).tofile(folder / "train.bin")
-    assert token_bins.TokenBin(folder, "train", token_bins.read_meta(folder)).shards[0].tolist() == [1, 100_000, 70_000]
+    assert token_bins.TokenBin(folder, "train", token_bins.read_meta(folder)).shards[0].open().tolist() == [
+        1,
+        100_000,
+        70_000,
+    ]
 
 
 def test_shards_with_llm_c_headers(folder):
@@ -114,7 +118,11 @@ def test_shards_with_llm_c_headers(folder):
         with (folder / f"edu_train_{i:06d}.bin").open("wb") as file:
             file.write(header.tobytes() + np.full(size, i, dtype=np.uint16).tobytes())
     train = token_bins.TokenBin(folder, "train", meta)
-    assert [len(shard) for shard in train.shards] == [100, 50] and train.shards[1].max() == 1 and train.tokens == 150
+    assert (
+        [shard.tokens for shard in train.shards] == [100, 50]
+        and train.shards[1].open().max() == 1
+        and train.tokens == 150
+    )
 
 
 def test_shards_of_two_widths_are_refused(folder):

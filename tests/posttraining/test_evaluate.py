@@ -41,7 +41,7 @@ def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
     metrics = results["losses"]["a"]
     model = load_model(str(done.out_dir / "checkpoints/000020")).model
     val = token_bins.TokenBin(data_dir / "a", "val", token_bins.read_meta(data_dir / "a"))
-    tokens = torch.tensor(val.shards[0].astype("int64"))
+    tokens = torch.tensor(val.shards[0].open().astype("int64"))
     n_windows = (len(tokens) - 1) // 8
     total = 0.0
     for start in range(0, 8 * n_windows, 8):
