@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,10 @@ def parse_cell(spec: ArgSpec, value: Any) -> Any:
         is_range = text.startswith("{") and spec.kind in (int, float)
         if is_range or text.startswith("["):
             return config_files.read_value(text)
-    if spec.kind in (tuple, dict) or "," not in value:
+    if spec.kind in (tuple, dict):
         return value
+    if "," not in value:
+        return canonical(spec.name, value)
     return value.split(",")
 
 
@@ -205,6 +207,8 @@ def read_request(argv: list[str]) -> tuple[Request, list[str]]:
             spec[name] = parse_cell(TRAIN_SPECS[name], value)
         except UserError as error:
             errors.append(str(error))
+    if "seed" in command_line.values and (isinstance(spec["seed"], list) or isinstance(spec.get("seeds"), list)):
+        spec.pop("seeds", None)  # it says which seeds; of a number of seeds it is the first
 
     # 4. The config files underneath, and the folder.
     config_paths = [path for path in command_line.files if path not in grid_paths]
@@ -234,8 +238,9 @@ def canonical(name: str, value: Any) -> Any:
         return value
 
 
-def argument_types(spec: dict[str, Any]) -> grid.ArgumentTypes:
+def argument_types(spec: dict[str, Any], base_configs: Sequence[tuple[str, dict[str, Any]]] = ()) -> grid.ArgumentTypes:
     """What the grid has to know about the arguments in a request."""
+    seeds = [canonical("seed", values["seed"]) for _, values in base_configs if "seed" in values]
 
     def names_of(kind: type) -> list[str]:
         return [name for name, train_spec in TRAIN_SPECS.items() if train_spec.kind is kind]
@@ -247,7 +252,7 @@ def argument_types(spec: dict[str, Any]) -> grid.ArgumentTypes:
         mappings=frozenset(names_of(dict)),
         integers=frozenset(names_of(int)),
         seed_name="seed",
-        default_seed=TRAIN_SPECS["seed"].default,
+        default_seed=seeds[-1] if seeds else TRAIN_SPECS["seed"].default,
     )
 
 
@@ -559,7 +564,7 @@ def runs_of_search(request: Request, space: grid.Grid, planner: Planner, n_trial
 
 def main(request: Request, errors: list[str]) -> int:
     """Do what was asked for, or exit with the errors; the exit status. Raises UserError."""
-    space, grid_errors = grid.parse_grid(request.spec, argument_types(request.spec))
+    space, grid_errors = grid.parse_grid(request.spec, argument_types(request.spec, request.base_configs))
     errors = errors + grid_errors
     planner = Planner(request)
     search = parse_search(request.sweep_args.search)

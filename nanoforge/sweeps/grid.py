@@ -289,9 +289,11 @@ def parse_seeds(seeds: Any, fixed: dict[str, Any], types: ArgumentTypes) -> tupl
     if seeds is None:
         return [], []
     name = types.seed_name
+    first_seed = fixed.get(name, types.default_seed)
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
-        first_seed = fixed.get(name, types.default_seed)
         seeds = [first_seed + i for i in range(seeds)] if isinstance(first_seed, int) else [first_seed]
+    elif isinstance(seeds, list) and name in fixed:
+        return [], [f"seeds: lists the seeds, which leaves {name}={first_seed} without effect; remove one of them"]
     if not isinstance(seeds, list) or not seeds:
         return [], ["seeds: must be a number of seeds, or a list of them"]
     return [[Choice({name: seed}, {name: seed}) for seed in seeds]], []

@@ -127,6 +127,31 @@ seeds: 2
     assert {run.effective["n_layer"] for run in runs if run.varying["group"] == "large"} == {4}
 
 
+@pytest.mark.parametrize(
+    ("yaml", "argv", "seeds"),
+    [
+        ("seeds: 3\n", [], [1337, 1338, 1339]),
+        ("seeds: 3\nseed: 7\n", [], [7, 8, 9]),
+        ("seeds: 3\n", ["--seed=7"], [7, 8, 9]),
+        ("seeds: 3\nseed: 5\n", ["--seed", "7"], [7, 8, 9]),
+        ("seeds: 2\nbase: a.py\n", [], [21, 22]),
+        ("seeds: 2\nbase: a.py\n", ["--seed=1e3"], [1000, 1001]),
+        ("seeds: [1, 2]\n", [], [1, 2]),
+        ("seeds: [1, 2]\n", ["--seed=7"], []),
+        ("seeds: 3\n", ["--seed=4,9"], [4, 9]),
+        ("seed: [1, 2]\n", ["--seed=7"], []),
+    ],
+)
+def test_the_command_lines_seed_is_the_first_of_a_number_of_seeds(run_sweep, tmp_path, yaml, argv, seeds):
+    (tmp_path / "a.py").write_text("seed = 21\n")
+    rows = varying(run_sweep, yaml, *argv)
+    assert [int(row["seed"]) for row in rows if row] == seeds and len(rows) == max(1, len(seeds))
+    request, _ = sweep.read_request(["g.yaml", *argv])
+    space, _ = grid.parse_grid(request.spec, sweep.argument_types(request.spec, request.base_configs))
+    points, _ = grid.product(space, sweep.canonical)
+    assert [run.effective["seed"] for run in sweep.Planner(request).plan_runs(points)] == (seeds or [7])
+
+
 def test_list_valued_arguments_take_lists_of_lists(run_sweep):
     head = "training_mode: multidataset\n"
     assert len(varying(run_sweep, head + "dataset_list: [a, b]\nn_layer: [1, 2]\n")) == 2
@@ -259,6 +284,7 @@ eval_only: true
         ("slurm: {nodes: two}\n", "slurm: nodes and tasks must be whole numbers"),
         ("environment: {1A: 3}\n", "environment: 1A: "),
         ("seeds: none\n", "seeds: must be a number of seeds"),
+        ("seeds: [1, 2]\nseed: 3\n", "seeds: lists the seeds, which leaves seed=3 without effect"),
         ("a: [\n", "g.yaml: not YAML"),
         ("venv: /nowhere\n", "venv: /nowhere/bin/python: no such program"),
     ],
