@@ -185,6 +185,9 @@ class RunStatus(NamedTuple):
     loss: float | None = None  # of the last training step logged
     val_loss: float | None = None  # of the last evaluation
     best_val_loss: float | None = None
+    reward: float | None = None  # as loss, of a run that learns from rewards
+    val_reward: float | None = None
+    best_val_reward: float | None = None
     best_step: int | None = None
     seconds: float | None = None
     evaluations: tuple[tuple[int, float], ...] = ()  # (step, val_loss)
@@ -232,6 +235,7 @@ def run_status(folder: Path, *, running: bool | None = None) -> RunStatus:
         if line["event"] == "eval" and line.get("val_loss") is not None
     ]
     trained = [(loss, step) for step, loss in evaluations if step]  # step 0 shows the initial weights
+    rewards = [(line["step"], line["val_reward"]) for line in lines if line["event"] == "eval" and "val_reward" in line]
     best_val_loss, best_step = min(trained, default=(None, None))
     state, reason = state_and_reason(folder, lines, running=running)
     return RunStatus(
@@ -241,6 +245,9 @@ def run_status(folder: Path, *, running: bool | None = None) -> RunStatus:
         loss=train[-1].get("loss") if train else None,
         val_loss=evaluations[-1][1] if evaluations else None,
         best_val_loss=best_val_loss,
+        reward=train[-1].get("reward") if train else None,
+        val_reward=rewards[-1][1] if rewards else None,
+        best_val_reward=max((reward for step, reward in rewards if step and reward is not None), default=None),
         best_step=best_step,
         seconds=lines[-1].get("seconds") if lines else None,
         evaluations=tuple(evaluations),

@@ -41,7 +41,9 @@ def print_end(attempt: local.Attempt, counter: str) -> RunStatus:
         line += f"{status.state} ({status.reason})"
     else:
         line += status.state
-    if status.best_val_loss is not None:
+    if status.best_val_reward is not None:
+        line += f", val_reward {status.best_val_reward:.4f}"
+    elif status.best_val_loss is not None:
         line += f", val_loss {status.best_val_loss:.4f}"
     if attempt.exit_status is not None:
         line += f" in {attempt.seconds:.0f}s"

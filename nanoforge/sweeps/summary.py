@@ -10,7 +10,8 @@ from nanoforge.console import format_value
 from nanoforge.files import write_text
 from nanoforge.run_state import RunStatus
 
-NUMBERS = ("step", "loss", "val_loss", "best_val_loss", "best_step", "seconds")  # attributes of RunStatus
+REWARDS = ("reward", "val_reward", "best_val_reward")
+NUMBERS = ("step", "loss", "val_loss", "best_val_loss", *REWARDS, "best_step", "seconds")  # attributes of RunStatus
 
 
 class Table(NamedTuple):
@@ -60,7 +61,7 @@ def short_cell(value: Any, column: str) -> str:
     """A value in few characters: losses and accuracies with four decimals, seconds with one."""
     if value is None:
         return ""
-    if isinstance(value, float) and ("loss" in column or column.startswith("accuracy/")):
+    if isinstance(value, float) and ("loss" in column or column in REWARDS or column.startswith("accuracy/")):
         return f"{value:.4f}"
     if column == "seconds":
         return f"{value:.1f}"
@@ -72,8 +73,23 @@ def short_cells(table: Table) -> list[list[str]]:
     return [[short_cell(value, column) for column, value in zip(table.header, row, strict=True)] for row in table.rows]
 
 
+def shown(table: Table) -> Table:
+    """The table without the columns that tell a reader nothing.
+
+    Those are rewards that no run has, and losses where all runs have rewards: they are the same with a minus.
+    """
+    at = {name: i for i, name in enumerate(table.header)}
+    hidden = {name for name in REWARDS if all(row[at[name]] is None for row in table.rows)}
+    for loss, reward in (("val_loss", "val_reward"), ("best_val_loss", "best_val_reward")):
+        if reward not in hidden and all(row[at[loss]] is None or row[at[reward]] is not None for row in table.rows):
+            hidden.add(loss)
+    columns = [i for i, name in enumerate(table.header) if name not in hidden]
+    return Table([table.header[i] for i in columns], [[row[i] for i in columns] for row in table.rows])
+
+
 def as_markdown(table: Table) -> str:
     """A Markdown table of short cells."""
+    table = shown(table)
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in short_cells(table)]
     lines = [table.header, ["---"] * len(table.header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -81,6 +97,7 @@ def as_markdown(table: Table) -> str:
 
 def as_text(table: Table) -> str:
     """Aligned columns of short cells; columns without any value are left out."""
+    table = shown(table)
     rows = short_cells(table)
     columns = [i for i in range(len(table.header)) if any(row[i] for row in rows)]
     lines = [table.header, *rows]

@@ -357,6 +357,32 @@ def test_any_grid_is_a_table_or_errors(run_sweep, lines, changes, search):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what is shown
+
+
+def test_runs_that_learn_from_rewards_are_shown_by_them(run_sweep):
+    """The loss of an evaluation is the negative reward: the order is the same, the sign is the reader's."""
+    yaml = "objective: grpo\nbeta: 0\nlearning_rate: [1, 2]\nout_dir: o\n"
+    for name, rewards in zip(run_names(run_sweep(yaml=yaml)[1]), ([0.5, 0.25, 0.125], [0.5, 0.75, 0.625]), strict=True):
+        lines = [
+            {"event": "eval", "step": step, "seconds": 1, "val_loss": -reward, "val_reward": reward}
+            for step, reward in zip((0, 10, 20), rewards, strict=True)
+        ]
+        lines.append({"event": "train", "step": 20, "seconds": 1, "loss": 0.0, "reward": rewards[-1]})
+        (Path("o") / name).mkdir(parents=True)
+        (Path("o") / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = run_sweep("--status")[1]
+    assert "best_val_reward" in out and "val_loss" not in out and "-0." not in out
+    out = run_sweep("--collect")[1]
+    rows = results()
+    assert [row["learning_rate"] for row in rows] == ["2.0", "1.0"], "the best first"
+    names = ("reward", "val_reward", "best_val_reward", "best_val_loss", "best_step")
+    assert [float(rows[0][name]) for name in names] == [0.625, 0.625, 0.75, -0.75, 10]
+    assert [float(rows[1][name]) for name in names] == [0.125, 0.125, 0.25, -0.25, 10]
+    assert "0.7500" in out and "val_loss" not in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # names
 
 
