@@ -33,7 +33,7 @@ from nanoforge.errors import UserError
 from nanoforge.run_dir import RECORD_FILE
 from nanoforge.sweeps import grid, grid_file, hf_keys, launch, local, plan, slurm, summary
 from nanoforge.sweeps.plan import PlannedRun, Scripts
-from nanoforge.sweeps.search import TPESearch, parse_search
+from nanoforge.sweeps.search import SearchSpace, TPESearch, parse_search
 from train_args import TrainArgs
 
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ DECIDED_BY_SWEEP = {
     "overwrite": "the sweep decides which runs start over",
     "eval_only": "writes nothing that a sweep could show",
 }
+JOB_PREFIXES = ("slurm.", "environment.", "execution.venv", "evaluation.")  # of values that are no arguments
 N_CHECKED_POINTS = 100  # random ones, before a search begins
 
 
@@ -471,7 +472,7 @@ def run_tpe(request: Request, space: grid.Grid, planner: Planner, n_trials: int)
         return runs[0]
 
     request.out_dir.mkdir(parents=True, exist_ok=True)
-    search = open_search(request, space, n_trials)
+    search = open_search(request, space, planner, n_trials)
     slots = local.gpu_slots(request.sweep_args.jobs, request.sweep_args.gpus_per_run)
     signal_number = launch.TPELauncher(search, plan_point, Scripts(TRAIN, EVALUATE)).run(slots)
     return finish(request, plan.distinct(planner.plan_runs(search.points())), signal_number)
@@ -548,17 +549,37 @@ def check_search_space(request: Request, space: grid.Grid, planner: Planner, err
     planner.exit_if_errors(errors, len(points))
 
 
-def open_search(request: Request, space: grid.Grid, n_trials: int) -> TPESearch:
+def open_search(request: Request, space: grid.Grid, planner: Planner, n_trials: int) -> TPESearch:
     """The study of a TPE search, which the same command again continues."""
-    seed = request.sweep_args.search_seed
-    return TPESearch(request.study_path, space, n_trials=n_trials, seed=seed, canonical=canonical)
+    # All arguments with an effect in the first point, and those that may have one in others.
+    first_run = planner.plan_run(next(grid.corners(space)))
+    assert first_run is not None, "the corners are checked"
+    fixed: dict[str, Any] = {}
+    for values in [*(values for _, values in request.base_configs), space.fixed]:
+        names = {ALIASES.get(name, name): value for name, value in values.items()}
+        fixed |= {name: canonical(name, value) for name, value in names.items() if name != "out_dir"}
+    fixed |= first_run.effective
+    varying = {name for axis in space.axes for name in grid.argument_names(axis)}
+    identity = {
+        name: value
+        for name, value in fixed.items()
+        if name not in varying
+        and not name.startswith(JOB_PREFIXES)
+        and (name not in TRAIN_SPECS or value != TRAIN_SPECS[name].default)
+    }
+    return TPESearch(
+        request.study_path,
+        SearchSpace(space, identity, canonical),
+        n_trials=n_trials,
+        seed=request.sweep_args.search_seed,
+    )
 
 
 def runs_of_search(request: Request, space: grid.Grid, planner: Planner, n_trials: int) -> list[PlannedRun]:
     """The runs that a TPE search has proposed so far."""
     if not request.study_path.exists():
         return []
-    points = open_search(request, space, n_trials).points()
+    points = open_search(request, space, planner, n_trials).points()
     return plan.distinct(planner.plan_runs(points))
 
 

@@ -4,19 +4,28 @@ The study is a file. An interrupted search continues: first with the trials that
 Knows nothing of training; imports optuna only when a search is made.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.errors import UserError
-from nanoforge.sweeps.grid import Axis, Canonical, Grid, Point, Range, is_excluded
+from nanoforge.sweeps.grid import Axis, Canonical, Grid, Point, Range, argument_names, is_excluded
 
 Trial = Any  # optuna.trial.Trial
 FrozenTrial = Any  # optuna.trial.FrozenTrial: a trial in the study, read only
 Distribution = Any  # optuna.distributions.BaseDistribution
 
+SPACE_KEY = "search"  # attribute of a study: SearchSpace.describe()
 STARTUP_TRIALS = 5  # before any is pruned
 SEED_STRIDE = 1_000_003  # a continued search samples with another seed, so it proposes other points than at first
 MAX_PROPOSALS = 1000  # in a row that `exclude` may reject
+
+
+def different_names(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names that two descriptions of a search don't agree on, in the order of the second."""
+    names = dict.fromkeys([*now, *recorded])
+    return [name for name in names if name not in recorded or name not in now or recorded[name] != now[name]]
 
 
 class Search(NamedTuple):
@@ -34,10 +43,31 @@ def parse_search(text: str) -> Search | None:
     return None
 
 
-class TPESearch:
-    """A study of `n_trials` in the file `path`. Raises UserError without optuna, or if the file is of another grid."""
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched: a grid, and the arguments of all its runs that don't vary, by which a study knows it again."""
 
-    def __init__(self, path: Path, grid: Grid, n_trials: int, seed: int, canonical: Canonical):
+    grid: Grid
+    fixed: dict[str, Any]
+    canonical: Canonical
+
+    def describe(self) -> dict[str, Any]:
+        """The fixed arguments and the axes, by name, as JSON has them."""
+        described = dict(self.fixed)
+        for axis in self.grid.axes:
+            if isinstance(axis, Range):
+                described[axis.name] = {"low": axis.low, "high": axis.high, "log": axis.log}
+            else:
+                described[" and ".join(argument_names(axis))] = [
+                    [self.canonical(name, value) for name, value in choice.values.items()] for choice in axis
+                ]
+        return json.loads(json.dumps(described, default=str))
+
+
+class TPESearch:
+    """A study of `n_trials` in the file `path`. Raises UserError without optuna, or if it belongs to another search."""
+
+    def __init__(self, path: Path, space: SearchSpace, n_trials: int, seed: int):
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
@@ -45,9 +75,9 @@ class TPESearch:
             raise UserError("--search=tpe: needs a package: pip install optuna") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
-        self.grid = grid
+        self.grid = grid = space.grid
         self.n_trials = n_trials
-        self.canonical = canonical
+        self.canonical = space.canonical
         self.axes: dict[str, Axis] = {}
         for i, axis in enumerate(grid.axes):
             self.axes[axis.name if isinstance(axis, Range) else f"axis {i}"] = axis
@@ -62,8 +92,15 @@ class TPESearch:
         )
         trials = self.trials()
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + SEED_STRIDE * len(trials), constant_liar=True)
-        if any(trial.distributions and trial.distributions != self.space for trial in trials):
-            raise UserError(f"{path}: belongs to a search over another grid; choose another --out_dir")
+        described = space.describe()
+        if SPACE_KEY not in self.study.user_attrs and not trials:
+            self.study.set_user_attr(SPACE_KEY, described)
+        differences = different_names(self.study.user_attrs.get(SPACE_KEY, {}), described)
+        if differences:
+            raise UserError(
+                f"{path}: belongs to a search with another {', '.join(differences)}; "
+                "set them as they were, or choose another --out_dir"
+            )
 
         # 2. What is left of an interrupted search.
         states = optuna.trial.TrialState

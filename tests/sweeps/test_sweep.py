@@ -799,6 +799,49 @@ def test_tpe_finds_the_lower_end_prunes_the_worst_and_continues_after_an_interru
     assert run_sweep("--launcher=local", "--search=tpe:16", "-j2", yaml=yaml)[0] == 0 and len(starts()) == count
 
 
+TPE = """
+base: a.py
+learning_rate: {low: 1e-5, high: 1e-2, log: true}
+optimizer: [adamw, muon, lion]
+zip: {n_embd: [64, 128], n_head: [2, 4]}
+max_iters: 30
+out_dir: o
+"""
+
+
+@pytest.mark.slow
+def test_a_study_is_continued_by_the_same_search_alone(run_sweep, tmp_path):
+    """optuna knows choices by their index: with other ones it would give the scores of adamw to lion."""
+    pytest.importorskip("optuna")
+    (tmp_path / "a.py").write_text("dropout = 0.25\n")
+
+    def open_study(yaml: str, *argv: str):
+        (tmp_path / "g.yaml").write_text(yaml)
+        request, errors = sweep.read_request(["g.yaml", "--search=tpe:4", *argv])
+        space, more_errors = grid.parse_grid(request.spec, sweep.argument_types(request.spec))
+        assert not errors and not more_errors
+        request.out_dir.mkdir(exist_ok=True)
+        return sweep.open_search(request, space, sweep.Planner(request), 4)
+
+    trial, _ = open_study(TPE).ask()
+    for old, new, names in (
+        ("[adamw, muon, lion]", "[adamw, muon, sgd]", "another optimizer;"),
+        ("[adamw, muon, lion]", "[lion, muon, adamw]", "another optimizer;"),
+        ("low: 1e-5", "low: 1e-6", "another learning_rate;"),
+        ("log: true", "log: false", "another learning_rate;"),
+        ("n_embd: [64, 128]", "n_embd: [64, 256]", "another n_embd and n_head;"),
+        ("max_iters: 30", "max_iters: 40", "another max_iters;"),
+        ("max_iters: 30", "max_iters: 30\nmuon_momentum: 0.9", "another muon_momentum;"),
+        ("base: a.py", "", "another dropout;"),
+    ):
+        with pytest.raises(UserError, match=names):
+            open_study(TPE.replace(old, new))
+    with pytest.raises(UserError, match="another dropout;"):
+        open_study(TPE, "--launcher=local", "--dropout=0.5")
+    same = open_study(TPE + "n_layer: 6\nexclude: {optimizer: lion}\n", "--search_seed=5", "--max_iters=3e1")
+    assert [trial.params for trial in same.trials()] == [trial.params]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the experiment file of rl_salamandra_alignment
 
