@@ -31,7 +31,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from nanoforge import config_files
+from nanoforge import config_files, console
 from nanoforge.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -513,6 +513,7 @@ def is_main_process() -> bool:
 
 def parse(table: type[T], argv: list[str], description: str, rules: Rules | None = None) -> T:
     """An instance of the table from a command line; prints all errors at once and exits with status 2."""
+    console.protect_console()
     table_type: type = table  # mypy does not take type[T] for a hashable
     specs = arg_specs(table_type)
     rules = rules or Rules()
@@ -570,9 +571,13 @@ def exit_with_errors(errors: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def run(main: Callable[[Any], Any], args: Any) -> None:
+def run(main: Callable[[Any], Any], args: Any, *, output_is_required: bool = False) -> None:
     """Run a command. A UserError that only the data or the weights could show is reported like the others; Ctrl-C and a
-    closed pipe end it without a traceback."""
+    closed pipe end it without a traceback.
+
+    output_is_required: stdout is what the command is run for; otherwise its failures end nothing.
+    """
+    console.protect_console(output_is_required=output_is_required)
     try:
         main(args)
         sys.stdout.flush()
@@ -581,5 +586,4 @@ def run(main: Callable[[Any], Any], args: Any) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

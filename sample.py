@@ -404,4 +404,4 @@ def align_contexts(names: list[str], tokens: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.run(main, ARGS)
+    configurator.run(main, ARGS, output_is_required=True)

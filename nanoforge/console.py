@@ -1,24 +1,78 @@
-"""Console output: lines above a progress bar, and values in few characters. Imports no torch."""
+"""Console output: streams that end no run, lines above a progress bar, values in few characters. Imports no torch."""
 
+import contextlib
+import errno
+import io
 import os
 import sys
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class ConsoleOutput(io.FileIO):
+    """A standard stream's file. What can't be written there (a full disk, a closed pipe or terminal) is dropped.
+
+    The first failure is reported on stderr. `required` output, which a command is run for, ends the command instead.
+    """
+
+    required = False
+    failed = False
+
+    def write(self, data: Any, /) -> int:
+        """Write, or drop, all of the data. Raises BrokenPipeError and SystemExit where the output is required."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.required:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what is still in a buffer
+                if error.errno == errno.EPIPE:
+                    raise
+                raise SystemExit(f"standard output can't be written ({error.strerror})") from None
+            if not self.failed and error.errno != errno.EPIPE:
+                self.failed = True
+                with contextlib.suppress(OSError):
+                    os.write(2, f"the console can't be written ({error.strerror}); its lines are lost\n".encode())
+            return len(data)
+
+
+def protect_console(*, output_is_required: bool = False) -> None:
+    """Let no failure of stdout or stderr end this process, and print characters that they don't have as escapes.
+
+    A stream that was closed before the start becomes the null device; one that is not the process's own stays.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        is_buffered = isinstance(stream.buffer, io.BufferedWriter)
+        raw = stream.buffer.raw if is_buffered else stream.buffer
+        if stream is getattr(sys, f"__{name}__") and type(raw) is io.FileIO:
+            raw = ConsoleOutput(stream.fileno(), "w", closefd=False)
+            stream = io.TextIOWrapper(
+                io.BufferedWriter(raw) if is_buffered else raw,
+                encoding=stream.encoding,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, stream)
+        if isinstance(raw, ConsoleOutput):
+            raw.required = output_is_required and name == "stdout"
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_line(message: str) -> None:
-    """Print a line, above the progress bar if there is one. A closed pipe does not end the run."""
-    try:
-        if sys.stderr.isatty():
-            tqdm.write(message)
-        else:
-            print(message, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    """Print a line, above the progress bar if there is one."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # here, since --help and most commands need no bar
+
+        tqdm.write(message)
+    else:
+        print(message, flush=True)
 
 
 def print_to_stderr(message: str) -> None:
@@ -33,7 +87,11 @@ class ProgressBar:
         self.title = title
         self.n_chars = 0
         self.last_printed = time.monotonic()
-        self.bar = tqdm(desc=title, unit="char", unit_scale=True) if sys.stderr.isatty() else None
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(desc=title, unit="char", unit_scale=True)
 
     def add(self, n_chars: int) -> None:
         """Advance by a number of characters."""
