@@ -29,14 +29,14 @@ from nanoforge.training.grad_guard import GradGuard
 CONSOLE_METRICS = ("reward", "rewards/accuracies", "rewards/margins", "kl")  # printed, where an objective has them
 
 
-def trim_metrics(path: Path, step: int, *, evaluated: bool) -> None:
-    """Drop from a metrics.jsonl what a run resumed at a step logs again.
+def trim_metrics(path: Path, step: int, *, evaluated: bool) -> int:
+    """Drop from a metrics.jsonl what a run resumed at a step logs again; the number of lines that stay.
 
     These are lines of later steps, the broken last line of a killed run, and an evaluation at this step, with the save
     that followed it, unless the checkpoint was made after it (`evaluated`).
     """
     if not path.exists():
-        return
+        return 0
     kept = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -48,6 +48,7 @@ def trim_metrics(path: Path, step: int, *, evaluated: bool) -> None:
         if is_logged_before or is_at_step:
             kept.append(text + "\n")
     write_text(path, "".join(kept))
+    return len(kept)
 
 
 class RunLogger:
@@ -69,7 +70,7 @@ class RunLogger:
         self.line_is_torn = False  # the last line was written in part
         if silent:
             return
-        trim_metrics(self.path, start_step, evaluated=evaluated)
+        self.n_lines = trim_metrics(self.path, start_step, evaluated=evaluated)
         self.file = self.path.open("ab", buffering=0)
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -96,6 +97,11 @@ class RunLogger:
             config=config,
             dir=str(self.out_dir),
         )
+        # wandb drops metrics that come with an older step than its own, as a finished save does, and what a run logs
+        # again after a resume or a rollback. So its own step counts rows, and each row names the training step.
+        self.wandb.define_metric("step")
+        self.wandb.define_metric("*", step_metric="step")
+        self.wandb_row = max(self.wandb.step, self.n_lines)
 
     def track_tensorboard(self) -> None:
         """Log to out_dir/tensorboard from now on."""
@@ -131,7 +137,8 @@ class RunLogger:
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         if self.wandb is not None and numbers:
-            self.wandb.log(numbers, step=step)
+            self.wandb.log({**numbers, "step": step}, step=self.wandb_row)
+            self.wandb_row += 1
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)

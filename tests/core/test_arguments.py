@@ -6,9 +6,11 @@ import itertools
 import json
 import math
 import shutil
+import struct
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -717,14 +719,43 @@ def plot_loss(run):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
+def read_wandb_history(path: Path) -> list[dict]:
+    """The rows that wandb kept, from its own file: a LevelDB log of protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, block, position, record, rows = path.read_bytes(), 2**15, 7, b"", []
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no header fits in the block's rest
+            position += block - position % block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)  # checksum, size, 1 or 4: a record's end
+        record += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            history = wandb_internal_pb2.Record.FromString(record).history.item
+            rows.append({item.nested_key[0]: json.loads(item.value_json) for item in history})
+            record = b""
+    return [row for row in rows if row]
+
+
 @effect
 def wandb_log(run, monkeypatch):
-    """The real wandb, offline: a resumed run goes on under the same id."""
+    """The real wandb, offline: a resumed run goes on under the same id, and keeps all metrics, of late saves too."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    first = run("--wandb_log", "--wandb_project=mine", "--wandb_run_name=me", "--max_iters=2")
-    run("--init_from=resume", "--max_iters=3")
+    first = run("--wandb_log", "--wandb_project=mine", "--wandb_run_name=me", "--max_iters=4", "--eval_interval=1")
+    lines = [json.loads(line) for line in (first.out_dir / "metrics.jsonl").read_text().splitlines()]
+    path = next(first.out_dir.glob("wandb/offline-run-*/*.wandb"))
+    rows = read_wandb_history(path)
+    deadline = time.monotonic() + 20
+    while len(rows) < sum(line["event"] != "note" for line in lines) and time.monotonic() < deadline:
+        time.sleep(0.05)  # wandb's own process may still be writing
+        rows = read_wandb_history(path)
+    for event, key in (("train", "loss"), ("eval", "val_loss"), ("save", "written_ms")):
+        kept = [(row["step"], row[f"{event}/{key}"]) for row in rows if f"{event}/{key}" in row]
+        assert kept == [(line["step"], line[key]) for line in lines if line["event"] == event] != []
+    run("--init_from=resume", "--max_iters=5")
     folders = [path.name for path in (first.out_dir / "wandb").glob("offline-run-*")]
     assert len(folders) >= 1 and {name.rsplit("-", 1)[1] for name in folders} == {
         (first.out_dir / "wandb_id").read_text()
@@ -738,7 +769,12 @@ def wandb_init_options(run, monkeypatch, *flags) -> dict:
     stand_in.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stand_in.init = lambda **options: (
         seen.update(options)
-        or types.SimpleNamespace(log=lambda *_, **__: seen.update(logged=True), finish=lambda: None)
+        or types.SimpleNamespace(
+            log=lambda *_, **__: seen.update(logged=True),
+            finish=lambda: None,
+            define_metric=lambda *_, **__: None,
+            step=0,
+        )
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run("--wandb_log", *flags)
