@@ -71,9 +71,8 @@ class Run:
         if out_of_time:
             return f"{args.max_seconds:g} seconds"
         if args.early_stop_patience and progress.worse_evaluations >= args.early_stop_patience:
-            return (
-                f"{progress.worse_evaluations} evaluations without a better val_loss than {progress.best_val_loss:.4f}"
-            )
+            best = progress.patience_val_loss
+            return f"{progress.worse_evaluations} evaluations without a better val_loss than {best:.4f}"
         return None
 
     def summary(self) -> str:

@@ -162,10 +162,7 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
 
     # 3. Save.
     if progress.step or is_last:
-        progress.worse_evaluations = 0 if is_best else progress.worse_evaluations + 1
-        if is_best:
-            progress.best_val_loss = val_loss
-            progress.best_step = progress.step
+        progress.count_evaluation(val_loss, at_interval=progress.step % args.eval_interval == 0)
         if is_best or is_last or args.always_save_checkpoint:
             run.checkpoints.save(progress, logger)
     if args.plot_loss and run.ranks.is_main:

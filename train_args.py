@@ -294,7 +294,8 @@ class DurationArgs:
     max_epochs: float = arg(0.0, "maximum passes over the training data (0: no limit)",
         low=0, alias=("num_train_epochs",))
     max_seconds: float = arg(0.0, "maximum training time in seconds, over all resumes (0: no limit)", low=0)
-    early_stop_patience: int = arg(0, "early stopping: evaluations in a row without a better val_loss (0: off)",
+    early_stop_patience: int = arg(0, "early stopping: evaluations in a row (those at eval_interval count) "
+        "without a better val_loss (0: off)",
         low=0, alias=("early_stopping_patience",))
 
 
@@ -336,7 +337,8 @@ class ScheduleArgs:
     min_lr: float = arg(1e-4, "final learning rate of the decay", low=0, needs=DECAYING)
     lr_step_size: int = arg(1000, "step schedule: steps between drops", low=1, needs=STEP_SCHEDULE)
     lr_step_gamma: float = arg(0.1, "step schedule: factor of each drop", above=0, high=1, needs=STEP_SCHEDULE)
-    wsd_decay_fraction: float = arg(0.4, "warmup-stable-decay: fraction of lr_decay_iters in the linear cooldown",
+    wsd_decay_fraction: float = arg(0.4, "warmup-stable-decay: fraction of lr_decay_iters in the linear cooldown, "
+        "which begins after the warmup",
         above=0, high=1, needs=with_value("lr_scheduler", "wsd"))
 
 

@@ -70,11 +70,12 @@ def sample_next_token(logits: Tensor, sampling: SamplingParams, generator: torch
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """The ids, (B,), at which the cumulative probs, (B, V), pass u, (B,) in [0, 1): u alone decides the draw.
 
-    The probs need not sum to 1.
+    The probs need not sum to 1. An id of probability 0 is never drawn: u may be rounded to 1, its product stays below.
     """
     cdf = probs.cumsum(-1)
-    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=probs.size(-1) - 1)
+    total = cdf[:, -1:].contiguous()
+    threshold = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

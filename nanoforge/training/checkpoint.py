@@ -124,21 +124,33 @@ class Progress:
     seconds: float = 0.0
     best_val_loss: float = math.inf
     best_step: int = -1
-    worse_evaluations: int = 0  # since the best one
+    worse_evaluations: int = 0  # of those at eval_interval, since the best one of them
+    patience_val_loss: float = math.inf  # of that one
     evaluated_at: int = -1  # step of the last evaluation
     rollbacks: int = 0  # to a checkpoint, after too many skipped steps
 
     def to_json(self) -> dict[str, Any]:
-        """For progress.json, which has null where there is no best loss."""
-        return asdict(self) | {"best_val_loss": self.best_val_loss if self.best_step >= 0 else None}
+        """For progress.json, which has null where there is no loss."""
+        values = asdict(self)
+        return {name: None if value == math.inf else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
         """From progress.json, which has further keys. Fields that an older version didn't write keep their defaults."""
-        progress = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-        if progress.best_val_loss is None:
-            progress.best_val_loss = math.inf
-        return progress
+        values = {"patience_val_loss": values.get("best_val_loss")} | dict(values)
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{name: math.inf if value is None else value for name, value in known.items()})
+
+    def count_evaluation(self, val_loss: float, *, at_interval: bool) -> None:
+        """Take up an evaluation's loss. Early stopping counts those at eval_interval alone: the evaluation that ends a
+        run is no part of the run that goes on."""
+        if val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            self.best_step = self.step
+        if at_interval:
+            is_better = val_loss < self.patience_val_loss
+            self.worse_evaluations = 0 if is_better else self.worse_evaluations + 1
+            self.patience_val_loss = min(self.patience_val_loss, val_loss)
 
 
 @dataclass(frozen=True)

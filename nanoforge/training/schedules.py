@@ -50,9 +50,12 @@ def inverse_sqrt(step: int, warmup: int, floor: float) -> float:
     return max(floor, math.sqrt(max(1, warmup) / max(1, step, warmup)))
 
 
-def wsd(step: int, steps: int, floor: float, decay_fraction: float) -> float:
-    """Warmup, stable, decay: linear to the floor over the last decay_fraction of the steps (Hu et al. 2024)."""
-    decay_steps = max(1, decay_fraction * steps)
+def wsd(step: int, warmup: int, steps: int, floor: float, decay_fraction: float) -> float:
+    """Warmup, stable, decay: linear to the floor over the last decay_fraction of the steps (Hu et al. 2024).
+
+    The decay begins after the warmup, from the peak.
+    """
+    decay_steps = max(1, min(decay_fraction * steps, steps - warmup))
     remaining = min(1.0, max(0.0, (steps - step) / decay_steps))
     return floor + remaining * (1.0 - floor)
 

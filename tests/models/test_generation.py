@@ -4,7 +4,15 @@ import pytest
 import torch
 from helpers import ids, tiny_model
 
-from nanoforge.models.generation import BatchDecoder, KVCache, SamplingParams, generate, sample_next_token
+from nanoforge.models.generation import (
+    BatchDecoder,
+    KVCache,
+    SamplingParams,
+    generate,
+    inverse_cdf,
+    logits_to_probs,
+    sample_next_token,
+)
 
 
 def draw(model, idx, n, seed=0, on_token=None, decode="cached", **sampling):
@@ -99,6 +107,17 @@ def test_filters_keep_what_their_definition_says():
     assert kept(min_p=0.25) == [True, True, False, True]
     assert kept(min_p=0.7) == [False, True, False, False]
     torch.testing.assert_close(frequencies(logits, top_k=2)[[1, 3]], torch.tensor([0.625, 0.375]), atol=0.012, rtol=0)
+
+
+def test_an_id_of_probability_zero_is_never_drawn():
+    """At both ends of [0, 1), where the largest float64 is 1 in float32: the ids with a probability are 1 and 2."""
+    probs = logits_to_probs(torch.tensor([[0.0, 3.0, 3.0, 0.0, 1.0]]), SamplingParams(max_new_tokens=1, top_k=2))
+    u = torch.tensor([0.0, 0.4999, 0.5001, 1 - 2**-53], dtype=torch.float64).float()
+    assert u[-1] == 1
+    for scale in (1.0, 1 + 2**-23, 0.37):  # the probs need not sum to 1
+        assert inverse_cdf(scale * probs.expand(4, -1), u).tolist() == [1, 1, 2, 2]
+    greedy = logits_to_probs(ids(64, 50).float(), SamplingParams(max_new_tokens=1, top_k=1))
+    assert (greedy.gather(1, inverse_cdf(greedy, torch.ones(64))[:, None]) > 0).all()
 
 
 def test_temperature_zero_is_greedy_and_seeds_matter():

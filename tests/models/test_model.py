@@ -170,6 +170,19 @@ def test_rms_norm_of_few_passes_equals_torchs(dtype):
     torch.testing.assert_close(torch.autograd.grad(ours, x, upstream)[0], expected, **tolerance)
 
 
+def test_rms_norm_in_bfloat16_is_as_exact_as_torchs():
+    """Root mean square errors against float64: 0.0017 of the value, once rounded."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 96).bfloat16()
+    exact = F.rms_norm(x.double(), (96,), eps=1e-5)
+
+    def error(y: torch.Tensor) -> float:
+        return float((y.double() - exact).norm() / exact.norm())
+
+    ours = RMSNorm(96, gain=False)(x)
+    assert error(ours) <= 1.01 * error(F.rms_norm(x, (96,), eps=1e-5)) < 0.002
+
+
 def test_rotary_scores_depend_on_distance_alone():
     rotary = RotaryPosition(dataclasses.replace(TINY_MODEL, block_size=64))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)

@@ -281,6 +281,16 @@ def test_schedules_by_their_closed_forms(name, scales):
     assert {step: schedule(step) for step in scales} == pytest.approx(scales)
 
 
+@pytest.mark.parametrize("warmup", [0, 59, 60, 90, 100])
+def test_wsd_decays_after_the_warmup_from_the_peak(warmup):
+    """Its last 40 of 100 steps, or what the warmup leaves of them, on a straight line to the floor."""
+    schedule = make_schedule("wsd", **VALUES | {"warmup": warmup, "steps": 100})
+    start = max(warmup, 60)
+    expected = [1 - 0.9 * (step - start) / max(1, 100 - start) for step in range(start, 101)]
+    assert [schedule(step) for step in range(start, 101)] == pytest.approx([*expected[:-1], 0.1])
+    assert all(schedule(step) == 1.0 for step in range(warmup, start))
+
+
 def test_cosine_is_torchs_and_nanogpts():
     schedule = make_schedule("cosine", **VALUES)
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

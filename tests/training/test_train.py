@@ -347,6 +347,18 @@ def test_resume_with_another_batch_size_continues_the_counts(run):
     assert "global batch" in resumed.console
 
 
+@pytest.mark.parametrize("first_part", [3, 5])
+def test_early_stopping_counts_alike_in_one_part_and_in_two(run, first_part):
+    """No loss is better than that of step 2. The evaluation that ends the first part, at no interval, isn't counted."""
+    flags = ["--early_stop_patience=3", "--learning_rate=0"]
+    whole = run(*flags, "--max_iters=60", name="whole")
+    run(*flags, f"--max_iters={first_part}", name="parts")
+    parts = run("--init_from=resume", "--max_iters=60", name="parts")
+    assert parts.progress.step == whole.progress.step == 8
+    older = {k: v for k, v in whole.last.progress.items() if k != "patience_val_loss"}
+    assert checkpoint.Progress.from_json(older).patience_val_loss == whole.last.progress["best_val_loss"]
+
+
 def test_resume_restores_a_lost_tokenizer_and_best_json(run):
     done = run()
     (done.out_dir / "tokenizer.json").unlink()
