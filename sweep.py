@@ -419,7 +419,7 @@ def report(request: Request, runs: list[PlannedRun]) -> int:
     if request.sweep_args.status:
         print(line)
         plan.print_failed(runs, statuses)
-        return int(any(status.state == "failed" for status in statuses))
+        return int(any(status.state in ("failed", "diverged") for status in statuses))
     command = shlex.join(["python", "sweep.py", *sys.argv[1:], "--launcher=local"])
     print(f"{line}; to run them: {command}")
     return 0
@@ -442,7 +442,7 @@ def finish(request: Request, runs: list[PlannedRun], signal_number: int) -> int:
     plan.print_failed(runs, statuses)
     if signal_number:
         return 128 + signal_number
-    return int(any(status.state not in run_state.FINISHED for status in statuses))
+    return int(any(status.state not in ("done", "pruned") for status in statuses))
 
 
 def run_local(request: Request, runs: list[PlannedRun]) -> int:

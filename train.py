@@ -18,11 +18,13 @@ if __name__ == "__main__":  # errors and --help come before the seconds that imp
     ARGS = train_args.parse()
     gc.disable()  # the collector takes a sixth of these seconds; the first logged step enables it
 
+import contextlib
 import dataclasses
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ import torch
 import builders
 import configurator
 from nanoforge import console, device, distributed, rng, run_dir
+from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.training import checkpoint, evaluation
 from nanoforge.training.checkpoint import Progress
@@ -41,16 +44,13 @@ from train_args import TrainArgs
 ADVICE = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
 
 
-class Diverged(Exception):
-    """Too many steps in a row were skipped."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def train(run: Run, logger: RunLogger, signals: Signals) -> None:
-    """Train until the run is finished. Raises SystemExit after a signal, Diverged after too many skipped steps."""
+def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
+    """Train until the run is finished; False where too many steps in a row were skipped. Raises SystemExit after a
+    signal."""
     args, progress, ranks = run.args, run.progress, run.ranks
     source, objective = run.data.source, run.data.objective
     optimizer, scaler, guard = run.state.optimizer, run.state.scaler, run.state.guard
@@ -62,7 +62,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> None:
         # 1. Evaluate, save, stop; never between two steps on the same rollout.
         run.checkpoints.log_finished_save(logger, progress.step, wait=False)
         if progress.step % source.steps_per_rollout == 0 and evaluate_save_stop(run, logger, step_logger, signals):
-            return
+            return True
 
         # 2. Forward, backward, update. The last micro-batch averages the gradients over the ranks.
         scale = lr_scale(progress.step)
@@ -96,7 +96,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> None:
             )
             if int(guard.max_consecutive) >= args.skip_patience:
                 steps.close()
-                raise Diverged
+                return False
 
 
 def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, signals: Signals) -> bool:
@@ -134,7 +134,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
 def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last: bool) -> None:
     """Evaluate, log the metrics, and save as the arguments say; a run's initial weights are not saved.
 
-    A signal ends the evaluation at once. Raises SystemExit when the loss is not finite.
+    A signal ends the evaluation at once. Raises DivergedError when the loss is not finite.
     """
     args, progress = run.args, run.progress
 
@@ -146,7 +146,7 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
     samples = sample_completions(run)
     val_loss = metrics["val_loss"]
     if not math.isfinite(val_loss):
-        raise SystemExit(f"val_loss is {val_loss} at step {progress.step}: stopped, nothing was saved. {ADVICE}")
+        raise DivergedError(f"val_loss is {val_loss} at step {progress.step}: stopped, nothing was saved. {ADVICE}")
     progress.evaluated_at = progress.step
     is_best = val_loss < progress.best_val_loss
 
@@ -184,7 +184,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def rollback(run: Run, logger: RunLogger) -> Run:
-    """The run at its newest undamaged checkpoint. Raises SystemExit the second time, and without a checkpoint."""
+    """The run at its newest undamaged checkpoint. Raises DivergedError the second time, and without one."""
     progress = run.progress
     reason = (
         f"{run.args.skip_patience} steps in a row were skipped until step {progress.step}, "
@@ -193,9 +193,9 @@ def rollback(run: Run, logger: RunLogger) -> Run:
     run.checkpoints.log_finished_save(logger, progress.step, wait=True)
     run.ranks.barrier()
     if progress.rollbacks:
-        raise SystemExit(f"{reason}, again: stopped; {ADVICE}")
+        raise DivergedError(f"{reason}, again: stopped; {ADVICE}")
     if not checkpoint.list_steps(run.checkpoints.folder):
-        raise SystemExit(f"{reason}, and there is no checkpoint to go back to: stopped; {ADVICE}")
+        raise DivergedError(f"{reason}, and there is no checkpoint to go back to: stopped; {ADVICE}")
     logger.note(progress.step, f"{reason}: going back to the newest checkpoint")
     run = resume(run, logger.print)
     run.progress.rollbacks += 1
@@ -257,14 +257,29 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
             logger.event("note", run.progress.step, "", text=note)
         notes.clear()
         try:
-            with Signals() as signals:
-                train(run, logger, signals)
-            return run.progress
-        except Diverged:
-            run = rollback(run, logger)
+            with note_failure(run.progress, logger):
+                with Signals() as signals:
+                    if train(run, logger, signals):
+                        return run.progress
+                run = rollback(run, logger)
         finally:
             run.checkpoints.close()
             logger.close()
+
+
+@contextlib.contextmanager
+def note_failure(progress: Progress, logger: RunLogger) -> Iterator[None]:
+    """Log what ends a run before its end, apart from signals: the last line of metrics.jsonl, which others read."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            kind = "diverged" if isinstance(end, DivergedError) else "failed"
+            logger.event("note", progress.step, "", text=f"{kind}: {end.code}")
+        raise
+    except Exception as error:
+        logger.event("note", progress.step, "", text=f"failed: {type(error).__name__}: {error}")
+        raise
 
 
 def open_logger(run: Run) -> RunLogger:

@@ -169,9 +169,11 @@ def refuse_existing_run(out_dir: Path) -> None:
     """Raises UserError when the folder holds a run."""
     existing = existing_run_files(out_dir)
     if existing:
+        has_checkpoint = any((out_dir / "checkpoints").glob("[0-9]*/manifest.json"))
+        way_out = "continue it with --init_from=resume, " if has_checkpoint else "it has no checkpoint yet; "
         raise UserError(
             f"{out_dir}: already holds a run ({existing[0].name}); "
-            "continue it with --init_from=resume, replace it with --overwrite, or use another --out_dir"
+            f"{way_out}replace it with --overwrite, or use another --out_dir"
         )
 
 

@@ -27,7 +27,7 @@ STATUS_FILE = "exit_status"
 SWEEP_LOCK_FILE = ".sweep.lock"
 PRUNED_FILE = "pruned"
 
-FINISHED = ("done", "pruned")  # states in which nothing is left to do
+FINISHED = ("done", "pruned", "diverged")  # states in which nothing is left to do
 NEEDS_WORK = ("new", "stopped", "failed")  # states in which something is left to do and no process does it
 STOP_STATUSES: dict[int | None, str] = {
     128 + stop: stop.name for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -177,7 +177,11 @@ def is_running(folder: Path) -> bool:
 
 
 class RunStatus(NamedTuple):
-    """The state of a run (new, running, done, pruned, stopped, failed, or a queue's own state), and its results."""
+    """The state of a run and its results.
+
+    It is new, running, done, pruned (by a search), diverged (its loss or weights are not finite; it would be again),
+    stopped, failed, or a queue's own state.
+    """
 
     state: str
     reason: str = ""
@@ -215,6 +219,9 @@ def state_and_reason(folder: Path, lines: list[dict], *, running: bool | None = 
         return "done", note
     if note.startswith("stopped by"):
         return "stopped", note.partition(";")[0]
+    if note.startswith(("diverged: ", "failed: ")) and status in (None, 1, 2):
+        state, _, reason = note.partition(": ")
+        return state, reason
     if status in STOP_STATUSES:
         return "stopped", note.partition(";")[0] or f"stopped by {STOP_STATUSES[status]}"
     if status is not None:

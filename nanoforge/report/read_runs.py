@@ -51,7 +51,7 @@ class LoadedRun:
     folder: Path
     name: str
     record: RunRecord = field(default_factory=lambda: RunRecord({}))
-    state: str = "new"  # new, running, done, pruned, stopped, failed
+    state: str = "new"  # of run_state.RunStatus
     reason: str = ""  # of the state
     train: Columns = field(default_factory=dict)
     evals: Columns = field(default_factory=dict)
@@ -59,7 +59,7 @@ class LoadedRun:
     samples: list[tuple[int, list[Sample]]] = field(default_factory=list)  # by step
     notes: list[tuple[int, str]] = field(default_factory=list)  # by step
     remarks: list[str] = field(default_factory=list)
-    log_tail: list[str] = field(default_factory=list)  # of a run that stopped or failed
+    log_tail: list[str] = field(default_factory=list)  # of a run that stopped, failed or diverged
     parameters: int | None = None
     flops_per_token: float | None = None  # in training
     step: int = 0
@@ -174,7 +174,7 @@ def read_run(folder: Path, name: str, max_points: int) -> LoadedRun:
             run.remarks.append(f"{run_dir.RECORD_FILE} can't be read (nested too deeply)")
     lines = run_state.read_metrics(folder / run_dir.METRICS_FILE, run.remarks)
     run.state, run.reason = run_state.state_and_reason(folder, lines)
-    if run.state in ("failed", "stopped"):
+    if run.state in ("failed", "diverged", "stopped"):
         run.log_tail = [line[:LOG_LINE_CHARS] for line in run_state.log_tail(folder, LOG_LINES)]
     train_lines = [line for line in lines if line["event"] == "train"]
     eval_lines = [line for line in lines if line["event"] == "eval"]

@@ -105,7 +105,7 @@ class TPELauncher:
             (attempt.task.folder / run_state.PRUNED_FILE).touch()
         status = print_end(attempt, f"[trial {trial.number + 1}]")
         loss = status.best_val_loss if status.state == "done" else None
-        self.search.finish(trial, loss, pruned=status.state == "pruned")
+        self.search.finish(trial, loss, pruned=status.state in ("pruned", "diverged"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -187,8 +187,8 @@ def print_table(runs: list[PlannedRun], statuses: list[RunStatus]) -> None:
 
 
 def print_failed(runs: list[PlannedRun], statuses: list[RunStatus]) -> None:
-    """Print the reason and the last console output of each run that has failed or was stopped."""
+    """Print the reason and the last console output of each run that has failed, has diverged or was stopped."""
     for run, status in zip(runs, statuses, strict=True):
-        if status.state in ("failed", "stopped"):
+        if status.state in ("failed", "diverged", "stopped"):
             print(f"\n{run.name}: {status.state}, {status.reason}; {run.folder / run_state.LOG_FILE} ends with")
             print("\n".join(f"    {line}" for line in run_state.log_tail(run.folder)))

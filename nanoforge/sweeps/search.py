@@ -166,7 +166,10 @@ class TPESearch:
         return bool(after_training) and trial.should_prune()
 
     def finish(self, trial: Trial, loss: float | None, *, pruned: bool) -> None:
-        """Record how a trial ended. Without a loss it failed or was stopped, and stays open for the next search."""
+        """Record how a trial ended; one that diverged counts as pruned, which is worse than any that was not.
+
+        Without a loss it failed or was stopped, and stays open for the next search.
+        """
         if pruned:
             self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
         elif loss is not None:

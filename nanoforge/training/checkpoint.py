@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nanoforge.distributed import Ranks, cpu_snapshot, is_sharded, local_shard
-from nanoforge.errors import UserError
+from nanoforge.errors import DivergedError, UserError
 from nanoforge.files import TMP_SUFFIX, atomic_write, fsync, sha256, write_json
 from nanoforge.run_dir import read_best_step, write_best
 from nanoforge.training.grad_guard import GradGuard
@@ -464,7 +464,7 @@ class Manager:
     def save(self, progress: Progress, logger: RunLogger) -> None:
         """Start to save a checkpoint: a snapshot now, its files in a thread. Waits for the save before.
 
-        A collective where the run is sharded. Raises SystemExit when a tensor is not finite.
+        A collective where the run is sharded. Raises DivergedError when a tensor is not finite.
         """
         if not self.ranks.is_main and not self.is_sharded:
             return
@@ -474,14 +474,14 @@ class Manager:
         self.saver.start(snapshot.progress.step, partial(self.write, snapshot), blocked_since)
 
     def snapshot(self, progress: Progress) -> Snapshot:
-        """Copy trainable weights and training state to host memory. Raises SystemExit when a tensor is not finite."""
+        """Copy trainable weights and training state to host memory. Raises DivergedError when one is not finite."""
         model, optimizer, scaler, guard = self.state
         optimizer_tensors, optimizer_values = optimizer.state_dict()
         weights = {name: cpu_snapshot(weight) for name, weight in model.named_parameters() if weight.requires_grad}
         tensors = {name: cpu_snapshot(tensor) for name, tensor in optimizer_tensors.items()}
         for name, tensor in (weights | tensors).items():
             if tensor.is_floating_point() and not local_shard(tensor).isfinite().all():
-                raise SystemExit(f"{name} is not finite at step {progress.step}: stopped, nothing was saved")
+                raise DivergedError(f"{name} is not finite at step {progress.step}: stopped, nothing was saved")
         return Snapshot(
             progress=progress,
             weights=weights,

@@ -26,7 +26,7 @@ import configurator
 import train
 import train_args
 from model import GPT, GPTConfig
-from nanoforge import device
+from nanoforge import device, run_state
 from nanoforge.errors import UserError
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
@@ -557,9 +557,25 @@ def test_a_run_folder_is_complete(run):
         assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2)), "a character is one byte"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run):
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run, tmp_path):
     with pytest.raises(SystemExit, match="nothing was saved"):
         run("--learning_rate=1e30", "--grad_clip=0", "--max_iters=50", "--optimizer=sgd")
+    assert run_state.run_status(tmp_path / "run").state == "diverged", "not killed"
+    with pytest.raises(UserError) as refused:
+        run("--learning_rate=1e-3")
+    assert "--overwrite" in str(refused.value) and "--init_from=resume" not in str(refused.value), "it has none"
+
+
+def test_an_error_while_training_is_the_state_of_the_run(run, tmp_path, monkeypatch):
+    def fail(*_: object, **values: object) -> None:
+        raise OSError("no more steps")
+
+    monkeypatch.setattr(train.StepLogger, "log_step", fail)
+    with pytest.raises(OSError, match="no more steps"):
+        run()
+    assert run_state.run_status(tmp_path / "run")[:2] == ("failed", "OSError: no more steps")
+    (tmp_path / "run/exit_status").write_text("-9")  # a later attempt
+    assert run_state.run_status(tmp_path / "run")[:2] == ("failed", "killed by SIGKILL")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
