@@ -1,12 +1,16 @@
 """Tables of rows: Python's csv and json are the witnesses; errors name the line; datasets are whole or not there."""
 
 import csv
+import gzip
 import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from nanoforge.data.tables import read_rows, read_texts, write_splits
+from nanoforge.data import tables
+from nanoforge.data.tables import numbered_rows, read_rows, read_texts, write_splits
 from nanoforge.data.token_bins import SPLITS
 from nanoforge.errors import UserError
 
@@ -53,10 +57,97 @@ def test_parquet_holds_the_same(tmp_path):
 
     parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"toxic": None, "polite": None}]), tmp_path / "t.parquet")
     assert [*read_rows(tmp_path / "t.parquet")] == [*ROWS, {"toxic": None, "polite": None}]
-    assert [*read_texts(tmp_path / "t.parquet", "polite")] == [*(row["polite"] for row in ROWS), ""]
+    assert [*read_texts(tmp_path / "t.parquet", "polite", [].append)] == [row["polite"] for row in ROWS]
     assert "has no column text but toxic, polite" in read_error(tmp_path / "t.parquet", read_texts, "text")
     (tmp_path / "t.parquet").write_bytes(b"PAR")
     assert "t.parquet: not a parquet file" in read_error(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**16])
+def test_a_json_file_is_read_as_json_reads_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    """A list, and objects one after the other, over any lines; the line of a row is where it begins."""
+    monkeypatch.setattr(tables, "JSON_CHARS", chunk)
+    rows = [*ROWS, {"n": [1, {"m": None}], "deep": {"x": True, "y": -1.5e-7}, "\u20ac": '\\"[],{}'}, {}]
+    path = tmp_path / "t.json"
+    for indent in (None, 2):
+        whole = json.dumps(rows, indent=indent)
+        path.write_text(f"\ufeff\n {whole}\n", encoding="utf-8")
+        assert [*read_rows(path)] == json.loads(whole)
+        separated = "\n".join(json.dumps(row, indent=indent) for row in rows)
+        path.write_text(separated, encoding="utf-8")
+        assert [*read_rows(path)] == rows
+        begins = [number for number, line in enumerate(separated.splitlines(), start=1) if line.startswith("{")]
+        assert [line for line, _ in numbered_rows(path)] == begins
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_tables_hold_the_same(tmp_path: Path, suffix: str):
+    """Of two parts joined, as `cat` joins compressed files; one that breaks off is refused."""
+    compress = gzip.compress if suffix == ".gz" else pytest.importorskip("zstandard").ZstdCompressor().compress
+    lines = [f"{json.dumps(row)}\n".encode() for row in ROWS * 50]
+    path = tmp_path / f"t.JSONL{suffix}"
+    packed = compress(b"".join(lines[:70])) + compress(b"".join(lines[70:]))
+    path.write_bytes(packed)
+    assert [*read_rows(path)] == ROWS * 50
+    path.write_bytes(packed[:-20])
+    assert "can't be read" in read_error(path)
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+    path = tmp_path / f"t.parquet{suffix}"
+    path.write_bytes(compress((tmp_path / "t.parquet").read_bytes()))
+    assert [*read_rows(path)] == ROWS
+
+
+NO_TEXTS = [None, "", 3, 1.5, True, ["a"], {"a": "b"}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("value", NO_TEXTS, ids=repr)
+def test_one_rule_for_what_is_no_text(tmp_path: Path, value: object, suffix: str):
+    """Refused by file, row and field, in every format alike; left out and counted where that is asked for."""
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        column = pyarrow.array([value, value] if value != "" else ["a", ""])  # a column has one type
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        row = 2 if value == "" else 1
+    else:
+        rows = [json.dumps({"text": text}) for text in ("a", value, "b")]
+        path.write_text("\n".join(rows) if suffix == "jsonl" else "[" + ",\n".join(rows) + "]")
+        row = 2
+    assert read_error(path, read_texts, "text").startswith(f"{path}:{row}: text is ")
+    left_out: list[str] = []
+    texts = [*read_texts(path, "text", left_out.append)]
+    assert all(text in ("a", "b") for text in texts)
+    assert len(texts) + len(left_out) == (2 if suffix == "parquet" else 3)
+
+
+def test_parquet_columns_that_hold_no_text(tmp_path: Path):
+    """Bytes, and text that is not UTF-8, which pyarrow writes without a check."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": [b"abc"]}), path)
+    assert read_error(path, read_texts, "text").startswith(f"{path}:1: text is b'abc', not text")
+    latin = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(np.array([0, 1, 2], np.int32)), pyarrow.py_buffer(b"a\xe9")
+    )
+    parquet.write_table(pyarrow.table({"text": latin}), path)
+    assert read_error(path, read_texts, "text").startswith(f"{path}:2: text can't be read ('utf-8'")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(60) + whole[64:])
+    assert f"{path}: " in read_error(path, read_texts, "text")
+    columns = {
+        "text": pyarrow.array(["x", "y"]).dictionary_encode(),
+        "large": pyarrow.array(["u", "v"]).cast("large_string"),
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+    assert [*read_texts(path, "text")] == ["x", "y"] and [*read_texts(path, "large")] == ["u", "v"]
 
 
 def test_json_keeps_its_types(tmp_path):
@@ -95,8 +186,18 @@ def test_rows_are_converted_and_what_is_refused_has_its_line(tmp_path):
     ("t.csv", b'a,b\n1,2\n"1\n,2\n', "t.csv:3: unexpected end of data"),
     ("t.tsv", b'a\tb\n"so" he said\t2\n', "t.tsv:2: '\t' expected after '\"'"),
     ("t.csv", "a,b\n1,2\n".encode("utf-16"), "t.csv:1: not UTF-8"),
-    ("t.txt", b"a,b\n1,2\n", "t.txt: must be a .jsonl, .csv, .tsv or .parquet file"),
-    ("t", b"", "t: must be a .jsonl, .csv, .tsv or .parquet file"),
+    ("t.json", b'[{"a": 1},\n {"a": }]', "t.json:2: not JSON (Expecting value"),
+    ("t.json", b'[{"a": 1},\n 3]', "t.json:2: must be an object"),
+    ("t.json", b'[{"a": 1},\n\n{"a": 2},\n', "t.json:4: the list is not closed"),
+    ("t.json", b'{"a": "' + b"x" * 200_000, "t.json:1: not JSON (Unterminated string"),
+    ("t.json", b'{"a": ' + b"[" * 100_000, "t.json:1: not JSON"),
+    ("t.json", b"[]", "t.json: has no rows"),
+    ("t.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9], "t.csv.gz: can't be read (Compressed file ended"),
+    ("t.csv.gz", b"a,b\n1,2\n", "t.csv.gz: can't be read (Not a gzipped file"),
+    ("t.csv.gz", gzip.compress(b"a,b\n1,\xff\n"), "t.csv.gz:2: not UTF-8"),
+    ("t.parquet.gz", gzip.compress(b"PAR"), "t.parquet.gz: not a parquet file"),
+    ("t.txt", b"a,b\n1,2\n", "t.txt: must be a .jsonl, .json, .csv, .tsv or .parquet file"),
+    ("t", b"", "t: must be a .jsonl, .json, .csv, .tsv or .parquet file"),
 ])  # fmt: skip
 def test_broken_tables_are_refused_by_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
