@@ -102,7 +102,7 @@ from tqdm import tqdm
 from builders import LoadedModel, load_model
 from nanoforge import files, rng
 from nanoforge.console import print_to_stderr
-from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.data import batches, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
@@ -327,7 +327,7 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
     Those of a soft prompt need the fields of its template instead of a prompt.
     """
     path = Path(task)
-    if path.suffix != ".jsonl":
+    if tables.file_suffix(path) not in tables.SUFFIXES:
         folder = evaluation.data_dir / task
         token_bins.prepare_if_missing(folder, "examples")
         path = folder / "val.jsonl"

@@ -118,6 +118,7 @@ import numpy as np
 import torch
 
 from builders import LoadedModel, load_model, load_soft_prompts
+from nanoforge import files
 from nanoforge.console import print_to_stderr
 from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
@@ -166,13 +167,10 @@ def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
 def read_start(start: str) -> str:
     """The text that --start names. Raises UserError."""
     if start == "-":
-        return sys.stdin.read()
+        return files.decode_text(sys.stdin.buffer.read(), "--start=-: standard input")
     if not start.startswith("FILE:"):
-        return start
-    try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--start={start}: can't be read ({error})") from None
+        return tables.check_text(start, "--start")
+    return files.read_text(Path(start.removeprefix("FILE:")))
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nanoforge import files
 from nanoforge.errors import UserError
 
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
@@ -209,14 +210,6 @@ def read_value(text: str) -> Any:
 # any of them
 
 
-def read_text(path: str) -> str:
-    """The text of a file. Raises UserError."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-
-
 def check_names(values: Any, path: str) -> dict[str, Any]:
     """The values of a file that maps names to values, without remarks: names that begin with `_`. Raises UserError."""
     if not isinstance(values, dict):
@@ -238,7 +231,7 @@ def read_file(path: str) -> dict[str, Any]:
     suffix = Path(path).suffix
     if suffix not in readers:
         raise UserError(f"{path}: not an argument and not a config file (.py, .json, .yaml)")
-    return check_names(readers[suffix](read_text(path), path), path)
+    return check_names(readers[suffix](files.read_text(Path(path)), path), path)
 
 
 def find_base(base: Any, path: str) -> str:

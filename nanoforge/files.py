@@ -1,10 +1,8 @@
-"""Atomic writes, hashes and downloads of files. Imports no torch."""
+"""Files: reading text, atomic writes, hashes and downloads. Imports no torch."""
 
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(tmp_path, path)
     finally:
         tmp_path.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, as `decode_text` gives it. Raises UserError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """UTF-8 as text, without a byte order mark, its lines ending with LF. source: for the UserError of other bytes."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +73,9 @@ def fsync(path: Path) -> None:
 
 def download(url: str, path: Path) -> Path:
     """The file at `path`, downloaded from the URL if it is missing. Raises UserError when that fails."""
+    import urllib.error
+    import urllib.request
+
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

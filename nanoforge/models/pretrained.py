@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanoforge import files
 from nanoforge.console import print_line
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError, did_you_mean
@@ -185,7 +186,7 @@ def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
     """Hugging Face's GPT-2: config.json (heads, activation; may be missing) and model.safetensors. Raises UserError."""
     config: dict[str, Any] = {}
     if config_path.exists():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = json.loads(files.read_text(config_path))
     for name, value in FIXED_SETTINGS.items():
         if config.get(name, value) != value:
             raise UserError(f"{config_path}: {name}={config[name]} is not supported, only {value}")

@@ -217,7 +217,8 @@ def to_problem(row: Row) -> Row:
     question = row.get("question")
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise UserError(
-            "needs a prompt and an answer, or GSM8K's question and an answer that ends in #### and the number"
+            f"has the fields {', '.join(row) or 'none'}; needs a prompt and an answer, "
+            "or GSM8K's question and an answer that ends in #### and the number"
         )
     solution, _, final = answer.rpartition("####")
     solution = CALCULATOR.sub("", solution).strip()

@@ -4,9 +4,10 @@ grid.py describes the form of a grid file, hf_keys.py that of an experiment file
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanoforge import config_files
+from nanoforge import config_files, files
 from nanoforge.errors import did_you_mean
 from nanoforge.sweeps import hf_keys
 from nanoforge.sweeps.grid import SECTIONS, as_mappings
@@ -61,7 +62,7 @@ def names_in_zip_and_groups(spec: dict[str, Any]) -> set[str]:
 
 def read_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The names and values of a YAML file, and the same with all scalars as text. Raises UserError."""
-    values, as_text = read_yaml(config_files.read_text(path), path)
+    values, as_text = read_yaml(files.read_text(Path(path)), path)
     return config_files.check_names(values, path), config_files.check_names(as_text, path)
 
 

@@ -1,6 +1,7 @@
 """Config files: what a .py, .json or .yaml config means, and configs that stand on others."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +113,20 @@ def test_two_names_of_one_argument_are_refused_as_a_duplicate_is(tmp_path, capsy
     with pytest.raises(SystemExit) as end:
         train_args.parse([str(tmp_path / name)])
     assert end.value.code == 2 and "steps and max_iters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, text", [("c.py", "n = 3"), ("c.json", '{"n": 3}'), ("c.yaml", "n: 3"), ("c.yml", "n: 3")]
+)
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path, name: str, text: str):
+    path = tmp_path / name
+    path.write_bytes(f"\ufeff{text}\r\n".encode())
+    assert config_files.read_file(str(path)) == {"n": 3}
+    if name.endswith(config_files.SUFFIXES[2:]):
+        assert grid_file.read_file(str(path)) == ({"n": 3}, {"n": "3"})
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=r"not UTF-8 \(.* at byte 0\)"):
+        config_files.read_file(str(path))
 
 
 def test_merge_keys_are_no_duplicates():

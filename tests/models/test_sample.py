@@ -1,12 +1,17 @@
 """sample.py as a user calls it: prompts of every kind, what is printed, and errors."""
 
+import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, TEXT, gpt2_tokenizer_env, run_script
+
+from nanoforge.errors import UserError
+from sample import read_start
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,23 @@ def refuse(*argv, **more) -> str:
     done = run_script(*argv, script="sample.py", check=False, **more)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout, done.stderr
     return done.stderr
+
+
+@pytest.mark.parametrize("start", ["-", "FILE:prompt.txt"])
+def test_a_prompt_is_read_as_python_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str):
+    """With a byte order mark, line ends of any system, and bytes that are no text, which are refused by their place."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("prompt.txt")
+    for text in ("\ufeffnaïve\r\ncafé\r", "plain\n", "", "\ufeff"):
+        path.write_bytes(text.encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(path.open("rb"), encoding="ascii"))
+        assert read_start(start) == path.read_text(encoding="utf-8-sig")
+    path.write_bytes(b"caf\xe9")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(path.open("rb"), encoding="ascii"))
+    with pytest.raises(UserError, match="at byte 3"):
+        read_start(start)
+    with pytest.raises(UserError, match="--start"):
+        read_start("caf\udce9")  # as Python passes on a byte of the command line
 
 
 @pytest.mark.slow
