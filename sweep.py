@@ -12,8 +12,10 @@ command again skips the runs that are done, resumes those that were stopped, and
 docs/sweeps.md has more.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import shlex
 import subprocess
@@ -30,6 +32,7 @@ from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, a
 from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
 from nanoforge.errors import UserError
+from nanoforge.files import write_json
 from nanoforge.run_dir import RECORD_FILE
 from nanoforge.sweeps import grid, grid_file, hf_keys, launch, local, plan, slurm, summary
 from nanoforge.sweeps.plan import PlannedRun, Scripts
@@ -118,6 +121,10 @@ class Request:
     @property
     def study_path(self) -> Path:
         return self.out_dir / "study.journal"
+
+    @property
+    def record_path(self) -> Path:
+        return self.out_dir / "sweep.json"
 
 
 def parse_cell(spec: ArgSpec, value: Any) -> Any:
@@ -257,6 +264,15 @@ def argument_types(spec: dict[str, Any], base_configs: Sequence[tuple[str, dict[
     )
 
 
+def read_defaults(path: Path) -> dict[str, Any]:
+    """The defaults with which a sweep began, of the arguments that there still are; the table's for a new sweep."""
+    defaults = {name: spec.default for name, spec in TRAIN_SPECS.items()}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a new sweep, or one of before this file
+        recorded = json.loads(path.read_text(encoding="utf-8"))["defaults"]
+        defaults |= {name: canonical(name, value) for name, value in recorded.items() if name in defaults}
+    return defaults
+
+
 @functools.cache
 def evaluation_errors(flags: tuple[str, ...]) -> list[str]:
     """What evaluate.py reports for these flags; it looks at no run for that."""
@@ -275,6 +291,7 @@ class Planner:
 
     def __init__(self, request: Request):
         self.request = request
+        self.defaults = read_defaults(request.record_path)
         self.count_examples = functools.cache(hf_keys.count_examples)
         self.errors = plan.PointErrors()
         self.n_unused: Counter[str] = Counter()  # argument -> points that set it without effect
@@ -339,7 +356,8 @@ class Planner:
         self, point: grid.Point, arguments: dict[str, Any], ranks: int
     ) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
         """The layers of values that make a run's arguments, the later the stronger, and the errors."""
-        layers = list(self.request.base_configs)
+        changed = {name: value for name, value in self.defaults.items() if value != TRAIN_SPECS[name].default}
+        layers = [(configurator.DEFAULT, changed), *self.request.base_configs]
         errors = []
         if self.request.is_experiment:
             try:
@@ -365,8 +383,12 @@ class Planner:
             for name, value in values.items()
             if name not in ("out_dir", "overwrite") and name not in resolved.unused
         }
-        arguments = {name: value for name, value in effective.items() if resolved.source[name] != configurator.DEFAULT}
-        identity = {name: value for name, value in effective.items() if value != TRAIN_SPECS[name].default}
+        arguments = {
+            name: value
+            for name, value in effective.items()
+            if resolved.source[name] != configurator.DEFAULT or value != TRAIN_SPECS[name].default
+        }
+        identity = {name: value for name, value in effective.items() if value != self.defaults[name]}
         # 2. What varies: as columns, and where it is no argument, as a part of the identity.
         varying = {}
         job_values = {}
@@ -425,6 +447,23 @@ def report(request: Request, runs: list[PlannedRun]) -> int:
     return 0
 
 
+def begin_sweep(request: Request, planner: Planner) -> None:
+    """Write the defaults of a new sweep, and print those that have changed since an older one began.
+
+    Raises UserError where nothing can be written.
+    """
+    try:
+        request.out_dir.mkdir(parents=True, exist_ok=True)
+        if not request.record_path.exists():
+            write_json(request.record_path, {"defaults": planner.defaults})
+    except OSError as error:
+        raise UserError(f"--out_dir={request.out_dir}: can't be written ({error.strerror})") from None
+    for name, value in planner.defaults.items():
+        if value != TRAIN_SPECS[name].default:
+            now = format_value(TRAIN_SPECS[name].default)
+            print(f"--{name}={format_value(value)}: the default with which this sweep began; it is {now} now")
+
+
 def prepare_data(runs: list[PlannedRun]) -> None:
     """Prepare missing datasets, once, before several runs would do it at the same time. Raises UserError."""
     from nanoforge.data import token_bins
@@ -445,10 +484,11 @@ def finish(request: Request, runs: list[PlannedRun], signal_number: int) -> int:
     return int(any(status.state not in ("done", "pruned") for status in statuses))
 
 
-def run_local(request: Request, runs: list[PlannedRun]) -> int:
+def run_local(request: Request, planner: Planner, runs: list[PlannedRun]) -> int:
     """Run what is left to do of the runs on this machine; the exit status."""
     slots = local.gpu_slots(request.sweep_args.jobs, request.sweep_args.gpus_per_run)
     prepare_data(runs)
+    begin_sweep(request, planner)
     statuses = plan.run_statuses(runs, request.slurm_dir)
     unfinished = [
         run
@@ -471,14 +511,14 @@ def run_tpe(request: Request, space: grid.Grid, planner: Planner, n_trials: int)
         prepare_data(runs)
         return runs[0]
 
-    request.out_dir.mkdir(parents=True, exist_ok=True)
+    begin_sweep(request, planner)
     search = open_search(request, space, planner, n_trials)
     slots = local.gpu_slots(request.sweep_args.jobs, request.sweep_args.gpus_per_run)
     signal_number = launch.TPELauncher(search, plan_point, Scripts(TRAIN, EVALUATE)).run(slots)
     return finish(request, plan.distinct(planner.plan_runs(search.points())), signal_number)
 
 
-def run_slurm(request: Request, runs: list[PlannedRun]) -> int:
+def run_slurm(request: Request, planner: Planner, runs: list[PlannedRun]) -> int:
     """Write scripts for the runs that are neither done nor in the queue, and submit them if asked; the exit status."""
     # 1. One sweep at a time writes here.
     launcher = launch.SlurmLauncher(
@@ -494,6 +534,7 @@ def run_slurm(request: Request, runs: list[PlannedRun]) -> int:
         raise UserError(f"{request.slurm_dir}: another sweep is writing there; wait until it has ended")
     # 2. What is left to do.
     prepare_data(runs)
+    begin_sweep(request, planner)
     statuses = plan.run_statuses(runs, request.slurm_dir)
     pending = [run for run, status in zip(runs, statuses, strict=True) if status.state in run_state.NEEDS_WORK]
     for run in pending:
@@ -565,7 +606,7 @@ def open_search(request: Request, space: grid.Grid, planner: Planner, n_trials: 
         for name, value in fixed.items()
         if name not in varying
         and not name.startswith(JOB_PREFIXES)
-        and (name not in TRAIN_SPECS or value != TRAIN_SPECS[name].default)
+        and (name not in TRAIN_SPECS or value != planner.defaults[name])
     }
     return TPESearch(
         request.study_path,
@@ -598,9 +639,9 @@ def main(request: Request, errors: list[str]) -> int:
     else:
         runs = plan_grid(request, space, planner, errors)
     if launcher == "local":
-        return run_local(request, runs)
+        return run_local(request, planner, runs)
     if launcher == "slurm":
-        return run_slurm(request, runs)
+        return run_slurm(request, planner, runs)
     return report(request, runs)
 
 

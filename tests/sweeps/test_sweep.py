@@ -6,6 +6,7 @@ signals, in 0.1 s.
 
 import ast
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -628,6 +629,18 @@ def test_a_folder_with_another_run_is_refused(run_sweep, stand_in):
     path.write_text(json.dumps(config))
     code, _, err = run_sweep("--launcher=local")
     assert code == 2 and f"{path.parent.name}: holds a run with another n_layer" in err
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_started_again_keeps_the_defaults_with_which_it_began(run_sweep, stand_in, monkeypatch):
+    assert run_sweep("--launcher=local", "--learning_rate=1,2", yaml=stand_in)[0] == 0
+    before = {path.name for path in Path("o").glob("lr=*")}
+    specs = {**sweep.TRAIN_SPECS, "weight_decay": dataclasses.replace(sweep.TRAIN_SPECS["weight_decay"], default=0.5)}
+    monkeypatch.setattr(sweep, "TRAIN_SPECS", specs)  # as after an update of this program
+    code, out, _ = run_sweep("--launcher=local", "--learning_rate=1,2,3", yaml=stand_in)
+    assert code == 0 and "2 of 3 runs are done" in out and "--weight_decay=0.1: " in out
+    (new,) = {path for path in Path("o").glob("lr=*") if path.name not in before}
+    assert json.loads((new / "run.json").read_text())["weight_decay"] == 0.1
 
 
 def test_a_run_has_what_was_set_even_if_it_is_the_default(run_sweep, stand_in):
