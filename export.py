@@ -1,11 +1,11 @@
 """Write what a run saved in a form for elsewhere:
 
-    python export.py consolidate out/run/checkpoints/000040 [--dtype=bfloat16]
+    python export.py consolidate out/run/checkpoints/000040 [--dtype=bfloat16] [--to=out/weights]
     python export.py merge out/lora --to=out/merged
     python export.py peft out/lora --to=out/adapter
 
-consolidate: the shards of an FSDP run as one model.safetensors beside them, on the CPU. It is read back and compared
-with the shards.
+consolidate: the shards of an FSDP run as one model.safetensors, beside them or in another folder. This runs on the CPU;
+the file is read back and compared with the shards.
 merge: a LoRA merged into its base, as weights for --init_from.
 peft: a LoRA on a GPT-2 in the layout of the `peft` library, for transformers' GPT2LMHeadModel with the same base.
 The folder is a checkpoint's, or a run's: its best checkpoint (consolidate: its last).
@@ -25,7 +25,7 @@ ACTIONS = ("consolidate", "merge", "peft")
 class ExportArgs:
     """export"""
 
-    to: str = arg("", "folder to write to (merge and peft)")
+    to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)")
     dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
 
 
@@ -48,8 +48,6 @@ def parse(argv: list[str]) -> Request:
 
 def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
     """Errors of --to."""
-    if action == "consolidate" and args.to:
-        yield "--to: has an effect only with merge and peft"
     if action != "consolidate" and not args.to:
         yield f"--to: {action} needs a folder to write to"
 
@@ -77,8 +75,7 @@ def main(request: Request) -> None:
     dtype = getattr(torch, request.args.dtype)
     note = ""
     if request.action == "consolidate":
-        path = consolidate(folder, dtype)
-        note = ", compared with the shards"
+        path, note = consolidate(folder, to if request.args.to else None, dtype)
     elif request.action == "merge":
         path = merge(folder, to, dtype)
     else:
@@ -96,13 +93,18 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return folder
 
 
-def consolidate(folder: Path, dtype: torch.dtype) -> Path:
-    """Write model.safetensors from the shards in model/, and list it in the manifest. Raises UserError."""
+def consolidate(folder: Path, to: Path | None, dtype: torch.dtype) -> tuple[Path, str]:
+    """Write model.safetensors from the shards in model/, and list it in a manifest; its path, and what was done.
+
+    to: a folder for it, which --init_from takes; None: the checkpoint. Raises UserError.
+    """
     folder = find_checkpoint(folder, "last")
-    if not (folder / "model").is_dir():
-        raise UserError(f"{folder}: nothing to consolidate; its model.safetensors is not sharded")
     shards = checkpoint.load_tensors(folder, "model")
-    path = folder / "model.safetensors"
+    to = to or folder
+    path = to / "model.safetensors"
+    if to == folder and not (folder / "model").is_dir():
+        return path, "; it is whole already, nothing to consolidate"
+    to.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp_path:
         save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, tmp_path)
         with safe_open(tmp_path, framework="pt") as file:
@@ -111,8 +113,11 @@ def consolidate(folder: Path, dtype: torch.dtype) -> Path:
             for name in shards:
                 if not torch.equal(file.get_tensor(name), shards[name].to(dtype)):
                     raise SystemExit(f"{path}: {name} as written differs from the shards")
-    checkpoint.write_manifest(folder)
-    return path
+    if to != folder:
+        for name in checkpoint.COPIED_FILES:
+            (to / name).write_bytes((folder / name).read_bytes())
+    checkpoint.write_manifest(to)
+    return path, ", compared with the shards"
 
 
 def find_lora(folder: Path) -> tuple[Path, RunRecord]:

@@ -251,6 +251,8 @@ def begin(run: Run, lock: run_dir.RunLock) -> None:
     """Prepare the run's folder, and write what the run is: tokenizers, arguments, data, base, versions, git commit."""
     if run.args.init_from != "resume":
         run_dir.prepare_out_dir(run.out_dir, lock)
+    else:
+        checkpoint.set_aside_damaged(run.checkpoints.folder, run.progress.step)
     tokenization.save(run.out_dir / "tokenizer.json", run.tokenizers)
     about = run_dir.describe_software(Path(__file__).parent, {"torch": torch.__version__, "numpy": np.__version__})
     dataclasses.replace(run.record, about=about).save(run.out_dir)

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoforge.errors import UserError
-from nanoforge.files import write_json
+from nanoforge.files import TMP_SUFFIX, write_json
 
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = "train_config.json"
 BEST_FILE = "best.json"
 TRAIN_LOCK_FILE = ".lock"
+REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
+DAMAGED_SUFFIX = ".damaged"  # of one that a resumed run has skipped
+UNUSED_SUFFIXES = (TMP_SUFFIX, REPLACED_SUFFIX, DAMAGED_SUFFIX)
 RUN_FILES = (
     RECORD_FILE,
     METRICS_FILE,
@@ -193,9 +196,24 @@ def prepare_out_dir(out_dir: Path, lock: RunLock) -> None:
         raise UserError(f"--out_dir={out_dir}: can't be written ({error.strerror})") from None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path in the folder of checkpoints is one, perhaps damaged, and no other file or folder."""
+    is_named = path.name.isdigit() and path.name == f"{int(path.name):06d}"
+    return is_named and any((path / name).exists() for name in ("manifest.json", "progress.json"))
+
+
 def remove(path: Path) -> None:
-    """Delete a file or a folder. A link to a folder stays, and the content of that folder goes."""
-    if path.is_symlink() and path.is_dir():
+    """Delete a file or a folder of a run; of the folder of checkpoints those, and the folder if nothing else is in it.
+
+    A link to a folder stays, and the content of that folder goes.
+    """
+    if path.name == "checkpoints" and path.is_dir():
+        for child in path.iterdir():
+            if is_checkpoint(child) or (child.stem.isdigit() and child.suffix in UNUSED_SUFFIXES):
+                shutil.rmtree(child)
+        if not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+    elif path.is_symlink() and path.is_dir():
         for child in path.iterdir():
             remove(child)
     elif path.is_dir():

@@ -20,7 +20,7 @@ from nanoforge.console import print_line
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models import adapters
-from nanoforge.run_dir import RunRecord
+from nanoforge.run_dir import RECORD_FILE, RunRecord
 from nanoforge.training import checkpoint
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -50,7 +50,11 @@ def load(source: str, log: Callable[[str], None] = print_line) -> Pretrained:
 
 
 def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
-    """Weights from a run (its best checkpoint), a checkpoint, nanoGPT's ckpt.pt, or GPT-2's files. Raises UserError."""
+    """Weights from a run (its best checkpoint), a checkpoint or its model.safetensors, nanoGPT's ckpt.pt, or GPT-2's.
+
+    Raises UserError.
+    """
+    path = checkpoint_of_file(path)
     is_run = (path / "checkpoints").is_dir()
     if is_run:
         path = checkpoint.resolve(path, "best", log)  # verified
@@ -66,6 +70,20 @@ def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained
     else:
         loaded = load_gpt2_path(path)
     return loaded._replace(source=str(path.resolve()))
+
+
+def checkpoint_of_file(path: Path) -> Path:
+    """The checkpoint whose weights the path names, its model.safetensors or model/; any other path as it is.
+
+    Raises UserError for another file of a checkpoint or a run.
+    """
+    folder = path.parent
+    if (folder / RECORD_FILE).exists() and path.name in ("model.safetensors", "model"):
+        return folder
+    owner = folder.parent if folder.name in ("model", "optimizer") else folder
+    if path.suffix in (".safetensors", ".json", ".jsonl") and (owner / RECORD_FILE).exists():
+        raise UserError(f"--init_from={path}: a part of {owner}; name that folder")
+    return path
 
 
 def load_hub(name: str) -> Pretrained:

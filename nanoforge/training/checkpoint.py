@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoforge.distributed import Ranks, cpu_snapshot, is_sharded, local_shard
 from nanoforge.errors import DivergedError, UserError
 from nanoforge.files import TMP_SUFFIX, atomic_write, fsync, sha256, write_json
-from nanoforge.run_dir import read_best_step, write_best
+from nanoforge.run_dir import DAMAGED_SUFFIX, REPLACED_SUFFIX, is_checkpoint, read_best_step, write_best
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger
 from nanoforge.training.optimizers import Optimizer
 
-REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
 COPIED_FILES = ("train_config.json", "tokenizer.json")
 WEIGHT_FILES = {"model.safetensors", *COPIED_FILES}
 REQUIRED_FILES = WEIGHT_FILES | {"optimizer.safetensors", "progress.json"}
@@ -172,7 +171,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def save(
     checkpoints: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None, *, is_main: bool = True
 ) -> Path:
-    """Write a snapshot to checkpoints/<step>. An older checkpoint of the same step is replaced.
+    """Write a snapshot to checkpoints/<step>. A folder of that name that holds no checkpoint is replaced.
 
     With a group the tensors are sharded over its ranks: a collective, in which the main rank writes the other files.
     Raises OSError or SafetensorError, and then an older checkpoint is unchanged.
@@ -276,7 +275,12 @@ def list_steps(checkpoints: Path) -> list[int]:
     """The steps of the checkpoints in a folder, ascending."""
     if not checkpoints.is_dir():
         return []
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in checkpoints.iterdir() if is_checkpoint(path))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder is a checkpoint whose files were all written; their content is not read."""
+    return (folder / "manifest.json").exists()
 
 
 def newest(checkpoints: Path, log: Callable[[str], None] = print) -> Path:
@@ -296,8 +300,11 @@ def newest(checkpoints: Path, log: Callable[[str], None] = print) -> Path:
 def resolve(out_dir: Path, name: str, log: Callable[[str], None] = print) -> Path:
     """The checkpoint of a run that --checkpoint names: best (or the newest, if there is none), last, or a step.
 
-    Raises UserError when there is no checkpoint, or the one of that step is damaged.
+    Instead of the run's folder, that of a checkpoint names it. Raises UserError when there is no checkpoint, or the one
+    that is named is damaged.
     """
+    if is_whole(out_dir):
+        return named(out_dir, name)
     checkpoints = out_dir / "checkpoints"
     steps = list_steps(checkpoints)
     if not steps:
@@ -316,6 +323,16 @@ def resolve(out_dir: Path, name: str, log: Callable[[str], None] = print) -> Pat
         log(f"skipping the best checkpoint, {folder}: {error}")
         return newest(checkpoints, log)
     raise UserError(f"--checkpoint={name}: {error}; choose another one")
+
+
+def named(folder: Path, name: str) -> Path:
+    """The checkpoint in a folder that is named instead of its run's. Raises UserError."""
+    if name.isdigit() and step_folder(folder.parent, int(name)).name != folder.name:
+        raise UserError(f"--checkpoint={name}: {folder} is another checkpoint; name the folder of its run")
+    error = verify(folder)
+    if error:
+        raise UserError(f"{error}; choose another checkpoint")
+    return folder
 
 
 class Checkpoint(NamedTuple):
@@ -358,13 +375,27 @@ def steps_to_keep(steps: list[int], best_step: int | None, keep_last: int, keep_
     return kept
 
 
-def prune(checkpoints: Path, keep: set[int]) -> None:
-    """Delete the checkpoints of all steps but those to keep, and what an interrupted save left."""
-    for path in checkpoints.glob("*"):
+def prune(checkpoints: Path, steps: Iterable[int], last_step: int) -> None:
+    """Delete the checkpoints of these steps, what interrupted saves left, and damaged ones up to the last step.
+
+    Anything else in the folder is not this program's, and stays.
+    """
+    for step in steps:
+        shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
+    for path in checkpoints.iterdir():
         is_leftover = path.suffix in (TMP_SUFFIX, REPLACED_SUFFIX)
-        is_old = path.name.isdigit() and int(path.name) not in keep
-        if is_leftover or is_old:
+        is_damaged = path.suffix == DAMAGED_SUFFIX
+        if path.stem.isdigit() and (is_leftover or (is_damaged and int(path.stem) <= last_step)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_damaged(checkpoints: Path, last_step: int) -> None:
+    """Rename the checkpoints after the one that a run resumes from: they are damaged, and would count as newer."""
+    for step in list_steps(checkpoints):
+        folder = step_folder(checkpoints, step)
+        if step > last_step:
+            shutil.rmtree(folder.with_suffix(DAMAGED_SUFFIX), ignore_errors=True)
+            os.rename(folder, folder.with_suffix(DAMAGED_SUFFIX))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,14 +495,29 @@ class Manager:
     def save(self, progress: Progress, logger: RunLogger) -> None:
         """Start to save a checkpoint: a snapshot now, its files in a thread. Waits for the save before.
 
+        A checkpoint that is there, such as the one that the run resumed from, is not written again.
         A collective where the run is sharded. Raises DivergedError when a tensor is not finite.
         """
         if not self.ranks.is_main and not self.is_sharded:
             return
         self.log_finished_save(logger, progress.step, wait=True)
+        if self.is_saved(progress.step):
+            if self.ranks.is_main:
+                self.write_best(progress)
+            return
         blocked_since = time.perf_counter()
         snapshot = self.snapshot(replace(progress, seconds=logger.seconds))
         self.saver.start(snapshot.progress.step, partial(self.write, snapshot), blocked_since)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step, as the main rank sees it: a collective where it is sharded."""
+        saved = self.ranks.is_main and is_whole(step_folder(self.folder, step))
+        return bool(self.ranks.all_reduce_max(saved)) if self.is_sharded else saved
+
+    def write_best(self, progress: Progress) -> None:
+        """Write best.json if the best checkpoint is there."""
+        if is_whole(step_folder(self.folder, progress.best_step)):
+            write_best(self.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
 
     def snapshot(self, progress: Progress) -> Snapshot:
         """Copy trainable weights and training state to host memory. Raises DivergedError when one is not finite."""
@@ -496,12 +542,13 @@ class Manager:
         folder = save(self.folder, snapshot, group, is_main=self.ranks.is_main)
         if not self.ranks.is_main:
             return folder
-        steps = list_steps(self.folder)
-        progress = snapshot.progress
-        if progress.best_step in steps:
-            write_best(self.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
-        best_step = read_best_step(self.out_dir)
-        prune(self.folder, steps_to_keep(steps, best_step, self.keep_last, self.keep_every))
+        self.write_best(snapshot.progress)
+        step = snapshot.progress.step
+        steps = [
+            other for other in list_steps(self.folder) if other <= step and is_whole(step_folder(self.folder, other))
+        ]
+        keep = steps_to_keep(steps, read_best_step(self.out_dir), self.keep_last, self.keep_every)
+        prune(self.folder, set(steps) - keep, step)
         return folder
 
     def log_finished_save(self, logger: RunLogger, step: int, *, wait: bool) -> None:

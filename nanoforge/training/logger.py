@@ -32,8 +32,8 @@ CONSOLE_METRICS = ("reward", "rewards/accuracies", "rewards/margins", "kl")  # p
 def trim_metrics(path: Path, step: int, *, evaluated: bool) -> int:
     """Drop from a metrics.jsonl what a run resumed at a step logs again; the number of lines that stay.
 
-    These are lines of later steps, the broken last line of a killed run, and an evaluation at this step, with the save
-    that followed it, unless the checkpoint was made after it (`evaluated`).
+    These are lines of later steps, the broken last line of a killed run, and an evaluation at this step, unless the
+    checkpoint was made after it (`evaluated`).
     """
     if not path.exists():
         return 0
@@ -42,7 +42,7 @@ def trim_metrics(path: Path, step: int, *, evaluated: bool) -> int:
         try:
             line = json.loads(text)
             is_logged_before = line["step"] < step
-            is_at_step = line["step"] == step and (evaluated or line["event"] not in ("eval", "save"))
+            is_at_step = line["step"] == step and (evaluated or line["event"] != "eval")
         except (ValueError, KeyError, TypeError):
             continue
         if is_logged_before or is_at_step:

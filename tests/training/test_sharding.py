@@ -7,6 +7,7 @@ from helpers import TINY, RunFiles, equal_tensors, metric, run_on_ranks, run_scr
 from safetensors.torch import load_file
 
 import train_args
+from nanoforge.models import pretrained
 from nanoforge.training import checkpoint
 
 BASE = [
@@ -120,6 +121,15 @@ def test_shards_become_one_file_that_samples_and_is_verified(train):
     assert checkpoint.verify(folder) is None
     assert equal_tensors(load_file(folder / "model.safetensors"), weights)
 
+    resumed = train(2, FSDP, "--init_from=resume", name="shards")
+    assert resumed.steps[-1] == 4 and (folder / "model.safetensors").exists(), "resuming writes no checkpoint again"
+
+    to = run.out_dir.with_name("whole")
+    manifest = (folder / "manifest.json").read_bytes()
+    run_script("consolidate", folder, f"--to={to}", script="export.py")
+    assert (folder / "manifest.json").read_bytes() == manifest
+    assert equal_tensors(pretrained.load(str(to)).weights, weights)
+
     run_script("consolidate", folder, "--dtype=bfloat16", script="export.py")
     bfloat16_weights = {name: weight.bfloat16() for name, weight in weights.items()}
     assert equal_tensors(load_file(folder / "model.safetensors"), bfloat16_weights)
@@ -132,6 +142,8 @@ def test_shards_become_one_file_that_samples_and_is_verified(train):
 @pytest.mark.slow
 def test_a_plain_checkpoint_needs_no_consolidating(train):
     run = train(1, name="plain")
-    refused = run_script("consolidate", run.out_dir / "checkpoints/000004", script="export.py", check=False)
-    assert refused.returncode == 2 and "nothing to consolidate" in refused.stderr
+    folder = run.out_dir / "checkpoints/000004"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "nothing to consolidate" in run_script("consolidate", folder, script="export.py").stdout
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert run_script(script="export.py", check=False).returncode == 2
