@@ -33,7 +33,7 @@ from nanoforge.models import adapters, pretrained
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
 from nanoforge.posttraining import prompt_format, rollouts
-from nanoforge.posttraining.answers import to_problem
+from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
     ExampleEncoder,
@@ -43,7 +43,6 @@ from nanoforge.posttraining.examples import (
     encode_rows,
     extend_tokenizer,
     pack,
-    read_example_rows,
 )
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -124,7 +123,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     """Everything but the optimizer. record: of the run that is resumed. Raises UserError."""
     # 1. The base weights, and the data with their tokenizers.
     base = load_base(args, record, log)
-    inputs = read_inputs(args, base)
+    inputs = read_inputs(args, base, log)
 
     # 2. The model on the CPU, and its precision.
     model, loaded_shape = build_model(args, inputs.tokenizers, base, record)
@@ -190,10 +189,10 @@ class Inputs(NamedTuple):
     tokenizers: dict[str, Tokenizer]  # one for each vocabulary of the model, by the name of its (first) dataset
 
 
-def read_inputs(args: TrainArgs, base: Pretrained | None) -> Inputs:
+def read_inputs(args: TrainArgs, base: Pretrained | None, log: Log) -> Inputs:
     """Read what the objective reads. Raises UserError."""
     if OBJECTIVES[args.objective].reads_examples:
-        rows = read_rows(args)
+        rows = read_rows(args, log)
         return Inputs({}, rows, {next(iter(rows)): example_tokenizer(args, base, rows)})
     metas = {name: token_bins.read_meta(folder) for name, folder in args.folders.items()}
     return Inputs(metas, {}, bin_tokenizers(args, metas))
@@ -218,41 +217,34 @@ def parse_template(args: TrainArgs) -> PromptTemplate | None:
     return prompt_format.parse(args.prompt_format) if args.prompt_format else None
 
 
-def needed_fields(args: TrainArgs) -> Sequence[Sequence[str]]:
-    """The fields of a row, in alternatives: the objective's, or those of the prompt format and the completion."""
+def row_format(args: TrainArgs) -> RowFormat:
+    """What a row has to hold: the objective's fields, or those of the prompt format and the completion."""
     spec = OBJECTIVES[args.objective]
     template = parse_template(args)
-    if template is None:
-        return spec.fields
-    completion_fields = [field for field in spec.fields[0] if field != "prompt"]
-    if args.target_field:
-        completion_fields = [args.target_field]
-    return [[*template.fields, *completion_fields]]
+    fields: Sequence[Sequence[str]] = spec.fields
+    if template is not None:
+        completion_fields = [field for field in spec.fields[0] if field != "prompt"]
+        if args.target_field:
+            completion_fields = [args.target_field]
+        fields = [[*template.fields, *completion_fields]]
+    rewards = [item.strip().partition(":")[0] for item in args.reward.split(",")]
+    if spec.is_online and "correct" not in rewards:  # the other rewards need no answer
+        fields = [*fields, *([name for name in names if name != "answer"] for names in fields)]
+    return RowFormat(fields, spec.example_type, f"--objective={args.objective}", is_template=template is not None)
 
 
-def row_parser(args: TrainArgs) -> Callable[[Row], Row]:
-    """What a row becomes as it is read."""
-    if not OBJECTIVES[args.objective].is_online:
-        return dict
-    if args.prompt_format:
-        return with_answer_as_text
-    return to_problem
-
-
-def with_answer_as_text(row: Row) -> Row:
-    """A problem whose answer may be a number."""
-    return row | {"answer": str(row.get("answer", ""))}
-
-
-def read_rows(args: TrainArgs) -> Rows:
+def read_rows(args: TrainArgs, log: Log) -> Rows:
     """The rows of every dataset and split. Raises UserError."""
-    fields = needed_fields(args)
-    flag = f"--objective={args.objective}"
-    parse_row = row_parser(args)
-    return {
-        name: {split: read_example_rows(path, fields, flag, parse_row) for split, path in files.items()}
-        for name, files in example_files(args).items()
-    }
+    is_raw_problem = OBJECTIVES[args.objective].is_online and not args.prompt_format
+    convert = gsm8k_to_problem if is_raw_problem else as_read
+    rows: Rows = {}
+    for name, files in example_files(args).items():
+        rows[name] = {}
+        for split, path in files.items():
+            rows[name][split], notes = read_example_rows(path, row_format(args), convert, args.bad_rows)
+            for note in notes:
+                log(note)
+    return rows
 
 
 def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokenizer]:
@@ -467,7 +459,11 @@ def encode_examples(args: TrainArgs, inputs: Inputs, model: GPT, log: Log) -> di
     examples: dict[str, list[Examples]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for index, (name, splits) in enumerate(inputs.rows.items()):
-            encoded, n_dropped = encode_rows(splits[split], encoder, spec.example_type, f"{name}, {split}")
+            encoded, n_dropped, notes = encode_rows(
+                splits[split], encoder, spec.example_type, source=f"{name}, {split}", bad_rows=args.bad_rows
+            )
+            for note in notes:
+                log(note)
             if n_dropped:
                 log(
                     f"{name}, {split}: --overflow={args.overflow} dropped {n_dropped} examples of more than "

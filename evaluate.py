@@ -108,8 +108,9 @@ from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
-from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit, to_problem
-from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows, read_example_rows
+from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
+from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.prompt_format import PromptTemplate
@@ -246,7 +247,8 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
     args, model, run, template = evaluation.args, evaluation.loaded.model, evaluation.run, evaluation.template
     target_field = (run.target_field if run else "") or "completion"
     fields = OBJECTIVES["sft"].fields if template is None else [[*template.fields, target_field]]
-    rows = read_example_rows(path, fields, needed_by="--datasets", parse_row=gsm8k_to_problem)
+    row_format = RowFormat(fields, "prompt_completion", needed_by="--datasets", is_template=template is not None)
+    rows, _ = read_example_rows(path, row_format, gsm8k_to_problem if template is None else as_read)
     encoder = ExampleEncoder(
         tokenizer=evaluation.loaded.tokenizer,
         max_tokens=model.config.block_size,
@@ -256,7 +258,7 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
         target_field=target_field,
         truncation_field=run.truncation_field if run else "",
     )
-    examples, n_dropped = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
+    examples, n_dropped, _ = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
     total_loss = 0.0
     n_tokens = 0
     for numbers in evaluation.iter_batches(len(examples), str(path)):
@@ -269,11 +271,6 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
     if n_dropped:
         metrics["left_out"] = n_dropped
     return metrics
-
-
-def gsm8k_to_problem(row: Row) -> Row:
-    """GSM8K's own rows as problems, which have a completion; others as they are. Raises UserError."""
-    return to_problem(row) if "question" in row else row
 
 
 def loss_metrics(total_loss: float, n_tokens: int) -> dict[str, float]:
@@ -332,9 +329,12 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
         token_bins.prepare_if_missing(folder, "examples")
         path = folder / "val.jsonl"
     if evaluation.template is None:
-        return read_example_rows(path, OBJECTIVES["grpo"].fields, needed_by="--tasks", parse_row=to_problem)
+        return read_example_rows(
+            path, RowFormat(OBJECTIVES["grpo"].fields, "prompt_only", needed_by="--tasks"), gsm8k_to_problem
+        ).rows
     names = evaluation.template.fields
-    rows = read_example_rows(path, [[*names, "answer"]], needed_by="--tasks")
+    row_format = RowFormat([[*names, "answer"]], "prompt_only", needed_by="--tasks", is_template=True)
+    rows, _ = read_example_rows(path, row_format)
     problems = []
     for row in rows:
         shown_prompt = " ".join(str(row[name]) for name in names)  # in the samples, unless the row has a prompt

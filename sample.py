@@ -125,7 +125,8 @@ from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate, generate_batch
 from nanoforge.posttraining import prompt_format
-from nanoforge.posttraining.examples import ROLES, ExampleEncoder
+from nanoforge.posttraining.example_rows import ROLES
+from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.posttraining.rollouts import decode_completion
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint

@@ -107,6 +107,8 @@ class DataArgs:
         needs=EXAMPLES)
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
         choices=("error", "drop", "truncate_target"), needs=EXAMPLES)
+    bad_rows: str = arg("error", "what to do with rows of examples that a field makes unusable: "
+        "stop with file, line and field, or skip and count them", choices=("error", "skip"), needs=EXAMPLES)
     sampling_method: str = arg("random", "training windows: random, shuffled without replacement, or sequential",
         choices=("random", "without_replacement", "sequential"), needs=with_value("objective", "lm"))
     dataset_list: tuple[str, ...] = arg((), "datasets of the mixture", needs=MULTIDATASET)

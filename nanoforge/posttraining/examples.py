@@ -1,9 +1,9 @@
-"""Examples to batches: rows of JSONL, CSV or TSV files as token sequences and the masks of what counts in the loss.
+"""Examples to batches: rows as token sequences and the masks of what counts in the loss.
 
 An example becomes one token sequence, or two; a batch holds them padded at their ends. As with token bins, which
 examples a step reads is a pure function of the arguments and the step: each once an epoch, in random order.
 
-A prompt is a text or a list of messages {"role", "content"}. objective_specs.py has the fields that objectives need.
+The rows come checked from example_rows.py: prompts and completions are texts, or lists of messages {"role", "content"}.
 
 Knows of the model only the number of its embedding's rows, of ranks only which rows are asked for.
 """
@@ -11,24 +11,22 @@ Knows of the model only the number of its embedding's rows, of ranks only which 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanoforge.data import tables, tokenization
+from nanoforge.data import tokenization
 from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
 from nanoforge.data.tables import Row
 from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
+from nanoforge.posttraining.example_rows import ROLES, as_messages, describe_skipped, has_messages, place_of
 from nanoforge.posttraining.prompt_format import EncodedExample, PromptTemplate, TargetOptions
 from nanoforge.rng import ORDER, permute
-
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
 
 class TokenSequence(NamedTuple):
@@ -93,24 +91,22 @@ class ExampleEncoder:
         if example_type == "prompt_only":
             return Example((self.prompt_only(row),), row)
         if example_type == "unpaired_preference":
-            check_label(row["label"])
             return Example((self.prompt_completion(row, "completion"),), row)
         assert example_type == "prompt_completion", example_type
-        if "messages" in row:
-            return Example((self.chat(row["messages"]),), row)
-        if "text" in row and self.template is None:
-            return Example((self.text(row["text"]),), row)
+        if self.template is None and "completion" not in row:
+            sequence = self.chat(row["messages"]) if "messages" in row else self.text(row["text"])
+            return Example((sequence,), row)
         return Example((self.prompt_completion(row, "completion"),), row)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> TokenSequence:
-        """A whole chat. Raises ExampleTooLongError."""
+        """A whole chat. Raises ExampleTooLongError and UserError."""
         ids, loss_mask = self.encode_messages(messages, add_generation_prompt=False)
-        return self.fit(ids, loss_mask)
+        return self.fit(ids, loss_mask, "messages")
 
-    def text(self, text: object) -> TokenSequence:
-        """A text and the end-of-sequence token, all of it in the loss. Raises ExampleTooLongError."""
+    def text(self, text: str) -> TokenSequence:
+        """A text and the end-of-sequence token, all of it in the loss. Raises ExampleTooLongError and UserError."""
         ids = [*self.encode_text(text), self.eos_id]
-        return self.fit(ids, [True] * len(ids))
+        return self.fit(ids, [True] * len(ids), "text")
 
     def prompt_only(self, row: Row) -> TokenSequence:
         """A prompt that leaves room for a completion. Raises ExampleTooLongError."""
@@ -121,17 +117,24 @@ class ExampleEncoder:
         return TokenSequence(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool))
 
     def prompt_completion(self, row: Row, field: str) -> TokenSequence:
-        """The prompt, the completion in a field and the end-of-sequence token. Raises ExampleTooLongError."""
+        """The prompt, the completion in a field and the end-of-sequence token. Raises ExampleTooLongError, UserError.
+
+        As in TRL, all messages of a completion count in the loss.
+        """
         if self.template is not None and self.target_field:
             ids, completion_start = self.encode_template(row)
         else:
             prompt = self.encode_prompt(row)
-            ids = [*prompt, *self.encode_text(row[field]), self.eos_id]
-            completion_start = len(prompt)
-        return self.fit(ids, [i >= completion_start for i in range(len(ids))])
+            if self.template is None and isinstance(row["prompt"], list):
+                messages = [*row["prompt"], *as_messages(row[field], "assistant")]
+                ids, _ = self.encode_messages(messages, add_generation_prompt=False)
+            else:
+                ids = [*prompt, *self.encode_text(row[field]), self.eos_id]
+            completion_start = common_prefix_length(prompt, ids)
+        return self.fit(ids, [i >= completion_start for i in range(len(ids))], field)
 
-    def encode_text(self, text: object) -> list[int]:
-        return self.tokenizer.encode(str(text)).tolist()
+    def encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).tolist()
 
     def encode_messages(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
@@ -176,70 +179,43 @@ class ExampleEncoder:
             raise ExampleTooLongError
         return encoded
 
-    def fit(self, ids: list[int], loss_mask: list[bool]) -> TokenSequence:
+    def fit(self, ids: list[int], loss_mask: list[bool], field: str) -> TokenSequence:
         """A sequence of at most max_tokens, cut at its end as overflow says. Raises ExampleTooLongError.
 
-        A cut that leaves no token to learn is not made.
+        A cut that leaves no token to learn is not made. Raises UserError with the field if there is none to begin with.
         """
         if len(ids) > self.max_tokens:
             is_cut = self.overflow == "truncate_target" and any(loss_mask[1 : self.max_tokens])
             if not is_cut:
                 raise ExampleTooLongError(len(ids) - self.max_tokens)
         mask = np.array(loss_mask[: self.max_tokens], dtype=bool) | self.train_on_prompt
-        mask[0] = False  # no token predicts the first one
+        mask[:1] = False  # no token predicts the first one
+        if not mask.any():
+            reason = "no message is the assistant's" if field == "messages" else "no token of it follows another"
+            raise UserError(f"{field}: has nothing to learn, as {reason}")
         return TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), mask)
 
 
-def check_label(label: object) -> None:
-    """Raises UserError unless a label is true, false, 1 or 0."""
-    if not isinstance(label, bool | int) or label not in (0, 1):
-        raise UserError(f"label: expected true or false, got {label!r}")
+def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids are the same from the start."""
+    for i, (own_id, other_id) in enumerate(zip(ids, other, strict=False)):
+        if own_id != other_id:
+            return i
+    return min(len(ids), len(other))
 
 
 def extend_tokenizer(tokenizer: tokenization.Tokenizer, rows: Iterable[Row]) -> tokenization.Tokenizer:
     """The tokenizer with the tokens that examples need: end-of-sequence, and the roles' if the rows hold messages."""
-    has_messages = any(isinstance(row.get(field), list) for row in rows for field in ("messages", "prompt"))
     special_tokens = []
     if tokenizer.eos_id is None:
         special_tokens.append(tokenization.END_OF_TEXT)
-    if has_messages:
+    if has_messages(rows):
         special_tokens += ROLES.values()
     return tokenization.add_tokens(tokenizer, special_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files of rows
-
-
-def read_example_rows(
-    path: Path, fields: Sequence[Sequence[str]], needed_by: str, parse_row: Callable[[Row], Row] = dict
-) -> list[Row]:
-    """The rows of a file, each as parse_row returns it, with all the fields of one of the alternatives.
-
-    needed_by: the flag that asks for the fields, for errors. Raises UserError that names the file and the row.
-    """
-
-    def checked(row: Row) -> Row:
-        row = parse_row(row)
-        if not any(all(name in row for name in alternative) for alternative in fields):
-            wanted = " or ".join("{" + ", ".join(alternative) + "}" for alternative in fields)
-            raise UserError(f"has the fields {', '.join(row)}; {needed_by} needs {wanted}")
-        check_messages(row)
-        return row
-
-    return list(tables.read_rows(path, checked))
-
-
-def check_messages(row: Row) -> None:
-    """Raises UserError for a list of messages that is malformed."""
-    for field in ("messages", "prompt"):
-        if isinstance(row.get(field), list) and not all(is_message(message) for message in row[field]):
-            roles = ", ".join(ROLES)
-            raise UserError(f'{field}: a message is {{"role": one of {roles}, "content": text}}')
-
-
-def is_message(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+# rows of a file to ids
 
 
 class EncodedRows(NamedTuple):
@@ -247,22 +223,29 @@ class EncodedRows(NamedTuple):
 
     examples: list[Example]
     n_dropped: int  # too long, and left out
+    notes: Sequence[str] = ()  # on rows that were skipped
 
 
-def encode_rows(rows: Sequence[Row], encoder: ExampleEncoder, example_type: str, source: str) -> EncodedRows:
-    """The rows as examples. source: where they come from, for errors.
+def encode_rows(
+    rows: Sequence[Row], encoder: ExampleEncoder, example_type: str, source: str, bad_rows: str = "error"
+) -> EncodedRows:
+    """The rows as examples. source: where they come from, for errors. bad_rows: as read_example_rows has it.
 
     Raises UserError if a row can't be encoded, if one is too long and overflow is "error", and if none is left.
     """
     encoded: list[Example] = []
     excesses: list[int] = []
+    skipped: list[str] = []
     for number, row in enumerate(rows, start=1):
         try:
             encoded.append(encoder.encode(row, example_type))
         except ExampleTooLongError as error:
             excesses.append(error.excess)
-        except (UserError, KeyError, UnicodeError) as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
+        except (UserError, UnicodeError) as error:
+            message = f"{place_of(row, f'{source}: row {number}')}: {error}"
+            if bad_rows == "error":
+                raise UserError(message) from None
+            skipped.append(message)
     if excesses and encoder.overflow == "error":
         limit = f"{encoder.max_tokens} tokens"
         if encoder.max_completion_tokens:
@@ -272,8 +255,11 @@ def encode_rows(rows: Sequence[Row], encoder: ExampleEncoder, example_type: str,
             "raise --block_size, or set --overflow=drop or truncate_target"
         )
     if not encoded:
+        if skipped:
+            raise UserError(describe_skipped(source, skipped))
         raise UserError(f"{source}: all examples are too long" if rows else f"{source}: has no examples")
-    return EncodedRows(encoded, len(excesses))
+    notes = [describe_skipped(source, skipped)] if skipped else []
+    return EncodedRows(encoded, len(excesses), notes)
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> list[Example]:

@@ -37,7 +37,7 @@ class ObjectiveSpec:
     """One objective.
 
     build: the builder as "module:function"; it takes (args: TrainArgs, context: BuildContext) and returns RunData.
-    fields: of a row, in alternatives: a row has all fields of one of them. Without fields it reads token bins.
+    fields: of a row, in alternatives: it is read as the first one that it has. Without fields it reads token bins.
     example_type: what a row becomes, by TRL's names of dataset types: "prompt_completion", "preference" (a pair),
         "unpaired_preference" (a completion with a label) or "prompt_only" (the model completes it itself).
     needs_reference: whether it compares the policy with a reference model.
@@ -73,13 +73,13 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "dpo": ObjectiveSpec(
         build="builders:build_dpo",
-        fields=(("prompt", "chosen", "rejected"),),
+        fields=(("prompt", "chosen", "rejected"), ("chosen", "rejected")),
         example_type="preference",
         needs_reference=always,
     ),
     "kto": ObjectiveSpec(
         build="builders:build_kto",
-        fields=(("prompt", "completion", "label"),),
+        fields=(("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
         example_type="unpaired_preference",
         needs_reference=always,
     ),

@@ -26,6 +26,7 @@ from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining.example_rows import check_text_or_number
 
 MAX_VIRTUAL_TOKENS = 10_000  # of one <P*N>: more is a typing error
 OVERFLOWS = ("error", "drop", "truncate_target")
@@ -244,10 +245,11 @@ def field_ids(values: Mapping[str, object], name: str, tokenizer: Tokenizer) -> 
     if name not in values:
         available = ", ".join(map(repr, values)) or "none"
         raise UserError(f"the example has no field {name!r}; it has {available}{did_you_mean(name, values)}")
-    value = values[name]
-    if not isinstance(value, str | int | float):
-        raise UserError(f"the field {name!r} must be text or a number, not {value!r:.60}")
-    return text_ids(str(value), tokenizer, f"the field {name!r}")
+    try:
+        text = check_text_or_number(values[name])
+    except UserError as error:
+        raise UserError(f"the field {name!r}: {error}") from None
+    return text_ids(text, tokenizer, f"the field {name!r}")
 
 
 def target_ids(values: Mapping[str, object], field: str, tokenizer: Tokenizer) -> list[int]:

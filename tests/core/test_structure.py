@@ -31,6 +31,7 @@ TORCH_FREE = (
     "run_dir",
     "run_state",
     "data.tables",
+    "posttraining.example_rows",
     "posttraining.prompt_format",
     "posttraining.objective_specs",
     "sweeps",

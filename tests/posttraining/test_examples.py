@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nanoforge.distributed import Ranks, RankSlice
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 from nanoforge.posttraining import prompt_format
-from nanoforge.posttraining.answers import to_problem
+from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
     Example,
@@ -30,7 +31,6 @@ from nanoforge.posttraining.examples import (
     extend_tokenizer,
     pack,
     pad,
-    read_example_rows,
 )
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -189,8 +189,9 @@ def test_a_template_surrounds_the_fields():
 # files
 
 
-def read(path, objective="sft", parse_row=dict) -> list[dict]:
-    return read_example_rows(path, OBJECTIVES[objective].fields, f"--objective={objective}", parse_row)
+def read(path: Path, objective: str = "sft", convert=as_read) -> list[dict]:
+    spec = OBJECTIVES[objective]
+    return read_example_rows(path, RowFormat(spec.fields, spec.example_type, f"--objective={objective}"), convert).rows
 
 
 def test_rows_of_three_formats_are_the_same(tmp_path):
@@ -224,23 +225,30 @@ def test_errors_name_the_file_and_the_line(tmp_path, objective, row, message):
 
 def test_gsm8ks_rows_are_problems(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
-    (row,) = read(tmp_path / "a.jsonl", "grpo", to_problem)
+    (row,) = read(tmp_path / "a.jsonl", "grpo", gsm8k_to_problem)
     assert row["answer"] == "5" and row["prompt"].startswith("2 and 3?")
 
 
 UNENCODABLE_ROWS = [
-    ("kto", {"prompt": "1", "completion": "2", "label": "yes"}, "row 2: label: expected true or false, got 'yes'"),
-    ("kto", {"prompt": "1", "completion": "2", "label": 2}, "row 2: label: expected true or false, got 2"),
-    ("kto", {"prompt": "1", "completion": "2", "label": 1.0}, "row 2: label: expected true or false, got 1.0"),
-    ("sft", {"prompt": "1", "completion": "two"}, "row 2: .*'o', 't', 'w'"),
+    ("sft", {"prompt": "1", "completion": "two"}, "'o', 't', 'w'"),
+    ("sft", {"text": ""}, "text: .*nothing to learn"),
+    ("sft", {"prompt": "", "completion": ""}, "completion: .*nothing to learn"),
+    ("sft", {"messages": [{"role": "user", "content": "1"}]}, "messages: .*nothing to learn"),
+    ("dpo", {"prompt": "", "chosen": "12", "rejected": ""}, "rejected: .*nothing to learn"),
 ]
 
 
 @pytest.mark.parametrize("objective, row, message", UNENCODABLE_ROWS)
-def test_errors_of_encoding_name_the_row(objective, row, message):
-    valid = {"prompt": "1", "completion": "2", "label": False}
-    with pytest.raises(UserError, match=f"x.jsonl: {message}"):
-        encode([valid, row], objective=objective)
+def test_errors_of_encoding_name_the_line(tmp_path: Path, objective: str, row: dict, message: str):
+    """Of a row that no field makes wrong, but which has characters that are unknown, or nothing to learn."""
+    valid = {"prompt": "1", "completion": "2", "chosen": "2", "rejected": "3"}
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(valid) + "\n" + json.dumps(row) + "\n")
+    rows = read(tmp_path / "a.jsonl", objective)
+    tokenizer = extend_tokenizer(DIGITS, rows)
+    with pytest.raises(UserError, match=f"a.jsonl:3: .*{message}"):
+        encode(rows, tokenizer=tokenizer, objective=objective)
+    encoded = encode_rows(rows, ExampleEncoder(tokenizer, 32), OBJECTIVES[objective].example_type, "x", bad_rows="skip")
+    assert len(encoded.examples) == 1 and "skipped 1 rows" in encoded.notes[0] and "a.jsonl:3" in encoded.notes[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

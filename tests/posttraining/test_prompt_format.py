@@ -278,10 +278,11 @@ def test_tokens_are_tiktokens(monkeypatch):
     assert len(toxic) > 2 and toxic[0] != encode("u")[0], "tokens are cut, not letters"
 
 
-@pytest.mark.parametrize("value", [None, ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", [None, ["a"], {"a": 1}, True, float("inf")])
 def test_values_that_are_no_text_are_refused(value):
     encode = parse("<P>ab</P>{toxic}!").encode
-    assert f"'toxic' must be text or a number, not {value!r}" in error_of(encode, {"toxic": value}, BYTES, 257)
+    shown = "null" if value is None else repr(value)
+    assert f"'toxic': must be text or a number, not {shown}" in error_of(encode, {"toxic": value}, BYTES, 257)
 
 
 def test_examples_that_dont_fit_the_template_are_refused():

@@ -66,7 +66,7 @@ def test_its_loss_is_the_mean_of_the_completions_means(run, base, short_sft):
 
     loaded = builders.load_model(str(base))
     args = train_args.load_args(one.out_dir)
-    inputs = builders.read_inputs(args, pretrained.load(str(base)))
+    inputs = builders.read_inputs(args, pretrained.load(str(base)), print)
     (dataset,) = builders.encode_examples(args, inputs, loaded.model, print)["train"]
     means = []
     for example in dataset.rows:
@@ -98,4 +98,4 @@ def test_every_entry_has_a_builder_and_fits_its_fields(name):
     spec = OBJECTIVES[name]
     assert callable(spec.load_builder())
     assert spec.reads_examples == bool(spec.example_type) == (name != "lm")
-    assert all("prompt" in fields or len(fields) == 1 for fields in spec.fields)
+    assert all({"prompt", "chosen"} & {*fields} or len(fields) == 1 for fields in spec.fields)
