@@ -101,7 +101,7 @@ from tqdm import tqdm
 
 from builders import LoadedModel, load_model
 from nanoforge import files, rng
-from nanoforge.console import print_to_stderr
+from nanoforge.console import plural, print_to_stderr
 from nanoforge.data import batches, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.errors import UserError
@@ -293,27 +293,33 @@ class Answer(NamedTuple):
     ended: bool  # by itself
 
 
+class Answers(NamedTuple):
+    """The completions of all problems."""
+
+    of_problems: list[list[Answer]]  # num_passes of each
+    n_cut_prompts: int  # prompts longer than the context, of which the end was read
+
+
 def evaluate_task(evaluation: Evaluation, task: str) -> dict[str, Any]:
     """Accuracy and its relatives over the problems of a task, with what the completions are like. Raises UserError."""
     args = evaluation.args
     problems = read_problems(evaluation, task)
     problems = problems[: args.max_problems or len(problems)]
-    answers = answer_problems(evaluation, problems, title=task)
+    answers, n_cut_prompts = answer_problems(evaluation, problems, title=task)
     scores = []
     samples = []
     for problem, problem_answers in zip(problems, answers, strict=True):
         texts = [answer.text for answer in problem_answers]
         scores.append(score_problem(problem["answer"], texts, args.num_passes))
     for problem, problem_answers in zip(problems[:NUM_SAMPLES], answers[:NUM_SAMPLES], strict=True):
-        if problem_answers:
-            completion = problem_answers[0].text
-            samples.append({"prompt": problem["prompt"], "answer": problem["answer"], "completion": completion})
+        completion = problem_answers[0].text
+        samples.append({"prompt": problem["prompt"], "answer": problem["answer"], "completion": completion})
     return {
         **aggregate(scores),
         "n": len(problems),
         "passes": args.num_passes,
         **describe_lengths(answers),
-        "too_long_to_answer": sum(not problem_answers for problem_answers in answers),
+        "cut_prompts": n_cut_prompts,
         "samples": samples,
     }
 
@@ -342,8 +348,8 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
     return problems
 
 
-def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str) -> list[list[Answer]]:
-    """num_passes completions of each problem; none of one whose prompt fills the context. Raises UserError."""
+def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str) -> Answers:
+    """num_passes completions of each problem. Raises UserError."""
     args, model, tokenizer = evaluation.args, evaluation.loaded.model, evaluation.loaded.tokenizer
     encoder = ExampleEncoder(
         tokenizer=tokenizer,
@@ -359,21 +365,20 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
         **DECODINGS[args.decode]._asdict(),
     )
     prompts = [encoder.encode_prompt(problem) for problem in problems]
-    answerable = [i for i, ids in enumerate(prompts) if len(ids) < model.config.block_size]
+    n_cut = sum(len(ids) > model.config.block_size for ids in prompts)
     answers: list[list[Answer]] = [[] for _ in problems]
-    for batch in evaluation.iter_batches(len(answerable), title):
-        indices = answerable[batch.start : batch.stop]
+    for batch in evaluation.iter_batches(len(problems), title):
         completions = generate_batch(
             model,
-            prompts=[prompts[i] for i in indices],
+            prompts=prompts[batch.start : batch.stop],
             sampling=sampling,
             uniform=uniform_of(args.seed, first_completion=batch.start * args.num_passes),
         )
         for number, completion in enumerate(completions):
             ids = completion.ids[:-1] if completion.ended else completion.ids
             answer = Answer(tokenizer.decode(ids), n_tokens=len(completion.ids), ended=completion.ended)
-            answers[indices[number // args.num_passes]].append(answer)
-    return answers
+            answers[batch.start + number // args.num_passes].append(answer)
+    return Answers(answers, n_cut)
 
 
 def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -382,7 +387,7 @@ def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], 
 
 
 def score_problem(reference: str, completions: Sequence[str], num_passes: int) -> ProblemScore:
-    """What the completions of one problem are worth; nothing if there are none."""
+    """What the completions of one problem are worth."""
     n_correct = sum(is_correct(completion, reference) for completion in completions)
     n_in_format = sum(format_score(completion) == 1 for completion in completions)
     votes = [extract_vote(completion, reference) for completion in completions]
@@ -394,7 +399,7 @@ def score_problem(reference: str, completions: Sequence[str], num_passes: int) -
     for exponent in range(1, num_passes.bit_length()):
         k = 2**exponent
         score[f"pass@{k}"] = pass_at_k(num_passes, n_correct, k)
-        score[f"majority@{k}"] = majority_at_k(votes, reference, k) if votes else 0.0
+        score[f"majority@{k}"] = majority_at_k(votes, reference, k)
     return score
 
 
@@ -436,6 +441,9 @@ def print_results(results: dict[str, Any]) -> None:
             f"  {name:20} n {task['n']:,}, {completions} each ({results['decode']}), "
             f"{task['mean_tokens']:.1f} tokens, {task['ended']:.1%} ended"
         )
+        if task["cut_prompts"]:
+            prompts = plural(task["cut_prompts"], "prompt")
+            print(f"    {prompts} longer than the context: the model read the end")
         for key, value in task.items():
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")

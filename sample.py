@@ -201,6 +201,13 @@ def read_fields(fields: str) -> list[dict[str, Any]]:
     return [row]
 
 
+def remark_long_prompt(length: int, loaded: LoadedModel) -> None:
+    """Say that of a prompt longer than the context only the end is read."""
+    block_size = loaded.model.config.block_size
+    if length > block_size:
+        print_to_stderr(f"the prompt has {length:,} tokens: the model reads its last {block_size:,}, the context")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # completions, until the end-of-sequence token
 
@@ -247,9 +254,7 @@ def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:
 def print_completions(args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefix: str) -> None:
     """Draw and print num_samples completions of each prompt, each after the prefix. Raises UserError."""
     loaded.to(args.device, args.dtype)
-    longest, block_size = max(map(len, prompts)), loaded.model.config.block_size
-    if longest >= block_size:
-        raise UserError(f"--start, --fields: the longest prompt has {longest} tokens; the context has {block_size}")
+    remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
     sampling = sampling_params(args, n=args.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(args.seed)
@@ -314,6 +319,7 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     idx = torch.from_numpy(rows if has_contexts else rows[0]).to(device)
     idx = idx.expand(args.num_samples, *idx.shape)  # (B, T) or (B, K, T)
     vocab_size = streams[0].tokenizer.vocab_size if model.config.vocabulary == "one" else None
+    remark_long_prompt(idx.size(-1), loaded)
 
     # 3. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
     printer = None

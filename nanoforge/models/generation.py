@@ -7,7 +7,8 @@ context is cut to its last half and read again. Every token is thus drawn from t
 half a block of context, at the cost of one prefill every half block.
 
 `generate_batch` completes prompts of different lengths, each `n` times, until the end-of-sequence token. Its
-`BatchDecoder` prefills once, then decodes a token of every sequence at a time, and retires finished sequences.
+`BatchDecoder` prefills once, then decodes a token of every sequence at a time, and retires finished sequences. Past
+block_size it cuts each sequence's context in the same way; virtual tokens of a soft prompt always stay.
 """
 
 from collections.abc import Callable, Sequence
@@ -129,6 +130,11 @@ class KVCache:
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
 
+    def replace(self, rows: Tensor, other: "KVCache") -> None:
+        """Put the sequences of another cache in the place of these rows, (rows,)."""
+        self.keys[:, rows, :, : other.size] = other.keys
+        self.values[:, rows, :, : other.size] = other.values
+
     def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
@@ -241,7 +247,21 @@ def generate(
 class Completion(NamedTuple):
     ids: list[int]  # the end-of-sequence token included
     logps: list[float]  # of each id, at the temperature, before top_k, top_p and min_p
-    ended: bool  # by the end-of-sequence token, not by a limit of length
+    ended: bool  # by the end-of-sequence token, not by max_new_tokens
+
+
+def cut_context(ids: Sequence[int], block_size: int, vocab_rows: int, *, halve: bool) -> list[int]:
+    """The end of a text that fits the context, or with `halve` half of it.
+
+    Virtual tokens of a soft prompt, ids of vocab_rows and above, always stay, in their places; the text has the rest.
+    """
+    tokens = np.array(ids)
+    kept = tokens >= vocab_rows
+    room = block_size - int(kept.sum())
+    if halve:
+        room //= 2
+    kept[np.flatnonzero(~kept)[-max(1, room) :]] = True
+    return tokens[kept].tolist()
 
 
 MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of the batch is active
@@ -254,6 +274,7 @@ class BatchDecoder:
     forward reads of a row is on the device; what was drawn is kept on the host, by completion.
 
     uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's generator.
+    any_rank: whether something holds on this rank -> whether it holds on any, for sharded models.
     """
 
     cache: KVCache
@@ -266,37 +287,35 @@ class BatchDecoder:
         model: nn.Module,
         sampling: SamplingParams,
         uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        any_rank: Callable[[bool], bool] = bool,
     ):
-        self.model, self.sampling, self.uniform = model, sampling, uniform
+        self.model, self.sampling, self.uniform, self.any_rank = model, sampling, uniform, any_rank
         self.device = device_of(model)
+        config: Any = model.config
+        self.block_size: int = config.block_size
+        self.vocab_rows = model.get_parameter("wte.weight").size(0)  # ids from here on are virtual tokens
         self.num_drawn = 0  # tokens of each active completion
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts and draw the first token of every completion."""
-        # 1. One batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
-        config: Any = self.model.config
+        # 1. Read the end of each prompt that fits the context; keep the logits at its last token.
         sampling = self.sampling
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(prompt_lengths.max())
-        idx = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            idx[row, : len(prompt)] = torch.tensor(prompt)
+        contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in prompts]
+        lengths = torch.tensor([len(context) for context in contexts])
+        size = min(self.block_size, int(lengths.max()) + sampling.max_new_tokens)
+        self.cache, logits = self._read(contexts, size)
+        logits = logits[torch.arange(len(prompts)), lengths - 1]  # (P, V)
 
-        # 2. Read it once; keep the logits at each prompt's last token.
-        size = min(config.block_size, width + sampling.max_new_tokens)
-        self.cache = KVCache(self.model, len(prompts), size)
-        logits = self.model(idx.to(self.device), cache=self.cache, position_ids=self.cache.advance(width))
-        logits = logits[torch.arange(len(prompts)), prompt_lengths - 1]  # (P, V)
-
-        # 3. A row for each of the n completions of a prompt.
+        # 2. A row for each of the n completions of a prompt.
         prompt_of_row = torch.arange(len(prompts)).repeat_interleave(sampling.n)
         self.cache.select(prompt_of_row.to(self.device))
-        lengths = prompt_lengths[prompt_of_row]
+        lengths = lengths[prompt_of_row]
         self.positions = lengths.to(self.device)
         self.completion_of_row = np.arange(len(lengths))
 
-        # 4. What is drawn, by completion.
-        self.budgets = config.block_size - lengths.numpy()  # tokens that fit behind the prompt
+        # 3. What is drawn, by completion.
+        self.prompts = [prompts[i] for i in prompt_of_row]
+        self.context_lengths = lengths.numpy().copy()  # tokens in the context, the last one included
         self.ids = np.zeros((len(lengths), sampling.max_new_tokens), dtype=np.int64)
         self.logps = np.zeros((len(lengths), sampling.max_new_tokens))
         self.num_tokens = np.zeros(len(lengths), dtype=np.int64)
@@ -306,6 +325,10 @@ class BatchDecoder:
 
     def step(self) -> None:
         """Read the last token of every row, at its own position, and draw the next."""
+        rows = self.completion_of_row
+        full = np.flatnonzero(~self.finished[rows] & (self.context_lengths[rows] > self.block_size))
+        if self.any_rank(len(full) > 0):
+            self._slide(full)
         self.cache.advance(1)
         self.positions = self.positions.clamp(max=self.cache.size - 1)  # finished rows stay within the cache
         position_ids = self.positions[:, None]  # (R, 1)
@@ -333,6 +356,34 @@ class BatchDecoder:
         drawn = zip(self.ids.tolist(), self.logps.tolist(), self.num_tokens.tolist(), self.ended.tolist(), strict=True)
         return [Completion(ids[:count], logps[:count], ended) for ids, logps, count, ended in drawn]
 
+    def _read(self, contexts: Sequence[Sequence[int]], size: int = 0) -> tuple[KVCache, Tensor]:
+        """Read contexts into a new cache of at least `size` tokens: the cache, and the logits, (P, T, V).
+
+        They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
+        """
+        width = max(1, *map(len, contexts))
+        idx = torch.zeros(len(contexts), width, dtype=torch.long)
+        for row, context in enumerate(contexts):
+            idx[row, : len(context)] = torch.tensor(context)
+        cache = KVCache(self.model, len(contexts), max(size, width))
+        return cache, self.model(idx.to(self.device), cache=cache, position_ids=cache.advance(width))
+
+    def _slide(self, full: np.ndarray) -> None:
+        """Cut the contexts of these rows, (rows,), to a half, as `generate` does; read all but their last tokens."""
+        completions = self.completion_of_row[full]
+        contexts = []
+        for completion in completions:
+            text = [*self.prompts[completion], *self.ids[completion, : self.num_drawn].tolist()]
+            contexts.append(cut_context(text, self.block_size, self.vocab_rows, halve=True))
+        lengths = np.array([len(context) for context in contexts], dtype=np.int64)
+        unread = [context[:-1] for context in contexts] or [[]]  # one at least: other ranks read theirs
+        cache, _ = self._read(unread)
+        if len(full):
+            rows = torch.from_numpy(full).to(self.device)
+            self.cache.replace(rows, cache)
+            self.positions[rows] = torch.from_numpy(lengths - 1).to(self.device)
+            self.context_lengths[completions] = lengths
+
     def _draw(self, logits: Tensor) -> None:
         """Draw a token of every row from logits (R, V), and keep those of unfinished completions."""
         sampling, rows = self.sampling, self.completion_of_row
@@ -346,7 +397,6 @@ class BatchDecoder:
         self.last_tokens = drawn
         drawn_logps = logps.gather(1, drawn[:, None])[:, 0]
 
-        self.finished[rows] |= self.num_drawn >= self.budgets[rows]
         active = ~self.finished[rows]
         kept, kept_ids = rows[active], drawn.cpu().numpy()[active]
         self.ids[kept, self.num_drawn] = kept_ids
@@ -355,6 +405,7 @@ class BatchDecoder:
         self.ended[kept] = kept_ids == sampling.eos_id
         self.finished[kept] = self.ended[kept]
         self.num_drawn += 1
+        self.context_lengths += 1
 
 
 @torch.no_grad()
@@ -363,18 +414,15 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
     uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
-    any_rank_active: Callable[[bool], bool] = bool,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> list[Completion]:
     """Completions of prompts of any lengths, the `n` of a prompt one after the other.
 
-    Each ends with the end-of-sequence token, after max_new_tokens, or when the sequence has block_size tokens.
-
-    uniform: see BatchDecoder.
-    any_rank_active: whether this rank has unfinished completions -> whether any rank has, for sharded models.
+    Each ends with the end-of-sequence token, or after max_new_tokens. uniform, any_rank: see BatchDecoder.
     """
-    decoder = BatchDecoder(model, sampling, uniform)
+    decoder = BatchDecoder(model, sampling, uniform, any_rank)
     decoder.prefill(prompts)
-    while decoder.num_drawn < sampling.max_new_tokens and any_rank_active(decoder.any_active):
+    while decoder.num_drawn < sampling.max_new_tokens and any_rank(decoder.any_active):
         decoder.retire()
         decoder.step()
     return decoder.completions()

@@ -65,9 +65,9 @@ class Sampler:
         self, prompts: Sequence[Example], sampling: SamplingParams, draws: UniformDraws | None = None
     ) -> list[Completion]:
         """Generate in evaluation mode, and leave the model in the mode that it was in."""
-        any_rank_active: Callable[[bool], bool] = bool
+        any_rank: Callable[[bool], bool] = bool
         if is_sharded(self.model):  # all ranks have to call it together
-            any_rank_active = lambda active: bool(self.ranks.all_reduce_max(active))  # noqa: E731
+            any_rank = lambda holds: bool(self.ranks.all_reduce_max(holds))  # noqa: E731
         was_training = self.model.training
         self.model.eval()
         completions = generate_batch(
@@ -75,7 +75,7 @@ class Sampler:
             prompts=[prompt.sequences[0].ids.tolist() for prompt in prompts],
             sampling=sampling,
             uniform=draws,
-            any_rank_active=any_rank_active,
+            any_rank=any_rank,
         )
         self.model.train(was_training)
         return completions

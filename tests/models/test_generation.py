@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import ids, tiny_model
 
+from nanoforge.models import adapters
 from nanoforge.models.generation import (
     BatchDecoder,
     KVCache,
@@ -11,6 +12,7 @@ from nanoforge.models.generation import (
     generate,
     inverse_cdf,
     logits_to_probs,
+    generate_batch,
     sample_next_token,
 )
 
@@ -214,3 +216,42 @@ def test_batch_decoder_draws_what_generate_draws_for_each_prompt(variant):
             expected = expected[: expected.index(eos_id) + 1]
         assert completion.ids == expected
         assert completion.ended == (eos_id in expected)
+
+
+@pytest.mark.parametrize("variant", RAGGED, ids=str)
+@torch.no_grad()
+def test_a_batch_past_the_context_equals_reading_each_text_again(variant):
+    """Prompts inside, at and beyond the context; sequences slide at their own times, some after others have retired."""
+    model = tiny_model(block_size=12, **variant).eval()
+    prompts = [ids(length, seed=length) for length in (3, 11, 12, 13, 30)]
+    sampling = {"temperature": 0.0, "decode": "uncached"}
+    alone = [draw(model, prompt[None], 40, **sampling)[0, len(prompt) :].tolist() for prompt in prompts]
+    eos_ids = [i for i in range(31) if 0 < sum(i in text for text in alone) < len(alone)]
+    for eos_id, any_rank in ((None, bool), (eos_ids[0], bool), (eos_ids[0], lambda _: True)):
+        options = SamplingParams(max_new_tokens=40, temperature=0.0, n=2, eos_id=eos_id)
+        completions = generate_batch(model, [prompt.tolist() for prompt in prompts], options, any_rank=any_rank)
+        for completion, text in zip(completions, [text for text in alone for _ in range(2)], strict=True):
+            assert completion.ended == (eos_id in text)
+            assert completion.ids == (text[: text.index(eos_id) + 1] if completion.ended else text)
+
+
+def test_past_the_context_the_virtual_tokens_stay():
+    """Token by token, as the model reads the soft prompt and the second half of the rest without a cache."""
+    model = tiny_model(block_size=12).eval()
+    adapters.add_soft_prompt(model, torch.randn(3, 32, generator=torch.Generator().manual_seed(3)), "tensor")
+    prompt = [31, 32, *ids(20).tolist(), 33, 5]  # as "<P*2>{text}<P*1>:"
+    text = [*prompt[2:22], 5]
+    start = len(text) - 9  # what the context holds beside three virtual tokens
+
+    def context() -> list[int]:
+        return [31, 32, *text[start:20], 33, *text[max(20, start) :]]
+
+    expected = []
+    with torch.no_grad():
+        for _ in range(30):
+            if len(context()) > 12:
+                start = len(text) - 4
+            expected.append(int(model(torch.tensor([context()]))[0, -1].argmax()))
+            text.append(expected[-1])
+    (completion,) = generate_batch(model, [prompt], SamplingParams(max_new_tokens=30, temperature=0.0))
+    assert completion.ids == expected

@@ -153,16 +153,21 @@ def test_the_end_of_sequence_token_is_the_last_of_a_completion():
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_completions_stop_at_block_size(position):
-    """A sequence has at most block_size tokens; those of shorter prompts go on."""
+def test_completions_go_on_past_block_size(position):
+    """A sequence is that of its prompt alone: inside the context, past it, and of a prompt as long as the context."""
     model = tiny_model(block_size=16, position=position).eval()
     completions = complete(model, PROMPTS, 50, temperature=0.0)
-    assert [len(completion.ids) for completion in completions] == [16 - n for n in LENGTHS]
+    assert [len(completion.ids) for completion in completions] == [50] * len(PROMPTS)
     for completion, prompt in zip(completions, PROMPTS, strict=True):
-        assert completion.ids == greedy_ids(model, prompt, 16 - len(prompt)) and not completion.ended
-    full_prompt = ids(16, seed=3).tolist()
-    empty, other = complete(model, [full_prompt, PROMPTS[0]], 50, temperature=0.0)
-    assert empty.ids == [] and other.ids == completions[0].ids
+        assert completion.ids[: 16 - len(prompt)] == greedy_ids(model, prompt, 16 - len(prompt))
+    prompts = [ids(16, seed=3).tolist(), *PROMPTS]
+    together = complete(model, prompts, 50, 5, draws_from(0), n=2)
+    assert len({len(completion.ids) for completion in together}) > 1, "rows that end at different times"
+    for i, prompt in enumerate(prompts):
+        assert complete(model, [prompt], 50, 5, draws_from(2 * i), n=2) == [
+            Completion(together[j].ids, pytest.approx(together[j].logps, abs=1e-4), together[j].ended)
+            for j in (2 * i, 2 * i + 1)
+        ]
 
 
 def test_ids_of_padding_are_never_drawn():
