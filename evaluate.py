@@ -387,7 +387,7 @@ def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], 
 
 
 def score_problem(reference: str, completions: Sequence[str], num_passes: int) -> ProblemScore:
-    """What the completions of one problem are worth."""
+    """What the completions of one problem are worth; nothing if there are none."""
     n_correct = sum(is_correct(completion, reference) for completion in completions)
     n_in_format = sum(format_score(completion) == 1 for completion in completions)
     votes = [extract_vote(completion, reference) for completion in completions]
@@ -399,7 +399,7 @@ def score_problem(reference: str, completions: Sequence[str], num_passes: int) -
     for exponent in range(1, num_passes.bit_length()):
         k = 2**exponent
         score[f"pass@{k}"] = pass_at_k(num_passes, n_correct, k)
-        score[f"majority@{k}"] = majority_at_k(votes, reference, k)
+        score[f"majority@{k}"] = majority_at_k(votes, reference, k) if votes else 0.0
     return score
 
 

@@ -10,9 +10,9 @@ from nanoforge.models.generation import (
     KVCache,
     SamplingParams,
     generate,
+    generate_batch,
     inverse_cdf,
     logits_to_probs,
-    generate_batch,
     sample_next_token,
 )
 

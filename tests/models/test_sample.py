@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, TEXT, gpt2_tokenizer_env, run_script
 
+import configurator
+import sample as sample_script
 from nanoforge.errors import UserError
 from sample import read_start
 
@@ -85,6 +87,25 @@ def test_samples_resemble_the_text(trained):
     )
     known_words = set(re.findall(r"\w+", TEXT))
     assert sum(word in known_words for word in re.findall(r"\w+", output)) > 20
+
+
+def sample_here(capsys, *argv) -> tuple[str, str]:
+    """What sample.py prints, in this process: standard output and standard error."""
+    sample_script.main(configurator.parse(sample_script.SampleArgs, list(argv), ""))
+    return capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["the ", "the quick brown fox jumps"])
+def test_a_text_until_its_end_goes_on_past_the_context(trained, capsys, start):
+    """A context of 16 tokens; this model has no end token, so the text is the endless one."""
+    capsys.readouterr()
+    flags = [f"--out_dir={trained}/single", f"--start={start}", "--num_samples=1", "--max_new_tokens=200"]
+    flags += ["--temperature=0", "--dtype=float32", "--device=cpu"]
+    endless, remark = sample_here(capsys, *flags)
+    assert len(endless) == len(start) + 200 + len("\n---------------\n")
+    assert sample_here(capsys, *flags, "--stop_at_end") == (endless, remark)
+    assert ("25" in remark and "16" in remark) == (len(start) > 16)
 
 
 @pytest.mark.slow

@@ -96,6 +96,21 @@ def test_accuracy_is_that_of_greedy_completions(base, data_dir):
     assert metrics["partial"]["value"] >= accuracy["value"] and metrics["format"]["value"] == 0
 
 
+def test_prompts_longer_than_the_context_are_read_by_their_end(base, tmp_path, capsys):
+    prompts = ["+".join(map(str, range(length))) + "=" for length in (3, 12, 16, 40)]  # of 6 to 120 tokens
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in prompts))
+    metrics = run_evaluate(
+        f"--out_dir={base.parent.parent}", f"--tasks={problems}", "--dtype=float32", "--max_new_tokens=8"
+    )["tasks"]
+    (task,) = metrics.values()
+    model = load_model(str(base)).model
+    completions = [sample["completion"] for sample in task["samples"]]
+    assert completions == [greedy_answer(model, prompt) for prompt in prompts[: len(completions)]]
+    assert task["mean_tokens"] > 0 and task["cut_prompts"] == sum(len(prompt) > 32 for prompt in prompts) == 2
+    assert "2 prompts longer" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_completions_depend_on_the_seed_alone(base, tmp_path):
     def evaluate_sums(*flags) -> dict:
