@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import Rules, arg, arg_table
 from nanoforge.data import corpus
-from nanoforge.files import download
+from nanoforge.files import download, download_name
 
 
 @arg_table
@@ -58,10 +58,10 @@ def main(args: PrepareArgs) -> None:
 
 
 def fetch(name: str, folder: Path) -> str:
-    """The path of an input; what has an https address is downloaded into the folder. Raises UserError."""
-    if not name.startswith("https://"):
+    """The path of an input; what has an address on the web is downloaded into the folder. Raises UserError."""
+    if not name.startswith(("https://", "http://")):
         return name
-    return str(download(name, folder / name.rsplit("/", 1)[1]))
+    return str(download(name, folder / download_name(name)))
 
 
 def prepare_dataset(script: str, description: str, **defaults: Any) -> None:

@@ -81,26 +81,30 @@ def print_to_stderr(message: str) -> None:
 
 
 class ProgressBar:
-    """Characters read in a long pass over text: a bar on a terminal, elsewhere a plain line every ten seconds."""
+    """What a long pass over data has done: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, unit: str = "characters", total: int = 0) -> None:
+        """total: where the pass ends, 0 where that is not known."""
         self.title = title
-        self.n_chars = 0
+        self.unit = unit
+        self.total = total
+        self.n_done = 0
         self.last_printed = time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=title, unit="char", unit_scale=True)
+            self.bar = tqdm(desc=title, unit=f" {unit}", unit_scale=True, total=total or None)
 
-    def add(self, n_chars: int) -> None:
-        """Advance by a number of characters."""
-        self.n_chars += n_chars
+    def add(self, n_done: int) -> None:
+        """Advance by a number of units."""
+        self.n_done += n_done
         if self.bar is not None:
-            self.bar.update(n_chars)
+            self.bar.update(n_done)
         elif time.monotonic() - self.last_printed > SECONDS_BETWEEN_LINES:
             self.last_printed = time.monotonic()
-            print(f"{self.title}: {self.n_chars:,} characters", flush=True)
+            total = f" of {self.total:,}" if self.total else ""
+            print(f"{self.title}: {self.n_done:,}{total} {self.unit}", flush=True)
 
     def close(self) -> None:
         """Remove the bar."""

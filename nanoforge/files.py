@@ -3,12 +3,17 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
 
+from nanoforge.console import ProgressBar
 from nanoforge.errors import UserError
 
+DOWNLOAD_BYTES = 2**20  # read at once
 TMP_SUFFIX = ".tmp"  # of unfinished files and folders, which no reader opens
 
 
@@ -71,18 +76,50 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def download_name(url: str) -> str:
+    """The file name of a download: the last part of the address, after a hash of all of it.
+
+    https://host/a/input.txt?download=true -> 0f1e2d3c-input.txt, another one than that of https://host/b/input.txt.
+    """
+    name = unquote(re.split("[?#]", url)[0].rpartition("/")[2])
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    safe_name = re.sub(r"[^\w.-]", "_", name)[-100:]
+    return f"{digest}-{safe_name}"
+
+
 def download(url: str, path: Path) -> Path:
-    """The file at `path`, downloaded from the URL if it is missing. Raises UserError when that fails."""
-    import urllib.error
+    """The file at `path`, downloaded from the URL if it is missing: whole, or not at all. Raises UserError."""
     import urllib.request
+    from http.client import HTTPException
 
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters of other scripts; the rest stays
     try:
-        with atomic_write(path) as tmp_path, urllib.request.urlopen(url, timeout=30) as response:
-            tmp_path.write_bytes(response.read())
-    except (urllib.error.URLError, OSError) as error:
+        request = urllib.request.Request(address, headers={"User-Agent": "nanoforge"})
+        with atomic_write(path) as tmp_path, urllib.request.urlopen(request, timeout=30) as response:
+            if response.headers.get_content_type() == "text/html" and path.suffix not in (".html", ".htm"):
+                raise UserError(
+                    f"{url}: is a web page; give the address of the file itself, or a copy with --input FILE"
+                )
+            save_response(response, tmp_path, f"downloading {path.name}")
+    except (HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{url}: download failed ({reason}); offline, pass a local copy with --input FILE") from None
     return path
+
+
+def save_response(response: Any, path: Path, title: str) -> None:
+    """Write what a server sends to a file, with its progress. Raises OSError when the connection breaks off."""
+    size = int(response.headers.get("Content-Length") or 0)  # 0: unknown
+    n_bytes = 0
+    with closing(ProgressBar(title, "bytes", size)) as progress, path.open("wb") as file:
+        while data := response.read(DOWNLOAD_BYTES):
+            file.write(data)
+            n_bytes += len(data)
+            progress.add(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+    if size and n_bytes != size:
+        raise OSError(f"{n_bytes:,} of {size:,} bytes came")
