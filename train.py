@@ -36,7 +36,7 @@ from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.training import checkpoint, evaluation
 from nanoforge.training.checkpoint import Progress
-from nanoforge.training.logger import RunLogger, StepLogger, draw_loss
+from nanoforge.training.logger import RunLogger, StepLogger, draw_loss, start_tensorboard, start_wandb
 from nanoforge.training.signals import Signals
 from run import Run, begin, build, resume
 from train_args import TrainArgs
@@ -166,7 +166,8 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
         if is_best or is_last or args.always_save_checkpoint:
             run.checkpoints.save(progress, logger)
     if args.plot_loss and run.ranks.is_main:
-        draw_loss(logger.path, run.out_dir / "loss.png")
+        with logger.without_failing("--plot_loss"):
+            draw_loss(logger.path, run.out_dir / "loss.png")
 
 
 def sample_completions(run: Run) -> list[dict[str, str]]:
@@ -294,9 +295,10 @@ def open_logger(run: Run) -> RunLogger:
         total_steps=run.total_steps,
     )
     if args.wandb_log:
-        logger.track_wandb(args.wandb_project, args.wandb_run_name or run.out_dir.name, dataclasses.asdict(args))
+        name = args.wandb_run_name or run.out_dir.name
+        logger.track("wandb", lambda: start_wandb(run.out_dir, args.wandb_project, name, dataclasses.asdict(args)))
     if args.tensorboard_log:
-        logger.track_tensorboard()
+        logger.track("tensorboard", lambda: start_tensorboard(run.out_dir / "tensorboard", progress.step))
     return logger
 
 

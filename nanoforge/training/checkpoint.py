@@ -16,8 +16,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,10 +175,22 @@ def save(
     """Write a snapshot to checkpoints/<step>. A folder of that name that holds no checkpoint is replaced.
 
     With a group the tensors are sharded over its ranks: a collective, in which the main rank writes the other files.
-    Raises OSError or SafetensorError, and then an older checkpoint is unchanged.
+    Raises OSError or SafetensorError, and then an older checkpoint is unchanged and nothing of the new one is left.
     """
     final = step_folder(checkpoints, snapshot.progress.step)
-    tmp_folder = final.with_suffix(TMP_SUFFIX)
+    try:
+        write_files(final.with_suffix(TMP_SUFFIX), snapshot, group, is_main=is_main)
+        if is_main:
+            rename(final.with_suffix(TMP_SUFFIX), final)
+    except BaseException:
+        if is_main:
+            remove_unfinished(checkpoints)
+        raise
+    return final
+
+
+def write_files(tmp_folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None, *, is_main: bool) -> None:
+    """Write all files of a checkpoint to a new folder. Raises OSError or SafetensorError."""
     # 1. An empty folder.
     create_empty(tmp_folder, group, is_main=is_main)
     # 2. The tensors.
@@ -188,20 +201,36 @@ def save(
         write_shards(tmp_folder / "model", snapshot.weights, group)
         write_shards(tmp_folder / "optimizer", snapshot.optimizer, group)
     if not is_main:
-        return final
+        return
     # 3. The other files, and the manifest once all of them are on the disk.
     write_json(tmp_folder / "progress.json", snapshot.progress.to_json() | snapshot.state)
     for name, content in snapshot.copied_files.items():
         (tmp_folder / name).write_bytes(content)
     write_manifest(tmp_folder)
-    # 4. The name. If the process ends between the renames, `newest` restores the older checkpoint.
+
+
+def rename(tmp_folder: Path, final: Path) -> None:
+    """Give a checkpoint its name. If the process ends between the renames, `newest` restores the older checkpoint."""
     replaced = final.with_suffix(REPLACED_SUFFIX)
     if final.exists():
         os.rename(final, replaced)
     os.rename(tmp_folder, final)
-    fsync(checkpoints)
+    fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Give back the names of checkpoints that a failed or interrupted save was about to replace."""
+    for path in checkpoints.glob(f"*{REPLACED_SUFFIX}"):
+        if not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete what failed or interrupted saves left: they may fill the disk."""
+    restore_replaced(checkpoints)
+    for path in checkpoints.glob(f"*{TMP_SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def create_empty(folder: Path, group: dist.ProcessGroup | None, *, is_main: bool) -> None:
@@ -209,7 +238,7 @@ def create_empty(folder: Path, group: dist.ProcessGroup | None, *, is_main: bool
     error = None
     if is_main:
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_unfinished(folder.parent)
             folder.mkdir(parents=True)
         except OSError as os_error:
             error = os_error
@@ -285,9 +314,8 @@ def is_whole(folder: Path) -> bool:
 
 def newest(checkpoints: Path, log: Callable[[str], None] = print) -> Path:
     """The newest undamaged checkpoint; logs those that it skips. Raises UserError when there is none."""
-    for path in checkpoints.glob(f"*{REPLACED_SUFFIX}"):
-        if not path.with_suffix("").exists():
-            os.rename(path, path.with_suffix(""))
+    with suppress(OSError):  # another user's run
+        restore_replaced(checkpoints)
     for step in reversed(list_steps(checkpoints)):
         folder = step_folder(checkpoints, step)
         error = verify(folder)
@@ -533,8 +561,13 @@ class Manager:
             weights=weights,
             optimizer=tensors,
             state={"optimizer": optimizer_values, "scaler": scaler.state_dict(), "guard": guard.state_dict()},
-            copied_files={name: (self.out_dir / name).read_bytes() for name in COPIED_FILES},
+            copied_files=self.copied_files,
         )
+
+    @cached_property
+    def copied_files(self) -> dict[str, bytes]:
+        """The run's own files that each checkpoint holds too; they don't change while it trains."""
+        return {name: (self.out_dir / name).read_bytes() for name in COPIED_FILES}
 
     def write(self, snapshot: Snapshot) -> Path:
         """What the thread does: write the files, then best.json, then delete old checkpoints."""

@@ -1,20 +1,24 @@
 """Logs of a run: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
 
 `RunLogger` writes events, on the main rank; on other ranks it is silent. `StepLogger` reads a training step's metrics
-back from the device and logs them. wandb, tensorboard and matplotlib are imported only when they are asked for.
+back from the device and logs them. wandb, tensorboard and matplotlib are imported only when they are asked for, and
+what happens to them ends no run.
 """
 
+import contextlib
 import gc
+import itertools
 import json
 import math
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,19 +28,20 @@ from nanoforge.console import format_duration, print_line
 from nanoforge.distributed import Ranks
 from nanoforge.files import write_text
 from nanoforge.run_dir import METRICS_FILE
+from nanoforge.run_state import read_metrics
 from nanoforge.training.grad_guard import GradGuard
 
 CONSOLE_METRICS = ("reward", "rewards/accuracies", "rewards/margins", "kl")  # printed, where an objective has them
 
 
-def trim_metrics(path: Path, step: int, *, evaluated: bool) -> int:
-    """Drop from a metrics.jsonl what a run resumed at a step logs again; the number of lines that stay.
+def trim_metrics(path: Path, step: int, *, evaluated: bool) -> None:
+    """Drop from a metrics.jsonl what a run resumed at a step logs again.
 
     These are lines of later steps, the broken last line of a killed run, and an evaluation at this step, unless the
     checkpoint was made after it (`evaluated`).
     """
     if not path.exists():
-        return 0
+        return
     kept = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -48,7 +53,66 @@ def trim_metrics(path: Path, step: int, *, evaluated: bool) -> int:
         if is_logged_before or is_at_step:
             kept.append(text + "\n")
     write_text(path, "".join(kept))
-    return len(kept)
+
+
+class Tracker(NamedTuple):
+    """Where an event's numbers go besides metrics.jsonl."""
+
+    log: Callable[[dict[str, int | float], int], None]  # (numbers, step)
+    close: Callable[[], None]
+
+
+def start_wandb(out_dir: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
+    """Weights & Biases. A resumed run continues its wandb run."""
+    import wandb
+
+    id_path = out_dir / "wandb_id"
+    if not id_path.exists():
+        write_text(id_path, secrets.token_hex(4))
+    run = wandb.init(
+        project=project,
+        name=name,
+        id=id_path.read_text().strip(),
+        resume="allow",
+        config=config,
+        dir=str(out_dir),
+    )
+
+    # wandb drops metrics that come with an older step than its own, as a finished save does, and what a run logs
+    # again after a resume or a rollback. So its own step counts rows, and each row names the training step.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    n_lines = len((out_dir / METRICS_FILE).read_bytes().splitlines())
+    rows = itertools.count(max(run.step, n_lines))
+
+    def log(numbers: dict[str, int | float], step: int) -> None:
+        if numbers:
+            run.log({**numbers, "step": step}, step=next(rows))
+
+    def close() -> None:
+        try:
+            run.finish()
+        except Exception:  # its process is gone: it would be looked for again when this one ends
+            with contextlib.suppress(Exception):
+                wandb.teardown(exit_code=1)
+            raise
+
+    return Tracker(log=log, close=close)
+
+
+def start_tensorboard(folder: Path, start_step: int) -> Tracker:
+    """tensorboard, in a folder. It writes in a thread, whose errors it raises again at the next call."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    print_error = threading.excepthook
+    threading.excepthook = lambda error: None if "tensorboard" in type(error.thread).__module__ else print_error(error)
+    writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def log(numbers: dict[str, int | float], step: int) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
+    return Tracker(log=log, close=writer.close)
 
 
 class RunLogger:
@@ -61,16 +125,17 @@ class RunLogger:
         self.out_dir = out_dir
         self.path = out_dir / METRICS_FILE
         self.silent = silent
-        self.start_step = start_step
+        self.last_step = start_step
         self.started_at = time.perf_counter() - seconds
         self.file: IO[bytes] | None = None
         self.bar: tqdm | None = None
-        self.wandb: Any = None
-        self.tensorboard: Any = None
+        self.trackers: dict[str, Tracker] = {}
+        self.failed: set[str] = set()  # what has been reported to fail
         self.line_is_torn = False  # the last line was written in part
         if silent:
             return
-        self.n_lines = trim_metrics(self.path, start_step, evaluated=evaluated)
+        with contextlib.suppress(OSError):  # a full disk; readers drop the later lines as well
+            trim_metrics(self.path, start_step, evaluated=evaluated)
         self.file = self.path.open("ab", buffering=0)
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -80,36 +145,27 @@ class RunLogger:
         """Seconds of training so far, including those before a resume."""
         return time.perf_counter() - self.started_at
 
-    def track_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
-        """Log to wandb from now on. A resumed run continues its wandb run."""
+    def track(self, name: str, start: Callable[[], Tracker]) -> None:
+        """Log to a tracker too from now on."""
         if self.silent:
             return
-        import wandb
+        with self.without_failing(name):
+            self.trackers[name] = start()
 
-        id_path = self.out_dir / "wandb_id"
-        if not id_path.exists():
-            id_path.write_text(secrets.token_hex(4))
-        self.wandb = wandb.init(
-            project=project,
-            name=name,
-            id=id_path.read_text().strip(),
-            resume="allow",
-            config=config,
-            dir=str(self.out_dir),
-        )
-        # wandb drops metrics that come with an older step than its own, as a finished save does, and what a run logs
-        # again after a resume or a rollback. So its own step counts rows, and each row names the training step.
-        self.wandb.define_metric("step")
-        self.wandb.define_metric("*", step_metric="step")
-        self.wandb_row = max(self.wandb.step, self.n_lines)
-
-    def track_tensorboard(self) -> None:
-        """Log to out_dir/tensorboard from now on."""
-        if self.silent:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=self.start_step + 1)
+    @contextlib.contextmanager
+    def without_failing(self, name: str) -> Iterator[None]:
+        """For what training does not depend on: its first error is reported, and training goes on."""
+        try:
+            yield
+        except Exception as error:
+            tracker = self.trackers.pop(name, None)
+            if tracker is not None:
+                with contextlib.suppress(Exception):
+                    tracker.close()
+            if name not in self.failed:
+                self.failed.add(name)
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                self.note(self.last_step, f"{name} failed ({reason}); training goes on without it")
 
     def print(self, message: str) -> None:
         """Print a line on the console."""
@@ -136,12 +192,10 @@ class RunLogger:
             for key, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        if self.wandb is not None and numbers:
-            self.wandb.log({**numbers, "step": step}, step=self.wandb_row)
-            self.wandb_row += 1
-        if self.tensorboard is not None:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, step)
+        self.last_step = step
+        for name, tracker in list(self.trackers.items()):
+            with self.without_failing(name):
+                tracker.log(numbers, step)
 
     def write(self, line: str) -> None:
         """Append a line to metrics.jsonl. A full disk loses the line, not the run."""
@@ -163,11 +217,12 @@ class RunLogger:
 
     def close(self) -> None:
         """Close the file, the progress bar and the trackers."""
-        for resource in (self.bar, self.file, self.tensorboard):
+        for name, tracker in list(self.trackers.items()):
+            with self.without_failing(name):
+                tracker.close()
+        for resource in (self.bar, self.file):
             if resource is not None:
                 resource.close()
-        if self.wandb is not None:
-            self.wandb.finish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,42 +324,24 @@ def draw_loss(metrics_path: Path, picture_path: Path) -> None:
     """Plot training and validation loss against steps, as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(text) for text in metrics_path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["event"] == "train" and math.isfinite(line["loss"])]
-    evaluations = [line for line in lines if line["event"] == "eval"]
-
+    lines = read_metrics(metrics_path, warnings=[])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    if steps:
-        axes.plot(
-            [line["step"] for line in steps],
-            [line["loss"] for line in steps],
-            color="#9ecae1",
-            linewidth=1,
-            label="training batches",
-        )
-    for key, color in (("train_loss", "#3182bd"), ("val_loss", "#e6550d")):
-        finite = [line for line in evaluations if math.isfinite(line[key])]
-        if finite:
-            axes.plot(
-                [line["step"] for line in finite],
-                [line[key] for line in finite],
-                color=color,
-                marker="o",
-                markersize=3,
-                label=key,
-            )
-    best = min(evaluations, key=lambda line: line["val_loss"], default=None)
-    if best:
-        axes.annotate(
-            f"{best['val_loss']:.3f}",
-            (best["step"], best["val_loss"]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            color="#e6550d",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=metrics_path.parent.name)
+    curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("train", "loss", {"color": "#9ecae1", "linewidth": 1, "label": "training batches"}),
+        ("eval", "train_loss", {"color": "#3182bd", "marker": "o", "markersize": 3, "label": "train_loss"}),
+        ("eval", "val_loss", {"color": "#e6550d", "marker": "o", "markersize": 3, "label": "val_loss"}),
+    )
+    for event, key, style in curves:  # a loss that is not finite is null
+        points = [(line["step"], line[key]) for line in lines if line["event"] == event and line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    if points:  # of val_loss
+        best = min(points, key=lambda point: point[1])
+        axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center", color="#e6550d")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(metrics_path.parent.name, parse_math=False)  # the name may have a dollar
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     figure.savefig(picture_path, dpi=120)

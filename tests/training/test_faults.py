@@ -35,6 +35,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 import configurator
 import train
@@ -180,6 +181,21 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
     assert done.steps == [6, 8]
     assert metric(done, "step") == list(range(1, 9)), "training continued"
     assert not list((tmp_path / "run/checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("with_older", [True, False])
+def test_failed_saves_leave_no_file(tmp_path, with_older):
+    """Nor do those of a process that was killed while it saved: they could fill the disk."""
+    tensors = {"weight": torch.zeros(1000)}
+    snapshot = Snapshot(checkpoint.Progress(step=4), tensors, tensors, {}, {"train_config.json": b"{}"})
+    if with_older:
+        checkpoint.save(tmp_path, snapshot)
+    (tmp_path / "000002.tmp").mkdir()
+    before = {path for path in tmp_path.rglob("*") if "000002" not in str(path)}
+    with file_size_limit(3000), pytest.raises((OSError, SafetensorError)):
+        checkpoint.save(tmp_path, snapshot)
+    assert set(tmp_path.rglob("*")) == before
+    assert not with_older or checkpoint.verify(tmp_path / "000004", {"progress.json"}) is None
 
 
 @pytest.mark.slow
