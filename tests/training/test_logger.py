@@ -1,0 +1,109 @@
+"""Trackers and pictures that fail end no run: each is reported once, in the metrics too."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_faults import file_size_limit
+
+from nanoforge.training import logger as logging
+from nanoforge.training.logger import RunLogger, Tracker
+
+
+@pytest.fixture
+def logger(tmp_path):
+    logger = RunLogger(tmp_path, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=10)
+    yield logger
+    logger.close()
+
+
+def notes(folder: Path) -> list[str]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines if line["event"] == "note"]
+
+
+def test_a_tracker_that_fails_is_reported_once_and_left_out(logger, tmp_path):
+    logged = []
+
+    def fail(*_):
+        raise ConnectionResetError("gone")
+
+    logger.track("broken", lambda: Tracker(log=fail, close=fail))
+    logger.track("absent", fail)
+    logger.track("whole", lambda: Tracker(log=lambda numbers, step: logged.append((step, numbers)), close=fail))
+    for step in (1, 2):
+        logger.event("train", step, "", loss=float(step))
+    logger.close()
+    assert [(step, numbers) for step, numbers in logged if numbers] == [
+        (1, {"train/loss": 1.0}),
+        (2, {"train/loss": 2.0}),
+    ]
+    assert [note.split()[0] for note in notes(tmp_path)] == ["absent", "broken", "whole"]
+    assert all("gone" in note for note in notes(tmp_path))
+
+
+def test_tensorboard_on_a_full_disk(logger, tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    logger.track("tensorboard", lambda: logging.start_tensorboard(tmp_path / "tensorboard", 0))
+    with file_size_limit(300):  # it writes in a thread, and the metrics find no room either
+        for step in range(1, 1000):
+            logger.event("train", step, "", loss=0.5)
+            if not logger.trackers:
+                break
+            time.sleep(0.005)
+        assert not logger.trackers
+    logger.event("train", 1000, "", loss=0.5)
+    logger.close()
+    console = capfd.readouterr()
+    assert sum(line.startswith("tensorboard failed") for line in console.out.splitlines()) == 1
+    assert "Traceback" not in console.err
+
+
+@pytest.mark.slow
+def test_wandb_whose_process_is_killed(logger, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger.track("wandb", lambda: logging.start_wandb(tmp_path, "project", "name", {}))
+    logger.event("train", 1, "", loss=0.5)
+    assert notes(tmp_path) == []
+    children = subprocess.run(["pgrep", "-f", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True)
+    for pid in children.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+        os.waitpid(int(pid), 0)
+    for step in range(2, 6):
+        logger.event("train", step, "", loss=0.5)
+    logger.close()
+    assert sum("wandb" in note for note in notes(tmp_path)) == 1
+    assert (tmp_path / "metrics.jsonl").read_text().count('"event": "train"') == 5
+
+
+def test_a_picture_of_losses_that_are_null_in_a_folder_with_a_dollar(tmp_path):
+    """matplotlib reads what stands between dollars as mathematics."""
+    folder = tmp_path / r"a$_b$\frac"
+    folder.mkdir()
+    lines = [
+        {"event": "train", "step": 1, "loss": 2.0},
+        {"event": "train", "step": 2, "loss": None},
+        {"event": "eval", "step": 2, "train_loss": None, "val_loss": None},
+        {"event": "eval", "step": 4, "train_loss": 1.0, "val_loss": 1.5},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for content in ("", text, text + '{"event": "tr'):
+        (folder / "metrics.jsonl").write_text(content)
+        logging.draw_loss(folder / "metrics.jsonl", folder / "loss.png")
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        (folder / "loss.png").unlink()
+
+
+def test_a_picture_that_cant_be_drawn_is_reported_once(run, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.draw_loss", fail)
+    done = run("--plot_loss", "--max_iters=4", "--eval_interval=2")
+    assert done.steps[-1] == 4
+    assert sum("--plot_loss" in note for note in notes(tmp_path / "run")) == 1
