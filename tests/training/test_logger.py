@@ -46,7 +46,7 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(logger, tmp_path):
     assert all("gone" in note for note in notes(tmp_path))
 
 
-def test_tensorboard_on_a_full_disk(logger, tmp_path, capfd):
+def test_tensorboard_on_a_full_disk(logger, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     logger.track("tensorboard", lambda: logging.start_tensorboard(tmp_path / "tensorboard", 0))
     with file_size_limit(300):  # it writes in a thread, and the metrics find no room either
@@ -58,13 +58,13 @@ def test_tensorboard_on_a_full_disk(logger, tmp_path, capfd):
         assert not logger.trackers
     logger.event("train", 1000, "", loss=0.5)
     logger.close()
-    console = capfd.readouterr()
+    console = capsys.readouterr()
     assert sum(line.startswith("tensorboard failed") for line in console.out.splitlines()) == 1
     assert "Traceback" not in console.err
 
 
 @pytest.mark.slow
-def test_wandb_whose_process_is_killed(logger, tmp_path, monkeypatch, capfd):
+def test_wandb_whose_process_is_killed(logger, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger.track("wandb", lambda: logging.start_wandb(tmp_path, "project", "name", {}))
