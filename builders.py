@@ -366,7 +366,7 @@ def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pre
             raise UserError(
                 f"--init_from={args.init_from}: the data has {sum(vocab_sizes)} tokens, the weights {base_vocab_size}"
             )
-    shape = base.shape | {
+    shape = known_fields(base.shape, base.source) | {
         "block_size": min(args.block_size, base.shape["block_size"]),
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
@@ -375,6 +375,15 @@ def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pre
     arguments = {field.name for field in dataclasses.fields(args)}
     loaded_shape = {name: value for name, value in shape.items() if name in arguments}
     return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
+
+
+def known_fields(shape: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A shape without what this version's GPTConfig lacks and the model does not use. Raises UserError for the rest."""
+    known = {field.name for field in dataclasses.fields(GPTConfig)}
+    unknown = [f"{name}={value}" for name, value in shape.items() if name not in known and value]
+    if unknown:
+        raise UserError(f"{source}: this version's model has no {', '.join(unknown)}; use the version that wrote it")
+    return {name: value for name, value in shape.items() if name in known}
 
 
 def same_tokenizer(base: dict[str, Tokenizer], data: dict[str, Tokenizer]) -> bool:
@@ -832,7 +841,7 @@ def load_model(
         if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
             return load_soft_prompts([Path(source)], log)
     loaded = pretrained.load(source, log)
-    model = GPT(GPTConfig(**loaded.shape))
+    model = GPT(GPTConfig(**known_fields(loaded.shape, source)))
     model.load_weights(loaded.weights, source)
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
     is_ours = (Path(loaded.source) / RECORD_FILE).exists()
@@ -851,7 +860,7 @@ def load_soft_prompts(folders: list[Path], log: Callable[[str], None] = print_li
 
     # 2. The base, with the shape that its runs gave it.
     base = pretrained.load_base(records[0].base, log)
-    model = GPT(GPTConfig(**pretrained.shape_of_record(records[0])))
+    model = GPT(GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0]))))
     model.load_weights(base.weights, records[0].base["source"], grow=True)
 
     # 3. Their virtual tokens, one prompt after the other, behind the vocabulary.

@@ -418,24 +418,30 @@ class Layers:
         self.specs = specs
         self.hints = hints
         self.errors: list[str] = []
+        self.refused: dict[str, str] = {}  # argument -> the error of its value, unless a stronger layer has another
+        self.remarks: list[str] = []
         self.names = {name: spec.name for spec in specs.values() for name in (spec.name, *spec.alias)}
         self.values = {name: spec.default for name, spec in specs.items()}
         self.source = dict.fromkeys(specs, DEFAULT)
 
     def apply(self, source: str, values: dict[str, Any]) -> None:
-        """Set values, as typed or read, over those set before."""
+        """Set values, as typed or read, over those set before. The record of a run may be of another version."""
         prefix = "" if source == COMMAND_LINE else f"{source}: "
         self.errors += [prefix + error for error in config_files.named_twice(values, self.names)]
         for alias, value in values.items():
             name = self.names.get(alias)
+            if name is None and os.path.basename(source) == config_files.RECORD_FILE:
+                self.remarks.append(f"{source}: {alias} is no argument of this version; it is not used")
+                continue
             if name is None:
                 self.errors.append(prefix + unknown_argument(alias, self.names, self.hints))
                 continue
+            self.refused.pop(name, None)
             try:
                 self.values[name] = convert(self.specs[name], value)
                 self.source[name] = source
             except UserError as error:
-                self.errors.append(f"{prefix}--{name}={value}: {error}")
+                self.refused[name] = f"{prefix}--{name}={value}: {error}"
 
     def apply_resumed(self, source: str, values: dict[str, Any]) -> None:
         """Set a resumed run's values where nothing is set yet; what is set must not change the model's shape."""
@@ -446,6 +452,7 @@ class Layers:
         self.apply(source, {name: value for name, value in values.items() if name not in not_inherited})
         for name, (value, value_source) in stronger.items():
             resumed = self.values[name]
+            self.refused.pop(name, None)
             if self.specs[name].model_shape and value != resumed:
                 self.errors.append(
                     f"--{name}={format_arg(value)}: the run in {source} has {format_arg(resumed)}, "
@@ -463,6 +470,7 @@ class Resolved(NamedTuple):
     errors: list[str]
     unused: list[str]  # arguments that were set but have no effect with the others
     derived: list[str]  # arguments that were not set and follow from others
+    remarks: list[str]  # what is in the record of a run and not used
 
 
 def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules | None = None) -> Resolved:
@@ -479,8 +487,8 @@ def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules 
         if resumed:
             state.apply_resumed(resumed, config_files.read_file(resumed))
     except UserError as error:
-        errors = [*state.errors, str(error)]
-        return Resolved(args=None, source=state.source, errors=errors, unused=[], derived=[])
+        errors = [*state.errors, *state.refused.values(), str(error)]
+        return Resolved(args=None, source=state.source, errors=errors, unused=[], derived=[], remarks=[])
     # 3. Beneath these, the values that follow from others.
     derived_from, values = rules.derive(table(**state.values), state.source)
     derived = [name for name in values if state.source[name] == DEFAULT]
@@ -490,11 +498,13 @@ def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules 
     not_set = (DEFAULT, resumed, derived_from)
     is_set = [spec for spec in specs.values() if state.source[spec.name] not in not_set]
     unused = [spec for spec in is_set if spec.needs and not spec.needs.holds(args)]
-    errors = state.errors
+    errors = [*state.errors, *state.refused.values()]
     errors += [unused_argument(spec) for spec in unused if state.source[spec.name] == COMMAND_LINE]
     errors += rules.check(args, state.source)
     unused_names = [spec.name for spec in unused]
-    return Resolved(args=args, source=state.source, errors=errors, unused=unused_names, derived=derived)
+    return Resolved(
+        args=args, source=state.source, errors=errors, unused=unused_names, derived=derived, remarks=state.remarks
+    )
 
 
 def unused_argument(spec: ArgSpec) -> str:
@@ -544,6 +554,8 @@ def parse(table: type[T], argv: list[str], description: str, rules: Rules | None
 
 def print_notes(specs: dict[str, ArgSpec], resolved: Resolved, *, print_derived: bool) -> None:
     """Print to stderr which values of config files have no effect, and which values are derived."""
+    for remark in resolved.remarks:
+        print(remark, file=sys.stderr)
     for name in resolved.unused:
         spec = specs[name]
         if spec.needs and getattr(resolved.args, name) != spec.default:

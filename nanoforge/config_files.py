@@ -19,6 +19,7 @@ from nanoforge import files
 from nanoforge.errors import UserError
 
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
+RECORD_FILE = "train_config.json"  # in a run's folder and in its checkpoints: what the run is, and a config
 MAX_EXPONENT = 64  # bounds on a ** b, whose result would otherwise take any time and memory
 MAX_BASE = 2**32
 

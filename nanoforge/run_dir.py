@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from nanoforge.config_files import RECORD_FILE
 from nanoforge.errors import UserError
 from nanoforge.files import TMP_SUFFIX, write_json
 
 METRICS_FILE = "metrics.jsonl"
-RECORD_FILE = "train_config.json"
 BEST_FILE = "best.json"
 TRAIN_LOCK_FILE = ".lock"
 REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name

@@ -28,7 +28,6 @@ import train_args
 from model import GPT, GPTConfig
 from nanoforge import device, run_state
 from nanoforge.errors import UserError
-from nanoforge.models import pretrained
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 from nanoforge.training.optimizers import Optimizer
@@ -322,55 +321,6 @@ def test_a_checkpoint_that_was_being_replaced_is_not_lost(run):
     resumed = run("--init_from=resume", "--max_iters=5")
     assert "resuming" in resumed.console and "000004" in resumed.console
     assert metric(resumed, "step") == [1, 2, 3, 4, 5]
-
-
-def test_a_damaged_newer_checkpoint_costs_no_whole_one(run):
-    """With keep_last=1, what is saved after it is kept, and the damaged one counts nowhere."""
-    done = run("--max_iters=6", "--eval_interval=6", "--checkpoint_interval=2", "--keep_last=3")
-    (done.out_dir / "checkpoints/000006/model.safetensors").write_bytes(b"")
-    shorter = ["--init_from=resume", "--eval_interval=100", "--checkpoint_interval=100", "--keep_last=1"]
-    assert run(*shorter, "--max_iters=5").steps == [5]
-    resumed = run("--init_from=resume", "--max_iters=6")
-    assert "000005" in resumed.console
-    assert resumed.steps == [6] and equal_tensors(resumed.last.weights, done.last.weights)
-    assert [path.name for path in (done.out_dir / "checkpoints").iterdir()] == ["000006"]
-
-
-def test_a_whole_checkpoint_is_never_written_again(run):
-    """The run goes on from one that was made before its evaluation: best.json alone learns of that."""
-    done = run("--max_iters=3", "--eval_interval=100", "--checkpoint_interval=2", "--keep_last=9")
-    shutil.rmtree(done.out_dir / "checkpoints/000003")
-    folder = done.out_dir / "checkpoints/000002"
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    resumed = run("--init_from=resume", "--max_iters=2")
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
-    assert [line["step"] for line in resumed.evals] == [0, 2]
-    assert json.loads((done.out_dir / "best.json").read_text())["step"] == 2
-
-
-def test_what_is_not_a_checkpoint_stays_in_the_folder_of_checkpoints(run, tmp_path):
-    """Pruning and --overwrite delete what a run has written, and nothing else."""
-    notes = [
-        tmp_path / "run/checkpoints" / name
-        for name in ("notes.txt", "mine.old/a", "12/a", "20240101/a", "backup/000002/a")
-    ]
-    for note in notes:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text("mine")
-    run("--overwrite", "--keep_last=1")
-    run("--overwrite", "--keep_last=1")
-    assert all(note.exists() for note in notes)
-
-
-@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "train_config.json"])
-def test_a_file_inside_a_checkpoint_names_it_or_is_refused_by_name(run, part):
-    folder = run("--max_iters=2").out_dir / "checkpoints/000002"
-    if part == "model.safetensors":
-        by_file, by_folder = pretrained.load(str(folder / part)), pretrained.load(str(folder))
-        assert equal_tensors(by_file.weights, by_folder.weights) and by_file.source == by_folder.source
-        return
-    with pytest.raises(UserError, match=f"{part}.*{folder}"):
-        pretrained.load(str(folder / part))
 
 
 @pytest.mark.parametrize(
