@@ -7,9 +7,7 @@ for no mode. To add an objective, write a `build_<name>` and one entry of object
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import GPT, GPTConfig
 from nanoforge.console import print_line
@@ -44,10 +42,10 @@ from nanoforge.posttraining.examples import (
     extend_tokenizer,
     pack,
 )
-from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, LanguageModel, Objective, ReferenceModel
+from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, LanguageModel, Objective
 from nanoforge.posttraining.prompt_format import PromptTemplate
+from nanoforge.posttraining.reference import ReferenceCache, ReferenceModel
 from nanoforge.posttraining.rewards import parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
@@ -126,24 +124,27 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     inputs = read_inputs(args, base, log)
 
     # 2. The model on the CPU, and its precision.
-    model, loaded_shape = build_model(args, inputs.tokenizers, base, record)
+    start = start_args(args, record)
+    model, loaded_shape = build_model(start, inputs.tokenizers, base, record)
     args = dataclasses.replace(args, **loaded_shape)
     dtype, dtype_reason = agree_on_dtype(args.dtype, ranks)
     model.compute_dtype = dtype
     args = dataclasses.replace(args, dtype=str(dtype).removeprefix("torch."))  # a resumed run goes on in it
 
-    # 3. The reference model is the model before its adapter. Then both go to the device.
+    # 3. The adapter; the reference model is the model as it is now. Then both go to the device.
+    add_adapter(start, model, next(iter(inputs.tokenizers.values())))
     reference = build_reference(args, model)
-    add_adapter(args, model, next(iter(inputs.tokenizers.values())))
+    identity = reference_identity(args, model)
     place_models(args, model, reference, ranks, log)
 
     # 4. The source and the objective.
-    base_record = describe_base(args, base)
     examples = {}
     if inputs.rows:
         examples = encode_examples(args, inputs, model, log)
-        if reference_kind(args) == "cache":
-            examples = add_cached_reference(args, examples, model, base_record["sha256"], ranks)
+    if identity:
+        assert reference is not None
+        cache = ReferenceCache(reference, identity, args.batch_size, ranks, log)
+        examples, reference = cache.add(examples, example_files(args)), None
     context = BuildContext(
         model=model,
         tokenizers=inputs.tokenizers,
@@ -154,7 +155,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
         examples=examples,
     )
     data = OBJECTIVES[args.objective].load_builder()(args, context)
-    return RunParts(args, inputs.tokenizers, model, data, base_record, dtype_reason)
+    return RunParts(args, inputs.tokenizers, model, data, describe_base(start, base), dtype_reason)
 
 
 def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
@@ -316,11 +317,26 @@ def load_base(args: TrainArgs, record: RunRecord | None, log: Log) -> Pretrained
     return pretrained.load_base(record.base, log)
 
 
-def describe_base(args: TrainArgs, base: Pretrained | None) -> dict[str, str]:
-    """The base weights' source and sha256, if the run needs them to resume."""
-    if base is None or (args.adapter == "none" and not args.needs_reference):
+def describe_base(start: TrainArgs, base: Pretrained | None) -> dict[str, str]:
+    """What a resumed run needs to build what training started from, if it needs that: the base weights' source and
+    sha256, and how the values that they lack were drawn."""
+    if base is None or (start.adapter == "none" and not start.needs_reference):
         return {}
-    return {"source": base.source, "sha256": adapters.hash_weights(base.weights)}
+    sha256 = adapters.hash_weights(base.weights)
+    return {"source": base.source, "sha256": sha256, "seed": str(start.seed), "prompt_init": start.prompt_init}
+
+
+def start_args(args: TrainArgs, record: RunRecord | None) -> TrainArgs:
+    """The arguments that the model is built from. What it started from follows from the seed that the run began with,
+    also when it is resumed with another."""
+    if args.init_from == "resume" and record is not None:
+        began = {name: record.args[name] for name in ("seed", "prompt_init") if name in record.args} | record.base
+        args = dataclasses.replace(
+            args, seed=int(began.get("seed", args.seed)), prompt_init=began.get("prompt_init", args.prompt_init)
+        )
+    if args.without_dropout:
+        args = dataclasses.replace(args, dropout=0.0, lora_dropout=0.0)
+    return args
 
 
 def build_model(
@@ -423,14 +439,12 @@ def reference_kind(args: TrainArgs) -> str:
 
 
 def build_reference(args: TrainArgs, model: GPT) -> ReferenceModel | None:
-    """The reference model, from the model before its adapter. None: there is none, or its log-probs are cached."""
+    """The model before training, with its adapter disabled: a frozen copy, or the model itself. None without one."""
     kind = reference_kind(args)
-    if kind == "adapter":
-        return ReferenceModel(model, partial(adapters.disable_adapter, model))
-    if kind == "copy":
-        frozen = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
-        return ReferenceModel(frozen, nullcontext)
-    return None
+    if kind == "none":
+        return None
+    reference = copy.deepcopy(model).requires_grad_(requires_grad=False) if kind == "copy" else model
+    return ReferenceModel(reference, partial(adapters.disable_adapter, reference))
 
 
 def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, ranks: Ranks, log: Log) -> None:
@@ -458,7 +472,7 @@ def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# examples, and the cache of the reference model's log-probabilities
+# examples, and the identity of a reference model whose log-probabilities are cached
 
 
 def encode_examples(args: TrainArgs, inputs: Inputs, model: GPT, log: Log) -> dict[str, list[Examples]]:
@@ -510,63 +524,15 @@ def build_encoder(args: TrainArgs, tokenizer: Tokenizer, model: GPT) -> ExampleE
     )
 
 
-def add_cached_reference(
-    args: TrainArgs, examples: dict[str, list[Examples]], model: GPT, weights_sha256: str, ranks: Ranks
-) -> dict[str, list[Examples]]:
-    """The examples with the reference model's log-probabilities, which is the model before training.
+def reference_identity(args: TrainArgs, model: GPT) -> str:
+    """All that the reference model's log-probabilities depend on besides the tokens: weights, shape and precision.
 
-    They are computed once, and kept in the dataset's folder under a hash of all that they depend on.
+    Empty unless they are cached.
     """
-    files = example_files(args)
-    result: dict[str, list[Examples]] = {}
-    for split, datasets in examples.items():
-        result[split] = []
-        for dataset in datasets:
-            key = cache_key(dataset, weights_sha256, args.dtype)
-            path = files[dataset.name][split].parent / f"reference_{split}_{key}.safetensors"
-            with ranks.main_first():
-                is_cached = path.exists()
-            if ranks.all_reduce_max(not is_cached):
-                logps = compute_reference_logps(dataset, model, args.batch_size, ranks)
-                with ranks.main_first():
-                    if ranks.is_main:
-                        checkpoint.write_tensors(path, {"logps": logps})
-            result[split].append(with_reference(dataset, checkpoint.read_tensors(path)["logps"]))
-    return result
-
-
-def cache_key(dataset: Examples, weights_sha256: str, dtype: str) -> str:
-    """A hash of all that the reference model's log-probabilities depend on."""
-    arrays = []
-    for example in dataset.rows:
-        for sequence in example.sequences:
-            arrays += [sequence.ids.tobytes(), sequence.loss_mask.tobytes()]
-    return hashlib.sha256(b" ".join(arrays) + f"{weights_sha256} {dtype}".encode()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def compute_reference_logps(dataset: Examples, model: GPT, batch_size: int, ranks: Ranks) -> Tensor:
-    """Log-probabilities of the two sequences of each example: (N, 2) on the CPU. The ranks share the work."""
-    rows = dataset.rows
-    logps = torch.zeros(len(rows), 2)
-    model.eval()
-    for start in range(0, len(rows), batch_size * ranks.world_size):
-        own_start = start + ranks.rank * batch_size
-        own_rows = range(own_start, min(own_start + batch_size, len(rows)))
-        # a rank without rows reads one all the same: all ranks have to call a sharded model as often
-        batch = Collator()(rows, own_rows or range(1)).to(ranks.device)
-        batch_logps = per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1)
-        if own_rows:
-            logps[own_rows.start : own_rows.stop] = batch_logps.view(2, -1).T.cpu()
-    model.train()
-    return ranks.all_reduce_(logps)
-
-
-def with_reference(dataset: Examples, logps: Tensor) -> Examples:
-    """The dataset with the reference model's log-probabilities (N, 2) of its examples."""
-    pairs = zip(dataset.rows, logps.tolist(), strict=True)
-    rows = [example._replace(ref_logps=tuple(values)) for example, values in pairs]
-    return Examples(dataset.name, rows, dataset.seed, dataset.index)
+    if reference_kind(args) != "cache":
+        return ""
+    shape = {name: value for name, value in vars(model.config).items() if name not in pretrained.TRAINING_FIELDS}
+    return f"{adapters.hash_reference(model)} {sorted(shape.items())} {model.compute_dtype}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

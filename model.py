@@ -662,7 +662,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         if temperature != 1:
-            logits = logits / temperature
+            logits = logits.float() / temperature  # in float32, as a rollout divides them
         return self.vocabulary.losses(logits, targets)
 
     @torch.no_grad()

@@ -90,9 +90,24 @@ class Run:
             ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, schedule {args.schedule}"),
             ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
             ("device", device),
+            *self.dropout_line(),
             ("time", summary.describe_time(flops_left, ranks, model.compute_dtype)),
         ]
         return summary.format_summary(lines)
+
+    def dropout_line(self) -> list[tuple[str, str]]:
+        """Says that dropout is set and not applied."""
+        args = self.args
+        flags = [f"--{name}={getattr(args, name):g}" for name in ("dropout", "lora_dropout") if getattr(args, name)]
+        if not args.without_dropout or not flags:
+            return []
+        return [
+            (
+                "dropout",
+                f"none: --disable_dropout, the default of --objective={args.objective}, "
+                f"stands above {' and '.join(flags)}",
+            )
+        ]
 
     def step_logger(self, logger: RunLogger) -> StepLogger:
         """The logger of this run's training steps; it measures their speed from now on."""

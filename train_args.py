@@ -211,6 +211,8 @@ class ObjectiveArgs:
     reference: str = arg("auto", "reference model: adapter (base with adapter disabled), "
         "cache (precomputed log-probs), copy (frozen copy); auto: adapter if there is one, else copy",
         choices=("auto", "adapter", "cache", "copy"), needs=WITH_REFERENCE)
+    disable_dropout: bool = arg(True, "no dropout, as in TRL: --dropout and --lora_dropout are not applied, "
+        "so that the policy starts as the reference model", needs=WITH_REFERENCE)
     max_new_tokens: int = arg(64, "maximum completion length, in tokens",
         low=1, needs=EXAMPLES, alias=("max_completion_length",))
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
@@ -466,6 +468,11 @@ class TrainArgs(
     def needs_reference(self) -> bool:
         """Whether the objective needs a reference model."""
         return OBJECTIVES[self.objective].needs_reference(self)
+
+    @cached_property
+    def without_dropout(self) -> bool:
+        """Whether the model is trained without dropout, whatever --dropout and --lora_dropout say."""
+        return self.disable_dropout and WITH_REFERENCE.holds(self)
 
     @cached_property
     def task_folder(self) -> Path:

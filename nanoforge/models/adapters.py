@@ -196,11 +196,21 @@ def load_prompt(weights: Mapping[str, Tensor], provider: str) -> Tensor:
 # all adapters
 
 
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return name.rpartition(".")[2].startswith("lora_") or name.startswith("wte.prompt.")
+
+
 def freeze_base(model: nn.Module) -> None:
     """Train the adapter's parameters only."""
     for name, parameter in model.named_parameters():
-        is_lora = name.rpartition(".")[2].startswith("lora_")
-        parameter.requires_grad_(is_lora or name.startswith("wte.prompt."))
+        parameter.requires_grad_(is_adapter_parameter(name))
+
+
+def hash_reference(model: nn.Module) -> str:
+    """The SHA-256 of all that a model computes with within `disable_adapter`: the identity of a reference model."""
+    weights = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
+    return hash_weights(weights | dict(model.named_buffers()))  # a soft prompt's start is a buffer
 
 
 @contextmanager

@@ -246,7 +246,7 @@ def generate(
 
 class Completion(NamedTuple):
     ids: list[int]  # the end-of-sequence token included
-    logps: list[float]  # of each id, at the temperature, before top_k, top_p and min_p
+    logps: list[float]  # of each id among all rows of the head, at the temperature, before any filter: as in training
     ended: bool  # by the end-of-sequence token, not by max_new_tokens
 
 
@@ -387,8 +387,9 @@ class BatchDecoder:
     def _draw(self, logits: Tensor) -> None:
         """Draw a token of every row from logits (R, V), and keep those of unfinished completions."""
         sampling, rows = self.sampling, self.completion_of_row
-        logits = logits[:, : sampling.vocab_size].float()
+        logits = logits.float()
         logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        logits = logits[:, : sampling.vocab_size]
         if sampling.temperature == 0:
             drawn = logits.argmax(-1)
         else:

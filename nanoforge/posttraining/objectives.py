@@ -6,8 +6,6 @@ are the step's loss, however the step is cut. A metric is a tensor (2, ...): a s
 Legend: B sequences, T target positions, K contexts.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +16,7 @@ from nanoforge.data.batches import Batch, Metrics
 from nanoforge.distributed import Ranks
 from nanoforge.posttraining import losses
 from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, Normalizer, per_token_logps
+from nanoforge.posttraining.reference import ReferenceModel
 
 
 class Objective(Protocol):
@@ -102,24 +101,6 @@ class SFT(ReferenceFree):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # preferences, measured against a reference model
-
-
-@dataclass(frozen=True)
-class ReferenceModel:
-    """The model that training started from: `model` as it is within `reference_mode()`."""
-
-    model: nn.Module
-    reference_mode: Callable[[], AbstractContextManager[None]]
-
-    @torch.no_grad()
-    def per_token_logps(self, tokens: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """As losses.per_token_logps: (B, T)."""
-        with self.reference_mode():
-            return per_token_logps(self.model, tokens, loss_mask, temperature)
-
-    def sequence_logps(self, tokens: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log-probabilities of completions: (B,)."""
-        return self.per_token_logps(tokens, loss_mask).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

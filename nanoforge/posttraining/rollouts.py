@@ -29,6 +29,7 @@ from nanoforge.posttraining.examples import Collator, Example, Examples, Example
 from nanoforge.posttraining.losses import group_advantages
 from nanoforge.posttraining.rewards import Reward, Sample, total_reward
 from nanoforge.rng import ROLLOUT, uniform
+from nanoforge.training.evaluation import evaluation_mode
 
 UniformDraws = Callable[[np.ndarray, int], np.ndarray]  # (indices of completions, index of a token) -> in [0, 1)
 
@@ -68,17 +69,14 @@ class Sampler:
         any_rank: Callable[[bool], bool] = bool
         if is_sharded(self.model):  # all ranks have to call it together
             any_rank = lambda holds: bool(self.ranks.all_reduce_max(holds))  # noqa: E731
-        was_training = self.model.training
-        self.model.eval()
-        completions = generate_batch(
-            self.model,
-            prompts=[prompt.sequences[0].ids.tolist() for prompt in prompts],
-            sampling=sampling,
-            uniform=draws,
-            any_rank=any_rank,
-        )
-        self.model.train(was_training)
-        return completions
+        with evaluation_mode(self.model):
+            return generate_batch(
+                self.model,
+                prompts=[prompt.sequences[0].ids.tolist() for prompt in prompts],
+                sampling=sampling,
+                uniform=draws,
+                any_rank=any_rank,
+            )
 
 
 def decode_completion(completion: Completion, tokenizer: Tokenizer) -> str:

@@ -377,11 +377,7 @@ KEYS: dict[str, Key] = {
         "as completion_only_loss; the default is true, where TRL trains on whole conversations", to_loss_on, SFT
     ),
     "precompute_ref_log_probs": switch("reference=cache", {"reference": "cache"}, DPO),
-    "disable_dropout": Key(
-        "nothing: dropout is off unless dropout is set; it must be true",
-        only(supported=True, reason="dropout is off unless dropout is set"),
-        WITH_REFERENCE,
-    ),
+    "disable_dropout": renamed("disable_dropout", WITH_REFERENCE),
     "num_generations": renamed("num_generations", GRPO),
     "num_iterations": renamed("num_iterations", GRPO),
     "epsilon": renamed("epsilon", GRPO),

@@ -5,6 +5,7 @@ Knows nothing of objectives: a dataset yields the metrics of its batches, as sum
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -67,14 +68,24 @@ class DatasetResult:
 # evaluate
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model has no dropout; then it is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, datasets: Mapping[str, Sequence[EvalDataset]], ranks: Ranks, signals: Signals
 ) -> dict[str, list[DatasetResult]] | None:
     """Evaluate on each split's datasets: a collective. None once a rank has received a signal."""
     results: dict[str, list[DatasetResult]] = {}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for split, split_datasets in datasets.items():
             results[split] = []
             for dataset in split_datasets:
@@ -82,8 +93,6 @@ def evaluate(
                 if sums is None:
                     return None
                 results[split].append(dataset_result(dataset.streams, sums, ranks))
-    finally:
-        model.train()
     return results
 
 

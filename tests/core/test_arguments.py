@@ -10,11 +10,12 @@ import struct
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, TINY, equal_tensors, gpt2_tokenizer_env, read_run
+from helpers import TEXT, TINY, RunFiles, equal_tensors, gpt2_tokenizer_env, read_run
 
 import configurator
 import train
@@ -1146,6 +1147,14 @@ def beta(run, base):
     assert run(*dpo(base), "--beta=0", "--learning_rate=0.1", name="0").losses == pytest.approx([math.log(2)] * 4)
     losses = [run(*dpo(base), f"--beta={value}", name=value).losses for value in ("0.1", "0.5")]
     assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]
+
+
+@effect
+def disable_dropout(run: Callable[..., RunFiles], base: Path) -> None:
+    """Without it, dropout is in the policy alone."""
+    flags = [*dpo(base), "--dropout=0.3", "--max_iters=1"]
+    off, on = (run(*flags, flag, name=flag[2:]) for flag in ("--disable_dropout", "--no-disable_dropout"))
+    assert off.losses == pytest.approx([0.693147], abs=1e-6) and abs(on.losses[0] - 0.693147) > 1e-4
 
 
 @effect

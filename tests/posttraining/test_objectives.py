@@ -4,7 +4,9 @@ However a step is cut into micro-batches and ranks, its losses and metrics add u
 """
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_WITHOUT_SHAPE, assert_same_lines, equal_tensors, metric, run_on_ranks, tiny_model
+from helpers import TINY_WITHOUT_SHAPE, RunFiles, assert_same_lines, equal_tensors, metric, run_on_ranks, tiny_model
 from torch import nn
 
 import train_args
@@ -20,11 +22,14 @@ from nanoforge.data.batches import Batch
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
+from nanoforge.posttraining import reference
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows, pack
 from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, group_advantages, kto_loss, per_token_logps
-from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, ReferenceModel, token_metrics
+from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, token_metrics
+from nanoforge.posttraining.reference import ReferenceModel
 from nanoforge.training import checkpoint
 
+Train = Callable[..., RunFiles]  # conftest's `run`
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -640,6 +645,18 @@ def test_log_probabilities_are_those_of_the_tempered_softmax(temperature):
     torch.testing.assert_close(per_token_logps(model, batch.tokens, loss_mask, temperature), expected)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_bfloat16_logits_are_tempered_in_float32(temperature: float):
+    """As a rollout does. Divided in bfloat16, with 8 bits, log-probabilities were off by up to 0.4."""
+    model, batch = tiny_model().eval(), batch_of([3, 5, 2])
+    model.compute_dtype = torch.bfloat16
+    loss_mask = batch.extras["loss_mask"]
+    logps = (model(batch.idx).double() / temperature).log_softmax(-1)
+    expected = logps.gather(-1, batch.targets[..., None])[..., 0] * loss_mask
+    tempered = per_token_logps(model, batch.tokens, loss_mask, temperature)
+    torch.testing.assert_close(tempered.double(), expected, atol=1e-5, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # however a step is cut into micro-batches and ranks, it is the same
 
@@ -849,6 +866,99 @@ def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base, tmp
 
     run(*flags, f"--init_from={first.out_dir}", name="other")
     assert len(list((tmp_path / "data/pairs").glob("reference_*.safetensors"))) == 4
+
+
+SOFT_PROMPT = ["--adapter=soft_prompt", "--prompt_format=<P*3>{prompt}", "--block_size=16"]
+ADAPTERS = {"none": [], "lora": ["--adapter=lora", "--lora_dropout=0.3"], "soft_prompt": SOFT_PROMPT}
+LN_2 = math.log(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter, reference",
+    [
+        ("none", "copy"),
+        ("lora", "adapter"),
+        ("lora", "cache"),
+        *(("soft_prompt", kind) for kind in ("adapter", "copy")),
+    ],
+)
+def test_the_first_loss_of_dpo_is_ln_2(
+    run: Train, base: Path, tmp_path: Path, data_dir: Path, adapter: str, reference: str
+):
+    """Policy and reference are one model, also where dropout is set: --disable_dropout is TRL's default too."""
+    shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
+    flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", f"--init_from={base}"]
+    flags += [f"--reference={reference}", *ADAPTERS[adapter], "--dropout=0.2", "--max_iters=1", "--eval_samples=0"]
+    done = run(*flags)
+    assert done.losses == pytest.approx([LN_2], abs=1e-6)
+    assert "--dropout=0.2" in done.console, "the summary says that it is not applied"
+
+
+@pytest.mark.slow
+def test_a_cache_is_that_of_one_start(run: Train, base: Path, tmp_path: Path, data_dir: Path):
+    """Another seed draws another soft prompt, whose log-probabilities are not those in the folder."""
+    shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
+    flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", f"--init_from={base}"]
+    flags += ["--reference=cache", *SOFT_PROMPT, "--max_iters=1", "--eval_samples=0"]
+    for seed in (1, 7):
+        assert run(*flags, f"--seed={seed}", name=f"seed_{seed}").losses == pytest.approx([LN_2], abs=1e-6)
+
+
+def test_the_reference_never_drops_out(run: Train, base: Path):
+    """With dropout in the policy alone: its log-probabilities less the rewards are those of a run without dropout."""
+    flags = ["--objective=dpo", "--dataset=pairs", f"--init_from={base}", "--adapter=lora", "--max_iters=1"]
+    flags += ["--eval_iters=1", "--eval_samples=0"]
+    (plain,) = run(*flags, name="plain").train
+    (dropped,) = run(*flags, "--no-disable_dropout", "--dropout=0.3", "--lora_dropout=0.3", name="dropped").train
+    assert plain["rewards/chosen"] == 0 and abs(dropped["rewards/chosen"]) > 1e-3
+    for kind in ("chosen", "rejected"):
+        ref_logps = dropped[f"logps/{kind}"] - dropped[f"rewards/{kind}"] / 0.1
+        assert ref_logps == pytest.approx(plain[f"logps/{kind}"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["soft_prompt", "new_tokens"])
+def test_the_reference_stays_what_it_was_with_another_seed(run: Train, base: Path, tmp_path: Path, start: str):
+    """What training started from beyond the base: a soft prompt's rows, or those of tokens that the base lacks."""
+    flags = ["--objective=dpo", f"--init_from={base}", "--max_iters=2", "--eval_samples=0", "--learning_rate=0.05"]
+    changed = ["--seed=7"]
+    if start == "soft_prompt":
+        flags += ["--dataset=pairs", *SOFT_PROMPT, "--reference=copy"]
+        changed.append("--prompt_init=normal")
+    else:
+        for split in ("train", "val"):
+            rows = [
+                {"prompt": [{"role": "user", "content": f"{i}+1="}], "chosen": "1", "rejected": "2"} for i in range(8)
+            ]
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags += [f"--train_file={tmp_path}/train.jsonl", f"--validation_file={tmp_path}/val.jsonl", "--block_size=16"]
+    began = run(*flags).evals[-1]
+    for max_iters in (4, 6):  # resumed twice, and trained no further
+        steps = [f"--max_iters={max_iters}", f"--eval_interval={max_iters}"]
+        resumed = run("--init_from=resume", *steps, "--learning_rate=0", "--weight_decay=0", *changed).evals[-1]
+        for name in ("val_rewards/chosen", "val_rewards/rejected", "val_logps/chosen"):
+            assert resumed[name] == pytest.approx(began[name], abs=1e-5) and resumed[name] != 0
+
+
+def test_a_cache_that_cannot_be_used_costs_no_run(
+    run: Train, base: Path, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Damaged, it is computed again; in a folder that can't be written, it is not kept."""
+    shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
+    flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", f"--init_from={base}"]
+    flags += ["--reference=cache", "--max_iters=1", "--eval_samples=0"]
+    run(*flags, name="first")
+    train_file, val_file = sorted((tmp_path / "data/pairs").glob("reference_*"))
+    train_file.write_bytes(train_file.read_bytes()[:100])
+    val_file.unlink()
+
+    def full(path: Path, tensors: dict) -> None:
+        raise UserError(f"{path}: can't be written (No space left on device)")
+
+    monkeypatch.setattr(reference.checkpoint, "write_tensors", full)
+    done = run(*flags, name="again")
+    assert done.losses == pytest.approx([LN_2], abs=1e-6) and done.console.count("No space left") == 2
 
 
 REFERENCES = [[], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]]

@@ -4,11 +4,12 @@ A step of GRPO is a pure function of the arguments, the weights and the step.
 """
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from helpers import equal_tensors, ids, metric, tiny_model
+from helpers import RunFiles, equal_tensors, ids, metric, tiny_model
 
 import train_args
 from model import GPT
@@ -171,14 +172,14 @@ def test_completions_go_on_past_block_size(position):
 
 
 def test_ids_of_padding_are_never_drawn():
-    """The ids below vocab_size share all of the probability, as if there were no others."""
+    """The draws are from the ids below vocab_size; log-probabilities are among all ids, as training computes them."""
     model = tiny_model(block_size=40).eval()
     completions = complete(model, [PROMPTS[0]], 2, vocab_size=5, temperature=1.5, n=4000)
     with torch.no_grad():
         expected = (model(torch.tensor([PROMPTS[0]]))[0, -1, :5] / 1.5).softmax(-1)
     torch.testing.assert_close(token_frequencies(completions, 5), expected, atol=0.04, rtol=0)
     for completion in completions[:20]:
-        expected = forward_logps(model, PROMPTS[0], completion.ids, 1.5, 5)
+        expected = forward_logps(model, PROMPTS[0], completion.ids, 1.5, VOCAB_SIZE)
         torch.testing.assert_close(torch.tensor(completion.logps), expected, atol=1e-4, rtol=1e-4)
     (greedy,) = complete(model, [PROMPTS[0]], 20, vocab_size=5, temperature=0.0)
     assert greedy.ids == greedy_ids(model, PROMPTS[0], 20, vocab_size=5) != greedy_ids(model, PROMPTS[0], 20)
@@ -331,6 +332,13 @@ def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base):
     assert done.losses[0] == pytest.approx(0, abs=1e-6), (
         "a group's advantages add up to 0, and sequences weigh the same"
     )
+
+
+def test_a_padded_vocabulary_is_the_same_to_rollout_and_training(run: Callable[..., RunFiles]):
+    """64 rows for 13 tokens: the untrained model gives the padding four fifths of the probability."""
+    flags = ["--beta=0", "--vocab_size=64", "--learning_rate=0", "--max_iters=2", "--adapter=none"]
+    done = run(*GRPO, *flags)
+    assert max(metric(done, "rollout_logp_error")) < 1e-5
 
 
 def test_mask_truncated_leaves_unfinished_completions_out_of_the_loss(run, base, monkeypatch):
