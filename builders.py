@@ -213,6 +213,19 @@ def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
     return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
 
 
+def val_weights(args: TrainArgs, names: Sequence[tuple[str, ...]]) -> list[float]:
+    """The weight of each dataset in val_loss, in the order of these names if they are the run's."""
+    weights = build_mixture(args).final_weights.tolist()
+    by_name = dict(zip(args.mixture, weights, strict=True))
+    return [by_name[name] for name in names] if set(names) == by_name.keys() else weights
+
+
+def count_eval_rows(args: TrainArgs, datasets: Sequence[EvalDataset]) -> list[float]:
+    """The rows of each dataset on which a loss is measured."""
+    n_asked = args.eval_iters * args.batch_size
+    return [n_asked if dataset.examples is None else min(n_asked, len(dataset.examples.rows)) for dataset in datasets]
+
+
 def parse_template(args: TrainArgs) -> PromptTemplate | None:
     """--prompt_format, parsed."""
     return prompt_format.parse(args.prompt_format) if args.prompt_format else None

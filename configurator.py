@@ -79,6 +79,7 @@ class ArgSpec:
     split: bool = True  # a list is split at spaces and commas
     needs: OnlyWith | None = None
     model_shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
+    val_loss: OnlyWith | None = None  # when val_loss depends on it, besides `needs`
     inherit: bool = True  # a resumed run takes the value of the run before
     alias: tuple[str, ...] = ()  # further names, on the command line and in config files
 
@@ -93,6 +94,7 @@ class ArgOptions(typing.TypedDict, total=False):
     split: bool
     needs: OnlyWith
     model_shape: bool
+    val_loss: OnlyWith
     inherit: bool
     alias: tuple[str, ...]
 

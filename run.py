@@ -1,7 +1,6 @@
 """A run: all that train.py's loop needs, built from the arguments; new, or resumed from a checkpoint."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +10,32 @@ import numpy as np
 import torch
 
 import builders
+import configurator
 from model import GPT
 from nanoforge import distributed, run_dir
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import peak_flops
 from nanoforge.errors import UserError
-from nanoforge.training import checkpoint, summary
+from nanoforge.training import checkpoint, evaluation, summary
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
-from train_args import TrainArgs
+from train_args import TrainArgs, load_args
 
+DRAWING_ARGS = (
+    "seed",
+    "sampling_method",
+    "dataset_sampling_probs",
+    "dataset_sampling_probs_final",
+    "dataset_sampling_probs_transition_method",
+    "dataset_mixing",
+    "dataset_interleaving",
+    "num_generations",
+    "num_iterations",
+    "max_iters",  # where weights move until then
+)
 KEPT_ON_RESUME = ("init_from", "gpt2_type", "task_name")  # a resumed run keeps its origin in its record
 
 
@@ -57,10 +69,10 @@ class Run:
         args, progress, source = self.args, self.progress, self.data.source
         bounds = [args.max_iters]
         if args.max_train_tokens:
-            n_left = math.ceil((args.max_train_tokens - progress.tokens) / source.tokens_per_step)
+            n_left = -int(-(args.max_train_tokens - progress.tokens) // source.tokens_per_step)  # rounded up, exactly
             bounds.append(progress.step + max(0, n_left))
         if args.max_epochs:
-            bounds.append(math.ceil(args.max_epochs / source.epochs_per_step))
+            bounds.append(source.steps_of_epochs(args.max_epochs))
         return min(bounds)
 
     def finished(self, *, out_of_time: bool) -> str | None:
@@ -78,9 +90,11 @@ class Run:
     def summary(self) -> str:
         """What this run is, in a few lines."""
         args, ranks, source, model = self.args, self.ranks, self.data.source, self.raw_model
-        n_tokens = self.total_steps * source.tokens_per_step
-        n_epochs = self.total_steps * source.epochs_per_step
-        flops_left = max(0, self.total_steps - self.progress.step) * source.tokens_per_step * model.flops_per_token()
+        n_left = max(0, self.total_steps - self.progress.step)  # steps
+        n_tokens = self.progress.tokens + n_left * source.tokens_per_step
+        epochs_before = evaluation.count_epochs(source, self.sample_counter, self.progress.step)["epochs"]
+        n_epochs = epochs_before + n_left * source.epochs_per_step
+        flops_left = n_left * source.tokens_per_step * model.flops_per_token()
         batch = summary.describe_batch(source, args.block_size, args.objective, self.rank_slice, ranks.world_size)
         device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, is_compiled=args.compile)
         lines = [
@@ -108,6 +122,12 @@ class Run:
                 f"stands above {' and '.join(flags)}",
             )
         ]
+
+    def save(self, logger: RunLogger) -> None:
+        """Start to save a checkpoint, with the counts from which a resumed run goes on in each dataset."""
+        progress = self.progress
+        progress.sequences = self.data.source.count_sequences(self.sample_counter, progress.step)
+        self.checkpoints.save(progress, logger)
 
     def step_logger(self, logger: RunLogger) -> StepLogger:
         """The logger of this run's training steps; it measures their speed from now on."""
@@ -197,15 +217,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         ),
         dtype_reason=parts.dtype_reason,
     )
-    if resumed_from is None:
-        return run
-    run = resume(run, log)
-    if resumed_from.args["batch_size"] * resumed_from.args["gradient_accumulation_steps"] != args.global_batch_size:
-        log(
-            "the global batch had another number of sequences before: "
-            "data order and epochs are those of a run that had this number from the start"
-        )
-    return run
+    return run if resumed_from is None else resume(run, log)
 
 
 def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:
@@ -245,7 +257,67 @@ def resume(run: Run, log: Callable[[str], None]) -> Run:
     run.state.load(loaded)
     log(f"resuming {loaded.folder}")
     progress = Progress.from_json(loaded.progress)
-    return dataclasses.replace(run, progress=progress, sample_counter=run.data.source.sample_counter())
+    source = run.data.source
+    if progress.sequences:
+        source.resume_at(progress.step, progress.sequences)
+    run = dataclasses.replace(run, progress=progress, sample_counter=source.sample_counter())
+    if not run.args.eval_only:
+        report_changes(run, loaded.folder, log)
+    return run
+
+
+def report_changes(run: Run, folder: Path, log: Callable[[str], None]) -> None:
+    """Report what the run does otherwise than before its checkpoint. What is compared between evaluations, the best
+    loss and early stopping, starts anew where val_loss is measured on something else."""
+    before, record = load_args(folder), run_dir.RunRecord.load(folder)
+    step = run.progress.step
+    drawing = changed_drawing(before, run.args)
+    if drawing:
+        log(f"from step {step} on, data are drawn with {', '.join(drawing)}; each dataset goes on where it was")
+    measured = changed_val_loss(before, record, run)
+    if measured:
+        run.progress.forget_best()
+        log(
+            f"from step {step} on, val_loss is measured with {', '.join(measured)}: "
+            "best.json and --early_stop_patience start anew"
+        )
+
+
+def describe_change(name: str, before: object, now: object) -> str:
+    """A value of the run, and the one that it had."""
+    return f"--{name}={configurator.format_arg(now)} (was {configurator.format_arg(before)})"
+
+
+def changed_drawing(before: TrainArgs, args: TrainArgs) -> list[str]:
+    """What decides which data are drawn, and has changed."""
+    names = [name for name in DRAWING_ARGS if name != "max_iters" or args.dataset_sampling_probs_final]
+    changes = [
+        describe_change(name, getattr(before, name), getattr(args, name))
+        for name in names
+        if getattr(before, name) != getattr(args, name)
+    ]
+    if before.global_batch_size != args.global_batch_size:
+        changes.append(f"a global batch of {args.global_batch_size} (was {before.global_batch_size})")
+    return changes
+
+
+def changed_val_loss(before: TrainArgs, record: run_dir.RunRecord, run: Run) -> list[str]:
+    """What decides what val_loss is measured on, and has changed since a checkpoint. record: the checkpoint's."""
+    args = run.args
+    old, new = before.val_loss_settings, args.val_loss_settings
+    changes = [
+        describe_change(name, getattr(before, name), getattr(args, name))
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
+    if run_dir.changed_files(record.data, run.record.data):
+        changes.append("other data")
+    if builders.val_weights(before, args.mixture) != builders.val_weights(args, args.mixture):
+        changes.append("other weights of the datasets")
+    n_rows = builders.count_eval_rows(before, run.data.eval_datasets["val"])
+    if n_rows != builders.count_eval_rows(args, run.data.eval_datasets["val"]):
+        changes.append(f"--eval_iters={args.eval_iters} x --batch_size={args.batch_size} rows")
+    return changes
 
 
 def check_tokenizers(
@@ -273,3 +345,5 @@ def begin(run: Run, lock: run_dir.RunLock) -> None:
     dataclasses.replace(run.record, about=about).save(run.out_dir)
     if run.progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
         run_dir.write_best(run.out_dir, step=run.progress.best_step, val_loss=run.progress.best_val_loss)
+    else:
+        (run.out_dir / run_dir.BEST_FILE).unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         step_logger.restart(progress.step, progress.tokens)
     save_is_due = args.checkpoint_interval and progress.step % args.checkpoint_interval == 0
     if save_is_due and progress.step not in (0, run.checkpoints.last_step):
-        run.checkpoints.save(progress, logger)
+        run.save(logger)
         step_logger.restart(progress.step, progress.tokens)
     if finished and not eval_is_due:
         run.checkpoints.finish(logger, progress.step)
@@ -123,7 +123,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         return True
     signal_number = ranks.all_reduce_max(signals.number)
     if signal_number:
-        run.checkpoints.save(progress, logger)
+        run.save(logger)
         run.checkpoints.finish(logger, progress.step)
         name = signal.Signals(signal_number).name
         logger.note(progress.step, f"stopped by {name}; continue with --init_from=resume --out_dir={args.out_dir}")
@@ -164,7 +164,7 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
     if progress.step or is_last:
         progress.count_evaluation(val_loss, at_interval=progress.step % args.eval_interval == 0)
         if is_best or is_last or args.always_save_checkpoint:
-            run.checkpoints.save(progress, logger)
+            run.save(logger)
     if args.plot_loss and run.ranks.is_main:
         with logger.without_failing("--plot_loss"):
             draw_loss(logger.path, run.out_dir / "loss.png")

@@ -36,6 +36,7 @@ RESUME = with_value("init_from", "resume")
 FROM_SCRATCH = OnlyWith(
     "--init_from=scratch (loaded weights bring theirs)", lambda args: args.init_from in ("scratch", "resume")
 )
+ALWAYS = OnlyWith("", lambda args: True)
 MULTIDATASET = with_value("training_mode", "multidataset")
 SAMPLED_DATASETS = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
@@ -45,6 +46,7 @@ EXAMPLES = OnlyWith(
     f"--objective={'|'.join(name for name, spec in OBJECTIVES.items() if spec.reads_examples)}",
     lambda args: OBJECTIVES[args.objective].reads_examples,
 )
+LM = with_value("objective", "lm")
 SFT = with_value("objective", "sft")
 DPO = with_value("objective", "dpo")
 KTO = with_value("objective", "kto")
@@ -88,7 +90,8 @@ class RunArgs:
     allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
         inherit=False, needs=RESUME)
     eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)
-    seed: int = arg(1337, "random seed of weights, data order, dropout and sampling", low=0, high=2**32 - 1)
+    seed: int = arg(1337, "random seed of weights, data order, dropout and sampling",
+        low=0, high=2**32 - 1, val_loss=LM)
 
 
 @arg_group
@@ -106,11 +109,12 @@ class DataArgs:
     validation_file: str = arg("", "validation examples: a .jsonl, .csv or .tsv file (none: the dataset's val.jsonl)",
         needs=EXAMPLES)
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
-        choices=("error", "drop", "truncate_target"), needs=EXAMPLES)
+        choices=("error", "drop", "truncate_target"), needs=EXAMPLES, val_loss=ALWAYS)
     bad_rows: str = arg("error", "what to do with rows of examples that a field makes unusable: "
-        "stop with file, line and field, or skip and count them", choices=("error", "skip"), needs=EXAMPLES)
+        "stop with file, line and field, or skip and count them",
+        choices=("error", "skip"), needs=EXAMPLES, val_loss=ALWAYS)
     sampling_method: str = arg("random", "training windows: random, shuffled without replacement, or sequential",
-        choices=("random", "without_replacement", "sequential"), needs=with_value("objective", "lm"))
+        choices=("random", "without_replacement", "sequential"), needs=LM)
     dataset_list: tuple[str, ...] = arg((), "datasets of the mixture", needs=MULTIDATASET)
     dataset_sampling_probs: tuple[float, ...] = arg((), "sampling weight of each dataset, normalized (none: equal); "
         "with --dataset_interleaving: consecutive turns of each dataset, whole numbers",
@@ -205,16 +209,16 @@ class ObjectiveArgs:
 
     objective: str = arg("lm", "lm: language modeling on token bins; sft: supervised fine-tuning; "
         "dpo: preference pairs; kto: labelled completions; grpo: reinforcement learning on rewards",
-        choices=OBJECTIVES.keys())  # a view, so that objectives can be registered later
+        choices=OBJECTIVES.keys(), val_loss=ALWAYS)  # a view, so that objectives can be registered later
     beta: float = arg(0.1, "DPO/KTO beta; GRPO: KL coefficient (0: no reference model is loaded)",
-        low=0, needs=WITH_REFERENCE)
+        low=0, needs=WITH_REFERENCE, val_loss=with_value("objective", "dpo", "kto"))
     reference: str = arg("auto", "reference model: adapter (base with adapter disabled), "
         "cache (precomputed log-probs), copy (frozen copy); auto: adapter if there is one, else copy",
         choices=("auto", "adapter", "cache", "copy"), needs=WITH_REFERENCE)
     disable_dropout: bool = arg(True, "no dropout, as in TRL: --dropout and --lora_dropout are not applied, "
         "so that the policy starts as the reference model", needs=WITH_REFERENCE)
     max_new_tokens: int = arg(64, "maximum completion length, in tokens",
-        low=1, needs=EXAMPLES, alias=("max_completion_length",))
+        low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length",))
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 
@@ -223,20 +227,23 @@ class SFTArgs:
     """SFT"""
 
     loss_on: str = arg("completion", "loss mask: completions with their end tokens only, or all tokens",
-        choices=("completion", "all"), needs=SFT)
-    packing: bool = arg(False, "pack several examples into one sequence; attention stays within an example", needs=SFT)
+        choices=("completion", "all"), needs=SFT, val_loss=ALWAYS)
+    packing: bool = arg(False, "pack several examples into one sequence; attention stays within an example",
+        needs=SFT, val_loss=ALWAYS)
 
 
 @arg_group
 class PreferenceArgs:
     """DPO and KTO"""
 
-    dpo_loss: str = arg("sigmoid", "DPO loss of a pair's reward margin", choices=DPO_LOSSES, needs=DPO)
+    dpo_loss: str = arg("sigmoid", "DPO loss of a pair's reward margin",
+        choices=DPO_LOSSES, needs=DPO, val_loss=ALWAYS)
     label_smoothing: float = arg(0.0, "assumed fraction of flipped labels (cDPO, rDPO)",
-        low=0, high=0.499, needs=LABEL_SMOOTHING)
+        low=0, high=0.499, needs=LABEL_SMOOTHING, val_loss=ALWAYS)
     desirable_weight: str = arg("1", "KTO loss weight of desirable completions, "
-        "or auto: same total weight as undesirable ones", needs=KTO)
-    undesirable_weight: str = arg("1", "KTO loss weight of undesirable completions, or auto", needs=KTO)
+        "or auto: same total weight as undesirable ones", needs=KTO, val_loss=ALWAYS)
+    undesirable_weight: str = arg("1", "KTO loss weight of undesirable completions, or auto",
+        needs=KTO, val_loss=ALWAYS)
 
 
 @arg_group
@@ -244,7 +251,7 @@ class GRPOArgs:
     """GRPO"""
 
     reward: str = arg("correct:1", "reward functions with weights: correct, format, length or module:function, "
-        "as in correct:1,format:0.5,module:function:0.2", needs=GRPO, alias=("reward_funcs",))
+        "as in correct:1,format:0.5,module:function:0.2", needs=GRPO, val_loss=ALWAYS, alias=("reward_funcs",))
     num_generations: int = arg(8, "completions sampled per prompt (group size); must divide the global batch size, "
         "which counts completions", low=2, needs=GRPO, alias=("group_size",))
     temperature: float = arg(1.0, "sampling temperature for rollouts", above=0, needs=GRPO)
@@ -283,8 +290,10 @@ class AdapterArgs:
         choices=("tensor", "lstm"), model_shape=True, needs=SOFT_PROMPT)
     prompt_init: str = arg("vocab", "initial virtual tokens: random rows of the token embedding, or normal noise",
         choices=("vocab", "normal"), needs=SOFT_PROMPT)
-    target_field: str = arg("", "field of the example to train on (none: completion)", needs=SOFT_PROMPT)
-    truncation_field: str = arg("", "field to truncate in examples that are too long", needs=SOFT_PROMPT)
+    target_field: str = arg("", "field of the example to train on (none: completion)",
+        needs=SOFT_PROMPT, val_loss=ALWAYS)
+    truncation_field: str = arg("", "field to truncate in examples that are too long",
+        needs=SOFT_PROMPT, val_loss=ALWAYS)
 
 
 @arg_group
@@ -294,7 +303,8 @@ class DurationArgs:
     max_iters: int = arg(3500, "optimizer steps, counted from the start of the run",
         low=0, alias=("steps", "max_steps"))
     max_tokens: int = arg(0, "maximum training tokens (0: no limit); "
-        "with --prompt_format: maximum tokens of an example (0: block_size)", low=0)
+        "with --prompt_format: maximum tokens of an example (0: block_size)",
+        low=0, val_loss=with_set("prompt_format"))
     max_epochs: float = arg(0.0, "maximum passes over the training data (0: no limit)",
         low=0, alias=("num_train_epochs",))
     max_seconds: float = arg(0.0, "maximum training time in seconds, over all resumes (0: no limit)", low=0)
@@ -473,6 +483,16 @@ class TrainArgs(
     def without_dropout(self) -> bool:
         """Whether the model is trained without dropout, whatever --dropout and --lora_dropout say."""
         return self.disable_dropout and WITH_REFERENCE.holds(self)
+
+    @cached_property
+    def val_loss_settings(self) -> dict[str, Any]:
+        """The arguments on which val_loss depends, besides the data and the number of evaluated rows."""
+        settings = {}
+        for name, spec in configurator.arg_specs(TrainArgs).items():
+            conditions = [spec.val_loss, spec.needs or ALWAYS] if spec.val_loss else []
+            if conditions and all(condition.holds(self) for condition in conditions):
+                settings[name] = getattr(self, name)
+        return settings
 
     @cached_property
     def task_folder(self) -> Path:

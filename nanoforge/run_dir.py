@@ -19,6 +19,8 @@ from nanoforge.config_files import RECORD_FILE
 from nanoforge.errors import UserError
 from nanoforge.files import TMP_SUFFIX, write_json
 
+Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its content
+
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.json"
 TRAIN_LOCK_FILE = ".lock"
@@ -52,7 +54,7 @@ class RunRecord:
     args: dict[str, Any]  # every argument with its value
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.py's GPTConfig
     counts: dict[str, float] = field(default_factory=dict)  # of the model: parameters, flops_per_token
-    data: dict[str, dict[str, str]] = field(default_factory=dict)  # dataset -> file -> fingerprint
+    data: Fingerprints = field(default_factory=dict)  # dataset -> file -> fingerprint
     base: dict[str, str] = field(default_factory=dict)  # source and sha256 of the weights that the run needs to resume
     about: dict[str, str] = field(default_factory=dict)  # versions, and the git commit
 
@@ -83,20 +85,34 @@ class RunRecord:
         }
         write_json(folder / RECORD_FILE, self.args | parts)
 
-    def check_data(self, data: dict[str, dict[str, str]], *, allow_change: bool, log: Callable[[str], None]) -> None:
+    def check_data(self, data: Fingerprints, *, allow_change: bool, log: Callable[[str], None]) -> None:
         """Compare fingerprints with those of the record. Raises UserError when they differ, unless that is allowed."""
-        changed = []
-        for dataset in self.data.keys() & data.keys():
-            before, now = self.data[dataset], data[dataset]
-            changed += [f"{dataset}/{file}" for file in before.keys() | now.keys() if before.get(file) != now.get(file)]
+        changed = changed_files(self.data, data)
         if not changed:
             return
-        message = f"{', '.join(sorted(changed))}: not the data that this run began with"
+        message = f"{', '.join(changed)}: not the data that this run began with"
         if not allow_change:
             raise UserError(
                 f"--init_from=resume: {message}; restore it, or continue with the new data by --allow_data_change"
             )
         log(f"{message}; continuing because of --allow_data_change")
+
+
+def changed_files(before: Fingerprints, now: Fingerprints) -> list[str]:
+    """DATASET/FILE of what differs; a dataset whose files are the same under another name does not."""
+    if not before:  # of a record of an older version
+        return []
+    gone = {dataset: before[dataset] for dataset in before if before[dataset] != now.get(dataset)}
+    new = {dataset: now[dataset] for dataset in now if now[dataset] != before.get(dataset)}
+    contents = [sorted(list(files.values()) for files in data.values()) for data in (gone, new)]
+    if contents[0] == contents[1] and not gone.keys() & new.keys():
+        return []
+    changed = []
+    for dataset in gone.keys() | new.keys():
+        old_files, new_files = gone.get(dataset, {}), new.get(dataset, {})
+        names = old_files.keys() | new_files.keys()
+        changed += [f"{dataset}/{file}" for file in names if old_files.get(file) != new_files.get(file)]
+    return sorted(changed)
 
 
 def describe_software(repository: Path, packages: dict[str, str]) -> dict[str, str]:

@@ -1,18 +1,22 @@
 """Token bins to batches: the batch of a step is a pure function of the arguments and the step.
 
 A source is a mixture of datasets. A dataset has K aligned streams of tokens: one, or several for a multicontext model.
-Sequence number c of a run, c = step * rows + row, gets its dataset and its window from hashes of (seed, c). So resuming
-needs no state, a prefetching thread can corrupt nothing, and any number of ranks sees the same global batch.
+Row r of a step gets its dataset from a hash of (seed, step, r), and its window from a hash of (seed, c), where c counts
+the sequences of that dataset. So a prefetching thread can corrupt nothing, and any number of ranks sees the same global
+batch. A checkpoint has these counts, so that a run that is resumed with other weights or another batch goes on in each
+dataset where it was (`Source.resume_at`).
 
 Knows nothing of the model, and of ranks only which rows of the global batch they read.
 """
 
 import hashlib
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +111,9 @@ class Dataset:
     - random: each window starts anywhere;
     - sequential: a grid of windows, in order;
     - without_replacement: a grid, each window once an epoch in random order; the grid's offset changes every epoch.
+
+    A grid leaves tokens of a shard out of an epoch. So it moves: to the shard's end in every second epoch (sequential),
+    or to its start and to its end once in four epochs. Every token but a shard's first is thus a target in time.
     """
 
     def __init__(
@@ -165,12 +172,14 @@ class Dataset:
         shard = np.searchsorted(ends, window, side="right")
         start = (window - (ends - self.windows_per_shard)[shard]) * self.T
 
-        # 3. The grid's offset in this shard and epoch.
-        if self.method == "without_replacement":
-            n_offsets = np.minimum(self.T, self.sizes - self.windows_per_shard * self.T)[shard].astype(np.uint64)
-            offset = hash_u64(self.seed, OFFSET, self.index, epoch, shard) % n_offsets
-            start += offset.astype(np.int64)
-        return shard, start
+        # 3. The grid's offset in this shard and epoch, at most the tokens that the grid leaves out.
+        left_out = (self.sizes - 1 - self.windows_per_shard * self.T)[shard]
+        if self.method == "sequential":
+            return shard, start + left_out * (epoch % 2)
+        n_offsets = np.minimum(self.T, left_out + 1).astype(np.uint64)
+        offset = (hash_u64(self.seed, OFFSET, self.index, epoch, shard) % n_offsets).astype(np.int64)
+        offset = np.select([epoch % 4 == 1, epoch % 4 == 3], [np.zeros_like(left_out), left_out], offset)
+        return shard, start + offset
 
     def locate_random(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, start) of each sequence, uniform over all positions where a window fits."""
@@ -285,21 +294,29 @@ def make_mixture(
 class SampleCounter:
     """Counts the sequences drawn from each dataset before a step.
 
-    The count runs: a step after the last one asked for is quick, an earlier one is counted from the start of the run.
+    The count runs: a step after the last one asked for is quick, an earlier one is counted from the start.
     """
 
-    def __init__(self, mixture: Mixture, rows: int, seed: int):
+    def __init__(
+        self, mixture: Mixture, rows: int, seed: int, start_step: int = 0, start_counts: np.ndarray | None = None
+    ):
+        """start_counts: (datasets,) of the sequences drawn before start_step, perhaps by another mixture; None: 0."""
         self.mixture = mixture
         self.rows = rows
         self.seed = seed
-        self.step = 0
-        self.counts = np.zeros(len(mixture.initial_weights), dtype=np.int64)
+        self.start_step = start_step
+        self.start_counts = np.zeros(len(mixture.initial_weights), dtype=np.int64)
+        if start_counts is not None:
+            self.start_counts = start_counts
+        self.step = start_step
+        self.counts = self.start_counts
 
     def counts_before(self, step: int) -> np.ndarray:
-        """(datasets,) int64."""
+        """(datasets,) int64, at a step from start_step on."""
+        assert step >= self.start_step
         if step < self.step:
-            self.step = 0
-            self.counts = np.zeros_like(self.counts)
+            self.step = self.start_step
+            self.counts = self.start_counts
         chunk = max(1, 2**20 // self.rows)
         for start in range(self.step, step, chunk):
             drawn = self.mixture.draw(self.seed, np.arange(start, min(step, start + chunk)), self.rows)
@@ -332,6 +349,24 @@ class Source:
         self.rows = rows
         self.seed = seed
         self.n_windows = sum(dataset.n_windows for dataset in datasets)
+        self.start_draw = 0
+        self.start_counts: np.ndarray | None = None
+
+    def resume_at(self, step: int, sequences: Mapping[str, int]) -> None:
+        """Go on at a step of a run that drew so many sequences of each dataset before."""
+        self.start_draw = step // self.steps_per_rollout
+        self.start_counts = np.array([sequences.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64)
+
+    def count_sequences(self, counter: SampleCounter, step: int) -> dict[str, int]:
+        """dataset -> sequences drawn before a step."""
+        counts = counter.counts_before(step // self.steps_per_rollout)
+        return dict(zip((dataset.name for dataset in self.datasets), counts.tolist(), strict=True))
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """The first step before which so many epochs were read, exactly: epochs is the decimal number that it shows."""
+        n_before = 0 if self.start_counts is None else int(self.start_counts.sum())
+        n_left = Fraction(repr(epochs)) * self.n_windows - n_before
+        return (self.start_draw + max(0, math.ceil(n_left / self.rows))) * self.steps_per_rollout
 
     @property
     def tokens_per_step(self) -> float:
@@ -343,7 +378,7 @@ class Source:
 
     def sample_counter(self) -> SampleCounter:
         """A new counter: threads can't share one."""
-        return SampleCounter(self.mixture, self.rows, self.seed)
+        return SampleCounter(self.mixture, self.rows, self.seed, self.start_draw, self.start_counts)
 
     def plan(self, steps: range, start_row: int, stop_row: int, counter: SampleCounter) -> list[Plan]:
         """Rows [start_row, stop_row) of the global batches of consecutive steps. The counter only saves counting."""

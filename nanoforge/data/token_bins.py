@@ -299,7 +299,8 @@ def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
             for start in starts:
                 file.seek(start)
                 digest.update(file.read(stretch))
-        fingerprints[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
+        name = str(path) if path.name in fingerprints else path.name
+        fingerprints[name] = f"{size} bytes, {digest.hexdigest()[:16]}"
     return fingerprints
 
 

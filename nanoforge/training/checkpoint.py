@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +128,7 @@ class Progress:
     patience_val_loss: float = math.inf  # of that one
     evaluated_at: int = -1  # step of the last evaluation
     rollbacks: int = 0  # to a checkpoint, after too many skipped steps
+    sequences: dict[str, int] = field(default_factory=dict)  # drawn of each dataset; empty in older checkpoints
 
     def to_json(self) -> dict[str, Any]:
         """For progress.json, which has null where there is no loss."""
@@ -138,8 +139,14 @@ class Progress:
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
         """From progress.json, which has further keys. Fields that an older version didn't write keep their defaults."""
         values = {"patience_val_loss": values.get("best_val_loss")} | dict(values)
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         return cls(**{name: math.inf if value is None else value for name, value in known.items()})
+
+    def forget_best(self) -> None:
+        """Compare no later loss with those until now."""
+        self.best_val_loss = self.patience_val_loss = math.inf
+        self.best_step = -1
+        self.worse_evaluations = 0
 
     def count_evaluation(self, val_loss: float, *, at_interval: bool) -> None:
         """Take up an evaluation's loss. Early stopping counts those at eval_interval alone: the evaluation that ends a

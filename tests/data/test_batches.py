@@ -2,9 +2,11 @@
 
 import gc
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,55 @@ def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path):
 def test_sequential_reads_in_order_and_starts_again(tmp_path):
     dataset = make_dataset([make_bin(tmp_path, 100)], method="sequential")
     assert dataset.n_windows == 12
-    assert dataset.gather(np.arange(13))[:, 0, 0].tolist() == [*range(0, 96, 8), 0]
+    assert dataset.gather(np.arange(12))[:, 0, 0].tolist() == [*range(0, 96, 8)]
+    assert dataset.gather(np.arange(12, 25))[:, 0, 0].tolist() == [*range(3, 99, 8), 0], "to the end, in the 2nd epoch"
+
+
+@pytest.mark.parametrize("method, epochs", [("random", 40), ("without_replacement", 4), ("sequential", 2)])
+def test_every_token_is_a_target_in_time(tmp_path, method, epochs):
+    """All but the first of each shard, which nothing precedes; by counting."""
+    dataset = make_dataset([make_bin(tmp_path, 1910, 9, 100, 57)], block_size=8, method=method)
+    targets = dataset.gather(np.arange(epochs * dataset.n_windows))[:, 0, 1:]
+    never = set(range(sum(dataset.sizes))) - set(targets.ravel().tolist())
+    assert never == {0, 1910, 1919, 2019}
+
+
+def make_single(tmp_path: Path, n_windows: int, rows: int) -> Source:
+    dataset = make_dataset([make_bin(tmp_path, 8 * n_windows + 1)], method="sequential")
+    assert dataset.n_windows == n_windows
+    return Source([dataset], make_mixture((1,)), rows, 5)
+
+
+@pytest.mark.parametrize("epochs", ["0.1", "0.3", "0.7", "1", "1.1", "2", "3", "10", "0.02"])
+def test_steps_of_epochs_are_exact(tmp_path, epochs):
+    """Fractions are the witness. Floating point makes 50 steps of 49 windows."""
+    source = make_single(tmp_path, 49, 1)
+    for source.n_windows in (49, 98, 1000, 4097):
+        for source.rows in (1, 3, 10, 64):
+            expected = math.ceil(Fraction(epochs) * source.n_windows / source.rows)
+            assert source.steps_of_epochs(float(epochs)) == expected
+
+
+def test_counts_go_on_where_another_mixture_and_batch_left_them(tmp_path):
+    """Each dataset's windows are those that follow in its own order; epochs count what was drawn before."""
+    source = make_source(tmp_path, rows=12)
+    read: dict[bool, list[int]] = {False: [], True: []}
+    for step in range(5):
+        for first in next(source.iter_windows(step, 0, 12))[:, 0, 0].tolist():
+            read[first >= 1000].append(first)
+    counts = source.count_sequences(source.sample_counter(), 5)
+    assert list(counts.values()) == [len(read[False]), len(read[True])]
+
+    resumed = Source(source.datasets, make_mixture((1, 5), per="sequence"), 7, 5)
+    resumed.resume_at(5, counts)
+    for step in range(5, 12):
+        for first in next(resumed.iter_windows(step, 0, 7))[:, 0, 0].tolist():
+            read[first >= 1000].append(first)
+    for dataset, firsts in zip(source.datasets, read.values(), strict=True):
+        assert firsts == dataset.gather(np.arange(len(firsts)))[:, 0, 0].tolist()
+    assert sum(resumed.count_sequences(resumed.sample_counter(), 12).values()) == 5 * 12 + 7 * 7
+    assert resumed.steps_of_epochs(1) == 5 + math.ceil((resumed.n_windows - 60) / 7)
+    assert resumed.steps_of_epochs(0.1) == 5
 
 
 def test_random_reaches_every_start_equally(tmp_path):

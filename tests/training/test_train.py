@@ -347,6 +347,59 @@ def test_resume_with_another_batch_size_continues_the_counts(run):
     assert "global batch" in resumed.console
 
 
+def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run):
+    """tokens/DATASET never falls, and the new weights decide what is drawn from then on."""
+    flags = [*MIXTURE, "a", "b", "--dataset_mixing=sequence", "--sampling_method=without_replacement"]
+    first = run(*flags, "--dataset_sampling_probs", "9", "1", "--max_iters=8")
+    before = first.evals[-1]
+    resumed = run("--init_from=resume", "--dataset_sampling_probs", "1", "9", "--max_iters=16")
+    after = resumed.evals[-1]
+    assert before["tokens/a"] > before["tokens/b"]
+    drawn = {name: after[f"tokens/{name}"] - before[f"tokens/{name}"] for name in "ab"}
+    assert min(drawn.values()) >= 0 and drawn["b"] > drawn["a"]
+    assert sum(drawn.values()) == 8 * 4 * 8
+    assert "--dataset_sampling_probs=1.0 9.0 (was 9.0 1.0)" in resumed.console
+    assert resumed.last.progress["sequences"] == {name: after[f"tokens/{name}"] // 8 for name in "ab"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--seed=7"], ["--eval_iters=3"], ["--batch_size=8"], ["--dataset=b", "--allow_data_change"]],
+    ids=["seed", "eval_iters", "batch_size", "dataset"],
+)
+def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(run, flags):
+    """With a rate of 0 every later loss is equal to the best, or is the first of another kind."""
+    first = run("--learning_rate=0", "--early_stop_patience=9")
+    resumed = run("--init_from=resume", *flags, "--max_iters=6")
+    assert first.progress.best_step == 2 and first.progress.worse_evaluations == 1
+    assert (resumed.progress.best_step, resumed.progress.worse_evaluations) == (6, 0)
+    assert json.loads((resumed.out_dir / "best.json").read_text())["step"] == 6
+    assert "best.json" in resumed.console
+    again = run("--init_from=resume", "--max_iters=8")
+    assert (again.progress.best_step, again.progress.worse_evaluations) == (6, 1)
+
+
+def test_a_best_loss_stands_while_val_loss_is_measured_alike(run):
+    run("--learning_rate=0")
+    flags = ["--batch_size=2", "--eval_iters=2", "--gradient_accumulation_steps=2", "--weight_decay=0.3"]
+    resumed = run("--init_from=resume", *flags, "--max_iters=6")
+    assert resumed.progress.best_step == 2
+    assert "best.json" not in resumed.console
+
+
+def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(run, data_dir, tmp_path):
+    """Datasets that the run has not seen, or that are gone."""
+    run()
+    with pytest.raises(UserError, match=r"b/train.bin.*--allow_data_change"):
+        run("--init_from=resume", "--dataset=b", "--max_iters=6")
+    shutil.copytree(data_dir / "a", tmp_path / "elsewhere/renamed")
+    moved = run("--init_from=resume", f"--data_dir={tmp_path / 'elsewhere'}", "--dataset=renamed", "--max_iters=6")
+    assert moved.progress.step == 6 and "best.json" not in moved.console
+    run(*MIXTURE, "a", "b", name="two")
+    with pytest.raises(UserError, match=r"b/val.bin"):
+        run("--init_from=resume", "--dataset_list", "a", name="two")
+
+
 @pytest.mark.parametrize("first_part", [3, 5])
 def test_early_stopping_counts_alike_in_one_part_and_in_two(run, first_part):
     """No loss is better than that of step 2. The evaluation that ends the first part, at no interval, isn't counted."""
