@@ -19,10 +19,11 @@ import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanoforge.console import plural
 from nanoforge.errors import UserError
 from nanoforge.report import read_runs, scaling, stats
 from nanoforge.report.read_runs import Group, LoadedRun
@@ -64,6 +65,8 @@ RUN_FIELDS = (
 )
 MAX_EXACT_INT = 1e15
 LAW_POINTS = 80  # of a law's curve
+MAX_POWER = 300  # of ten, as a float
+SAME_SIZE = 1.1  # parameters within this factor are one size
 
 Row = dict[str, Any]  # JSON
 
@@ -193,58 +196,113 @@ def format_percent(p: float) -> str:
 def describe_scaling(runs: Sequence[LoadedRun], rows: Sequence[Row], by: str) -> Row | None:
     """Power laws of the loss in compute and in parameters, through the best group of each size.
 
-    None for fewer than three sizes.
-
-    Only runs that are done count; of several datasets, those on the one with the most sizes.
+    None for fewer than three sizes. Only runs that are done count; of several datasets, those on the one with the most
+    sizes.
     """
     datasets = group_sizes(runs, rows)
-    sizes = max(datasets.values(), key=len, default={})
-    if len(sizes) < scaling.MIN_SIZES or not stats.has_scipy():
+    points: list[Row] = []
+    n_sizes = 0
+    for rows_of_size in max(datasets.values(), key=len, default=[]):
+        points_of_size = scaling_points(runs, min(rows_of_size, key=lambda row: row["mean"]), by)
+        points += points_of_size
+        n_sizes += bool(points_of_size)
+    if n_sizes < scaling.MIN_SIZES or not stats.has_scipy():
         return None
-    points = []
-    for _, rows_of_size in sorted(sizes.items()):
-        best = min(rows_of_size, key=lambda row: row["mean"])
-        points += scaling_points(runs, best, by)
     laws = {}
     for key in ("compute", "parameters"):
         law = describe_fit(key, points)
         if law is not None:
             laws[key] = law
-    return {"points": points, "laws": laws, "sizes": len(sizes), "left_out": len(datasets) - 1}
+    return {
+        "points": points,
+        "laws": laws,
+        "sizes": n_sizes,
+        "fitted": describe_points(len(points), n_sizes, by, n_datasets=len(datasets)),
+    }
 
 
-def group_sizes(runs: Sequence[LoadedRun], rows: Sequence[Row]) -> dict[str, dict[int, list[Row]]]:
-    """Data -> parameters -> the rows with runs that are done."""
+def group_sizes(runs: Sequence[LoadedRun], rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Data -> sizes, ascending -> the rows with runs that are done.
+
+    Models whose parameters differ by less than SAME_SIZE, as those with and without biases, are of one size.
+    """
     datasets: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
         run = runs[row["members"][0]]
         if row["losses"] and run.parameters and run.flops_per_token:
             data = read_runs.identity([data_args(run), run.record.data])
             datasets.setdefault(data, {}).setdefault(run.parameters, []).append(row)
-    return datasets
+    return {data: merge_close_sizes(by_parameters) for data, by_parameters in datasets.items()}
+
+
+def merge_close_sizes(by_parameters: dict[int, list[Row]]) -> list[list[Row]]:
+    """The rows of each size, ascending."""
+    sizes: list[list[Row]] = []
+    smallest = 0  # parameters of the size
+    for parameters, rows in sorted(by_parameters.items()):
+        if sizes and parameters < SAME_SIZE * smallest:
+            sizes[-1] += rows
+        else:
+            sizes.append(list(rows))
+            smallest = parameters
+    return sizes
 
 
 def scaling_points(runs: Sequence[LoadedRun], row: Row, by: str) -> list[Row]:
-    """The runs of a row that are done; their tokens and compute are those up to the loss that counts."""
-    points = []
-    for i, loss in finished_losses(runs, row["members"], by).items():
-        run = runs[i]
-        tokens = run.tokens
-        if by == "best" and run.best_step is not None and run.step:
-            tokens *= run.best_step / run.step
-        compute = (run.flops_per_token or 0.0) * tokens
-        if compute > 0 and loss > 0:
-            points.append(
-                {
-                    "run": i,
-                    "label": row["label"],
-                    "parameters": run.parameters,
-                    "compute": compute,
-                    "tokens": tokens,
-                    "loss": loss,
-                }
-            )
-    return points
+    """The runs of a row that are done, all at the same step, and so with the same tokens and compute.
+
+    by best: the step at which the mean of their losses is lowest; by final: the last one that all of them have. None
+    where they share no evaluation.
+    """
+    members = list(finished_losses(runs, row["members"], by))
+    evals = [eval_points(runs[i]) for i in members]
+    steps = [step for step in evals[0] if all(step in points for points in evals)]
+    if not steps:
+        return []
+
+    def mean_loss(step: int) -> float:
+        return statistics.fmean(points[step].loss for points in evals)
+
+    step = min(steps, key=mean_loss) if by == "best" else max(steps)
+    tokens = statistics.fmean(points[step].tokens for points in evals)
+    compute = (runs[members[0]].flops_per_token or 0.0) * tokens
+    if not compute > 0 or min(points[step].loss for points in evals) <= 0:
+        return []
+    return [
+        {
+            "run": i,
+            "label": row["label"],
+            "parameters": runs[i].parameters,
+            "compute": compute,
+            "tokens": tokens,
+            "step": step,
+            "loss": points[step].loss,
+        }
+        for i, points in zip(members, evals, strict=True)
+    ]
+
+
+class EvalPoint(NamedTuple):
+    """An evaluation of a run."""
+
+    loss: float
+    tokens: float  # seen before it
+
+
+def eval_points(run: LoadedRun) -> dict[int, EvalPoint]:
+    """A run's evaluations after its first step, by step."""
+    columns = zip(*(run.evals[key].tolist() for key in ("step", "val_loss", "tokens")), strict=True)
+    return {int(step): EvalPoint(loss, tokens) for step, loss, tokens in columns if step > 0 and math.isfinite(loss)}
+
+
+def describe_points(n_runs: int, n_sizes: int, by: str, n_datasets: int) -> str:
+    """What the laws were fitted to."""
+    step = "at the step where their mean val_loss is lowest" if by == "best" else "at their last common step"
+    text = (
+        f"Fitted to {plural(n_runs, 'run')} of {plural(n_sizes, 'size')}: of each size, all finished seeds of the "
+        f"arguments with the lowest mean, {step}. Dashed: the scaling law. Thin: the runs' curves."
+    )
+    return text if n_datasets == 1 else f"{text} Runs on other datasets are excluded."
 
 
 def describe_fit(key: str, points: Sequence[Row]) -> Row | None:
@@ -269,7 +327,7 @@ def describe_fit(key: str, points: Sequence[Row]) -> Row | None:
         "high": None if margin is None else curve * np.exp(margin),
         "sentences": [
             describe_law(law, key),
-            describe_floor(law, n_sizes=len(set(x))),
+            describe_floor(law),
             describe_prediction(prediction, key),
             *describe_check(scaling.predict_largest(x, losses)),
         ],
@@ -286,9 +344,10 @@ def describe_law(law: scaling.PowerLaw, key: str) -> str:
     if law.exponent <= 0:
         formula = f"L does not fall with {symbol}"
     else:
-        constant = 10 ** (law.scale / law.exponent / math.log(10))  # A x^-alpha = (constant / x)^alpha
+        power = law.scale / law.exponent / math.log(10)  # A x^-alpha = (10^power / x)^alpha
+        constant = f"{10**power:.3g}" if abs(power) < MAX_POWER else f"10^{power:.0f}"
         floor = f"{law.floor:.4g} + " if law.floor else ""
-        formula = f"L = {floor}({constant:.3g} / {symbol})^{law.exponent:.4f}"
+        formula = f"L = {floor}({constant} / {symbol})^{law.exponent:.4f}"
     margin = law.exponent_margin()
     if margin is None:
         certainty = "there are as many unknowns as points, so it has no confidence interval."
@@ -297,18 +356,24 @@ def describe_law(law: scaling.PowerLaw, key: str) -> str:
     return f"{formula}, {symbol} in {unit}. The exponent is {law.exponent:.4f}; {certainty}"
 
 
-def describe_floor(law: scaling.PowerLaw, n_sizes: int) -> str:
-    if n_sizes < scaling.MIN_SIZES_FOR_FLOOR:
+def describe_floor(law: scaling.PowerLaw) -> str:
+    """Whether a floor was fitted, and why."""
+    if law.floor_p is None:
         return (
-            "With fewer than five sizes, a floor E can't be distinguished from the exponent: "
-            "E = 0, as in Kaplan et al. (2020). With five or more it is fitted too."
+            f"With fewer than {scaling.MIN_SIZES_FOR_FLOOR} sizes, a floor E can't be distinguished from the exponent: "
+            "E = 0, as in Kaplan et al. (2020). With more it is tested."
         )
-    if law.floor == 0:
-        return "A floor E was fitted too (Hoffmann et al. 2022) and is 0: the sizes are too close to show one."
+    p = f"p {format_p(law.floor_p)}, F test"
+    if not law.floor:
+        return f"These sizes show no floor ({p}): E = 0, as in Kaplan et al. (2020)."
     return (
-        f"The floor, which no size gets below, is {law.floor:.3f} (Hoffmann et al. 2022). "
+        f"The floor, which no size gets below, is {law.floor:.3f} (Hoffmann et al. 2022; no floor: {p}). "
         "It is far from the sizes fitted, so it is a rough estimate."
     )
+
+
+def format_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def describe_prediction(prediction: scaling.Prediction, key: str) -> str:
@@ -318,14 +383,15 @@ def describe_prediction(prediction: scaling.Prediction, key: str) -> str:
     return f"{text} (95 % of runs: {prediction.low:.4f} to {prediction.high:.4f})."
 
 
-def describe_check(check: tuple[float, float] | None) -> list[str]:
+def describe_check(check: scaling.Check | None) -> list[str]:
     """A sentence about the largest size as the smaller ones predict it; none where there are too few."""
     if check is None:
         return []
-    predicted, reached = check
-    error = abs(predicted / reached - 1)
+    error = format_percent(abs(check.predicted / check.reached - 1))
+    floor = f"with a floor of {check.law.floor:.3f}" if check.law.floor else "without a floor"
     return [
-        f"Check: the smaller sizes predict {predicted:.4f} for the largest; it reached {reached:.4f}, {error:.1%} off."
+        f"Check: a law fitted to the {check.n_sizes} smaller sizes alone, {floor}, predicts {check.predicted:.4f} for "
+        f"the largest; its mean is {check.reached:.4f}, {error} off."
     ]
 
 

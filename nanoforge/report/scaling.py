@@ -2,7 +2,8 @@
 
     L(x) = E + A x^-alpha         x: parameters or FLOPs; E: the floor, the loss that no size gets below
 
-Fitted by least squares in log L. Knows nothing of runs. Needs scipy, which is imported where it is used.
+Fitted by least squares in log L; a floor only where the sizes show one. Knows nothing of runs. Needs scipy, which is
+imported where it is used.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ MIN_SIZES = 3  # fewer points lie on too many laws
 MIN_SIZES_FOR_FLOOR = 5  # with fewer, a floor can't be distinguished from the exponent
 FLOOR_GRID = np.linspace(0.05, 0.99, 40)  # starts of the fit, in units of the lowest loss
 N_REFINED = 3  # the best starts, which are refined
-MIN_FLOOR_GAIN = 1e-6  # relative decrease of the squared error that a floor must bring
+FLOOR_LEVEL = 0.05  # a floor is fitted where a test at this level rejects that there is none
+ROUNDING = 1e-9  # errors of log L below it are those of floating point
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class PowerLaw:
     covariance: np.ndarray | None = None  # of (height, exponent[, floor]); None with as many unknowns as points
     variance: float = 0.0  # of log L around the law
     degrees_of_freedom: int = 0  # points less unknowns
+    floor_p: float | None = None  # of the test that there is no floor; None for too few sizes
 
     @property
     def scale(self) -> float:
@@ -80,26 +83,40 @@ def student_quantile(confidence: float, degrees_of_freedom: int) -> float:
 
 
 def fit(x: Sequence[float], losses: Sequence[float], *, with_floor: bool | None = None) -> PowerLaw | None:
-    """The power law with the least squared error of log L; equal x are seeds.
+    """The power law with the least squared error of log L; equal x are seeds of a size.
 
-    With five or more sizes the floor is fitted too (Hoffmann et al. 2022, approach 3, with squares for their Huber
-    loss); with fewer the law is Kaplan's (2020), E = 0. None for values that are not positive, fewer than three
-    sizes, or sizes within a factor of 2.
+    Three unknowns with a floor (Hoffmann et al. 2022, approach 3, with squares for their Huber loss), two without (E =
+    0, as Kaplan et al. 2020). with_floor None: a floor where the sizes can show one. None for values that are not
+    positive, fewer than three sizes, or sizes within a factor of 2.
     """
     sizes, values = np.array(x, dtype=float), np.array(losses, dtype=float)
     n_sizes = len(np.unique(sizes))
     valid = np.isfinite(sizes) & np.isfinite(values) & (sizes > 0) & (values > 0)
     if not valid.all() or n_sizes < MIN_SIZES or sizes.max() < 2 * sizes.min():
         return None
+    floor_p = floor_p_value(sizes, values) if n_sizes >= MIN_SIZES_FOR_FLOOR else None
     if with_floor is None:
-        with_floor = n_sizes >= MIN_SIZES_FOR_FLOOR
-    law = fit_given_floor(sizes, values, 0.0)
-    if with_floor:
-        floored = fit_floor(sizes, values)
-        max_error = (1 - MIN_FLOOR_GAIN) * law.squared_error(sizes, values)
-        if floored.squared_error(sizes, values) < max_error:
-            law = floored
-    return with_uncertainty(law, sizes, values)
+        with_floor = floor_p is not None and floor_p < FLOOR_LEVEL
+    law = fit_floor(sizes, values) if with_floor else fit_given_floor(sizes, values, 0.0)
+    return with_uncertainty(replace(law, floor_p=floor_p), sizes, values)
+
+
+def floor_p_value(x: np.ndarray, losses: np.ndarray) -> float:
+    """The p value of an F test of the law without a floor against the law with one.
+
+    On the mean log L of each size: seeds say how far runs of a size differ, not how well a law fits the sizes.
+    """
+    from scipy.special import fdtrc
+
+    sizes = np.unique(x)
+    means = np.array([np.exp(np.log(losses[x == size]).mean()) for size in sizes])
+    error = fit_given_floor(sizes, means, 0.0).squared_error(sizes, means)
+    floored_error = fit_floor(sizes, means).squared_error(sizes, means)
+    if error <= len(sizes) * ROUNDING**2 or floored_error >= error:
+        return 1.0
+    degrees_of_freedom = len(sizes) - 3
+    variance = max(floored_error / degrees_of_freedom, ROUNDING**2)
+    return float(fdtrc(1, degrees_of_freedom, (error - floored_error) / variance))
 
 
 def fit_given_floor(x: np.ndarray, losses: np.ndarray, floor: float) -> PowerLaw:
@@ -174,11 +191,17 @@ def predict_next_size(law: PowerLaw, x: Sequence[float]) -> Prediction:
     return Prediction(following, loss, loss / factor, loss * factor)
 
 
-def predict_largest(x: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
-    """(loss of the largest size as the smaller ones predict it, its mean loss): a test of the law.
+class Check(NamedTuple):
+    """The largest size as a law fitted to the smaller ones predicts it."""
 
-    None with fewer than four sizes.
-    """
+    law: PowerLaw
+    n_sizes: int  # that it was fitted to
+    predicted: float
+    reached: float  # the mean loss
+
+
+def predict_largest(x: Sequence[float], losses: Sequence[float]) -> Check | None:
+    """A test of the law. None with fewer than four sizes."""
     largest = max(x)
     if len(set(x)) < MIN_SIZES + 1:
         return None
@@ -187,4 +210,4 @@ def predict_largest(x: Sequence[float], losses: Sequence[float]) -> tuple[float,
     if law is None:
         return None
     reached = [losses[i] for i in range(len(x)) if x[i] == largest]
-    return float(law.loss(largest)), float(np.mean(reached))
+    return Check(law, len(set(x)) - 1, predicted=float(law.loss(largest)), reached=float(np.mean(reached)))

@@ -220,7 +220,7 @@ def test_batch_decoder_draws_what_generate_draws_for_each_prompt(variant):
 
 @pytest.mark.parametrize("variant", RAGGED, ids=str)
 @torch.no_grad()
-def test_a_batch_past_the_context_equals_reading_each_text_again(variant):
+def test_a_batch_past_the_context_equals_reading_each_text_again(variant: dict) -> None:
     """Prompts inside, at and beyond the context; sequences slide at their own times, some after others have retired."""
     model = tiny_model(block_size=12, **variant).eval()
     prompts = [ids(length, seed=length) for length in (3, 11, 12, 13, 30)]
@@ -235,7 +235,7 @@ def test_a_batch_past_the_context_equals_reading_each_text_again(variant):
             assert completion.ids == (text[: text.index(eos_id) + 1] if completion.ended else text)
 
 
-def test_past_the_context_the_virtual_tokens_stay():
+def test_past_the_context_the_virtual_tokens_stay() -> None:
     """Token by token, as the model reads the soft prompt and the second half of the rest without a cache."""
     model = tiny_model(block_size=12).eval()
     adapters.add_soft_prompt(model, torch.randn(3, 32, generator=torch.Generator().manual_seed(3)), "tensor")

@@ -89,7 +89,7 @@ def test_samples_resemble_the_text(trained):
     assert sum(word in known_words for word in re.findall(r"\w+", output)) > 20
 
 
-def sample_here(capsys, *argv) -> tuple[str, str]:
+def sample_here(capsys: pytest.CaptureFixture, *argv: str) -> tuple[str, str]:
     """What sample.py prints, in this process: standard output and standard error."""
     sample_script.main(configurator.parse(sample_script.SampleArgs, list(argv), ""))
     return capsys.readouterr()
@@ -97,7 +97,9 @@ def sample_here(capsys, *argv) -> tuple[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["the ", "the quick brown fox jumps"])
-def test_a_text_until_its_end_goes_on_past_the_context(trained, capsys, start):
+def test_a_text_until_its_end_goes_on_past_the_context(
+    trained: Path, capsys: pytest.CaptureFixture, start: str
+) -> None:
     """A context of 16 tokens; this model has no end token, so the text is the endless one."""
     capsys.readouterr()
     flags = [f"--out_dir={trained}/single", f"--start={start}", "--num_samples=1", "--max_new_tokens=200"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ def test_accuracy_is_that_of_greedy_completions(base, data_dir):
     assert metrics["partial"]["value"] >= accuracy["value"] and metrics["format"]["value"] == 0
 
 
-def test_prompts_longer_than_the_context_are_read_by_their_end(base, tmp_path, capsys):
+def test_prompts_longer_than_the_context_are_read_by_their_end(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     prompts = ["+".join(map(str, range(length))) + "=" for length in (3, 12, 16, 40)]  # of 6 to 120 tokens
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in prompts))

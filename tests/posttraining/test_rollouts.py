@@ -154,7 +154,7 @@ def test_the_end_of_sequence_token_is_the_last_of_a_completion():
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_completions_go_on_past_block_size(position):
+def test_completions_go_on_past_block_size(position: str) -> None:
     """A sequence is that of its prompt alone: inside the context, past it, and of a prompt as long as the context."""
     model = tiny_model(block_size=16, position=position).eval()
     completions = complete(model, PROMPTS, 50, temperature=0.0)

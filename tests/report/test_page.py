@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_folders import HOSTILE, tiny_model
+from run_folders import HOSTILE, TOKENS_PER_STEP, tiny_model
 
 from nanoforge.report import page, plots, stats
 
@@ -80,9 +81,48 @@ def test_the_scaling_law_predicts_a_size(write_run, payload_of, tmp_path):
     shown = payload_of(tmp_path / "out")["scaling"]
     assert shown["sizes"] == 4
     assert shown["laws"].keys() == {"compute", "parameters"}
-    assert "0.0% off" in " ".join(shown["laws"]["parameters"]["sentences"])
+    assert "less than 0.1 %" in " ".join(shown["laws"]["parameters"]["sentences"])
     write_run("seed", n_embd=64, seed=2, note="", loss=lambda step: 0.1)
     assert len(payload_of(tmp_path / "out")["scaling"]["points"]) == 4, "a run that is not done is no point"
+
+
+def test_seeds_of_a_size_count_at_one_step(write_run: Callable, payload_of: Callable, tmp_path: Path) -> None:
+    """One seed is best at step 10, the other at 20, their mean at 15: both count there, with the same compute."""
+    widths = (8, 16, 32, 64)
+    seeds = ({0: 9.0, 5: 6.0, 10: 5.0, 15: 5.05, 20: 5.3}, {0: 9.0, 5: 6.0, 10: 5.5, 15: 4.95, 20: 4.9})
+    for i, width in enumerate(widths):
+        for seed, losses in enumerate(seeds):
+
+            def loss(step: int, losses: dict = losses, i: int = i) -> float:
+                return losses[step // 5 * 5] - i
+
+            write_run(f"w{width},{seed}", n_embd=width, seed=seed, loss=loss)
+    for by, step in (("best", 15), ("final", 20)):
+        scaling = payload_of(tmp_path / "out", by=by)["scaling"]
+        assert scaling["sizes"] == 4
+        assert [point["step"] for point in scaling["points"]] == [step] * 8
+        expected = [losses[step] - i for i in range(4) for losses in seeds]
+        assert [point["loss"] for point in scaling["points"]] == pytest.approx(expected)
+        for point, width in zip(scaling["points"], [width for width in widths for _ in range(2)], strict=True):
+            flops = tiny_model(width).flops_per_token()
+            assert point["compute"] == pytest.approx(flops * step * TOKENS_PER_STEP, rel=1e-5)
+        assert all(law["floor"] == 0 for law in scaling["laws"].values())
+        assert "8 runs of 4 sizes" in scaling["fitted"]
+
+
+def test_models_of_nearly_the_same_parameters_are_one_size(
+    write_run: Callable, payload_of: Callable, tmp_path: Path
+) -> None:
+    """Three sizes, each with and without a few parameters more: the better one of each counts."""
+    for width in (8, 16, 32):
+        for extra in (0, 50):
+            folder = write_run(f"w{width}+{extra}", n_embd=width, extra=extra, loss=lambda step, e=extra: 3 + e)
+            record = json.loads((folder / "train_config.json").read_text())
+            record["_counts"]["parameters"] += extra
+            (folder / "train_config.json").write_text(json.dumps(record))
+    scaling = payload_of(tmp_path / "out")["scaling"]
+    assert (scaling["sizes"], len(scaling["points"])) == (3, 3)
+    assert {point["loss"] for point in scaling["points"]} == {3}
 
 
 def test_invisible_characters_become_visible():

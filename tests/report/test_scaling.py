@@ -1,6 +1,7 @@
 """The report's scaling laws, against known laws, tables and simulation."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -32,12 +33,44 @@ def test_few_sizes_have_no_floor():
     law = scaling.fit(x[:3], losses[:3])
     assert law.floor == 0
     assert law.exponent == pytest.approx(0.154)
-    assert scaling.predict_largest(x, losses) == pytest.approx((losses[3], losses[3]))
+    check = scaling.predict_largest(x, losses)
+    assert (check.n_sizes, check.predicted, check.reached) == (3, pytest.approx(losses[3]), pytest.approx(losses[3]))
     assert scaling.predict_largest(x[:3], losses[:3]) is None
 
 
 def test_a_floor_of_zero_is_found():
     assert scaling.fit(COMPUTE, 400 * COMPUTE**-0.154).floor == 0
+
+
+def test_seeds_are_no_sizes() -> None:
+    """Four sizes of two seeds: the law is the line through log L, against its closed form, and has no floor."""
+    x = np.repeat(COMPUTE[:4], 2)
+    losses = true_loss(x) * np.exp(np.random.default_rng(0).normal(0, 0.01, 8))
+    law = scaling.fit(x, losses)
+    slope, height = np.polyfit(np.log(x), np.log(losses), 1)
+    assert (law.floor, law.floor_p) == (0, None)
+    assert (law.exponent, law.scale) == (pytest.approx(-slope), pytest.approx(height))
+    assert law.degrees_of_freedom == 6
+    check = scaling.predict_largest(x, losses)
+    slope, height = np.polyfit(np.log(x[:6]), np.log(losses[:6]), 1)
+    assert check.predicted == pytest.approx(math.exp(height + slope * math.log(x[-1])))
+    assert check.reached == pytest.approx(losses[6:].mean())
+
+
+@pytest.mark.slow
+def test_a_floor_is_fitted_only_where_the_sizes_show_one() -> None:
+    """Without a floor the test errs as often as its level says, also with seeds that agree better than the sizes do."""
+    generator = np.random.default_rng(0)
+    x = np.repeat(COMPUTE, 3)
+
+    def floors(loss: Callable, n: int) -> list[float]:
+        noise = lambda: np.repeat(generator.normal(0, 0.01, 6), 3) + generator.normal(0, 0.001, 18)  # noqa: E731
+        return [scaling.fit(x, loss(x) * np.exp(noise())).floor for _ in range(n)]
+
+    assert np.count_nonzero(floors(lambda x: 400 * x**-0.154, 25)) <= 3
+    found = floors(true_loss, 8)
+    assert np.count_nonzero(found) == 8
+    assert np.median(found) == pytest.approx(1.69, abs=0.15)
 
 
 def test_without_enough_sizes_there_is_no_law():
