@@ -245,13 +245,17 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
             console.print_line(format_metrics(evaluation.summarize(results, run.data.eval_weights)))
         return run.progress
 
-    # 2. Write what it is, once no rank reads what that may overwrite.
+    # 2. Write what it is, once no rank reads what that may overwrite. From here on a signal saves before it ends.
     ranks.barrier()
-    with ranks.main_first():
-        if ranks.is_main:
-            begin(run, lock)
+    with Signals() as signals:
+        with ranks.main_first():
+            if ranks.is_main:
+                begin(run, lock)
+        return train_to_end(run, notes, signals)
 
-    # 3. Train it, after a rollback again.
+
+def train_to_end(run: Run, notes: list[str], signals: Signals) -> Progress:
+    """Train the run, after a rollback again. notes: of how it was built, for its metrics."""
     while True:
         logger = open_logger(run)
         for note in notes:
@@ -259,9 +263,8 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
         notes.clear()
         try:
             with note_failure(run.progress, logger):
-                with Signals() as signals:
-                    if train(run, logger, signals):
-                        return run.progress
+                if train(run, logger, signals):
+                    return run.progress
                 run = rollback(run, logger)
         finally:
             run.checkpoints.close()

@@ -1,20 +1,27 @@
-"""Files: reading text, atomic writes, hashes and downloads. Imports no torch."""
+"""Files: reading text, atomic writes, locks, hashes and downloads. Imports no torch."""
 
+import errno
+import functools
 import hashlib
+import importlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from nanoforge.console import ProgressBar
+from nanoforge.console import ProgressBar, print_to_stderr
 from nanoforge.errors import UserError
 
 DOWNLOAD_BYTES = 2**20  # read at once
 TMP_SUFFIX = ".tmp"  # of unfinished files and folders, which no reader opens
+LOCK_ATTEMPTS = 10  # with LOCK_PAUSE between them: another process may share the lock for an instant, to look at it
+LOCK_PAUSE = 0.1  # seconds
+WINDOWS_LOCK_BYTE = 2**30  # beyond the file's text, which others may read
 
 
 @contextmanager
@@ -123,3 +130,63 @@ def save_response(response: Any, path: Path, title: str) -> None:
         os.fsync(file.fileno())
     if size and n_bytes != size:
         raise OSError(f"{n_bytes:,} of {size:,} bytes came")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# locks
+
+
+def lock_file(handle: int, *, shared: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends, however it ends; False if another process holds it.
+
+    shared: only to look whether another process holds it. Where the file system has no locks nobody does, which is
+    reported once.
+    """
+    for attempt in range(1 if shared else LOCK_ATTEMPTS):
+        if attempt:
+            time.sleep(LOCK_PAUSE)
+        try:
+            lock_now(handle, shared=shared)
+            return True
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if not shared:
+                report_missing_locks(error.strerror)
+            return True
+    return False
+
+
+@functools.cache
+def report_missing_locks(reason: str) -> None:
+    """Print, once, that nothing is locked."""
+    print_to_stderr(f"files can't be locked here ({reason}): nothing keeps a second run out of a folder")
+
+
+def lock_now(handle: int, *, shared: bool) -> None:
+    """flock(2), or its like on Windows, which does not share. Raises BlockingIOError if another process holds the
+    lock, and OSError where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        lock_on_windows(handle)
+        return
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def lock_on_windows(handle: int) -> None:
+    """Lock a byte of the file; others may not read it. Raises as lock_now does."""
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no locks") from None
+    position = os.lseek(handle, 0, os.SEEK_CUR)
+    os.lseek(handle, WINDOWS_LOCK_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError(error.errno, error.strerror) from None
+        raise
+    finally:
+        os.lseek(handle, position, os.SEEK_SET)

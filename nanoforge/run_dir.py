@@ -3,7 +3,7 @@
 What the files say about a run's state is in run_state.py. Imports no torch.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import platform
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from nanoforge.config_files import RECORD_FILE
 from nanoforge.errors import UserError
-from nanoforge.files import TMP_SUFFIX, write_json
+from nanoforge.files import TMP_SUFFIX, lock_file, report_missing_locks, write_json
 
 Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its content
 
@@ -142,7 +142,10 @@ def write_best(out_dir: Path, *, step: int, val_loss: float) -> None:
 
 
 class RunLock:
-    """Held by the process that trains in a folder, and released when that process ends, however it ends (flock(2))."""
+    """Held by the process that trains in a folder, and released when that process ends, however it ends.
+
+    A file system without locks, or a lock file that this user can't write, is reported, and does not end the run.
+    """
 
     def __init__(self, out_dir: Path):
         self.path = out_dir / TRAIN_LOCK_FILE
@@ -152,20 +155,20 @@ class RunLock:
         """Raises UserError when another process holds it."""
         if self.file is not None:
             return
-        file = self.path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            file = self.path.open("a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            report_missing_locks(f"{self.path}: {error.strerror}")
+            return
+        if not lock_file(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise UserError(
-                f"{self.path.parent}: {holder} is training there; wait for it or use another --out_dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+            raise UserError(f"{self.path.parent}: {holder} is training there; wait for it or use another --out_dir")
         self.file = file
+        with contextlib.suppress(OSError):  # a full disk
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
 
     def __enter__(self) -> "RunLock":
         return self

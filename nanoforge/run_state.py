@@ -11,7 +11,6 @@ Besides what train.py writes (run_dir.py), whoever started the run keeps in its 
 Imports no torch.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanoforge.console import plural
+from nanoforge.files import lock_file
 from nanoforge.run_dir import METRICS_FILE, TRAIN_LOCK_FILE
 
 CONFIG_FILE = "run.json"
@@ -29,12 +29,20 @@ PRUNED_FILE = "pruned"
 
 FINISHED = ("done", "pruned", "diverged")  # states in which nothing is left to do
 NEEDS_WORK = ("new", "stopped", "failed")  # states in which something is left to do and no process does it
-STOP_STATUSES: dict[int | None, str] = {
-    128 + stop: stop.name for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-}
+# Signals that ask a run to save and end: of users, schedulers (SIGUSR2: SGE, submitit), a terminal that closes
+# (SIGHUP; SIGBREAK on Windows) and a limit of CPU time (SIGXCPU). Windows has few of them.
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOP_SIGNALS = tuple(signal.Signals[name] for name in STOP_NAMES if hasattr(signal, name))
+STOP_STATUSES: dict[int | None, str] = {128 + stop: stop.name for stop in STOP_SIGNALS}
 
 MAX_STEP = 2**53  # a float still holds every integer up to here
 LOG_TAIL_BYTES = 20_000
+
+
+def stop_signals() -> list[signal.Signals]:
+    """STOP_SIGNALS, without the SIGHUP that a process under nohup ignores."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    return [stop for stop in STOP_SIGNALS if stop != hang_up or signal.getsignal(stop) != signal.SIG_IGN]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,14 +165,9 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # a file system without locks
+        return not lock_file(handle, shared=True)
     finally:
         os.close(handle)
-    return False
 
 
 def is_running(folder: Path) -> bool:

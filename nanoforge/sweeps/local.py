@@ -5,7 +5,6 @@ while that process lives, even if this one is gone, no other launcher starts the
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -18,10 +17,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from nanoforge import run_state
+from nanoforge.console import print_to_stderr
+from nanoforge.files import lock_file
 
 POLL_SECONDS = 0.2
-LOCK_ATTEMPTS = 10  # with LOCK_PAUSE between them: another process may hold the lock for an instant, to look at it
-LOCK_PAUSE = 0.1  # seconds
+REPEAT_SECONDS = 0.5  # within which a signal is the same request: a terminal that closes sends two
 
 Command = list[str]
 
@@ -88,12 +88,8 @@ def gpu_slots(jobs: int, gpus_per_run: int) -> Slots:
 def acquire_lock(folder: Path) -> int | None:
     """The folder's lock as a file descriptor that a child may inherit, or None if another process holds it."""
     descriptor = os.open(folder / run_state.SWEEP_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            time.sleep(LOCK_PAUSE)
+    if lock_file(descriptor):
+        return descriptor
     os.close(descriptor)
     return None
 
@@ -116,16 +112,25 @@ class Attempt:
             self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self.process: subprocess.Popen | None = None
         self.remaining: list[Command] = []
-        task.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = acquire_lock(task.folder)
+        self.lock: int | None = None
+        self.locked_elsewhere = False
+        try:
+            self.start()
+        except OSError as error:  # a full disk, or a folder that can't be written
+            print_to_stderr(f"{task.folder}: could not be started ({error})")
+        if self.process is None:
+            self.release_lock()
+
+    def start(self) -> None:
+        """Start the first command, unless another process runs this task or nothing is left to do."""
+        self.task.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = acquire_lock(self.task.folder)
         self.locked_elsewhere = self.lock is None
         if not self.locked_elsewhere:
-            self.remaining = task.commands()
+            self.remaining = self.task.commands()
         if self.remaining:
-            (task.folder / run_state.STATUS_FILE).unlink(missing_ok=True)
+            (self.task.folder / run_state.STATUS_FILE).unlink(missing_ok=True)
             self.start_next()
-        else:
-            self.release_lock()
 
     @property
     def seconds(self) -> float:
@@ -135,17 +140,21 @@ class Attempt:
         """Start the next command, in a session of its own: Ctrl-C reaches only this process, which passes it on."""
         assert self.lock is not None
         command = self.remaining.pop(0)
-        with (self.task.folder / run_state.LOG_FILE).open("a", encoding="utf-8") as log:
+        if hasattr(os, "killpg"):
+            options: dict[str, Any] = {"start_new_session": True, "pass_fds": (self.lock,)}
+        else:  # Windows
+            options = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+        with (self.task.folder / run_state.LOG_FILE).open("ab", buffering=0) as log:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"--- {now} {subprocess.list2cmdline(command)}", file=log, flush=True)
+            with contextlib.suppress(OSError):
+                log.write(f"--- {now} {subprocess.list2cmdline(command)}\n".encode())
             self.process = subprocess.Popen(
                 command,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(self.lock,),
+                **options,
             )
 
     def poll(self) -> bool:
@@ -158,7 +167,8 @@ class Attempt:
         if self.exit_status == 0 and self.remaining and not self.stopped:
             self.start_next()
             return False
-        (self.task.folder / run_state.STATUS_FILE).write_text(f"{self.exit_status}\n")
+        with contextlib.suppress(OSError):  # a full disk
+            (self.task.folder / run_state.STATUS_FILE).write_text(f"{self.exit_status}\n")
         self.release_lock()
         return True
 
@@ -167,13 +177,16 @@ class Attempt:
         self.stopped = True
         if self.is_alive():
             assert self.process is not None
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))  # the former on Windows
 
     def kill(self) -> None:
         """End the command and its children at once."""
         self.stopped = True
         if self.is_alive():
             assert self.process is not None
+            if not hasattr(os, "killpg"):  # Windows
+                self.process.kill()
+                return
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -192,19 +205,22 @@ class Attempt:
 
 
 class Signals:
-    """Within a `with`, collects SIGINT and SIGTERM instead of being ended by them."""
+    """Within a `with`, collects STOP_SIGNALS instead of being ended by them."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self.last_time = 0.0
         self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in run_state.stop_signals():
             self.handlers[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+        if not self.received or time.monotonic() - self.last_time > REPEAT_SECONDS:
+            self.received.append(number)
+            self.last_time = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -273,8 +289,8 @@ class Pool:
 def run_tasks(slots: Slots, callbacks: Callbacks) -> int:
     """Run tasks, one in each slot at a time, until there are no more.
 
-    The first SIGINT or SIGTERM has the commands save and exit; the second ends them at once. Returns 0, or the number
-    of the first signal.
+    The first of STOP_SIGNALS has the commands save and exit; the second ends them at once. Returns 0, or the number of
+    the first signal.
     """
     pool = Pool(slots, callbacks)
     n_handled = 0  # signals

@@ -5,12 +5,14 @@ import signal
 import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from nanoforge.run_state import stop_signals
+
 REPEAT_SECONDS = 1.0
+CPU_LIMIT = getattr(signal, "SIGXCPU", None)  # repeated every second until the hard limit
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; another one, a second later or more, ends it at once.
+    """STOP_SIGNALS ask the run to save and end; another one, a second later or more, ends it at once.
 
     Within that second it counts as the same request: a scheduler signals every process, and torchrun passes its own on.
     `number` is the signal, or 0.
@@ -21,7 +23,7 @@ class Signals:
         self.received_at = 0.0
 
     def __enter__(self) -> "Signals":
-        self.previous_handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        self.previous_handlers = {number: signal.signal(number, self.handle) for number in stop_signals()}
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -29,7 +31,7 @@ class Signals:
         if not self.number:
             self.number = number
             self.received_at = time.monotonic()
-        elif time.monotonic() - self.received_at > REPEAT_SECONDS:
+        elif number != CPU_LIMIT and time.monotonic() - self.received_at > REPEAT_SECONDS:
             os._exit(128 + number)
 
     def __exit__(self, *_: object) -> None:

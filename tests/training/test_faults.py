@@ -4,6 +4,8 @@ Processes are real. Those that only have to die quickly are forked from one that
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -40,7 +43,9 @@ from safetensors import SafetensorError
 import configurator
 import train
 import train_args
+from nanoforge import files, run_dir, run_state
 from nanoforge.errors import UserError
+from nanoforge.sweeps import local
 from nanoforge.training import checkpoint
 from nanoforge.training.checkpoint import Snapshot
 from nanoforge.training.logger import RunLogger
@@ -476,6 +481,39 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
     wait_for_exit(first)
     newest = checkpoint.list_steps(checkpoints)[-1]
     assert run("--init_from=resume", f"--max_iters={newest}").progress.step == newest
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_reported_once(run, monkeypatch, capsys, tmp_path, number):
+    """As some network file systems are. Only EWOULDBLOCK means that another process holds the lock."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.report_missing_locks.cache_clear()
+    lock = local.acquire_lock(tmp_path)
+    assert lock is not None
+    os.close(lock)
+    assert run("--max_iters=2", name="a").progress.step == 2
+    assert run("--init_from=resume", "--max_iters=4", name="a").progress.step == 4
+    assert not run_state.is_running(tmp_path / "a")
+
+
+def test_a_lock_that_others_look_at_is_waited_for(tmp_path):
+    """A reader of runs shares the lock for an instant."""
+    with (tmp_path / ".lock").open("w") as looked_at, run_dir.RunLock(tmp_path) as lock:
+        assert files.lock_file(looked_at.fileno(), shared=True)
+        threading.Timer(0.15, looked_at.close).start()
+        lock.acquire()
+        assert lock.file is not None
+
+
+def test_a_lock_file_that_cant_be_written_ends_no_run(run, tmp_path):
+    done = run("--max_iters=2")
+    (done.out_dir / ".lock").unlink()
+    (done.out_dir / ".lock").mkdir()  # permissions don't stop root
+    assert run("--init_from=resume", "--max_iters=4").progress.step == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from model import GPT, GPTConfig
 from nanoforge import device, run_state
 from nanoforge.errors import UserError
 from nanoforge.run_dir import RunRecord
-from nanoforge.training import checkpoint
+from nanoforge.training import checkpoint, signals
 from nanoforge.training.optimizers import Optimizer
 
 HARD = [
@@ -438,6 +439,52 @@ def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
     assert process.wait(30) == 128 + number
     stopped = read_run(tmp_path / "x")
     assert stopped.last.progress["step"] == stopped.steps[-1] >= 20
+
+
+def signal_itself(monkeypatch, number: int, step: int) -> None:
+    """This process signals itself in a step of the next run."""
+    original = Optimizer.update
+    n_steps = 0
+
+    def update(self, scaler, skip):
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == step:
+            os.kill(os.getpid(), number)
+        original(self, scaler, skip)
+
+    monkeypatch.setattr(Optimizer, "update", update)
+
+
+@pytest.mark.parametrize("number", run_state.STOP_SIGNALS, ids=lambda number: number.name)
+def test_every_stop_signal_saves_and_is_a_status_of_a_stopped_run(run, monkeypatch, tmp_path, number):
+    handler = signal.signal(number, signal.SIG_DFL)
+    signal_itself(monkeypatch, number, step=3)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run("--max_iters=100", "--eval_interval=100")
+    finally:
+        signal.signal(number, handler)
+    assert end.value.code == 128 + number
+    assert read_run(tmp_path / "run").steps == [3]
+    assert run_state.run_status(tmp_path / "run").state == "stopped"
+
+
+def test_nohup_ignores_a_terminal_that_closes(run, monkeypatch):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_itself(monkeypatch, signal.SIGHUP, step=2)
+        assert run("--max_iters=4").progress.step == 4
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_a_repeated_signal_of_a_limit_of_cpu_time_is_no_second_request(monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
+    with signals.Signals() as received:
+        os.kill(os.getpid(), signal.SIGXCPU)
+        os.kill(os.getpid(), signal.SIGXCPU)
+        assert received.number == signal.SIGXCPU
 
 
 @pytest.mark.slow
