@@ -49,7 +49,13 @@ DECIDED_BY_SWEEP = {
     "overwrite": "the sweep decides which runs start over",
     "eval_only": "writes nothing that a sweep could show",
 }
-JOB_PREFIXES = ("slurm.", "environment.", "execution.venv", "evaluation.")  # of values that are no arguments
+JOB_PREFIXES = (
+    "slurm.",
+    "environment.",
+    "execution.venv",
+    "execution.setup",
+    "evaluation.",
+)  # of values that are no arguments
 N_CHECKED_POINTS = 100  # random ones, before a search begins
 
 
@@ -350,7 +356,8 @@ class Planner:
         if self.request.sweep_args.launcher == "local" and not os.access(python, os.X_OK):
             errors.append(f"venv: {python}: no such program")
         text_environment = {name: str(value) for name, value in environment.items()}
-        return slurm.Job(directives, text_environment, python, os.getcwd()), shape, errors
+        setup = str(sections.get("execution", {}).get("setup", ""))
+        return slurm.Job(directives, text_environment, python, os.getcwd(), setup), shape, errors
 
     def layers_of(
         self, point: grid.Point, arguments: dict[str, Any], ranks: int
@@ -364,6 +371,8 @@ class Planner:
                 layers.append((GRID, hf_keys.to_arguments(point.values, ranks, self.count_examples)))
             except UserError as error:
                 errors += str(error).splitlines()
+        else:
+            layers.append((GRID, hf_keys.wandb_arguments(point.values)))
         layers.append((GRID, arguments))
         for name, reason in DECIDED_BY_SWEEP.items():
             if any(name in values for _, values in layers):
@@ -400,9 +409,12 @@ class Planner:
                 job_values[name] = value
         if job_values:
             identity["_job"] = job_values
-        # 3. The run.
+        # 3. The run. A tracker shows several runs under names of their own.
+        folder = plan.run_folder(self.request.out_dir, varying, identity, SHORT_NAMES)
+        if arguments.get("wandb_run_name") and varying:
+            arguments["wandb_run_name"] += f"-{folder.name}"
         return PlannedRun(
-            folder=plan.run_folder(self.request.out_dir, varying, identity, SHORT_NAMES),
+            folder=folder,
             varying=varying,
             arguments=arguments,
             effective=effective,
@@ -440,7 +452,7 @@ def report(request: Request, runs: list[PlannedRun]) -> int:
     line = f"{plural(len(runs), 'run')} in {request.out_dir}"
     if request.sweep_args.status:
         print(line)
-        plan.print_failed(runs, statuses)
+        plan.print_failed(runs, statuses, request.slurm_dir)
         return int(any(status.state in ("failed", "diverged") for status in statuses))
     command = shlex.join(["python", "sweep.py", *sys.argv[1:], "--launcher=local"])
     print(f"{line}; to run them: {command}")
@@ -478,7 +490,7 @@ def finish(request: Request, runs: list[PlannedRun], signal_number: int) -> int:
     statuses = plan.run_statuses(runs, request.slurm_dir)
     print()
     plan.print_table(runs, statuses)
-    plan.print_failed(runs, statuses)
+    plan.print_failed(runs, statuses, request.slurm_dir)
     if signal_number:
         return 128 + signal_number
     return int(any(status.state not in ("done", "pruned") for status in statuses))

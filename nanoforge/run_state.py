@@ -113,8 +113,13 @@ def read_metrics(path: Path, warnings: list[str]) -> list[dict]:
 
 def log_tail(folder: Path, count: int = 5) -> list[str]:
     """The last lines of the run's console log, blank ones left out."""
+    return tail(folder / LOG_FILE, count)
+
+
+def tail(path: Path, count: int = 5) -> list[str]:
+    """The last lines of a file, blank ones left out; none where it can't be read."""
     try:
-        with (folder / LOG_FILE).open("rb") as file:
+        with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - LOG_TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")

@@ -33,23 +33,33 @@ def read_grid_file(path: str, arguments: Iterable[str], aliases: dict[str, str])
         out_dir = spec.pop("execution.output_dir", None)
         if out_dir:
             spec["out_dir"] = out_dir
+        if "execution.setup" in spec:
+            spec["execution.setup"] = as_lines(spec["execution.setup"])
         return GridFile(spec, [], is_experiment=True, errors=hf_keys.file_errors(values) + errors)
     base = values.pop("base", None) or []
     venv = values.pop("venv", None)
+    setup = values.pop("setup", None)
     job_sections = {name: values.pop(name) for name in hf_keys.JOB_SECTIONS if name in values}
     spec, errors = hf_keys.flatten(job_sections, as_text)
     if venv:
         spec["execution.venv"] = venv
+    if setup:
+        spec["execution.setup"] = as_lines(setup)
     known = [*arguments, *aliases, *SECTIONS]
     errors += [f"{path}: {error}" for error in config_files.named_twice(values, aliases)]
     for name, value in values.items():
         if name in known:
             spec[aliases.get(name, name)] = value
         else:
-            suggestion = did_you_mean(name, [*known, *hf_keys.JOB_SECTIONS, "venv"])
+            suggestion = did_you_mean(name, [*known, *hf_keys.JOB_SECTIONS, "venv", "setup"])
             errors.append(f"{path}: {name}: no such argument{suggestion}")
     base_configs = [str(item) for item in (base if isinstance(base, list) else [base])]
     return GridFile(spec, base_configs, is_experiment=False, errors=errors)
+
+
+def as_lines(setup: Any) -> str:
+    """The lines of a script: one text of them, or a list."""
+    return "\n".join(str(line) for line in setup) if isinstance(setup, list) else str(setup)
 
 
 def names_in_zip_and_groups(spec: dict[str, Any]) -> set[str]:

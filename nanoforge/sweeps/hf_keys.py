@@ -1,6 +1,6 @@
 """Experiment files of rl_salamandra_alignment: the keys of Hugging Face's trainers become arguments of train.py.
 
-    execution           algorithm, venv, output_dir (an absolute path), distributed_config
+    execution           algorithm, venv, setup, output_dir (an absolute path), distributed_config
     slurm               directives of sbatch
     rl_script_args      keys of TRL's ScriptArguments
     model_config_args   keys of TRL's ModelConfig
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nanoforge.errors import UserError, did_you_mean
 
-EXECUTION_KEYS = ("algorithm", "venv", "output_dir", "distributed_config")
+EXECUTION_KEYS = ("algorithm", "venv", "setup", "output_dir", "distributed_config")
 KEY_SECTIONS = ("rl_script_args", "model_config_args", "rl_config_args")
 JOB_SECTIONS = ("slurm", "environment", "evaluation")  # a grid file may have these too
 TEXT_SECTIONS = ("slurm", "environment")  # values stay the text that the file has: 2:00:00 and 010 are not numbers

@@ -127,13 +127,16 @@ class SlurmLauncher:
         return self.folder / "logs"
 
     def launch(self, runs: list[PlannedRun], *, submit: bool) -> None:
-        """Write the scripts of the runs, submit them if asked to, and print their paths."""
+        """Write the scripts of the runs, submit them if asked to, and print their paths. Raises UserError."""
+        slurm.remove_scripts(self.folder)
         jobs = slurm.Jobs(self.folder / slurm.JOBS_FILE)
         for name, group in self.groups(runs).items():
             training, evaluations = self.write_scripts(name, group)
             if submit:
-                job = self.submit(training, evaluations)
+                job = slurm.submit(training)
                 jobs.update({run.name: f"{job}_{i}" if self.is_array else job for i, run in enumerate(group)})
+                for evaluation in evaluations:
+                    slurm.submit(evaluation, after_job=job, is_array=self.is_array)
                 print(f"job {job}: {training}")
             else:
                 print(training)
@@ -160,6 +163,7 @@ class SlurmLauncher:
             log_dir=self.log_dir,
             is_array=self.is_array,
             max_at_once=self.max_at_once,
+            is_one_of_several=any(run.varying for run in group),
         )
         path = self.folder / f"{name}.sh"
         path.write_text(slurm.training_script(training, self.scripts.train), encoding="utf-8")
@@ -171,10 +175,3 @@ class SlurmLauncher:
             evaluation_path.write_text(text, encoding="utf-8")
             evaluation_paths.append(evaluation_path)
         return path, evaluation_paths
-
-    def submit(self, training: Path, evaluations: list[Path]) -> str:
-        """Hand a training and the evaluations after it to sbatch; the id of the training's job. Raises UserError."""
-        job = slurm.submit(training)
-        for evaluation in evaluations:
-            slurm.submit(evaluation, after_job=job, is_array=self.is_array)
-        return job

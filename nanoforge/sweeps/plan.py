@@ -165,7 +165,7 @@ def run_statuses(runs: list[PlannedRun], slurm_dir: Path) -> list[RunStatus]:
     Raises UserError if some runs were handed to Slurm and its queue can't be read.
     """
     jobs = slurm.Jobs(slurm_dir / slurm.JOBS_FILE).ids
-    queue: dict[str, str] = {}
+    queue: dict[str, slurm.QueuedJob] = {}
     if any(run.name in jobs for run in runs):
         queue = slurm.read_queue()
     statuses = []
@@ -173,7 +173,7 @@ def run_statuses(runs: list[PlannedRun], slurm_dir: Path) -> list[RunStatus]:
         status = run_state.run_status(run.folder)
         job = jobs.get(run.name, "")
         if job in queue:
-            status = status._replace(state=queue[job], reason=f"job {job}")
+            status = status._replace(state=queue[job].state, reason=queue[job].describe(job))
         statuses.append(status)
     return statuses
 
@@ -186,9 +186,19 @@ def print_table(runs: list[PlannedRun], statuses: list[RunStatus]) -> None:
     print(summary.as_text(table_of_runs(runs, statuses)))
 
 
-def print_failed(runs: list[PlannedRun], statuses: list[RunStatus]) -> None:
-    """Print the reason and the last console output of each run that has failed, has diverged or was stopped."""
+def newest_log(run: PlannedRun, slurm_dir: Path, job: str) -> Path:
+    """The run's log.txt, or the log of its job, which also has what Slurm says: a time limit, a lost node."""
+    logs = [run.folder / run_state.LOG_FILE, *(slurm_dir / "logs").glob(f"*-{job}.out")]
+    return max(logs, key=lambda log: log.stat().st_mtime if log.exists() else 0.0)
+
+
+def print_failed(runs: list[PlannedRun], statuses: list[RunStatus], slurm_dir: Path) -> None:
+    """Print why runs have failed, have diverged or were stopped, with their last console output, and why jobs wait."""
+    jobs = slurm.Jobs(slurm_dir / slurm.JOBS_FILE).ids
     for run, status in zip(runs, statuses, strict=True):
         if status.state in ("failed", "diverged", "stopped"):
-            print(f"\n{run.name}: {status.state}, {status.reason}; {run.folder / run_state.LOG_FILE} ends with")
-            print("\n".join(f"    {line}" for line in run_state.log_tail(run.folder)))
+            log = newest_log(run, slurm_dir, jobs.get(run.name, ""))
+            print(f"\n{run.name}: {status.state}, {status.reason}; {log} ends with")
+            print("\n".join(f"    {line}" for line in run_state.tail(log)))
+        elif " waits: " in status.reason:
+            print(f"\n{run.name}: {status.state}, {status.reason}")

@@ -5,6 +5,7 @@ are installed). It lives in a folder of its own, with its own key and sockets, a
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -89,12 +90,147 @@ def test_directives_are_verbatim_and_the_others_have_defaults():
     assert [f"--{key}={value}" for key, value in SECTION.items()] == [
         line for line in lines if line.split("=")[0].removeprefix("--") in SECTION
     ]
-    assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(lines)
+    assert {"--signal=B:USR1@120", "--open-mode=append", "--output=/logs/%x-%j.out"} <= set(lines)
     directives = {"signal": "B:USR1@60", "output": "mine", "no-requeue": "true"}
     text = slurm.training_script(script(directives, is_array=True, max_at_once=4), ROOT / "train.py")
     lines = directives_of(text)
     assert {"--signal=B:USR1@60", "--output=mine", "--array=0-0%4"} <= set(lines)
-    assert "--requeue" not in lines and "scontrol requeue" not in text
+    assert "--requeue" not in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a script does, with stand-ins for Slurm's programs and for train.py
+
+STAND_IN = """
+import os, pathlib, signal, sys, time
+out = pathlib.Path(next(flag for flag in sys.argv if flag.startswith("--out_dir=")).split("=", 1)[1])
+print("trains", *sys.argv[1:], os.environ.get("WANDB_NAME"), os.environ["OMP_NUM_THREADS"], flush=True)
+def save(number, frame):
+    if os.environ.get("SAVES") == "1":
+        step = len(list(out.glob("checkpoints/*"))) + 1
+        (out / f"checkpoints/{step:06d}").mkdir(parents=True)
+        (out / f"checkpoints/{step:06d}/manifest.json").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, save)
+if os.environ.get("SIGNAL"):
+    os.kill(os.getppid(), getattr(signal, os.environ["SIGNAL"]))  # Slurm signals the shell of the script
+    time.sleep(20)
+"""
+
+
+@pytest.fixture
+def run_script_of(tmp_path):
+    """run_script_of(directives, SIGNAL="SIGUSR1") runs a script of one run: (exit status, output)."""
+    run, bin_dir = tmp_path / "run", tmp_path / "bin"
+    run.mkdir()
+    bin_dir.mkdir()
+    (tmp_path / "train.py").write_text(STAND_IN)
+    for name, line in (("scontrol", 'echo "scontrol $*"'), ("no_locks", "echo flock: no locks; exit 71")):
+        (bin_dir / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin_dir / name).chmod(0o755)
+
+    def run_script_of(directives: dict, environment: dict | None = None, setup: str = "", **variables: str):
+        if variables.pop("LOCKS", "1") == "0":
+            (bin_dir / "no_locks").rename(bin_dir / "flock")
+        job = slurm.Job(directives, environment or {}, sys.executable, str(tmp_path), setup)
+        one = slurm.Script("name", job, [run], tmp_path, is_one_of_several=True)
+        (tmp_path / "train.sh").write_text(slurm.training_script(one, tmp_path / "train.py"))
+        ids = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", tmp_path / "train.sh"],
+            env={**os.environ, **ids, **variables},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run_script_of
+
+
+LONG = {"time": "2:00:00"}  # a signal in the first seconds is a preemption
+SHORT = {"time": "3"}  # it is the end of the time
+
+
+@pytest.mark.parametrize(
+    ("directives", "variables", "is_requeued"),
+    [
+        (SHORT, {"SAVES": "1"}, False),
+        (SHORT | {"requeue": "true"}, {"SAVES": "1"}, True),
+        (SHORT | {"requeue": "true"}, {"SAVES": "0"}, False),
+        (SHORT | {"requeue": "3"}, {"SAVES": "1", "SLURM_RESTART_COUNT": "2"}, True),
+        (SHORT | {"requeue": "3"}, {"SAVES": "1", "SLURM_RESTART_COUNT": "3"}, False),
+        (SHORT | {"requeue": "true"}, {"SAVES": "1", "SLURM_RESTART_COUNT": str(slurm.MAX_REQUEUES)}, False),
+        (LONG, {"SAVES": "0"}, True),
+        (LONG, {"SAVES": "1", "SLURM_RESTART_COUNT": str(slurm.MAX_REQUEUES)}, False),
+        (LONG | {"no-requeue": "true"}, {"SAVES": "1"}, False),
+        (LONG | {"requeue": "false"}, {"SAVES": "1"}, False),
+        ({}, {"SAVES": "1"}, False),
+    ],
+)
+def test_a_job_requeues_itself_where_asked_or_preempted_a_number_of_times(
+    run_script_of, directives, variables, is_requeued
+):
+    code, out = run_script_of(directives, SIGNAL="SIGUSR1", **variables)
+    assert code == 128 + signal.SIGUSR1 and ("scontrol requeue 7" in out) == is_requeued, out
+    assert "scontrol requeue" not in run_script_of(directives, SIGNAL="SIGTERM", **variables)[1]
+
+
+def test_a_script_lives_without_locks_and_with_full_disks(run_script_of, tmp_path):
+    with (tmp_path / "run/.sweep.lock").open("w") as lock:
+        code, out = run_script_of({}, LOCKS="0")
+        assert code == 0 and "no locks" in out and "trains" in out
+        (tmp_path / "bin/flock").unlink()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = (tmp_path / "train.sh").read_text()
+        (tmp_path / "train.sh").write_text(text.replace(f"-w {slurm.LOCK_SECONDS}", "-w 0"))
+        held = subprocess.run(["bash", tmp_path / "train.sh"], capture_output=True, text=True, env=os.environ | IDS)
+        assert held.returncode == 1 and "another process trains this run" in held.stdout
+    (tmp_path / "run/log.txt").unlink()
+    (tmp_path / "run/log.txt").symlink_to("/dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(["bash", tmp_path / "train.sh"], stdout=full, stderr=full, env=os.environ | IDS)
+    assert done.returncode == 0 and (tmp_path / "run/exit_status").read_text() == "0\n"
+
+
+IDS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+
+
+def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(run_script_of, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    name = {"WANDB_NAME": "mine"}
+    code, out = run_script_of({"cpus-per-task": "8", "gres": "gpu:1"}, name, setup="echo loaded $NOT_SET\nA=1\n")
+    assert code == 0 and "loaded" in out and "mine-run 8\n" in out, "`set -u` follows the user's lines"
+    assert " 6\n" in run_script_of({}, SLURM_CPUS_ON_NODE="6")[1]
+    assert " 3\n" in run_script_of({}, {"OMP_NUM_THREADS": "3"}, SLURM_CPUS_ON_NODE="6")[1]
+
+
+@pytest.mark.parametrize(
+    ("directives", "threads"),
+    [
+        (SECTION, "20"),  # 80 CPUs of a node over the ranks of its 4 GPUs
+        ({"cpus-per-task": "20", "ntasks-per-node": "4"}, "20"),
+        ({"cpus-per-task": "2", "gres": "gpu:4"}, "1"),
+        ({"c": "7", "ntasks": "4", "nodes": "2", "gpus": "4"}, "7"),
+    ],
+)
+def test_threads_are_the_cpus_of_a_node_over_its_ranks(directives, threads):
+    assert f"\nexport OMP_NUM_THREADS={threads}\n" in slurm.training_script(script(directives), ROOT / "train.py")
+    job = script(directives, {"OMP_NUM_THREADS": "5"})
+    assert slurm.training_script(job, ROOT / "train.py").count("OMP_NUM_THREADS") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:30", 88200), ("2-1:0:5", 176405)),
+        *(("", None), ("UNLIMITED", None), ("x-1", None)),
+    ],
+)
+def test_times_are_read_as_sbatch_reads_them(text, seconds):
+    """As the page of sbatch lists them: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    assert slurm.parse_seconds(text) == seconds
 
 
 def test_the_environment_is_exported_as_it_is(tmp_path):
@@ -118,6 +254,7 @@ def test_the_environment_is_exported_as_it_is(tmp_path):
         ({"N": "2", "ntasks-per-node": "3"}, (2, 3)),
         ({"ntasks": "4", "nodes": "2"}, (2, 2)),
         ({"gres": "shard:2,gpu:1"}, (1, 1)),
+        ({"nodes": "1-3", "gres": "gpu:2"}, (3, 2)),
     ],
 )
 def test_nodes_and_processes_follow_from_the_directives(directives, expected):
@@ -129,6 +266,8 @@ def test_what_cannot_be_written_is_an_error():
         {"nodes": 2, "bad key": 1, "time": "1\n2", "array": "0-3"}, {"OK": "1", "1BAD": "2", "LIST": [1]}
     )
     assert len(errors) == 5
+    assert len(slurm.section_errors({"time": "2", "requeue": "often"}, {})) == 2
+    assert slurm.section_errors({"time": "2", "signal": "B:USR1@30", "requeue": "3"}, {}) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
