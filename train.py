@@ -34,6 +34,7 @@ import configurator
 from nanoforge import console, device, distributed, rng, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
+from nanoforge.posttraining.rewards import RewardError
 from nanoforge.training import checkpoint, evaluation
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.logger import RunLogger, StepLogger, draw_loss, start_tensorboard, start_wandb
@@ -71,6 +72,8 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
         step = next(steps)
         should_log = step_logger.is_due(progress.step + 1)
         metrics = dict(step.metrics)
+        if step.note:
+            logger.note(progress.step, step.note)
         micro_batches = objective.prepare(run.model, step.batches)
         for i, batch in enumerate(micro_batches):
             distributed.set_gradient_sync(model, sync=i == len(micro_batches) - 1)
@@ -262,7 +265,7 @@ def train_to_end(run: Run, notes: list[str], signals: Signals) -> Progress:
             logger.event("note", run.progress.step, "", text=note)
         notes.clear()
         try:
-            with note_failure(run.progress, logger):
+            with note_failure(run.progress, logger), save_after_failed_reward(run, logger):
                 if train(run, logger, signals):
                     return run.progress
                 run = rollback(run, logger)
@@ -284,6 +287,20 @@ def note_failure(progress: Progress, logger: RunLogger) -> Iterator[None]:
     except Exception as error:
         logger.event("note", progress.step, "", text=f"failed: {type(error).__name__}: {error}")
         raise
+
+
+@contextlib.contextmanager
+def save_after_failed_reward(run: Run, logger: RunLogger) -> Iterator[None]:
+    """Save the run when a reward function fails: that is between two steps, and on all ranks."""
+    try:
+        yield
+    except RewardError as error:
+        if not run.progress.step:
+            raise
+        run.checkpoints.save(run.progress, logger)
+        run.checkpoints.finish(logger, run.progress.step)
+        way_on = f"saved step {run.progress.step}; mend it, then continue with --init_from=resume"
+        raise RewardError(f"{error}; {way_on} --out_dir={run.args.out_dir}") from error
 
 
 def open_logger(run: Run) -> RunLogger:

@@ -59,6 +59,15 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
         return int(tensor)
 
+    def first_message(self, message: str) -> str:
+        """The first of the ranks' messages that is not empty, on all ranks; "" where all are."""
+        if not self.all_reduce_max(bool(message)):
+            return ""
+        messages = [message] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(messages, message, group=self.slow_group)
+        return next(filter(None, messages))
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce_max(0)

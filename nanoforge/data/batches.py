@@ -83,6 +83,7 @@ class Step(NamedTuple):
     data_hash: int = 0  # of this rank's rows; the ranks' sum mod 2^64 does not depend on how rows are split over them
     tokens: int = 0  # of the global batch, without padding
     metrics: Mapping[str, Tensor] = {}  # Metrics that are known before the model sees the batches
+    note: str = ""  # for the log
 
 
 def to_batch(windows: np.ndarray, *, pin: bool, n_micro_batches: int = 1) -> Batch:

@@ -6,14 +6,20 @@ A reward function takes a `Sample` and returns a number in [0, 1]. A function of
 
     def my_function(completion, problem, n_tokens, max_tokens, ended): ...
 
+The docstring of a reward function says what it expects of a completion; a run without any reward quotes it.
+
 Knows nothing of models or tokenizers.
 """
 
+import functools
 import importlib
+import inspect
+import json
 import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,12 +62,12 @@ def format_score(completion: str) -> float:
 
 
 def correct_reward(sample: Sample) -> float:
-    """1 for the right answer, else 0."""
+    r"""1 for the right answer in <answer>..</answer>, after ####, in \boxed{..}, or as the last number; else 0."""
     return float(is_correct(sample.completion, sample.problem["answer"]))
 
 
 def format_reward(sample: Sample) -> float:
-    """The score of the format that GSM8K's prompts ask for."""
+    """1 for <reasoning>..</reasoning><answer>..</answer> alone; else an eighth for each of the four tags."""
     return format_score(sample.completion)
 
 
@@ -82,6 +88,15 @@ class Reward(NamedTuple):
     name: str
     weight: float
     function: RewardFunction
+
+    @property
+    def description(self) -> str:
+        """What it expects, in a line: the function's docstring."""
+        return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
+
+
+class RewardError(UserError):
+    """A reward function failed on a completion."""
 
 
 def parse_rewards(text: str) -> list[Reward]:
@@ -133,7 +148,12 @@ def load_reward(name: str, flag: str) -> RewardFunction:
     """The reward function of a name of REWARDS or of module:function. Raises UserError."""
     if ":" in name:
         function = import_function(name, flag)
-        return lambda sample: function(*sample)
+
+        @functools.wraps(function)
+        def call(sample: Sample) -> float:
+            return function(*sample)
+
+        return call
     if name not in REWARDS:
         suggestion = did_you_mean(name, REWARDS)
         raise UserError(f"{flag}: no such reward{suggestion}; there is {', '.join(REWARDS)}, and my_module:my_function")
@@ -154,7 +174,23 @@ def import_function(name: str, flag: str) -> Callable:
     if not callable(function):
         suggestion = did_you_mean(function_name, vars(module))
         raise UserError(f"{flag}: the module {module_name} has no function {function_name}{suggestion}")
+    check_signature(function, flag)
     return function
+
+
+def check_signature(function: Callable[..., Any], flag: str) -> None:
+    """Raise UserError if a function can't be called with a sample's fields."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return
+    try:
+        signature.bind(*Sample._fields)
+    except TypeError:
+        fields = ", ".join(Sample._fields)
+        raise UserError(
+            f"{flag}: the function takes {signature}; a reward is called for one completion, with ({fields})"
+        ) from None
 
 
 def check_weights(rewards: Iterable[Reward]) -> None:
@@ -179,22 +215,45 @@ def check_weights(rewards: Iterable[Reward]) -> None:
 
 
 def total_reward(rewards: Iterable[Reward], sample: Sample) -> tuple[float, dict[str, float]]:
-    """(weighted sum, value of each reward by its name). Raises UserError for a value that is not in [0, 1]."""
+    """(weighted sum, value of each reward by its name).
+
+    Raises RewardError for a function that fails, or returns what is no number in [0, 1].
+    """
     weighted = []
     values = {}
     for reward in rewards:
-        value = unit_value(reward.function(sample), reward.name)
+        try:
+            value = unit_value(reward.function(sample))
+        except Exception as error:  # a user's function may raise anything
+            row = shorten(json.dumps(sample.problem, ensure_ascii=False, default=str))
+            raise RewardError(
+                f"--reward: {reward.name} {describe_failure(error)}; the row is {row}, "
+                f"the completion {shorten(repr(sample.completion))}"
+            ) from error
         values[reward.name] = value
         weighted.append(reward.weight * value)
     return math.fsum(weighted), values
 
 
-def unit_value(returned: Any, name: str) -> float:
+def unit_value(returned: Any) -> float:
     """What a reward function returned, as a number in [0, 1]. Raises UserError."""
     try:
         value = float(returned)
-    except (TypeError, ValueError):
+    except Exception:  # what float() raises is the type's to choose
         value = math.nan
     if not 0 <= value <= 1:
-        raise UserError(f"--reward: {name} returned {returned!r}; a reward must be a number from 0 to 1")
+        raise UserError(f"returned {returned!r}; a reward must be a number from 0 to 1")
     return value
+
+
+def describe_failure(error: Exception) -> str:
+    """What a reward function did wrong, and where."""
+    if isinstance(error, UserError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+
+
+def shorten(text: str, most: int = 400) -> str:
+    """A text, or its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

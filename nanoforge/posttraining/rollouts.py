@@ -14,6 +14,7 @@ A rollout serves `steps_per_rollout` optimizer steps. A run is saved only betwee
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, SamplingParams, generate_batch
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, TokenSequence, pad
 from nanoforge.posttraining.losses import group_advantages
-from nanoforge.posttraining.rewards import Reward, Sample, total_reward
+from nanoforge.posttraining.rewards import Reward, RewardError, Sample, shorten, total_reward
 from nanoforge.rng import ROLLOUT, uniform
 from nanoforge.training.evaluation import evaluation_mode
 
@@ -102,8 +103,25 @@ class Scorer:
     tokenizer: Tokenizer
     max_new_tokens: int
 
+    def score_together(
+        self, prompts: Sequence[Example], completions: Sequence[Completion], ranks: Ranks
+    ) -> tuple[Tensor, Metrics]:
+        """`score`, a collective. Raises RewardError on all ranks where one of them fails."""
+        failure, scores = "", None
+        try:
+            scores = self.score(prompts, completions)
+        except RewardError as error:
+            failure = str(error)
+        failure = ranks.first_message(failure)
+        if failure or scores is None:
+            raise RewardError(failure)
+        return scores
+
     def score(self, prompts: Sequence[Example], completions: Sequence[Completion]) -> tuple[Tensor, Metrics]:
-        """(total rewards (N,) float64, metrics of each reward) of N completions, as many of each prompt."""
+        """(total rewards (N,) float64, metrics of each reward) of N completions, as many of each prompt.
+
+        Raises RewardError.
+        """
         group_size = len(completions) // len(prompts)
         totals: list[float] = []
         values: dict[str, list[float]] = {reward.name: [] for reward in self.rewards}
@@ -141,6 +159,9 @@ class RolloutConfig:
     steps_per_rollout: int  # optimizer steps on a rollout batch (GRPO's mu)
 
 
+PATIENCE = 3  # rollouts in a row without anything to learn before the run says so
+
+
 class RolloutSource(ExampleSource):
     """Training batches of `rows` completions a step, of which each group completes a prompt of the datasets."""
 
@@ -167,10 +188,14 @@ class RolloutSource(ExampleSource):
         """The completions [rows.start, rows.stop) of each step; all steps of a rollout have the same ones."""
         start_rollout, remainder = divmod(start_step, self.steps_per_rollout)
         assert remainder == 0, "a run is resumed only between two rollouts"
+        n_without_signal = 0  # rollouts in a row
         for rollout_index, prompts in enumerate(self.iter_examples(start_rollout), start=start_rollout):
             own_prompts = prompts[rows.start // self.group_size : rows.stop // self.group_size]
             step = self.collect(rollout_index, own_prompts, rows, hashed=hashed)
-            yield from itertools.repeat(step, self.steps_per_rollout)
+            n_without_signal = n_without_signal + 1 if step.note else 0
+            later = step._replace(note="")
+            yield step if n_without_signal == PATIENCE else later
+            yield from itertools.repeat(later, self.steps_per_rollout - 1)
 
     def collect(self, rollout_index: int, prompts: Sequence[Example], rows: RankSlice, *, hashed: bool) -> Step:
         """This rank's part of a rollout: sample, score, normalize, pack."""
@@ -179,13 +204,35 @@ class RolloutSource(ExampleSource):
             prompts, seed=(self.seed, ROLLOUT, rollout_index), first_index=rows.start
         )
         # 2. Score every completion.
-        rewards, reward_metrics = self.rollout.scorer.score(prompts, completions)  # (N,)
+        rewards, reward_metrics = self.rollout.scorer.score_together(prompts, completions, self.ranks)  # (N,)
         # 3. Normalize the rewards of each group to advantages.
         advantages = self.normalize(rewards)  # (N,)
         # 4. Pack it all into micro-batches.
         step = self.pack(prompts, completions, advantages, rows, hashed=hashed)
         metrics = rollout_metrics(rewards, completions, self.group_size, self.ranks)
-        return step._replace(metrics=reward_metrics | metrics)
+        note = self.missing_signal(prompts[0], completions[0], rewards, advantages, step)
+        return step._replace(metrics=reward_metrics | metrics, note=note)
+
+    def missing_signal(
+        self, prompt: Example, completion: Completion, rewards: Tensor, advantages: Tensor, step: Step
+    ) -> str:
+        """Why no rank has anything to learn from a rollout, with what the rewards expect and the first completion; ""
+        where there is something."""
+        in_loss = torch.cat([batch.extras["loss_mask"].any(1) for batch in step.batches])
+        if self.ranks.all_reduce_max(bool((advantages * in_loss).any())):
+            return ""
+        reason = "all completions of a prompt get the same reward, so their advantages are 0"
+        if advantages.any():
+            reason = "all others than equal rewards are of completions cut at --max_new_tokens (--mask_truncated)"
+        scorer = self.rollout.scorer
+        expected = "".join(f"\n    {reward.name}: {reward.description}" for reward in scorer.rewards)
+        text = shorten(repr(decode_completion(completion, scorer.tokenizer)))
+        return (
+            f"{PATIENCE} rollouts in a row taught nothing: {reason}. --reward expects{expected}\n"
+            f"    a completion: {text}, reward {float(rewards[0]):g}, of the row {shorten(json.dumps(prompt.row))}\n"
+            "    fine-tune first (--objective=sft), ask for the format in the prompts, reward parts of it "
+            "(--reward=correct:1,format:0.5), or raise --temperature or --num_generations"
+        )
 
     def normalize(self, rewards: Tensor) -> Tensor:
         """The advantages of this rank's rewards: (N,) float32."""
@@ -300,7 +347,7 @@ def evaluate_rewards(
     """
     for chunk, rows, has_rows in examples.eval_chunks(n_batches, batch_size, sampler.ranks):
         prompts = chunk[rows.start : rows.stop]
-        rewards, metrics = scorer.score(prompts, sampler.generate_greedy(prompts))
+        rewards, metrics = scorer.score_together(prompts, sampler.generate_greedy(prompts), sampler.ranks)
         reward = float64_sum_and_count(rewards)
         yield {"loss": reward * torch.tensor([-1.0, 1.0]), "reward": reward, **metrics}, has_rows
 

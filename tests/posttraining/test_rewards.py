@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoforge.errors import UserError
-from nanoforge.posttraining.rewards import REWARDS, Sample, parse_rewards, total_reward
+from nanoforge.posttraining.rewards import REWARDS, RewardError, Sample, parse_rewards, total_reward
 
 SOLUTION = "<reasoning>\n40+35\n</reasoning>\n<answer>{}</answer>"
 
@@ -49,6 +49,11 @@ def user_module(tmp_path, monkeypatch):
         "def none(*a): return None\n"
         "def yes(*a): return True\n"
         "number = 3\n"
+        "def broken(*a): return {}['x']\n"
+        "def trls(completions, **kwargs): return [1.0 for _ in completions]\n"
+        "def pair(*a):\n"
+        "    import torch\n"
+        "    return torch.tensor([1.0, 2.0])\n"
     )
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
@@ -91,11 +96,24 @@ def test_errors_in_rewards_name_the_flag(user_module, text, message):
     assert message in str(error.value) and "--reward" in str(error.value)
 
 
-@pytest.mark.parametrize("name, value", [("nan", "nan"), ("two", "2"), ("less", "-0.1"), ("none", "None")])
-def test_a_value_outside_0_to_1_is_an_error(user_module, name, value):
+@pytest.mark.parametrize("name, reason", [
+    ("nan", "returned nan;"), ("two", "returned 2;"), ("less", "returned -0.1;"), ("none", "returned None;"),
+    ("pair", "returned tensor([1., 2.]);"), ("broken", "raised KeyError: 'x' ("),
+])  # fmt: skip
+def test_a_reward_that_fails_names_function_row_and_completion(user_module: None, name: str, reason: str):
     rewards = parse_rewards(f"my_rewards:{name}")
-    with pytest.raises(UserError, match=f"my_rewards:{name} returned {value};"):
-        total_reward(rewards, sample("75"))
+    with pytest.raises(RewardError) as error:
+        total_reward(rewards, sample("so 75"))
+    for part in (f"my_rewards:{name} {reason}", '{"answer": "75"}', "'so 75'"):
+        assert part in str(error.value)
+    if name == "broken":
+        assert "my_rewards.py, line 10)" in str(error.value)
+
+
+def test_a_function_of_other_arguments_is_refused_at_the_start(user_module: None):
+    """Such as one for TRL, which takes a list."""
+    with pytest.raises(UserError, match=r"--reward=my_rewards:trls: the function takes \(completions, \*\*kwargs\)"):
+        parse_rewards("my_rewards:trls")
 
 
 WEIGHT = st.floats(-1, 2, width=32)

@@ -5,11 +5,12 @@ A step of GRPO is a pure function of the arguments, the weights and the step.
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import RunFiles, equal_tensors, ids, metric, tiny_model
+from helpers import RunFiles, equal_tensors, ids, metric, read_run, tiny_model
 
 import train_args
 from model import GPT
@@ -19,7 +20,7 @@ from nanoforge.errors import UserError
 from nanoforge.models.generation import Completion, SamplingParams, generate, generate_batch, logits_to_probs
 from nanoforge.posttraining import objectives, rollouts
 from nanoforge.posttraining.examples import Example, ExampleEncoder, Examples, encode_rows
-from nanoforge.posttraining.rewards import Sample, correct_reward, length_reward, parse_rewards
+from nanoforge.posttraining.rewards import RewardError, Sample, correct_reward, length_reward, parse_rewards
 from nanoforge.posttraining.rollouts import Sampler, Scorer, decode_completion, repeat_each, sample_completions
 from nanoforge.rng import uniform
 
@@ -422,3 +423,47 @@ def test_reinforcement_learns(run):
     flags = ["--beta=0", "--learning_rate=0.02", "--batch_size=32", "--max_iters=30", "--eval_interval=30"]
     done = run(*GRPO, *flags, "--temperature=1")
     assert done.train[0]["reward"] < 0.4 and done.train[-1]["reward"] > 0.6
+
+
+FALTERING = """
+calls, limit = 0, {limit}
+def reward(completion, problem, n_tokens, max_tokens, ended):
+    global calls
+    calls += 1
+    if calls == limit:
+        raise RuntimeError("no more credit")
+    return ended / n_tokens
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_the_middle_costs_nothing(
+    run: Callable[..., RunFiles], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run is saved; continued with the mended function, it is the one that never stopped."""
+    for name, limit in (("steady", 0), ("faltering", 8 * 6 + 3)):  # in the fourth step, after two evaluations of 8
+        (tmp_path / f"{name}.py").write_text(FALTERING.format(limit=limit))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = [*GRPO, f"--init_from={base}", "--learning_rate=0.01", "--max_iters=6", "--eval_interval=6"]
+    straight = run(*flags, "--reward=steady:reward", name="straight")
+    with pytest.raises(RewardError, match=r"faltering:reward raised RuntimeError: no more credit .* the row is"):
+        run(*flags, "--reward=faltering:reward", name="stopped")
+    stopped = read_run(tmp_path / "stopped")
+    (saved,) = stopped.steps
+    assert 0 < saved < 6
+    resumed = run("--init_from=resume", "--reward=steady:reward", name="stopped")
+    assert equal_tensors(resumed.last.weights, straight.last.weights)
+    assert equal_tensors(resumed.last.optimizer, straight.last.optimizer)
+
+
+@pytest.mark.parametrize("reward, has_note", [("format", True), ("length", False)])
+def test_rewards_that_teach_nothing_are_noted_once(
+    run: Callable[..., RunFiles], base: Path, reward: str, has_note: bool
+):
+    """No sum has tags: all rewards are 0, so that loss and KL would be 0 for ever."""
+    done = run(*GRPO, f"--init_from={base}", f"--reward={reward}", "--max_iters=6", "--eval_interval=6")
+    lines = map(json.loads, (done.out_dir / "metrics.jsonl").read_text().splitlines())
+    notes = [line for line in lines if line["event"] == "note" and "rollouts in a row" in line["text"]]
+    assert [note["step"] for note in notes] == ([2] if has_note else [])
+    if has_note:
+        assert "<reasoning>..</reasoning><answer>..</answer>" in notes[0]["text"] and "reward 0" in notes[0]["text"]
