@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanoforge import files
 from nanoforge.console import print_line
-from nanoforge.data import tokenization
+from nanoforge.data import token_bins, tokenization
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models import adapters
 from nanoforge.run_dir import RECORD_FILE, RunRecord
@@ -55,6 +55,8 @@ def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained
     Raises UserError.
     """
     path = checkpoint_of_file(path)
+    if (path / "ckpt.pt").exists():  # nanoGPT's out_dir
+        path = path / "ckpt.pt"
     is_run = (path / "checkpoints").is_dir()
     if is_run:
         path = checkpoint.resolve(path, "best", log)  # verified
@@ -66,9 +68,9 @@ def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained
     if is_run or (path / "manifest.json").exists():
         loaded = load_checkpoint(path, log)
     elif path.suffix == ".pt":
-        loaded = load_nanogpt(path)
+        loaded = load_nanogpt(path, log)
     else:
-        loaded = load_gpt2_path(path)
+        loaded = load_gpt2_path(path, log)
     return loaded._replace(source=str(path.resolve()))
 
 
@@ -133,6 +135,7 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
 }
+HEAD_DIM = 64  # of every GPT-2 that OpenAI released
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -156,19 +159,24 @@ def convert_weights(weights: Mapping[str, Tensor], *, transposed: bool) -> dict[
 
 
 def infer_shape(weights: Mapping[str, Tensor], n_head: int | None, activation: str) -> dict[str, Any]:
-    """The fields of GPTConfig that fit converted GPT-2 weights; without n_head, heads are 64 wide. Raises UserError."""
+    """The fields of GPTConfig that fit converted GPT-2 weights. n_head None: HEAD_DIM wide heads. Raises UserError."""
     try:
         vocab_size, n_embd = weights["wte.weight"].shape
         block_size = weights["position.weight"].size(0)
         hidden = weights["blocks.0.mlp.up.weight"].size(0)
     except KeyError as error:
         raise UserError(f"--init_from: not the weights of a GPT-2 ({error} is missing)") from None
+    if n_head is None and n_embd % HEAD_DIM:
+        raise UserError(
+            f"--init_from: no config.json says how many heads these weights have, and n_embd={n_embd} is no multiple "
+            f"of {HEAD_DIM}; put the model's config.json beside the weights"
+        )
     return {
         "vocab_sizes": (vocab_size,),
         "vocabulary": "one",
         "block_size": block_size,
         "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "n_head": n_head or max(1, n_embd // 64),
+        "n_head": n_head or n_embd // HEAD_DIM,
         "n_kv_head": 0,
         "n_embd": n_embd,
         "bias": "norm.bias" in weights,
@@ -192,15 +200,15 @@ def gpt2_tokenizers(shape: Mapping[str, Any]) -> dict[str, tokenization.Tokenize
     return {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
 
 
-def load_gpt2_path(path: Path) -> Pretrained:
+def load_gpt2_path(path: Path, log: Callable[[str], None]) -> Pretrained:
     """GPT-2 from a folder, or from a file model.safetensors that may lack its config.json. Raises UserError."""
     weights_path = path / "model.safetensors" if path.is_dir() else path
     if weights_path.suffix != ".safetensors" or not weights_path.exists():
         raise UserError(f"--init_from={path}: neither a run nor a checkpoint, and it has no model.safetensors")
-    return load_gpt2(weights_path.with_name("config.json"), weights_path)
+    return load_gpt2(weights_path.with_name("config.json"), weights_path, log)
 
 
-def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
+def load_gpt2(config_path: Path, weights_path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
     """Hugging Face's GPT-2: config.json (heads, activation; may be missing) and model.safetensors. Raises UserError."""
     config: dict[str, Any] = {}
     if config_path.exists():
@@ -211,6 +219,11 @@ def load_gpt2(config_path: Path, weights_path: Path) -> Pretrained:
     activation = config.get("activation_function", "gelu_new")
     weights = convert_weights(read_safetensors(weights_path), transposed=True)
     shape = infer_shape(weights, config.get("n_head"), ACTIVATION_NAMES.get(activation, activation))
+    if "n_head" not in config:
+        log(
+            f"{config_path}: {'does not say n_head' if config else 'is missing'}; taken as {shape['n_head']} heads of "
+            f"{HEAD_DIM} and {activation}, as GPT-2 has: put the model's own config.json there if that is not so"
+        )
     return Pretrained(shape, weights, gpt2_tokenizers(shape))
 
 
@@ -222,17 +235,44 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a safetensors file ({error})") from None
 
 
-def load_nanogpt(path: Path) -> Pretrained:
+def load_nanogpt(path: Path, log: Callable[[str], None]) -> Pretrained:
     """nanoGPT's ckpt.pt, read with weights_only=True: nothing in it is executed. Raises UserError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state, n_head = saved["model"], saved["model_args"]["n_head"]
+        dataset = str(saved.get("config", {}).get("dataset", ""))
     except Exception as error:  # torch.load raises nearly anything on a broken file
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {reason})") from None
     weights = convert_weights(state, transposed=False)
     shape = infer_shape(weights, n_head, "gelu")
-    return Pretrained(shape, weights, gpt2_tokenizers(shape))
+    tokenizers = nanogpt_tokenizers(path, dataset, shape["vocab_sizes"][0], log) or gpt2_tokenizers(shape)
+    if tokenizers is None:
+        log(
+            f"{path}: its tokenizer is not known, so texts are token numbers; put the meta.pkl of its dataset"
+            f"{f' {dataset!r}' if dataset else ''} beside it"
+        )
+    return Pretrained(shape, weights, tokenizers)
+
+
+def nanogpt_tokenizers(
+    path: Path, dataset: str, vocab_size: int, log: Callable[[str], None]
+) -> dict[str, tokenization.Tokenizer] | None:
+    """The tokenizer of the data that a ckpt.pt was trained on: of the meta file beside it, or in nanoGPT's data/.
+
+    None without one of the weights' vocabulary, which may be padded to a multiple of 64.
+    """
+    folders = [path.parent]
+    if dataset and Path(dataset).name == dataset:
+        folders += [path.parent.parent / "data" / dataset, Path("data") / dataset]
+    for folder in folders:
+        if not any((folder / name).exists() for name in ("meta.pkl", "meta.json")):
+            continue
+        meta = token_bins.read_meta(folder)
+        if vocab_size in (meta.vocab_size, -(-meta.vocab_size // 64) * 64):
+            return {dataset or "tokens": meta.tokenizer}
+        log(f"{folder}: its meta file has {meta.vocab_size} ids and the weights have {vocab_size}; not used")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

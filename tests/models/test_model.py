@@ -2,16 +2,20 @@
 
 import dataclasses
 import http.server
+import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, TINY_MODEL, ids, run_script, tiny_model
+from safetensors.torch import save_file
 
 from model import (
     ACTIVATIONS,
@@ -425,9 +429,8 @@ def test_longer_positions_are_cropped():
     torch.testing.assert_close(short(ids(2, 12)[:, :6]), model(ids(2, 12))[:, :6])
 
 
-def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
-    """Names and layout of nanoGPT's ckpt.pt, compiled prefix included; a pickle with code is refused."""
-    model = tiny_model(bias=True)
+def nanogpt_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """By the names of nanoGPT's ckpt.pt, compiled prefix included."""
     back = {"position.": "wpe.", "norm.": "ln_f."}
     theirs = {}
     for name, parameter in model.named_parameters():
@@ -441,7 +444,13 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
         for ours, nano in back.items():
             old = nano + old.removeprefix(ours) if old.startswith(ours) else old
         theirs[f"_orig_mod.transformer.{old}"] = parameter.detach()
-    theirs["_orig_mod.lm_head.weight"] = model.wte.weight.detach()
+    return theirs | {"_orig_mod.lm_head.weight": model.wte.weight.detach().clone()}
+
+
+def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
+    """Names and layout of nanoGPT's ckpt.pt; a pickle with code is refused."""
+    model = tiny_model(bias=True)
+    theirs = nanogpt_weights(model)
     torch.save({"model": theirs, "model_args": {"n_head": 4, "n_layer": 2}}, tmp_path / "ckpt.pt")
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
     again = GPT(GPTConfig(**loaded.shape))
@@ -456,6 +465,49 @@ def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint of nanoGPT"):
         pretrained.load(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("place", ["out/meta.pkl", "data/letters/meta.pkl"])
+def test_nanogpts_characters_come_along(tmp_path: Path, place: str) -> None:
+    """From the meta.pkl beside ckpt.pt, or where nanoGPT keeps it; one of another size is left out with a remark."""
+    chars = "".join(map(chr, range(ord("A"), ord("A") + 31)))
+    stoi = {char: i for i, char in enumerate(chars)}
+    for folder in ("out", "data/letters"):
+        (tmp_path / folder).mkdir(parents=True)
+    saved = {
+        "model": nanogpt_weights(tiny_model(bias=True)),
+        "model_args": {"n_head": 4},
+        "config": {"dataset": "letters"},
+    }
+    torch.save(saved, tmp_path / "out/ckpt.pt")
+    remarks: list[str] = []
+    assert pretrained.load(str(tmp_path / "out/ckpt.pt"), remarks.append).tokenizers is None
+    assert "meta.pkl" in remarks.pop()
+    meta = {"vocab_size": 31, "stoi": stoi, "itos": {i: char for char, i in stoi.items()}}
+    (tmp_path / place).write_bytes(pickle.dumps(meta))
+    for path in ("out/ckpt.pt", "out"):  # nanoGPT's out_dir as well
+        (tokenizer,) = pretrained.load(str(tmp_path / path), remarks.append).tokenizers.values()
+        assert tokenizer.encode("CAB^").tolist() == [stoi[char] for char in "CAB^"] and not remarks
+        assert tokenizer.decode([30, 0]) == "_A"
+    (tmp_path / place).write_bytes(pickle.dumps(meta | {"vocab_size": 30}))
+    assert pretrained.load(str(tmp_path / "out/ckpt.pt"), remarks.append).tokenizers is None
+    assert "30" in remarks[0] and "31" in remarks[0]
+
+
+def test_the_heads_of_gpt2_without_config_are_no_silent_guess(tmp_path: Path) -> None:
+    """64 wide as every GPT-2 has them, with a remark; refused where that can't be; else as config.json says."""
+    remarks: list[str] = []
+    for n_embd, n_head in ((128, 4), (96, 3)):
+        folder = tmp_path / str(n_embd)
+        folder.mkdir()
+        save_file(nanogpt_weights(tiny_model(n_embd=n_embd)), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"n_head": n_head}))
+        assert pretrained.load(str(folder), remarks.append).shape["n_head"] == n_head and not remarks
+        (folder / "config.json").unlink()
+    assert pretrained.load(str(tmp_path / "128"), remarks.append).shape["n_head"] == 2
+    assert "config.json" in remarks[0] and "2 heads" in remarks[0]
+    with pytest.raises(UserError, match="n_embd=96"):
+        pretrained.load(str(tmp_path / "96"), remarks.append)
 
 
 @pytest.mark.slow
