@@ -507,6 +507,12 @@ def encode_examples(args: TrainArgs, inputs: Inputs, model: GPT, log: Log) -> di
                 )
             if args.packing:
                 encoded = pack(encoded, encoder.max_tokens)
+            n_evaluated = args.eval_iters * args.batch_size
+            if split == "val" and n_evaluated < len(encoded):
+                log(
+                    f"{name}, val: evaluations read the first {n_evaluated:,} of {len(encoded):,} examples, "
+                    "--eval_iters x --batch_size"
+                )
             examples[split].append(Examples(name, encoded, args.seed, index))
     return examples
 
@@ -624,7 +630,7 @@ def build_kto(args: TrainArgs, context: BuildContext) -> RunData:
     )
     collator = build_collator(args, context)
     collate = KTOCollator(collator.pad_to, collator.world_size, max_tokens=max_example_tokens(args))
-    return example_data(args, context, objective, collate)
+    return example_data(args, context, objective, collate, at_once=True)
 
 
 def kto_weights(desirable: str, undesirable: str, n_desirable: int, n_undesirable: int) -> tuple[float, float]:
@@ -679,13 +685,18 @@ def build_grpo(args: TrainArgs, context: BuildContext) -> RunData:
 # what the builders share
 
 
-def example_data(args: TrainArgs, context: BuildContext, objective: Objective, collate: Collator) -> RunData:
-    """Steps of examples, each once an epoch, and evaluations of the objective on them."""
+def example_data(
+    args: TrainArgs, context: BuildContext, objective: Objective, collate: Collator, *, at_once: bool = False
+) -> RunData:
+    """Steps of examples, each once an epoch, and evaluations of the objective on them.
+
+    at_once: as evaluate_objective has it.
+    """
     ranks = context.ranks
 
     def eval_dataset(examples: Examples) -> EvalDataset:
         eval_batches = partial(examples.eval_batches, args.eval_iters, args.batch_size, ranks, collate)
-        metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
+        metrics = partial(evaluate_objective, objective, eval_batches, ranks.device, at_once=at_once)
         return EvalDataset(examples.name, examples.streams, metrics, examples)
 
     train = context.examples["train"]
@@ -708,12 +719,19 @@ def evaluate_objective(
     eval_batches: Callable[[], Iterator[tuple[Batch, bool]]],
     device: torch.device,
     model: nn.Module,
+    *,
+    at_once: bool = False,
 ) -> Iterator[tuple[Metrics, bool]]:
-    """The objective's metrics of each batch, and whether this rank has a part in it."""
-    for batch, has_rows in eval_batches():
-        (prepared,) = objective.prepare(model, [batch.to(device)])
-        _, metrics = objective(model, prepared, with_metrics=True)
-        yield metrics, has_rows
+    """The objective's metrics of each batch, and whether this rank has a part in it.
+
+    at_once: all batches are prepared together, as KTO's reference point is a mean over all of them.
+    """
+    groups = [list(eval_batches())] if at_once else ([pair] for pair in eval_batches())
+    for group in groups:
+        prepared = objective.prepare(model, [batch.to(device) for batch, _ in group])
+        for batch, (_, has_rows) in zip(prepared, group, strict=True):
+            _, metrics = objective(model, batch, with_metrics=True)
+            yield metrics, has_rows
 
 
 def build_collator(args: TrainArgs, context: BuildContext) -> Collator:

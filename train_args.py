@@ -361,7 +361,8 @@ class CheckpointArgs:
     """evaluation and checkpoints"""
 
     eval_interval: int = arg(250, "steps between evaluations; a checkpoint follows each", low=1, alias=("eval_steps",))
-    eval_iters: int = arg(200, "evaluation batches per split, of batch_size sequences, the same ones every time", low=1)
+    eval_iters: int = arg(200, "evaluation batches per split, of batch_size sequences, the same ones every time; "
+        "of examples each is read once at most", low=1)
     checkpoint_interval: int = arg(0, "steps between checkpoints in addition to those at evaluations (0: none)",
         low=0, alias=("save_freq", "save_steps"))
     keep_last: int = arg(2, "number of newest checkpoints to keep; the best one is kept too", low=1)

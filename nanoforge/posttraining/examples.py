@@ -325,20 +325,23 @@ class Collator:
 
     pad_to: int = 0
     world_size: int = 1
-    min_rows: ClassVar[int] = 1  # smallest number of examples in a step
+    min_rows: ClassVar[int] = 1  # smallest number of examples in a step or an evaluation
 
     def __call__(self, examples: Sequence[Example], rows: range, n_micro_batches: int = 1) -> Batch:
-        """A micro-batch: some rows of a step's examples. All chosen sequences precede all rejected ones."""
-        micro_batch = examples[rows.start : rows.stop]
-        by_kind = zip(*(example.sequences for example in micro_batch), strict=True)
-        batch = pad(list(itertools.chain.from_iterable(by_kind)), self.pad_to)
+        """A micro-batch of a step: some rows of the step's examples."""
         loss_tokens = sum(int(sequence.loss_mask.sum()) for example in examples for sequence in example.sequences)
-        return Batch(
-            tokens=batch.tokens,
-            extras=batch.extras | self.extra_tensors(examples, rows),
+        return dataclasses.replace(
+            self.collate(examples, rows),
             n_micro_batches=n_micro_batches,
             num_loss_tokens=loss_tokens / self.world_size,
         )
+
+    def collate(self, examples: Sequence[Example], rows: range) -> Batch:
+        """Some rows of examples, as a batch of their own. All chosen sequences precede all rejected ones."""
+        by_kind = zip(*(example.sequences for example in examples[rows.start : rows.stop]), strict=True)
+        batch = pad(list(itertools.chain.from_iterable(by_kind)), self.pad_to)
+        batch = batch.with_tensors(**self.extra_tensors(examples, rows))
+        return dataclasses.replace(batch, num_loss_tokens=float(batch.extras["loss_mask"].sum()))
 
     def extra_tensors(self, examples: Sequence[Example], rows: range) -> dict[str, Tensor]:
         """Further tensors of these rows: the cached log-probabilities of the reference model, if there are any."""
@@ -406,24 +409,25 @@ class Examples:
     def eval_batches(
         self, n_batches: int, batch_size: int, ranks: Ranks, collate: Collator
     ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's part of each of the first n_batches batches, in the order of the file, and whether it has one."""
-        for chunk, rows, has_rows in self.eval_chunks(n_batches, max(batch_size, collate.min_rows), ranks):
-            if len(chunk) < collate.min_rows:
-                return
-            batch = collate(chunk, rows)
+        """This rank's part of each of the first n_batches batches, in the order of the file, and whether it has one.
+
+        What a row is collated with, as KTO's other completions, is the whole evaluation: the size of batches and the
+        number of ranks change no row.
+        """
+        examples = self.rows[: max(n_batches * batch_size, collate.min_rows)]
+        for rows, has_rows in self.eval_rows(len(examples), batch_size, ranks):
+            batch = collate.collate(examples, rows)
             yield (batch if has_rows else mask_all(batch)), has_rows
 
-    def eval_chunks(
-        self, n_batches: int, batch_size: int, ranks: Ranks
-    ) -> Iterator[tuple[Sequence[Example], range, bool]]:
-        """The first n_batches batches: the examples of each, which of them are this rank's, and whether they count.
+    def eval_rows(self, n_rows: int, batch_size: int, ranks: Ranks) -> Iterator[tuple[range, bool]]:
+        """Of each batch of the first n_rows examples, which ones are this rank's, and whether they count.
 
         A rank without an example in a batch gets one all the same, since all ranks have to call the model as often.
         """
-        n_rows = min(len(self.rows), n_batches * batch_size)
+        n_rows = min(len(self.rows), n_rows)
         for start in range(0, n_rows, batch_size):
-            chunk = self.rows[start : min(start + batch_size, n_rows)]
-            yield chunk, *eval_share(len(chunk), ranks.rank, ranks.world_size)
+            rows, has_rows = eval_share(min(batch_size, n_rows - start), ranks.rank, ranks.world_size)
+            yield range(start + rows.start, start + rows.stop), has_rows
 
 
 def mask_all(batch: Batch) -> Batch:

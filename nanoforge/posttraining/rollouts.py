@@ -345,8 +345,8 @@ def evaluate_rewards(
 
     The loss is the negative reward.
     """
-    for chunk, rows, has_rows in examples.eval_chunks(n_batches, batch_size, sampler.ranks):
-        prompts = chunk[rows.start : rows.stop]
+    for rows, has_rows in examples.eval_rows(n_batches * batch_size, batch_size, sampler.ranks):
+        prompts = examples.rows[rows.start : rows.stop]
         rewards, metrics = scorer.score_together(prompts, sampler.generate_greedy(prompts), sampler.ranks)
         reward = float64_sum_and_count(rewards)
         yield {"loss": reward * torch.tensor([-1.0, 1.0]), "reward": reward, **metrics}, has_rows

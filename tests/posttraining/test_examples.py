@@ -1,7 +1,10 @@
 """Examples: what a row becomes, token by token; which rows a step reads; padding, packing and ranks change no loss."""
 
 import csv
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from helpers import DIGITS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import evaluate_objective
 from nanoforge.data import tokenization
 from nanoforge.data.batches import Batch, Step, make_mixture
 from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, ExtendedTokenizer
@@ -34,6 +38,7 @@ from nanoforge.posttraining.examples import (
 )
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
+from nanoforge.posttraining.objectives import DPO, KTO, SFT, Objective, ReferenceModel
 
 BYTES = ByteTokenizer()
 EOS = "<|endoftext|>"
@@ -377,6 +382,45 @@ def test_an_evaluation_reads_the_first_examples_once(batch_size, n_batches, worl
             else:
                 assert not part.extras["loss_mask"].any()
     assert seen == [f"{i}+{i}" for i in range(23)][: batch_size * n_batches]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("n_rows", [2, 3, 5])
+def test_an_evaluation_depends_on_no_batch_size_and_no_ranks(objective: str, n_rows: int):
+    """Its witness is one step on all rows: the loss that training would have. Rows are as unlike as can be."""
+    rows = [{"prompt": f"{i}+1=", "completion": "7" * (i + 1), "label": i % 2} for i in range(n_rows)]
+    rows = [row | {"chosen": row["completion"], "rejected": "9"} for row in rows]
+    data = Examples("x", encode(rows, objective=objective))
+    model = tiny_model(vocab_sizes=(13,), block_size=32).eval()
+    other = tiny_model(seed=5, vocab_sizes=(13,), block_size=32).eval()
+    one_rank = Ranks(0, 1, torch.device("cpu"))
+    learned = build_objective(objective, other, one_rank)
+    collate = KTOCollator(max_tokens=32) if objective == "kto" else Collator()
+    (step,) = learned.prepare(model, [collate(data.rows, range(n_rows))])
+    expected, _ = learned(model, step, with_metrics=False)
+
+    for batch_size, world_size in itertools.product((1, 2, 8), (1, 3)):
+
+        def all_ranks(batch_size: int = batch_size, world_size: int = world_size) -> Iterator[tuple[Batch, bool]]:
+            for rank in range(world_size):  # one after the other: their sums are those of a collective
+                yield from data.eval_batches(9, batch_size, Ranks(rank, world_size, one_rank.device), collate)
+
+        total = torch.zeros(2)
+        for metrics, counts in evaluate_objective(
+            learned, all_ranks, one_rank.device, model, at_once=objective == "kto"
+        ):
+            total += metrics["loss"] * counts
+        assert float(total[0] / total[1]) == pytest.approx(float(expected), rel=1e-5)
+        assert objective == "sft" or total[1] == n_rows
+
+
+def build_objective(name: str, reference: torch.nn.Module, ranks: Ranks) -> Objective:
+    """An objective with a reference model of its own."""
+    frozen = ReferenceModel(reference, nullcontext)
+    if name == "kto":
+        return KTO(beta=0.5, desirable_weight=1.0, undesirable_weight=2.0, reference=frozen, ranks=ranks)
+    return DPO(loss="sigmoid", beta=0.5, reference=frozen) if name == "dpo" else SFT()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
