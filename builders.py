@@ -125,7 +125,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
 
     # 2. The model on the CPU, and its precision.
     start = start_args(args, record)
-    model, loaded_shape = build_model(start, inputs.tokenizers, base, record)
+    model, loaded_shape = build_model(start, inputs.tokenizers, base, record, log)
     args = dataclasses.replace(args, **loaded_shape)
     dtype, dtype_reason = agree_on_dtype(args.dtype, ranks)
     model.compute_dtype = dtype
@@ -353,7 +353,7 @@ def start_args(args: TrainArgs, record: RunRecord | None) -> TrainArgs:
 
 
 def build_model(
-    args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained | None, record: RunRecord | None
+    args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained | None, record: RunRecord | None, log: Log
 ) -> tuple[GPT, dict[str, Any]]:
     """(model on the CPU with initial or loaded weights, the arguments that loaded weights decide). Raises UserError."""
     torch.manual_seed(args.seed)
@@ -364,7 +364,7 @@ def build_model(
         model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"])))
         model.load_weights(base.weights, "the base", grow=True)
         return model, {}
-    return build_from_base(args, tokenizers, base)
+    return build_from_base(args, tokenizers, base, log)
 
 
 def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer]) -> GPT:
@@ -377,10 +377,13 @@ def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer]) -> GPT
     return GPT(GPTConfig.from_args(args, vocab_sizes=vocab_sizes))
 
 
-def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained) -> tuple[GPT, dict[str, Any]]:
+def build_from_base(
+    args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pretrained, log: Log
+) -> tuple[GPT, dict[str, Any]]:
     """A model of the base's shape and weights, and the arguments that this shape decides. Raises UserError.
 
-    Examples may add tokens to the vocabulary; text has to be tokenized as the base's was.
+    Every field of the shape is the base's, those that its format has no name for at their defaults. Its context may be
+    cropped. Examples may add tokens to the vocabulary; text has to be tokenized as the base's was.
     """
     reads_examples = OBJECTIVES[args.objective].reads_examples
     base_vocab_size = sum(base.shape["vocab_sizes"])
@@ -395,8 +398,12 @@ def build_from_base(args: TrainArgs, tokenizers: dict[str, Tokenizer], base: Pre
             raise UserError(
                 f"--init_from={args.init_from}: the data has {sum(vocab_sizes)} tokens, the weights {base_vocab_size}"
             )
-    shape = known_fields(base.shape, base.source) | {
-        "block_size": min(args.block_size, base.shape["block_size"]),
+    whole = GPTConfig(**known_fields(base.shape, base.source))  # derived sizes follow from the base's own context
+    if args.block_size > whole.block_size and args.block_size != TrainArgs.block_size:
+        log(f"--block_size={args.block_size}: the weights of --init_from have {whole.block_size}, which stands")
+    shape = {name: value for name, value in dataclasses.asdict(whole).items() if name not in pretrained.TRAINING_FIELDS}
+    shape |= {
+        "block_size": min(args.block_size, whole.block_size),
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
     model = GPT(GPTConfig.from_args(args, **shape))

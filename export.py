@@ -165,14 +165,19 @@ GPT2_SHAPE = {
     "tie_weights": True,
     "logit_softcap": 0.0,
     "window": "L",
-    "n_kv_head": 0,
+    "embedding_norm": False,
+    "value_residual": False,
+    "residual_scalars": False,
 }
 
 
 def export_peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is not a GPT-2."""
     folder, record = find_lora(folder)
-    variants = [f"{name}={record.model[name]}" for name, value in GPT2_SHAPE.items() if record.model[name] != value]
+    shape = record.model
+    variants = [f"{name}={shape[name]}" for name, value in GPT2_SHAPE.items() if shape.get(name, value) != value]
+    if shape["n_kv_head"] not in (0, shape["n_head"]):
+        variants.append(f"n_kv_head={shape['n_kv_head']}")
     if variants:
         raise UserError(
             f"{folder}: not a GPT-2 ({', '.join(variants)}), and transformers has no other class for it; use merge"

@@ -57,6 +57,12 @@ class GPTConfig:
     activation_checkpointing: bool = TrainArgs.activation_checkpointing
     loss_chunk: int = TrainArgs.loss_chunk
 
+    def __post_init__(self) -> None:
+        """Fix the sizes that follow from others, so that a model loaded with another block_size keeps its own."""
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        if "S" in self.window:
+            object.__setattr__(self, "window_size", self.window_size or max(1, self.block_size // 2))
+
     @classmethod
     def from_args(cls, args: TrainArgs, **overrides: Any) -> "GPTConfig":
         """The arguments of the same names, but for the overrides."""
@@ -273,7 +279,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
+        self.n_kv_head = config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
         self.dropout = config.dropout
 
@@ -287,8 +293,7 @@ class Attention(nn.Module):
 
         self.span = config.block_size  # tokens that a query sees, its own included
         if config.window[layer % len(config.window)] == "S":
-            window_size = config.window_size or max(1, config.block_size // 2)
-            self.span = min(config.block_size, window_size)
+            self.span = min(config.block_size, config.window_size)
         self.sees_all = self.span == config.block_size
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:

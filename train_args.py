@@ -37,6 +37,14 @@ FROM_SCRATCH = OnlyWith(
     "--init_from=scratch (loaded weights bring theirs)", lambda args: args.init_from in ("scratch", "resume")
 )
 ALWAYS = OnlyWith("", lambda args: True)
+ROPE = OnlyWith(
+    f"--position=rope, and {FROM_SCRATCH.description}",
+    lambda args: args.position == "rope" and FROM_SCRATCH.holds(args),
+)
+WINDOWS = OnlyWith(
+    f"an S in --window, and {FROM_SCRATCH.description}",
+    lambda args: "S" in args.window and FROM_SCRATCH.holds(args),
+)
 MULTIDATASET = with_value("training_mode", "multidataset")
 SAMPLED_DATASETS = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
@@ -176,7 +184,7 @@ class ModelArgs:
     position: str = arg("learned", "position encoding: learned embeddings, rotary embeddings (RoPE), or none",
         choices=("learned", "rope", "none"), model_shape=True, needs=FROM_SCRATCH)
     rope_base: float = arg(10000.0, "RoPE base frequency (theta)",
-        above=0, model_shape=True, needs=with_value("position", "rope"), alias=("rope_theta",))
+        above=0, model_shape=True, needs=ROPE, alias=("rope_theta",))
     activation: str = arg("gelu", "MLP activation: any function of torch.nn.functional, gelu_tanh, "
         "or relu2 (squared ReLU)", model_shape=True, needs=FROM_SCRATCH)
     mlp: str = arg("plain", "plain, or gated (SwiGLU with --activation=silu)",
@@ -187,7 +195,7 @@ class ModelArgs:
     window: str = arg("L", "attention pattern, repeated over the layers: L full attention, S sliding window",
         model_shape=True, needs=FROM_SCRATCH)
     window_size: int = arg(0, "sliding window of S layers in tokens, the current one included (0: half of block_size)",
-        low=0, model_shape=True, needs=OnlyWith("an S in --window", lambda args: "S" in args.window))
+        low=0, model_shape=True, needs=WINDOWS)
     logit_softcap: float = arg(0.0, "soft cap c of the logits: c z / sqrt(z^2 + c^2) (0: none)",
         low=0, model_shape=True, needs=FROM_SCRATCH)
     embedding_norm: bool = arg(False, "RMSNorm of the embedding, before the first layer",

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from helpers import ROOT, TINY_MODEL, ids, run_script, tiny_model
 from safetensors.torch import save_file
 
+import builders
+import train_args
 from model import (
     ACTIVATIONS,
     GPT,
@@ -31,6 +33,7 @@ from model import (
     chunked_attention,
     get_activation,
 )
+from nanoforge.data import tokenization
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 
@@ -62,6 +65,58 @@ def test_logits_equal_transformers(hugging_face, bare_file):
     with torch.no_grad():
         assert (model(idx) - theirs(idx).logits).abs().max() < 1e-5
     assert model.count_parameters() == sum(p.numel() for p in theirs.parameters())
+
+
+VARIANTS = {
+    "n_kv_head": 2,
+    "norm": "rmsnorm",
+    "position": "rope",
+    "rope_base": 500.0,
+    "activation": "relu2",
+    "mlp": "gated",
+    "qk_norm": True,
+    "window": "SL",
+    "window_size": 3,
+    "logit_softcap": 5.0,
+    "embedding_norm": True,
+    "value_residual": True,
+    "residual_scalars": True,
+    "tie_weights": False,
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in VARIANTS] + [list(VARIANTS)])
+def test_every_field_of_the_shape_comes_from_the_weights(hugging_face, tmp_path, capsys, names):
+    """Under a config of variants that GPT-2's weights have not, the logits are transformers'; each is a remark."""
+    theirs, folder = hugging_face
+    (tmp_path / "variants.json").write_text(json.dumps({name: VARIANTS[name] for name in names}))
+    flags = ["--block_size=12", f"--train_file={__file__}", f"--validation_file={__file__}", "--objective=sft"]
+    args = train_args.parse([str(tmp_path / "variants.json"), f"--init_from={folder}", *flags])
+    remarks = capsys.readouterr().err
+    assert all(f"{name} is not used here" in remarks for name in names)
+
+    tokenizers = {"tokens": tokenization.NumberTokenizer(97)}
+    model, loaded_shape = builders.build_from_base(args, tokenizers, pretrained.load(str(folder)), [].append)
+    idx = ids(3, 12, high=97)
+    torch.testing.assert_close(model.eval()(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    assert {name: loaded_shape[name] for name in VARIANTS}.items() <= dataclasses.asdict(model.config).items()
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_derived_sizes_stay_when_weights_are_loaded_with_a_smaller_context(is_old):
+    """window_size=0 is half of the context that the model was made with, also in the record of an older version."""
+    made = tiny_model(window="SL", position="rope", block_size=16)
+    shape = dataclasses.asdict(made.config)
+    assert (shape["window_size"], shape["n_kv_head"]) == (8, 4)
+    if is_old:
+        shape |= {"window_size": 0, "n_kv_head": 0}
+    weights = {name: parameter.detach() for name, parameter in made.named_parameters()}
+    base = pretrained.Pretrained(shape, weights, None)
+    args = train_args.TrainArgs(block_size=10, window="SL", init_from="elsewhere")
+    smaller, loaded_shape = builders.build_from_base(args, {"tokens": tokenization.NumberTokenizer(31)}, base, print)
+    assert (loaded_shape["window_size"], loaded_shape["block_size"]) == (8, 10)
+    assert [attn.span for attn in smaller.attention_layers()] == [8, 10]
+    assert torch.equal(smaller(ids(2, 10)), made(ids(2, 10)))
 
 
 def test_losses_and_gradients_equal_transformers(hugging_face):
