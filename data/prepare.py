@@ -1,16 +1,19 @@
 """Make a dataset of your own texts.
 
     python data/prepare.py --input book.txt --name=mine --tokenizer=char
-    python data/prepare.py --input corpus/ more.jsonl --name=mine --tokenizer=gpt2
+    python data/prepare.py --input corpus/ more.jsonl.gz --name=mine --tokenizer=gpt2
+    python data/prepare.py --input train.txt --val_input val.txt --name=mine
 
-Reads .txt (each file is a document; one file alone is split by position), .jsonl, .csv and .parquet (each row is a
-document), folders and https addresses of them, and hf:NAME[:CONFIG]. Documents end with the end-of-text token, if the
-tokenizer has one.
+Reads text (.txt, .md, source code: each file is a document), tables (.jsonl, .json, .csv, .tsv, .parquet: each row is a
+document), each of them also as .gz or .zst, folders and web addresses of them, and hf:NAME[:CONFIG]. Documents end with
+the end-of-text token, if the tokenizer has one; one document alone is split by position. Text never becomes a control
+token, whatever it spells.
 
 The text datasets in data/ are this script with other defaults: see `prepare_dataset`.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 from configurator import Rules, arg, arg_table
-from nanoforge.data import corpus
+from nanoforge.console import plural
+from nanoforge.data import corpus, documents, token_bins
+from nanoforge.errors import UserError
 from nanoforge.files import download, download_name
 
 
@@ -28,39 +33,85 @@ from nanoforge.files import download, download_name
 class PrepareArgs:
     """prepare"""
 
-    input: tuple[str, ...] = arg((), "files, folders and https addresses, or hf:NAME[:CONFIG]", split=False)
+    input: tuple[str, ...] = arg((), "files, folders and web addresses, or hf:NAME[:CONFIG]", split=False)
+    val_input: tuple[str, ...] = arg(
+        (), "the same for validation; of hf:NAME the validation split (none: a part of --input)", split=False
+    )
     name: str = arg("", "name of the dataset, for train.py --dataset=NAME")
     data_dir: str = arg("data", "folder of the dataset folders")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
     tokenizer: str = arg("gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken")
     vocab_size: int = arg(8192, "vocabulary size of a trained bpe tokenizer", low=300)
     field: str = arg("text", "field or column that holds the text")
-    val_fraction: float = arg(0.1, "fraction of the documents, or of a single text, for validation", above=0, high=0.5)
+    skip_invalid: bool = arg(False, "leave out, and count, rows and files that hold no text, which are refused else")
+    val_fraction: float = arg(
+        0.1,
+        "fraction for validation: of the documents, by a hash of each, or the end of a single one",
+        above=0,
+        high=0.5,
+    )
 
 
 def check(args: PrepareArgs, source: dict[str, str]) -> Iterator[str]:
-    """Errors of arguments that are missing or have no effect."""
+    """Errors of arguments that are missing, lead out of data_dir or have no effect."""
     for name in ("input", "name"):
         if not getattr(args, name):
             yield f"--{name}: is needed"
+    if args.name and (os.path.isabs(args.name) or os.path.normpath(args.name).split(os.sep)[0] in (".", "..")):
+        yield f"--name={args.name}: must be a folder inside --data_dir; give another folder as --data_dir"
     if source["vocab_size"] != "default" and args.tokenizer != "bpe":
         yield "--vocab_size: has an effect only with --tokenizer=bpe"
+    if source["val_fraction"] != "default" and args.val_input:
+        yield "--val_fraction: has an effect only without --val_input"
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What --skip_invalid has left out since it was last read."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        self.first = self.first or message.partition(";")[0]
 
 
 def main(args: PrepareArgs) -> None:
     folder = Path(args.data_dir) / args.name
-    inputs = [fetch(name, folder) for name in args.input]
-    corpus.write_dataset(
-        folder=folder,
-        read=lambda: corpus.read_corpus(inputs, args.field, args.val_fraction),
-        tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
+    token_bins.refuse_existing(folder, "*.bin", overwrite=args.overwrite)
+    left_out = LeftOut()
+    inputs = documents.CorpusInputs(
+        train=tuple(fetch(name, folder) for name in args.input),
+        val=tuple(fetch(name, folder) for name in args.val_input),
+        field=args.field,
+        val_fraction=args.val_fraction,
+        on_invalid=left_out.add if args.skip_invalid else None,
     )
+    for flag in ("--input", "--val_input"):
+        found = inputs.find(flag)
+        if found and found.paths:
+            print(f"{flag}: {found.describe()}", flush=True)
+
+    def read() -> Iterator[documents.TextChunk]:
+        left_out.count = 0
+        return inputs.open()
+
+    try:
+        n_documents = corpus.write_dataset(folder, read, args.tokenizer, args.vocab_size)
+    finally:
+        if left_out.count:
+            print(f"{plural(left_out.count, 'document')} without text left out, the first: {left_out.first}")
+    if not n_documents and not args.val_input:
+        print("1 document, so split by position, and without an end token")
 
 
 def fetch(name: str, folder: Path) -> str:
     """The path of an input; what has an address on the web is downloaded into the folder. Raises UserError."""
     if not name.startswith(("https://", "http://")):
         return name
+    if not documents.is_readable(Path(download_name(name))):
+        raise UserError(f"{name}: must be the address of {documents.KINDS}; download it first")
     return str(download(name, folder / download_name(name)))
 
 

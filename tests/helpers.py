@@ -28,6 +28,7 @@ import train_args
 from model import GPT, GPTConfig
 from nanoforge import files
 from nanoforge.data import corpus, tokenization
+from nanoforge.data.documents import TextChunk
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.training import checkpoint
 
@@ -61,7 +62,7 @@ needs_shared = pytest.mark.skipif(
 def write_char_dataset(folder: Path, text: str, chars: Sequence[str] | None = None) -> None:
     """Token bins of characters; the last tenth of the text is for validation."""
     cut = int(len(text) * 0.9)
-    chunks = [corpus.TextChunk("train", text[:cut]), corpus.TextChunk("val", text[cut:])]
+    chunks = [TextChunk("train", text[:cut]), TextChunk("val", text[cut:])]
     corpus.write_dataset(folder, lambda: chunks, CharTokenizer(chars or sorted(set(text))))
 
 

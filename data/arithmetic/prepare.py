@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import Rules, arg, arg_table, with_value
-from nanoforge.data import corpus, tables
-from nanoforge.data.corpus import TextChunk
+from nanoforge.data import corpus, tables, token_bins
+from nanoforge.data.documents import TextChunk
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS
 from nanoforge.data.tokenization import CharTokenizer
@@ -51,6 +51,7 @@ class PrepareArgs:
         needs=with_value("kind", "preferences"),
     )
     out_dir: str = arg(str(FOLDER), "folder to write to")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
 
 
 def check(args: PrepareArgs, source: dict[str, str]) -> Iterator[str]:
@@ -132,6 +133,7 @@ def iter_wrong_answers(digits: int, max_sums: int, seed: int) -> Iterator[tuple[
 
 def main(args: PrepareArgs) -> None:
     folder = Path(args.out_dir)
+    token_bins.refuse_existing(folder, "train.*", overwrite=args.overwrite)
     if args.kind == "sums":
         tokenizer = CharTokenizer(CHARS, has_eos=True)
         corpus.write_dataset(folder, lambda: iter_text(args.digits, args.sums, args.seed), tokenizer)

@@ -11,4 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare import prepare_dataset
 
 if __name__ == "__main__":
-    prepare_dataset(__file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001)
+    prepare_dataset(
+        __file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001, skip_invalid=True
+    )

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg, arg_table
+from nanoforge.data import token_bins
 from nanoforge.data.tables import Row, read_rows, write_splits
 from nanoforge.errors import UserError
 from nanoforge.files import download
@@ -33,6 +34,7 @@ class PrepareArgs:
         split=False,
     )
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
 
 
 def find_files(inputs: Sequence[str], out_dir: Path) -> dict[str, Path]:
@@ -72,6 +74,7 @@ def iter_problems(files: dict[str, Path]) -> Iterator[tuple[str, Row]]:
 
 def main(args: PrepareArgs) -> None:
     out_dir = Path(args.out_dir)
+    token_bins.refuse_existing(out_dir, "train.*", overwrite=args.overwrite)
     files = find_files(args.input, out_dir)
     write_splits(out_dir, iter_problems(files), splits=tuple(FILES))
 

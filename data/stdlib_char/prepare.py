@@ -11,18 +11,18 @@ import io
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg, arg_table
-from nanoforge.data import corpus
+from nanoforge.data import corpus, token_bins
+from nanoforge.data.documents import TextChunk
 from nanoforge.errors import UserError
 
 MAX_BYTES = 3_000_000
-VAL_FRACTION = 0.1
 
 
 @arg_table
@@ -30,6 +30,7 @@ class PrepareArgs:
     """prepare"""
 
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
     packages: bool = arg(False, "also the library's packages, without those that were installed")
     max_bytes: int = arg(MAX_BYTES, "maximum number of characters in all", low=1)
 
@@ -60,14 +61,21 @@ def iter_modules(*, packages: bool = False, max_bytes: int = MAX_BYTES) -> Itera
         raise UserError(f"{library}: this Python came without the source of its library")
 
 
+def split_modules(texts: Iterable[str]) -> Iterator[TextChunk]:
+    """The texts of modules, every tenth for validation, so that all texts of a module are in the same split."""
+    for number, text in enumerate(texts):
+        yield TextChunk("val" if number % 10 == 9 else "train", text, ends_document=True)
+
+
 def main(args: PrepareArgs) -> None:
+    token_bins.refuse_existing(Path(args.out_dir), "*.bin", overwrite=args.overwrite)
     sources = list(iter_modules(packages=args.packages, max_bytes=args.max_bytes))
     version = sys.version.split()[0]
     n_chars = sum(map(len, sources))
     print(f"{len(sources)} modules of Python {version}'s standard library, {n_chars:,} characters")
     corpus.write_dataset(
         folder=Path(args.out_dir),
-        read=lambda: corpus.split_documents(([source] for source in sources), VAL_FRACTION),
+        read=lambda: split_modules(sources),
         tokenizer="char",
     )
 

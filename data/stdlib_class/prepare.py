@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from configurator import arg, arg_table
-from data.stdlib_char.prepare import VAL_FRACTION, iter_modules
-from nanoforge.data import corpus
+from data.stdlib_char.prepare import iter_modules, split_modules
+from nanoforge.data import corpus, token_bins
 
 CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", tokenize.OP: "o"}
 
@@ -27,6 +27,7 @@ class PrepareArgs:
     """prepare"""
 
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
 
 
 def classify(source: str) -> str:
@@ -53,9 +54,10 @@ def token_class(token: tokenize.TokenInfo) -> str | None:
 
 
 def main(args: PrepareArgs) -> None:
+    token_bins.refuse_existing(Path(args.out_dir), "*.bin", overwrite=args.overwrite)
     corpus.write_dataset(
         folder=Path(args.out_dir),
-        read=lambda: corpus.split_documents(([classify(source)] for source in iter_modules()), VAL_FRACTION),
+        read=lambda: split_modules(map(classify, iter_modules())),
         tokenizer="char",
     )
 

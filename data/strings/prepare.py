@@ -55,6 +55,7 @@ class PrepareArgs:
     hidden: str = arg("reverse", "task that hidden_*.jsonl does not name", choices=tuple(TASKS))
     seed: int = arg(0, "random seed of the words", low=0)
     out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to")
+    overwrite: bool = arg(False, "replace a dataset that is there already")
 
 
 def hash_below(n: int, *key: int) -> int:
@@ -80,6 +81,7 @@ def iter_words(n_words: int, max_letters: int, seed: int) -> Iterator[tuple[str,
 
 def main(args: PrepareArgs) -> None:
     folder = Path(args.out_dir)
+    token_bins.refuse_existing(folder, "train.*", overwrite=args.overwrite)
     words = list(iter_words(args.words, args.longest, args.seed))
     write_splits(folder, iter_named(words), token_bins.SPLITS)
     hidden_splits = [f"hidden_{split}" for split in token_bins.SPLITS]

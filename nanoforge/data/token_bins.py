@@ -329,7 +329,7 @@ def prepare_if_missing(folder: Path, what: str = "bins") -> None:
         raise UserError(f"{folder}: {' and '.join(missing)} not there, and no prepare.py to make it")
     print(f"{folder}: no {what} yet; running {script}", flush=True)
     done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
+    if done.returncode and missing_files(folder, what):  # else another process has made them
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise UserError(f"{script}: {lines[-1].removeprefix('prepare.py: ')}")
 
@@ -347,6 +347,13 @@ def missing_files(folder: Path, what: str) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
+
+
+def refuse_existing(folder: Path, pattern: str, *, overwrite: bool) -> None:
+    """Raise UserError for a dataset that is there already, by the names of its files, unless it may be replaced."""
+    existing = sorted(path.name for path in folder.glob(pattern))
+    if existing and not overwrite:
+        raise UserError(f"{folder}: holds {', '.join(existing[:4])} already; --overwrite replaces them")
 
 
 class BinWriter:

@@ -91,10 +91,11 @@ def gpt2_type(run, tmp_path, monkeypatch):
         transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path / "hub")
     from nanoforge.data import corpus
+    from nanoforge.data.documents import TextChunk
 
     corpus.write_dataset(
         tmp_path / "data/text",
-        lambda: [corpus.TextChunk("train", "hello world " * 30), corpus.TextChunk("val", "hello world " * 30)],
+        lambda: [TextChunk("train", "hello world " * 30), TextChunk("val", "hello world " * 30)],
         "gpt2",
     )
     requested = []

@@ -87,7 +87,7 @@ def test_trained_bpe_is_the_tokenizers_librarys():
 
 
 @pytest.mark.parametrize("is_special", [True, False])
-def test_text_that_spells_a_control_token_is_text(is_special: bool):
+def test_text_that_spells_a_control_token_is_text(*, is_special: bool):
     """The witness is the same tokenizer without added tokens: the library then knows of no control token."""
     tokenizers = pytest.importorskip("tokenizers")
     spec = tokenization.BPETokenizer.train(["low lower <|endoftext|> newest\n" * 50], 300).to_json()["tokenizer"]
