@@ -17,7 +17,7 @@ from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import peak_flops
 from nanoforge.errors import UserError
-from nanoforge.training import checkpoint, evaluation, summary
+from nanoforge.training import checkpoint, evaluation, schedules, summary
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
@@ -123,6 +123,26 @@ class Run:
             )
         ]
 
+    def remarks(self) -> list[str]:
+        """What the run's length leaves out of its schedule, or adds to it."""
+        args, steps = self.args, self.total_steps
+        if args.eval_only or steps <= self.progress.step:
+            return []
+        remarks = schedules.schedule_remarks(
+            builders.lr_scale(args),
+            peak=args.peak_lr,
+            warmup=args.warmup_iters,
+            decay_end=args.decay_end,
+            steps=steps,
+        )
+        if args.schedule == "step" and args.warmup_iters < steps <= args.warmup_iters + args.lr_step_size:
+            remarks.append(f"--lr_step_size={args.lr_step_size}: no drop within the {steps} steps of the run")
+        if args.dataset_sampling_probs_final and steps < args.max_iters:
+            remarks.append(
+                f"--max_iters={args.max_iters}: the datasets' weights move until then, the run ends at {steps}"
+            )
+        return remarks
+
     def save(self, logger: RunLogger) -> None:
         """Start to save a checkpoint, with the counts from which a resumed run goes on in each dataset."""
         progress = self.progress
@@ -217,7 +237,11 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         ),
         dtype_reason=parts.dtype_reason,
     )
-    return run if resumed_from is None else resume(run, log)
+    if resumed_from is not None:
+        run = resume(run, log)
+    for remark in run.remarks():
+        log(remark)
+    return run
 
 
 def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:

@@ -356,7 +356,8 @@ class ScheduleArgs:
     decay_lr: bool = arg(False, "with --lr_scheduler=none: cosine decay, as in nanoGPT")
     warmup_iters: int = arg(100, "learning rate warmup, linear, in steps", low=0, alias=("warmup_steps",))
     lr_decay_iters: int = arg(3500, "step at which the decay reaches min_lr", low=1, needs=DECAY_HORIZON)
-    min_lr: float = arg(1e-4, "final learning rate of the decay", low=0, needs=DECAYING)
+    min_lr: float = arg(1e-4, "final learning rate of the decay; other peaks (muon_learning_rate, ...) "
+        "end at the same ratio", low=0, needs=DECAYING)
     lr_step_size: int = arg(1000, "step schedule: steps between drops", low=1, needs=STEP_SCHEDULE)
     lr_step_gamma: float = arg(0.1, "step schedule: factor of each drop", above=0, high=1, needs=STEP_SCHEDULE)
     wsd_decay_fraction: float = arg(0.4, "warmup-stable-decay: fraction of lr_decay_iters in the linear cooldown, "
@@ -449,6 +450,19 @@ class TrainArgs(
     def schedule(self) -> str:
         """Name of the learning rate schedule; --decay_lr alone means cosine, as in nanoGPT."""
         return "cosine" if self.decay_lr and self.lr_scheduler == "none" else self.lr_scheduler
+
+    @cached_property
+    def peak_lr(self) -> float:
+        """The peak learning rate that ends at min_lr, by whose ratio all rates decay: the first one that is not 0."""
+        rates = [self.learning_rate, self.embedding_learning_rate, self.head_learning_rate]
+        if self.optimizer == "muon":
+            rates.insert(1, self.muon_learning_rate)
+        return next(filter(None, rates), 0.0)
+
+    @cached_property
+    def decay_end(self) -> int | None:
+        """The step at which the schedule reaches min_lr, if it has one."""
+        return self.lr_decay_iters if self.schedule in DECAYS_TO_MIN_LR else None
 
     @cached_property
     def mixture(self) -> list[tuple[str, ...]]:
@@ -759,8 +773,8 @@ def optimizer_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
     if args.optimizer not in OPTIMIZERS and ":" not in args.optimizer:
         suggestion = did_you_mean(args.optimizer, OPTIMIZERS)
         yield f"--optimizer={args.optimizer}: must be one of {', '.join(OPTIMIZERS)} or package:Class{suggestion}"
-    if args.schedule != "none" and args.learning_rate and args.min_lr > args.learning_rate:
-        yield f"--min_lr={args.min_lr:g}: must not be above --learning_rate={args.learning_rate:g}"
+    if args.schedule != "none" and args.peak_lr and args.min_lr > args.peak_lr:
+        yield f"--min_lr={args.min_lr:g}: must not be above the peak of {args.peak_lr:g} (--learning_rate)"
     if args.schedule == "exponential" and args.min_lr == 0:
         yield "--min_lr=0: must be above 0 with an exponential schedule"
     if args.schedule in DECAYS_TO_MIN_LR and args.warmup_iters > args.lr_decay_iters:

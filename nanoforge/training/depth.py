@@ -62,21 +62,41 @@ def power_of_two(exponent: float) -> int:
     return 2 ** max(0, int(exponent))
 
 
+def shape(depth: int, aspect: int, fixed: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, heads): heads of about `head_dim`, as many as divide the width into even parts and n_kv_head divides.
+
+    Where n_embd is not fixed, the width is rounded up to whole heads.
+    """
+    size = head_dim(fixed.get("n_embd", depth * aspect))
+    kv_heads = fixed.get("n_kv_head") or 1
+    if "n_embd" not in fixed:
+        heads = fixed.get("n_head", kv_heads * math.ceil(depth * aspect / size / kv_heads))
+        if "n_head" in fixed:
+            size = 8 * math.ceil(depth * aspect / heads / 8)
+        return heads * size, heads
+    width = fixed["n_embd"]
+    fitting = [n for n in range(kv_heads, width + 1, kv_heads) if width % n == 0]
+    if width % 2 == 0:  # rotary embeddings turn pairs
+        fitting = [n for n in fitting if width // n % 2 == 0] or fitting
+    heads = min(fitting, key=lambda n: abs(math.log(width / n / size)), default=max(1, width // size))
+    return width, heads
+
+
 def derive_args(
     depth: int, aspect: int, tokens_per_weight: float, block_size: int, fixed: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of train.py that follow from `depth`; the others follow from those that are `fixed`.
 
     aspect: width over depth; widths are rounded up to whole heads. A step has a power of two of sequences, unless
-    batch_size is fixed; with another batch than the rule's, learning rates change by the root of the ratio.
+    batch_size is fixed; with another batch than the rule's, learning rates change by the root of the ratio. A fixed
+    max_tokens stands for tokens_per_weight; a fixed max_iters decides the tokens by which the rates follow.
     """
     # 1. Shape.
     n_layer = fixed.get("n_layer", depth)
-    heads = math.ceil(depth * aspect / head_dim(depth * aspect))
-    width = fixed.get("n_embd", heads * head_dim(depth * aspect))
+    width, heads = shape(depth, aspect, fixed)
 
     # 2. Batch and steps.
-    tokens = training_tokens(n_layer, width, tokens_per_weight)
+    tokens = fixed.get("max_tokens") or training_tokens(n_layer, width, tokens_per_weight)
     sequences = power_of_two(round(math.log2(batch_tokens(tokens) / block_size)))
     max_micro_batch = power_of_two(math.log2(MAX_MICRO_BATCH_TOKENS / block_size))
     batch_size = fixed.get("batch_size", min(sequences, max_micro_batch))
@@ -84,12 +104,15 @@ def derive_args(
     global_batch_size = batch_size * accumulation
     steps = fixed.get("max_iters", max(1, round(tokens / (global_batch_size * block_size))))
 
-    # 3. Learning rates.
+    # 3. Learning rates, by the tokens that the run reads.
+    if "max_iters" in fixed:
+        run_tokens = steps * global_batch_size * block_size
+        tokens = max(1, min(run_tokens, fixed.get("max_tokens") or run_tokens))
     batch_factor = math.sqrt(global_batch_size / sequences)
     return {
         "n_layer": n_layer,
         "n_embd": width,
-        "n_head": max(1, width // head_dim(width)),
+        "n_head": heads,
         "batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "max_iters": steps,

@@ -86,3 +86,32 @@ def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[int],
         return after_warmup(step)
 
     return scale
+
+
+def schedule_remarks(
+    scale: Callable[[int], float], *, peak: float, warmup: int, decay_end: int | None, steps: int
+) -> list[str]:
+    """What of its schedule a run of so many steps does not reach, or outlives.
+
+    scale, warmup: as make_schedule's. peak: the learning rate that is scaled. decay_end: None where nothing decays to a
+    fixed step.
+    """
+    if steps < 1:
+        return []
+    last_lr = f"{peak * scale(steps - 1):.3g}"
+    if steps <= warmup:
+        return [
+            f"--warmup_iters={warmup}: the run ends after {steps} steps, within its warm-up; "
+            f"its last learning rate is {last_lr}, its peak would be {peak:.3g}"
+        ]
+    if decay_end is not None and steps < decay_end:
+        return [
+            f"--lr_decay_iters={decay_end}: the run ends after {steps} steps, before its decay does; "
+            f"its last learning rate is {last_lr}"
+        ]
+    if decay_end is not None and steps > decay_end:
+        return [
+            f"--lr_decay_iters={decay_end}: the decay ends before the run; "
+            f"from there to step {steps} the learning rate is {last_lr}"
+        ]
+    return []

@@ -83,7 +83,44 @@ def test_explicit_arguments_stay_and_the_others_follow_from_them(tmp_path, capsy
     assert parse(4, str(tmp_path / "c.py")).n_embd == 64
 
 
-@pytest.mark.parametrize("flag, message", [("--optimizer=adamw", "--optimizer=muon"), ("--n_embd=100", "--n_head")])
+@pytest.mark.parametrize("width", [*range(8, 400, 8), 1000, 1001, 997])
+def test_heads_divide_any_explicit_width(width: int):
+    """Where it is even, into even parts, as rotary embeddings need; near the rule's size where there is one near."""
+    n_head = derive_args(12, 64, 20, 1024, {"n_embd": width})["n_head"]
+    assert width % n_head == 0
+    assert width % 2 or width // n_head % 2 == 0
+    if width % 32 == 0:
+        assert width // n_head == (32 if width < 256 else 64 if width % 64 == 0 else width // n_head)
+    grouped = derive_args(12, 64, 20, 1024, {"n_embd": width * 12, "n_kv_head": 6})
+    assert grouped["n_head"] % 6 == 0 == width * 12 % grouped["n_head"]
+
+
+def test_explicit_heads_and_widths_make_a_model(tmp_path):
+    assert parse(12, "--n_embd=1000").n_head == 10
+    args = parse(12, "--n_head=10")
+    assert args.n_embd % 10 == 0 and 0 <= args.n_embd - 12 * 64 < 80
+    assert parse(12, "--n_kv_head=4").n_head % 4 == 0
+    for fixed in ({"n_embd": 100}, {"n_head": 3}, {"n_kv_head": 2}):
+        values = derive_args(2, 32, 20, 64, fixed) | fixed
+        shape = {name: values[name] for name in ("n_layer", "n_embd", "n_head")}
+        GPT(GPTConfig(vocab_sizes=(9,), position="rope", n_kv_head=fixed.get("n_kv_head", 0), **shape))
+
+
+def test_rates_follow_the_tokens_that_an_explicit_length_reads():
+    by_rule = derive_args(12, 64, 20, 1024, {})
+    short = derive_args(12, 64, 20, 1024, {"max_iters": 100})
+    tokens = 100 * batch_rows(short) * 1024
+    assert batch_rows(short) == batch_rows(by_rule) and short["lr_decay_iters"] == 100
+    assert short["muon_learning_rate"] == pytest.approx(0.04 * (tokens / 3.3e6) ** -0.12, rel=0.005)
+    assert short["muon_weight_decay"] == pytest.approx(0.05 * tokens / 1.2e9, rel=0.005)
+    assert derive_args(12, 64, 20, 1024, {"max_iters": by_rule["max_iters"]}) == by_rule
+
+    weights = 12 * 12 * 768**2
+    bounded = derive_args(12, 64, 20, 1024, {"max_tokens": 14 * weights})
+    assert bounded == derive_args(12, 64, 14, 1024, {})
+
+
+@pytest.mark.parametrize("flag, message", [("--optimizer=adamw", "--optimizer=muon"), ("--n_embd=997", "head_dim")])
 def test_arguments_that_do_not_fit_a_depth_are_refused(flag, message, capsys):
     with pytest.raises(SystemExit):
         parse(4, flag)

@@ -13,7 +13,7 @@ from nanoforge.errors import UserError
 from nanoforge.training import optimizers
 from nanoforge.training.muon import Muon, newton_schulz
 from nanoforge.training.optimizers import Lion, OptimConfig, Optimizer
-from nanoforge.training.schedules import SCHEDULES, make_schedule
+from nanoforge.training.schedules import SCHEDULES, make_schedule, schedule_remarks
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
 BETAS = {"betas": (0.8, 0.95)}
@@ -289,6 +289,26 @@ def test_wsd_decays_after_the_warmup_from_the_peak(warmup):
     expected = [1 - 0.9 * (step - start) / max(1, 100 - start) for step in range(start, 101)]
     assert [schedule(step) for step in range(start, 101)] == pytest.approx([*expected[:-1], 0.1])
     assert all(schedule(step) == 1.0 for step in range(warmup, start))
+
+
+@pytest.mark.parametrize(
+    "warmup, decay_end, steps, found",
+    [
+        (10, 110, 110, ""),
+        (10, None, 11, ""),
+        (10, 110, 10, "--warmup_iters=10"),
+        (10, 110, 60, "--lr_decay_iters=110"),
+        (10, 110, 220, "--lr_decay_iters=110"),
+        (10, None, 5, "--warmup_iters=10"),
+        (0, None, 0, ""),
+    ],
+)
+def test_a_run_shorter_or_longer_than_its_schedule_is_told(warmup: int, decay_end: int | None, steps: int, found: str):
+    """With the last learning rate, by the schedule itself."""
+    scale = make_schedule("linear", **VALUES | {"warmup": warmup})
+    remarks = schedule_remarks(scale, peak=0.5, warmup=warmup, decay_end=decay_end, steps=steps)
+    assert len(remarks) == bool(found)
+    assert all(found in remark and f"{0.5 * scale(steps - 1):.3g}" in remark for remark in remarks)
 
 
 def test_cosine_is_torchs_and_nanogpts():

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import (
     ROOT,
     TINY,
+    RunFiles,
     equal_tensors,
     metric,
     read_run,
@@ -23,6 +25,7 @@ from helpers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import builders
 import configurator
 import train
 import train_args
@@ -399,6 +402,31 @@ def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(run
     run(*MIXTURE, "a", "b", name="two")
     with pytest.raises(UserError, match=r"b/val.bin"):
         run("--init_from=resume", "--dataset_list", "a", name="two")
+
+
+def test_a_schedule_that_ends_before_the_run_is_told_at_its_start(run: Callable[..., RunFiles]):
+    """Resumed with a doubled max_iters, a run of --depth stays at its last learning rate."""
+    depth = ["--depth=2", "--aspect=16", "--optimizer=muon", "--lr_scheduler=linear", "--min_lr=0", "--warmup_iters=0"]
+    tiny = [flag for flag in TINY if not flag.startswith(("--n_", "--max_iters"))]
+    first = run(*tiny, *depth, "--max_iters=4", "--overwrite")
+    assert "--lr_decay_iters" not in first.console
+    resumed = run("--init_from=resume", "--max_iters=8")
+    assert "--lr_decay_iters=4" in resumed.console
+    assert metric(resumed, "lr")[4:] == [0.0] * 4
+    short = run("--max_iters=2", "--warmup_iters=5", name="short")
+    assert "--warmup_iters=5" in short.console
+    halfway = run("--lr_scheduler=cosine", "--lr_decay_iters=100", "--max_tokens=64", name="halfway")
+    assert "--lr_decay_iters=100" in halfway.console
+
+
+@pytest.mark.parametrize("scheduler", ["exponential", "linear", "cosine", "wsd"])
+def test_muon_decays_to_min_lr_where_learning_rate_is_zero(scheduler: str):
+    """min_lr is the last rate of the first peak that isn't 0; the embedding's and the head's stay at 0."""
+    flags = ["--optimizer=muon", "--learning_rate=0", "--muon_learning_rate=0.02", "--min_lr=0.002", "--warmup_iters=9"]
+    args = train_args.parse([*flags, f"--lr_scheduler={scheduler}", "--lr_decay_iters=100"])
+    scale = builders.lr_scale(args)
+    assert [scale(step) for step in (9, 100, 200)] == pytest.approx([1, 0.1, 0.1])
+    assert all(0.1 <= scale(step) <= 1 for step in range(100))
 
 
 @pytest.mark.parametrize("first_part", [3, 5])
