@@ -75,6 +75,12 @@ class Run:
             bounds.append(source.steps_of_epochs(args.max_epochs))
         return min(bounds)
 
+    @property
+    def save_is_due(self) -> bool:
+        """Whether --checkpoint_interval asks for a checkpoint of this step."""
+        interval = self.args.checkpoint_interval
+        return interval > 0 and self.progress.step % interval == 0
+
     def finished(self, *, out_of_time: bool) -> str | None:
         """Why the run is over, or None."""
         args, progress = self.args, self.progress

@@ -116,8 +116,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         finished = run.finished(out_of_time=out_of_time)  # early stopping may end the run
         eval_is_due = progress.evaluated_at < progress.step  # a signal may have ended the evaluation
         step_logger.restart(progress.step, progress.tokens)
-    save_is_due = args.checkpoint_interval and progress.step % args.checkpoint_interval == 0
-    if save_is_due and progress.step not in (0, run.checkpoints.last_step):
+    if run.save_is_due and progress.step not in (0, run.checkpoints.last_step):
         run.save(logger)
         step_logger.restart(progress.step, progress.tokens)
     if finished and not eval_is_due:
@@ -165,8 +164,11 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
 
     # 3. Save.
     if progress.step or is_last:
-        progress.count_evaluation(val_loss, at_interval=progress.step % args.eval_interval == 0)
-        if is_best or is_last or args.always_save_checkpoint:
+        save_at_eval = args.checkpoint_at_eval and (is_best or args.always_save_checkpoint)
+        is_saved = is_last or save_at_eval or run.save_is_due
+        at_interval = progress.step % args.eval_interval == 0
+        progress.count_evaluation(val_loss, at_interval=at_interval, is_saved=is_saved)
+        if is_saved:
             run.save(logger)
     if args.plot_loss and run.ranks.is_main:
         with logger.without_failing("--plot_loss"):

@@ -369,14 +369,18 @@ class ScheduleArgs:
 class CheckpointArgs:
     """evaluation and checkpoints"""
 
-    eval_interval: int = arg(250, "steps between evaluations; a checkpoint follows each", low=1, alias=("eval_steps",))
+    eval_interval: int = arg(250, "steps between evaluations; a checkpoint follows each (--checkpoint_at_eval)",
+        low=1, alias=("eval_steps",))
     eval_iters: int = arg(200, "evaluation batches per split, of batch_size sequences, the same ones every time; "
         "of examples each is read once at most", low=1)
     checkpoint_interval: int = arg(0, "steps between checkpoints in addition to those at evaluations (0: none)",
         low=0, alias=("save_freq", "save_steps"))
     keep_last: int = arg(2, "number of newest checkpoints to keep; the best one is kept too", low=1)
     keep_every: int = arg(0, "also keep every checkpoint whose step is a multiple of this (0: none)", low=0)
-    always_save_checkpoint: bool = arg(True, "save at every evaluation; off: only if val_loss improves, and at the end")
+    checkpoint_at_eval: bool = arg(True, "save a checkpoint at evaluations; off: only every checkpoint_interval steps "
+        "and at the end, and the best one is the best of these")
+    always_save_checkpoint: bool = arg(True, "save at every evaluation; off: only if val_loss improves, and at the end",
+        needs=with_set("checkpoint_at_eval"))
 
 
 @arg_group
@@ -566,7 +570,7 @@ HINTS = {
     "resume_from_checkpoint": "use --init_from=resume with --out_dir=RUN",
     "reward_weights": "write the weights in --reward, as in correct:1,format:0.5",
     "run_name": "use --wandb_run_name",
-    "save_strategy": "use --checkpoint_interval, in steps, or --always_save_checkpoint",
+    "save_strategy": "use --checkpoint_interval, in steps, with --no-checkpoint_at_eval or --no-always_save_checkpoint",
     "save_total_limit": "use --keep_last, which counts the newest checkpoints; the best one is kept too",
     "steps_per_generation": "each global batch is one rollout batch; --num_iterations sets its optimizer steps",
     "torch_dtype": "weights are float32; use --dtype for mixed precision",

@@ -128,7 +128,8 @@ class SlurmLauncher:
 
     def launch(self, runs: list[PlannedRun], *, submit: bool) -> None:
         """Write the scripts of the runs, submit them if asked to, and print their paths. Raises UserError."""
-        slurm.remove_scripts(self.folder)
+        if runs:
+            slurm.remove_scripts(self.folder)
         jobs = slurm.Jobs(self.folder / slurm.JOBS_FILE)
         for name, group in self.groups(runs).items():
             training, evaluations = self.write_scripts(name, group)

@@ -148,10 +148,10 @@ class Progress:
         self.best_step = -1
         self.worse_evaluations = 0
 
-    def count_evaluation(self, val_loss: float, *, at_interval: bool) -> None:
-        """Take up an evaluation's loss. Early stopping counts those at eval_interval alone: the evaluation that ends a
-        run is no part of the run that goes on."""
-        if val_loss < self.best_val_loss:
+    def count_evaluation(self, val_loss: float, *, at_interval: bool, is_saved: bool = True) -> None:
+        """Take up an evaluation's loss. The best one is the best that is saved. Early stopping counts those at
+        eval_interval alone: the evaluation that ends a run is no part of the run that goes on."""
+        if is_saved and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.best_step = self.step
         if at_interval:

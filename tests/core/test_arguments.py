@@ -693,6 +693,17 @@ def eval_iters(run):
 
 
 @effect
+def checkpoint_at_eval(run):
+    flags = ["--max_iters=6", "--eval_interval=1", "--keep_last=99", "--no-checkpoint_at_eval"]
+    done = run(*flags, "--checkpoint_interval=4", name="own_interval")
+    assert done.steps == [4, 6] and len(done.evals) == 7
+    best = json.loads((done.out_dir / "best.json").read_text())
+    saved = {line["step"]: line["val_loss"] for line in done.evals if line["step"] in done.steps}
+    assert (best["val_loss"], best["step"]) == min((loss, step) for step, loss in saved.items())
+    assert run(*flags, name="at_the_end").steps == [6]
+
+
+@effect
 def always_save_checkpoint(run):
     flags = ["--learning_rate=0", "--max_iters=6"]  # only the evaluation at step 2 is the best so far
     saves = lambda done: done.console.count("saved ")  # noqa: E731
