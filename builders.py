@@ -71,6 +71,7 @@ class EvalDataset:
     name: str
     streams: Sequence[Any]
     batches: Callable[[nn.Module], Iterator[tuple[Metrics, bool]]]
+    n_batches: int
     examples: Examples | None = None
 
 
@@ -592,7 +593,7 @@ def build_lm(args: TrainArgs, context: BuildContext) -> RunData:
             pin=ranks.device.type == "cuda",
         )
         metrics = partial(evaluate_objective, objective, eval_batches, ranks.device)
-        return EvalDataset(dataset.name, dataset.streams, metrics)
+        return EvalDataset(dataset.name, dataset.streams, metrics, args.eval_iters)
 
     eval_datasets = map_splits(eval_dataset, data.eval_datasets)
     return RunData(data.source, objective, eval_datasets, data.eval_weights)
@@ -682,7 +683,7 @@ def build_grpo(args: TrainArgs, context: BuildContext) -> RunData:
         def metrics(model: nn.Module) -> Iterator[tuple[Metrics, bool]]:  # the sampler has the model
             return rollouts.evaluate_rewards(sampler, scorer, examples, args.eval_iters, args.batch_size)
 
-        return EvalDataset(examples.name, examples.streams, metrics, examples)
+        return EvalDataset(examples.name, examples.streams, metrics, count_eval_batches(args, examples), examples)
 
     eval_datasets = map_splits(eval_dataset, context.examples)
     return RunData(source, objective, eval_datasets, context.mixture.final_weights, sampler)
@@ -704,7 +705,7 @@ def example_data(
     def eval_dataset(examples: Examples) -> EvalDataset:
         eval_batches = partial(examples.eval_batches, args.eval_iters, args.batch_size, ranks, collate)
         metrics = partial(evaluate_objective, objective, eval_batches, ranks.device, at_once=at_once)
-        return EvalDataset(examples.name, examples.streams, metrics, examples)
+        return EvalDataset(examples.name, examples.streams, metrics, count_eval_batches(args, examples), examples)
 
     train = context.examples["train"]
     return RunData(
@@ -714,6 +715,11 @@ def example_data(
         eval_weights=context.mixture.final_weights,
         sampler=build_sampler(args, context),
     )
+
+
+def count_eval_batches(args: TrainArgs, examples: Examples) -> int:
+    """Batches of an evaluation, of which a small dataset has fewer than eval_iters."""
+    return min(args.eval_iters, -(-len(examples.rows) // args.batch_size))
 
 
 def map_splits(build: Callable[[T], EvalDataset], datasets: Mapping[str, Sequence[T]]) -> EvalDatasets:

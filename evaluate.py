@@ -92,16 +92,16 @@ if __name__ == "__main__":
     gc.disable()  # a sixth of the seconds that torch takes to import
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from builders import LoadedModel, load_model
 from nanoforge import files, rng
-from nanoforge.console import plural, print_to_stderr
+from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.errors import UserError
@@ -151,11 +151,13 @@ class Evaluation:
             return self.run.max_new_tokens
         return DEFAULT_MAX_NEW_TOKENS
 
-    def iter_batches(self, size: int, title: str) -> Iterator[range]:
-        """The numbers below `size` in batches, with a progress bar on a terminal."""
-        starts = range(0, size, self.args.batch_size)
-        for start in tqdm(starts, desc=title, disable=not sys.stderr.isatty(), leave=False):
-            yield range(start, min(start + self.args.batch_size, size))
+    def iter_batches(self, size: int, title: str, unit: str) -> Iterator[range]:
+        """The numbers below `size` in batches; shows their progress."""
+        with closing(ProgressBar(title, unit, size)) as progress:
+            for start in range(0, size, self.args.batch_size):
+                numbers = range(start, min(start + self.args.batch_size, size))
+                yield numbers
+                progress.add(len(numbers))
 
 
 def load_evaluation(args: EvaluateArgs) -> Evaluation:
@@ -229,7 +231,7 @@ def text_loss(evaluation: Evaluation, name: str) -> dict[str, float]:
     n_windows = min(dataset.n_windows, args.max_windows or dataset.n_windows)
     total_loss = 0.0
     n_tokens = 0
-    for rows in evaluation.iter_batches(n_windows, name):
+    for rows in evaluation.iter_batches(n_windows, name, "windows"):
         windows = dataset.gather(np.arange(rows.start, rows.stop))
         batch = batches.to_batch(windows, pin=False).to(evaluation.device)
         losses = loaded.model(batch.idx, batch.targets)  # (B, T)
@@ -261,7 +263,7 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
     examples, n_dropped, _ = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
     total_loss = 0.0
     n_tokens = 0
-    for numbers in evaluation.iter_batches(len(examples), str(path)):
+    for numbers in evaluation.iter_batches(len(examples), str(path), "examples"):
         chunk = examples[numbers.start : numbers.stop]
         batch = Collator()(chunk, range(len(chunk))).to(evaluation.device)
         loss_mask = batch.extras["loss_mask"]
@@ -367,7 +369,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
     prompts = [encoder.encode_prompt(problem) for problem in problems]
     n_cut = sum(len(ids) > model.config.block_size for ids in prompts)
     answers: list[list[Answer]] = [[] for _ in problems]
-    for batch in evaluation.iter_batches(len(problems), title):
+    for batch in evaluation.iter_batches(len(problems), title, "problems"):
         completions = generate_batch(
             model,
             prompts=prompts[batch.start : batch.stop],

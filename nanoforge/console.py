@@ -6,9 +6,13 @@ import io
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BEFORE_BAR = 1.0  # what is over sooner has no bar
+
+T = TypeVar("T")
 
 
 class ConsoleOutput(io.FileIO):
@@ -83,28 +87,42 @@ def print_to_stderr(message: str) -> None:
 class ProgressBar:
     """What a long pass over data has done: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
-    def __init__(self, title: str, unit: str = "characters", total: int = 0) -> None:
-        """total: where the pass ends, 0 where that is not known."""
+    def __init__(self, title: str, unit: str = "characters", total: int = 0, *, silent: bool = False) -> None:
+        """total: where the pass ends, 0 where that is not known. silent: on ranks that print nothing."""
         self.title = title
         self.unit = unit
         self.total = total
+        self.silent = silent
         self.n_done = 0
         self.last_printed = time.monotonic()
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=title, unit=f" {unit}", unit_scale=True, total=total or None)
+            self.bar = tqdm(
+                desc=title,
+                total=total or None,
+                unit=f" {unit}",
+                unit_scale=not 0 < total < 10_000,
+                leave=False,
+                delay=SECONDS_BEFORE_BAR,
+            )
 
     def add(self, n_done: int) -> None:
         """Advance by a number of units."""
         self.n_done += n_done
         if self.bar is not None:
             self.bar.update(n_done)
-        elif time.monotonic() - self.last_printed > SECONDS_BETWEEN_LINES:
+        elif not self.silent and time.monotonic() - self.last_printed > SECONDS_BETWEEN_LINES:
             self.last_printed = time.monotonic()
             total = f" of {self.total:,}" if self.total else ""
             print(f"{self.title}: {self.n_done:,}{total} {self.unit}", flush=True)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; each is done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.add(1)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nanoforge.console import ProgressBar
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.posttraining.examples import Collator, Examples
@@ -87,7 +88,10 @@ class ReferenceCache:
         """(N, 2) on the CPU. The ranks share the work."""
         rows, ranks, batch_size = dataset.rows, self.ranks, self.batch_size
         logps = torch.zeros(len(rows), 2)
-        for start in range(0, len(rows), batch_size * ranks.world_size):
+        starts = range(0, len(rows), batch_size * ranks.world_size)
+        title = f"log-probabilities of the reference model on {dataset.name}"
+        progress = ProgressBar(title, "batches", len(starts), silent=not ranks.is_main)
+        for start in progress.over(starts):
             own_start = start + ranks.rank * batch_size
             own_rows = range(own_start, min(own_start + batch_size, len(rows)))
             # a rank without rows reads one all the same: all ranks have to call a sharded model as often
@@ -95,6 +99,7 @@ class ReferenceCache:
             batch_logps = self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"])
             if own_rows:
                 logps[own_rows.start : own_rows.stop] = batch_logps.view(2, -1).T.cpu()
+        progress.close()
         return ranks.all_reduce_(logps)
 
 

@@ -5,7 +5,7 @@ Knows nothing of objectives: a dataset yields the metrics of its batches, as sum
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanoforge.console import ProgressBar
 from nanoforge.data.batches import Metrics, SampleCounter, Source
 from nanoforge.distributed import Ranks
 from nanoforge.training.signals import Signals
@@ -34,6 +35,9 @@ class EvalDataset(Protocol):
 
     @property
     def batches(self) -> "EvalBatches": ...
+
+    @property
+    def n_batches(self) -> int: ...
 
 
 class EvalBatches(Protocol):
@@ -83,13 +87,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def evaluate(
     model: nn.Module, datasets: Mapping[str, Sequence[EvalDataset]], ranks: Ranks, signals: Signals
 ) -> dict[str, list[DatasetResult]] | None:
-    """Evaluate on each split's datasets: a collective. None once a rank has received a signal."""
+    """Evaluate on each split's datasets: a collective. None once a rank has received a signal. Shows its progress."""
     results: dict[str, list[DatasetResult]] = {}
-    with evaluation_mode(model):
+    n_batches = sum(dataset.n_batches for split_datasets in datasets.values() for dataset in split_datasets)
+    progress = ProgressBar("evaluating", "batches", n_batches, silent=not ranks.is_main)
+    with evaluation_mode(model), closing(progress):
         for split, split_datasets in datasets.items():
             results[split] = []
             for dataset in split_datasets:
-                sums = sum_metrics(dataset.batches(model), ranks, signals)
+                sums = sum_metrics(progress.over(dataset.batches(model)), ranks, signals)
                 if sums is None:
                     return None
                 results[split].append(dataset_result(dataset.streams, sums, ranks))

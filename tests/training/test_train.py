@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ import configurator
 import train
 import train_args
 from model import GPT, GPTConfig
-from nanoforge import device, run_state
+from nanoforge import console, device, run_state
 from nanoforge.errors import UserError
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint, signals
@@ -822,3 +824,19 @@ def test_model_flops_per_token():
     model = GPT(GPTConfig(vocab_sizes=(100,), n_layer=3, n_head=2, n_embd=32, block_size=16, bias=False))
     weights = 3 * (12 * 32 * 32) + 100 * 32
     assert model.flops_per_token() == 6 * weights + 12 * 3 * 32 * 16
+
+
+@pytest.mark.slow
+def test_evaluations_show_their_progress(run: Callable, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All batches of both splits, also where a small dataset has fewer than eval_iters: 110 and 20 rows of sums."""
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", -1.0)
+    examples = [f"--init_from={base}", "--dataset=sums", "--eval_samples=0", "--block_size=32"]
+    rewards = ["--reward=correct", "--max_new_tokens=4", "--num_generations=2"]
+    for name, flags, n_batches in (
+        ("lm", ["--eval_iters=3"], 6),
+        ("sft", ["--objective=sft", *examples, "--eval_iters=8"], 8 + 5),
+        ("grpo", ["--objective=grpo", *examples, *rewards, "--eval_iters=1"], 2),
+    ):
+        lines = re.findall(r"^evaluating: (\d+) of (\d+) batches$", run(*flags, name=name).console, re.M)
+        once = [(str(i + 1), str(n_batches)) for i in range(n_batches)]
+        assert lines == once * (len(lines) // n_batches) and len(lines) >= 3 * n_batches
