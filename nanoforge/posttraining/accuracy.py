@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from nanoforge.posttraining.answers import normalize_answer, parse_number, same_answer
+from nanoforge.posttraining.answers import answer_value, normalize_answer, parse_number, same_answer
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -16,11 +16,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority_vote(answers: Iterable[str | None]) -> str | None:
+def majority_vote(answers: Iterable[str | None], *, is_number: bool = True) -> str | None:
     """The most frequent answer, as it was first written (self-consistency, Wang et al. 2023); None has no vote.
 
-    Numbers are the same by value, other answers as normalized text. Of equally frequent ones, the first to reach the
-    count wins.
+    Where the right answer is a number, numbers are the same by value; others are as normalized text. Of equally
+    frequent ones, the first to reach the count wins.
     """
     votes: dict[Fraction | str, int] = {}
     first_written: dict[Fraction | str, str] = {}
@@ -28,7 +28,7 @@ def majority_vote(answers: Iterable[str | None]) -> str | None:
     for answer in answers:
         if answer is None:
             continue
-        value = parse_number(answer)
+        value = answer_value(answer) if is_number else None
         key = normalize_answer(answer) if value is None else value
         votes[key] = votes.get(key, 0) + 1
         first_written.setdefault(key, answer)
@@ -43,9 +43,10 @@ def majority_at_k(answers: Sequence[str | None], reference: str, k: int) -> floa
     An incomplete last group is left out. Unbiased, as the groups are independent; with exactly k answers it is 0 or 1.
     """
     assert 1 <= k <= len(answers), (k, len(answers))
+    is_number = parse_number(reference) is not None
     starts = range(0, len(answers) - k + 1, k)
-    right = sum(same_answer(majority_vote(answers[start : start + k]), reference) for start in starts)
-    return right / len(starts)
+    votes = [majority_vote(answers[start : start + k], is_number=is_number) for start in starts]
+    return sum(same_answer(vote, reference) for vote in votes) / len(starts)
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -25,9 +25,12 @@ VULGAR_FRACTION = "[¼-¾⅐-⅞]"
 CURRENCY = r"\\?[$¢€£¥₹₩₽]"
 
 # What `normalize` replaces.
-BEFORE_FRACTION = re.compile(rf"(?<=[0-9]) ?(?=\\[dt]?frac|{VULGAR_FRACTION})")  # of a mixed number: 1\frac{1}{2}, 1½
+BEFORE_FRACTION = re.compile(rf"(?<=[0-9]) ?(?=\\[cdt]?frac|{VULGAR_FRACTION})")  # of a mixed number: 1\frac{1}{2}, 1½
 FRACTION_SIGN = re.compile(VULGAR_FRACTION)
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+LATEX_ARGUMENT = r" ?(?:\{([^{}]*)\}|([0-9]))"
+LATEX_FRACTION = re.compile(rf"\\[cdt]?frac{LATEX_ARGUMENT}{LATEX_ARGUMENT}")  # \frac{1}{2}, \frac12, \frac1{2}
+LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathbf|mathit|mathrm|mathsf|mbox|boldsymbol) ?\{([^{}]*)\}")
+LATEX_SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 LATEX_SPACE = re.compile(r"\\[,;: ]")
 CURRENCY_SIGN = re.compile(rf"(?<![0-9]){CURRENCY}|{CURRENCY}(?![0-9])")  # between digits it separates two numbers
 TIMES = r"(?:\u00d7|x|\*|·|\\times|\\cdot)"
@@ -57,10 +60,11 @@ SEPARATORS = re.compile(rf"[, {THIN_SPACES}]")
 
 
 def normalize(text: str) -> str:
-    """Text with one kind of minus, of fraction and of power of ten; without currency signs and LaTeX's spacing."""
-    text = BEFORE_FRACTION.sub(" ", text.translate(MINUS_SIGNS))
+    """Text with one kind of minus, of fraction and of power of ten; no currency signs, LaTeX's fonts or spacing."""
+    text = LATEX_SIZE.sub("", LATEX_TEXT.sub(r"\1", text.translate(MINUS_SIGNS)))
+    text = BEFORE_FRACTION.sub(" ", text)
     text = FRACTION_SIGN.sub(lambda match: unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
-    text = LATEX_FRACTION.sub(r"\1/\2", text)
+    text = LATEX_FRACTION.sub(lambda match: f"{match[1] or match[2]}/{match[3] or match[4]}", text)
     text = text.replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%")
     text = LATEX_SPACE.sub("\u2009", text)
     text = CURRENCY_SIGN.sub("", text)
@@ -101,8 +105,36 @@ def parse_number(text: str) -> Fraction | None:
     return -value if is_negative else value
 
 
+EQUALS = re.compile(r"=|≈|\\approx")
+# What may stand before the only number of a sentence; a sign or an operator would belong to the number.
+WORDS_BEFORE_NUMBER = re.compile(r"(?=.*[^\W\d_])(?:[^\d\\+/^<>=]|\\boxed|\\[(\[])*(?<![\w-])(?<!- )", re.DOTALL)
+NEGATION = re.compile(r"\b(?:not|minus|negative|than)\W*$", re.IGNORECASE)
+
+
+def answer_value(text: str) -> Fraction | None:
+    """The value of an answer as people write it: a number, the last side of an equation that is one, or the only
+    number of a sentence (The answer is 72). None for several numbers."""
+    value = parse_number(text)
+    if value is not None or len(text) > MAX_NUMBER_CHARS:
+        return value
+    sides = EQUALS.split(text)
+    if len(sides) > 1:
+        return parse_number(sides[-1])
+    text = normalize(text)
+    numbers = list(NUMBER_IN_TEXT.finditer(text))
+    if len(numbers) != 1:
+        return None
+    before, rest = text[: numbers[0].start()], text[numbers[0].start() :]
+    if not WORDS_BEFORE_NUMBER.fullmatch(before) or NEGATION.search(before):
+        return None
+    return parse_number(rest)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # answers in completions
+
+AFTER_HASHES = re.compile(r"####((?:(?!####)[^\n])*)")  # GSM8K's final answer; or a heading, such as #### Step 1
+ANSWER_IS = re.compile(r"^\W*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*", re.IGNORECASE)
 
 
 def last_tagged(text: str, opening: str, closing: str) -> str | None:
@@ -116,34 +148,49 @@ def last_tagged(text: str, opening: str, closing: str) -> str | None:
     return text[start + len(opening) : end]
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{..}, which may hold braces of its own."""
-    _, boxed, rest = text.rpartition(r"\boxed{")
-    if not boxed:
+def last_boxed(text: str) -> tuple[int, str] | None:
+    r"""Where the last \boxed{..} begins, and its content, which may hold braces of its own."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
         return None
+    content = start + len(r"\boxed{")
     depth = 1
-    for i, char in enumerate(rest):
-        if char == "{":
-            depth += 1
-        elif char == "}":
-            depth -= 1
+    for end in range(content, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
-            return rest[:i]
+            return start, text[content:end]
     return None
 
 
-def marked_answer(completion: str) -> str | None:
-    r"""What a completion marks as its answer: in <answer>..</answer>, else after ####, else in \boxed{..}."""
+def last_after_hashes(completion: str, *, is_number: bool) -> tuple[int, str] | None:
+    """Where the last #### with an answer is, and the rest of its line.
+
+    Where the answer is a number, a line counts that gives one; one with other words is a heading unless it is the last.
+    """
+    for match in reversed(list(AFTER_HASHES.finditer(completion))):
+        text = match[1].strip()
+        is_answer = parse_number(EQUALS.split(text)[-1]) is not None
+        if ANSWER_IS.match(text):
+            is_answer = answer_value(text) is not None
+        if is_answer or not is_number or not completion[match.end() :].strip():
+            return match.start(), text
+    return None
+
+
+def marked_answer(completion: str, *, is_number: bool = True) -> str | None:
+    r"""What a completion marks as its answer: in <answer>..</answer>, else the last of #### and \boxed{..}.
+
+    is_number: whether the right answer is one.
+    """
     tagged = last_tagged(completion, "<answer>", "</answer>")
     if tagged is not None:
         return tagged.strip()
-    if "####" in completion:
-        return completion.rpartition("####")[2].lstrip(" ").partition("\n")[0].strip()
-    return last_boxed(completion)
+    marked = [last_boxed(completion), last_after_hashes(completion, is_number=is_number)]
+    return max(filter(None, marked), default=(0, None))[1]
 
 
 def extract_answer(completion: str) -> str | None:
-    """The answer of a completion: all of what it marks as such, else its last number; None if it has neither."""
+    """The answer of a completion, a number: all of what it marks as such, else its last number; None without either."""
     answer = marked_answer(completion)
     if answer is None:
         for match in NUMBER_IN_TEXT.finditer(normalize(completion)):
@@ -155,12 +202,23 @@ def extract_vote(completion: str, reference: str) -> str | None:
     """The answer that a completion gives in a majority vote; a text that it does not mark is all of it."""
     if parse_number(reference) is not None:
         return extract_answer(completion)
-    return marked_answer(completion) or completion
+    return marked_answer(completion, is_number=False) or completion
+
+
+BARE_ARGUMENT = re.compile(r"(\\sqrt|\\frac(?:\{[^{}]*\})?) ?([0-9a-z])")  # \sqrt2, \frac12
+SPACE_IN_FORMULA = re.compile(r"(?<![^\W\d_])\s+|\s+(?![^\W\d_])")  # not between two words
+CHOICE = re.compile(r"\(([a-z])\)")
 
 
 def normalize_answer(text: str) -> str:
-    """Text without what makes no difference between answers: case, spaces, final punctuation."""
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+    """Text without what makes no difference between answers: case, spaces, final punctuation, the words "the answer
+    is", a choice's brackets, and LaTeX's fonts, sizes and dollars."""
+    text = LATEX_SIZE.sub("", LATEX_TEXT.sub(r"\1", ANSWER_IS.sub("", text))).casefold()
+    text = re.sub(r"\\[cdt]frac", r"\\frac", text.replace(r"\!", "").replace("$", ""))
+    for _ in range(2):  # a fraction has two arguments
+        text = BARE_ARGUMENT.sub(r"\1{\2}", text)
+    text = SPACE_IN_FORMULA.sub("", " ".join(text.split())).rstrip(" .,;:!?")
+    return CHOICE.sub(r"\1", text) if CHOICE.fullmatch(text) else text
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
@@ -170,22 +228,24 @@ def same_answer(answer: str | None, reference: str) -> bool:
     value = parse_number(reference)
     if value is None:
         return normalize_answer(answer) == normalize_answer(reference)
-    return parse_number(answer) == value
+    return answer_value(answer) == value
 
 
 def is_correct(completion: str, reference: str) -> bool:
     """Whether a completion gives the right answer.
 
-    An answer that it marks must be one number. If the right answer is text, a completion that marks none is the answer.
+    An answer that it marks must give one number. If the right answer is text, a completion that marks none is the
+    answer.
     """
-    if parse_number(reference) is None and marked_answer(completion) is None:
-        return same_answer(completion, reference)
-    return same_answer(extract_answer(completion), reference)
+    if parse_number(reference) is not None:
+        return same_answer(extract_answer(completion), reference)
+    answer = marked_answer(completion, is_number=False)
+    return same_answer(completion if answer is None else answer, reference)
 
 
 def partial_credit(completion: str, reference: str) -> float:
     """1.0 if the answer is right or within a tenth of it (their ratio in [0.9, 1.1], as in agent_tunix), else 0.0."""
-    value = parse_number(extract_answer(completion) or "")
+    value = answer_value(extract_answer(completion) or "")
     expected = parse_number(reference)
     if value is not None and expected and Fraction(9, 10) <= value / expected <= Fraction(11, 10):
         return 1.0
@@ -206,14 +266,14 @@ CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations: 48/2 = <<48/2=24>
 def to_problem(row: Row) -> Row:
     """A row as a problem, which has `prompt` and `answer`. Raises UserError for a row that is none.
 
-    A row with a prompt and an answer stays as it is, with a number as its text. A row of GSM8K's (`question`, and an
-    `answer` that ends in #### 72) becomes a prompt that asks for the format, the bare answer, and the worked solution
-    as `completion`.
+    A row with a prompt and an answer keeps them, the answer as text, without a solution before ####. A row of GSM8K's
+    (`question`, and an `answer` that ends in #### 72) becomes a prompt that asks for the format, the bare answer, and
+    the worked solution as `completion`.
     """
     answer = row.get("answer")
     is_answer = isinstance(answer, str | int | float) and not isinstance(answer, bool)
     if isinstance(row.get("prompt"), str | list) and is_answer:
-        return {**row, "answer": str(answer)}
+        return {**row, "answer": str(answer).rpartition("####")[2].strip()}
     question = row.get("question")
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise UserError(

@@ -36,6 +36,12 @@ def test_majority_vote(answers, winner):
     assert majority_vote(iter(answers)) == winner
 
 
+def test_a_vote_counts_numbers_by_value_only_where_the_answer_is_one():
+    answers = ["the answer is 66", "66.0", "Route 66"]
+    assert majority_vote(answers[:2]) == answers[0] and majority_at_k(answers, "66", 3) == 1
+    assert majority_vote(["Road 66", "Route 66", "Route 66."], is_number=False) == "Route 66"
+
+
 def test_majority_at_k_is_the_mean_over_groups():
     answers = ["1", "1", "2", "2", "2", "1", "1", None, "1", "2"]
     assert majority_at_k(answers, "1.0", 3) == pytest.approx(2 / 3)  # 112, 221, 1-1; the last 2 is left out

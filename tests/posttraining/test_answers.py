@@ -142,6 +142,41 @@ def test_is_correct(answer, reference, is_right):
     assert is_correct(SOLUTION.format(answer), reference) is is_right
 
 
+GRADED = [  # completion, right answer, verdict of math-verify 0.9.0
+    (r"\boxed{\frac12}", "1/2", True), (r"\boxed{\frac{1}2}", "1/2", True), (r"\boxed{\frac1{2}}", "0.5", True),
+    (r"\boxed{\cfrac{1}{2}}", "1/2", True), (r"\boxed{1\frac12}", "3/2", True), (r"\boxed{\frac12}", "2", False),
+    (r"\boxed{\text{72}}", "72", True), (r"\boxed{\mathbf{72}}", "72", True), (r"\boxed{\mathrm{72}}", "72", True),
+    (r"\boxed{72\mathrm{ cm}^2}", "72", True), (r"\boxed{\left(72\right)}", "72", True),
+    (r"\boxed{\approx 72}", "72", True),
+    ("<answer>The answer is 72</answer>", "72", True), ("<answer>Answer: 72.</answer>", "72", True),
+    ("<answer>He has 72 apples left</answer>", "72", True), (r"<answer>It is \boxed{72}</answer>", "72", True),
+    ("<answer>40 + 32 = 72</answer>", "72", True), ("<answer>72 = 40 + 32</answer>", "72", False),
+    ("<answer>so 73 = 72</answer>", "73", False), (r"\boxed{\sqrt{72}}", "72", False), (r"\boxed{2^{72}}", "72", False),
+    (r"\boxed{72\pi}", "72", False), (r"\boxed{72+1}", "72", False), ("<answer>72, 73</answer>", "72", False),
+    ("#### 72 = 72", "72", True), ("#### 6*12 = 72 dollars", "72", True), ("#### The answer is 72", "72", True),
+    ("#### Step 1\nAdd.\n#### Step 2\nso \\boxed{72}", "72", True), ("#### Step 3\nIt is 72.", "72", True),
+    ("#### Step 1\nAdd.\n#### Step 2\nso \\boxed{72}", "2", False), ("#### Step 3\nIt is 72.", "3", False),
+    ("#### Answer\n72", "72", True), ("#### Final answer:\n\\boxed{72}", "72", True),
+    ("#### 5\nso \\boxed{72}", "72", True),
+    (r"\boxed{x^2 + 1}", r"x^2+1", True), (r"\boxed{\left(1,2\right)}", "(1, 2)", True), (r"\boxed{A}", "(A)", True),
+    (r"\boxed{\dfrac{\sqrt2}{2}}", r"\frac{\sqrt{2}}{2}", True), (r"\boxed{\text{ Evelyn }}", r"\text{Evelyn}", True),
+    (r"\boxed{\text{Anna}}", r"\text{Evelyn}", False), (r"\boxed{B}", "(A)", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("completion, reference, verdict", GRADED)
+def test_answers_are_graded_as_a_public_grader_does(completion: str, reference: str, verdict: object):
+    assert is_correct(completion, reference) is verdict
+
+
+@pytest.mark.parametrize(
+    "completion", ["<answer>12 or 72</answer>", "<answer>not 72</answer>", "<answer>minus 72</answer>"]
+)
+def test_a_grader_is_not_fooled(completion: str):
+    """Where math-verify takes any number."""
+    assert not is_correct(completion, "72")
+
+
 @pytest.mark.parametrize("completion, reference, is_right", [
     ("75", "75", True), ("12+63 is 75.", "75", True), ("75\n", "75", True), ("", "75", False), ("none", "75", False),
     ("The capital is Paris", "the capital is Paris.", True), ("Paris or London", "Paris", False),
@@ -193,6 +228,7 @@ def test_gsm8ks_rows_become_problems():
 def test_rows_with_a_prompt_and_an_answer_stay_as_they_are():
     row = {"prompt": "1+1=", "answer": 2, "level": "easy"}
     assert to_problem(row) == {"prompt": "1+1=", "answer": "2", "level": "easy"}
+    assert to_problem({"prompt": "1+1=", "answer": "One and one.\n#### 2"})["answer"] == "2"
 
 
 @pytest.mark.parametrize("row", [
