@@ -25,6 +25,7 @@ import configurator
 from configurator import Rules, arg, arg_table
 from nanoforge.console import plural
 from nanoforge.data import corpus, documents, token_bins
+from nanoforge.data.tables import BAD_ROWS
 from nanoforge.errors import UserError
 from nanoforge.files import download, download_name
 
@@ -43,7 +44,9 @@ class PrepareArgs:
     tokenizer: str = arg("gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken")
     vocab_size: int = arg(8192, "vocabulary size of a trained bpe tokenizer", low=300)
     field: str = arg("text", "field or column that holds the text")
-    skip_invalid: bool = arg(False, "leave out, and count, rows and files that hold no text, which are refused else")
+    bad_rows: str = arg(
+        "error", "rows and files that hold no text, such as null: an error, or skipped and counted", choices=BAD_ROWS
+    )
     val_fraction: float = arg(
         0.1,
         "fraction for validation: of the documents, by a hash of each, or the end of a single one",
@@ -66,8 +69,8 @@ def check(args: PrepareArgs, source: dict[str, str]) -> Iterator[str]:
 
 
 @dataclasses.dataclass
-class LeftOut:
-    """What --skip_invalid has left out since it was last read."""
+class Skipped:
+    """What --bad_rows=skip has skipped since the text was last read."""
 
     count: int = 0
     first: str = ""
@@ -80,13 +83,13 @@ class LeftOut:
 def main(args: PrepareArgs) -> None:
     folder = Path(args.data_dir) / args.name
     token_bins.refuse_existing(folder, "*.bin", overwrite=args.overwrite)
-    left_out = LeftOut()
+    skipped = Skipped()
     inputs = documents.CorpusInputs(
         train=tuple(fetch(name, folder) for name in args.input),
         val=tuple(fetch(name, folder) for name in args.val_input),
         field=args.field,
         val_fraction=args.val_fraction,
-        on_invalid=left_out.add if args.skip_invalid else None,
+        on_bad_row=skipped.add if args.bad_rows == "skip" else None,
     )
     for flag in ("--input", "--val_input"):
         found = inputs.find(flag)
@@ -94,14 +97,14 @@ def main(args: PrepareArgs) -> None:
             print(f"{flag}: {found.describe()}", flush=True)
 
     def read() -> Iterator[documents.TextChunk]:
-        left_out.count = 0
+        skipped.count = 0
         return inputs.open()
 
     try:
         n_documents = corpus.write_dataset(folder, read, args.tokenizer, args.vocab_size)
     finally:
-        if left_out.count:
-            print(f"{plural(left_out.count, 'document')} without text left out, the first: {left_out.first}")
+        if skipped.count:
+            print(f"--bad_rows=skip skipped {plural(skipped.count, 'document')}, the first: {skipped.first}")
     if not n_documents and not args.val_input:
         print("1 document, so split by position, and without an end token")
 

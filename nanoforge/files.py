@@ -101,16 +101,17 @@ def download(url: str, path: Path) -> Path:
 
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters of other scripts; the rest stays
     try:
         request = urllib.request.Request(address, headers={"User-Agent": "nanoforge"})
-        with atomic_write(path) as tmp_path, urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             if response.headers.get_content_type() == "text/html" and path.suffix not in (".html", ".htm"):
                 raise UserError(
                     f"{url}: is a web page; give the address of the file itself, or a copy with --input FILE"
                 )
-            save_response(response, tmp_path, f"downloading {path.name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as tmp_path:
+                save_response(response, tmp_path, f"downloading {path.name}")
     except (HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{url}: download failed ({reason}); offline, pass a local copy with --input FILE") from None

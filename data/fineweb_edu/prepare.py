@@ -12,5 +12,5 @@ from data.prepare import prepare_dataset
 
 if __name__ == "__main__":
     prepare_dataset(
-        __file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001, skip_invalid=True
+        __file__, __doc__, input=("hf:HuggingFaceFW/fineweb-edu:sample-10BT",), val_fraction=0.001, bad_rows="skip"
     )

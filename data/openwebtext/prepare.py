@@ -11,4 +11,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare import prepare_dataset
 
 if __name__ == "__main__":
-    prepare_dataset(__file__, __doc__, input=("hf:Skylion007/openwebtext",), val_fraction=0.0005, skip_invalid=True)
+    prepare_dataset(__file__, __doc__, input=("hf:Skylion007/openwebtext",), val_fraction=0.0005, bad_rows="skip")

@@ -33,7 +33,7 @@ SOURCE_NAMES = """
 SOURCE_SUFFIXES = tuple(f".{name}" for name in SOURCE_NAMES.split())
 KINDS = "a text (.txt, .md, ..., source code) or a table (.jsonl, .json, .csv, .tsv, .parquet), perhaps .gz or .zst"
 
-OnInvalid = Callable[[str], None]
+OnBadRow = Callable[[str], None]
 
 
 class TextChunk(NamedTuple):
@@ -219,39 +219,39 @@ def file_document(path: Path) -> Document:
     with tables.open_text(path) as file:
         beginning = file.read(KEY_BYTES)
     if not beginning:
-        raise UserError(f"{path}: is empty; leave such files out with --skip_invalid")
+        raise UserError(f"{path}: is empty; leave such files out with --bad_rows=skip")
     size = path.stat().st_size
     if path.suffix.lower() in tables.COMPRESSIONS:
         size = sum(len(text.encode()) for text in read_text(path))
     return Document(source=path, key=hash_text(beginning.encode()), size=size)
 
 
-def read_documents(paths: Iterable[Path], text_field: str, on_invalid: OnInvalid | None = None) -> Iterator[Document]:
+def read_documents(paths: Iterable[Path], text_field: str, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
     """A document for each text file and for each row of a table.
 
-    What holds no text raises UserError; with on_invalid it is left out, and on_invalid gets the message.
+    What holds no text raises UserError; with on_bad_row it is left out, and on_bad_row gets the message.
     """
     for path in paths:
         if not is_text_file(path):
-            yield from map(text_document, tables.read_texts(path, text_field, on_invalid))
+            yield from map(text_document, tables.read_texts(path, text_field, on_bad_row))
             continue
         try:
             document = file_document(path)
-            if on_invalid is not None:
+            if on_bad_row is not None:
                 for _ in read_text(path):  # all of it is text
                     pass
         except UserError as error:
-            if on_invalid is None:
+            if on_bad_row is None:
                 raise
-            on_invalid(str(error))
+            on_bad_row(str(error))
             continue
         yield document
 
 
-def read_hub(name: str, text_field: str, split: str, on_invalid: OnInvalid | None = None) -> Iterator[Document]:
+def read_hub(name: str, text_field: str, split: str, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
     """The documents of a dataset of the Hugging Face hub, NAME or NAME:CONFIG, streamed. Raises UserError."""
     for number, row in enumerate(hub_rows(name, split), start=1):
-        text = tables.valid_text(row, text_field, f"hf:{name}:{number}", on_invalid)
+        text = tables.read_document(row, text_field, f"hf:{name}:{number}", on_bad_row)
         if text is not None:
             yield text_document(text)
 
@@ -377,7 +377,7 @@ class CorpusInputs:
     val: tuple[str, ...] = ()  # none: a part of the others
     field: str = "text"  # of a row, that holds the text
     val_fraction: float = 0.1
-    on_invalid: OnInvalid | None = None
+    on_bad_row: OnBadRow | None = None
 
     def find(self, flag: str) -> FoundFiles | None:
         """The files behind --input or --val_input; None for a dataset of the hub. Raises UserError."""
@@ -404,8 +404,8 @@ class CorpusInputs:
 
     def documents(self, found: FoundFiles | None, inputs: Sequence[str], hub_split: str) -> Iterator[Document]:
         if found is None:
-            return read_hub(inputs[0].removeprefix("hf:"), self.field, hub_split, self.on_invalid)
-        return read_documents(found.paths, self.field, self.on_invalid)
+            return read_hub(inputs[0].removeprefix("hf:"), self.field, hub_split, self.on_bad_row)
+        return read_documents(found.paths, self.field, self.on_bad_row)
 
 
 def is_lone_text(paths: Sequence[Path]) -> bool:

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".json", *DELIMITERS, ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+BAD_ROWS = ("error", "skip")  # what becomes of a row whose field holds what it can't hold
 MAX_CELL_CHARS = 2**31 - 1  # the most that a C long holds everywhere; csv's own limit refuses cells of 128 KiB
 PARQUET_BATCH_ROWS = 1024
 JSON_CHARS = 2**16  # of a .json file, read at once
@@ -59,52 +60,52 @@ def read_rows(path: Path, convert: Callable[[Row], Row] = unchanged) -> Iterator
         raise UserError(f"{path}: has no rows")
 
 
-def read_texts(path: Path, field: str, on_invalid: Callable[[str], None] | None = None) -> Iterator[str]:
+def read_texts(path: Path, field: str, on_bad_row: Callable[[str], None] | None = None) -> Iterator[str]:
     """The text in one field of every row: the documents of a corpus.
 
-    A row whose field holds no text, or an empty one, raises UserError; with on_invalid it is left out, and on_invalid
+    A row whose field holds no text, or an empty one, raises UserError; with on_bad_row it is left out, and on_bad_row
     gets the message.
     """
     for line, row in numbered_rows(path, [field]):
-        text = valid_text(row, field, f"{path}:{line}", on_invalid)
+        text = read_document(row, field, f"{path}:{line}", on_bad_row)
         if text is not None:
             yield text
 
 
-def valid_text(row: Row, field: str, place: str, on_invalid: Callable[[str], None] | None) -> str | None:
-    """The document in a field of a row; None if it is none and on_invalid took the message. Raises UserError.
+def read_document(row: Row, field: str, place: str, on_bad_row: Callable[[str], None] | None) -> str | None:
+    """The document in a field of a row; None if it is none and on_bad_row took the message. Raises UserError.
 
     place: of the row, for the message.
     """
     try:
-        text = text_of(row, field)
+        if field not in row:
+            available = ", ".join(row) or "none"
+            raise UserError(f"has no field {field} but {available}{did_you_mean(field, row)}")
+        text = check_text(row[field], field)
         if not text:
-            raise UserError(f"{field} is empty")
+            raise UserError(f"{field}: is empty")
     except UserError as error:
-        message = f"{place}: {error}; name another field with --field, or leave such rows out with --skip_invalid"
-        if on_invalid is None:
+        message = f"{place}: {error}; name another field with --field, or leave such rows out with --bad_rows=skip"
+        if on_bad_row is None:
             raise UserError(message) from None
-        on_invalid(message)
+        on_bad_row(message)
         return None
     return text
 
 
-def text_of(row: Row, field: str) -> str:
-    """The text in a field of a row, perhaps empty. Raises UserError for a field that is missing or holds no text."""
-    if field not in row:
-        available = ", ".join(row) or "none"
-        raise UserError(f"has no field {field} but {available}{did_you_mean(field, row)}")
-    return check_text(row[field], field)
-
-
-def check_text(value: object, field: str) -> str:
-    """The value, if it is text that can be encoded. Raises UserError, beginning with the name of its field."""
+def check_text(value: object, name: str = "") -> str:
+    """The value, if it is text that can be encoded. Raises UserError, which begins with its name, if it has one."""
+    prefix = f"{name}: " if name else ""
     if not isinstance(value, str):
-        shown = "null" if value is None else f"{value!r:.60}"
-        raise UserError(f"{field} is {shown}, not text")
-    if not value.isascii() and not is_unicode(value):
-        raise UserError(f"{field} is not UTF-8: it has half of a surrogate pair; convert it first")
+        raise UserError(f"{prefix}must be text, not {shown(value)}")
+    if not is_unicode(value):
+        raise UserError(f"{prefix}half of a surrogate pair is no text; convert it first")
     return value
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it."""
+    return "null" if value is None else f"{value!r:.60}"
 
 
 def file_suffix(path: Path) -> str:
@@ -405,6 +406,8 @@ def is_utf8(line: bytes) -> bool:
 
 def is_unicode(text: str) -> bool:
     """Whether it can be encoded: JSON's escapes can name half of a surrogate pair."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

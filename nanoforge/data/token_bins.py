@@ -78,7 +78,7 @@ def read_meta(folder: Path) -> Meta:
 def read_json_meta(path: Path) -> Meta:
     """Our own meta.json. Raises UserError."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(files.read_text(path))
         dtype = meta["dtype"]
         vocab_size = int(meta["vocab_size"])
         bins = dict(meta["files"])

@@ -213,7 +213,9 @@ class BPETokenizer(Tokenizer):
         added = [mark_control(token) for token in spec.get("added_tokens") or ()]
         self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": added}))
         self.tokenizer.encode_special_tokens = True  # as text: the library's name for it; no file keeps this setting
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.tokenizer.no_truncation()  # which files of fine-tuned models may ask for, and which would cut documents
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # files may leave ids out
         self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
 
     @classmethod

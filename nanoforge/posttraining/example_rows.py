@@ -18,31 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.data import tables
-from nanoforge.data.tables import Row
+from nanoforge.data.tables import Row, check_text, shown
 from nanoforge.errors import UserError
 from nanoforge.posttraining.answers import to_problem
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-BAD_ROWS = ("error", "skip")
 
 Message = dict[str, str]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one value: each function returns it in its one form, or raises UserError
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it."""
-    return "null" if value is None else f"{value!r:.60}"
-
-
-def check_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"must be text, not {shown(value)}")
-    if not tables.is_unicode(value):
-        raise UserError("half of a surrogate pair is no text; convert it first")
-    return value
 
 
 def check_text_or_number(value: object) -> str:

@@ -353,10 +353,8 @@ def test_validation_text_of_ones_own_and_a_dataset_that_is_there(tmp_path: Path)
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in [*DOCS, None, ""]))
     (tmp_path / "val.txt").write_text("my own")
     flags = ("--input=docs.jsonl", "--val_input=val.txt", "--data_dir=.", "--tokenizer=byte")
-    done = prepare(*flags, "--name=mine", "--skip_invalid", cwd=tmp_path)
-    assert (
-        "25 documents" in done.stdout and "2 documents without text" in done.stdout and "docs.jsonl:26" in done.stdout
-    )
+    done = prepare(*flags, "--name=mine", "--bad_rows=skip", cwd=tmp_path)
+    assert "25 documents" in done.stdout and "skipped 2 documents" in done.stdout and "docs.jsonl:26" in done.stdout
     assert tokens(tmp_path / "mine") == [id for doc in DOCS for id in (*doc.encode(), 256)]
     assert tokens(tmp_path / "mine", "val") == [*b"my own", 256]
     flags = ("--input=val.txt", "--data_dir=.", "--tokenizer=byte", "--name=mine")
@@ -375,9 +373,9 @@ def test_validation_text_of_ones_own_and_a_dataset_that_is_there(tmp_path: Path)
     (["--input=docs.jsonl", "--field=title"], "--field"),
     (["--input=latin.txt"], "not UTF-8"),
     (["--input=latin.jsonl"], "not UTF-8"),
-    (["--input=surrogate.jsonl"], "not UTF-8"),
+    (["--input=surrogate.jsonl"], "surrogate.jsonl:1: text: half of a surrogate pair"),
     (["--input=one.jsonl"], "no text for val.bin"),
-    (["--input=null.parquet"], "null.parquet:2: text is null, not text"),
+    (["--input=null.parquet"], "null.parquet:2: text: must be text, not null"),
     (["--input=docs.jsonl", "--name=../up"], "--name=../up"),
     (["--input=docs.jsonl", "--name=/tmp/up"], "--name=/tmp/up"),
     (["--input=docs.jsonl", "--name=a/../.."], "--name=a/../.."),

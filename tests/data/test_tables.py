@@ -119,7 +119,7 @@ def test_one_rule_for_what_is_no_text(tmp_path: Path, value: object, suffix: str
         rows = [json.dumps({"text": text}) for text in ("a", value, "b")]
         path.write_text("\n".join(rows) if suffix == "jsonl" else "[" + ",\n".join(rows) + "]")
         row = 2
-    assert read_error(path, read_texts, "text").startswith(f"{path}:{row}: text is ")
+    assert read_error(path, read_texts, "text").startswith(f"{path}:{row}: text: ")
     left_out: list[str] = []
     texts = [*read_texts(path, "text", left_out.append)]
     assert all(text in ("a", "b") for text in texts)
@@ -133,7 +133,7 @@ def test_parquet_columns_that_hold_no_text(tmp_path: Path):
 
     path = tmp_path / "t.parquet"
     parquet.write_table(pyarrow.table({"text": [b"abc"]}), path)
-    assert read_error(path, read_texts, "text").startswith(f"{path}:1: text is b'abc', not text")
+    assert read_error(path, read_texts, "text").startswith(f"{path}:1: text: must be text, not b'abc'")
     latin = pyarrow.StringArray.from_buffers(
         2, pyarrow.py_buffer(np.array([0, 1, 2], np.int32)), pyarrow.py_buffer(b"a\xe9")
     )
@@ -205,9 +205,9 @@ def test_broken_tables_are_refused_by_line(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"text": "a"}\n\n{"text": 3}\n', "t.jsonl:3: text is 3, not text"),
+    ('{"text": "a"}\n\n{"text": 3}\n', "t.jsonl:3: text: must be text, not 3"),
     ('{"text": "a"}\n{"body": "b"}\n', "t.jsonl:2: has no field text but body"),
-    ('{"text": "\\ud800"}\n', "t.jsonl:1: text is not UTF-8"),
+    ('{"text": "\\ud800"}\n', "t.jsonl:1: text: half of a surrogate pair"),
 ])  # fmt: skip
 def test_texts_that_are_none_are_refused_by_line(tmp_path, content, message):
     path = tmp_path / "t.jsonl"

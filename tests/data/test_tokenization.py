@@ -94,6 +94,8 @@ def test_text_that_spells_a_control_token_is_text(*, is_special: bool):
     imported = tokenizers.Tokenizer.from_str(json.dumps(spec))
     words = [tokenizers.AddedToken("<|im_start|>", special=is_special), tokenizers.AddedToken("  ", special=False)]
     imported.add_tokens(words)
+    imported.enable_truncation(5)
+    imported.enable_padding(length=40)
     tokenizer = tokenization.ExtendedTokenizer(
         tokenization.BPETokenizer(json.loads(imported.to_str())), ["<|user|>", "<|assistant|>"]
     )
@@ -103,6 +105,7 @@ def test_text_that_spells_a_control_token_is_text(*, is_special: bool):
         assert again.encode(text).tolist() == plain.encode(text).ids
         assert again.decode(again.encode(text)) == text
         assert again.eos_id == plain.token_to_id("<|endoftext|>")
+    imported.no_padding()
     assert tokenizer.encode("a  b").tolist() == imported.encode("a  b").ids, "white space is no control token"
     assert imported.token_to_id("  ") in tokenizer.encode("a  b")
 
