@@ -133,7 +133,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     args = dataclasses.replace(args, dtype=str(dtype).removeprefix("torch."))  # a resumed run goes on in it
 
     # 3. The adapter; the reference model is the model as it is now. Then both go to the device.
-    add_adapter(start, model, next(iter(inputs.tokenizers.values())))
+    add_adapter(start, model, next(iter(inputs.tokenizers.values())), base)
     reference = build_reference(args, model)
     identity = reference_identity(args, model)
     place_models(args, model, reference, ranks, log)
@@ -283,12 +283,12 @@ def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> T
     if args.init_from == "resume":
         return next(iter(tokenization.load(Path(args.out_dir) / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
-    all_rows = (row for splits in rows.values() for split_rows in splits.values() for row in split_rows)
-    extended = extend_tokenizer(tokenizer, all_rows)
-    if extended is not tokenizer and args.adapter != "none":
+    all_rows = [row for splits in rows.values() for split_rows in splits.values() for row in split_rows]
+    extended = extend_tokenizer(tokenizer, all_rows if not args.prompt_format else [])  # its fields are texts
+    if extended is not tokenizer and args.adapter == "soft_prompt":
         raise UserError(
-            f"--adapter={args.adapter}: the base lacks the tokens {', '.join(extended.added_ids)}, "
-            "and its embedding is frozen; fine-tune all weights on such examples first"
+            f"--adapter=soft_prompt: the base lacks the tokens {', '.join(extended.added_ids)}, and a soft prompt "
+            "leaves the vocabulary as it is; use --adapter=lora, or fine-tune all weights on such examples first"
         )
     return extended
 
@@ -434,14 +434,21 @@ def same_tokenizer(base: dict[str, Tokenizer], data: dict[str, Tokenizer]) -> bo
 # adapter, reference model, device
 
 
-def add_adapter(args: TrainArgs, model: GPT, tokenizer: Tokenizer) -> None:
-    """Add the adapter, if there is one, and freeze the base. Raises UserError."""
+def add_adapter(args: TrainArgs, model: GPT, tokenizer: Tokenizer, base: Pretrained | None) -> None:
+    """Add the adapter, if there is one, and freeze the base. Raises UserError.
+
+    The rows of tokens that the base's tokenizer lacks, the last ones of the tokenizer, are trained beside a LoRA.
+    """
     if args.adapter == "none":
         return
     if args.adapter == "lora":
         adapters.add_lora(
             model, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout
         )
+        if base is not None and base.tokenizers is not None and len(base.tokenizers) == 1:
+            first = base_tokenizer(args, base).vocab_size
+            if tokenizer.vocab_size > first:
+                adapters.add_token_rows(model, first, tokenizer.vocab_size - first)
     elif args.adapter == "soft_prompt":
         seeds = prompt_format.parse(args.prompt_format).init_ids(tokenizer)
         embedding = model.wte.weight.detach()

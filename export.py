@@ -63,6 +63,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nanoforge.data import tokenization
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, write_json
 from nanoforge.models import pretrained
@@ -145,6 +146,7 @@ def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # the peft library
 
+NEW_ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"  # peft's name: they are no delta
 # Applied one after the other: the name in model.py -> the name in peft's adapter of a GPT2LMHeadModel.
 PEFT_PATTERNS = (
     (r"^blocks\.(\d+)\.", r"base_model.model.transformer.h.\1."),
@@ -152,6 +154,7 @@ PEFT_PATTERNS = (
     (r"\.mlp\.up\.", ".mlp.c_fc."),
     (r"\.proj\.", ".c_proj."),
     (r"\.(lora_[AB])$", r".\1.weight"),
+    (r"^wte\.new_rows$", NEW_ROWS),
 )
 PEFT_LAYER = re.compile(r"\.h\.\d+\.(?P<layer>.*)\.lora_[AB]\.weight$")
 
@@ -185,12 +188,17 @@ def export_peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     tensors = {}
     for name, tensor in checkpoint.load_tensors(folder, "model").items():
         tensors[peft_name(name)] = tensor.to(dtype).contiguous()
+    config = peft_config(record, list(tensors))
+    if NEW_ROWS in tensors:
+        vocab_size = sum(tokenizer.vocab_size for tokenizer in tokenization.load(folder / "tokenizer.json").values())
+        config["trainable_token_indices"] = list(range(vocab_size - len(tensors[NEW_ROWS]), vocab_size))
+        print(f"the base needs {record.model['vocab_sizes'][0]} rows before peft loads it: resize_token_embeddings")
 
     to.mkdir(parents=True, exist_ok=True)
     path = to / "adapter_model.safetensors"
     with atomic_write(path) as tmp_path:
         save_file(tensors, tmp_path, metadata={"format": "pt"})
-    write_json(to / "adapter_config.json", peft_config(record, list(tensors)))
+    write_json(to / "adapter_config.json", config)
     return path
 
 

@@ -2,7 +2,8 @@
 
 Knows nothing of runs, data or objectives.
 
-LoRA adds a low-rank update to linear layers (Hu et al. 2021). A soft prompt adds virtual tokens to the token embedding,
+LoRA adds a low-rank update to linear layers (Hu et al. 2021); the rows of tokens that the base lacks are trained beside
+it, in the embedding and in the head. A soft prompt adds virtual tokens to the token embedding,
 which a text holds like any other token: virtual token j has the id V + j (Lester et al. 2021). Both start as the base
 model: LoRA's update is 0, and a virtual token may start as the embedding of a real one. Within `disable_adapter` a
 model is what it was before training.
@@ -84,15 +85,90 @@ def matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def merge_lora(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The base's weights, with W + scale B A for each W that the adapter has A and B for."""
+def merge_lora(
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, vocab_size: int = 0
+) -> dict[str, Tensor]:
+    """The base's weights, with W + scale B A for each W that the adapter has A and B for, and with the rows of new
+    tokens, which are the last of vocab_size tokens."""
     merged = dict(base)
     for name in adapter:
         layer, _, parameter = name.rpartition(".")
+        if parameter == "new_rows":
+            table = f"{layer.removesuffix('.rows')}.weight"  # head.rows.new_rows -> head.weight
+            merged[table] = with_rows(base[table], adapter[name], first=vocab_size - len(adapter[name]))
         if parameter == "lora_B":
             delta = scale * adapter[name] @ adapter[f"{layer}.lora_A"]
             merged[f"{layer}.weight"] = base[f"{layer}.weight"] + delta
     return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows of new tokens
+
+
+class TokenRows(nn.Module):
+    """A frozen table (V, C) in which the rows of new tokens, (R, C) from row `first` on, are trained (peft's trainable
+    tokens)."""
+
+    enabled = True
+    initial_rows: Tensor  # (R, C), before training
+
+    def __init__(self, weight: Tensor, first: int, count: int):
+        super().__init__()
+        assert isinstance(weight, nn.Parameter)
+        self.weight = weight
+        self.first = first
+        rows = weight.detach()[first : first + count].clone()
+        self.new_rows = nn.Parameter(rows)
+        self.register_buffer("initial_rows", rows.clone(), persistent=False)
+
+    def table(self) -> Tensor:
+        """All rows, (V, C)."""
+        rows = self.new_rows if self.enabled else self.initial_rows
+        return with_rows(self.weight, rows, self.first)
+
+
+class TokenRowsEmbedding(TokenRows):
+    """A token embedding with rows of new tokens."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C)
+        rows = self.new_rows if self.enabled else self.initial_rows
+        is_new = (ids >= self.first) & (ids < self.first + len(rows))
+        return torch.where(
+            is_new[..., None],
+            F.embedding((ids - self.first).clamp(0, len(rows) - 1), rows),
+            F.embedding(ids, self.weight),
+        )
+
+
+class TokenRowsHead(nn.Module):
+    """A head with rows of new tokens: those of the embedding, if they are tied, or its own."""
+
+    def __init__(self, rows: TokenRows):
+        super().__init__()
+        self.rows = rows
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C)."""
+        return self.rows.table()
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def with_rows(weight: Tensor, rows: Tensor, first: int) -> Tensor:
+    """A table (V, C) with other rows (R, C) from row `first` on, where it may end."""
+    return torch.cat((weight[:first], rows.to(weight.dtype), weight[first + len(rows) :]))
+
+
+def add_token_rows(model: nn.Module, first: int, count: int) -> None:
+    """Make the rows of new tokens trainable, in the embedding and in the head."""
+    head = model.head
+    assert isinstance(model.wte, nn.Embedding) and isinstance(head, nn.Linear)
+    is_tied = head.weight is model.wte.weight
+    model.wte = TokenRowsEmbedding(model.wte.weight, first, count)
+    model.head = TokenRowsHead(model.wte if is_tied else TokenRows(head.weight, first, count))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +274,7 @@ def load_prompt(weights: Mapping[str, Tensor], provider: str) -> Tensor:
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter is an adapter's, by its name."""
-    return name.rpartition(".")[2].startswith("lora_") or name.startswith("wte.prompt.")
+    return name.rpartition(".")[2].startswith(("lora_", "new_rows")) or name.startswith("wte.prompt.")
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -216,7 +292,7 @@ def hash_reference(model: nn.Module) -> str:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within it the model is what it was before its adapter was trained."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraLinear | PromptedEmbedding)]
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear | TokenRows | PromptedEmbedding)]
     for module in adapted:
         module.enabled = False
     try:

@@ -288,6 +288,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pr
     """A checkpoint of this program, with LoRA merged into its base, which is still where it was. Raises UserError."""
     record = RunRecord.load(folder)
     weights = checkpoint.load_tensors(folder, "model")
+    tokenizers = tokenization.load(folder / "tokenizer.json")
     adapter = record.args.get("adapter", "none")
     if adapter == "soft_prompt":
         raise UserError(
@@ -296,9 +297,10 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pr
         )
     if adapter == "lora":
         scale = record.args["lora_alpha"] / record.args["lora_rank"]
-        weights = adapters.merge_lora(load_base(record.base, log).weights, weights, scale)
+        vocab_size = sum(tokenizer.vocab_size for tokenizer in tokenizers.values())
+        weights = adapters.merge_lora(load_base(record.base, log).weights, weights, scale, vocab_size)
     shape = {name: value for name, value in shape_of_record(record).items() if name not in TRAINING_FIELDS}
-    return Pretrained(shape, weights, tokenization.load(folder / "tokenizer.json"))
+    return Pretrained(shape, weights, tokenizers)
 
 
 def load_base(base: Mapping[str, str], log: Callable[[str], None] = print_line) -> Pretrained:

@@ -147,7 +147,9 @@ def split_parameters(parameters: Parameters, *, muon: bool) -> tuple[Parameters,
 
 def build_groups(parameters: Parameters, config: OptimConfig) -> list[Group]:
     """The embedding and the head, each alone; the other matrices; and the vectors, which are not decayed."""
-    own_lr = {"wte.weight": config.embedding_lr or config.lr, "head.weight": config.head_lr or config.lr}
+    embedding_lr, head_lr = config.embedding_lr or config.lr, config.head_lr or config.lr
+    own_lr = {"wte.weight": embedding_lr, "head.weight": head_lr}
+    own_lr |= {"wte.new_rows": embedding_lr, "head.rows.new_rows": head_lr}  # of tokens, beside a LoRA
     groups: list[Group] = []
     for name, lr in own_lr.items():
         if name in parameters:

@@ -1,7 +1,10 @@
 """Adapters against peft's own LoRA, and by identities with the base: merged, disabled, untrained, seeded by text."""
 
+import json
 import math
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,62 @@ def test_merged_weights_give_the_unmerged_logits(variant):
     plain.load_weights(adapters.merge_lora(weights, own, 10.0 / 4), "merged")
     torch.testing.assert_close(plain(idx), model(idx), atol=1e-5, rtol=1e-4)
     assert (plain(idx) - tiny_model(**variant).eval()(idx)).abs().max() > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows of new tokens
+
+
+@pytest.mark.parametrize("variant", [{}, {"tie_weights": False}, {"loss_chunk": 5}], ids=str)
+@pytest.mark.parametrize("first, count", [(28, 3), (10, 4)])
+def test_rows_of_new_tokens_learn_as_rows_of_the_table(variant: dict, first: int, count: int):
+    """At the end of the table or within it: the loss and gradients of these rows are those of a model without adapter;
+    disabled, it is the model before training; merged, it is a model without adapter."""
+    plain, model, idx = tiny_model(**variant), tiny_model(**variant), ids(2, 12)
+    idx[:, 3:6] = torch.arange(first, first + 3)
+    weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    adapters.add_token_rows(model, first, count)
+    adapters.freeze_base(model)
+    torch.testing.assert_close(model(idx), plain(idx))
+    perturbed(model)
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {*own} == {"wte.new_rows"} | ({"head.rows.new_rows"} if "tie_weights" in variant else set())
+    with adapters.disable_adapter(model):
+        torch.testing.assert_close(model(idx), plain(idx))
+    plain.load_weights(adapters.merge_lora(weights, own, 1.0, vocab_size=first + count), "merged")
+    losses = [each(idx[:, :-1], idx[:, 1:]).mean() for each in (plain, model)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for name in own:
+        expected = plain.get_parameter(f"{name.split('.')[0]}.weight").grad
+        assert expected is not None and expected[first : first + 3].abs().min() > 1e-8
+        torch.testing.assert_close(model.get_parameter(name).grad, expected[first : first + count])
+
+
+@pytest.mark.slow
+def test_a_lora_learns_chats_from_a_base_without_roles(run: Callable, base: Path):
+    """Resumed it is the run that never stopped; its DPO begins at ln 2; the base's rows stay."""
+    lora = ["--objective=sft", "--dataset=chat", "--adapter=lora", "--block_size=16", "--learning_rate=0.02"]
+    whole = run(*lora, f"--init_from={base}", "--max_iters=20", "--eval_interval=10")
+    assert whole.evals[-1]["val_loss"] < whole.evals[0]["val_loss"]
+    assert {name for name in whole.last.weights if "lora" not in name} == {"wte.new_rows"}
+    before, after = pretrained.load(str(base)).weights, pretrained.load(str(whole.out_dir)).weights
+    assert torch.equal(after["wte.weight"][:13], before["wte.weight"]) and len(after["wte.weight"]) == 16
+    assert torch.equal(after["wte.weight"][13:], whole.last.weights["wte.new_rows"])
+
+    run(*lora, f"--init_from={base}", "--max_iters=10", "--eval_interval=10", name="parts")
+    parts = run("--init_from=resume", "--max_iters=20", name="parts")
+    assert equal_tensors(parts.last.weights, whole.last.weights)
+
+    pair = {"prompt": [{"role": "user", "content": "1+1="}]}
+    pair |= {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "2"), ("rejected", "3"))}
+    path = whole.out_dir.parent / "pairs.jsonl"
+    path.write_text(json.dumps(pair) + "\n")
+    flags = ["--objective=dpo", f"--train_file={path}", f"--validation_file={path}", *lora[2:], "--max_iters=1"]
+    for reference in ("adapter", "copy", "cache"):
+        dpo = run(*flags, f"--init_from={base}", f"--reference={reference}", "--eval_interval=1", name=reference)
+        assert dpo.losses == pytest.approx([math.log(2)]) and dpo.evals[-1]["val_loss"] < dpo.losses[0]
 
 
 THEIR_NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}

@@ -1,8 +1,12 @@
 """export.py: merged weights begin a run, and peft loads an exported adapter with our logits."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import run_script
+from helpers import gpt2_tokenizer_env, run_script
 
 from builders import load_model
 from model import GPT
@@ -55,6 +59,32 @@ def test_peft_loads_what_was_exported(run, tmp_path):
         base_logits = transformers.GPT2LMHeadModel.from_pretrained(base_dir).eval()(idx).logits
         torch.testing.assert_close(adapted.eval()(idx).logits, ours, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(base_logits, ours, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_peft_loads_the_rows_of_new_tokens(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chats from GPT-2's vocabulary: peft's trainable tokens on the resized base give our merged model's logits."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_tokenizer_env()["TIKTOKEN_CACHE_DIR"])
+    shape = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **shape)
+    torch.manual_seed(0)
+    base_dir, adapter_dir = tmp_path / "hf", tmp_path / "adapter"
+    transformers.GPT2LMHeadModel(config).save_pretrained(base_dir)
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    files = [f"--{split}_file={tmp_path}/chats.jsonl" for split in ("train", "validation")]
+    flags = ["--objective=sft", "--adapter=lora", f"--init_from={base_dir}", "--learning_rate=1e-1", "--block_size=16"]
+    checkpoint_dir = run(*flags, *files, "--eval_samples=0").out_dir / "checkpoints/000004"
+    export("peft", checkpoint_dir, f"--to={adapter_dir}")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(base_dir)
+    theirs.resize_token_embeddings(50260)
+    adapted = peft.PeftModel.from_pretrained(theirs, adapter_dir).eval()
+    idx = torch.tensor([[50258, 17250, 50256, 50259, 15496, 50256]])
+    with torch.no_grad():
+        ours, logits = load(checkpoint_dir)(idx), adapted(idx).logits
+    torch.testing.assert_close(logits[..., :50257], ours[..., :50257], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[..., 50257:], ours[..., 50257:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
