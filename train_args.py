@@ -112,9 +112,9 @@ class DataArgs:
         choices=("single", "multidataset", "multicontext"))
     dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing",
         needs=with_value("training_mode", "single"))
-    train_file: str = arg("", "training examples: a .jsonl, .csv or .tsv file (none: the dataset's train.jsonl)",
+    train_file: str = arg("", "training examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's train.jsonl)",
         needs=EXAMPLES)
-    validation_file: str = arg("", "validation examples: a .jsonl, .csv or .tsv file (none: the dataset's val.jsonl)",
+    validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl)",
         needs=EXAMPLES)
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
         choices=("error", "drop", "truncate_target"), needs=EXAMPLES, val_loss=ALWAYS)

@@ -135,24 +135,23 @@ def count_documents(chunks: Iterable[TextChunk], counts: dict[str, int]) -> Iter
 
 def write_bins(folder: Path, chunks: Iterable[TextChunk], tokenizer: Tokenizer) -> dict[str, dict]:
     """Write both bins, whole or not at all; file name -> what meta.json says of it. Takes an old meta.json away."""
+
+    def encode(group: list[TextChunk]) -> list[EncodedChunk]:
+        return [encode_chunk(chunk, tokenizer) for chunk in group]
+
     dtype = dtype_for(tokenizer.vocab_size)
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack, closing(ProgressBar(f"preparing {folder.name}")) as progress:
             writers = {split: stack.enter_context(open_bin(folder / f"{split}.bin", dtype)) for split in SPLITS}
-        except OSError as error:
-            raise UserError(f"{folder}: can't be written ({error.strerror})") from None
-
-        def encode(group: list[TextChunk]) -> list[EncodedChunk]:
-            return [encode_chunk(chunk, tokenizer) for chunk in group]
-
-        progress = stack.enter_context(closing(ProgressBar(f"preparing {folder.name}")))
-        for group in map_in_order(encode, group_chunks(chunks), os.cpu_count() or 1):
-            for chunk in group:
-                writers[chunk.split].write(chunk.ids, chunk.n_bytes)
-                progress.add(chunk.n_chars)
-        for split, writer in writers.items():
-            if not writer.tokens:
-                raise UserError(f"no text for {split}.bin; give more text, or --val_input")
-        (folder / "meta.json").unlink(missing_ok=True)  # it does not fit the new bins
+            for group in map_in_order(encode, group_chunks(chunks), os.cpu_count() or 1):
+                for chunk in group:
+                    writers[chunk.split].write(chunk.ids, chunk.n_bytes)
+                    progress.add(chunk.n_chars)
+            for split, writer in writers.items():
+                if not writer.tokens:
+                    raise UserError(f"no text for {split}.bin; give more text, or --val_input")
+            (folder / "meta.json").unlink(missing_ok=True)  # it does not fit the new bins
+    except OSError as error:  # a full disk among them
+        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
     return {f"{split}.bin": writer.summary() for split, writer in writers.items()}

@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -487,6 +488,35 @@ def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
     train = np.array(tokens(tmp_path / name))
     n_val = {"openwebtext": 2, "fineweb_edu": 4}[name]  # 0.0005 and 0.001 of 4,001
     assert (train == 50256).sum() == 4001 - n_val and train[-1] == 50256
+
+
+def test_rows_of_the_hub_follow_the_same_rule_and_a_lost_connection_is_named(monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for `datasets` that breaks off after four rows."""
+
+    def load_dataset(*args: object, split: str, **options: object) -> Iterator[dict]:
+        yield from ({"text": text} for text in ("a", None, "", f"of {split}"))
+        raise ConnectionError("the hub is gone\nand more")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError, match=r"^hf:x:2: text: must be text, not null"):
+        list(documents.read_hub("x", "text", "train"))
+    bad: list[str] = []
+    rows = documents.read_hub("x", "text", "validation", bad.append)
+    assert [next(rows).source, next(rows).source] == ["a", "of validation"] and len(bad) == 2
+    with pytest.raises(UserError, match=r"after 4 rows \(ConnectionError: the hub is gone\)"):
+        next(rows)
+    with pytest.raises(UserError, match="has no field body but text"):
+        list(documents.read_hub("x", "body", "train"))
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_bins.BinWriter, "write", full)
+    with pytest.raises(UserError, match=r"can't be written \(No space left"):
+        corpus.write_dataset(tmp_path / "d", lambda: [documents.TextChunk("train", "x")], "byte")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.slow

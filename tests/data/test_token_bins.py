@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,20 @@ def test_counts_that_differ_from_the_meta_are_refused(folder):
     token_bins.write_meta(folder, meta.tokenizer, {"train.bin": {"tokens": 479, "bytes": 479, "sha256": ""}})
     with pytest.raises(UserError, match=r"meta\.json counts 479"):
         token_bins.TokenBin(folder, "train", token_bins.read_meta(folder))
+
+
+def test_a_dataset_that_another_process_makes_meanwhile_is_taken(folder: Path):
+    """The script fails, as it does when the files are there already: that is an error only where they are not."""
+    (folder / "prepare.py").write_text(
+        "import pathlib, sys\npathlib.Path(__file__).with_name('val.bin').write_bytes(b'1111')\nsys.exit(2)"
+    )
+    (folder / "val.bin").unlink()
+    token_bins.prepare_if_missing(folder)
+    assert (folder / "val.bin").exists()
+    (folder / "prepare.py").write_text("import sys\nsys.exit('prepare.py: holds train.bin already')")
+    (folder / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"holds train\.bin already"):
+        token_bins.prepare_if_missing(folder)
 
 
 def test_writer_leaves_a_whole_file_or_none(tmp_path):
