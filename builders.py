@@ -281,7 +281,7 @@ def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokeniz
 def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> Tokenizer:
     """The tokenizer of the base weights, or else of the dataset, with what examples need. Raises UserError."""
     if args.init_from == "resume":
-        return next(iter(tokenization.load(Path(args.out_dir) / "tokenizer.json").values()))
+        return next(iter(tokenization.load(args.resumed_folder / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
     all_rows = [row for splits in rows.values() for split_rows in splits.values() for row in split_rows]
     extended = extend_tokenizer(tokenizer, all_rows if not args.prompt_format else [])  # its fields are texts

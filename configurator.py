@@ -400,6 +400,7 @@ def read_command_line(
 class Rules:
     """What a command knows of its arguments beyond their table.
 
+    locate(layers): the layers with what follows from where their files lie.
     resumed_config(args): path of the config of the run that is resumed, if any. May raise UserError.
     derive(args, source): what values are derived from, and the values, for arguments that are not set.
     check(args, source): the errors of arguments that conflict.
@@ -407,6 +408,7 @@ class Rules:
     `source` maps each argument to where its value came from.
     """
 
+    locate: Callable[[list[tuple[str, dict[str, Any]]]], list[tuple[str, dict[str, Any]]]] = list
     resumed_config: Callable[[Any], str | None] = lambda args: None
     derive: Callable[[Any, dict[str, str]], tuple[str, dict[str, Any]]] = lambda args, source: ("", {})
     check: Callable[[Any, dict[str, str]], Iterable[str]] = lambda args, source: ()
@@ -481,7 +483,7 @@ def resolve(table: type, layers: list[tuple[str, dict[str, Any]]], rules: Rules 
     specs = arg_specs(table)
     state = Layers(specs, rules.hints)
     # 1. The values that were set.
-    for source, values in layers:
+    for source, values in rules.locate(layers):
         state.apply(source, values)
     # 2. Beneath them, the values of the resumed run.
     try:

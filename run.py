@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 import builders
 import configurator
 from model import GPT
-from nanoforge import distributed, run_dir
+from nanoforge import distributed, restarts, run_dir
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import peak_flops
@@ -199,11 +199,10 @@ def describe_model(model: GPT, adapter: str) -> str:
 
 def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None]) -> Run:
     """Build a run from the arguments, or resume one. Raises UserError before anything of an older run is touched."""
-    resumed_from = None
-    if args.init_from == "resume":
-        resumed_from = run_dir.RunRecord.load(Path(args.out_dir))
-    elif not (args.overwrite or args.eval_only):
-        run_dir.refuse_existing_run(Path(args.out_dir))
+    resumed_from = run_dir.RunRecord.load(args.resumed_folder) if args.init_from == "resume" else None
+    if args.begins_run and not (args.overwrite or args.eval_only):
+        restarts.refuse_existing_run(Path(args.out_dir), args.asked)
+    identity = identify(args, resumed_from)
 
     # 1. Data.
     with ranks.main_first():
@@ -230,7 +229,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         args=args,
         ranks=ranks,
         rank_slice=rank_slice,
-        record=make_record(args, raw_model, fingerprints, parts.base, resumed_from),
+        record=dataclasses.replace(make_record(args, raw_model, fingerprints, parts.base, resumed_from), run=identity),
         tokenizers=parts.tokenizers,
         data=parts.data,
         sample_counter=parts.data.source.sample_counter(),
@@ -244,10 +243,28 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         dtype_reason=parts.dtype_reason,
     )
     if resumed_from is not None:
-        run = resume(run, log)
+        run = resume(run, find_resumed(run, log), log)
     for remark in run.remarks():
         log(remark)
     return run
+
+
+def identify(args: TrainArgs, resumed_from: run_dir.RunRecord | None) -> dict[str, Any]:
+    """The identity of the run, with this attempt at it."""
+    before = resumed_from.run if resumed_from else {}
+    identity = run_dir.identify(Path(args.out_dir), before, is_branch=args.begins_run)
+    return identity | {"attempts": restarts.add_attempt(identity["attempts"], args.asked)}
+
+
+def find_resumed(run: Run, log: Callable[[str], None]) -> Path:
+    """The checkpoint that a resumed run goes on from. Raises UserError where later ones would have to go unasked."""
+    args = run.args
+    if args.named_checkpoint is None:
+        return checkpoint.newest(run.checkpoints.folder, log)
+    folder = checkpoint.named(args.named_checkpoint)
+    if not (args.begins_run or args.overwrite or args.eval_only):
+        checkpoint.refuse_later(run.out_dir, checkpoint.read_step(folder))
+    return folder
 
 
 def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:
@@ -267,7 +284,8 @@ def make_record(
     resumed_from: run_dir.RunRecord | None,
 ) -> run_dir.RunRecord:
     """The record of a run, without the versions of this process."""
-    values = dataclasses.asdict(args) | {"overwrite": False}  # a run started from this config deletes nothing
+    # a run started from this config deletes nothing, and one that is resumed goes on from its last checkpoint
+    values = dataclasses.asdict(args) | {"overwrite": False, "checkpoint": "last"}
     if resumed_from:
         values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
     return run_dir.RunRecord(
@@ -279,9 +297,9 @@ def make_record(
     )
 
 
-def resume(run: Run, log: Callable[[str], None]) -> Run:
-    """The run at its newest undamaged checkpoint. Raises UserError without one, or when it does not fit the run."""
-    loaded = checkpoint.load(checkpoint.newest(run.checkpoints.folder, log))
+def resume(run: Run, folder: Path, log: Callable[[str], None]) -> Run:
+    """The run at a checkpoint that was verified. Raises UserError when it does not fit the run."""
+    loaded = checkpoint.load(folder)
     check_tokenizers(tokenization.load(loaded.folder / "tokenizer.json"), run.tokenizers, loaded.folder)
     run.raw_model.load_weights(loaded.weights, str(loaded.folder))
     run.state.load(loaded)
@@ -366,14 +384,22 @@ def check_tokenizers(
 
 def begin(run: Run, lock: run_dir.RunLock) -> None:
     """Prepare the run's folder, and write what the run is: tokenizers, arguments, data, base, versions, git commit."""
-    if run.args.init_from != "resume":
-        run_dir.prepare_out_dir(run.out_dir, lock)
+    args, checkpoints, progress = run.args, run.checkpoints.folder, run.progress
+    if args.begins_run:
+        run_dir.prepare_out_dir(run.out_dir, lock, overwrite=args.overwrite)
+        if args.named_checkpoint:
+            checkpoint.branch(args.named_checkpoint, run.out_dir, progress.best_step)
     else:
-        checkpoint.set_aside_damaged(run.checkpoints.folder, run.progress.step)
+        if args.overwrite:
+            checkpoint.delete_later(checkpoints, progress.step)
+        checkpoint.set_aside_damaged(checkpoints, progress.step)
+        run_dir.forget_trackers(run.out_dir, run.record)
+        if args.named_checkpoint:
+            run.checkpoints.resumed_step = progress.step
     tokenization.save(run.out_dir / "tokenizer.json", run.tokenizers)
     about = run_dir.describe_software(Path(__file__).parent, {"torch": torch.__version__, "numpy": np.__version__})
     dataclasses.replace(run.record, about=about).save(run.out_dir)
-    if run.progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
-        run_dir.write_best(run.out_dir, step=run.progress.best_step, val_loss=run.progress.best_val_loss)
+    if progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
+        run_dir.write_best(run.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
     else:
         (run.out_dir / run_dir.BEST_FILE).unlink(missing_ok=True)

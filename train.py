@@ -31,7 +31,7 @@ import torch
 
 import builders
 import configurator
-from nanoforge import console, device, distributed, rng, run_dir
+from nanoforge import console, device, distributed, restarts, rng, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
@@ -203,7 +203,7 @@ def rollback(run: Run, logger: RunLogger) -> Run:
     if not checkpoint.list_steps(run.checkpoints.folder):
         raise DivergedError(f"{reason}, and there is no checkpoint to go back to: stopped; {ADVICE}")
     logger.note(progress.step, f"{reason}: going back to the newest checkpoint")
-    run = resume(run, logger.print)
+    run = resume(run, checkpoint.newest(run.checkpoints.folder, logger.print), logger.print)
     run.progress.rollbacks += 1
     return run
 
@@ -219,18 +219,45 @@ def main(args: TrainArgs) -> Progress:
         torch.use_deterministic_algorithms(mode=True)
     device.tune_malloc()
     with distributed.join_ranks(args.device, args.rank_timeout) as ranks:
+        args = find_begun_run(args, ranks)
+        is_new_folder = args.names_task_alone
         args = dataclasses.replace(args, out_dir=choose_out_dir(args, ranks))
         device.set_attention_kernel(args.attention_kernel, ranks.device)
-        with run_dir.RunLock(Path(args.out_dir)) as lock:
+        out_dir = Path(args.out_dir)
+        with (
+            run_dir.RunLock(out_dir) as lock,
+            run_dir.removed_if_empty(out_dir) if is_new_folder else contextlib.nullcontext(),
+        ):
             return build_and_train(args, ranks, lock)
 
 
+def find_begun_run(args: TrainArgs, ranks: distributed.Ranks) -> TrainArgs:
+    """The arguments, or after a restart those with which the run goes on that this job began. The main rank decides."""
+    if args.eval_only or (args.init_from == "resume" and args.checkpoint == "last"):
+        return args
+    begun = ""
+    with ranks.main_first():
+        if ranks.is_main:
+            folders = sorted(args.task_folder.glob("*")) if args.names_task_alone else [Path(args.out_dir)]
+            own = [path for path in folders if restarts.was_begun_here(path, args.asked, overwrite=args.overwrite)]
+            begun = str(own[-1]) if own else ""
+    begun = ranks.broadcast_text(begun)
+    if not begun:
+        return args
+    if ranks.is_main:
+        console.print_line(f"{begun}: this job began the run there and goes on with it")
+    return train_args.continue_begun_run(args, Path(begun))
+
+
 def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
-    """--out_dir; with --task_name alone outputs/TASK/DATE_TIME, the same on all ranks."""
-    if not args.task_name or args.out_dir != "out":
+    """--out_dir; with --task_name alone a new folder outputs/TASK/DATE_TIME, the same on all ranks."""
+    if not args.names_task_alone:
         return args.out_dir
-    now = ranks.all_reduce_max(int(time.time()) if ranks.is_main else 0)
-    return str(args.task_folder / time.strftime("%Y%m%d_%H%M%S", time.localtime(now)))
+    folder = ""
+    with ranks.main_first():
+        if ranks.is_main:
+            folder = str(run_dir.create_distinct(args.task_folder / time.strftime("%Y%m%d_%H%M%S")))
+    return ranks.broadcast_text(folder)
 
 
 def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.RunLock) -> Progress:
@@ -238,7 +265,7 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
     # 1. Build it. Nothing of an older run is touched until the new one is complete.
     notes: list[str] = []
     with ranks.main_first():
-        if ranks.is_main and args.init_from == "resume" and not args.eval_only:
+        if ranks.is_main and not (args.begins_run or args.eval_only):
             lock.acquire()
     run = build(args, ranks, notes.append)
     if ranks.is_main:

@@ -5,6 +5,7 @@ functions find arguments that conflict. To add an argument, add its field to a g
 """
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,9 @@ class RunArgs:
         inherit=False, alias=("model_name_or_path",))
     gpt2_type: str = arg("gpt2", "GPT-2 size that --init_from=gpt2 loads",
         choices=GPT2_TYPES, inherit=False, needs=with_value("init_from", "gpt2"))
+    checkpoint: str = arg("last", "checkpoint to resume from: last, best, a step, or the PATH of one, which with "
+        "another out_dir begins a branch; --overwrite deletes later ones in out_dir",
+        inherit=False, needs=RESUME, alias=("resume_from_checkpoint",))
     allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
         inherit=False, needs=RESUME)
     eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)
@@ -527,6 +531,43 @@ class TrainArgs(
         return Path("outputs/debug" if self.debug else "outputs", self.task_name)
 
     @cached_property
+    def named_checkpoint(self) -> Path | None:
+        """The checkpoint that --checkpoint names for a resumed run; None for the last one. Raises UserError."""
+        if self.init_from != "resume" or self.checkpoint == "last":
+            return None
+        from nanoforge import run_dir  # here, since few command lines need it
+
+        return run_dir.find_checkpoint(Path(self.out_dir), self.checkpoint)
+
+    @cached_property
+    def resumed_folder(self) -> Path:
+        """The folder whose record a resumed run goes on from: a named checkpoint, or else out_dir. Raises UserError."""
+        return self.named_checkpoint or Path(self.out_dir)
+
+    @cached_property
+    def begins_run(self) -> bool:
+        """Whether out_dir holds no part of the run yet: it is new, or a branch off a checkpoint that lies elsewhere."""
+        if self.init_from != "resume":
+            return True
+        folder = self.named_checkpoint
+        return folder is not None and folder.resolve().parent != Path(self.out_dir, "checkpoints").resolve()
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What a command asks for besides its folder and the defaults, as JSON has it: how a restart knows its run."""
+        values = {}
+        table: type = type(self)  # mypy does not take it for a hashable
+        for name, spec in configurator.arg_specs(table).items():
+            if name not in ("out_dir", "overwrite") and getattr(self, name) != spec.default:
+                values[name] = getattr(self, name)
+        return json.loads(json.dumps(values))
+
+    @cached_property
+    def names_task_alone(self) -> bool:
+        """Whether the run's folder follows from --task_name."""
+        return bool(self.task_name) and self.out_dir == "out"
+
+    @cached_property
     def max_train_tokens(self) -> int:
         """Training tokens after which the run ends (0: no limit); with --prompt_format max_tokens bounds an example."""
         return 0 if self.prompt_format else self.max_tokens
@@ -567,7 +608,6 @@ HINTS = {
     "size, whatever the number of ranks",
     "precompute_ref_log_probs": "use --reference=cache",
     "report_to": "use --wandb_log or --tensorboard_log",
-    "resume_from_checkpoint": "use --init_from=resume with --out_dir=RUN",
     "reward_weights": "write the weights in --reward, as in correct:1,format:0.5",
     "run_name": "use --wandb_run_name",
     "save_strategy": "use --checkpoint_interval, in steps, with --no-checkpoint_at_eval or --no-always_save_checkpoint",
@@ -581,14 +621,55 @@ HINTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# values beneath those that are set
+# the folder that is named, and values beneath those that are set
+
+Layer = tuple[str, dict[str, Any]]  # the source of values, and the values
+
+
+def locate_layers(layers: list[Layer]) -> list[Layer]:
+    """The layers with the folder, and for a resumed run the checkpoint, that they name by where a file lies.
+
+    A run's train_config.json may be a copy, or moved: its folder is the one around it, whatever it says. A checkpoint
+    that is named by its path is of the run around it, unless an out_dir is set.
+    """
+    from nanoforge import run_dir
+
+    is_resumed = [values["init_from"] for _, values in layers if "init_from" in values][-1:] == ["resume"]
+    has_out_dir = any(name in values for _, values in layers for name in ("out_dir", "output_dir"))
+    located = []
+    for source, values in layers:
+        folder = Path(source).parent
+        is_record = Path(source).name == config_files.RECORD_FILE
+        if is_record and run_dir.holds_checkpoint(folder):
+            named = {"checkpoint": str(folder)} if is_resumed else {}
+            rest = {name: value for name, value in values.items() if name != "out_dir"}
+            located.append((source, rest | out_dir_around(folder) | named))
+        elif is_record and len(run_dir.existing_run_files(folder)) > 1:
+            located.append((source, values | {"out_dir": str(folder)}))
+        else:
+            checkpoint = str(values.get("checkpoint", values.get("resume_from_checkpoint", "")))
+            is_path = not has_out_dir and run_dir.holds_checkpoint(Path(checkpoint))
+            located.append((source, values | out_dir_around(Path(checkpoint)) if is_path else values))
+    return located
+
+
+def out_dir_around(folder: Path) -> dict[str, str]:
+    """The out_dir of the run that a checkpoint lies in; nothing where it lies in none."""
+    from nanoforge import run_dir
+
+    run_folder = run_dir.run_of_checkpoint(folder)
+    return {"out_dir": str(run_folder)} if run_folder else {}
 
 
 def resumed_config(args: TrainArgs) -> str | None:
     """Path of the config of the run to resume, whose values lie under the command line's. Raises UserError."""
     if args.init_from != "resume":
         return None
-    path = os.path.join(args.out_dir, "train_config.json")
+    if args.named_checkpoint:
+        return str(args.named_checkpoint / config_files.RECORD_FILE)
+    path = os.path.join(args.out_dir, config_files.RECORD_FILE)
+    if os.path.exists(os.path.join(args.out_dir, "progress.json")):
+        raise UserError(f"--out_dir={args.out_dir}: is a checkpoint; resume from it with --checkpoint={args.out_dir}")
     if not os.path.exists(path):
         raise UserError(f"--init_from=resume: no run in {args.out_dir} (no {path}); set --out_dir to the run's folder")
     return path
@@ -609,8 +690,13 @@ def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]
 
 def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
     """Errors of the run's folder and mode."""
-    if args.overwrite and args.init_from == "resume":
-        yield "--overwrite: would delete the run that --init_from=resume continues; use one of them"
+    if args.overwrite and args.init_from == "resume" and args.checkpoint == "last":
+        yield (
+            "--overwrite: would delete the run that --init_from=resume continues; use one of them, "
+            "or name with --checkpoint an older checkpoint whose successors it deletes"
+        )
+    if args.init_from == "resume" and args.begins_run and source["out_dir"] == configurator.DEFAULT:
+        yield f"--checkpoint={args.checkpoint}: lies in no run's folder; set --out_dir to a new one"
     if args.task_name and args.init_from == "resume" and source["out_dir"] == configurator.DEFAULT:
         yield "--task_name: starts a new run; to resume one, set --out_dir"
     if args.task_name and args.task_name != Path(args.task_name).name:
@@ -819,7 +905,7 @@ def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # reading arguments
 
-RULES = Rules(resumed_config=resumed_config, derive=derive, check=check, hints=HINTS)
+RULES = Rules(locate=locate_layers, resumed_config=resumed_config, derive=derive, check=check, hints=HINTS)
 RESUME_FLAGS = {
     "--resume": "--init_from=resume",
     "--resume=true": "--init_from=resume",
@@ -840,33 +926,18 @@ def load_args(folder: Path) -> TrainArgs:
     return resolve([(path, config_files.read_file(path))]).args
 
 
-def parse_flags(argv: list[str]) -> TrainArgs:
+def parse(argv: list[str] | None = None) -> TrainArgs:
     """The arguments that a command line asks for; prints all errors at once and exits with status 2."""
-    argv = [RESUME_FLAGS.get(text, text) for text in argv]
+    argv = [RESUME_FLAGS.get(text, text) for text in (sys.argv[1:] if argv is None else argv)]
+    if any(text.startswith("--resume_from_checkpoint") for text in argv):
+        argv = ["--init_from=resume", *argv]
     return configurator.parse(TrainArgs, argv, "Train a GPT: see README.md.", RULES)
 
 
-def was_restarted() -> bool:
-    """Whether torchrun or Slurm started this process again, with the command that began the run."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") != "0" for name in counts)
+def continue_begun_run(args: TrainArgs, out_dir: Path) -> TrainArgs:
+    """The arguments with which a restarted command goes on with the run that it began; without a checkpoint, anew."""
+    from nanoforge import run_state
 
-
-def parse(argv: list[str] | None = None) -> TrainArgs:
-    """The arguments of a run; prints all errors at once and exits with status 2.
-
-    After a restart by torchrun or Slurm they are those with which the run continues.
-    """
-    args = parse_flags(sys.argv[1:] if argv is None else argv)
-    if not was_restarted() or args.init_from == "resume" or args.eval_only:
-        return args
-    out_dir = Path(args.out_dir)
-    if args.task_name and args.out_dir == "out":  # the run to continue is the newest of the task
-        runs = sorted(args.task_folder.glob("*/train_config.json"))
-        if not runs:
-            return args
-        out_dir = runs[-1].parent
-    checkpoints = out_dir / "checkpoints"
-    if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
-        return parse_flags(["--init_from=resume", f"--out_dir={out_dir}"])
-    return dataclasses.replace(args, overwrite=True, out_dir=str(out_dir))
+    if run_state.has_checkpoint(out_dir):
+        return parse(["--init_from=resume", f"--out_dir={out_dir}"])
+    return dataclasses.replace(args, out_dir=str(out_dir), overwrite=True)

@@ -68,6 +68,14 @@ class Ranks:
             dist.all_gather_object(messages, message, group=self.slow_group)
         return next(filter(None, messages))
 
+    def broadcast_text(self, text: str) -> str:
+        """The main rank's text, on all ranks."""
+        if self.world_size == 1:
+            return text
+        values = [text]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce_max(0)

@@ -4,13 +4,15 @@ What the files say about a run's state is in run_state.py. Imports no torch.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +26,7 @@ Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its conte
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.json"
 TRAIN_LOCK_FILE = ".lock"
+TRACKER_FILE = "wandb_id"
 REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
 DAMAGED_SUFFIX = ".damaged"  # of one that a resumed run has skipped
 UNUSED_SUFFIXES = (TMP_SUFFIX, REPLACED_SUFFIX, DAMAGED_SUFFIX)
@@ -33,7 +36,7 @@ RUN_FILES = (
     "tokenizer.json",
     BEST_FILE,
     "loss.png",
-    "wandb_id",
+    TRACKER_FILE,
     "checkpoints",
     "tensorboard",
 )
@@ -57,6 +60,7 @@ class RunRecord:
     data: Fingerprints = field(default_factory=dict)  # dataset -> file -> fingerprint
     base: dict[str, str] = field(default_factory=dict)  # source and sha256 of the weights that the run needs to resume
     about: dict[str, str] = field(default_factory=dict)  # versions, and the git commit
+    run: dict[str, Any] = field(default_factory=dict)  # its identity: id, folder, attempts (restarts.py), parent
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
@@ -71,7 +75,7 @@ class RunRecord:
         if not isinstance(values, dict):
             raise UserError(f"{path}: not the record of a run")
         args = {name: value for name, value in values.items() if not name.startswith("_")}
-        parts = {name: values.get(f"_{name}") or {} for name in ("model", "counts", "data", "base", "about")}
+        parts = {name: values.get(f"_{name}") or {} for name in ("model", "counts", "data", "base", "about", "run")}
         return cls(args, **parts)
 
     def save(self, folder: Path) -> None:
@@ -82,6 +86,7 @@ class RunRecord:
             "_data": self.data,
             "_base": self.base,
             "_about": self.about,
+            "_run": self.run,
         }
         write_json(folder / RECORD_FILE, self.args | parts)
 
@@ -115,6 +120,27 @@ def changed_files(before: Fingerprints, now: Fingerprints) -> list[str]:
     return sorted(changed)
 
 
+def identify(out_dir: Path, before: dict[str, Any], *, is_branch: bool) -> dict[str, Any]:
+    """The identity of the run in a folder. before: that in the record which it goes on from; {} for a new run.
+
+    A branch off another run's checkpoint is a run of its own. So is a copy of a folder, as long as the original stands.
+    """
+    folder = str(out_dir.absolute())
+    new = {"id": secrets.token_hex(16), "folder": folder, "attempts": []}
+    if "id" not in before:
+        return new
+    is_copy = before["folder"] != folder and Path(before["folder"], RECORD_FILE).exists()
+    if is_branch or is_copy:
+        return new | {"parent": {"id": before["id"], "folder": before["folder"]}}
+    return before | {"folder": folder}
+
+
+def forget_trackers(out_dir: Path, record: RunRecord) -> None:
+    """Forget the tracker's run of a folder that is a copy of another run's: what follows is not that run's."""
+    if RunRecord.load(out_dir).run.get("id", record.run["id"]) != record.run["id"]:
+        (out_dir / TRACKER_FILE).unlink(missing_ok=True)
+
+
 def describe_software(repository: Path, packages: dict[str, str]) -> dict[str, str]:
     """Versions of Python and of packages, and the commit of a git repository, where git is installed."""
     about = {"python": platform.python_version(), **packages}
@@ -135,6 +161,48 @@ def read_best_step(out_dir: Path) -> int | None:
 def write_best(out_dir: Path, *, step: int, val_loss: float) -> None:
     """Write best.json: the step with the lowest validation loss."""
     write_json(out_dir / BEST_FILE, {"step": step, "val_loss": val_loss})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names of checkpoints
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return checkpoints / f"{step:06d}"
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, perhaps a damaged one."""
+    return any((folder / name).exists() for name in ("manifest.json", "progress.json"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path in the folder of checkpoints is one, perhaps damaged, and no other file or folder."""
+    return path.name.isdigit() and path == step_folder(path.parent, int(path.name)) and holds_checkpoint(path)
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, if it lies in one."""
+    checkpoints = folder.absolute().parent
+    if checkpoints.name != "checkpoints" or not (checkpoints.parent / RECORD_FILE).exists():
+        return None
+    return folder.parent.parent if len(folder.parts) > 2 else checkpoints.parent
+
+
+def find_checkpoint(out_dir: Path, name: str) -> Path:
+    """The checkpoint that train.py's --checkpoint names: best, a step, or a path. Raises UserError without one."""
+    checkpoints = out_dir / "checkpoints"
+    if name == "best" or name.isdecimal():
+        step = read_best_step(out_dir) if name == "best" else int(name)
+        folder = step_folder(checkpoints, -1 if step is None else step)
+    else:
+        folder = Path(name).parent if Path(name).is_file() else Path(name)
+    if holds_checkpoint(folder):
+        return folder
+    steps = [path.name for path in sorted(checkpoints.glob("*")) if is_checkpoint(path)]
+    there = f"; {checkpoints} has {', '.join(steps)}" if steps else f"; {checkpoints} has none"
+    raise UserError(f"--checkpoint={name}: no such checkpoint{there}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,43 +250,63 @@ class RunLock:
 # the folder of a new run
 
 
+def create_distinct(folder: Path) -> Path:
+    """Create a folder of this name, or with _2, _3, ... behind it if it is there. Raises UserError."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: can't be created ({error.strerror})") from None
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder that a run was to have, if nothing was written there."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def existing_run_files(out_dir: Path) -> list[Path]:
     """The files and folders of a run that a folder holds."""
     return [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
 
 
-def refuse_existing_run(out_dir: Path) -> None:
-    """Raises UserError when the folder holds a run."""
+def refuse_existing_run(out_dir: Path, differences: str = "") -> None:
+    """Raises UserError when the folder holds a run. differences: between its arguments and those asked for now."""
     existing = existing_run_files(out_dir)
     if existing:
         has_checkpoint = any((out_dir / "checkpoints").glob("[0-9]*/manifest.json"))
         way_out = "continue it with --init_from=resume, " if has_checkpoint else "it has no checkpoint yet; "
         raise UserError(
-            f"{out_dir}: already holds a run ({existing[0].name}); "
+            f"{out_dir}: already holds a run ({existing[0].name}){differences}; "
             f"{way_out}replace it with --overwrite, or use another --out_dir"
         )
 
 
-def prepare_out_dir(out_dir: Path, lock: RunLock) -> None:
-    """Create the folder of a new run, or delete the run in it.
+def prepare_out_dir(out_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
+    """Create the folder of a new run, or delete the run in it, if that is wanted.
 
-    Raises UserError when it is not writable or another process trains in it.
+    Raises UserError when it is not writable, when another process trains in it, or has begun a run there meanwhile.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass  # it is writable
         lock.acquire()
+        if not overwrite:
+            refuse_existing_run(out_dir)
         for path in existing_run_files(out_dir):
             remove(path)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir}: can't be written ({error.strerror})") from None
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path in the folder of checkpoints is one, perhaps damaged, and no other file or folder."""
-    is_named = path.name.isdigit() and path.name == f"{int(path.name):06d}"
-    return is_named and any((path / name).exists() for name in ("manifest.json", "progress.json"))
 
 
 def remove(path: Path) -> None:

@@ -33,7 +33,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoforge.distributed import Ranks, cpu_snapshot, is_sharded, local_shard
 from nanoforge.errors import DivergedError, UserError
 from nanoforge.files import TMP_SUFFIX, atomic_write, fsync, sha256, write_json
-from nanoforge.run_dir import DAMAGED_SUFFIX, REPLACED_SUFFIX, is_checkpoint, read_best_step, write_best
+from nanoforge.run_dir import (
+    DAMAGED_SUFFIX,
+    METRICS_FILE,
+    REPLACED_SUFFIX,
+    is_checkpoint,
+    read_best_step,
+    step_folder,
+    write_best,
+)
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger
 from nanoforge.training.optimizers import Optimizer
@@ -139,8 +147,9 @@ class Progress:
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
         """From progress.json, which has further keys. Fields that an older version didn't write keep their defaults."""
         values = {"patience_val_loss": values.get("best_val_loss")} | dict(values)
-        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**{name: math.inf if value is None else value for name, value in known.items()})
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        present: dict[str, Any] = {name: math.inf if value is None else value for name, value in known.items()}
+        return cls(**present)
 
     def forget_best(self) -> None:
         """Compare no later loss with those until now."""
@@ -169,11 +178,6 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # of the training, what is no tensor: joins the progress in progress.json
     copied_files: dict[str, bytes]
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
-    return checkpoints / f"{step:06d}"
 
 
 def save(
@@ -226,9 +230,14 @@ def rename(tmp_folder: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def named_by_step(checkpoints: Path, suffix: str) -> list[Path]:
+    """The folders that this program has named by a step and a suffix."""
+    return [path for path in checkpoints.glob(f"*{suffix}") if path.stem.isdigit()]
+
+
 def restore_replaced(checkpoints: Path) -> None:
     """Give back the names of checkpoints that a failed or interrupted save was about to replace."""
-    for path in checkpoints.glob(f"*{REPLACED_SUFFIX}"):
+    for path in named_by_step(checkpoints, REPLACED_SUFFIX):
         if not path.with_suffix("").exists():
             os.rename(path, path.with_suffix(""))
 
@@ -236,7 +245,7 @@ def restore_replaced(checkpoints: Path) -> None:
 def remove_unfinished(checkpoints: Path) -> None:
     """Delete what failed or interrupted saves left: they may fill the disk."""
     restore_replaced(checkpoints)
-    for path in checkpoints.glob(f"*{TMP_SUFFIX}"):
+    for path in named_by_step(checkpoints, TMP_SUFFIX):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -360,8 +369,8 @@ def resolve(out_dir: Path, name: str, log: Callable[[str], None] = print) -> Pat
     raise UserError(f"--checkpoint={name}: {error}; choose another one")
 
 
-def named(folder: Path, name: str) -> Path:
-    """The checkpoint in a folder that is named instead of its run's. Raises UserError."""
+def named(folder: Path, name: str = "") -> Path:
+    """The checkpoint in a folder that is named instead of its run's; verified. Raises UserError."""
     if name.isdigit() and step_folder(folder.parent, int(name)).name != folder.name:
         raise UserError(f"--checkpoint={name}: {folder} is another checkpoint; name the folder of its run")
     error = verify(folder)
@@ -417,11 +426,51 @@ def prune(checkpoints: Path, steps: Iterable[int], last_step: int) -> None:
     """
     for step in steps:
         shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
-    for path in checkpoints.iterdir():
-        is_leftover = path.suffix in (TMP_SUFFIX, REPLACED_SUFFIX)
-        is_damaged = path.suffix == DAMAGED_SUFFIX
-        if path.stem.isdigit() and (is_leftover or (is_damaged and int(path.stem) <= last_step)):
-            shutil.rmtree(path, ignore_errors=True)
+    leftovers = named_by_step(checkpoints, TMP_SUFFIX) + named_by_step(checkpoints, REPLACED_SUFFIX)
+    damaged = [path for path in named_by_step(checkpoints, DAMAGED_SUFFIX) if int(path.stem) <= last_step]
+    for path in leftovers + damaged:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_later(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints after a step, from which a run goes on another way."""
+    prune(checkpoints, [other for other in list_steps(checkpoints) if other > step], step)
+
+
+def refuse_later(out_dir: Path, step: int) -> None:
+    """Raises UserError when a run has whole checkpoints after the one from which it shall go on."""
+    folders = [step_folder(out_dir / "checkpoints", other) for other in list_steps(out_dir / "checkpoints")]
+    later = [folder.name for folder in folders if int(folder.name) > step and verify(folder) is None]
+    if later:
+        raise UserError(
+            f"--checkpoint={step}: {out_dir} has later checkpoints ({', '.join(later)}), which would be replaced; "
+            "branch off with another --out_dir, delete them with --overwrite, or resume from the last "
+            f"(--init_from=resume --out_dir={out_dir})"
+        )
+
+
+def branch(source: Path, out_dir: Path, best_step: int) -> None:
+    """Copy a checkpoint, the best one before it, and the metrics to the folder of a run that goes on from there.
+
+    Raises UserError when they can't be copied.
+    """
+    checkpoints = out_dir / "checkpoints"
+    try:
+        for folder in {source, step_folder(source.parent, best_step)}:
+            if folder == source or verify(folder) is None:
+                tmp_folder = (checkpoints / folder.name).with_suffix(TMP_SUFFIX)
+                shutil.copytree(folder, tmp_folder, dirs_exist_ok=True)
+                os.rename(tmp_folder, step_folder(checkpoints, read_step(folder)))
+        metrics_path = source.parent.parent / METRICS_FILE
+        if source.parent.name == checkpoints.name and metrics_path.exists():
+            shutil.copy(metrics_path, out_dir / METRICS_FILE)
+    except OSError as error:
+        raise UserError(f"--checkpoint={source}: can't be copied to {out_dir} ({error})") from None
+
+
+def read_step(folder: Path) -> int:
+    """The step of a checkpoint, whose folder may have been renamed."""
+    return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])
 
 
 def set_aside_damaged(checkpoints: Path, last_step: int) -> None:
@@ -519,6 +568,7 @@ class Manager:
         self.ranks = ranks
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.resumed_step = -1  # of the checkpoint that the command names: its restart will name it again
         self.saver = CheckpointSaver()
         self.is_sharded = is_sharded(state.model)
 
@@ -588,7 +638,7 @@ class Manager:
             other for other in list_steps(self.folder) if other <= step and is_whole(step_folder(self.folder, other))
         ]
         keep = steps_to_keep(steps, read_best_step(self.out_dir), self.keep_last, self.keep_every)
-        prune(self.folder, set(steps) - keep, step)
+        prune(self.folder, set(steps) - keep - {self.resumed_step}, step)
         return folder
 
     def log_finished_save(self, logger: RunLogger, step: int, *, wait: bool) -> None:

@@ -917,6 +917,14 @@ def keep_every(run):
 
 
 @effect
+def checkpoint_(run: Callable[..., RunFiles], tmp_path: Path):
+    done = run("--checkpoint_interval=1", "--keep_last=9")
+    named = f"--checkpoint={done.out_dir / 'checkpoints/000003'}"
+    assert "000003" in run("--init_from=resume", named, name="branch").console
+    assert "000002" in run("--init_from=resume", "--checkpoint=2", "--overwrite", "--max_iters=2").console
+
+
+@effect
 def allow_data_change(run, tmp_path, data_dir):
     shutil.copytree(data_dir / "a", tmp_path / "data/a")
     run(f"--data_dir={tmp_path / 'data'}")

@@ -30,6 +30,7 @@ TORCH_FREE = (
     "console",
     "run_dir",
     "run_state",
+    "restarts",
     "data.tables",
     "posttraining.example_rows",
     "posttraining.prompt_format",

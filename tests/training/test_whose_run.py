@@ -6,14 +6,219 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import RunFiles, equal_tensors
+from helpers import TINY, RunFiles, equal_tensors, metric, read_run
 
+import train
 import train_args
+from nanoforge import run_dir
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 
 Runner = Callable[..., RunFiles]
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "0"}
+ARRAY = SLURM | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+JOBS = {
+    "torchrun": (TORCHRUN, TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"}),
+    "elastic": (TORCHRUN, TORCHRUN),  # a host has joined: torchrun counts no restart
+    "slurm": (SLURM, SLURM | {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_NUM_NODES": "1"}),
+    "array": (ARRAY, ARRAY | {"SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": "1"}),
+}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def set_job(monkeypatch: Patch, env: dict[str, str]) -> None:
+    for name in [*TORCHRUN, *ARRAY]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# restarts
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_restart_continues_what_its_job_began(run: Runner, monkeypatch: Patch, job: str):
+    first, second = JOBS[job]
+    set_job(monkeypatch, first)
+    done = run("--checkpoint_interval=1", "--keep_last=9")
+    run_id = run_dir.RunRecord.load(done.out_dir).run["id"]
+    for step in (3, 4):
+        shutil.rmtree(done.out_dir / f"checkpoints/{step:06d}")
+    set_job(monkeypatch, second)
+    resumed = run("--checkpoint_interval=1", "--keep_last=9")
+    assert "resuming" in resumed.console and "000002" in resumed.console
+    assert equal_tensors(resumed.last.weights, done.last.weights)
+    assert metric(resumed, "step") == [1, 2, 3, 4]
+    assert run_dir.RunRecord.load(done.out_dir).run["id"] == run_id
+
+    shutil.rmtree(done.out_dir / "checkpoints")
+    again = run("--checkpoint_interval=1", "--keep_last=9")
+    assert again.losses == done.losses, "what had no checkpoint began anew"
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("n_checkpoints", [0, 1])
+def test_a_restart_leaves_another_run_alone(run: Runner, monkeypatch: Patch, job: str, n_checkpoints: int):
+    """The refusal that torchrun takes for a crash stands, and lists the arguments that differ."""
+    done = run("--max_iters=2", "--learning_rate=0.5")
+    if not n_checkpoints:
+        shutil.rmtree(done.out_dir / "checkpoints/000002")
+        (done.out_dir / "checkpoints/notes.txt").write_text("mine")
+    before = contents(done.out_dir)
+    for env in JOBS[job]:
+        set_job(monkeypatch, env)
+        with pytest.raises(UserError, match=r"--max_iters=3 \(there 2\).*--overwrite"):
+            run("--max_iters=3", "--learning_rate=0.5")
+        assert contents(done.out_dir) == before
+
+
+@pytest.mark.parametrize("job", ["torchrun", "slurm"])
+def test_a_restart_with_edited_arguments_is_refused(run: Runner, monkeypatch: Patch, job: str):
+    """With --overwrite too: a config that was edited while the job waited deletes no work."""
+    first, second = JOBS[job]
+    set_job(monkeypatch, first)
+    done = run("--max_iters=2", "--overwrite")
+    set_job(monkeypatch, second)
+    before = contents(done.out_dir)
+    with pytest.raises(UserError, match=r"--max_iters=3 \(there 2\)"):
+        run("--max_iters=3", "--overwrite")
+    assert contents(done.out_dir) == before
+
+
+def test_a_torchrun_of_the_same_id_starts_over_when_asked_to(run: Runner, monkeypatch: Patch):
+    """Its user has chosen the id: the same command with --overwrite is a new one once the run has finished."""
+    set_job(monkeypatch, TORCHRUN)
+    first = run("--max_iters=2", "--overwrite")
+    second = run("--max_iters=2", "--overwrite")
+    assert "resuming" not in second.console and second.losses == first.losses
+
+
+def test_a_restarted_task_takes_the_folder_that_it_began(data_dir: Path, tmp_path: Path, monkeypatch: Patch):
+    """Two runs of one task, of which the first is restarted; both began in the same second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda _: "20260101_000000")
+    flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--task_name=t"]
+    for job, seed in (("1", "--seed=1"), ("2", "--seed=2")):
+        set_job(monkeypatch, SLURM | {"SLURM_JOB_ID": job})
+        train.main(train_args.parse([*flags, seed]))
+    first, second = (tmp_path / f"outputs/t/20260101_000000{suffix}" for suffix in ("", "_2"))
+    before = contents(second)
+    shutil.rmtree(first / "checkpoints/000004")
+    set_job(monkeypatch, SLURM | {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"})
+    train.main(train_args.parse([*flags, "--seed=1"]))
+    assert read_run(first).steps[-1] == 4
+    assert contents(second) == before
+    with pytest.raises(UserError):
+        train.main(train_args.parse([*flags, "--seed=3", "--dataset=none"]))
+    assert len(list((tmp_path / "outputs/t").iterdir())) == 2, "what failed before it began leaves no folder"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user names
+
+
+def resume(*flags: object) -> None:
+    train.main(train_args.parse(["--resume=true", *map(str, flags)]))
+
+
+@pytest.mark.parametrize("origin_is_gone", ["", "gone"])
+def test_a_copied_folder_is_resumed_where_its_config_lies(run: Runner, tmp_path: Path, origin_is_gone: str):
+    first = run("--max_iters=4", name="a")
+    (first.out_dir / run_dir.TRACKER_FILE).write_text("tracked")
+    copy = tmp_path / "b"
+    shutil.copytree(first.out_dir, copy)
+    if origin_is_gone:
+        shutil.rmtree(first.out_dir)
+    before = contents(first.out_dir)
+    resume(f"--config_path={copy / 'checkpoints/000004/train_config.json'}", "--max_iters=6")
+    assert contents(first.out_dir) == before
+    assert read_run(copy).steps[-1] == 6
+    resume(f"--config_path={copy / 'train_config.json'}", "--max_iters=8")
+    assert read_run(copy).steps[-1] == 8 and contents(first.out_dir) == before
+
+    record = run_dir.RunRecord.load(copy)
+    assert record.args["out_dir"] == str(copy)
+    assert ("parent" in record.run) == (not origin_is_gone), "a copy beside its original is another run"
+    assert (copy / run_dir.TRACKER_FILE).exists() == bool(origin_is_gone)
+
+
+def test_a_config_overwrites_the_folder_that_it_lies_in(run: Runner, tmp_path: Path):
+    first = run("--max_iters=2", name="a")
+    shutil.copytree(first.out_dir, tmp_path / "b")
+    before = contents(first.out_dir)
+    train.main(train_args.parse([str(tmp_path / "b/train_config.json"), "--overwrite", "--max_iters=3"]))
+    assert read_run(tmp_path / "b").steps[-1] == 3
+    assert contents(first.out_dir) == before
+
+
+def test_an_older_checkpoint_is_honoured(run: Runner, tmp_path: Path):
+    """In its folder it would replace later ones, which is refused; it may begin a branch, or replace them if asked."""
+    first = run("--checkpoint_interval=1", "--keep_last=9", "--max_iters=4", "--dropout=0.1", name="a")
+    before = contents(first.out_dir)
+    config = f"--config_path={first.out_dir / 'checkpoints/000003/train_config.json'}"
+    for named in ([config], ["--checkpoint=3", f"--out_dir={first.out_dir}"]):
+        with pytest.raises(UserError, match=r"000004.*--out_dir.*--overwrite"):
+            resume(*named)
+    assert contents(first.out_dir) == before
+
+    by_path = [f"--resume_from_checkpoint={first.out_dir / 'checkpoints/000003'}"]
+    for named, name in ((by_path, "b"), ([config], "c")):
+        resume(*named, f"--out_dir={tmp_path / name}")
+        branch = read_run(tmp_path / name)
+        assert contents(first.out_dir) == before
+        assert {2, 3, 4} >= set(branch.steps) >= {3, 4}
+        assert metric(branch, "step") == [1, 2, 3, 4] and branch.losses == first.losses
+        assert equal_tensors(branch.last.weights, first.last.weights)
+        assert run_dir.RunRecord.load(branch.out_dir).run["parent"]["folder"] == str(first.out_dir)
+        with pytest.raises(UserError, match="already holds a run"):
+            resume(*named, f"--out_dir={tmp_path / name}")
+
+    resume("--checkpoint=1", f"--out_dir={first.out_dir}", "--overwrite", "--max_iters=2")
+    again = read_run(first.out_dir)
+    assert again.steps == [1, 2] and again.losses == first.losses[:2]
+
+
+def test_the_newest_checkpoint_may_be_named_and_a_restart_goes_on_from_there(run: Runner, monkeypatch: Patch):
+    first = run("--max_iters=4", name="a")
+    command = [f"--config_path={first.out_dir / 'checkpoints/000004/train_config.json'}", "--steps=8"]
+    set_job(monkeypatch, SLURM)
+    resume(*command)
+    assert read_run(first.out_dir).steps == [4, 6, 8], "what the command names is kept"
+    shutil.rmtree(first.out_dir / "checkpoints/000008")
+    set_job(monkeypatch, SLURM | {"SLURM_RESTART_COUNT": "1"})
+    resume(*command)
+    assert metric(read_run(first.out_dir), "step") == list(range(1, 9))
+
+
+def test_names_of_checkpoints_that_are_none_are_refused(run: Runner, tmp_path: Path, capsys: Capture):
+    first = run("--max_iters=2", name="a")
+    folder = first.out_dir / "checkpoints/000002"
+    shutil.copytree(folder, tmp_path / "alone")
+    for flags, message in (
+        (["--checkpoint=3", f"--out_dir={first.out_dir}"], "000002"),
+        ([f"--checkpoint={first.out_dir}", f"--out_dir={first.out_dir}"], "000002"),
+        ([f"--out_dir={folder}"], f"--checkpoint={folder}"),
+        ([f"--checkpoint={tmp_path / 'alone'}"], "--out_dir"),
+        ([f"--config_path={tmp_path / 'alone/train_config.json'}"], "--out_dir"),
+        (["--overwrite", f"--out_dir={first.out_dir}"], "--checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            resume(*flags)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    resume(f"--checkpoint={tmp_path / 'alone'}", f"--out_dir={tmp_path / 'b'}", "--max_iters=3")
+    assert read_run(tmp_path / "b").steps == [2, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def test_a_damaged_newer_checkpoint_costs_no_whole_one(run: Runner):
@@ -51,7 +256,7 @@ def test_what_is_not_a_checkpoint_stays_in_the_folder_of_checkpoints(run: Runner
         note.write_text("mine")
     run("--overwrite", "--keep_last=1")
     run("--overwrite", "--keep_last=1")
-    assert all(note.exists() for note in notes)
+    assert [note for note in notes if not note.exists()] == []
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "train_config.json"])
