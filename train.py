@@ -141,11 +141,12 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
     args, progress = run.args, run.progress
 
     # 1. Evaluate.
-    results = evaluation.evaluate(run.model, run.data.eval_datasets, run.ranks, signals)
-    if results is None:
-        return
+    with run.state.optimizer.evaluation_weights():
+        results = evaluation.evaluate(run.model, run.data.eval_datasets, run.ranks, signals)
+        if results is None:
+            return
+        samples = sample_completions(run)
     metrics = evaluation.summarize(results, run.data.eval_weights)
-    samples = sample_completions(run)
     val_loss = metrics["val_loss"]
     if not math.isfinite(val_loss):
         raise DivergedError(f"val_loss is {val_loss} at step {progress.step}: stopped, nothing was saved. {ADVICE}")
@@ -271,7 +272,8 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
     if ranks.is_main:
         console.print_line("\n".join([*notes, run.summary()]))
     if args.eval_only:
-        results = evaluation.evaluate(run.model, run.data.eval_datasets, ranks, Signals())
+        with run.state.optimizer.evaluation_weights():
+            results = evaluation.evaluate(run.model, run.data.eval_datasets, ranks, Signals())
         assert results is not None, "no signal is handled here"
         if ranks.is_main:
             console.print_line(format_metrics(evaluation.summarize(results, run.data.eval_weights)))
@@ -326,7 +328,7 @@ def save_after_failed_reward(run: Run, logger: RunLogger) -> Iterator[None]:
     except RewardError as error:
         if not run.progress.step:
             raise
-        run.checkpoints.save(run.progress, logger)
+        run.save(logger)
         run.checkpoints.finish(logger, run.progress.step)
         way_on = f"saved step {run.progress.step}; mend it, then continue with --init_from=resume"
         raise RewardError(f"{error}; {way_on} --out_dir={run.args.out_dir}") from error

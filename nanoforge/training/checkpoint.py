@@ -608,7 +608,8 @@ class Manager:
         """Copy trainable weights and training state to host memory. Raises DivergedError when one is not finite."""
         model, optimizer, scaler, guard = self.state
         optimizer_tensors, optimizer_values = optimizer.state_dict()
-        weights = {name: cpu_snapshot(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+        with optimizer.evaluation_weights():
+            weights = {name: cpu_snapshot(weight) for name, weight in model.named_parameters() if weight.requires_grad}
         tensors = {name: cpu_snapshot(tensor) for name, tensor in optimizer_tensors.items()}
         for name, tensor in (weights | tensors).items():
             if tensor.is_floating_point() and not local_shard(tensor).isfinite().all():

@@ -3,13 +3,17 @@
 Matrices are decayed, vectors are not. With muon, matrices of the blocks go to Muon and everything else to AdamW.
 """
 
+import copy
 import importlib
 import inspect
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +24,7 @@ from nanoforge.training.muon import Muon, newton_schulz
 from nanoforge.training.skippable import SkippableOptimizer
 
 Parameters = dict[str, nn.Parameter]
-Group = dict[str, Any]  # a parameter group of torch.optim
+Group = dict[Any, Any]  # a parameter group of torch.optim, or the state of a parameter
 
 
 class Lion(SkippableOptimizer):
@@ -115,7 +119,7 @@ def find_optimizer(name: str) -> OptimizerSpec:
     package, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # a package may raise anything where it is imported
         raise UserError(f"--optimizer={name}: {error}") from None
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise UserError(f"--optimizer={name}: not a torch.optim.Optimizer")
@@ -128,7 +132,7 @@ def build_optimizer(
     """Construct a torch optimizer. Raises UserError when the class refuses its arguments."""
     try:
         return cls(groups, lr=lr, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # packages have classes of errors of their own
         raise UserError(f"--optimizer={name} --optimizer_kwargs: {error}") from None
 
 
@@ -177,6 +181,84 @@ def refuse_set_options(name: str, options: Mapping[str, Any], config: OptimConfi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# state of any optimizer as tensors and JSON
+
+GROUP_ARGUMENTS = ("params", "lr", "peak_lr")  # entries of a group that are never state
+
+
+def pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """A value of a state for JSON; its tensors go to `tensors`, under names that begin with the key.
+
+    Lists, tuples, sets and dicts become {"list": [...]}, ..., a tensor {"tensor": name}. Raises TypeError for others.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, DTensor) and value.layout == torch.strided:
+        tensors[key] = value.detach()
+        return {"tensor": key}
+    if type(value) in (list, tuple, set):
+        items = sorted(value) if isinstance(value, set) else value
+        return {type(value).__name__: [pack(item, f"{key}/{i}", tensors) for i, item in enumerate(items)]}
+    if type(value) is dict:
+        return {"dict": [[name, pack(item, f"{key}/{name}", tensors)] for name, item in value.items()]}
+    raise TypeError(f"{key} is a {type(value).__name__}, which no checkpoint holds")
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `pack` made this of."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {name: unpack(item, tensors) for name, item in content}
+    return {"list": list, "tuple": tuple, "set": set}[kind](unpack(item, tensors) for item in content)
+
+
+def with_saved_dtypes(loaded: Any, saved: Any) -> Any:
+    """A state that torch's load_state_dict has cast to its parameter's dtype, with the tensors that were saved."""
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        return saved.to(loaded.device) if saved.dtype != loaded.dtype else loaded
+    if isinstance(saved, dict):
+        return {name: with_saved_dtypes(loaded[name], value) for name, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(with_saved_dtypes(*pair) for pair in zip(loaded, saved, strict=True))
+    return saved
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    """Whether two values of a state are equal, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal_values(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(equal_values(*pair) for pair in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def to_name(text: str) -> str | int:
+    """A name in a state: some packages number the parts of a parameter."""
+    return int(text) if text.isdigit() else text
+
+
+def initial_values(group: Group) -> Group:
+    """A copy of what an optimizer has in a group before its first step."""
+    return copy.deepcopy({name: value for name, value in group.items() if name not in GROUP_ARGUMENTS})
+
+
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it trains other weights than it evaluates: schedule-free optimizers have train() and eval()."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's fused optimizers, which skip a step where the tensor found_inf is 1."""
+    return type(optimizer).__module__.startswith("torch.optim") and bool(optimizer.defaults.get("fused"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the driver
 
 
@@ -189,9 +271,16 @@ class Optimizer:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, config: OptimConfig, muon_splits: Mapping[str, list[int]] | None = None
+        self,
+        name: str,
+        model: nn.Module,
+        config: OptimConfig,
+        muon_splits: Mapping[str, list[int]] | None = None,
+        *,
+        is_trial: bool = False,
     ) -> None:
-        """muon_splits: names of weights that stack several matrices -> the rows of each. Raises UserError."""
+        """muon_splits: names of weights that stack several matrices -> the rows of each. Raises UserError, also for a
+        package's class that could not be resumed, which is tried out unless this is such a trial."""
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(parameters.values())
         self.names = {id(p): n for n, p in parameters.items()}
@@ -227,6 +316,13 @@ class Optimizer:
 
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
+        self.averaging = [optimizer for optimizer in self.optimizers if has_modes(optimizer)]
+        for optimizer in self.averaging:
+            optimizer.train()  # type: ignore[attr-defined]
+        self.initial_values = [initial_values(group) for group in self.param_groups]
+        if is_trial or not groups or use_muon or name in OPTIMIZERS:
+            return
+        prove_resumable(name, config, self.parameters[0].device, is_sharded=bool(self.full_parameters))
 
     @property
     def param_groups(self) -> list[Group]:
@@ -268,7 +364,7 @@ class Optimizer:
         Optimizers that can't skip on the device (all but adamw, adam, lion and muon) wait for it to know.
         """
         for optimizer in self.optimizers:
-            if isinstance(optimizer, SkippableOptimizer) or optimizer.defaults.get("fused"):
+            if isinstance(optimizer, SkippableOptimizer) or is_fused(optimizer):
                 found_inf = None if self.skip is None else self.skip.to(self.parameters[0].device)
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused ones read it too
                 optimizer.step()
@@ -304,20 +400,55 @@ class Optimizer:
             full.data = full.data.new_empty(0)
             full.grad = None
 
+    # Weights to evaluate, of optimizers that train others (schedule-free ones).
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The parameters as the optimizers want them evaluated and saved; afterwards as they were, bit for bit."""
+        if not self.averaging:
+            yield
+            return
+        trained = [p.detach().clone() for p in self.parameters]
+        self.set_mode("eval")
+        try:
+            yield
+        finally:
+            self.set_mode("train")
+            with torch.no_grad():
+                for p, weight in zip(self.parameters, trained, strict=True):
+                    p.copy_(weight)
+
+    def set_mode(self, mode: str) -> None:
+        """Call the optimizers' own train() or eval(), which change the parameters in place."""
+        self.gather_full_parameters()
+        for optimizer in self.averaging:
+            getattr(optimizer, mode)()
+        self.scatter_full_parameters()
+
     # State, for checkpoints.
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, other values) of the state, keyed "optimizer/parameter/name"; the values also name the classes."""
+        """(tensors, other values) of the state, keyed "optimizer/parameter/name"; the values also name the classes.
+
+        An optimizer's other state is what it changed in its groups since it was made. Raises TypeError for state that
+        can't be saved.
+        """
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {"classes": self.class_names(), "kind": self.kind}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
                     key = f"{i}/{self.names[id(parameter)]}/{name}"
-                    if isinstance(value, Tensor):
-                        tensors[key] = value
-                    else:
-                        values[key] = value
+                    packed = pack(value, key, tensors)
+                    if packed != {"tensor": key}:
+                        values[key] = packed
+        for number, (group, initial) in enumerate(zip(self.param_groups, self.initial_values, strict=True)):
+            for name, value in group.items():
+                is_state = name not in GROUP_ARGUMENTS and not (name in initial and equal_values(value, initial[name]))
+                if is_state:
+                    values[f"groups/{number}/{name}"] = pack(value, f"groups/{number}/{name}", tensors)
+        if self.averaging:
+            tensors |= {f"trained/{self.names[id(p)]}": p.detach() for p in self.parameters}
         return tensors, values
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -335,21 +466,43 @@ class Optimizer:
                 f"not {self.kind}; resume with the run's own"
             )
 
-        # 2. "optimizer/parameter/name" to the optimizer's own numbers of its parameters.
+        # 2. The state of parameters, in the dtypes that were saved.
+        for optimizer, states in zip(self.optimizers, self.unpack_states(tensors, values), strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+            for number, parameter in self.numbered_parameters(optimizer).values():
+                if number in states:
+                    loaded = optimizer.state[parameter]
+                    optimizer.state[parameter] = with_saved_dtypes(loaded, states[number])
+
+        # 3. What the optimizers keep in their groups.
+        for number, (group, initial) in enumerate(zip(self.param_groups, self.initial_values, strict=True)):
+            arguments = {name: group[name] for name in GROUP_ARGUMENTS}
+            group.clear()
+            group.update(copy.deepcopy(initial) | arguments)
+            prefix = f"groups/{number}/"
+            own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            group.update({name: unpack(value, tensors) for name, value in own.items()})
+
+        # 4. The weights that they train.
+        if self.averaging:
+            with torch.no_grad():
+                for p in self.parameters:
+                    p.copy_(shard_like(tensors[f"trained/{self.names[id(p)]}"], p))
+
+    def unpack_states(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[dict[int, Group]]:
+        """For each optimizer, its own number of a parameter -> its state, from "optimizer/parameter/name"."""
         parameters = [self.numbered_parameters(optimizer) for optimizer in self.optimizers]
-        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
+        states: list[dict[int, Group]] = [{} for _ in self.optimizers]
         for key, value in {**values, **tensors}.items():
-            if key in ("classes", "kind"):
+            i, _, rest = key.partition("/")
+            parameter_name, _, name = rest.partition("/")
+            if not i.isdigit() or "/" in name:  # of a group, or a part of another value
                 continue
-            i, parameter_name, name = key.split("/")
             number, parameter = parameters[int(i)][parameter_name]
             if isinstance(value, Tensor) and value.dim():
                 value = shard_like(value, parameter)
-            states[int(i)].setdefault(number, {})[name] = value
-
-        # 3. Load.
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            states[int(i)].setdefault(number, {})[to_name(name)] = unpack(value, tensors)
+        return states
 
     def class_names(self) -> list[str]:
         return [type(optimizer).__name__ for optimizer in self.optimizers]
@@ -358,3 +511,55 @@ class Optimizer:
         """name -> (number in the optimizer's state_dict, parameter)."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return {self.names[id(p)]: (number, p) for number, p in enumerate(parameters)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classes of other packages are tried out
+
+
+def prove_resumable(name: str, config: OptimConfig, device: torch.device, *, is_sharded: bool = False) -> None:
+    """Train two tiny layers with a package's class, evaluate and save them, and go on from what was saved.
+
+    is_sharded: go on with parameters that move in memory, as full copies of sharded ones do. Raises UserError unless
+    that makes the same weights, bit for bit.
+    """
+    config = replace(config, lr=config.lr or 1e-3)
+
+    def start() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).to(device)
+        return model, Optimizer(name, model, config, is_trial=True)
+
+    def take_steps(model: nn.Module, optimizer: Optimizer, steps: range, *, move: bool = False) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.data = p.data.clone() if move else p.data
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model, optimizer = start()
+            take_steps(model, optimizer, range(3))
+            with optimizer.evaluation_weights():
+                weights = copy.deepcopy(model.state_dict())
+            tensors, values = optimizer.state_dict()
+            saved = safetensors.torch.save({key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()})
+            values = json.loads(json.dumps(values))
+            take_steps(model, optimizer, range(3, 5))
+
+            resumed_model, resumed = start()
+            resumed_model.load_state_dict(weights)
+            resumed.load_state_dict(safetensors.torch.load(saved), values)
+            take_steps(resumed_model, resumed, range(3, 5), move=is_sharded)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a package raises
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"--optimizer={name}: can't train, save and resume ({type(error).__name__}: {reason}); choose another"
+            ) from None
+    if not equal_values(dict(model.state_dict()), dict(resumed_model.state_dict())):
+        where = " or does not work with --parallel=fsdp" if is_sharded else ""
+        raise UserError(f"--optimizer={name}: keeps state that no checkpoint holds{where}; choose another")

@@ -222,6 +222,27 @@ def test_a_class_by_name_must_be_an_optimizer(name, message):
         build(name, tiny_model())
 
 
+@pytest.mark.parametrize("name, reason", [("ObjectStates", "graft"), ("HiddenStates", "state"), ("NeedsClosure", "")])
+def test_a_class_that_cant_be_resumed_is_refused_before_the_first_step(name: str, reason: str):
+    with pytest.raises(UserError, match=rf"--optimizer=package_optimizers:{name}: .*{reason}"):
+        build(f"package_optimizers:{name}", tiny_model())
+
+
+@pytest.mark.parametrize("name", ["ScheduleFreeSGD", "NestedStates"])
+def test_state_of_any_shape_comes_back_from_json_and_tensors(name: str):
+    """As never stopped, also after a rollback to a state of before the first step."""
+    never_stopped, resumed = tiny_model(), tiny_model()
+    train(never_stopped, build(f"package_optimizers:{name}", never_stopped, lr=1e-2), range(4))
+
+    optimizer = build(f"package_optimizers:{name}", resumed, lr=1e-2)
+    start, start_weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(resumed.state_dict())
+    train(resumed, optimizer, range(7, 9))
+    resumed.load_state_dict(start_weights)
+    optimizer.load_state_dict(*start)
+    train(resumed, optimizer, range(4))
+    assert_same_parameters(resumed, never_stopped, atol=0, rtol=0)
+
+
 def test_further_options_are_checked():
     model = tiny_model()
     with pytest.raises(UserError, match="--optimizer_kwargs"):

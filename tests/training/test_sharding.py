@@ -43,7 +43,7 @@ def shapes(run: RunFiles) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [*train_args.OPTIMIZERS, "package_optimizers:ScheduleFreeSGD"])
 def test_sharded_training_is_the_plain_run_with_every_optimizer(train, optimizer):
     """Losses of six steps within 1e-5 of one process's. Neither 12 nor 31 rows always divide by three ranks."""
     flags = [f"--optimizer={optimizer}", "--max_iters=6", "--n_embd=12", "--weight_decay=0.1", "--grad_clip=0.5"]

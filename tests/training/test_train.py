@@ -176,6 +176,31 @@ def test_resumed_run_is_bit_identical(run, flags):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ScheduleFreeSGD", "NestedStates"])
+def test_a_packages_optimizer_trains_evaluates_saves_and_resumes(run: Callable[..., RunFiles], name: str):
+    """Bit for bit as never stopped, and as evaluated once. Evaluated and saved are the weights of its eval()."""
+    flags = [f"--optimizer=package_optimizers:{name}", "--learning_rate=0.1", "--dropout=0.1", "--lr_scheduler=linear"]
+    flags += ["--lr_decay_iters=8", "--optimizer_kwargs={}"]
+    whole = run(*flags, "--max_iters=8", name="whole")
+    run(*flags, "--max_iters=4", name="parts")
+    parts = run("--init_from=resume", "--max_iters=8", name="parts")
+    rarely = run(*flags, "--max_iters=8", "--eval_interval=8", name="rarely")
+    for other in (parts, rarely):
+        assert other.losses == whole.losses
+        assert equal_tensors(dict(other.last.weights), dict(whole.last.weights))
+        assert equal_tensors(dict(other.last.optimizer), dict(whole.last.optimizer))
+        assert other.last.progress["optimizer"] == whole.last.progress["optimizer"]
+    assert [line["val_loss"] for line in parts.evals] == [line["val_loss"] for line in whole.evals]
+    if name == "ScheduleFreeSGD":
+        for parameter, x in whole.last.weights.items():
+            y, z = (whole.last.optimizer[key] for key in (f"trained/{parameter}", f"0/{parameter}/z"))
+            torch.testing.assert_close(x, y + (1 - 1 / 0.9) * (z - y))
+            assert not torch.equal(x, y)
+        tuned = run(f"--init_from={whole.out_dir}/checkpoints/000008", "--max_iters=0", name="tuned")
+        assert tuned.evals[0]["val_loss"] == whole.evals[-1]["val_loss"]
+
+
+@pytest.mark.slow
 def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
     first = run("--dropout=0.2", name="first")
     again = run("--dropout=0.2", name="again")
