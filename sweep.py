@@ -261,9 +261,14 @@ def argument_types(spec: dict[str, Any], base_configs: Sequence[tuple[str, dict[
 
     list_keys = [f"{section}.{key}" for section in hf_keys.KEY_SECTIONS for key in hf_keys.LIST_KEYS]
     evaluation_keys = [name for name in spec if name.startswith("evaluation.")]  # a list makes several evaluations
+    mapping_keys = [  # a mapping is the value of such a key, unless it says low or high
+        name
+        for name, value in spec.items()
+        if "." in name and isinstance(value, dict) and not value.keys() & {"low", "high"}
+    ]
     return grid.ArgumentTypes(
         lists=frozenset([*names_of(tuple), *list_keys, *evaluation_keys]),
-        mappings=frozenset(names_of(dict)),
+        mappings=frozenset([*names_of(dict), *mapping_keys]),
         integers=frozenset(names_of(int)),
         seed_name="seed",
         default_seed=seeds[-1] if seeds else TRAIN_SPECS["seed"].default,

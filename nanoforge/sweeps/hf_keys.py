@@ -8,11 +8,12 @@
     environment         exported variables
     evaluation          flags of evaluate.py, for a job that follows each training
 
-Any value may be a list, except output_dir. `KEYS` is the table of all keys; `DEFAULTS` and `ALGORITHM_DEFAULTS` say
-what an absent key means in those trainers. A key that is not in the table is an error. Knows nothing of the types and
-limits of the arguments, which are checked afterwards.
+Any value may be a list, except output_dir. `KEYS` is the table of all keys, with those of hf_other_keys.py, which
+become no argument; `DEFAULTS` and `ALGORITHM_DEFAULTS` say what an absent key means in those trainers. A key that is
+not in the table is an error. Knows nothing of the types and limits of the arguments, which are checked afterwards.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.sweeps.hf_other_keys import NOT_SUPPORTED, WITHOUT_EFFECT
 
 EXECUTION_KEYS = ("algorithm", "venv", "setup", "output_dir", "distributed_config")
 KEY_SECTIONS = ("rl_script_args", "model_config_args", "rl_config_args")
 JOB_SECTIONS = ("slurm", "environment", "evaluation")  # a grid file may have these too
 TEXT_SECTIONS = ("slurm", "environment")  # values stay the text that the file has: 2:00:00 and 010 are not numbers
 SECTIONS = ("execution", "slurm", *KEY_SECTIONS, "environment", "evaluation")
-LIST_KEYS = ("report_to", "lora_target_modules")  # one value of these may be a list
+LIST_KEYS = (  # one value of these may be a list
+    *("report_to", "lora_target_modules", "reward_funcs", "reward_weights", "loss_weights", "debug", "fsdp", "tools"),
+    *("lora_target_parameters", "lora_modules_to_save", "optim_target_modules", "include_for_metrics", "label_names"),
+)
 
 ALGORITHMS = ("sft", "dpo", "kto", "grpo")
 SFT = ("sft",)
@@ -49,7 +54,7 @@ class Experiment:
     algorithm: str
     keys: dict[str, Any]
     ranks: int
-    count_examples: Callable[[str], int]  # folder of a dataset -> training examples; raises UserError
+    count_examples: Callable[[str, str], int]  # (folder of a dataset, algorithm) -> examples; raises UserError
 
     def integer(self, key: str) -> int:
         return int(self.keys[key])
@@ -66,7 +71,7 @@ class Experiment:
         folder = self.keys.get("dataset_name")
         if not isinstance(folder, str):
             raise UserError("dataset_name: missing; it is the folder of a dataset")
-        sequences = self.count_examples(folder)
+        sequences = self.count_examples(folder, self.algorithm)
         if self.algorithm == "grpo":
             sequences *= self.integer("num_generations")
         return sequences / self.sequences_per_step
@@ -75,7 +80,14 @@ class Experiment:
     def total_steps(self) -> int:
         if self.integer("max_steps") > 0:
             return self.integer("max_steps")
-        return math.ceil(float(self.keys["num_train_epochs"]) * self.steps_per_epoch)
+        return self.whole_rollouts(math.ceil(float(self.keys["num_train_epochs"]) * self.steps_per_epoch))
+
+    def whole_rollouts(self, steps: int) -> int:
+        """Steps, in GRPO rounded up so that none is between two steps on the same rollouts."""
+        if self.algorithm != "grpo":
+            return steps
+        per_rollout = max(1, int(self.keys.get("num_iterations", 1)))
+        return math.ceil(steps / per_rollout) * per_rollout
 
     @property
     def warmup_steps(self) -> int:
@@ -89,10 +101,10 @@ class Experiment:
     def interval(self, key: str) -> int:
         """Steps from a key that holds a number of steps or, below 1, a fraction of the run."""
         value = float(self.keys[key])
-        if value < 0 or (value >= 1 and value != int(value)):
-            raise UserError("must be a whole number of steps, or a fraction of the run below 1")
+        if value <= 0 or (value >= 1 and value != int(value)):
+            raise UserError(f"{key}={value:g}: must be a whole number of steps, or a fraction of the run below 1")
         steps = math.ceil(value * self.total_steps) if value < 1 else int(value)
-        return max(1, steps)
+        return self.whole_rollouts(max(1, steps))
 
     def interval_of(self, strategy: Any, steps_key: str, never: int) -> int:
         """Steps between two events by a strategy (no, steps or epoch) and the key that goes with steps."""
@@ -102,7 +114,7 @@ class Experiment:
             case "steps":
                 return self.interval(steps_key)
             case "epoch":
-                return max(1, math.ceil(self.steps_per_epoch))
+                return self.whole_rollouts(max(1, math.ceil(self.steps_per_epoch)))
         raise UserError("must be no, steps or epoch")
 
 
@@ -137,6 +149,21 @@ def lora(argument: str) -> Key:
 def switch(becomes: str, arguments: Arguments, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
     """Arguments that are set if the key is true."""
     return Key(becomes, lambda value, experiment: arguments if value else {}, algorithms)
+
+
+class NotSupportedError(UserError):
+    """A key whose value has no equal here."""
+
+
+def not_supported(reason: str, *neutral: Any) -> Key:
+    """A key that is refused, unless its value is one of those that ask for nothing."""
+
+    def translate(value: Any, experiment: Experiment) -> Arguments:
+        if value not in neutral:
+            raise NotSupportedError(reason)
+        return {}
+
+    return Key(f"not supported: {reason}", translate)
 
 
 def ignored(becomes: str, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
@@ -195,20 +222,84 @@ def to_block_size(value: Any, experiment: Experiment) -> Arguments:
     return {"block_size": value, "overflow": "truncate_target"}
 
 
+SCHEDULES = {  # lr_scheduler_type -> lr_scheduler
+    "linear": "linear",
+    "polynomial": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "inverse_sqrt": "inverse_sqrt",
+    "warmup_stable_decay": "wsd",
+    "constant": "none",
+    "constant_with_warmup": "none",
+}
+
+
 def to_schedule(value: Any, experiment: Experiment) -> Arguments:
-    schedules = {"linear": "linear", "cosine": "cosine", "constant": "none", "constant_with_warmup": "none"}
-    if value not in schedules:
-        raise UserError(f"must be one of {', '.join(schedules)}")
+    """From lr_scheduler_type, lr_scheduler_kwargs and the steps of the warmup."""
+    if value not in SCHEDULES:
+        raise UserError(f"must be one of {', '.join(SCHEDULES)}{did_you_mean(str(value), SCHEDULES)}")
+    options = dict(experiment.keys.get("lr_scheduler_kwargs", {}))
     warmup = 0 if value == "constant" else experiment.warmup_steps
-    arguments = {"lr_scheduler": schedules[value], "warmup_iters": warmup}
-    if schedules[value] != "none":
+    arguments: Arguments = {"lr_scheduler": SCHEDULES[value], "warmup_iters": warmup}
+    if SCHEDULES[value] != "none":
+        arguments["min_lr"] = final_learning_rate(str(value), options, float(experiment.keys["learning_rate"]))
+    if SCHEDULES[value] not in ("none", "inverse_sqrt"):
         arguments["lr_decay_iters"] = max(1, experiment.total_steps, warmup)
-        arguments["min_lr"] = 0.0
+    if value == "inverse_sqrt" and not warmup:
+        raise UserError("needs warmup_steps, which is its time scale")
+    if value == "warmup_stable_decay":
+        n_decay = float(options.pop("num_decay_steps", 0))
+        if n_decay <= 0 or options.pop("decay_type", "") != "linear":
+            raise UserError("needs lr_scheduler_kwargs: {num_decay_steps: N, decay_type: linear}")
+        arguments["wsd_decay_fraction"] = n_decay / arguments["lr_decay_iters"]
+    if options:
+        raise UserError(f"lr_scheduler_kwargs: {', '.join(options)}: not supported with this schedule")
     return arguments
+
+
+def final_learning_rate(schedule: str, options: dict[str, Any], peak: float) -> float:
+    """min_lr, from those of lr_scheduler_kwargs that say it, which are taken out of `options`."""
+    if schedule == "polynomial":
+        if float(options.pop("power", 1)) != 1:
+            raise UserError("lr_scheduler_kwargs: power must be 1, which is linear")
+        return float(options.pop("lr_end", 1e-7))
+    rate = float(options.pop("min_lr_rate", options.pop("min_lr_ratio", 0)))
+    return float(options.pop("min_lr", rate * peak))
 
 
 def to_adam_epsilon(value: Any, experiment: Experiment) -> Arguments:
     return {"optimizer_kwargs": {"eps": float(value)}}
+
+
+def to_rslora(value: Any, experiment: Experiment) -> Arguments:
+    """Rank-stabilised LoRA scales by alpha / sqrt(rank), LoRA by alpha / rank."""
+    if not (value and experiment.keys.get("use_peft")):
+        return {}
+    return {"lora_alpha": float(experiment.keys["lora_alpha"]) * math.sqrt(experiment.integer("lora_r"))}
+
+
+def to_reward(value: Any, experiment: Experiment) -> Arguments:
+    """From reward_funcs and reward_weights: names with weights."""
+    names = value if isinstance(value, list) else [value]
+    weights = experiment.keys.get("reward_weights")
+    if weights is None:
+        return {"reward": ",".join(str(name) for name in names)}
+    weights = weights if isinstance(weights, list) else [weights]
+    if len(weights) != len(names):
+        raise UserError(f"reward_weights: {len(weights)} weights for {len(names)} functions")
+    return {"reward": ",".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))}
+
+
+def to_rollout_steps(value: Any, experiment: Experiment) -> Arguments:
+    """Nothing, where the rollouts of a step are its own batch: TRL's default."""
+    keys, batch = experiment.keys, experiment.sequences_per_step
+    accumulation = experiment.integer("gradient_accumulation_steps")
+    if (
+        keys.get("steps_per_generation", accumulation) != accumulation
+        or keys.get("generation_batch_size", batch) != batch
+    ):
+        raise UserError("each step has its own rollouts; leave steps_per_generation and generation_batch_size out")
+    return {}
 
 
 def to_data_seed(value: Any, experiment: Experiment) -> Arguments:
@@ -235,18 +326,16 @@ def to_eval_interval(value: Any, experiment: Experiment) -> Arguments:
 
 
 def to_checkpoint_interval(value: Any, experiment: Experiment) -> Arguments:
-    return {"checkpoint_interval": experiment.interval_of(value, "save_steps", never=0)}
+    """Saving has its own interval, whatever that of evaluations is."""
+    if str(value).lower() == "best":
+        return {"always_save_checkpoint": False}
+    interval = experiment.interval_of(value, "save_steps", never=0)
+    return {"checkpoint_at_eval": False, "checkpoint_interval": interval}
 
 
 def to_log_interval(value: Any, experiment: Experiment) -> Arguments:
     at_the_end = max(1, experiment.total_steps)
     return {"log_interval": experiment.interval_of(value, "logging_steps", never=at_the_end)}
-
-
-def to_log_interval_in_steps(value: Any, experiment: Experiment) -> Arguments:
-    if "logging_strategy" in experiment.keys:
-        return {}  # which reads this key
-    return {"log_interval": experiment.interval("logging_steps")}
 
 
 def to_trackers(value: Any, experiment: Experiment) -> Arguments:
@@ -263,9 +352,13 @@ def to_run_name(value: Any, experiment: Experiment) -> Arguments:
 
 
 def to_loss(value: Any, experiment: Experiment) -> Arguments:
-    if experiment.algorithm == "kto":
-        return only("kto", "KTO has one loss")(value, experiment)
+    if experiment.algorithm in ("sft", "kto"):
+        return only("kto" if experiment.algorithm == "kto" else "nll", "there is one loss")(value, experiment)
     return {"dpo_loss" if experiment.algorithm == "dpo" else "loss_type": value}
+
+
+def to_cached_reference(value: Any, experiment: Experiment) -> Arguments:
+    return {"reference": "cache"} if value and experiment.algorithm == "dpo" else {}
 
 
 def to_loss_on(value: Any, experiment: Experiment) -> Arguments:
@@ -305,7 +398,6 @@ DISTRIBUTED: dict[str, Arguments] = {  # execution.distributed_config
 }
 DISTRIBUTED_CHOICES = {name.lower(): arguments for name, arguments in DISTRIBUTED.items()}
 
-NO_EFFECT = "nothing: it does not change what is learned"
 PER_RUN = "nothing: each run gets its own"
 
 KEYS: dict[str, Key] = {
@@ -322,6 +414,7 @@ KEYS: dict[str, Key] = {
     "lora_alpha": lora("lora_alpha"),
     "lora_dropout": lora("lora_dropout"),
     "lora_target_modules": lora("lora_targets"),
+    "use_rslora": Key("lora_alpha times the square root of lora_r, with use_peft", to_rslora),
     # the batch and the duration
     "per_device_train_batch_size": renamed("batch_size"),
     "gradient_accumulation_steps": Key(
@@ -335,10 +428,8 @@ KEYS: dict[str, Key] = {
     "max_seq_length": Key("as max_length", to_block_size, SFT),
     # the optimizer and its schedule
     "learning_rate": renamed("learning_rate"),
-    "lr_scheduler_type": Key(
-        "lr_scheduler: linear, cosine, constant or constant_with_warmup; min_lr=0, lr_decay_iters is all steps",
-        to_schedule,
-    ),
+    "lr_scheduler_type": Key(f"lr_scheduler: {', '.join(SCHEDULES)}; lr_decay_iters is all steps", to_schedule),
+    "lr_scheduler_kwargs": ignored("min_lr: lr_end, min_lr, min_lr_rate; wsd_decay_fraction: num_decay_steps"),
     "warmup_steps": ignored("warmup_iters; below 1 a fraction of all steps"),
     "warmup_ratio": ignored("warmup_iters, as a fraction of all steps"),
     "optim": Key(f"optimizer: {', '.join(OPTIMIZERS)}", one_of(OPTIMIZERS)),
@@ -353,21 +444,28 @@ KEYS: dict[str, Key] = {
     "bf16": Key("dtype=bfloat16", to_dtype),
     "fp16": ignored("dtype=float16"),
     "gradient_checkpointing": renamed("activation_checkpointing"),
+    "activation_checkpointing": renamed("activation_checkpointing"),
+    "full_determinism": renamed("deterministic"),
+    "use_cpu": switch("device=cpu", {"device": "cpu"}),
+    "no_cuda": switch("device=cpu", {"device": "cpu"}),
+    "ddp_timeout": renamed("rank_timeout"),
     "torch_compile": renamed("compile"),
     # evaluation, checkpoints, logging
     "eval_strategy": Key("eval_interval; no evaluates at the end only", to_eval_interval),
     "evaluation_strategy": ignored("as eval_strategy"),
     "eval_steps": ignored("eval_interval, with eval_strategy=steps; below 1 a fraction of all steps"),
-    "save_strategy": Key("checkpoint_interval; each evaluation saves too", to_checkpoint_interval),
+    "save_strategy": Key(
+        "checkpoint_interval, with checkpoint_at_eval off; best saves where val_loss improves", to_checkpoint_interval
+    ),
     "save_steps": ignored("checkpoint_interval, with save_strategy=steps; below 1 a fraction of all steps"),
     "save_total_limit": renamed("keep_last"),
     "logging_strategy": Key("log_interval", to_log_interval),
-    "logging_steps": Key("log_interval; below 1 a fraction of all steps", to_log_interval_in_steps),
+    "logging_steps": ignored("log_interval, with logging_strategy=steps; below 1 a fraction of all steps"),
     "report_to": Key("wandb_log, tensorboard_log", to_trackers),
     "run_name": Key("wandb_run_name, with report_to=wandb", to_run_name),
     # objectives
     "beta": renamed("beta", WITH_REFERENCE),
-    "loss_type": Key("dpo_loss in DPO, loss_type in GRPO; KTO has kto only", to_loss, WITH_REFERENCE),
+    "loss_type": Key("dpo_loss in DPO, loss_type in GRPO; SFT has nll only, KTO kto only", to_loss),
     "label_smoothing": renamed("label_smoothing", DPO),
     "desirable_weight": renamed("desirable_weight", KTO),
     "undesirable_weight": renamed("undesirable_weight", KTO),
@@ -376,7 +474,7 @@ KEYS: dict[str, Key] = {
     "assistant_only_loss": Key(
         "as completion_only_loss; the default is true, where TRL trains on whole conversations", to_loss_on, SFT
     ),
-    "precompute_ref_log_probs": switch("reference=cache", {"reference": "cache"}, DPO),
+    "precompute_ref_log_probs": Key("reference=cache in DPO; in KTO nothing", to_cached_reference, (*DPO, *KTO)),
     "disable_dropout": renamed("disable_dropout", WITH_REFERENCE),
     "num_generations": renamed("num_generations", GRPO),
     "num_iterations": renamed("num_iterations", GRPO),
@@ -387,23 +485,19 @@ KEYS: dict[str, Key] = {
     "temperature": renamed("temperature", GRPO),
     "top_k": renamed("top_k", GRPO),
     "top_p": renamed("top_p", GRPO),
-    "reward_funcs": renamed("reward", GRPO),
-    # without an effect
-    "max_prompt_length": ignored("nothing: prompts are not cut; block_size limits the whole example", WITH_REFERENCE),
-    "per_device_eval_batch_size": ignored(NO_EFFECT),
-    "remove_unused_columns": ignored(NO_EFFECT),
-    "dataset_num_proc": ignored(NO_EFFECT),
-    "dataloader_num_workers": ignored(NO_EFFECT),
-    "dataloader_pin_memory": ignored(NO_EFFECT),
-    "ddp_find_unused_parameters": ignored(NO_EFFECT),
-    "gradient_checkpointing_kwargs": ignored(NO_EFFECT),
-    "trust_remote_code": ignored(NO_EFFECT),
-    "disable_tqdm": ignored(NO_EFFECT),
-    "log_level": ignored(NO_EFFECT),
-    "overwrite_output_dir": ignored(NO_EFFECT),
+    "reward_funcs": Key("reward: names with their weights", to_reward, GRPO),
+    "reward_weights": ignored("the weights of reward", GRPO),
+    "importance_sampling_level": renamed("importance_sampling_level", GRPO),
+    "mask_truncated_completions": renamed("mask_truncated", GRPO),
+    "steps_per_generation": Key("nothing: each step has its own rollouts", to_rollout_steps, GRPO),
+    "generation_batch_size": Key("nothing: each step has its own rollouts", to_rollout_steps, GRPO),
+    # of a run
     "output_dir": Key(PER_RUN, only(None, "each run gets its own")),
     "logging_dir": Key(PER_RUN, only(None, "each run gets its own")),
-    "local_rank": Key(PER_RUN, only(None, "each run gets its own")),
+    "local_rank": Key(PER_RUN, only(-1, "each run gets its own")),
+    # the others
+    **{key: ignored(f"nothing: {reason}") for key, reason in WITHOUT_EFFECT.items()},
+    **{key: not_supported(*reason_and_values) for key, reason_and_values in NOT_SUPPORTED.items()},
 }
 
 DEFAULTS: dict[str, Any] = {  # transformers.TrainingArguments, where training depends on them
@@ -425,6 +519,13 @@ DEFAULTS: dict[str, Any] = {  # transformers.TrainingArguments, where training d
     "fp16": False,
     "eval_strategy": "no",
     "eval_steps": 500,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "logging_strategy": "steps",
+    "logging_steps": 10,  # TRL's
+    "lora_r": 16,  # these three are TRL's ModelConfig's
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
     "report_to": "none",
 }
 ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {  # TRL's trainer configs
@@ -543,10 +644,10 @@ def key_errors(keys: Iterable[str], algorithms: set[str]) -> list[str]:
 # one run
 
 
-def to_arguments(values: dict[str, Any], ranks: int, count_examples: Callable[[str], int]) -> Arguments:
+def to_arguments(values: dict[str, Any], ranks: int, count_examples: Callable[[str, str], int]) -> Arguments:
     """The arguments of train.py for the values of one run, by "section.key".
 
-    `count_examples(folder)` is the number of training examples of a dataset. Raises UserError, one line for each error.
+    `count_examples(folder, algorithm)`: as the function below. Raises UserError, one line for each error.
     """
     # 1. The algorithm, its keys over their defaults.
     algorithm = str(values.get("execution.algorithm", "")).lower()
@@ -568,6 +669,8 @@ def to_arguments(values: dict[str, Any], ranks: int, count_examples: Callable[[s
             continue  # file_errors reports it
         try:
             arguments |= KEYS[key].translate(value, experiment)
+        except NotSupportedError as error:
+            errors.append(f"{key}: is not supported: {error}")
         except UserError as error:
             message = str(error)
             errors.append(message if message.startswith("dataset_name") else f"{key}={value}: {message}")
@@ -594,17 +697,28 @@ def keys_of(values: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def count_examples(folder: str) -> int:
-    """The number of training examples in a dataset's folder, at least 1. Raises UserError."""
+def count_examples(folder: str, algorithm: str) -> int:
+    """The number of training examples in a dataset's folder, at least 1. KTO takes a pair apart. Raises UserError."""
     path = Path(folder) / "train.jsonl"
     try:
         with path.open("rb") as file:
-            return max(1, sum(1 for line in file if line.strip()))
+            first = next((line for line in file if line.strip()), b"")
+            n_rows = max(1, 1 + sum(1 for line in file if line.strip()))
     except OSError:
         raise UserError(
             f"dataset_name={folder}: {path} not found; "
             "num_train_epochs, warmup_ratio and fractions of a run need the number of its examples"
         ) from None
+    return 2 * n_rows if algorithm == "kto" and is_pair(first) else n_rows
+
+
+def is_pair(line: bytes) -> bool:
+    """Whether a line of JSON has a chosen and a rejected completion, and no label."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False  # which is reported when the rows are read
+    return isinstance(row, dict) and {"chosen", "rejected"} <= row.keys() and "label" not in row
 
 
 def wandb_arguments(values: dict[str, Any]) -> Arguments:

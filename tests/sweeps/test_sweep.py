@@ -7,6 +7,7 @@ signals, in 0.1 s.
 import ast
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ import sweep
 import train_args
 from nanoforge import console
 from nanoforge.errors import UserError
-from nanoforge.sweeps import grid, grid_file, hf_keys, local, slurm, summary
+from nanoforge.sweeps import grid, grid_file, hf_keys, hf_other_keys, local, slurm, summary
 
 BASE = "\n".join(
     flag.removeprefix("--").replace("=", ": ", 1)
@@ -951,8 +952,16 @@ def test_the_keys_of_the_guide_become_arguments(guide, tmp_path):
     assert [(run["objective"], Path(run["init_from"]).name, run["learning_rate"]) for run in runs] == list(
         itertools.product(["dpo", "kto"], ["one", "two"], [5e-6, 1e-5, 1e-6])
     )
-    steps = -(-2 * 1000 // (2 * 8 * 2 * 4))  # epochs x examples / (a device's x accumulation x nodes x GPUs)
-    expected = {
+    for run in runs:
+        # epochs x examples / (a device's x accumulation x nodes x GPUs); TRL's KTO makes two examples of a pair
+        steps = -(-2 * (2000 if run["objective"] == "kto" else 1000) // (2 * 8 * 2 * 4))
+        expected = guide_arguments(tmp_path, steps)
+        assert {name: run.get(name) for name in expected} == expected
+
+
+def guide_arguments(tmp_path: Path, steps: int) -> dict:
+    """What the guide's keys become, for a run of so many steps."""
+    return {
         "data_dir": str(tmp_path),
         "dataset": "data",
         "beta": 0.2,
@@ -977,21 +986,22 @@ def test_the_keys_of_the_guide_become_arguments(guide, tmp_path):
         "warmup_iters": 0,
         "weight_decay": 0.0,
         "beta2": 0.999,
+        "checkpoint_at_eval": False,
+        "checkpoint_interval": 500,
+        "log_interval": 10,
     }
-    for run in runs:
-        assert {name: run.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("warmup_ratio", 0.1, {"warmup_iters": 2}),
+        ("warmup_ratio", 0.1, {"warmup_iters": 4}),
         ("warmup_steps", 7, {"warmup_iters": 7}),
         ("max_steps", 90, {"max_iters": 90, "lr_decay_iters": 90, "eval_interval": 5}),
         ("lr_scheduler_type", "constant", {"lr_scheduler": "none"}),
         ("eval_steps", 10, {"eval_interval": 10}),
-        ("eval_strategy", "epoch", {"eval_interval": 8}),
-        ("eval_strategy", False, {"eval_interval": 16}),
+        ("eval_strategy", "epoch", {"eval_interval": 16}),
+        ("eval_strategy", False, {"eval_interval": 32}),
         ("save_total_limit", 5, {"keep_last": 5}),
         ("logging_steps", 3, {"log_interval": 3}),
         ("report_to", ["wandb", "tensorboard"], {"tensorboard_log": True}),
@@ -1001,12 +1011,36 @@ def test_the_keys_of_the_guide_become_arguments(guide, tmp_path):
         ("seed", 7, {"seed": 7}),
         ("bf16", False, {"dtype": "bfloat16"}),
         ("fp16", False, {"dtype": "bfloat16"}),
-        ("save_steps", 4, {"checkpoint_interval": 4}),
+        ("save_steps", 4, {"checkpoint_interval": 4, "checkpoint_at_eval": False}),
+        ("save_strategy", "steps", {"checkpoint_interval": 500, "checkpoint_at_eval": False}),
+        ("save_strategy", "epoch", {"checkpoint_interval": 16, "checkpoint_at_eval": False}),
+        ("save_strategy", "no", {"checkpoint_interval": 0, "checkpoint_at_eval": False}),
+        ("save_strategy", "best", {"always_save_checkpoint": False, "checkpoint_at_eval": None}),
+        ("logging_strategy", "steps", {"log_interval": 10}),
+        ("logging_strategy", "epoch", {"log_interval": 16}),
+        ("lr_scheduler_type", "inverse_sqrt", None),
+        ("lr_scheduler_type", "polynomial", {"lr_scheduler": "linear", "min_lr": 1e-7}),
+        ("lr_scheduler_kwargs", {"min_lr_rate": 0.5, "min_lr": 3e-7}, {"lr_scheduler": "linear", "min_lr": 3e-7}),
+        ("lr_scheduler_kwargs", {"num_cycles": 3}, None),
+        ("full_determinism", True, {"deterministic": True}),
+        ("ddp_timeout", 1800, {"rank_timeout": 1800}),
+        ("use_cpu", True, {"device": "cpu"}),
+        ("disable_dropout", False, {"disable_dropout": False}),
+        ("sync_ref_model", False, {}),
+        ("sync_ref_model", True, None),
+        ("truncation_mode", "keep_end", None),
+        ("load_best_model_at_end", True, {}),
+        ("save_steps", 0, None),
     ],
 )
 def test_further_keys_are_translated(guide, key, value, expected):
-    strategy = {"rl_config_args.save_strategy": "steps"} if key == "save_steps" else {}
-    for run in translated(guide, **{f"rl_config_args.{key}": value}, **strategy):
+    """expected: None where the key is refused by its name."""
+    changes = {"execution.algorithm": "kto", f"rl_config_args.{key}": value}
+    if expected is None:
+        with pytest.raises(UserError, match=key):
+            translated(guide, **changes)
+        return
+    for run in translated(guide, **changes):
         assert {name: run.get(name) for name in expected} == expected
 
 
@@ -1071,9 +1105,31 @@ def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path):
 
 
 def test_the_page_documents_every_key():
-    page = (ROOT / "docs/sweeps.md").read_text()
+    rows = (ROOT / "docs/trl_arguments.md").read_text().splitlines()
     for key, row in hf_keys.KEYS.items():
-        assert f"`{key}`" in page and row.becomes in page, key
+        assert sum(line.startswith(f"| `{key}` |") and row.becomes in line for line in rows) == 1, key
+
+
+def test_the_table_has_every_key_of_trl():
+    """The sources of TRL's and transformers' configs are the witness, read without the seconds of importing them."""
+    if not all(importlib.util.find_spec(name) for name in ("trl", "transformers")):
+        pytest.skip("needs trl and transformers")
+    trl, transformers = (Path(importlib.util.find_spec(name).origin).parent for name in ("trl", "transformers"))
+    paths = [trl / f"trainer/{name}_config.py" for name in ("base", "sft", "dpo", "kto", "grpo", "model")]
+    paths += [trl / "experimental/kto/kto_config.py", trl / "scripts/utils.py", transformers / "training_args.py"]
+    fields = {}
+    for tree in (ast.parse(path.read_text()) for path in paths if path.exists()):
+        classes = [item for item in ast.walk(tree) if isinstance(item, ast.ClassDef)]
+        for line in itertools.chain.from_iterable(item.body for item in classes if not item.name.startswith("Dataset")):
+            if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
+                fields[line.target.id] = line.value
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    assert len(fields) > 150 and fields.keys() <= hf_keys.KEYS.keys(), fields.keys() - hf_keys.KEYS.keys()
+    for name, (_, *neutral) in hf_other_keys.NOT_SUPPORTED.items():  # what TRL does by default is taken
+        keywords = getattr(fields.get(name), "keywords", [])
+        default = [item.value for item in keywords if item.arg == "default"]
+        if default and name != "use_bias_correction_kl":
+            assert ast.literal_eval(default[0]) in [None, *neutral], name
 
 
 def test_every_argument_of_the_translation_is_in_the_table():
