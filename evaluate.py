@@ -1,16 +1,17 @@
 """How good a trained model is: losses on held-out data, and accuracy on tasks whose answers can be checked.
 
-    python evaluate.py --out_dir=out/run                              loss, perplexity, bits per byte of its datasets
+    python evaluate.py --out_dir=out/run                              losses on its datasets; rewards of a DPO, KTO or
+                                                                      GRPO run
     python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k     accuracy of greedy completions
     python evaluate.py --out_dir=out/run --tasks gsm8k --decode=standard --num_passes=8        pass@k, majority@k
 
 A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes
-evaluation.json to the run's folder.
+evaluation.json to the run's folder, where evaluations.jsonl keeps the results of every call.
 """
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +44,10 @@ TASKS = with_set("tasks")
 class LossArgs:
     """losses"""
 
-    datasets: tuple[str, ...] = arg((), "datasets whose validation loss is taken (default: the run's own)")
+    datasets: tuple[str, ...] = arg(
+        (),
+        "datasets whose validation loss is taken (default: the run's own); one for each context, if it has several",
+    )
     data_dir: str = arg("", "folder of the dataset folders (default: the run's, otherwise data)")
     max_windows: int = arg(0, "maximum windows, or examples, per dataset (0: all)", low=0)
 
@@ -91,19 +95,24 @@ if __name__ == "__main__":
     ARGUMENTS = configurator.parse(EvaluateArgs, sys.argv[1:], __doc__, Rules(check=check))
     gc.disable()  # a sixth of the seconds that torch takes to import
 
+import dataclasses
+import itertools
+import json
 import math
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from builders import LoadedModel, load_model
+from builders import LoadedModel, build_run, load_model
 from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
+from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
 from nanoforge.posttraining import prompt_format
@@ -115,6 +124,10 @@ from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.prompt_format import PromptTemplate
 from nanoforge.posttraining.rewards import format_score
+from nanoforge.run_dir import RunRecord
+from nanoforge.training import checkpoint
+from nanoforge.training.evaluation import evaluate
+from nanoforge.training.signals import Signals
 from train_args import TrainArgs
 
 NUM_SAMPLES = 5  # completions of a task that evaluation.json shows
@@ -175,13 +188,18 @@ def load_evaluation(args: EvaluateArgs) -> Evaluation:
 # losses
 
 
-def evaluate_losses(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+Losses = dict[str, dict[str, float]]  # dataset -> metric -> value
+
+
+def evaluate_losses(evaluation: Evaluation) -> Losses:
     """The losses on the datasets of the arguments, or on the run's own data. Raises UserError."""
-    run = evaluation.run
-    if evaluation.args.datasets:
-        names = evaluation.args.datasets
-    elif run is None or not has_meaningful_loss(run):
+    args, run = evaluation.args, evaluation.run
+    if args.datasets:
+        names = args.datasets
+    elif run is None:
         return {}
+    elif run.objective not in ("lm", "sft"):
+        return {} if args.tasks else objective_metrics(evaluation, run)
     elif run.validation_file:
         path = Path(run.validation_file)
         return {path.stem: example_loss(evaluation, path)}
@@ -189,58 +207,126 @@ def evaluate_losses(evaluation: Evaluation) -> dict[str, dict[str, float]]:
         names = tuple(run.folders)
 
     data_format = run.data_format if run else "bins"
-    results = {}
     for name in names:
-        folder = evaluation.data_dir / name
-        token_bins.prepare_if_missing(folder, data_format)
-        if data_format == "bins":
-            results[name] = text_loss(evaluation, name)
-        else:
-            results[name] = example_loss(evaluation, folder / "val.jsonl")
-    return results
+        token_bins.prepare_if_missing(evaluation.data_dir / name, data_format)
+    if data_format == "examples":
+        return {name: example_loss(evaluation, evaluation.data_dir / name / "val.jsonl") for name in names}
+    if evaluation.loaded.model.config.vocabulary == "contexts":
+        return text_losses(evaluation, names)
+    return {name: metrics for name in names for metrics in text_losses(evaluation, [name]).values()}
 
 
-def has_meaningful_loss(run: TrainArgs) -> bool:
-    """Whether the loss on a run's own data is taken without being asked for.
+def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
+    """The metrics of preferences and rewards that training logs, on all validation examples of the run: those of its
+    objective, with its reference model. Raises UserError."""
+    args, loaded, folder = evaluation.args, evaluation.loaded, evaluation.loaded.folder
+    assert folder is not None
+    batch_size = min(args.batch_size, args.max_windows or args.batch_size)
+    run_args = dataclasses.replace(
+        run,
+        init_from="resume",
+        out_dir=str(folder),
+        data_dir=str(evaluation.data_dir),
+        batch_size=batch_size,
+        eval_iters=args.max_windows // batch_size or sys.maxsize,
+        reference="auto",  # a cache is as good, but is written
+        beta=0.0 if OBJECTIVES[run.objective].is_online else run.beta,  # rewards need no reference model
+        dtype=str(loaded.model.compute_dtype).removeprefix("torch."),
+        parallel="ddp",
+        compile=False,
+    )
+    ranks = Ranks(0, 1, evaluation.device)
+    parts = build_run(run_args, RunRecord.load(folder), ranks, print_to_stderr)
+    parts.model.load_weights(checkpoint.load_tensors(folder, "model"), str(folder))
+    results = evaluate(parts.model, {"val": parts.data.eval_datasets["val"]}, ranks, Signals())
+    assert results is not None, "no signal is handled here"
+    return {
+        dataset.name: {f"val_{name}": value for name, value in result.metrics.items()}
+        for dataset, result in zip(parts.data.eval_datasets["val"], results["val"], strict=True)
+    }
 
-    Not of aligned contexts, which are read together, nor of preferences and rewards: without its reference model a
-    preference loss means little.
-    """
-    return run.training_mode != "multicontext" and run.objective in ("lm", "sft")
+
+def open_contexts(evaluation: Evaluation, names: Sequence[str]) -> tuple[list[token_bins.TokenBin], list[int]]:
+    """The val.bin of each aligned dataset, in the model's order, and where its vocabulary begins. Raises UserError."""
+    loaded = evaluation.loaded
+    vocabularies = list(loaded.tokenizers)
+    has_contexts = loaded.model.config.vocabulary == "contexts"
+    if has_contexts and len(names) != len(vocabularies):
+        raise UserError(
+            f"--datasets: the model reads {len(vocabularies)} contexts ({', '.join(vocabularies)}); name an aligned "
+            "dataset for each"
+        )
+    if has_contexts and set(names) == set(vocabularies):
+        names = vocabularies
+    bins, offsets = [], []
+    for i, name in enumerate(names):
+        number = i
+        if not has_contexts:
+            number = vocabularies.index(name) if name in vocabularies else 0
+        meta = token_bins.read_meta(evaluation.data_dir / name)
+        if not tokenization.same_tokenizer(meta.tokenizer, loaded.tokenizers[vocabularies[number]]):
+            raise UserError(f"--datasets={name}: has another tokenizer than the model's {vocabularies[number]}")
+        bins.append(token_bins.TokenBin(evaluation.data_dir / name, "val", meta, name))
+        offsets.append(loaded.model.vocabulary.vocab_offsets[number])
+    return bins, offsets
+
+
+class Window(NamedTuple):
+    """Consecutive targets of a shard."""
+
+    shard: int
+    start: int
+    length: int
+
+
+def cut_windows(sizes: Iterable[int], block_size: int, most: int) -> list[Window]:
+    """Windows of block_size one after the other, the last one of a shard shorter: each token but a shard's first is a
+    target once. Those of a length follow each other. most: of the first windows (0: all)."""
+    windows = [
+        Window(shard, start, min(block_size, size - 1 - start))
+        for shard, size in enumerate(sizes)
+        for start in range(0, size - 1, block_size)
+    ]
+    return sorted(windows[: most or len(windows)], key=lambda window: -window.length)
 
 
 @torch.no_grad()
-def text_loss(evaluation: Evaluation, name: str) -> dict[str, float]:
-    """The loss on val.bin, by windows one after the other, so that each token is predicted once. Raises UserError."""
-    args, loaded = evaluation.args, evaluation.loaded
-    meta = token_bins.read_meta(evaluation.data_dir / name)
-    vocabularies = list(loaded.tokenizers)
-    vocabulary = vocabularies.index(name) if name in vocabularies else 0
-    if not tokenization.same_tokenizer(meta.tokenizer, loaded.tokenizers[vocabularies[vocabulary]]):
-        raise UserError(f"--datasets={name}: has another tokenizer than the model")
-
-    val = token_bins.TokenBin(evaluation.data_dir / name, "val", meta, name)
-    dataset = batches.Dataset(
-        streams=[val],
-        block_size=min(loaded.model.config.block_size, val.tokens - 1),
-        method="sequential",
-        seed=0,
-        index=0,
-        vocab_offsets=[loaded.model.vocabulary.vocab_offsets[vocabulary]],
-    )
-    n_windows = min(dataset.n_windows, args.max_windows or dataset.n_windows)
-    total_loss = 0.0
+def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
+    """The losses on val.bin of a dataset, or of the aligned datasets of a multicontext model. Raises UserError."""
+    model = evaluation.loaded.model
+    bins, offsets = open_contexts(evaluation, names)
+    sizes = batches.aligned_sizes(bins).tolist()
+    windows = cut_windows(sizes, model.config.block_size, evaluation.args.max_windows)
+    eos_ids = [val.meta.tokenizer.eos_id for val in bins]
+    end_ids = torch.tensor([-1 if eos is None else eos + offset for eos, offset in zip(eos_ids, offsets, strict=True)])
+    sums = torch.zeros(2, len(bins), dtype=torch.float64)  # of all losses, and of those of end tokens
     n_tokens = 0
-    for rows in evaluation.iter_batches(n_windows, name, "windows"):
-        windows = dataset.gather(np.arange(rows.start, rows.stop))
-        batch = batches.to_batch(windows, pin=False).to(evaluation.device)
-        losses = loaded.model(batch.idx, batch.targets)  # (B, T)
-        total_loss += float(losses.sum())
-        n_tokens += losses.numel()
-    metrics = loss_metrics(total_loss, n_tokens)
-    if val.bytes:
-        metrics["bits_per_byte"] = total_loss / n_tokens / math.log(2) * val.tokens / val.bytes
-    return metrics
+    for numbers in evaluation.iter_batches(len(windows), "+".join(val.name for val in bins), "windows"):
+        chunk = windows[numbers.start : numbers.stop]
+        for length, same_length in itertools.groupby(chunk, key=lambda window: window.length):
+            places = np.array([(window.shard, window.start) for window in same_length])
+            ids = [
+                val.read_windows(places[:, 0], places[:, 1], length + 1).astype(np.int64) + offset
+                for val, offset in zip(bins, offsets, strict=True)
+            ]
+            batch = batches.to_batch(np.stack(ids, axis=1), pin=False).to(evaluation.device)
+            losses = model(batch.idx, batch.targets).view(len(places), len(bins), length)
+            is_end = batch.targets.view_as(losses) == end_ids.to(losses.device)[:, None]
+            sums += torch.stack((losses.sum((0, 2)), (losses * is_end).sum((0, 2)))).cpu()
+            n_tokens += len(places) * length
+    totals, end_totals = sums.tolist()
+    results = {}
+    for val, eos_id, total, end_total in zip(bins, eos_ids, totals, end_totals, strict=True):
+        results[val.name] = loss_metrics(total, n_tokens)
+        if val.bytes:
+            n_bytes = n_tokens * val.bytes / val.tokens
+            results[val.name]["bits_per_byte"] = total / math.log(2) / n_bytes
+            if eos_id is not None:
+                bits_of_text = (total - end_total) / math.log(2)
+                results[val.name]["bits_per_byte_without_end_tokens"] = bits_of_text / n_bytes
+    if len(bins) > 1:
+        results["+".join(results)] = loss_metrics(sum(totals) / len(bins), n_tokens)
+    return results
 
 
 @torch.no_grad()
@@ -398,8 +484,8 @@ def score_problem(reference: str, completions: Sequence[str], num_passes: int) -
         "partial": sum(partial_credit(completion, reference) for completion in completions) / num_passes,
         "format": n_in_format / num_passes,
     }
-    for exponent in range(1, num_passes.bit_length()):
-        k = 2**exponent
+    powers = {2**exponent for exponent in range(1, num_passes.bit_length())}
+    for k in sorted(powers | {num_passes} - {1}):
         score[f"pass@{k}"] = pass_at_k(num_passes, n_correct, k)
         score[f"majority@{k}"] = majority_at_k(votes, reference, k) if votes else 0.0
     return score
@@ -465,10 +551,20 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
         "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
     }
     print_results(results)
+    write_results(args, results)
+    return results
+
+
+def write_results(args: EvaluateArgs, results: dict[str, Any]) -> None:
+    """Write the results to --json; without it to the run's evaluation.json, and to evaluations.jsonl, which keeps those
+    of every call."""
     path = Path(args.json or Path(args.out_dir) / "evaluation.json")
     files.write_json(path, results)
     print(path)
-    return results
+    if not args.json:
+        line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), **results}
+        with (path.parent / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ RUN_FILES = (
     TRACKER_FILE,
     "checkpoints",
     "tensorboard",
+    "evaluation.json",
+    "evaluations.jsonl",
 )
 
 

@@ -2,19 +2,24 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIGITS, TINY, run_script
+from helpers import DIGITS, TINY, RunFiles, run_script
 
 import configurator
 import evaluate
 import train
 import train_args
 from builders import load_model
-from nanoforge.data import token_bins
+from model import GPT
+from nanoforge.data import corpus, token_bins
+from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.errors import UserError
 from nanoforge.models import generation
 from nanoforge.posttraining.accuracy import wilson_interval
 
@@ -35,25 +40,95 @@ def read_val(data_dir, name: str) -> list[dict]:
 # losses
 
 
-def test_the_loss_of_a_text_is_that_of_each_token_once(run, data_dir):
-    """By hand: windows of block_size in order, each token after the first predicted once, the rest left out."""
+@torch.no_grad()
+def loss_by_hand(model: GPT, tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """The loss of each token after the first, (K, T - 1), in windows of `size` and one of the rest. tokens: (K, T)."""
+    losses = []
+    for start in range(0, tokens.size(-1) - 1, size):
+        window = tokens[:, start : start + size + 1]
+        idx = window[None, :, :-1] if len(tokens) > 1 else window[:, :-1]
+        logits = model(idx)[0].split(model.config.vocab_sizes, dim=-1)
+        offsets = model.vocabulary.vocab_offsets
+        pairs = zip(logits, window[:, 1:], offsets, strict=True)
+        losses.append(
+            torch.stack([F.cross_entropy(part, ids - offset, reduction="none") for part, ids, offset in pairs])
+        )
+    return torch.cat(losses, dim=1)
+
+
+def val_tokens(data_dir: Path, name: str) -> torch.Tensor:
+    val = token_bins.TokenBin(data_dir / name, "val", token_bins.read_meta(data_dir / name))
+    return torch.tensor(val.read_windows(np.zeros(1, int), np.zeros(1, int), val.tokens)[0].astype("int64"))
+
+
+def test_the_loss_of_a_text_is_that_of_each_token_once(run: Callable[..., RunFiles], data_dir: Path):
+    """By hand: windows of block_size in order, the last one shorter; each token after the first is predicted once."""
     done = run("--max_iters=20", "--learning_rate=1e-2")
     results = run_evaluate(f"--out_dir={done.out_dir}", "--checkpoint=last", "--dtype=float32", "--batch_size=5")
     metrics = results["losses"]["a"]
     model = load_model(str(done.out_dir / "checkpoints/000020")).model
-    val = token_bins.TokenBin(data_dir / "a", "val", token_bins.read_meta(data_dir / "a"))
-    tokens = torch.tensor(val.shards[0].open().astype("int64"))
-    n_windows = (len(tokens) - 1) // 8
-    total = 0.0
-    for start in range(0, 8 * n_windows, 8):
-        logits = model(tokens[None, start : start + 8])[0]
-        total += F.cross_entropy(logits, tokens[start + 1 : start + 9], reduction="sum").item()
-    mean = total / (8 * n_windows)
+    losses = loss_by_hand(model, val_tokens(data_dir, "a")[None], 8)
+    mean = losses.mean().item()
+    assert losses.size(1) % 8, "the last window is shorter"
     assert metrics["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert metrics["tokens"] == 8 * n_windows
+    assert metrics["tokens"] == losses.size(1)
     assert metrics["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-5), "a character is a byte here"
     assert json.loads((done.out_dir / "evaluation.json").read_text()) == results
+    run_evaluate(f"--out_dir={done.out_dir}", "--max_windows=1")
+    lines = [json.loads(line) for line in (done.out_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["losses"]["a"]["tokens"] for line in lines] == [losses.size(1), 8], "each call's results are kept"
+
+
+def test_the_losses_of_contexts_are_those_of_aligned_windows(run: Callable[..., RunFiles], data_dir: Path):
+    done = run("--training_mode=multicontext", "--multicontext_datasets", "a", "upper")
+    flags = [f"--out_dir={done.out_dir}", "--dtype=float32"]
+    losses = run_evaluate(*flags)["losses"]
+    model = load_model(str(done.last.folder)).model
+    offsets = model.vocabulary.vocab_offsets
+    tokens = torch.stack(
+        [val_tokens(data_dir, name) + offset for name, offset in zip(("a", "upper"), offsets, strict=True)]
+    )
+    expected = loss_by_hand(model, tokens, 8).mean(1).tolist()
+    assert [losses[name]["val_loss"] for name in ("a", "upper")] == pytest.approx(expected, rel=1e-5)
+    assert losses["a+upper"]["val_loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert run_evaluate(*flags, "--datasets", "upper", "a")["losses"] == losses
+    with pytest.raises(UserError, match="--datasets: the model reads 2 contexts"):
+        run_evaluate(*flags, "--datasets=a")
+
+
+def test_bits_per_byte_with_and_without_end_tokens(run: Callable[..., RunFiles], tmp_path: Path):
+    """The losses of end tokens, which have no bytes, are in the one and not in the other."""
+    chunks = [corpus.TextChunk(split, "abcab", ends_document=True) for split in ("train", "val") for _ in range(5)]
+    corpus.write_dataset(tmp_path / "data/docs", lambda: chunks, CharTokenizer("abc", has_eos=True))
+    done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=docs")
+    metrics = run_evaluate(f"--out_dir={done.out_dir}", "--dtype=float32")["losses"]["docs"]
+    tokens = val_tokens(tmp_path / "data", "docs")
+    losses = loss_by_hand(load_model(str(done.last.folder)).model, tokens[None], 8)[0]
+    n_bytes = 25 * len(losses) / len(tokens)  # of the tokens that are predicted
+    is_end = tokens[1:] == 3
+    assert is_end.sum() == 5
+    assert metrics["bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / n_bytes, rel=1e-5)
+    expected = losses[~is_end].sum().item() / math.log(2) / n_bytes
+    assert metrics["bits_per_byte_without_end_tokens"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ["--objective=dpo", "--dataset=pairs", "--adapter=lora"],
+    ["--objective=kto", "--dataset=labelled"],
+    ["--objective=grpo", "--dataset=sums", "--max_new_tokens=3", "--num_generations=4", "--reward=correct:2,length:1"],
+], ids=["dpo", "kto", "grpo"])  # fmt: skip
+def test_preferences_and_rewards_are_evaluated_as_in_training(
+    run: Callable[..., RunFiles], base: Path, flags: list[str]
+):
+    """Without --tasks: the metrics that the run itself logged, over all validation rows."""
+    flags = [*flags, "--block_size=16", "--eval_iters=99", "--learning_rate=0.01", "--eval_samples=0"]
+    done = run(f"--init_from={base}", *flags, "--batch_size=8")
+    evaluate_flags = [f"--out_dir={done.out_dir}", "--checkpoint=last", "--dtype=float32", "--batch_size=8"]
+    (metrics,) = run_evaluate(*evaluate_flags)["losses"].values()
+    logged = {name: value for name, value in done.evals[-1].items() if name.startswith("val_")}
+    assert metrics == pytest.approx(logged, rel=1e-4, abs=1e-5) and len(metrics) > 2
 
 
 def test_the_loss_of_examples_is_that_of_the_completions(base, data_dir):
@@ -139,6 +214,13 @@ def test_a_problem_is_scored_by_its_completions():
         "pass@4": 1.0,
         "majority@4": 1.0,
     }
+
+
+def test_a_problem_is_scored_at_all_of_its_passes():
+    """Of 3 completions with one right: 2/3 of the pairs have it, and so have all three; 72 is no majority."""
+    score = evaluate.score_problem("72", ["70", "70", "72"], num_passes=3)
+    assert score["pass@2"] == pytest.approx(2 / 3) and score["pass@3"] == 1 and score["majority@3"] == 0
+    assert "pass@1" not in evaluate.score_problem("72", ["72"], num_passes=1)
 
 
 def test_a_problem_without_completions_is_worth_nothing():

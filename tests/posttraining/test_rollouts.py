@@ -458,7 +458,7 @@ def test_a_reward_that_fails_in_the_middle_costs_nothing(
 
 @pytest.mark.parametrize("reward, has_note", [("format", True), ("length", False)])
 def test_rewards_that_teach_nothing_are_noted_once(
-    run: Callable[..., RunFiles], base: Path, reward: str, has_note: bool
+    run: Callable[..., RunFiles], base: Path, reward: str, has_note: object
 ):
     """No sum has tags: all rewards are 0, so that loss and KL would be 0 for ever."""
     done = run(*GRPO, f"--init_from={base}", f"--reward={reward}", "--max_iters=6", "--eval_interval=6")
