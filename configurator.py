@@ -27,11 +27,12 @@ import operator
 import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from nanoforge import config_files, console
+from nanoforge import config_files, console, launcher
 from nanoforge.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ COMMAND_LINE = "command line"  # sources of values, besides the paths of config 
 DEFAULT = "default"
 TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
+SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,11 +522,6 @@ def unused_argument(spec: ArgSpec) -> str:
 # a command
 
 
-def is_main_process() -> bool:
-    """Whether this process prints for all ranks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def parse(table: type[T], argv: list[str], description: str, rules: Rules | None = None) -> T:
     """An instance of the table from a command line; prints all errors at once and exits with status 2."""
     console.protect_console()
@@ -548,7 +545,7 @@ def parse(table: type[T], argv: list[str], description: str, rules: Rules | None
     errors += resolved.errors
     if errors:
         exit_with_errors(errors)
-    if is_main_process():
+    if launcher.is_main_process():
         print_notes(specs, resolved, print_derived=not command_line.print_config)
     if command_line.print_config:
         run(print_config, resolved)
@@ -579,12 +576,22 @@ def print_config(resolved: Resolved) -> None:
 
 
 def exit_with_errors(errors: list[str]) -> NoReturn:
-    """Print the errors (once, under torchrun) and exit with status 2."""
-    if is_main_process():
-        program = os.path.basename(sys.argv[0])
-        head = f"{program}: " if len(errors) == 1 else f"{program}: {len(errors)} errors\n  "
-        print(head + "\n  ".join(errors), file=sys.stderr)
+    """Print the errors and exit with status 2.
+
+    Under torchrun the main rank prints. The others wait: where it has the same errors it ends, and torchrun ends them;
+    where only one of them has an error (its machine lacks a file) it prints.
+    """
+    if not launcher.is_main_process():
+        time.sleep(SECONDS_FOR_MAIN_RANK)
+    print_errors(errors)
     raise SystemExit(2)
+
+
+def print_errors(errors: list[str]) -> None:
+    """Print the errors after the program's name."""
+    program = os.path.basename(sys.argv[0])
+    head = f"{program}: " if len(errors) == 1 else f"{program}: {len(errors)} errors\n  "
+    print(head + "\n  ".join(errors), file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[Any], Any], args: Any, *, output_is_required: bool = False) -> None:
@@ -598,7 +605,11 @@ def run(main: Callable[[Any], Any], args: Any, *, output_is_required: bool = Fal
         main(args)
         sys.stdout.flush()
     except UserError as error:
-        exit_with_errors([str(error)])
+        if error.is_reported is None:
+            exit_with_errors([str(error)])
+        if not error.is_reported:
+            print_errors([str(error)])
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -17,7 +17,7 @@ from typing import Any
 import configurator
 from common_args import DeviceArgs, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
-from nanoforge import config_files
+from nanoforge import config_files, launcher
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
@@ -881,6 +881,9 @@ def system_errors(args: TrainArgs) -> Iterator[str]:
     if args.parallel == "fsdp" and args.dtype == "float16":
         yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
     yield from device_errors(args)
+    environment_error = launcher.environment_error()
+    if environment_error:
+        yield environment_error
 
 
 def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from nanoforge import launcher
 from nanoforge.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ def get_device(name: str) -> torch.device:
         raise UserError(f"--device={name}: this machine has no CUDA GPU, or this torch was built without CUDA")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={name}: this machine has no Apple GPU")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (index or kind == "mps"):
+    if launcher.world_size() > 1 and (index or kind == "mps"):
         raise UserError(
             f"--device={name}: several ranks can't share one device; "
             "take --device=cuda, which gives each rank its own, or --device=cpu"
@@ -43,7 +44,7 @@ def best_device_type() -> str:
 
 def cuda_device(name: str, index: str) -> torch.device:
     """The GPU of this index, or of the local rank; it becomes the current one. Raises UserError if GPUs are missing."""
-    gpu = int(index or os.environ.get("LOCAL_RANK", "0"))
+    gpu = int(index) if index else launcher.local_rank()
     # Counted for all local ranks, so that they all fail alike and the main one prints the error.
     needed = max(gpu + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if needed > torch.cuda.device_count():

@@ -3,6 +3,7 @@
 Collectives on CPU tensors go through gloo, on GPU tensors through NCCL. With one process all of them are the identity.
 """
 
+import contextlib
 import functools
 import inspect
 import os
@@ -20,11 +21,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from nanoforge import launcher
 from nanoforge.device import get_device
 from nanoforge.errors import UserError
 
 MIN_RENDEZVOUS_SECONDS = 300.0
 SLOW_TIMEOUT = timedelta(days=7)
+SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
+FAILURE_KEY = "failure"  # of the rank that failed first, in the ranks' store
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ranks
@@ -93,7 +97,9 @@ class Ranks:
         finally:
             main_failed = self.all_reduce_max(failed, self.slow_group)
             if main_failed and not self.is_main:
-                raise UserError("rank 0 failed; see its error above")
+                error = UserError("rank 0 failed; see its error above")
+                error.is_reported = True
+                raise error
         if not self.is_main:
             yield
 
@@ -104,9 +110,11 @@ def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
 
     timeout: seconds that a rank waits for the others in a collective.
     """
+    environment_error = launcher.environment_error()
+    if environment_error:
+        raise UserError(environment_error)
     device = get_device(device_name)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    if launcher.world_size() == 1:
         yield Ranks(0, 1, device)
         return
     rendezvous_timeout = timedelta(seconds=max(MIN_RENDEZVOUS_SECONDS, timeout))
@@ -126,9 +134,50 @@ def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
         slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
         save_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
         yield Ranks(rank, world_size, device, slow_group, save_group)
+    except Exception as error:
+        failure = share_failure(error, rank, store)
+        if failure is error:
+            raise
+        raise failure from None
     finally:
         host_mesh.cache_clear()
         dist.destroy_process_group()
+
+
+def share_failure(error: Exception, rank: int, store: dist.Store) -> BaseException:
+    """What ends this rank: its own error, with whether another rank has reported it, or that of the rank that failed
+    and left this one alone."""
+    with contextlib.suppress(RuntimeError):  # the store is gone with its rank
+        if is_lost_connection(error):
+            if not store.check([FAILURE_KEY]):
+                return SystemExit(f"a rank was lost, without a word of its own ({first_line(error)})")
+            return SystemExit(store.get(FAILURE_KEY).decode() if rank == 0 else 1)
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        store.set(FAILURE_KEY, f"rank {rank} failed: {text}")
+        if isinstance(error, UserError) and not error.is_reported:
+            error.is_reported = rank > 0 and is_reported_by_main(store, text)
+            if rank == 0:
+                store.set(f"reported: {text}", "")
+    return error
+
+
+def is_reported_by_main(store: dist.Store, text: str) -> bool:
+    """Whether the main rank has an error too, waiting a little for it."""
+    try:
+        store.wait([f"reported: {text}"], timedelta(seconds=SECONDS_FOR_MAIN_RANK))
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank has ended, or does not come."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def first_line(error: Exception) -> str:
+    """Of its message."""
+    return str(error).strip().partition("\n")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A flag, file or argument that the user can correct. The message names it, then the error, then the fix."""
+    """A flag, file or argument that the user can correct. The message names it, then the error, then the fix.
+
+    is_reported: by another rank; None where that isn't known.
+    """
+
+    is_reported: bool | None = None
 
 
 class DivergedError(SystemExit):

@@ -28,6 +28,7 @@ TORCH_FREE = (
     "files",
     "rng",
     "console",
+    "launcher",
     "run_dir",
     "run_state",
     "restarts",
