@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from nanoforge.console import plural
 from nanoforge.data import tables
 from nanoforge.errors import UserError
 
@@ -63,8 +64,8 @@ class FoundFiles:
     paths: list[Path] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)  # why -> names
 
-    def skip(self, reason: str, path: Path) -> None:
-        self.skipped.setdefault(reason, []).append(path.name)
+    def skip(self, reason: str, name: str) -> None:
+        self.skipped.setdefault(reason, []).append(name)
 
     def describe(self) -> str:
         """What is read and what is not, by kind, on one line or two."""
@@ -72,7 +73,8 @@ class FoundFiles:
         for path in self.paths:
             kind = "".join(path.suffixes[-2:] if path.suffix.lower() in tables.COMPRESSIONS else path.suffixes[-1:])
             kinds[kind] = kinds.get(kind, 0) + 1
-        lines = ["reading " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))]
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+        lines = [f"reading {plural(len(self.paths), 'file')}: {counts}"]
         if self.skipped:
             reasons = [f"{shorten(names)} ({reason})" for reason, names in self.skipped.items()]
             lines.append(f"skipping {'; '.join(reasons)}")
@@ -116,19 +118,16 @@ def find_in_folder(folder: Path, text_field: str, found: FoundFiles) -> None:
     """Add the readable files below a folder, sorted, but for what is hidden or belongs to a run or a model."""
     paths: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=refuse_folder):
-        entered = []
-        for name in sorted(folders):
-            reason = why_not_entered(Path(place, name))
+        inside = {name: why_not_entered(Path(place, name)) for name in sorted(folders)}
+        folders[:] = [name for name, reason in inside.items() if not reason]
+        for name, reason in inside.items():
             if reason:
-                found.skip(reason, Path(name))
-            else:
-                entered.append(name)
-        folders[:] = entered
+                found.skip(reason, str(Path(place, name).relative_to(folder)))
         paths += [Path(place, name) for name in names]
     for path in sorted(paths):
         reason = why_not_read(path, text_field)
         if reason:
-            found.skip(reason, path)
+            found.skip(reason, str(path.relative_to(folder)))
         else:
             found.paths.append(path)
 

@@ -314,7 +314,7 @@ def test_what_is_read_of_a_folder_and_what_is_not(tmp_path: Path):
         "runs and checkpoints": ["checkpoints", "checkpoint-40", "model", "run"],
         "no text": ["i.png", "Makefile", "weights.bin"],
         "empty": ["__init__.py"],
-        "no JSON rows": ["tsconfig.json"],
+        "no JSON rows": ["deep/tsconfig.json"],
         "no field text": ["package.json"],
         "links to folders": ["link"],
     }
