@@ -322,13 +322,15 @@ def load_base(args: TrainArgs, record: RunRecord | None, log: Log) -> Pretrained
     if args.init_from == "scratch":
         return None
     if args.init_from != "resume":
-        return pretrained.load(args.weights_source, log)
+        return pretrained.load(args.weights_source, log, args.base_model)
     if args.adapter == "none" and not args.needs_reference:
+        if args.base_model:
+            raise UserError(f"--base_model: the run in {args.out_dir} needs no base")
         return None
     assert record is not None
     if "source" not in record.base:
         raise UserError(f"--init_from=resume: the run in {args.out_dir} records no base weights; start a new run")
-    return pretrained.load_base(record.base, log)
+    return pretrained.load_base(args.resumed_folder, record, log, args.base_model)
 
 
 def describe_base(start: TrainArgs, base: Pretrained | None) -> dict[str, str]:
@@ -844,18 +846,22 @@ class LoadedModel:
 
 
 def load_model(
-    init_from: str, out_dir: str = "", checkpoint_name: str = "best", log: Callable[[str], None] = print_line
+    init_from: str,
+    out_dir: str = "",
+    checkpoint_name: str = "best",
+    base_model: str = "",
+    log: Callable[[str], None] = print_line,
 ) -> LoadedModel:
     """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir.
 
-    checkpoint_name: of the run: best, last, or a step. Raises UserError.
+    checkpoint_name: of the run: best, last, or a step. base_model: of an adapter, where its base is. Raises UserError.
     """
     source = init_from
     if init_from == "resume":
         source = str(checkpoint.resolve(Path(out_dir), checkpoint_name, log))
         if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
-            return load_soft_prompts([Path(source)], log)
-    loaded = pretrained.load(source, log)
+            return load_soft_prompts([Path(source)], base_model, log)
+    loaded = pretrained.load(source, log, base_model)
     model = GPT(GPTConfig(**known_fields(loaded.shape, source)))
     model.load_weights(loaded.weights, source)
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
@@ -863,8 +869,13 @@ def load_model(
     return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
 
 
-def load_soft_prompts(folders: list[Path], log: Callable[[str], None] = print_line) -> LoadedModel:
-    """The base model that these checkpoints share, with the virtual tokens of all of them. Raises UserError."""
+def load_soft_prompts(
+    folders: list[Path], base_model: str = "", log: Callable[[str], None] = print_line
+) -> LoadedModel:
+    """The base model that these checkpoints share, with the virtual tokens of all of them.
+
+    base_model: where it is, if not where it was. Raises UserError.
+    """
     # 1. They must have one base.
     records = [RunRecord.load(folder) for folder in folders]
     for folder, record in zip(folders, records, strict=True):
@@ -874,7 +885,7 @@ def load_soft_prompts(folders: list[Path], log: Callable[[str], None] = print_li
             raise UserError(f"{folder}: was trained on another base than {folders[0]}; run them apart")
 
     # 2. The base, with the shape that its runs gave it.
-    base = pretrained.load_base(records[0].base, log)
+    base = pretrained.load_base(folders[0], records[0], log, base_model)
     model = GPT(GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0]))))
     model.load_weights(base.weights, records[0].base["source"], grow=True)
 

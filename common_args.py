@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from configurator import arg, arg_group, with_value
 
+BASE_MODEL_HELP = "place of the base weights of a LoRA or a soft prompt, if they have moved; compared by their hash"
 FROM_RUN = with_value("init_from", "resume")
 
 
@@ -16,6 +17,7 @@ class LoadArgs:
     init_from: str = arg(
         "resume", "resume (the run in out_dir), gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH to weights"
     )
+    base_model: str = arg("", BASE_MODEL_HELP)
 
 
 @arg_group

@@ -175,7 +175,7 @@ class Evaluation:
 
 def load_evaluation(args: EvaluateArgs) -> Evaluation:
     """The model on its device, with what its run says of data. Raises UserError."""
-    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, print_to_stderr)
+    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, args.base_model, print_to_stderr)
     run = loaded.args if args.init_from == "resume" else None
     template = None
     if run and run.adapter == "soft_prompt":

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import configurator
+from common_args import BASE_MODEL_HELP
 from configurator import Rules, arg, arg_table
 
 ACTIONS = ("consolidate", "merge", "peft")
@@ -26,6 +27,7 @@ class ExportArgs:
     """export"""
 
     to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)")
+    base_model: str = arg("", BASE_MODEL_HELP)
     dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
 
 
@@ -50,6 +52,8 @@ def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
     """Errors of --to."""
     if action != "consolidate" and not args.to:
         yield f"--to: {action} needs a folder to write to"
+    if action == "consolidate" and args.base_model:
+        yield "--base_model: has an effect only with merge and peft"
 
 
 if __name__ == "__main__":
@@ -78,10 +82,17 @@ def main(request: Request) -> None:
     if request.action == "consolidate":
         path, note = consolidate(folder, to if request.args.to else None, dtype)
     elif request.action == "merge":
-        path = merge(folder, to, dtype)
+        path = merge(folder, to, dtype, request.args.base_model)
     else:
-        path = export_peft(folder, to, dtype)
+        path = export_peft(folder, to, dtype, request.args.base_model)
     print(f"{path}: {path.stat().st_size / 2**20:,.1f} MB{note}")
+
+
+def prepare(to: Path) -> None:
+    """Create the folder to write to. Raises UserError when it is that of a run or a checkpoint."""
+    if (to / "checkpoints").exists() or (to / "progress.json").exists():
+        raise UserError(f"--to={to}: holds a run or a checkpoint, whose files this would replace; use another folder")
+    to.mkdir(parents=True, exist_ok=True)
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
@@ -105,7 +116,8 @@ def consolidate(folder: Path, to: Path | None, dtype: torch.dtype) -> tuple[Path
     path = to / "model.safetensors"
     if to == folder and not (folder / "model").is_dir():
         return path, "; it is whole already, nothing to consolidate"
-    to.mkdir(parents=True, exist_ok=True)
+    if to != folder:
+        prepare(to)
     with atomic_write(path) as tmp_path:
         save_file({name: tensor.to(dtype) for name, tensor in shards.items()}, tmp_path)
         with safe_open(tmp_path, framework="pt") as file:
@@ -130,11 +142,11 @@ def find_lora(folder: Path) -> tuple[Path, RunRecord]:
     return folder, record
 
 
-def merge(folder: Path, to: Path, dtype: torch.dtype) -> Path:
+def merge(folder: Path, to: Path, dtype: torch.dtype, base_model: str) -> Path:
     """Write the base with the LoRA merged into it, its tokenizer, and a record with its shape. Raises UserError."""
     folder, record = find_lora(folder)
-    weights = pretrained.load_checkpoint(folder).weights
-    to.mkdir(parents=True, exist_ok=True)
+    weights = pretrained.load_checkpoint(folder, base_model=base_model).weights
+    prepare(to)
     path = to / "model.safetensors"
     checkpoint.write_tensors(path, {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()})
     dataclasses.replace(record, args=record.args | {"adapter": "none"}, base={}).save(to)
@@ -174,7 +186,7 @@ GPT2_SHAPE = {
 }
 
 
-def export_peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
+def export_peft(folder: Path, to: Path, dtype: torch.dtype, base_model: str) -> Path:
     """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is not a GPT-2."""
     folder, record = find_lora(folder)
     shape = record.model
@@ -189,12 +201,14 @@ def export_peft(folder: Path, to: Path, dtype: torch.dtype) -> Path:
     for name, tensor in checkpoint.load_tensors(folder, "model").items():
         tensors[peft_name(name)] = tensor.to(dtype).contiguous()
     config = peft_config(record, list(tensors))
+    if base_model:
+        config["base_model_name_or_path"] = pretrained.load_base(folder, record, base_model=base_model).source
     if NEW_ROWS in tensors:
         vocab_size = sum(tokenizer.vocab_size for tokenizer in tokenization.load(folder / "tokenizer.json").values())
         config["trainable_token_indices"] = list(range(vocab_size - len(tensors[NEW_ROWS]), vocab_size))
         print(f"the base needs {record.model['vocab_sizes'][0]} rows before peft loads it: resize_token_embeddings")
 
-    to.mkdir(parents=True, exist_ok=True)
+    prepare(to)
     path = to / "adapter_model.safetensors"
     with atomic_write(path) as tmp_path:
         save_file(tensors, tmp_path, metadata={"format": "pt"})

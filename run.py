@@ -12,7 +12,7 @@ import torch
 import builders
 import configurator
 from model import GPT
-from nanoforge import distributed, restarts, run_dir
+from nanoforge import console, distributed, restarts, run_dir
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import peak_flops
@@ -285,7 +285,7 @@ def make_record(
 ) -> run_dir.RunRecord:
     """The record of a run, without the versions of this process."""
     # a run started from this config deletes nothing, and one that is resumed goes on from its last checkpoint
-    values = dataclasses.asdict(args) | {"overwrite": False, "checkpoint": "last"}
+    values = dataclasses.asdict(args) | {"overwrite": False, "checkpoint": "last", "base_model": ""}
     if resumed_from:
         values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
     return run_dir.RunRecord(
@@ -382,6 +382,17 @@ def check_tokenizers(
         )
 
 
+def mark_base(run: Run) -> None:
+    """Have the run of the base keep it, if it is a checkpoint."""
+    source = Path(run.record.base["source"])
+    try:
+        run_dir.mark_needed(source, run.out_dir)
+    except OSError as error:
+        console.print_line(
+            f"{source}: can't be marked as the base of {run.out_dir} ({error.strerror}); keep it, or copy it elsewhere"
+        )
+
+
 def begin(run: Run, lock: run_dir.RunLock) -> None:
     """Prepare the run's folder, and write what the run is: tokenizers, arguments, data, base, versions, git commit."""
     args, checkpoints, progress = run.args, run.checkpoints.folder, run.progress
@@ -399,6 +410,8 @@ def begin(run: Run, lock: run_dir.RunLock) -> None:
     tokenization.save(run.out_dir / "tokenizer.json", run.tokenizers)
     about = run_dir.describe_software(Path(__file__).parent, {"torch": torch.__version__, "numpy": np.__version__})
     dataclasses.replace(run.record, about=about).save(run.out_dir)
+    if run.record.base:
+        mark_base(run)
     if progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
         run_dir.write_best(run.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
     else:

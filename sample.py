@@ -138,7 +138,7 @@ def main(args: SampleArgs) -> None:
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
-    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, log=print_to_stderr)
+    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, args.base_model, print_to_stderr)
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
     if args.chat:
@@ -223,7 +223,7 @@ def sample_soft_prompts(args: SampleArgs) -> None:
     else:
         raise UserError(f"--prompt_dir: got {len(folders)} for {len(rows)} rows of --fields; pass one, or one for each")
 
-    loaded = load_soft_prompts(folders, print_to_stderr)
+    loaded = load_soft_prompts(folders, args.base_model, print_to_stderr)
     formats = [RunRecord.load(folder).args["prompt_format"] for folder in folders]
     templates = [prompt_format.parse(template) for template in formats]
     prompts = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from common_args import DeviceArgs, device_errors
+from common_args import BASE_MODEL_HELP, DeviceArgs, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files, launcher
 from nanoforge.errors import UserError, did_you_mean
@@ -99,6 +99,7 @@ class RunArgs:
     checkpoint: str = arg("last", "checkpoint to resume from: last, best, a step, or the PATH of one, which with "
         "another out_dir begins a branch; --overwrite deletes later ones in out_dir",
         inherit=False, needs=RESUME, alias=("resume_from_checkpoint",))
+    base_model: str = arg("", BASE_MODEL_HELP, inherit=False, alias=("base_model_name_or_path",))
     allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
         inherit=False, needs=RESUME)
     eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)

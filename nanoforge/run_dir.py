@@ -12,7 +12,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,7 @@ TRAIN_LOCK_FILE = ".lock"
 TRACKER_FILE = "wandb_id"
 REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
 DAMAGED_SUFFIX = ".damaged"  # of one that a resumed run has skipped
+NEEDED_SUFFIX = ".needed"  # of a file beside a checkpoint that lists the runs whose base it is
 UNUSED_SUFFIXES = (TMP_SUFFIX, REPLACED_SUFFIX, DAMAGED_SUFFIX)
 RUN_FILES = (
     RECORD_FILE,
@@ -192,6 +193,49 @@ def run_of_checkpoint(folder: Path) -> Path | None:
     return folder.parent.parent if len(folder.parts) > 2 else checkpoints.parent
 
 
+def mark_needed(source: Path, out_dir: Path) -> None:
+    """Have a checkpoint kept, as long as the run in out_dir has it as its base; other weights need no mark.
+
+    Raises OSError when its folder can't be written to.
+    """
+    mark = source.with_suffix(NEEDED_SUFFIX)
+    if run_of_checkpoint(source) is None or str(out_dir.absolute()) in read_mark(mark):
+        return
+    with mark.open("a", encoding="utf-8") as file:  # several runs may begin at once
+        file.write(f"{out_dir.absolute()}\n")
+
+
+def read_mark(mark: Path) -> list[str]:
+    """The runs that a mark lists; none where there is no mark."""
+    try:
+        return mark.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def runs_on_base(folder: Path, *, certain: bool) -> list[str]:
+    """The runs whose base a checkpoint is. One whose folder is gone may have been moved: it is not certain."""
+    runs = []
+    for name in read_mark(folder.with_suffix(NEEDED_SUFFIX)):
+        try:
+            needs = Path(RunRecord.load(Path(name)).base.get("source", "")).resolve() == folder.resolve()
+        except UserError:
+            needs = not certain
+        runs += [name] if needs else []
+    return runs
+
+
+def refuse_deleting_bases(folders: Iterable[Path]) -> None:
+    """Raises UserError when one of the checkpoints is another run's base."""
+    for folder in folders:
+        runs = runs_on_base(folder, certain=True)
+        if runs:
+            raise UserError(
+                f"--overwrite: would delete {folder}, the base of {', '.join(runs)}; "
+                "move or delete that first, or use another --out_dir"
+            )
+
+
 def find_checkpoint(out_dir: Path, name: str) -> Path:
     """The checkpoint that train.py's --checkpoint names: best, a step, or a path. Raises UserError without one."""
     checkpoints = out_dir / "checkpoints"
@@ -305,6 +349,7 @@ def prepare_out_dir(out_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
         lock.acquire()
         if not overwrite:
             refuse_existing_run(out_dir)
+        refuse_deleting_bases((out_dir / "checkpoints").glob("[0-9]*"))
         for path in existing_run_files(out_dir):
             remove(path)
     except OSError as error:
@@ -320,6 +365,8 @@ def remove(path: Path) -> None:
         for child in path.iterdir():
             if is_checkpoint(child) or (child.stem.isdigit() and child.suffix in UNUSED_SUFFIXES):
                 shutil.rmtree(child)
+            elif child.stem.isdigit() and child.suffix == NEEDED_SUFFIX:
+                child.unlink()
         if not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
     elif path.is_symlink() and path.is_dir():

@@ -5,6 +5,7 @@ tokenizers. Knows nothing of the model itself.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from nanoforge.console import print_line
 from nanoforge.data import token_bins, tokenization
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models import adapters
-from nanoforge.run_dir import RECORD_FILE, RunRecord
+from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
+NO_BASE_NEEDED = "--base_model: {} holds whole weights, which need no base"
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRAINING_FIELDS = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of GPTConfig; they are no shape
 
@@ -36,11 +38,11 @@ class Pretrained(NamedTuple):
     )
 
 
-def load(source: str, log: Callable[[str], None] = print_line) -> Pretrained:
-    """Weights from a name in HUB_MODELS or from a path. Raises UserError."""
+def load(source: str, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
+    """Weights from a name in HUB_MODELS or from a path. base_model: of a LoRA, where its base is. Raises UserError."""
     path = Path(source)
     if path.exists():
-        return load_path(path, log)
+        return load_path(path, log, base_model)
     if source in HUB_MODELS:
         return load_hub(source)
     raise UserError(
@@ -49,7 +51,7 @@ def load(source: str, log: Callable[[str], None] = print_line) -> Pretrained:
     )
 
 
-def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
+def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
     """Weights from a run (its best checkpoint), a checkpoint or its model.safetensors, nanoGPT's ckpt.pt, or GPT-2's.
 
     Raises UserError.
@@ -66,11 +68,13 @@ def load_path(path: Path, log: Callable[[str], None] = print_line) -> Pretrained
             raise UserError(error)
 
     if is_run or (path / "manifest.json").exists():
-        loaded = load_checkpoint(path, log)
+        loaded = load_checkpoint(path, log, base_model)
     elif path.suffix == ".pt":
         loaded = load_nanogpt(path, log)
     else:
         loaded = load_gpt2_path(path, log)
+    if base_model and not (path / RECORD_FILE).exists():
+        raise UserError(NO_BASE_NEEDED.format(path))
     return loaded._replace(source=str(path.resolve()))
 
 
@@ -284,8 +288,8 @@ def shape_of_record(record: RunRecord) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in record.model.items()}
 
 
-def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pretrained:
-    """A checkpoint of this program, with LoRA merged into its base, which is still where it was. Raises UserError."""
+def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
+    """A checkpoint of this program, with LoRA merged into its base. Raises UserError."""
     record = RunRecord.load(folder)
     weights = checkpoint.load_tensors(folder, "model")
     tokenizers = tokenization.load(folder / "tokenizer.json")
@@ -298,14 +302,41 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line) -> Pr
     if adapter == "lora":
         scale = record.args["lora_alpha"] / record.args["lora_rank"]
         vocab_size = sum(tokenizer.vocab_size for tokenizer in tokenizers.values())
-        weights = adapters.merge_lora(load_base(record.base, log).weights, weights, scale, vocab_size)
+        base = load_base(folder, record, log, base_model)
+        weights = adapters.merge_lora(base.weights, weights, scale, vocab_size)
+    elif base_model:
+        raise UserError(NO_BASE_NEEDED.format(folder))
     shape = {name: value for name, value in shape_of_record(record).items() if name not in TRAINING_FIELDS}
     return Pretrained(shape, weights, tokenizers)
 
 
-def load_base(base: Mapping[str, str], log: Callable[[str], None] = print_line) -> Pretrained:
-    """The weights that a run began with, by `source` and `sha256` in its record. Raises UserError if they changed."""
-    loaded = load(base["source"], log)
-    if adapters.hash_weights(loaded.weights) != base["sha256"]:
-        raise UserError(f"{base['source']}: does not hold the weights that the run began with")
-    return loaded
+def load_base(
+    folder: Path, record: RunRecord, log: Callable[[str], None] = print_line, base_model: str = ""
+) -> Pretrained:
+    """The weights that a run began with, by their hash: from base_model if that is given, or else from where they were.
+
+    folder: of the run, or of its checkpoint. Raises UserError when they are not there.
+    """
+    errors = []
+    for place in [base_model] if base_model else base_places(folder, record):
+        try:
+            loaded = load(place, log)
+        except UserError as error:
+            errors.append(str(error).removeprefix("--init_from="))
+            continue
+        if adapters.hash_weights(loaded.weights) == record.base["sha256"]:
+            return loaded
+        errors.append(f"{place}: does not hold the weights that the run began with")
+    raise UserError(
+        f"{folder}: was trained on the base {record.base['source']}, and needs it; {'; '.join(errors)}; "
+        "give its place with --base_model=PATH"
+    )
+
+
+def base_places(folder: Path, record: RunRecord) -> list[str]:
+    """Where the base of a run may be: where it was, and, if both were moved, at the same place beside the run."""
+    source = record.base["source"]
+    run_folder = run_of_checkpoint(folder) or folder
+    before = record.run.get("folder") or os.path.abspath(record.args.get("out_dir", "out"))
+    beside = os.path.normpath(run_folder.absolute() / os.path.relpath(source, before))
+    return [source] if source in HUB_MODELS or beside == source else [source, beside]

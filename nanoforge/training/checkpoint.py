@@ -39,6 +39,8 @@ from nanoforge.run_dir import (
     REPLACED_SUFFIX,
     is_checkpoint,
     read_best_step,
+    refuse_deleting_bases,
+    runs_on_base,
     step_folder,
     write_best,
 )
@@ -433,8 +435,10 @@ def prune(checkpoints: Path, steps: Iterable[int], last_step: int) -> None:
 
 
 def delete_later(checkpoints: Path, step: int) -> None:
-    """Delete the checkpoints after a step, from which a run goes on another way."""
-    prune(checkpoints, [other for other in list_steps(checkpoints) if other > step], step)
+    """Delete the checkpoints after a step, from which a run goes on another way. Raises UserError for other's bases."""
+    later = [other for other in list_steps(checkpoints) if other > step]
+    refuse_deleting_bases(step_folder(checkpoints, other) for other in later)
+    prune(checkpoints, later, step)
 
 
 def refuse_later(out_dir: Path, step: int) -> None:
@@ -599,6 +603,10 @@ class Manager:
         saved = self.ranks.is_main and is_whole(step_folder(self.folder, step))
         return bool(self.ranks.all_reduce_max(saved)) if self.is_sharded else saved
 
+    def is_base(self, step: int) -> bool:
+        """Whether a checkpoint is the base of other runs, which can't do without it."""
+        return bool(runs_on_base(step_folder(self.folder, step), certain=False))
+
     def write_best(self, progress: Progress) -> None:
         """Write best.json if the best checkpoint is there."""
         if is_whole(step_folder(self.folder, progress.best_step)):
@@ -639,7 +647,8 @@ class Manager:
             other for other in list_steps(self.folder) if other <= step and is_whole(step_folder(self.folder, other))
         ]
         keep = steps_to_keep(steps, read_best_step(self.out_dir), self.keep_last, self.keep_every)
-        prune(self.folder, set(steps) - keep - {self.resumed_step}, step)
+        old = set(steps) - keep - {self.resumed_step}
+        prune(self.folder, [step for step in old if not self.is_base(step)], step)
         return folder
 
     def log_finished_save(self, logger: RunLogger, step: int, *, wait: bool) -> None:

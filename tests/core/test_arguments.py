@@ -925,6 +925,17 @@ def checkpoint_(run: Callable[..., RunFiles], tmp_path: Path):
 
 
 @effect
+def base_model(run: Callable[..., RunFiles], tmp_path: Path):
+    first = run("--max_iters=2", name="a")
+    run("--adapter=lora", f"--init_from={first.out_dir}", "--max_iters=2", name="lora")
+    first.out_dir.rename(tmp_path / "b")
+    with pytest.raises(UserError, match="--base_model"):
+        run("--init_from=resume", "--max_iters=3", name="lora")
+    resumed = run("--init_from=resume", f"--base_model={tmp_path / 'b'}", "--max_iters=3", name="lora")
+    assert resumed.steps[-1] == 3
+
+
+@effect
 def allow_data_change(run, tmp_path, data_dir):
     shutil.copytree(data_dir / "a", tmp_path / "data/a")
     run(f"--data_dir={tmp_path / 'data'}")

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, RunFiles, equal_tensors, metric, read_run
 
 import train
 import train_args
+from builders import load_model
 from nanoforge import run_dir
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
+from nanoforge.training import checkpoint
 
 Runner = Callable[..., RunFiles]
 Capture = pytest.CaptureFixture[str]
@@ -294,3 +297,68 @@ def test_a_remark_names_what_another_versions_record_has(run: Runner, capsys: Ca
     assert "gone_argument" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train_args.parse(["--gone_argument=3"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the base of an adapter
+
+LORA = ["--adapter=lora", "--max_iters=2", "--learning_rate=1e-2"]
+
+
+@pytest.fixture
+def on_base(run: Runner) -> tuple[RunFiles, RunFiles]:
+    """A run, and a LoRA on its best checkpoint, in one folder."""
+    first = run("--max_iters=4", name="both/a")
+    return first, run(*LORA, f"--init_from={first.out_dir}", name="both/lora")
+
+
+def logits(out_dir: Path, base_model: str = "") -> torch.Tensor:
+    idx = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        return load_model("resume", str(out_dir), base_model=base_model).model(idx)
+
+
+def test_a_base_is_found_beside_its_run_or_where_the_user_says(on_base: tuple[RunFiles, RunFiles], tmp_path: Path):
+    lora = on_base[1]
+    expected = logits(lora.out_dir)
+    base_checkpoint = Path(lora.config["_base"]["source"])
+    shutil.move(tmp_path / "both", tmp_path / "moved")
+    moved = tmp_path / "moved/lora"
+    assert torch.equal(logits(moved), expected)
+    shutil.copytree(tmp_path / "moved/a/checkpoints" / base_checkpoint.name, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "moved/a")
+    with pytest.raises(UserError, match=rf"{base_checkpoint}.*--base_model") as refused:
+        logits(moved)
+    assert "--init_from" not in str(refused.value)
+    assert torch.equal(logits(moved, str(tmp_path / "elsewhere")), expected)
+
+    weights = checkpoint.read_tensors(tmp_path / "elsewhere/model.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "elsewhere", other)
+    checkpoint.write_tensors(other / "model.safetensors", {name: tensor + 1 for name, tensor in weights.items()})
+    checkpoint.write_manifest(other)
+    with pytest.raises(UserError, match="does not hold the weights"):
+        logits(moved, str(other))
+    with pytest.raises(UserError, match="need no base"):
+        load_model(str(other), base_model=str(other))
+
+    resume(f"--out_dir={moved}", f"--base_model={tmp_path / 'elsewhere'}", "--max_iters=3")
+    record = run_dir.RunRecord.load(moved)
+    assert record.base["source"] == str(tmp_path / "elsewhere") and record.args["base_model"] == ""
+    assert logits(moved).isfinite().all()
+
+
+def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[RunFiles, RunFiles], tmp_path: Path):
+    base, lora = on_base
+    step = int(Path(lora.config["_base"]["source"]).name)
+    expected = logits(lora.out_dir)
+    run("--init_from=resume", "--max_iters=12", "--keep_last=1", name="both/a")
+    assert step in read_run(base.out_dir).steps
+    assert torch.equal(logits(lora.out_dir), expected)
+    before = contents(base.out_dir)
+    with pytest.raises(UserError, match=str(lora.out_dir)):
+        run("--overwrite", name="both/a")
+    assert contents(base.out_dir) == before
+    shutil.rmtree(lora.out_dir)
+    assert run("--overwrite", "--max_iters=2", name="both/a").steps == [2]
+    assert not list((base.out_dir / "checkpoints").glob("*.needed"))
