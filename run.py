@@ -360,6 +360,9 @@ def changed_val_loss(before: TrainArgs, record: run_dir.RunRecord, run: Run) -> 
     ]
     if run_dir.changed_files(record.data, run.record.data):
         changes.append("other data")
+    moved = any(name in args.mixture[:i] + args.mixture[i + 1 :] for i, name in enumerate(before.mixture))
+    if moved and args.data_format == "bins":
+        changes.append("the datasets in another order")
     if builders.val_weights(before, args.mixture) != builders.val_weights(args, args.mixture):
         changes.append("other weights of the datasets")
     n_rows = builders.count_eval_rows(before, run.data.eval_datasets["val"])

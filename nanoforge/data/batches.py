@@ -351,17 +351,27 @@ class Source:
         self.seed = seed
         self.n_windows = sum(dataset.n_windows for dataset in datasets)
         self.start_draw = 0
+        self.start_sequences: dict[str, int] = {}
         self.start_counts: np.ndarray | None = None
 
     def resume_at(self, step: int, sequences: Mapping[str, int]) -> None:
-        """Go on at a step of a run that drew so many sequences of each dataset before."""
+        """Go on at a step of a run that drew so many sequences of each dataset before.
+
+        A dataset keeps its number, by which its windows are hashed, also in a mixture of others.
+        """
         self.start_draw = step // self.steps_per_rollout
-        self.start_counts = np.array([sequences.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64)
+        new = {dataset.name: 0 for dataset in self.datasets if dataset.name not in sequences}
+        self.start_sequences = {**sequences, **new}
+        numbers = list(self.start_sequences)
+        for dataset in self.datasets:
+            dataset.index = numbers.index(dataset.name)
+        self.start_counts = np.array([self.start_sequences[dataset.name] for dataset in self.datasets], dtype=np.int64)
 
     def count_sequences(self, counter: SampleCounter, step: int) -> dict[str, int]:
-        """dataset -> sequences drawn before a step."""
-        counts = counter.counts_before(step // self.steps_per_rollout)
-        return dict(zip((dataset.name for dataset in self.datasets), counts.tolist(), strict=True))
+        """dataset -> sequences drawn before a step, by the datasets' numbers; those that are gone stay."""
+        counts = counter.counts_before(step // self.steps_per_rollout).tolist()
+        names = [dataset.name for dataset in self.datasets]
+        return self.start_sequences | dict(zip(names, counts, strict=True))
 
     def steps_of_epochs(self, epochs: float) -> int:
         """The first step before which so many epochs were read, exactly: epochs is the decimal number that it shows."""

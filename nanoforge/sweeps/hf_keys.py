@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Experiment:
         return per_device * self.integer("gradient_accumulation_steps") * self.ranks
 
     @property
-    def steps_per_epoch(self) -> float:
+    def steps_per_epoch(self) -> Fraction:
         """Steps of one pass over the examples; GRPO samples num_generations completions of each."""
         folder = self.keys.get("dataset_name")
         if not isinstance(folder, str):
@@ -74,13 +75,13 @@ class Experiment:
         sequences = self.count_examples(folder, self.algorithm)
         if self.algorithm == "grpo":
             sequences *= self.integer("num_generations")
-        return sequences / self.sequences_per_step
+        return Fraction(sequences, self.sequences_per_step)
 
     @property
     def total_steps(self) -> int:
         if self.integer("max_steps") > 0:
             return self.integer("max_steps")
-        return self.whole_rollouts(math.ceil(float(self.keys["num_train_epochs"]) * self.steps_per_epoch))
+        return self.whole_rollouts(math.ceil(Fraction(str(self.keys["num_train_epochs"])) * self.steps_per_epoch))
 
     def whole_rollouts(self, steps: int) -> int:
         """Steps, in GRPO rounded up so that none is between two steps on the same rollouts."""

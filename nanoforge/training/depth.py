@@ -99,7 +99,8 @@ def derive_args(
     tokens = fixed.get("max_tokens") or training_tokens(n_layer, width, tokens_per_weight)
     sequences = power_of_two(round(math.log2(batch_tokens(tokens) / block_size)))
     max_micro_batch = power_of_two(math.log2(MAX_MICRO_BATCH_TOKENS / block_size))
-    batch_size = fixed.get("batch_size", min(sequences, max_micro_batch))
+    micro_batches = fixed.get("gradient_accumulation_steps", 1)
+    batch_size = fixed.get("batch_size", max(1, min(sequences // micro_batches, max_micro_batch)))
     accumulation = fixed.get("gradient_accumulation_steps", max(1, round(sequences / batch_size)))
     global_batch_size = batch_size * accumulation
     steps = fixed.get("max_iters", max(1, round(tokens / (global_batch_size * block_size))))

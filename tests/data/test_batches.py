@@ -150,6 +150,10 @@ def test_counts_go_on_where_another_mixture_and_batch_left_them(tmp_path):
     for step in range(5, 12):
         for first in next(resumed.iter_windows(step, 0, 7))[:, 0, 0].tolist():
             read[first >= 1000].append(first)
+    order = Source(source.datasets[::-1], make_mixture((1, 1)), 12, 5)
+    order.resume_at(5, counts)
+    assert [dataset.index for dataset in order.datasets] == [1, 0], "a dataset's own order of windows stays"
+    assert order.count_sequences(order.sample_counter(), 5) == counts
     for dataset, firsts in zip(source.datasets, read.values(), strict=True):
         assert firsts == dataset.gather(np.arange(len(firsts)))[:, 0, 0].tolist()
     assert sum(resumed.count_sequences(resumed.sample_counter(), 12).values()) == 5 * 12 + 7 * 7

@@ -106,6 +106,15 @@ def test_explicit_heads_and_widths_make_a_model(tmp_path):
         GPT(GPTConfig(vocab_sizes=(9,), position="rope", n_kv_head=fixed.get("n_kv_head", 0), **shape))
 
 
+def test_an_explicit_accumulation_is_filled_by_the_micro_batch():
+    assert batch_rows(derive_args(12, 64, 20, 1024, {"gradient_accumulation_steps": 32})) == 512
+    by_rule = derive_args(4, 32, 10, 128, {})
+    halves = derive_args(4, 32, 10, 128, {"gradient_accumulation_steps": 2})
+    assert by_rule["gradient_accumulation_steps"] == 1 and halves["batch_size"] * 2 == by_rule["batch_size"]
+    rates = ("max_iters", "learning_rate", "muon_learning_rate")
+    assert [halves[name] for name in rates] == [by_rule[name] for name in rates]
+
+
 def test_rates_follow_the_tokens_that_an_explicit_length_reads():
     by_rule = derive_args(12, 64, 20, 1024, {})
     short = derive_args(12, 64, 20, 1024, {"max_iters": 100})
