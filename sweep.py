@@ -33,8 +33,9 @@ from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
 from nanoforge.errors import UserError
 from nanoforge.files import write_json
+from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.run_dir import RECORD_FILE
-from nanoforge.sweeps import grid, grid_file, hf_keys, launch, local, plan, slurm, summary
+from nanoforge.sweeps import grid, grid_file, hf_keys, inputs, launch, local, plan, slurm, summary
 from nanoforge.sweeps.plan import PlannedRun, Scripts
 from nanoforge.sweeps.search import SearchSpace, TPESearch, parse_search
 from train_args import TrainArgs
@@ -297,6 +298,18 @@ def evaluation_errors(flags: tuple[str, ...]) -> list[str]:
     return [line.strip() for line in lines]
 
 
+def rank_errors(args: TrainArgs, rank_counts: list[int]) -> list[str]:
+    """An error for each number of ranks that does not divide the batch, which the run would report on its nodes."""
+    groups = args.global_batch_size // args.group_size
+    unit = "sequences" if args.group_size == 1 else f"groups of {args.group_size} completions"
+    return [
+        f"slurm: {n_ranks} ranks (nodes x their processes) don't divide the {groups} {unit} of a step; "
+        "change nodes, gres, --batch_size or --gradient_accumulation_steps"
+        for n_ranks in rank_counts
+        if groups % n_ranks
+    ]
+
+
 class Planner:
     """Makes runs of points, checked with the argument table, and collects the errors of all points."""
 
@@ -304,6 +317,8 @@ class Planner:
         self.request = request
         self.defaults = read_defaults(request.record_path)
         self.count_examples = functools.cache(hf_keys.count_examples)
+        self.args: dict[Path, TrainArgs] = {}  # of each planned run, by its folder
+        self.checked_rows: dict[tuple, str] = {}  # what was read -> the error, or ""
         self.errors = plan.PointErrors()
         self.n_unused: Counter[str] = Counter()  # argument -> points that set it without effect
 
@@ -336,6 +351,8 @@ class Planner:
         errors += layer_errors
         errors += [error.removeprefix(f"{GRID}: ") for error in resolved.errors]
         self.n_unused.update(name for name in arguments if name in resolved.unused)
+        if self.request.sweep_args.launcher != "local" and not errors:
+            errors += rank_errors(resolved.args, slurm.rank_counts(sections.get("slurm", {})))
         # 3. The evaluations that follow it.
         evaluations = plan.evaluation_flags(sections.get("evaluation", {}))
         for flags in evaluations.values():
@@ -418,6 +435,7 @@ class Planner:
         folder = plan.run_folder(self.request.out_dir, varying, identity, SHORT_NAMES)
         if arguments.get("wandb_run_name") and varying:
             arguments["wandb_run_name"] += f"-{folder.name}"
+        self.args[folder] = resolved.args
         return PlannedRun(
             folder=folder,
             varying=varying,
@@ -427,6 +445,24 @@ class Planner:
             job=job,
             evaluations=evaluations,
         )
+
+    def check_rows(self, args: TrainArgs) -> None:
+        """Read the rows of examples as the run will, and import its rewards, once for equal runs. Raises UserError."""
+        import builders  # here, since they import torch
+        from nanoforge.posttraining import rewards
+
+        read = (args.objective, args.prompt_format, args.target_field, args.bad_rows, args.reward)
+        key = (*read, args.train_file, args.validation_file, *args.folders.values())
+        if key not in self.checked_rows:
+            self.checked_rows[key] = ""
+            try:
+                builders.read_rows(args, lambda note: print(note, file=sys.stderr))
+                if args.objective == "grpo":
+                    rewards.parse_rewards(args.reward)
+            except UserError as error:
+                self.checked_rows[key] = str(error)
+        if self.checked_rows[key]:
+            raise UserError(self.checked_rows[key])
 
     def exit_if_errors(self, errors: list[str], n_points: int = 0) -> None:
         """Exit with all errors, if there are any.
@@ -490,6 +526,26 @@ def prepare_data(runs: list[PlannedRun]) -> None:
         token_bins.prepare_if_missing(folder, data_format)
 
 
+def check_inputs(planner: Planner, runs: list[PlannedRun]) -> None:
+    """Exit with all errors in what the unfinished runs will read: examples, rewards, the base model, a login."""
+    errors: list[str] = []
+    for run in runs:
+        if run_state.run_status(run.folder, running=False).state in run_state.FINISHED:
+            continue
+        args = planner.args[run.folder]
+        errors.append(inputs.model_error(args.init_from) or "")
+        if args.wandb_log:
+            errors.append(inputs.wandb_error({**os.environ, **run.job.environment}, Path.home()) or "")
+        if OBJECTIVES[args.objective].reads_examples:
+            try:
+                planner.check_rows(args)
+            except UserError as error:
+                errors.append(str(error))
+    found = [error for error in dict.fromkeys(errors) if error]
+    if found:
+        configurator.exit_with_errors(found)
+
+
 def finish(request: Request, runs: list[PlannedRun], signal_number: int) -> int:
     """Print how the runs ended; the exit status: 0 if all are done, 128 + the signal that ended the sweep, or 1."""
     statuses = plan.run_statuses(runs, request.slurm_dir)
@@ -505,6 +561,7 @@ def run_local(request: Request, planner: Planner, runs: list[PlannedRun]) -> int
     """Run what is left to do of the runs on this machine; the exit status."""
     slots = local.gpu_slots(request.sweep_args.jobs, request.sweep_args.gpus_per_run)
     prepare_data(runs)
+    check_inputs(planner, runs)
     begin_sweep(request, planner)
     statuses = plan.run_statuses(runs, request.slurm_dir)
     unfinished = [
@@ -526,6 +583,7 @@ def run_tpe(request: Request, space: grid.Grid, planner: Planner, n_trials: int)
         runs = planner.plan_runs([point])
         planner.exit_if_errors([])
         prepare_data(runs)
+        check_inputs(planner, runs)
         return runs[0]
 
     begin_sweep(request, planner)
@@ -537,7 +595,11 @@ def run_tpe(request: Request, space: grid.Grid, planner: Planner, n_trials: int)
 
 def run_slurm(request: Request, planner: Planner, runs: list[PlannedRun]) -> int:
     """Write scripts for the runs that are neither done nor in the queue, and submit them if asked; the exit status."""
-    # 1. One sweep at a time writes here.
+    # 1. What the runs will read.
+    prepare_data(runs)
+    check_inputs(planner, runs)
+    # 2. One sweep at a time writes here.
+    begin_sweep(request, planner)
     launcher = launch.SlurmLauncher(
         folder=request.slurm_dir,
         sweep_name=request.out_dir.name,
@@ -549,14 +611,12 @@ def run_slurm(request: Request, planner: Planner, runs: list[PlannedRun]) -> int
     lock = local.acquire_lock(request.slurm_dir)
     if lock is None:
         raise UserError(f"{request.slurm_dir}: another sweep is writing there; wait until it has ended")
-    # 2. What is left to do.
-    prepare_data(runs)
-    begin_sweep(request, planner)
+    # 3. What is left to do.
     statuses = plan.run_statuses(runs, request.slurm_dir)
     pending = [run for run, status in zip(runs, statuses, strict=True) if status.state in run_state.NEEDS_WORK]
     for run in pending:
         plan.write_config(run)
-    # 3. The scripts.
+    # 4. The scripts.
     launcher.launch(pending, submit=request.sweep_args.submit)
     os.close(lock)
     action = "submitted" if request.sweep_args.submit else "written, for sbatch or --submit"

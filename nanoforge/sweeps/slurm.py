@@ -100,6 +100,14 @@ def max_nodes(directives: dict[str, Any]) -> int:
     return int(str(directives.get("nodes", directives.get("N", 1))).rpartition("-")[2])
 
 
+def rank_counts(directives: dict[str, Any]) -> list[int]:
+    """The numbers of ranks that a training may have: one for each number of nodes in a range. Raises UserError."""
+    shape = shape_of(directives)
+    least, dash, _ = str(directives.get("nodes", directives.get("N", 1))).partition("-")
+    first = int(least) if dash and least.isdigit() else shape.nodes
+    return [nodes * shape.processes_per_node for nodes in range(first, shape.nodes + 1)]
+
+
 def parse_seconds(text: str) -> int | None:
     """The seconds of a time as sbatch takes it, or None: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 

@@ -22,6 +22,7 @@ from helpers import ROOT, TINY, equal_tensors, free_port, read_run, run_script
 
 import sweep
 from nanoforge import run_state
+from nanoforge.errors import UserError
 from nanoforge.sweeps import slurm
 
 NASTY = "a 'b' \"c\" $HOME `id` \\ ; #"
@@ -96,6 +97,47 @@ def test_directives_are_verbatim_and_the_others_have_defaults():
     lines = directives_of(text)
     assert {"--signal=B:USR1@60", "--output=mine", "--array=0-0%4"} <= set(lines)
     assert "--requeue" not in lines
+
+
+GRID = "learning_rate: [1e-3, 2e-3]\nwandb_log: true\nout_dir: o\nsetup: [module load cuda]\n"
+SBATCH = """#!/bin/bash
+case "$*" in *dependency*) echo "no evaluations today" >&2; exit 1;; esac
+echo 5
+"""
+
+
+def test_a_sweep_leaves_the_scripts_and_jobs_of_its_last_time(tmp_path, monkeypatch, capsys):
+    """Single scripts don't stay beside an array; a job that was handed over is known even if the next one fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sweep, "prepare_data", lambda runs: None)
+    for name, text in (("sbatch", SBATCH), ("squeue", "#!/bin/bash\necho '5|PENDING|Priority'\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run_sweep(yaml: str, *argv: str) -> str:
+        (tmp_path / "g.yaml").write_text(yaml)
+        with pytest.raises(SystemExit):
+            sweep.command(["g.yaml", *argv])
+        return capsys.readouterr().out
+
+    yaml = GRID + "environment: {WANDB_NAME: mine}\n"
+    run_sweep(yaml, "--launcher=slurm")
+    (tmp_path / "o/slurm/mine.sh").write_text("echo mine\n")
+    assert len(list((tmp_path / "o/slurm").glob("lr=*.sh"))) == 2
+    run_sweep(yaml, "--launcher=slurm", "--array")
+    assert {path.name for path in (tmp_path / "o/slurm").glob("*.sh")} == {"array.sh", "mine.sh"}
+    assert "\nmodule load cuda\nset -u\n" in (tmp_path / "o/slurm/array.sh").read_text()
+    names = {json.loads(path.read_text())["wandb_run_name"] for path in tmp_path.glob("o/*/run.json")}
+    assert names == {f"mine-{path.parent.name}" for path in tmp_path.glob("o/*/run.json")} and len(names) == 2
+    with pytest.raises(UserError, match="no evaluations today"):
+        run_sweep(yaml + "evaluation: {tasks: x}\n", "--launcher=slurm", "--submit")
+    assert list(json.loads((tmp_path / "o/slurm/jobs.json").read_text()).values()) == ["5"]
+    assert run_sweep(yaml, "--status").count("pending") == 1
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho '5|PENDING|(launch failed requeued held)'\n")
+    out = run_sweep(yaml, "--status")
+    assert "launch failed requeued held" in out and "scontrol release 5" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -284,6 +284,13 @@ eval_only: true
             "evaluation: --task: no such argument; did you mean --tasks?",
         ),
         ("slurm: {nodes: two}\n", "slurm: nodes and tasks must be whole numbers"),
+        ("slurm: {nodes: 3}\n", "slurm: 3 ranks (nodes x their processes) don't divide the 64 sequences"),
+        ("slurm: {nodes: 1-4, gres: 'gpu:4'}\n", "slurm: 12 ranks (nodes x their processes) don't divide"),
+        (
+            "slurm: {gres: 'gpu:16'}\nobjective: grpo\nbeta: 0\n",
+            "slurm: 16 ranks (nodes x their processes) don't divide the 8 groups of 8",
+        ),
+        ("slurm: {time: 1}\n", "slurm: time: 60 seconds are over when"),
         ("environment: {1A: 3}\n", "environment: 1A: "),
         ("seeds: none\n", "seeds: must be a number of seeds"),
         ("seeds: [1, 2]\nseed: 3\n", "seeds: lists the seeds, which leaves seed=3 without effect"),
@@ -927,6 +934,7 @@ def guide(tmp_path) -> str:
     """The guide's example, with lists where its second part has them."""
     for name in ("one", "two", "data", "venv/bin"):
         (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").touch()
     for split in ("train", "val"):
         (tmp_path / f"data/{split}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 1000)
     return GUIDE.format(**{name: tmp_path / name for name in ("one", "two", "data", "venv", "out")})
@@ -1091,7 +1099,8 @@ def test_unsupported_keys_are_reported_together_before_anything_is_written(run_s
     assert code == 2 and "optim=paged: must be one of" in err and "distributed_config: DSZero9" in err
 
 
-def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path):
+def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     code, _, err = run_sweep("--launcher=slurm", yaml=guide)
     assert code == 0, err
     scripts = sorted((tmp_path / "out/slurm").glob("*.sh"))
@@ -1102,6 +1111,36 @@ def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path):
         and "export WANDB_NAME=test_alignment\n" in script.read_text()
         for script in scripts
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"two/model.safetensors": None}, "two: no weights in this folder"),
+        ({"data/val.jsonl": None}, "val.jsonl not there"),
+        ({"data/val.jsonl": '{"prompt": "a", "chosen": "b"}'}, "val.jsonl:1: has the fields prompt, chosen;"),
+        ({"data/train.jsonl": '{"prompt": "a", "chosen": null, "rejected": "c"}'}, "train.jsonl:1: chosen: must be"),
+        ({".netrc": "machine example.org login user password x"}, "not logged in to api.wandb.ai"),
+    ],
+)
+def test_what_runs_will_read_is_checked_before_anything_is_written(
+    run_sweep, guide, tmp_path, monkeypatch, change, message
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x")
+    for name, text in change.items():
+        (tmp_path / name).unlink()
+        if text is not None:
+            (tmp_path / name).write_text(f"{text}\n")
+    try:
+        code, _, err = run_sweep("--launcher=slurm", yaml=guide)
+    except UserError as error:  # of a dataset that is not there, which the command prints
+        code, err = 2, str(error)
+    assert code == 2 and not (tmp_path / "out").exists(), err
+    errors = [line for line in err.splitlines() if not line.endswith(" errors")]
+    assert 1 <= len(errors) <= 2 and all(message in line for line in errors), "one of DPO, one of KTO at most"
 
 
 def test_the_page_documents_every_key():
