@@ -280,11 +280,12 @@ def hub_rows(name: str, split: str) -> Iterator[tables.Row]:
 
 
 def split_documents(documents: Iterable[Document], val_fraction: float) -> Iterator[TextChunk]:
-    """Documents to splits by a hash of their text; a lone document by position.
+    """Documents to splits by a hash of their text; a lone document, or one that is most of the text, by position.
 
     Validation gets val_fraction of the documents and of the text, as nearly as whole documents can give both, and at
     least one; so does training.
     """
+    # 1. Weigh the first documents as a whole.
     documents = iter(documents)
     head = read_head(documents)
     if len(head) <= 1:
@@ -293,6 +294,9 @@ def split_documents(documents: Iterable[Document], val_fraction: float) -> Itera
     if len({document.key for document in head}) == 1:  # all the same: then their places tell them apart
         head = [document._replace(key=hash_text(str(i).encode())) for i, document in enumerate(head)]
     val_keys = choose_validation(head, val_fraction)
+    cut_key, cut_fraction = choose_cut(head, val_keys, val_fraction)
+
+    # 2. The others follow their own hashes.
     train_keys = {document.key for document in head} - val_keys
     n_bytes = n_val_bytes = 0
     for document in chain(head, documents):
@@ -302,7 +306,11 @@ def split_documents(documents: Iterable[Document], val_fraction: float) -> Itera
             fits = n_val_bytes + document.size <= 2 * val_fraction * n_bytes
             is_val = fits and document.key < val_fraction * 2**64
         n_val_bytes += document.size * is_val
-        yield from whole_document(document, "val" if is_val else "train")
+        if document.key == cut_key:
+            yield from split_by_position(document, cut_fraction)
+            yield from (TextChunk(split, "", ends_document=True) for split in ("train", "val"))
+        else:
+            yield from whole_document(document, "val" if is_val else "train")
 
 
 def whole_document(document: Document, split: str, *, ends: bool = True) -> Iterator[TextChunk]:
@@ -349,6 +357,20 @@ def choose_validation(documents: Sequence[Document], val_fraction: float) -> set
             count += counts[key]
             size += sizes[key]
     return chosen or {min(sorted(counts), key=lambda key: distance(counts[key], sizes[key]))}
+
+
+def choose_cut(documents: Sequence[Document], val_keys: set[int], val_fraction: float) -> tuple[int | None, float]:
+    """The training document whose end makes up validation's share of the text, and the part that this end is.
+
+    None if the documents for validation have at least half of that share: where no document is most of the text.
+    """
+    share = val_fraction * sum(document.size for document in documents)
+    missing = share - sum(document.size for document in documents if document.key in val_keys)
+    keys = [document.key for document in documents]
+    largest = max((item for item in documents if item.key not in val_keys), key=lambda document: document.size)
+    if missing < share / 2 or keys.count(largest.key) > 1:
+        return None, 0.0
+    return largest.key, min(missing / largest.size, 0.5)
 
 
 def split_by_position(document: Document, val_fraction: float) -> Iterator[TextChunk]:
