@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from model import GPT, GPTConfig
+from nanoforge import console
 from nanoforge.console import print_line
 from nanoforge.data import batches, token_bins, tokenization
 from nanoforge.data.batches import Batch, Metrics
@@ -156,7 +157,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
         examples=examples,
     )
     data = OBJECTIVES[args.objective].load_builder()(args, context)
-    return RunParts(args, inputs.tokenizers, model, data, describe_base(start, base), dtype_reason)
+    return RunParts(args, inputs.tokenizers, model, data, describe_base(start, base, record), dtype_reason)
 
 
 def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
@@ -329,15 +330,31 @@ def load_base(args: TrainArgs, record: RunRecord | None, log: Log) -> Pretrained
         return None
     assert record is not None
     if "source" not in record.base:
-        raise UserError(f"--init_from=resume: the run in {args.out_dir} records no base weights; start a new run")
+        raise UserError(missing_base_error(args, record))
     return pretrained.load_base(args.resumed_folder, record, log, args.base_model)
 
 
-def describe_base(start: TrainArgs, base: Pretrained | None) -> dict[str, str]:
+def missing_base_error(args: TrainArgs, record: RunRecord) -> str:
+    """Why a resumed run lacks the weights of its reference model: it began without one."""
+    changed = [
+        f"--{name}={console.format_value(getattr(args, name))} (before: {console.format_value(record.args[name])})"
+        for name in ("objective", "beta")
+        if record.args.get(name, getattr(args, name)) != getattr(args, name)
+    ]
+    if not changed:
+        return f"--init_from=resume: the run in {args.out_dir} records no base weights; start a new run"
+    return (
+        f"{', '.join(changed)}: needs a reference model, the weights that training started from, and the run in "
+        f"{args.out_dir} began without one and did not record them; resume it as before, or start a new run from it "
+        f"with --init_from={args.out_dir} and another --out_dir"
+    )
+
+
+def describe_base(start: TrainArgs, base: Pretrained | None, record: RunRecord | None) -> dict[str, str]:
     """What a resumed run needs to build what training started from, if it needs that: the base weights' source and
     sha256, and how the values that they lack were drawn."""
     if base is None or (start.adapter == "none" and not start.needs_reference):
-        return {}
+        return record.base if record is not None else {}  # --beta=0 needs none, and may end with the next resume
     sha256 = adapters.hash_weights(base.weights)
     return {"source": base.source, "sha256": sha256, "seed": str(start.seed), "prompt_init": start.prompt_init}
 

@@ -66,7 +66,7 @@ class TaskArgs:
     num_passes: int = arg(1, "completions sampled per problem, for pass@k and majority@k", low=1, needs=TASKS)
     max_new_tokens: int = arg(0, "maximum completion length (0: the run's, otherwise 256)", low=0, needs=TASKS)
     max_problems: int = arg(0, "maximum problems per task, the first ones (0: all)", low=0, needs=TASKS)
-    seed: int = arg(1337, "random seed of sampling", low=0, high=2**32 - 1, needs=TASKS)
+    seed: int = arg(1337, "random seed of sampling", low=0, high=2**32 - 1)
 
 
 @arg_group
@@ -452,7 +452,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
         vocab_size=tokenizer.vocab_size,
         **DECODINGS[args.decode]._asdict(),
     )
-    prompts = [encoder.encode_prompt(problem) for problem in problems]
+    prompts = encode_prompts(encoder, problems, source=title)
     n_cut = sum(len(ids) > model.config.block_size for ids in prompts)
     answers: list[list[Answer]] = [[] for _ in problems]
     for batch in evaluation.iter_batches(len(problems), title, "problems"):
@@ -467,6 +467,17 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
             answer = Answer(tokenizer.decode(ids), n_tokens=len(completion.ids), ended=completion.ended)
             answers[batch.start + number // args.num_passes].append(answer)
     return Answers(answers, n_cut)
+
+
+def encode_prompts(encoder: ExampleEncoder, problems: Sequence[Row], source: str) -> list[list[int]]:
+    """The ids of the prompts. Raises UserError that names the row."""
+    prompts = []
+    for number, problem in enumerate(problems, start=1):
+        try:
+            prompts.append(encoder.encode_prompt(problem))
+        except (UserError, UnicodeError) as error:
+            raise UserError(f"--tasks={source}: row {number}: {error}") from None
+    return prompts
 
 
 def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -13,7 +13,7 @@ prompts, also of several runs, are added to the base model that they were traine
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class PromptArgs:
 
     start: tuple[str, ...] = arg(
         ("\n",),
-        "prompt: text, FILE:path, or - for standard input; one for each context of a multicontext model, equally long",
+        "prompt: text, FILE:path, or - for standard input; several with --chat or --stop_at_end; "
+        "one for each context of a multicontext model, equally long",
         split=False,
     )
     chat: bool = arg(False, "the prompt is a user's message, and the model was trained on messages")
@@ -72,7 +73,7 @@ class SamplingArgs:
     min_p: float = arg(
         0.0, "keep tokens at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=NOT_GREEDY
     )
-    seed: int = arg(1337, "random seed", low=0, high=2**32 - 1, needs=NOT_GREEDY)
+    seed: int = arg(1337, "random seed; greedy samples are the same with any", low=0, high=2**32 - 1)
 
 
 @arg_group
@@ -142,7 +143,7 @@ def main(args: SampleArgs) -> None:
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
     if args.chat:
-        sample_reply(args, loaded)
+        sample_replies(args, loaded)
     elif args.stop_at_end:
         sample_until_end(args, loaded)
     else:
@@ -232,33 +233,36 @@ def sample_soft_prompts(args: SampleArgs) -> None:
         if unknown_fields:
             raise UserError(f"--fields: {', '.join(unknown_fields)} not in the prompt {formats[i]!r}")
         prompts.append(templates[i].encode(row, loaded.tokenizer, loaded.prompt_offsets[i]))
-    print_completions(args, loaded, prompts, prefix="")
+    print_completions(args, loaded, prompts)
 
 
-def sample_reply(args: SampleArgs, loaded: LoadedModel) -> None:
-    """Reply to a user's message. Raises UserError."""
+def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
+    """Reply to each user's message. Raises UserError."""
     if ROLES["assistant"] not in getattr(loaded.tokenizer, "added_ids", {}):
         raise UserError("--chat: this model was not trained on messages")
     encoder = ExampleEncoder(loaded.tokenizer, loaded.model.config.block_size)
-    message = {"role": "user", "content": read_start(args.start[0])}
-    print_completions(args, loaded, [encoder.encode_prompt({"prompt": [message]})], prefix="")
+    messages = [{"role": "user", "content": read_start(start)} for start in args.start]
+    print_completions(args, loaded, [encoder.encode_prompt({"prompt": [message]}) for message in messages])
 
 
 def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:
-    """Continue a text until the end-of-sequence token. Raises UserError."""
-    text = read_start(args.start[0])
-    ids = encode_text(loaded.tokenizer, text).tolist()
-    print_completions(args, loaded, [ids], prefix=text)
+    """Continue each text until the end-of-sequence token. Raises UserError."""
+    texts = [read_start(start) for start in args.start]
+    prompts = [encode_text(loaded.tokenizer, text).tolist() for text in texts]
+    print_completions(args, loaded, prompts, texts)
 
 
-def print_completions(args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefix: str) -> None:
-    """Draw and print num_samples completions of each prompt, each after the prefix. Raises UserError."""
+def print_completions(
+    args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefixes: Sequence[str] = ()
+) -> None:
+    """Draw and print num_samples completions of each prompt, each after its prefix, if there are prefixes."""
     loaded.to(args.device, args.dtype)
     remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
     sampling = sampling_params(args, n=args.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(args.seed)
-    for completion in generate_batch(loaded.model, prompts, sampling):
+    for number, completion in enumerate(generate_batch(loaded.model, prompts, sampling)):
+        prefix = prefixes[number // args.num_samples] if prefixes else ""
         print(f"{prefix}{decode_completion(completion, tokenizer)}\n{SEPARATOR}")
 
 

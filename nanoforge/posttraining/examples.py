@@ -74,13 +74,23 @@ class ExampleEncoder:
     @property
     def eos_id(self) -> int:
         """The end-of-sequence token, which extend_tokenizer adds if it is missing."""
-        assert self.tokenizer.eos_id is not None
+        if self.tokenizer.eos_id is None:
+            raise UserError(
+                "the model's tokenizer has no end-of-sequence token, which examples need; fine-tune it on some first"
+            )
         return self.tokenizer.eos_id
 
     @property
     def role_ids(self) -> dict[str, int]:
         """role -> id of its token, which extend_tokenizer adds if it is missing."""
-        return {role: self.tokenizer.added_ids[token] for role, token in ROLES.items()}
+        added_ids = getattr(self.tokenizer, "added_ids", {})
+        missing = [token for token in ROLES.values() if token not in added_ids]
+        if missing:
+            raise UserError(
+                f"a list of messages, and the model's tokenizer has no {', '.join(missing)}; fine-tune the model on "
+                "chats first, or write the prompt as a text"
+            )
+        return {role: added_ids[token] for role, token in ROLES.items()}
 
     def encode(self, row: Row, example_type: str) -> Example:
         """A row as an example; the types are those of objective_specs.py. Raises ExampleTooLongError and UserError."""

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,15 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
     assert set(train_args.SMOOTHED) == smoothed
     assert set(train_args.OPTIMIZERS) == {*optimizers.OPTIMIZERS, "muon"}
     assert all(name in specs["activation"].help for name in model.ACTIVATIONS)
+
+
+MAKES_OR_READS = re.compile(r"prepare\.py .*--(?:name|out_dir)=(?:data/)?([\w.-]+)|--dataset=([\w.-]+)")
+
+
+def test_the_docs_train_on_datasets_that_something_makes() -> None:
+    """A folder of data/ with its prepare.py, or one that a command before it on the page prepares."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        made = {path.parent.name for path in ROOT.glob("data/*/prepare.py")} | {"NAME"}
+        for new, read in MAKES_OR_READS.findall(page.read_text(encoding="utf-8")):
+            made.add(new)
+            assert not read or read in made, f"{page.name}: --dataset={read}"

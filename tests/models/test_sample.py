@@ -111,6 +111,15 @@ def test_a_text_until_its_end_goes_on_past_the_context(
 
 
 @pytest.mark.slow
+def test_each_start_gets_its_completions(base: Path, capsys: pytest.CaptureFixture):
+    """As many as with one start a call; a loop over seeds may be greedy, where all of them give the same."""
+    flags = [f"--init_from={base}", "--stop_at_end", "--temperature=0", "--max_new_tokens=4", "--dtype=float32"]
+    alone = [sample_here(capsys, *flags, f"--start={start}", "--num_samples=2")[0] for start in ("1+2=", "12+9=")]
+    for seed in (1, 2):
+        both, _ = sample_here(capsys, *flags, "--num_samples=2", f"--seed={seed}", "--start", "1+2=", "12+9=")
+        assert both == "".join(alone) and both.count("12+9=") == 2
+
+
 def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
     flags = [f"--out_dir={trained}/single", "--start=pack", "--max_new_tokens=60", "--num_samples=2"]
     assert (

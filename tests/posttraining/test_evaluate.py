@@ -203,6 +203,14 @@ def test_completions_depend_on_the_seed_alone(base, tmp_path):
     assert {"majority@2", "majority@4"} <= metrics.keys() and metrics["passes"] == 4
 
 
+def test_a_chat_prompt_for_a_model_without_roles_is_refused_by_its_row(base: Path, tmp_path: Path):
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": [{"role": "user", "content": "1+2="}], "answer": "3"}]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"row 2: .*<\|user\|>"):
+        run_evaluate(f"--out_dir={base.parent.parent}", f"--tasks={path}")
+
+
 def test_a_problem_is_scored_by_its_completions():
     score = evaluate.score_problem("72", ["72", "it is 70", "so <answer>72.0</answer>", "none"], num_passes=4)
     assert score == {

@@ -425,6 +425,19 @@ def test_reinforcement_learns(run):
     assert done.train[0]["reward"] < 0.4 and done.train[-1]["reward"] > 0.6
 
 
+@pytest.mark.slow
+def test_the_kl_coefficient_may_change_where_the_reference_is_known(run: Callable[..., RunFiles], base: Path):
+    """A run that began with a KL term keeps its base through a part without it; one that did not says so."""
+    flags = [*GRPO, f"--init_from={base}", "--learning_rate=0.01"]
+    run(*flags, "--beta=0.1", "--max_iters=2")
+    for beta, max_iters in (("0", 4), ("0.1", 6)):
+        done = run("--init_from=resume", f"--beta={beta}", f"--max_iters={max_iters}")
+    assert metric(done, "kl")[3] == 0 < metric(done, "kl")[5]
+    run(*flags, "--beta=0", "--max_iters=2", name="free")
+    with pytest.raises(UserError, match=r"--beta=0\.1 \(before: 0\): needs a reference model"):
+        run("--init_from=resume", "--beta=0.1", "--max_iters=4", name="free")
+
+
 FALTERING = """
 calls, limit = 0, {limit}
 def reward(completion, problem, n_tokens, max_tokens, ended):
