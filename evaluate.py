@@ -227,6 +227,7 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
         init_from="resume",
         out_dir=str(folder),
         data_dir=str(evaluation.data_dir),
+        base_model=args.base_model,
         batch_size=batch_size,
         eval_iters=args.max_windows // batch_size or sys.maxsize,
         reference="auto",  # a cache is as good, but is written
