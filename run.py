@@ -66,14 +66,28 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps until the first bound that is known in advance."""
+        return min(self.step_bounds().values())
+
+    def step_bounds(self) -> dict[str, int]:
+        """Argument -> the steps after which it ends the run."""
         args, progress, source = self.args, self.progress, self.data.source
-        bounds = [args.max_iters]
+        bounds = {"max_iters": args.max_iters}
         if args.max_train_tokens:
             n_left = -int(-(args.max_train_tokens - progress.tokens) // source.tokens_per_step)  # rounded up, exactly
-            bounds.append(progress.step + max(0, n_left))
+            bounds["max_tokens"] = progress.step + max(0, n_left)
         if args.max_epochs:
-            bounds.append(source.steps_of_epochs(args.max_epochs))
-        return min(bounds)
+            bounds["max_epochs"] = source.steps_of_epochs(args.max_epochs)
+        return bounds
+
+    def reached_limits(self) -> list[str]:
+        """The arguments that have ended the run already."""
+        args, progress = self.args, self.progress
+        limits = [name for name, steps in self.step_bounds().items() if steps <= progress.step]
+        if args.max_seconds and progress.seconds >= args.max_seconds:
+            limits.append("max_seconds")
+        if args.early_stop_patience and progress.worse_evaluations >= args.early_stop_patience:
+            limits.append("early_stop_patience")
+        return [f"--{name}={configurator.format_arg(getattr(args, name))}" for name in limits]
 
     @property
     def save_is_due(self) -> bool:
@@ -130,10 +144,12 @@ class Run:
         ]
 
     def remarks(self) -> list[str]:
-        """What the run's length leaves out of its schedule, or adds to it."""
-        args, steps = self.args, self.total_steps
-        if args.eval_only or steps <= self.progress.step:
+        """What the run's length leaves out of its schedule, or adds to it; of a finished run, how it goes on."""
+        args, steps, limits = self.args, self.total_steps, self.reached_limits()
+        if args.eval_only or (limits and not self.progress.step):
             return []
+        if limits:
+            return [f"the run has ended at step {self.progress.step:,}: raise {' and '.join(limits)} to go on"]
         remarks = schedules.schedule_remarks(
             builders.lr_scale(args),
             peak=args.peak_lr,

@@ -37,7 +37,15 @@ from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
 from nanoforge.training import checkpoint, evaluation
 from nanoforge.training.checkpoint import Progress
-from nanoforge.training.logger import RunLogger, StepLogger, draw_loss, start_tensorboard, start_wandb
+from nanoforge.training.logger import (
+    RunLogger,
+    StepLogger,
+    check_import,
+    check_wandb,
+    draw_loss,
+    start_tensorboard,
+    start_wandb,
+)
 from nanoforge.training.signals import Signals
 from run import Run, begin, build, resume
 from train_args import TrainArgs
@@ -261,13 +269,29 @@ def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
     return ranks.broadcast_text(folder)
 
 
+def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
+    """Raises UserError for what would fail once the folder is taken: a second process, trackers that can't start.
+
+    A resumed run goes on without its trackers.
+    """
+    if not args.begins_run:
+        lock.acquire()
+        return
+    if args.wandb_log:
+        check_wandb()
+    if args.tensorboard_log:
+        check_import("torch.utils.tensorboard", "--tensorboard_log")
+    if args.plot_loss:
+        check_import("matplotlib.figure", "--plot_loss")
+
+
 def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.RunLock) -> Progress:
     """Build the run, and train it or only evaluate it."""
     # 1. Build it. Nothing of an older run is touched until the new one is complete.
     notes: list[str] = []
     with ranks.main_first():
-        if ranks.is_main and not (args.begins_run or args.eval_only):
-            lock.acquire()
+        if ranks.is_main and not args.eval_only:
+            check_start(args, lock)
     run = build(args, ranks, notes.append)
     if ranks.is_main:
         console.print_line("\n".join([*notes, run.summary()]))

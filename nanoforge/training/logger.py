@@ -7,6 +7,7 @@ what happens to them ends no run.
 
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from nanoforge.console import format_duration, print_line
 from nanoforge.distributed import Ranks
+from nanoforge.errors import UserError
 from nanoforge.files import write_text
 from nanoforge.run_dir import METRICS_FILE
 from nanoforge.run_state import read_metrics
@@ -60,6 +62,29 @@ class Tracker(NamedTuple):
 
     log: Callable[[dict[str, int | float], int], None]  # (numbers, step)
     close: Callable[[], None]
+
+
+def check_import(module: str, flag: str) -> None:
+    """Raises UserError when the module of a flag can't be imported, though its package is there."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken package raises anything
+        raise UserError(f"{flag}: {module} can't be imported ({error}); reinstall it, or leave the flag out") from None
+
+
+def check_wandb() -> None:
+    """Raises UserError when nobody is logged in to Weights & Biases. Asks no server, and nothing when it is offline."""
+    check_import("wandb", "--wandb_log")
+    import wandb
+
+    try:
+        is_ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except (AttributeError, TypeError):  # a version without these says it when the run starts
+        return
+    except Exception as error:
+        raise UserError(f"--wandb_log: {error}") from None
+    if not is_ready:
+        raise UserError("--wandb_log: nobody is logged in; run wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
 
 
 def start_wandb(out_dir: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:

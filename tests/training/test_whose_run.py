@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,3 +363,45 @@ def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[Ru
     shutil.rmtree(lora.out_dir)
     assert run("--overwrite", "--max_iters=2", name="both/a").steps == [2]
     assert not list((base.out_dir / "checkpoints").glob("*.needed"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the start
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--wandb_log"],
+        ["--tensorboard_log"],
+        ["--plot_loss"],
+        ["--dataset=none"],
+        ["--optimizer=no:Class"],
+        ["--init_from=none"],
+        ["--batch_size=3", "--gradient_accumulation_steps=1", "--objective=sft"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monkeypatch: Patch, flags: list[str]):
+    """The real wandb without a login, and packages that are there but broken."""
+    if "--wandb_log" in flags:
+        pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    for module in ("torch.utils.tensorboard", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    done = run("--max_iters=2")
+    before = contents(done.out_dir)
+    for name, more in (("run", ["--overwrite"]), ("new", [])):
+        with pytest.raises((UserError, SystemExit)):
+            run(*flags, *more, name=name)
+    assert contents(done.out_dir) == before
+    assert not done.out_dir.with_name("new").exists()
+
+
+def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
+    run("--max_iters=2")
+    assert "--max_iters=2" in run("--init_from=resume").console
+    assert "--max_tokens=64" in run("--init_from=resume", "--max_tokens=64", "--max_iters=5").console
+    assert "--max_iters=3" not in run("--init_from=resume", "--max_iters=3", "--max_tokens=0").console
