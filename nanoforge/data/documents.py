@@ -75,10 +75,12 @@ class FoundFiles:
             kinds[kind] = kinds.get(kind, 0) + 1
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
         lines = [f"reading {plural(len(self.paths), 'file')}: {counts}"]
-        if self.skipped:
-            reasons = [f"{shorten(names)} ({reason})" for reason, names in self.skipped.items()]
-            lines.append(f"skipping {'; '.join(reasons)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.describe_skipped()]).strip()
+
+    def describe_skipped(self) -> str:
+        """What is not read, by the reason; an empty text if that is nothing."""
+        reasons = [f"{shorten(names)} ({reason})" for reason, names in self.skipped.items()]
+        return f"skipping {'; '.join(reasons)}" if reasons else ""
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -104,7 +106,7 @@ def find_files(inputs: Iterable[str], text_field: str, flag: str = "--input") ->
             n_before = len(found.paths)
             find_in_folder(path, text_field, found)
             if len(found.paths) == n_before:
-                raise UserError(f"{flag}={name}: the folder holds nothing to read; it needs {KINDS}")
+                raise UserError(f"{flag}={name}: the folder needs {KINDS}; {found.describe_skipped() or 'it is empty'}")
         elif not path.is_file():
             raise UserError(f"{flag}={name}: no such file or folder")
         elif not is_readable(path):
