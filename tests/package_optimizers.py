@@ -46,13 +46,23 @@ class ScheduleFreeSGD(torch.optim.Optimizer):
 
 
 class NestedStates(torch.optim.Optimizer):
-    """As pytorch-optimizer's SOAP and heavyball: lists, dicts by number, sets, 8 bits, and tensors in the group."""
+    """As pytorch-optimizer's SOAP and heavyball: lists, dicts by number, sets, 8 bits, tensors in the group, and an
+    entry of its own in state_dict."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.schedule: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"package": {"schedule": self.schedule, "constant": b"bytes"}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule = state_dict["package"]["schedule"]
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
+        self.schedule["probability"] = self.schedule.get("probability", 1.0) * 0.9
         for group in self.param_groups:
             group["step"] = group.get("step", torch.tensor(0)) + 1
             for p in group["params"]:
@@ -69,7 +79,7 @@ class NestedStates(torch.optim.Optimizer):
                 state["eight_bits"] = (state[0]["mean"] * 300).clamp(-127, 127).to(torch.int8)
                 norm = 1 + sum(part.norm() for part in state["GG"] if isinstance(part, torch.Tensor))
                 update = state["eight_bits"].float() / 300 / norm * (1 + 1 / len(state[0]["seen"]))
-                p.sub_(update, alpha=group["lr"])
+                p.sub_(update, alpha=group["lr"] * self.schedule["probability"])
 
 
 class ObjectStates(torch.optim.SGD):

@@ -184,6 +184,7 @@ def refuse_set_options(name: str, options: Mapping[str, Any], config: OptimConfi
 # state of any optimizer as tensors and JSON
 
 GROUP_ARGUMENTS = ("params", "lr", "peak_lr")  # entries of a group that are never state
+OTHER_PREFIXES = ("groups/", "entries/")  # of values that belong to no parameter
 
 
 def pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -243,9 +244,17 @@ def to_name(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-def initial_values(group: Group) -> Group:
-    """A copy of what an optimizer has in a group before its first step."""
-    return copy.deepcopy({name: value for name, value in group.items() if name not in GROUP_ARGUMENTS})
+def below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose keys have a prefix, by the rest of their keys."""
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def with_entries(state_dict: dict[str, Any], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A state_dict with its further entries from ENTRY/NAME -> value; an entry without names is the value itself."""
+    for key, value in below(values, prefix).items():
+        entry, _, name = key.partition("/")
+        state_dict[entry] = {**state_dict[entry], name: value} if name else value
+    return state_dict
 
 
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:
@@ -319,7 +328,7 @@ class Optimizer:
         self.averaging = [optimizer for optimizer in self.optimizers if has_modes(optimizer)]
         for optimizer in self.averaging:
             optimizer.train()  # type: ignore[attr-defined]
-        self.initial_values = [initial_values(group) for group in self.param_groups]
+        self.initial_values = copy.deepcopy(self.other_values())
         if is_trial or not groups or use_muon or name in OPTIMIZERS:
             return
         prove_resumable(name, config, self.parameters[0].device, is_sharded=bool(self.full_parameters))
@@ -430,8 +439,7 @@ class Optimizer:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, other values) of the state, keyed "optimizer/parameter/name"; the values also name the classes.
 
-        An optimizer's other state is what it changed in its groups since it was made. Raises TypeError for state that
-        can't be saved.
+        Of `other_values` those that changed since the optimizers were made. Raises TypeError for what can't be saved.
         """
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {"classes": self.class_names(), "kind": self.kind}
@@ -442,11 +450,9 @@ class Optimizer:
                     packed = pack(value, key, tensors)
                     if packed != {"tensor": key}:
                         values[key] = packed
-        for number, (group, initial) in enumerate(zip(self.param_groups, self.initial_values, strict=True)):
-            for name, value in group.items():
-                is_state = name not in GROUP_ARGUMENTS and not (name in initial and equal_values(value, initial[name]))
-                if is_state:
-                    values[f"groups/{number}/{name}"] = pack(value, f"groups/{number}/{name}", tensors)
+        for key, value in self.other_values().items():
+            if key not in self.initial_values or not equal_values(value, self.initial_values[key]):
+                values[key] = pack(value, key, tensors)
         if self.averaging:
             tensors |= {f"trained/{self.names[id(p)]}": p.detach() for p in self.parameters}
         return tensors, values
@@ -466,28 +472,40 @@ class Optimizer:
                 f"not {self.kind}; resume with the run's own"
             )
 
-        # 2. The state of parameters, in the dtypes that were saved.
-        for optimizer, states in zip(self.optimizers, self.unpack_states(tensors, values), strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+        # 2. What is no parameter's, as it was saved, or else as it is in new optimizers.
+        other = copy.deepcopy(self.initial_values)
+        other |= {key: unpack(values[key], tensors) for key in values if key.startswith(OTHER_PREFIXES)}
+
+        # 3. The state of parameters, in the dtypes that were saved.
+        for i, states in enumerate(self.unpack_states(tensors, values)):
+            optimizer = self.optimizers[i]
+            optimizer.load_state_dict(with_entries(optimizer.state_dict() | {"state": states}, other, f"entries/{i}/"))
             for number, parameter in self.numbered_parameters(optimizer).values():
                 if number in states:
                     loaded = optimizer.state[parameter]
                     optimizer.state[parameter] = with_saved_dtypes(loaded, states[number])
-
-        # 3. What the optimizers keep in their groups.
-        for number, (group, initial) in enumerate(zip(self.param_groups, self.initial_values, strict=True)):
+        for number, group in enumerate(self.param_groups):
             arguments = {name: group[name] for name in GROUP_ARGUMENTS}
             group.clear()
-            group.update(copy.deepcopy(initial) | arguments)
-            prefix = f"groups/{number}/"
-            own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-            group.update({name: unpack(value, tensors) for name, value in own.items()})
+            group.update(below(other, f"groups/{number}/") | arguments)
 
         # 4. The weights that they train.
         if self.averaging:
             with torch.no_grad():
                 for p in self.parameters:
                     p.copy_(shard_like(tensors[f"trained/{self.names[id(p)]}"], p))
+
+    def other_values(self) -> dict[str, Any]:
+        """What the optimizers hold in their groups, and what they add to torch's state_dict, as heavyball does."""
+        values = {}
+        for number, group in enumerate(self.param_groups):
+            values |= {f"groups/{number}/{name}": group[name] for name in group if name not in GROUP_ARGUMENTS}
+        for i, optimizer in enumerate(self.optimizers):
+            for entry, value in optimizer.state_dict().items():
+                if entry not in ("state", "param_groups"):
+                    parts = value if isinstance(value, dict) else {"": value}
+                    values |= {f"entries/{i}/{entry}/{name}": part for name, part in parts.items()}
+        return values
 
     def unpack_states(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[dict[int, Group]]:
         """For each optimizer, its own number of a parameter -> its state, from "optimizer/parameter/name"."""
