@@ -56,7 +56,7 @@ def measure_prepare(session: Session) -> Figures:
         for _ in range(session.args.text_mb * 2**20 // len(text) + 1):
             file.write(text)
 
-    flags = to_flags(input=corpus, name="large", data_dir=session.folder, tokenizer="char")
+    flags = to_flags(input=corpus, name="large", data_dir=session.folder, tokenizer="char", overwrite=True)
     sides: dict[str, Side] = {"ours": partial(time_prepare, [str(ROOT / "data" / "prepare.py"), *flags])}
     if session.nanogpt is not None:
         script = shutil.copy(session.nanogpt / "data" / "shakespeare_char" / "prepare.py", folder)

@@ -6,9 +6,9 @@ out=${1:-out/post_training}
 run() { python train.py "$@" --overwrite > "$out/last.log" 2>&1 || { tail -5 "$out/last.log"; exit 1; }; }
 score() { printf '%-28s' "$1"; python evaluate.py --out_dir="$out/$1" --checkpoint=last --tasks arithmetic --data_dir=data 2> /dev/null | grep accuracy; }
 mkdir -p "$out"
-python data/arithmetic/prepare.py > /dev/null
-python data/arithmetic/prepare.py --kind=preferences --out_dir=data/arithmetic_dpo > /dev/null
-for n in 1 8; do python data/arithmetic/prepare.py --kind=preferences --unpaired=$n --out_dir=data/arithmetic_kto_$n > /dev/null; done
+python data/arithmetic/prepare.py --overwrite > /dev/null
+python data/arithmetic/prepare.py --overwrite --kind=preferences --out_dir=data/arithmetic_dpo > /dev/null
+for n in 1 8; do python data/arithmetic/prepare.py --overwrite --kind=preferences --unpaired=$n --out_dir=data/arithmetic_kto_$n > /dev/null; done
 
 for seed in 1 2 3; do  # the first checkpoint (one every third step) with an accuracy of 30 %
     run configs/arithmetic_sft.py --seed=$seed --checkpoint_interval=3 --keep_every=3 --out_dir="$out/sft_$seed"
