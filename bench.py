@@ -26,11 +26,11 @@ class SubjectArgs:
     """what"""
 
     device: str = arg("auto", "auto, cpu or cuda")
-    peer: str = arg("", "folder of the peer's checkout (none: this program alone, unless --peer_kind=hf)")
+    peer: str = arg("", "folder of the peer's checkout (none: this program alone, unless --peer_kind=hf)", path=True)
     peer_kind: str = arg("nanogpt", "nanogpt (needs --peer) or hf (transformers)", choices=("nanogpt", "hf"))
-    data_dir: str = arg("", "folder that holds shakespeare_char (none: the peer's data, or ours)")
+    data_dir: str = arg("", "folder that holds shakespeare_char (none: the peer's data, or ours)", path=True)
     cases: tuple[str, ...] = arg((), "shapes to measure (none: those of the device)")
-    out: str = arg("benchmarks", "folder of the results")
+    out: str = arg("benchmarks", "folder of the results", path=True)
 
 
 @arg_group
@@ -43,7 +43,9 @@ class AmountArgs:
     bin_tokens: int = arg(10**9, "tokens of the bin that batches come from", low=10**5)
     batches: int = arg(10_000, "batches during which memory is watched", low=100)
     seeds: int = arg(3, "seeds of each side of the race", low=1)
-    race_config: str = arg("", "our config in the race (none: configs/shakespeare_cpu.py or shakespeare_gpu.py)")
+    race_config: str = arg(
+        "", "our config in the race (none: configs/shakespeare_cpu.py or shakespeare_gpu.py)", path=True
+    )
     peer_lr: tuple[float, ...] = arg((1e-3,), "learning rates of the peer in the race", needs=NANOGPT)
     peer_iters: int = arg(2000, "iterations of the peer in the race", low=2, needs=NANOGPT)
 

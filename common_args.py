@@ -12,12 +12,14 @@ FROM_RUN = with_value("init_from", "resume")
 class LoadArgs:
     """model"""
 
-    out_dir: str = arg("out", "run folder", needs=FROM_RUN)
+    out_dir: str = arg("out", "run folder", needs=FROM_RUN, path=True)
     checkpoint: str = arg("best", "checkpoint of the run: best, last or a step", needs=FROM_RUN)
     init_from: str = arg(
-        "resume", "resume (the run in out_dir), gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH to weights"
+        "resume",
+        "resume (the run in out_dir), gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH to weights",
+        path=True,
     )
-    base_model: str = arg("", BASE_MODEL_HELP)
+    base_model: str = arg("", BASE_MODEL_HELP, path=True)
 
 
 @arg_group

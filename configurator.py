@@ -17,6 +17,7 @@ run, config files from left to right, the command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -26,10 +27,12 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Iterable
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from nanoforge import config_files, console, launcher
@@ -41,6 +44,7 @@ COMMAND_LINE = "command line"  # sources of values, besides the paths of config 
 DEFAULT = "default"
 TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
+MAX_NAME_BYTES = 255  # of a file or folder
 SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
 
 
@@ -79,6 +83,7 @@ class ArgSpec:
     above: float = -math.inf  # every value must be larger than this
     high: float = math.inf  # largest value allowed
     split: bool = True  # a list is split at spaces and commas
+    path: bool = False  # a leading ~ is a home folder
     needs: OnlyWith | None = None
     model_shape: bool = False  # fixes the model's shape: comes with loaded weights, can't change on resume
     val_loss: OnlyWith | None = None  # when val_loss depends on it, besides `needs`
@@ -94,6 +99,7 @@ class ArgOptions(typing.TypedDict, total=False):
     above: float
     high: float
     split: bool
+    path: bool
     needs: OnlyWith
     model_shape: bool
     val_loss: OnlyWith
@@ -232,7 +238,18 @@ def convert_text(spec: ArgSpec, value: Any) -> str:
     text = str(value)
     if spec.choices and text not in spec.choices:
         raise UserError(f"must be one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}")
-    return text
+    return convert_path(text) if spec.path else text
+
+
+def convert_path(text: str) -> str:
+    """A path with ~ expanded, which shells don't do after an =. Raises UserError for what no file system allows."""
+    path = os.path.expanduser(text)
+    longest = max(len(name.encode(errors="surrogatepass")) for name in path.split(os.sep))
+    if longest > MAX_NAME_BYTES:
+        raise UserError(f"has a name of {longest} bytes; file systems allow {MAX_NAME_BYTES}, so choose a shorter one")
+    if "\0" in path:
+        raise UserError("must not have a null character")
+    return path
 
 
 def convert(spec: ArgSpec, value: Any) -> Any:
@@ -541,7 +558,10 @@ def parse(table: type[T], argv: list[str], description: str, rules: Rules | None
             layers += config_files.read_layers(path)
         except UserError as error:
             errors.append(str(error))
-    resolved = resolve(table, [*layers, (COMMAND_LINE, command_line.values)], rules)
+    try:
+        resolved = resolve(table, [*layers, (COMMAND_LINE, command_line.values)], rules)
+    except OSError as error:  # of a path that can't be looked at
+        exit_with_errors([*errors, describe_os_error(error)])
     errors += resolved.errors
     if errors:
         exit_with_errors(errors)
@@ -601,6 +621,8 @@ def run(main: Callable[[Any], Any], args: Any, *, output_is_required: bool = Fal
     output_is_required: stdout is what the command is run for; otherwise its failures end nothing.
     """
     console.protect_console(output_is_required=output_is_required)
+    if signal.getsignal(signal.SIGINT) == exit_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
         sys.stdout.flush()
@@ -611,6 +633,28 @@ def run(main: Callable[[Any], Any], args: Any, *, output_is_required: bool = Fal
             print_errors([str(error)])
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except OSError as error:
+        if not error.filename:
+            raise
+        exit_with_errors([describe_os_error(error)])
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file that can't be read or written, and why."""
+    return f"{error.filename}: {error.strerror}"
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end this process at once, without a traceback: during the seconds of the imports, until `run`."""
+    signal.signal(signal.SIGINT, exit_interrupted)
+
+
+def exit_interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """What Ctrl-C does before `run`: an exception could be caught by a module that is being imported."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)

@@ -47,8 +47,9 @@ class LossArgs:
     datasets: tuple[str, ...] = arg(
         (),
         "datasets whose validation loss is taken (default: the run's own); one for each context, if it has several",
+        path=True,
     )
-    data_dir: str = arg("", "folder of the dataset folders (default: the run's, otherwise data)")
+    data_dir: str = arg("", "folder of the dataset folders (default: the run's, otherwise data)", path=True)
     max_windows: int = arg(0, "maximum windows, or examples, per dataset (0: all)", low=0)
 
 
@@ -56,7 +57,9 @@ class LossArgs:
 class TaskArgs:
     """tasks"""
 
-    tasks: tuple[str, ...] = arg((), "datasets with a val.jsonl of prompts and answers, or paths to such files")
+    tasks: tuple[str, ...] = arg(
+        (), "datasets with a val.jsonl of prompts and answers, or paths to such files", path=True
+    )
     decode: str = arg(
         "greedy",
         "greedy, or sampling. standard: temperature 0.7, top_k 50, top_p 0.95; liberal: 0.85, 2000, 1",
@@ -74,7 +77,7 @@ class SystemArgs(DeviceArgs):
     """system"""
 
     batch_size: int = arg(64, "windows, examples or problems per batch", low=1)
-    json: str = arg("", "file to write (default: evaluation.json in out_dir)")
+    json: str = arg("", "file to write (default: evaluation.json in out_dir)", path=True)
 
 
 @arg_table
@@ -92,6 +95,7 @@ def check(args: EvaluateArgs, source: dict[str, str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    configurator.exit_on_interrupt()
     ARGUMENTS = configurator.parse(EvaluateArgs, sys.argv[1:], __doc__, Rules(check=check))
     gc.disable()  # a sixth of the seconds that torch takes to import
 

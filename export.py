@@ -26,8 +26,8 @@ ACTIONS = ("consolidate", "merge", "peft")
 class ExportArgs:
     """export"""
 
-    to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)")
-    base_model: str = arg("", BASE_MODEL_HELP)
+    to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)", path=True)
+    base_model: str = arg("", BASE_MODEL_HELP, path=True)
     dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
 
 
@@ -57,6 +57,7 @@ def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    configurator.exit_on_interrupt()
     REQUEST = parse(sys.argv[1:])
 
 import dataclasses

@@ -24,7 +24,7 @@ WRITTEN = OnlyWith("a report that is written (not --watch)", lambda args: not ar
 class OutputArgs:
     """report"""
 
-    out: str = arg("report", "folder of the page and the figures", needs=WRITTEN)
+    out: str = arg("report", "folder of the page and the figures", needs=WRITTEN, path=True)
     by: str = arg("best", "val_loss that runs are ranked by: best or final", choices=("best", "final"))
     points: int = arg(400, "maximum points of a curve; longer curves are thinned out", low=10)
     title: str = arg("", "title of the page (none: the folders)")
@@ -60,6 +60,7 @@ def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
+    configurator.exit_on_interrupt()
     FOLDERS, FLAGS = split_folders(sys.argv[1:])
     ARGS = configurator.parse(ReportArgs, FLAGS, __doc__)
     if not FOLDERS:

@@ -31,9 +31,9 @@ NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0
 class ModelArgs(LoadArgs):
     """model"""
 
-    out_dir: str = arg("out", "run folder", needs=WITHOUT_PROMPT_DIR)
+    out_dir: str = arg("out", "run folder", needs=WITHOUT_PROMPT_DIR, path=True)
     prompt_dir: tuple[str, ...] = arg(
-        (), "run folders of soft prompts: one for all --fields, or one for each of them", split=False
+        (), "run folders of soft prompts: one for all --fields, or one for each of them", split=False, path=True
     )
 
 
@@ -110,6 +110,7 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    configurator.exit_on_interrupt()
     ARGS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
     gc.disable()  # a sixth of torch's import time; nothing here leaves cycles behind
 
@@ -172,7 +173,7 @@ def read_start(start: str) -> str:
         return files.decode_text(sys.stdin.buffer.read(), "--start=-: standard input")
     if not start.startswith("FILE:"):
         return tables.check_text(start, "--start")
-    return files.read_text(Path(start.removeprefix("FILE:")))
+    return files.read_text(Path(start.removeprefix("FILE:")).expanduser())
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -192,7 +193,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def read_fields(fields: str) -> list[dict[str, Any]]:
     """The rows that an element of --fields names. Raises UserError."""
     if fields.startswith("FILE:"):
-        return list(tables.read_rows(Path(fields.removeprefix("FILE:"))))
+        return list(tables.read_rows(Path(fields.removeprefix("FILE:")).expanduser()))
     try:
         row = json.loads(fields)
     except ValueError as error:

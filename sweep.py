@@ -229,7 +229,7 @@ def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     config_paths = [path for path in command_line.files if path not in grid_paths]
     base_configs, config_errors = read_base_configs([*file.base_configs, *config_paths])
     default_name = Path(grid_paths[0]).stem if len(grid_paths) == 1 else "sweep"
-    out_dir = spec.pop("out_dir", None) or f"out/{default_name}"
+    out_dir = canonical("out_dir", spec.pop("out_dir", None) or f"out/{default_name}")
     errors += config_errors + check_out_dir(out_dir)
     request = Request(
         sweep_args=resolved.args,

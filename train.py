@@ -12,9 +12,11 @@ is in model.py, what the loop needs in run.py, and everything else in the packag
 
 import gc
 
+import configurator
 import train_args
 
 if __name__ == "__main__":  # errors and --help come before the seconds that importing torch takes
+    configurator.exit_on_interrupt()
     ARGS = train_args.parse()
     gc.disable()  # the collector takes a sixth of these seconds; the first logged step enables it
 
@@ -30,7 +32,6 @@ from pathlib import Path
 import torch
 
 import builders
-import configurator
 from nanoforge import console, device, distributed, restarts, rng, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts

@@ -85,21 +85,22 @@ class RunArgs:
     """run"""
 
     out_dir: str = arg("out", "run folder: checkpoints, metrics.jsonl, train_config.json",
-        inherit=False, alias=("output_dir",))
-    task_name: str = arg("", "without --out_dir: write the run to outputs/TASK_NAME/DATE_TIME", inherit=False)
+        inherit=False, alias=("output_dir",), path=True)
+    task_name: str = arg("", "without --out_dir: write the run to outputs/TASK_NAME/DATE_TIME",
+        inherit=False, path=True)
     debug: bool = arg(False, "with --task_name: write to outputs/debug/TASK_NAME/DATE_TIME",
         inherit=False, needs=with_set("task_name"))
     overwrite: bool = arg(False, "start over in an out_dir that already holds a run, deleting that run", inherit=False)
     init_from: str = arg("scratch", "scratch, resume (continue the run in out_dir), "
         "gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH: a run, a checkpoint, "
         "a folder or file of GPT-2 safetensors, or nanoGPT's ckpt.pt",
-        inherit=False, alias=("model_name_or_path",))
+        inherit=False, alias=("model_name_or_path",), path=True)
     gpt2_type: str = arg("gpt2", "GPT-2 size that --init_from=gpt2 loads",
         choices=GPT2_TYPES, inherit=False, needs=with_value("init_from", "gpt2"))
     checkpoint: str = arg("last", "checkpoint to resume from: last, best, a step, or the PATH of one, which with "
         "another out_dir begins a branch; --overwrite deletes later ones in out_dir",
-        inherit=False, needs=RESUME, alias=("resume_from_checkpoint",))
-    base_model: str = arg("", BASE_MODEL_HELP, inherit=False, alias=("base_model_name_or_path",))
+        inherit=False, needs=RESUME, alias=("resume_from_checkpoint",), path=True)
+    base_model: str = arg("", BASE_MODEL_HELP, inherit=False, alias=("base_model_name_or_path",), path=True)
     allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
         inherit=False, needs=RESUME)
     eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)
@@ -111,16 +112,16 @@ class RunArgs:
 class DataArgs:
     """data"""
 
-    data_dir: str = arg("data", "folder that contains the dataset folders")
+    data_dir: str = arg("data", "folder that contains the dataset folders", path=True)
     training_mode: str = arg("single", "single: one dataset; multidataset: a mixture of datasets; "
         "multicontext: aligned token streams whose embeddings are summed",
         choices=("single", "multidataset", "multicontext"))
     dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing",
-        needs=with_value("training_mode", "single"))
+        needs=with_value("training_mode", "single"), path=True)
     train_file: str = arg("", "training examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's train.jsonl)",
-        needs=EXAMPLES)
+        needs=EXAMPLES, path=True)
     validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl)",
-        needs=EXAMPLES)
+        needs=EXAMPLES, path=True)
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
         choices=("error", "drop", "truncate_target"), needs=EXAMPLES, val_loss=ALWAYS)
     bad_rows: str = arg("error", "what to do with rows of examples that a field makes unusable: "
@@ -128,7 +129,7 @@ class DataArgs:
         choices=("error", "skip"), needs=EXAMPLES, val_loss=ALWAYS)
     sampling_method: str = arg("random", "training windows: random, shuffled without replacement, or sequential",
         choices=("random", "without_replacement", "sequential"), needs=LM)
-    dataset_list: tuple[str, ...] = arg((), "datasets of the mixture", needs=MULTIDATASET)
+    dataset_list: tuple[str, ...] = arg((), "datasets of the mixture", needs=MULTIDATASET, path=True)
     dataset_sampling_probs: tuple[float, ...] = arg((), "sampling weight of each dataset, normalized (none: equal); "
         "with --dataset_interleaving: consecutive turns of each dataset, whole numbers",
         needs=MULTIDATASET)
@@ -144,7 +145,7 @@ class DataArgs:
     multidataset_wte: bool = arg(False, "give each dataset its own token embedding and head; tokenizers may differ",
         model_shape=True, needs=MULTIDATASET)
     multicontext_datasets: tuple[str, ...] = arg((), "aligned datasets of equal length, one context each",
-        needs=with_value("training_mode", "multicontext"))
+        needs=with_value("training_mode", "multicontext"), path=True)
 
 
 @arg_group
@@ -642,15 +643,16 @@ def locate_layers(layers: list[Layer]) -> list[Layer]:
         folder = Path(source).parent
         is_record = Path(source).name == config_files.RECORD_FILE
         if is_record and run_dir.holds_checkpoint(folder):
-            named = {"checkpoint": str(folder)} if is_resumed else {}
+            resumed = {"checkpoint": str(folder)} if is_resumed else {}
             rest = {name: value for name, value in values.items() if name != "out_dir"}
-            located.append((source, rest | out_dir_around(folder) | named))
+            located.append((source, rest | out_dir_around(folder) | resumed))
         elif is_record and len(run_dir.existing_run_files(folder)) > 1:
             located.append((source, values | {"out_dir": str(folder)}))
         else:
-            checkpoint = str(values.get("checkpoint", values.get("resume_from_checkpoint", "")))
-            is_path = not has_out_dir and run_dir.holds_checkpoint(Path(checkpoint))
-            located.append((source, values | out_dir_around(Path(checkpoint)) if is_path else values))
+            named = values.get("checkpoint", values.get("resume_from_checkpoint", ""))
+            checkpoint = Path(str(named)).expanduser()
+            is_path = not has_out_dir and run_dir.holds_checkpoint(checkpoint)
+            located.append((source, values | out_dir_around(checkpoint) if is_path else values))
     return located
 
 
@@ -910,13 +912,32 @@ def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 # reading arguments
 
 RULES = Rules(locate=locate_layers, resumed_config=resumed_config, derive=derive, check=check, hints=HINTS)
-RESUME_FLAGS = {
-    "--resume": "--init_from=resume",
-    "--resume=true": "--init_from=resume",
-    "--resume=True": "--init_from=resume",
-    "--resume=false": "--init_from=scratch",
-    "--resume=False": "--init_from=scratch",
-}
+
+
+def spell_out_resume(argv: list[str]) -> tuple[list[str], list[str]]:
+    """--resume, --resume=VALUE, --resume VALUE and --no-resume as --init_from, and the errors of their values."""
+    spelled_out: list[str] = []
+    errors: list[str] = []
+    rest = iter(configurator.join_bare_flags(argv, {"--resume"}))
+    for text in rest:
+        flag, _, value = text.partition("=")
+        if text == "--no-resume":
+            flag, value = "--resume", "false"
+        elif text == "--resume":
+            value = next(rest)
+        if flag != "--resume":
+            spelled_out.append(text)
+            continue
+        try:
+            is_resumed = configurator.convert_bool(value)
+        except UserError as error:
+            errors.append(f"--resume={value}: {error}; to resume a run, --resume --out_dir=RUN")
+            continue
+        if is_resumed:
+            spelled_out.append("--init_from=resume")
+        elif not any(text.startswith("--init_from") for text in argv):
+            spelled_out.append("--init_from=scratch")
+    return spelled_out, errors
 
 
 def resolve(layers: list[tuple[str, dict[str, Any]]]) -> Resolved:
@@ -932,7 +953,9 @@ def load_args(folder: Path) -> TrainArgs:
 
 def parse(argv: list[str] | None = None) -> TrainArgs:
     """The arguments that a command line asks for; prints all errors at once and exits with status 2."""
-    argv = [RESUME_FLAGS.get(text, text) for text in (sys.argv[1:] if argv is None else argv)]
+    argv, errors = spell_out_resume(sys.argv[1:] if argv is None else argv)
+    if errors:
+        configurator.exit_with_errors(errors)
     if any(text.startswith("--resume_from_checkpoint") for text in argv):
         argv = ["--init_from=resume", *argv]
     return configurator.parse(TrainArgs, argv, "Train a GPT: see README.md.", RULES)

@@ -34,12 +34,12 @@ from nanoforge.files import download, download_name
 class PrepareArgs:
     """prepare"""
 
-    input: tuple[str, ...] = arg((), "files, folders and web addresses, or hf:NAME[:CONFIG]", split=False)
+    input: tuple[str, ...] = arg((), "files, folders and web addresses, or hf:NAME[:CONFIG]", split=False, path=True)
     val_input: tuple[str, ...] = arg(
-        (), "the same for validation; of hf:NAME the validation split (none: a part of --input)", split=False
+        (), "the same for validation; of hf:NAME the validation split (none: a part of --input)", split=False, path=True
     )
-    name: str = arg("", "name of the dataset, for train.py --dataset=NAME")
-    data_dir: str = arg("data", "folder of the dataset folders")
+    name: str = arg("", "name of the dataset, for train.py --dataset=NAME", path=True)
+    data_dir: str = arg("data", "folder of the dataset folders", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
     tokenizer: str = arg("gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken")
     vocab_size: int = arg(8192, "vocabulary size of a trained bpe tokenizer", low=300)

@@ -250,6 +250,7 @@ def read_layers(path: str, parents: tuple[str, ...] = ()) -> list[tuple[str, dic
 
     `parents` are the files whose base this is. Raises UserError, also where a file is its own base.
     """
+    path = os.path.expanduser(path)
     real_path = os.path.realpath(path)
     if real_path in parents:
         cycle = " -> ".join(os.path.basename(parent) for parent in (*parents, real_path))

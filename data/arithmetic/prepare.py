@@ -50,7 +50,7 @@ class PrepareArgs:
         low=0,
         needs=with_value("kind", "preferences"),
     )
-    out_dir: str = arg(str(FOLDER), "folder to write to")
+    out_dir: str = arg(str(FOLDER), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
 
 

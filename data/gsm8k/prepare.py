@@ -32,8 +32,9 @@ class PrepareArgs:
         (),
         "folder with GSM8K's own train.jsonl and test.jsonl, or these two files (default: downloads them)",
         split=False,
+        path=True,
     )
-    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
 
 

@@ -29,7 +29,7 @@ MAX_BYTES = 3_000_000
 class PrepareArgs:
     """prepare"""
 
-    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
     packages: bool = arg(False, "also the library's packages, without those that were installed")
     max_bytes: int = arg(MAX_BYTES, "maximum number of characters in all", low=1)

@@ -26,7 +26,7 @@ CLASSES = {tokenize.NUMBER: "0", tokenize.STRING: "s", tokenize.COMMENT: "#", to
 class PrepareArgs:
     """prepare"""
 
-    out_dir: str = arg(str(Path(__file__).parent), "folder to write to")
+    out_dir: str = arg(str(Path(__file__).parent), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
 
 

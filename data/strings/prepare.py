@@ -54,7 +54,7 @@ class PrepareArgs:
     longest: int = arg(6, "letters of the longest words; the shortest have two", low=2, high=20)
     hidden: str = arg("reverse", "task that hidden_*.jsonl does not name", choices=tuple(TASKS))
     seed: int = arg(0, "random seed of the words", low=0)
-    out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to")
+    out_dir: str = arg(str(Path(__file__).resolve().parent), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
 
 
