@@ -12,10 +12,8 @@ command again skips the runs that are done, resumes those that were stopped, and
 docs/sweeps.md has more.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import subprocess
@@ -32,7 +30,6 @@ from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, a
 from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
 from nanoforge.errors import UserError
-from nanoforge.files import write_json
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.run_dir import RECORD_FILE
 from nanoforge.sweeps import grid, grid_file, hf_keys, inputs, launch, local, plan, slurm, summary
@@ -128,10 +125,6 @@ class Request:
     @property
     def study_path(self) -> Path:
         return self.out_dir / "study.journal"
-
-    @property
-    def record_path(self) -> Path:
-        return self.out_dir / "sweep.json"
 
 
 def parse_cell(spec: ArgSpec, value: Any) -> Any:
@@ -276,13 +269,16 @@ def argument_types(spec: dict[str, Any], base_configs: Sequence[tuple[str, dict[
     )
 
 
-def read_defaults(path: Path) -> dict[str, Any]:
-    """The defaults with which a sweep began, of the arguments that there still are; the table's for a new sweep."""
+def read_defaults(out_dir: Path) -> dict[str, Any]:
+    """The defaults with which a sweep began, as far as the runs in its folder agree; else those of the table."""
     defaults = {name: spec.default for name, spec in TRAIN_SPECS.items()}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a new sweep, or one of before this file
-        recorded = json.loads(path.read_text(encoding="utf-8"))["defaults"]
-        defaults |= {name: canonical(name, value) for name, value in recorded.items() if name in defaults}
-    return defaults
+    found: dict[str, list[Any]] = {}
+    for recorded in plan.recorded_defaults(out_dir):
+        for name, value in recorded.items():
+            if name in defaults:
+                found.setdefault(name, []).append(canonical(name, value))
+    agreed = {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
+    return defaults | agreed
 
 
 @functools.cache
@@ -315,7 +311,7 @@ class Planner:
 
     def __init__(self, request: Request):
         self.request = request
-        self.defaults = read_defaults(request.record_path)
+        self.defaults = read_defaults(request.out_dir)
         self.count_examples = functools.cache(hf_keys.count_examples)
         self.args: dict[Path, TrainArgs] = {}  # of each planned run, by its folder
         self.checked_rows: dict[tuple, str] = {}  # what was read -> the error, or ""
@@ -501,14 +497,9 @@ def report(request: Request, runs: list[PlannedRun]) -> int:
 
 
 def begin_sweep(request: Request, planner: Planner) -> None:
-    """Write the defaults of a new sweep, and print those that have changed since an older one began.
-
-    Raises UserError where nothing can be written.
-    """
+    """Make the sweep's folder, and print the defaults that have changed since it began. Raises UserError."""
     try:
         request.out_dir.mkdir(parents=True, exist_ok=True)
-        if not request.record_path.exists():
-            write_json(request.record_path, {"defaults": planner.defaults})
     except OSError as error:
         raise UserError(f"--out_dir={request.out_dir}: can't be written ({error.strerror})") from None
     for name, value in planner.defaults.items():

@@ -116,13 +116,24 @@ def write_config(run: PlannedRun) -> None:
     write_json(run.folder / run_state.CONFIG_FILE, values)
 
 
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the file, all arguments with an effect) of a run.json; empty where it can't be read."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config, dict(config[EFFECTIVE_KEY])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, {}
+
+
+def recorded_defaults(out_dir: Path) -> list[dict[str, Any]]:
+    """Of each run in a sweep's folder, the arguments that had an effect and were defaults."""
+    configs = [read_config(path) for path in sorted(out_dir.glob(f"*/{run_state.CONFIG_FILE}"))]
+    return [{name: value for name, value in effective.items() if name not in config} for config, effective in configs]
+
+
 def conflicting_run(run: PlannedRun) -> str | None:
     """An error if the run's folder holds a run with other arguments, after a default has changed for example."""
-    try:
-        text = (run.folder / run_state.CONFIG_FILE).read_text(encoding="utf-8")
-        existing = json.loads(text)[EFFECTIVE_KEY]
-    except (OSError, ValueError, KeyError):
-        return None
+    _, existing = read_config(run.folder / run_state.CONFIG_FILE)
     planned = json.loads(json.dumps(run.effective))  # with tuples as lists
     names = [name for name in planned if name in existing and planned[name] != existing[name]]
     if not names:
