@@ -45,7 +45,6 @@ DEFAULT = "default"
 TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
 MAX_NAME_BYTES = 255  # of a file or folder
-SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +601,7 @@ def exit_with_errors(errors: list[str]) -> NoReturn:
     where only one of them has an error (its machine lacks a file) it prints.
     """
     if not launcher.is_main_process():
-        time.sleep(SECONDS_FOR_MAIN_RANK)
+        time.sleep(launcher.SECONDS_FOR_MAIN_RANK)
     print_errors(errors)
     raise SystemExit(2)
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from nanoforge.errors import UserError
 
 MIN_RENDEZVOUS_SECONDS = 300.0
 SLOW_TIMEOUT = timedelta(days=7)
-SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
 FAILURE_KEY = "failure"  # of the rank that failed first, in the ranks' store
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,11 +147,15 @@ def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
 def share_failure(error: Exception, rank: int, store: dist.Store) -> BaseException:
     """What ends this rank: its own error, with whether another rank has reported it, or that of the rank that failed
     and left this one alone."""
+    if is_lost_connection(error):
+        failure = read_failure(store)
+        if not failure:
+            return SystemExit(
+                f"rank {rank} lost the connection to another rank, which has reported no error ({first_line(error)}); "
+                "continue the run with --init_from=resume"
+            )
+        return SystemExit(failure if rank == 0 else 1)
     with contextlib.suppress(RuntimeError):  # the store is gone with its rank
-        if is_lost_connection(error):
-            if not store.check([FAILURE_KEY]):
-                return SystemExit(f"a rank was lost, without a word of its own ({first_line(error)})")
-            return SystemExit(store.get(FAILURE_KEY).decode() if rank == 0 else 1)
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         store.set(FAILURE_KEY, f"rank {rank} failed: {text}")
         if isinstance(error, UserError) and not error.is_reported:
@@ -161,10 +165,25 @@ def share_failure(error: Exception, rank: int, store: dist.Store) -> BaseExcepti
     return error
 
 
+def read_failure(store: dist.Store) -> str:
+    """The error of the rank that failed first; empty if it has left none, or if its store is gone or unreachable."""
+    found = []
+
+    def read() -> None:
+        with contextlib.suppress(RuntimeError):
+            if store.check([FAILURE_KEY]):
+                found.append(store.get(FAILURE_KEY).decode())
+
+    reader = threading.Thread(target=read, daemon=True)  # a host that is unplugged never answers
+    reader.start()
+    reader.join(launcher.SECONDS_FOR_MAIN_RANK)
+    return found[0] if found else ""
+
+
 def is_reported_by_main(store: dist.Store, text: str) -> bool:
     """Whether the main rank has an error too, waiting a little for it."""
     try:
-        store.wait([f"reported: {text}"], timedelta(seconds=SECONDS_FOR_MAIN_RANK))
+        store.wait([f"reported: {text}"], timedelta(seconds=launcher.SECONDS_FOR_MAIN_RANK))
     except dist.DistStoreError:
         return False
     return True

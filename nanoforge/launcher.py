@@ -3,6 +3,7 @@
 import os
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_FOR_MAIN_RANK = 3.0  # until it has reported an error that all ranks have
 
 
 def world_size() -> int:
