@@ -422,6 +422,10 @@ def build_from_base(
     if args.block_size > whole.block_size and args.block_size != TrainArgs.block_size:
         log(f"--block_size={args.block_size}: the weights of --init_from have {whole.block_size}, which stands")
     shape = {name: value for name, value in dataclasses.asdict(whole).items() if name not in pretrained.TRAINING_FIELDS}
+    if args.prompt_format and args.max_tokens > whole.block_size:
+        raise UserError(
+            f"--max_tokens={args.max_tokens}: the model's context has {whole.block_size} tokens; use no more"
+        )
     shape |= {
         "block_size": min(args.block_size, whole.block_size),
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),

@@ -31,7 +31,8 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -78,6 +79,7 @@ class ArgSpec:
     default: Any
     help: str
     choices: Collection[str] = ()
+    value_hints: Mapping[str, str] | None = None  # choices of other programs -> what to use instead
     low: float = -math.inf  # smallest value allowed
     above: float = -math.inf  # every value must be larger than this
     high: float = math.inf  # largest value allowed
@@ -94,6 +96,7 @@ class ArgOptions(typing.TypedDict, total=False):
     """The fields of ArgSpec that a table may set."""
 
     choices: Collection[str]
+    value_hints: Mapping[str, str]
     low: float
     above: float
     high: float
@@ -236,7 +239,9 @@ def convert_text(spec: ArgSpec, value: Any) -> str:
         raise UserError("must be text")
     text = str(value)
     if spec.choices and text not in spec.choices:
-        raise UserError(f"must be one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}")
+        hint = (spec.value_hints or {}).get(text)
+        suggestion = f"; {hint}" if hint else did_you_mean(text, spec.choices)
+        raise UserError(f"must be one of {', '.join(spec.choices)}{suggestion}")
     return convert_path(text) if spec.path else text
 
 
@@ -367,23 +372,65 @@ def join_bare_flags(argv: list[str], flags: set[str]) -> list[str]:
 
 def unknown_argument(name: str, known: Iterable[str], hints: dict[str, str]) -> str:
     """The error for a name that is no argument; `hints` say what to use instead of names that other programs have."""
-    bare = name.removeprefix("--").removeprefix("no-")
+    bare = name.lstrip("-").removeprefix("no-")
+    if name in HYDRA_FLAGS:
+        return f"{name}: not an argument here; {HYDRA_FLAGS[name]}"
     if bare in hints:
         return f"{name}: not an argument here; {hints[bare]}"
     return f"{name}: no such argument{did_you_mean(name, known)}"
 
 
-def split_rest(rest: list[str]) -> tuple[list[str], list[str]]:
-    """(files, unknown flags) of what argparse left. Text after an unknown flag is its value, if not a config file."""
+HYDRA_FLAGS = {
+    **dict.fromkeys(("--multirun", "-m"), "a grid of runs is sweep.py's (docs/sweeps.md)"),
+    **dict.fromkeys(("--cfg", "-c", "--info"), "use --print_config"),
+    **dict.fromkeys(("--config-name", "-cn", "--config-path", "-cp"), "write the path of a config file"),
+}
+HYDRA_OVERRIDE = re.compile(r"[+~]{0,2}(?P<key>[A-Za-z_][\w.@/-]*)=(?P<value>.*)", re.DOTALL)
+
+
+def split_rest(rest: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """(files, unknown flags, key=value texts) of what argparse left. Other text after an unknown flag is its value."""
     files = []
     flags = []
+    overrides = []
     for previous, text in itertools.pairwise(["", *rest]):
-        is_value = previous.startswith("--") and "=" not in previous and not text.endswith(config_files.SUFFIXES)
+        is_file = text.endswith(config_files.SUFFIXES)
         if text.startswith("-"):
             flags.append(text.split("=")[0])
-        elif not is_value:
+        elif not is_file and HYDRA_OVERRIDE.fullmatch(text):
+            overrides.append(text)
+        elif is_file or "=" in previous or not (previous.startswith("--") or previous in HYDRA_FLAGS):
             files.append(text)
-    return files, flags
+    return files, flags, overrides
+
+
+def hydra_override(text: str, names: Mapping[str, ArgSpec], hints: Mapping[str, str]) -> str:
+    """The error for an override in Hydra's syntax: the flag, the config file or the command that says it here."""
+    match = HYDRA_OVERRIDE.fullmatch(text)
+    assert match is not None
+    name, value = match["key"].rpartition(".")[2], match["value"]
+    spec = names.get(name)
+    if spec is not None and "," in value and spec.kind is not tuple:
+        return f"{text}: write several values as a grid, {spec.name}: [{value}], for sweep.py"
+    if spec is not None and (not spec.choices or value in spec.choices):
+        return f"{text}: write --{spec.name}={value}"
+    config = find_config(value)
+    if config:
+        return f"{text}: write {config}, which is a config file"
+    if spec is not None:
+        return f"{text}: write --{spec.name}=VALUE, one of {', '.join(spec.choices)}"
+    if name in hints:
+        return f"{text}: not an argument here; {hints[name]}"
+    suggestion = did_you_mean(name, names)
+    return f"{text}: not an argument and not a config file; write --key=value, or the file's path{suggestion}"
+
+
+def find_config(name: str) -> str | None:
+    """The config file of that name in the folder configs, as Hydra finds one in a group."""
+    if re.fullmatch(r"[\w-]+", name) is None:
+        return None
+    paths = [path for suffix in config_files.SUFFIXES for path in sorted(Path("configs").rglob(name + suffix))]
+    return str(paths[0]) if paths else None
 
 
 def read_command_line(
@@ -396,7 +443,7 @@ def read_command_line(
     values = vars(namespace)
     print_config = values.pop("print_config")
     files = values.pop("config_path", [])
-    more_files, unknown_flags = split_rest(rest)
+    more_files, unknown_flags, overrides = split_rest(rest)
     files += more_files
     for name, items in values.items():
         if isinstance(items, list) and specs[name].split:  # a config file after a list is not one of its items
@@ -407,6 +454,7 @@ def read_command_line(
     values = {name: value for name, value in values.items() if name not in empty}
     known = [f"--{name}" for name in names] + [f"--no-{name}" for name in names]
     errors += [unknown_argument(flag, known, hints or {}) for flag in unknown_flags]
+    errors += [hydra_override(text, names, hints or {}) for text in overrides]
     return CommandLine(values, files, print_config, errors)
 
 

@@ -121,13 +121,18 @@ class Run:
             ("run", f"{args.out_dir} (from {args.init_from})"),
             ("model", describe_model(model, args.adapter)),
             ("data", summary.describe_data(source, self.data.eval_datasets["val"])),
-            ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, schedule {args.schedule}"),
+            ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, {self.describe_schedule()}"),
             ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
             ("device", device),
             *self.dropout_line(),
             ("time", summary.describe_time(flops_left, ranks, model.compute_dtype)),
         ]
         return summary.format_summary(lines)
+
+    def describe_schedule(self) -> str:
+        """The schedule, and the learning rate of the run's last step."""
+        last_lr = self.args.peak_lr * builders.lr_scale(self.args)(max(0, self.total_steps - 1))
+        return f"schedule {self.args.schedule}, at the last step {last_lr:.3g}"
 
     def dropout_line(self) -> list[tuple[str, str]]:
         """Says that dropout is set and not applied."""

@@ -6,6 +6,7 @@ functions find arguments that conflict. To add an argument, add its field to a g
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from nanoforge import config_files, launcher
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
-from nanoforge.training.schedules import SCHEDULES
+from nanoforge.training.schedules import SCHEDULES, other_names
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
@@ -165,7 +166,7 @@ class BatchArgs:
     """batch"""
 
     batch_size: int = arg(64, "micro-batch size, in sequences; batch_size x gradient_accumulation_steps "
-        "is the global (effective) batch size for any number of ranks", low=1)
+        "is the global (effective) batch size for any number of ranks", low=1, alias=("micro_batch_size",))
     gradient_accumulation_steps: int = arg(1, "gradient accumulation: micro-batches per optimizer step", low=1)
     block_size: int = arg(256, "context length in tokens; loaded weights with a longer context are cropped to it",
         low=1, model_shape=True)
@@ -232,7 +233,7 @@ class ObjectiveArgs:
     disable_dropout: bool = arg(True, "no dropout, as in TRL: --dropout and --lora_dropout are not applied, "
         "so that the policy starts as the reference model", needs=WITH_REFERENCE)
     max_new_tokens: int = arg(64, "maximum completion length, in tokens",
-        low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length",))
+        low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length", "max_generation_steps"))
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 
@@ -358,10 +359,14 @@ class OptimizerArgs:
 class ScheduleArgs:
     """learning rate schedule"""
 
-    lr_scheduler: str = arg("none", "learning rate schedule after warmup; none: constant", choices=tuple(SCHEDULES))
+    lr_scheduler: str = arg("none", "learning rate schedule after warmup; none: constant", choices=tuple(SCHEDULES),
+        value_hints=other_names())
     decay_lr: bool = arg(False, "with --lr_scheduler=none: cosine decay, as in nanoGPT")
     warmup_iters: int = arg(100, "learning rate warmup, linear, in steps", low=0, alias=("warmup_steps",))
-    lr_decay_iters: int = arg(3500, "step at which the decay reaches min_lr", low=1, needs=DECAY_HORIZON)
+    warmup_ratio: float = arg(0.0, "warmup as a part of max_iters, where warmup_iters is not set (0: warmup_iters)",
+        low=0, high=1)
+    lr_decay_iters: int = arg(3500, "step at which the decay reaches min_lr; max_iters unless it is set",
+        low=1, needs=DECAY_HORIZON)
     min_lr: float = arg(1e-4, "final learning rate of the decay; other peaks (muon_learning_rate, ...) "
         "end at the same ratio", low=0, needs=DECAYING)
     lr_step_size: int = arg(1000, "step schedule: steps between drops", low=1, needs=STEP_SCHEDULE)
@@ -376,11 +381,11 @@ class CheckpointArgs:
     """evaluation and checkpoints"""
 
     eval_interval: int = arg(250, "steps between evaluations; a checkpoint follows each (--checkpoint_at_eval)",
-        low=1, alias=("eval_steps",))
+        low=1, alias=("eval_steps", "eval_interval_steps"))
     eval_iters: int = arg(200, "evaluation batches per split, of batch_size sequences, the same ones every time; "
         "of examples each is read once at most", low=1)
     checkpoint_interval: int = arg(0, "steps between checkpoints in addition to those at evaluations (0: none)",
-        low=0, alias=("save_freq", "save_steps"))
+        low=0, alias=("save_freq", "save_steps", "save_interval_steps"))
     keep_last: int = arg(2, "number of newest checkpoints to keep; the best one is kept too", low=1)
     keep_every: int = arg(0, "also keep every checkpoint whose step is a multiple of this (0: none)", low=0)
     checkpoint_at_eval: bool = arg(True, "save a checkpoint at evaluations; off: only every checkpoint_interval steps "
@@ -587,6 +592,7 @@ HINTS = {
     "attn_implementation": "use --attention_kernel=flash, cudnn, efficient or math",
     "adam_epsilon": 'use --optimizer_kwargs={"eps": 1e-8}',
     "assistant_only_loss": "use --loss_on=completion (default) or all",
+    "checkpoint_dir": "use --out_dir",
     "backend": "nccl on CUDA and gloo on CPU follow from --device",
     "bf16": "use --dtype=bfloat16",
     "completion_only_loss": "use --loss_on=completion (default) or all",
@@ -599,7 +605,16 @@ HINTS = {
     "logging_strategy": "use --log_interval, in steps",
     "lr_scheduler_type": "use --lr_scheduler with --min_lr and --lr_decay_iters",
     "max_length": "use --block_size (and --overflow=truncate_target to truncate longer examples)",
-    "max_prompt_length": "use --block_size, which bounds prompt and completion together",
+    "max_prompt_length": "use --block_size, which bounds prompt and completion together: "
+    "max_prompt_length + --max_new_tokens",
+    "model": "use --init_from",
+    "num_batches": "use --max_iters",
+    "num_epochs": "use --max_epochs",
+    "scheduler": "use --lr_scheduler",
+    "template": "use --prompt_format",
+    "train": "use --train_file",
+    "validation": "use --validation_file",
+    "wandb_disabled": "nothing goes to Weights & Biases without --wandb_log",
     "max_seq_length": "use --block_size (and --overflow=truncate_target to truncate longer examples)",
     "no_cuda": "use --device=cpu",
     "num_virtual_tokens": "write the number in --prompt_format, as in '<P*20>{prompt}'",
@@ -618,7 +633,6 @@ HINTS = {
     "torch_dtype": "weights are float32; use --dtype for mixed precision",
     "use_cpu": "use --device=cpu",
     "use_peft": "use --adapter=lora",
-    "warmup_ratio": "use --warmup_iters, in steps",
 }
 
 
@@ -679,12 +693,25 @@ def resumed_config(args: TrainArgs) -> str | None:
 
 
 def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The values that --depth gives to the arguments that are not set."""
-    if not args.depth or args.init_from != "scratch":
-        return "", {}
+    """The values that --depth and others give to the arguments that are not set."""
     is_set = {name: getattr(args, name) for name, origin in source.items() if origin != configurator.DEFAULT}
-    values = depth.derive_args(args.depth, args.aspect, args.tokens_per_weight, args.block_size, is_set)
-    return f"--depth={args.depth}", values
+    flags: list[str] = []
+    values: dict[str, Any] = {}
+    if args.depth and args.init_from == "scratch":
+        flags.append(f"--depth={args.depth}")
+        values = depth.derive_args(args.depth, args.aspect, args.tokens_per_weight, args.block_size, is_set)
+    max_iters = args.max_iters if "max_iters" in is_set else values.get("max_iters", args.max_iters)
+    if args.warmup_ratio and "warmup_iters" not in is_set:
+        flags.append(f"--warmup_ratio={args.warmup_ratio:g}")
+        values["warmup_iters"] = math.ceil(args.warmup_ratio * max_iters)
+    if args.schedule in DECAYS_TO_MIN_LR and max_iters != TrainArgs.lr_decay_iters and "lr_decay_iters" not in values:
+        flags.append(f"--max_iters={max_iters}")
+        values["lr_decay_iters"] = max(1, max_iters)
+    if args.prompt_format and args.max_tokens > args.block_size:
+        flags.append(f"--max_tokens={args.max_tokens}")
+        values["block_size"] = args.max_tokens
+    values = {name: value for name, value in values.items() if name not in is_set}
+    return (", ".join(flags), values) if values else ("", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -841,22 +868,37 @@ def prompt_errors(args: TrainArgs) -> Iterator[str]:
             yield f"--{flag}: requires --objective=sft"
     if args.adapter != "soft_prompt":
         return
-    if not args.prompt_format:
-        yield "--prompt_format: required by --adapter=soft_prompt"
-    else:
-        from nanoforge.posttraining import prompt_format  # here, since few runs need it
-
-        try:
-            template = prompt_format.parse(args.prompt_format)
-            template.check_fields(args.target_field or "completion", args.truncation_field or None)
-        except UserError as error:
-            yield str(error)
+    yield from prompt_format_errors(args)
     if not OBJECTIVES[args.objective].reads_examples:
         yield "--adapter=soft_prompt: requires examples; use --objective=sft, dpo, kto or grpo"
     if args.prompt_provider == "lstm" and args.parallel == "fsdp":
         yield "--prompt_provider=lstm: cannot be sharded by --parallel=fsdp; use --parallel=ddp"
     if args.packing:
         yield "--packing: not supported with --adapter=soft_prompt"
+
+
+def prompt_format_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --prompt_format and of the length that it bounds. A run that began with some of them goes on."""
+    if not args.prompt_format:
+        yield "--prompt_format: required by --adapter=soft_prompt"
+        return
+    from nanoforge.posttraining import prompt_format  # here, since few runs need it
+
+    try:
+        template = prompt_format.parse(args.prompt_format)
+        template.check_fields(args.target_field or "completion", args.truncation_field or None)
+    except UserError as error:
+        yield str(error)
+    if args.init_from == "resume":
+        return
+    if args.max_tokens > args.block_size:
+        yield f"--max_tokens={args.max_tokens}: more than --block_size={args.block_size}; raise that"
+    first, last = args.prompt_format[0], args.prompt_format[-1]
+    if first == last and first in "\"'":
+        yield (
+            f"--prompt_format={args.prompt_format}: has the inner quotes that Hydra needs; leave them out, "
+            f"or write \\{first} for literal ones"
+        )
 
 
 def optimizer_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
@@ -872,6 +914,10 @@ def optimizer_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
         yield "--min_lr=0: must be above 0 with an exponential schedule"
     if args.schedule in DECAYS_TO_MIN_LR and args.warmup_iters > args.lr_decay_iters:
         yield f"--warmup_iters={args.warmup_iters}: must not be above --lr_decay_iters={args.lr_decay_iters}"
+    ratio_source, warmup_source = source["warmup_ratio"], source["warmup_iters"]
+    is_recorded = ratio_source.endswith(config_files.RECORD_FILE) and ratio_source == warmup_source
+    if args.warmup_ratio and "--warmup_ratio" not in warmup_source and not is_recorded:
+        yield f"--warmup_ratio={args.warmup_ratio:g}: --warmup_iters={args.warmup_iters} is set; set one of them"
     if source["decay_lr"] == configurator.COMMAND_LINE and not args.decay_lr and args.schedule != "none":
         yield f"--no-decay_lr: conflicts with --lr_scheduler={args.lr_scheduler}"
 

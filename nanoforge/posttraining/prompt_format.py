@@ -6,7 +6,7 @@ text.
     <P>text</P>      a virtual token for each token of the text, initialized with its embedding
     {field}          a field of the example, by any name without braces
     anything else    literal text, frozen
-    {{ }} \< \\      a brace, <, backslash; \n and \t as usual, since shells pass them on as they are
+    {{ }} \< \\      a brace, <, backslash; \" \' \n and \t as usual, since shells pass them on as they are
 
 A <P> opens a <P>text</P> if the next of <P>, <P*N> and </P> is a </P>; else it is a virtual token by itself. So
 <P*20>text is 20 virtual tokens and then literal text; <P>a<P>b</P> is a virtual token, the literal a, and virtual
@@ -265,7 +265,7 @@ def target_ids(values: Mapping[str, object], field: str, tokenizer: Tokenizer) -
 # ---------------------------------------------------------------------------------------------------------------------
 # the parser
 
-ESCAPES = {"{{": "{", "}}": "}", r"\<": "<", r"\\": "\\", r"\n": "\n", r"\t": "\t"}
+ESCAPES = {"{{": "{", "}}": "}", r"\<": "<", r"\\": "\\", r"\n": "\n", r"\t": "\t", r"\"": '"', r"\'": "'"}
 # Every string is a sequence of these. What is malformed is matched too, and refused by `tokenize`.
 TOKEN = re.compile(
     r"(?P<tag></?P>)"
@@ -389,7 +389,7 @@ def read_field(template: str, match: re.Match[str]) -> Field:
 def read_escape(template: str, match: re.Match[str]) -> Literal:
     r"""{{, }} or a backslash with what it escapes. Raises UserError."""
     if match[0] not in ESCAPES:
-        raise syntax_error(template, match.start(), r"\<, \\, \n or \t; write \\ for a literal backslash")
+        raise syntax_error(template, match.start(), r"\<, \\, \", \n or \t; write \\ for a literal backslash")
     return Literal(ESCAPES[match[0]])
 
 

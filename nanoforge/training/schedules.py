@@ -71,6 +71,36 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 
+TO_ZERO = "--min_lr=0; the warm-up is --warmup_iters"
+# Names of transformers' get_scheduler and of its functions -> what to use instead; the last part may be with_warmup.
+OTHER_NAMES = {
+    "constant": "use --lr_scheduler=none; the warm-up is --warmup_iters",
+    "linear": f"use --lr_scheduler=linear {TO_ZERO}",
+    "cosine": f"use --lr_scheduler=cosine {TO_ZERO}",
+    "cosine_with_min_lr": "use --lr_scheduler=cosine with --min_lr; the warm-up is --warmup_iters",
+    "cosine_warmup_with_min_lr": "use --lr_scheduler=cosine with --min_lr; the warm-up is --warmup_iters",
+    "cosine_with_restarts": f"there are no restarts; use --lr_scheduler=cosine {TO_ZERO}",
+    "cosine_with_hard_restarts": f"there are no restarts; use --lr_scheduler=cosine {TO_ZERO}",
+    "polynomial": f"of power 1 it is --lr_scheduler=linear {TO_ZERO}",
+    "polynomial_decay": f"of power 1 it is --lr_scheduler=linear {TO_ZERO}",
+    "inverse_sqrt": "use --lr_scheduler=inverse_sqrt",
+    "wsd": "use --lr_scheduler=wsd with --wsd_decay_fraction",
+    "warmup_stable_decay": "use --lr_scheduler=wsd with --wsd_decay_fraction",
+    "reduce_lr_on_plateau": "no schedule here depends on losses; use --lr_scheduler=cosine, or --early_stop_patience",
+    "reduce_on_plateau": "no schedule here depends on losses; use --lr_scheduler=cosine, or --early_stop_patience",
+    "greedy": "no schedule here depends on losses; use --lr_scheduler=cosine, or --early_stop_patience",
+}
+
+
+def other_names() -> dict[str, str]:
+    """OTHER_NAMES in all their forms: linear_schedule_with_warmup, get_linear_schedule_with_warmup and the like."""
+    ends = ("", "_schedule", "_with_warmup", "_schedule_with_warmup")
+    forms = {
+        f"{start}{name}{end}": hint for name, hint in OTHER_NAMES.items() for end in ends for start in ("", "get_")
+    }
+    return {name: hint for name, hint in forms.items() if name not in SCHEDULES}
+
+
 def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[int], float]:
     """step -> learning rate over its peak: a linear warmup as in nanoGPT, then the schedule.
 

@@ -152,6 +152,16 @@ def dataset(run):
 
 
 @effect
+def bad_rows(run: Callable, tmp_path: Path):
+    rows = [{"text": "abc"}, {"text": None}, {"text": "abd"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--objective=sft", f"--train_file={tmp_path}/a.jsonl", f"--validation_file={tmp_path}/a.jsonl"]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: text: "):
+        run(*flags)
+    assert "a.jsonl:2: text: " in run(*flags, "--bad_rows=skip", name="skip").console
+
+
+@effect
 def sampling_method(run):
     losses = {
         method: run(f"--sampling_method={method}", name=method).losses
@@ -645,8 +655,21 @@ def warmup_iters(run):
 
 
 @effect
+def warmup_ratio(tmp_path: Path, data_dir: Path):
+    """Rounded up, as transformers does."""
+    flags = [flag for flag in TINY if not flag.startswith("--warmup_iters")]
+    flags += [f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path}/run", "--learning_rate=1"]
+    train.main(train_args.parse([*flags, "--warmup_ratio=0.6"]))
+    assert lrs(read_run(tmp_path / "run")) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+@effect
 def lr_decay_iters(run):
+    """Unless it is set, the decay ends with the run; the summary has the rate of the last step."""
     assert lrs(run("--decay_lr", "--lr_decay_iters=2", "--min_lr=0.0005"))[2:] == pytest.approx([0.0005, 0.0005])
+    follows = run("--lr_scheduler=linear", "--learning_rate=1", "--min_lr=0", name="follows")
+    assert lrs(follows) == pytest.approx([1, 0.75, 0.5, 0.25]) and "at the last step 0.25" in follows.console
+    assert follows.config["lr_decay_iters"] == 4
 
 
 @effect

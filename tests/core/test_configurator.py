@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -10,6 +11,7 @@ from helpers import ROOT
 import configurator
 import train_args
 from nanoforge.errors import UserError
+from nanoforge.training import schedules
 
 SPECS = configurator.arg_specs(train_args.TrainArgs)
 
@@ -215,7 +217,7 @@ MIXTURE = ["--training_mode=multidataset", "--dataset_list", "a", "b"]
     (["--training_mode=multicontext", "--dataset=a"], "--dataset: has an effect only with --training_mode=single"),
     (["--training_mode=multicontext"], "--multicontext_datasets: required by --training_mode=multicontext"),
     (["--min_lr=1e-5"], "--min_lr: has an effect only with a schedule that decays"),
-    (["--decay_lr", "--min_lr=1"], "--min_lr=1: must not be above --learning_rate"),
+    (["--decay_lr", "--min_lr=1"], "--min_lr=1: must not be above the peak of 0.001 (--learning_rate)"),
     (["--optimizer=sgd", "--beta1=0.8"], "--beta1: has an effect only with --optimizer=adamw"),
     (["--momentum=0.5"], "--momentum: has an effect only with"),
     (["--optimizer=adam_w"], "did you mean adamw"),
@@ -253,10 +255,12 @@ def test_resume_takes_the_runs_own_arguments(tmp_path, capsys):
 
 
 def test_every_shipped_config_is_valid(capsys):
-    for path in sorted((ROOT / "configs").glob("*.py")):
+    for path in sorted((ROOT / "configs").rglob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, f"{path} has no docstring"
         weights = ["--init_from=gpt2"] if "--init_from=" in docstring else []  # where its command names weights
+        if path.name == "text2text.py":  # its task is given by its fields
+            weights += ["--prompt_format=<P*60>{text}<P*20>", "--target_field=summary", "--truncation_field=text"]
         parse(str(path), *weights)
         assert "is not used here" not in capsys.readouterr().err, f"{path} sets something that has no effect"
 
@@ -338,6 +342,10 @@ def test_an_alias_is_its_argument(tmp_path, alias, name):
         ("adam_beta2", "beta2"),
         ("max_grad_norm", "grad_clip"),
         ("warmup_steps", "warmup_iters"),
+        ("micro_batch_size", "batch_size"),
+        ("save_interval_steps", "checkpoint_interval"),
+        ("eval_interval_steps", "eval_interval"),
+        ("max_generation_steps", "max_new_tokens"),
         ("eval_steps", "eval_interval"),
         ("save_steps", "checkpoint_interval"),
         ("logging_steps", "log_interval"),
@@ -347,6 +355,73 @@ def test_an_alias_is_its_argument(tmp_path, alias, name):
 )
 def test_names_of_trl_transformers_and_peft_are_aliases(alias, name):
     assert (alias, name) in ALIASES
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("training.learning_rate=1e-1", "write --learning_rate=1e-1"),
+    ("preprocessing.max_tokens=1792", "write --max_tokens=1792"),
+    ("task.task_name=detoxification", "write --task_name=detoxification"),
+    ("prompt_provider=tensor", "write --prompt_provider=tensor"),
+    ("training.lr=3", "write --learning_rate=3"),
+    ("task=detoxification", "write configs/tasks/detoxification.py"),
+    ("+experiment=quick_test", "write configs/quick_test.py"),
+    ("+dataset.data_files.train=/x/a.jsonl", "use --train_file"),
+    ("model=gemma3_1b", "use --init_from"),
+    ("optimizer.learning_rate=1e-7,1e-6", "learning_rate: [1e-7,1e-6], for sweep.py"),
+    ("max_iter=7", "did you mean max_iters?"),
+    ("--multirun", "sweep.py"),
+    ("-m", "sweep.py"),
+    ("--cfg", "use --print_config"),
+])  # fmt: skip
+def test_overrides_of_hydra_are_answered_with_ours(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, text: str, answer: str
+):
+    monkeypatch.chdir(ROOT)
+    assert f"{text}: " in errors_of(capsys, text) and answer in errors_of(capsys, text)
+
+
+@pytest.mark.parametrize("name, ours", [
+    ("constant", "none"), ("constant_with_warmup", "none"), ("constant_schedule", "none"),
+    ("linear_schedule_with_warmup", "linear"), ("get_linear_schedule_with_warmup", "linear"),
+    ("cosine_schedule_with_warmup", "cosine"), ("cosine_with_restarts", "cosine"),
+    ("cosine_with_hard_restarts_schedule_with_warmup", "cosine"), ("cosine_with_min_lr", "cosine"),
+    ("cosine_warmup_with_min_lr", "cosine"), ("polynomial", "linear"),
+    ("polynomial_decay_schedule_with_warmup", "linear"), ("get_inverse_sqrt_schedule", "inverse_sqrt"),
+    ("warmup_stable_decay", "wsd"), ("get_wsd_schedule", "wsd"), ("reduce_lr_on_plateau", "cosine"),
+    ("greedy", "cosine"),
+])  # fmt: skip
+def test_schedules_of_transformers_are_answered_with_ours(capsys: pytest.CaptureFixture, name: str, ours: str):
+    """The names of its SchedulerType that are none of ours, and of the functions that make them."""
+    error = errors_of(capsys, f"--lr_scheduler={name}")
+    assert ours in schedules.SCHEDULES and f"--lr_scheduler={ours}" in error.partition("must be one of")[2]
+
+
+def test_the_schedule_follows_the_runs_length(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """lr_decay_iters and the warmup of a ratio, unless they are set; a resumed run keeps its own."""
+    cosine = ["--lr_scheduler=cosine", "--max_iters=500"]
+    assert parse(*cosine).lr_decay_iters == 500 and parse(*cosine, "--lr_decay_iters=7000").lr_decay_iters == 7000
+    assert parse("--lr_scheduler=cosine").lr_decay_iters == 3500
+    assert parse(*cosine, "--warmup_ratio=0.101").warmup_iters == 51
+    assert "--warmup_ratio=0.1: --warmup_iters=3 is set" in errors_of(capsys, "--warmup_ratio=0.1", "--warmup_iters=3")
+    record = {
+        "max_iters": 500,
+        "lr_decay_iters": 500,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.1,
+        "warmup_iters": 50,
+    }
+    (tmp_path / "train_config.json").write_text(json.dumps(record))
+    resumed = parse("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=1000")
+    assert (resumed.lr_decay_iters, resumed.warmup_iters) == (500, 50)
+
+
+def test_max_tokens_gives_the_context_of_a_prompt_format(capsys: pytest.CaptureFixture):
+    prompt = ["--adapter=soft_prompt", "--objective=sft", "--init_from=gpt2", "--max_tokens=700"]
+    assert parse(*prompt, "--prompt_format=<P*60>{toxic}<P*20>").block_size == 700
+    error = errors_of(capsys, *prompt, "--prompt_format=<P>{toxic}", "--block_size=300")
+    assert "--max_tokens=700: more than --block_size=300" in error
+    assert "inner quotes" in errors_of(capsys, *prompt, '--prompt_format="<P*60>{toxic}<P*20>"')
+    assert parse(*prompt, '--prompt_format=\\"<P*60>{toxic}\\"').prompt_format == '\\"<P*60>{toxic}\\"'
 
 
 def test_names_are_unique():
@@ -363,7 +438,7 @@ def test_a_name_that_means_something_else_is_answered_with_ours(capsys, tmp_path
     )
     (tmp_path / "c.json").write_text(json.dumps({name: 1}))
     assert f"c.json: {name}: not an argument here; {hint}" in errors_of(capsys, str(tmp_path / "c.json"))
-    flags = re.findall(r"--(\w+)", hint)
+    flags = re.findall(r"--(?:no-)?(\w+)", hint)
     assert flags and set(flags) <= {*SPECS, "field"}  # --field is data/prepare.py's
 
 

@@ -177,8 +177,8 @@ def test_anything_else_is_an_error_with_its_caret(template):
     ("<P>a<P*3>b</P>", 10, "a <P> before this </P>"),
     ("<P>a{b}c</P>", 4, "and no field"),
     ("<P*2><P></P>", 5, "text between <P> and </P>"),
-    ("<P>\\", 3, r"\<, \\, \n or \t"),
-    (r"<P>\x", 3, r"\<, \\, \n or \t"),
+    ("<P>\\", 3, r"\<, \\, \", \n or \t"),
+    (r"<P>\x", 3, r"\<, \\, \", \n or \t"),
 ])  # fmt: skip
 def test_the_caret_is_under_the_error(template, position, expected):
     message, shown, caret = error_of(parse, template).split("\n")
