@@ -302,6 +302,8 @@ def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
     bins, offsets = open_contexts(evaluation, names)
     sizes = batches.aligned_sizes(bins).tolist()
     windows = cut_windows(sizes, model.config.block_size, evaluation.args.max_windows)
+    if not windows:
+        raise UserError(f"--datasets={bins[0].name}: {bins[0].paths[0]} has one token, of which none is predicted")
     eos_ids = [val.meta.tokenizer.eos_id for val in bins]
     end_ids = torch.tensor([-1 if eos is None else eos + offset for eos, offset in zip(eos_ids, offsets, strict=True)])
     sums = torch.zeros(2, len(bins), dtype=torch.float64)  # of all losses, and of those of end tokens

@@ -224,7 +224,7 @@ def total_reward(rewards: Iterable[Reward], sample: Sample) -> tuple[float, dict
     for reward in rewards:
         try:
             value = unit_value(reward.function(sample))
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             row = shorten(json.dumps(sample.problem, ensure_ascii=False, default=str))
             raise RewardError(
                 f"--reward: {reward.name} {describe_failure(error)}; the row is {row}, "
@@ -246,11 +246,12 @@ def unit_value(returned: Any) -> float:
     return value
 
 
-def describe_failure(error: Exception) -> str:
-    """What a reward function did wrong, and where."""
+def describe_failure(error: BaseException) -> str:
+    """What a reward function did wrong, and at which of its lines."""
     if isinstance(error, UserError):
         return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in frames if frame.filename != __file__), frames[-1])
     return f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 

@@ -128,7 +128,7 @@ class Scorer:
         for prompt, completion in zip(repeat_each(prompts, group_size), completions, strict=True):
             sample = Sample(
                 completion=decode_completion(completion, self.tokenizer),
-                problem=prompt.row,
+                problem=dict(prompt.row),  # which a user's function may change
                 n_tokens=len(completion.ids),
                 max_tokens=self.max_new_tokens,
                 ended=completion.ended,
@@ -210,11 +210,11 @@ class RolloutSource(ExampleSource):
         # 4. Pack it all into micro-batches.
         step = self.pack(prompts, completions, advantages, rows, hashed=hashed)
         metrics = rollout_metrics(rewards, completions, self.group_size, self.ranks)
-        note = self.missing_signal(prompts[0], completions[0], rewards, advantages, step)
+        note = self.missing_signal(prompts[0], completions, rewards, advantages, step)
         return step._replace(metrics=reward_metrics | metrics, note=note)
 
     def missing_signal(
-        self, prompt: Example, completion: Completion, rewards: Tensor, advantages: Tensor, step: Step
+        self, prompt: Example, completions: Sequence[Completion], rewards: Tensor, advantages: Tensor, step: Step
     ) -> str:
         """Why no rank has anything to learn from a rollout, with what the rewards expect and the first completion; ""
         where there is something."""
@@ -223,15 +223,18 @@ class RolloutSource(ExampleSource):
             return ""
         reason = "all completions of a prompt get the same reward, so their advantages are 0"
         if advantages.any():
-            reason = "all others than equal rewards are of completions cut at --max_new_tokens (--mask_truncated)"
+            reason = "only completions cut at --max_new_tokens differ in reward, and --mask_truncated leaves them out"
+        elif not any(completion.ended for completion in completions):
+            reason += "; none of them ended within --max_new_tokens"
         scorer = self.rollout.scorer
         expected = "".join(f"\n    {reward.name}: {reward.description}" for reward in scorer.rewards)
-        text = shorten(repr(decode_completion(completion, scorer.tokenizer)))
+        text = shorten(repr(decode_completion(completions[0], scorer.tokenizer)))
+        row = shorten(json.dumps(prompt.row, ensure_ascii=False, default=str))
         return (
             f"{PATIENCE} rollouts in a row taught nothing: {reason}. --reward expects{expected}\n"
-            f"    a completion: {text}, reward {float(rewards[0]):g}, of the row {shorten(json.dumps(prompt.row))}\n"
+            f"    a completion: {text}, reward {float(rewards[0]):g}, of the row {row}\n"
             "    fine-tune first (--objective=sft), ask for the format in the prompts, reward parts of it "
-            "(--reward=correct:1,format:0.5), or raise --temperature or --num_generations"
+            "(--reward=correct:1,format:0.5), or raise --temperature, --num_generations or --max_new_tokens"
         )
 
     def normalize(self, rewards: Tensor) -> Tensor:
