@@ -328,7 +328,9 @@ def resume(run: Run, folder: Path, log: Callable[[str], None]) -> Run:
     progress = Progress.from_json(loaded.progress)
     source = run.data.source
     if progress.sequences:
-        source.resume_at(progress.step, progress.sequences)
+        renamed = run_dir.renamed_datasets(run_dir.RunRecord.load(folder).data, run.record.data)
+        sequences = {renamed.get(dataset, dataset): count for dataset, count in progress.sequences.items()}
+        source.resume_at(progress.step, sequences)
     run = dataclasses.replace(run, progress=progress, sample_counter=source.sample_counter())
     if not run.args.eval_only:
         report_changes(run, loaded.folder, log)
@@ -370,6 +372,17 @@ def changed_drawing(before: TrainArgs, args: TrainArgs) -> list[str]:
     return changes
 
 
+def val_hashes(args: TrainArgs, data: run_dir.Fingerprints) -> list[str]:
+    """The fingerprints of the files that val_loss is measured on."""
+    start = Path(args.validation_file).name if args.train_file else "val"
+    return sorted(
+        fingerprint
+        for files in data.values()
+        for file, fingerprint in files.items()
+        if Path(file).name.startswith(start)
+    )
+
+
 def changed_val_loss(before: TrainArgs, record: run_dir.RunRecord, run: Run) -> list[str]:
     """What decides what val_loss is measured on, and has changed since a checkpoint. record: the checkpoint's."""
     args = run.args
@@ -379,7 +392,7 @@ def changed_val_loss(before: TrainArgs, record: run_dir.RunRecord, run: Run) -> 
         for name in old | new
         if old.get(name) != new.get(name)
     ]
-    if run_dir.changed_files(record.data, run.record.data):
+    if record.data and val_hashes(before, record.data) != val_hashes(args, run.record.data):
         changes.append("other data")
     moved = any(name in args.mixture[:i] + args.mixture[i + 1 :] for i, name in enumerate(before.mixture))
     if moved and args.data_format == "bins":

@@ -110,17 +110,27 @@ def changed_files(before: Fingerprints, now: Fingerprints) -> list[str]:
     """DATASET/FILE of what differs; a dataset whose files are the same under another name does not."""
     if not before:  # of a record of an older version
         return []
-    gone = {dataset: before[dataset] for dataset in before if before[dataset] != now.get(dataset)}
-    new = {dataset: now[dataset] for dataset in now if now[dataset] != before.get(dataset)}
-    contents = [sorted(list(files.values()) for files in data.values()) for data in (gone, new)]
-    if contents[0] == contents[1] and not gone.keys() & new.keys():
-        return []
+    renamed = renamed_datasets(before, now)
     changed = []
-    for dataset in gone.keys() | new.keys():
-        old_files, new_files = gone.get(dataset, {}), new.get(dataset, {})
+    for dataset in before.keys() | now.keys():
+        if dataset in renamed or dataset in renamed.values():
+            continue
+        old_files, new_files = before.get(dataset, {}), now.get(dataset, {})
         names = old_files.keys() | new_files.keys()
         changed += [f"{dataset}/{file}" for file in names if old_files.get(file) != new_files.get(file)]
     return sorted(changed)
+
+
+def renamed_datasets(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
+    """Old name -> new name of datasets that have other names, and files of the same content in the same order."""
+    new = {dataset: files for dataset, files in now.items() if dataset not in before}
+    renamed = {}
+    for dataset in before.keys() - now.keys():
+        same = [name for name in new if list(new[name].values()) == list(before[dataset].values())]
+        if same:
+            renamed[dataset] = same[0]
+            del new[same[0]]
+    return renamed
 
 
 def identify(out_dir: Path, before: dict[str, Any], *, is_branch: bool) -> dict[str, Any]:

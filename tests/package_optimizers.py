@@ -71,6 +71,7 @@ class NestedStates(torch.optim.Optimizer):
                     state["GG"] = [torch.zeros(size, size) for size in p.shape if p.dim() == 2] or [[]]
                     state[0] = {"seen": {1, 2}, "mean": torch.zeros_like(p), "none": None}
                     state["eight_bits"] = torch.zeros(p.shape, dtype=torch.int8)
+                assert state["eight_bits"].dtype == torch.int8
                 if p.dim() == 2:
                     state["GG"][0].lerp_(p.grad @ p.grad.T, 0.1)
                     state["GG"][1].lerp_(p.grad.T @ p.grad, 0.1)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -410,9 +411,14 @@ def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(ru
     assert (again.progress.best_step, again.progress.worse_evaluations) == (6, 1)
 
 
-def test_a_best_loss_stands_while_val_loss_is_measured_alike(run):
-    run("--learning_rate=0")
+def test_a_best_loss_stands_while_val_loss_is_measured_alike(run, data_dir, tmp_path):
+    """In other batches of as many rows, with another training text."""
+    shutil.copytree(data_dir / "a", tmp_path / "data/a")
+    run("--learning_rate=0", f"--data_dir={tmp_path / 'data'}")
+    path = tmp_path / "data/a/train.bin"
+    np.fromfile(path, dtype=np.uint16)[::-1].tofile(path)
     flags = ["--batch_size=2", "--eval_iters=2", "--gradient_accumulation_steps=2", "--weight_decay=0.3"]
+    flags += ["--allow_data_change"]
     resumed = run("--init_from=resume", *flags, "--max_iters=6")
     assert resumed.progress.best_step == 2
     assert "best.json" not in resumed.console
@@ -426,6 +432,7 @@ def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(run
     shutil.copytree(data_dir / "a", tmp_path / "elsewhere/renamed")
     moved = run("--init_from=resume", f"--data_dir={tmp_path / 'elsewhere'}", "--dataset=renamed", "--max_iters=6")
     assert moved.progress.step == 6 and "best.json" not in moved.console
+    assert moved.last.progress["sequences"] == {"renamed": 24}
     run(*MIXTURE, "a", "b", name="two")
     with pytest.raises(UserError, match=r"b/val.bin"):
         run("--init_from=resume", "--dataset_list", "a", name="two")
