@@ -217,6 +217,11 @@ class BPETokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # files may leave ids out
         self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
+        unknown = {spec["model"].get("unk_token"), spec["model"].get("unk_id")}  # which text may become
+        control = [token for token in added if token["special"] and unknown.isdisjoint((token["content"], token["id"]))]
+        self.control_ids = np.array([token["id"] for token in control], dtype=np.int32)
+        spellings = [(re.escape(token["content"][0]), re.escape(token["content"][1:])) for token in control]
+        self.within_spellings = re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in spellings))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -239,7 +244,18 @@ class BPETokenizer(Tokenizer):
         return cls(json.loads(tokenizer.to_str()))
 
     def encode(self, text: str) -> np.ndarray:
+        ids = self.encode_words(text)
+        if self.spells_control(ids):  # by a model that looks up whole words, such as Unigram: they are cut
+            ids = np.concatenate([self.encode_words(part) for part in self.within_spellings.split(text)])
+            if self.spells_control(ids):
+                raise UserError("the text spells a control token, and this tokenizer has no other ids for it")
+        return ids
+
+    def encode_words(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def spells_control(self, ids: np.ndarray) -> bool:
+        return bool(np.isin(ids, self.control_ids).any())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)

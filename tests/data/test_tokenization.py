@@ -110,6 +110,25 @@ def test_text_that_spells_a_control_token_is_text(*, is_special: bool):
     assert imported.token_to_id("  ") in tokenizer.encode("a  b")
 
 
+def test_models_that_look_whole_words_up_make_no_control_token_either():
+    """Unigram, and words without a pre-tokenizer: in their vocabularies stands the token itself."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((char, -2.0) for char in "</s>ab ")]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0, byte_fallback=False))
+    words = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>")
+    by_words = tokenizers.Tokenizer(words)
+    by_words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    for library in (unigram, by_words):
+        library.add_special_tokens(["<unk>", "</s>"])
+        library.encode_special_tokens = True
+        assert 1 in library.encode("a </s> b").ids, "so does the library itself"
+        tokenizer = tokenization.BPETokenizer(json.loads(library.to_str()))
+        assert 1 not in tokenizer.encode("a </s> b")
+        assert tokenizer.encode("a zz b").tolist() == library.encode("a zz b").ids, "what is unknown stays so"
+        if library is unigram:
+            assert [pieces[i][0] for i in tokenizer.encode("a </s>")] == list("a </s>")
+
+
 def test_runs_tokenizers_are_saved_by_name(tmp_path):
     tokenizers = {"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}
     tokenization.save(tmp_path / "tokenizer.json", tokenizers)
