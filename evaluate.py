@@ -128,7 +128,7 @@ from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.prompt_format import PromptTemplate
 from nanoforge.posttraining.rewards import format_score
-from nanoforge.run_dir import RunRecord
+from nanoforge.run_dir import RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 from nanoforge.training.evaluation import evaluate
 from nanoforge.training.signals import Signals
@@ -576,7 +576,8 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
 def write_results(args: EvaluateArgs, results: dict[str, Any]) -> None:
     """Write the results to --json; without it to the run's evaluation.json, and to evaluations.jsonl, which keeps those
     of every call."""
-    path = Path(args.json or Path(args.out_dir) / "evaluation.json")
+    folder = run_of_checkpoint(Path(args.out_dir)) or Path(args.out_dir)  # nothing is written into a checkpoint
+    path = Path(args.json or folder / "evaluation.json")
     files.write_json(path, results)
     print(path)
     if not args.json:

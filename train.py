@@ -317,8 +317,10 @@ def train_to_end(run: Run, notes: list[str], signals: Signals) -> Progress:
     """Train the run, after a rollback again. notes: of how it was built, for its metrics."""
     while True:
         logger = open_logger(run)
+        # what was evaluated before is compared with nothing that follows, where val_loss is measured on something else
+        mark = {"compare_val_loss_after": run.progress.step} if run.progress.best_step < 0 < run.progress.step else {}
         for note in notes:
-            logger.event("note", run.progress.step, "", text=note)
+            logger.event("note", run.progress.step, "", text=note, **mark)
         notes.clear()
         try:
             with note_failure(run.progress, logger), save_after_failed_reward(run, logger):

@@ -142,10 +142,18 @@ def identify(out_dir: Path, before: dict[str, Any], *, is_branch: bool) -> dict[
     new = {"id": secrets.token_hex(16), "folder": folder, "attempts": []}
     if "id" not in before:
         return new
-    is_copy = before["folder"] != folder and Path(before["folder"], RECORD_FILE).exists()
-    if is_branch or is_copy:
+    original = Path(before["folder"])
+    if is_branch or (holds_run(original, before["id"]) and not original.samefile(out_dir)):
         return new | {"parent": {"id": before["id"], "folder": before["folder"]}}
     return before | {"folder": folder}
+
+
+def holds_run(folder: Path, run_id: str) -> bool:
+    """Whether a folder holds the run of this identity."""
+    try:
+        return RunRecord.load(folder).run.get("id") == run_id
+    except UserError:
+        return False
 
 
 def forget_trackers(out_dir: Path, record: RunRecord) -> None:

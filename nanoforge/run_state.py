@@ -240,6 +240,15 @@ def state_and_reason(folder: Path, lines: list[dict], *, running: bool | None = 
     return "new", ""
 
 
+def first_compared_step(lines: list[dict]) -> int:
+    """The step after which val_loss is measured as at the end: evaluations until then are compared with none later.
+
+    Before any step there are the initial weights, which are no result.
+    """
+    steps = [line.get("compare_val_loss_after") for line in lines if line["event"] == "note"]
+    return max((step for step in steps if isinstance(step, int)), default=0)
+
+
 def run_status(folder: Path, *, running: bool | None = None) -> RunStatus:
     """The status of the run in a folder. running: None looks at the locks."""
     lines = read_metrics(folder / METRICS_FILE, warnings=[])
@@ -249,7 +258,8 @@ def run_status(folder: Path, *, running: bool | None = None) -> RunStatus:
         for line in lines
         if line["event"] == "eval" and line.get("val_loss") is not None
     ]
-    trained = [(loss, step) for step, loss in evaluations if step]  # step 0 shows the initial weights
+    first_step = first_compared_step(lines)
+    trained = [(loss, step) for step, loss in evaluations if step > first_step]
     rewards = [(line["step"], line["val_reward"]) for line in lines if line["event"] == "eval" and "val_reward" in line]
     best_val_loss, best_step = min(trained, default=(None, None))
     state, reason = state_and_reason(folder, lines, running=running)

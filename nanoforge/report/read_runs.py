@@ -185,7 +185,7 @@ def read_run(folder: Path, name: str, max_points: int) -> LoadedRun:
     read_progress(run, lines)
     read_counts(run)
     add_tokens(run, train, evals)
-    read_losses(run, evals)
+    read_losses(run, evals, run_state.first_compared_step(lines))
     speeds = [speed for speed in train.get("tokens_per_second", ()) if not math.isnan(speed)]
     if speeds:
         run.tokens_per_second = statistics.median(speeds)
@@ -237,17 +237,17 @@ def add_tokens(run: LoadedRun, train: Columns, evals: Columns) -> None:
             run.tokens = max(run.tokens, float(columns["tokens"][-1]))
 
 
-def read_losses(run: LoadedRun, evals: Columns) -> None:
-    """The final and the best val_loss; an evaluation before the first step is the best only if there is no other."""
+def read_losses(run: LoadedRun, evals: Columns, first_step: int) -> None:
+    """The final and the best val_loss; an evaluation up to first_step is the best only if there is no other."""
     losses = []
     for loss, step in zip(evals.get("val_loss", ()), evals.get("step", ()), strict=True):
         if not math.isnan(loss):
             losses.append((float(loss), int(step)))
     if not losses:
         return
-    learned = [(loss, step) for loss, step in losses if step > 0]
+    learned = [(loss, step) for loss, step in losses if step > first_step]
     run.final_loss = losses[-1][0]
-    run.best_loss, run.best_step = min(learned or losses)
+    run.best_loss, run.best_step = min(learned or losses[-1:])
 
 
 def training_remarks(run: LoadedRun, train: Columns, evals: Columns) -> list[str]:

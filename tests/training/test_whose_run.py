@@ -13,9 +13,10 @@ from helpers import TINY, RunFiles, equal_tensors, metric, read_run
 import train
 import train_args
 from builders import load_model
-from nanoforge import run_dir
+from nanoforge import run_dir, run_state
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
+from nanoforge.report import read_runs
 from nanoforge.training import checkpoint
 
 Runner = Callable[..., RunFiles]
@@ -405,3 +406,25 @@ def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
     assert "--max_iters=2" in run("--init_from=resume").console
     assert "--max_tokens=64" in run("--init_from=resume", "--max_tokens=64", "--max_iters=5").console
     assert "--max_iters=3" not in run("--init_from=resume", "--max_iters=3", "--max_tokens=0").console
+
+
+def test_a_folder_reached_by_a_link_is_the_same_run(run: Runner, tmp_path: Path):
+    first = run("--max_iters=2", name="a")
+    (first.out_dir / run_dir.TRACKER_FILE).write_text("tracked")
+    (tmp_path / "latest").symlink_to(first.out_dir)
+    run_id = run_dir.RunRecord.load(first.out_dir).run["id"]
+    assert run("--init_from=resume", "--max_iters=3", name="latest").steps == [2, 3]
+    assert run_dir.RunRecord.load(first.out_dir).run["id"] == run_id
+    assert (first.out_dir / run_dir.TRACKER_FILE).exists()
+
+
+def test_losses_of_other_data_are_not_compared(run: Runner):
+    """The best that sweeps and reports read is that of best.json, which begins anew with another dataset."""
+    first = run("--max_iters=4", "--learning_rate=1e-2")
+    resumed = run("--init_from=resume", "--dataset=b", "--allow_data_change", "--max_iters=6", "--learning_rate=1")
+    best = json.loads((first.out_dir / "best.json").read_text())
+    status = run_state.run_status(first.out_dir)
+    assert (status.best_step, status.best_val_loss) == (best["step"], best["val_loss"]) and best["step"] > 4
+    assert min(line["val_loss"] for line in resumed.evals) < best["val_loss"]
+    loaded = read_runs.read_run(first.out_dir, "run", 100)
+    assert (loaded.best_step, loaded.best_loss) == (best["step"], best["val_loss"])
