@@ -106,6 +106,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 EQUALS = re.compile(r"=|≈|\\approx")
+LIST = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
 # What may stand before the only number of a sentence; a sign or an operator would belong to the number.
 WORDS_BEFORE_NUMBER = re.compile(r"(?=.*[^\W\d_])(?:[^\d\\+/^<>=]|\\boxed|\\[(\[])*(?<![\w-])(?<!- )", re.DOTALL)
 NEGATION = re.compile(r"\b(?:not|minus|negative|than)\W*$", re.IGNORECASE)
@@ -118,6 +119,8 @@ def answer_value(text: str) -> Fraction | None:
     if value is not None or len(text) > MAX_NUMBER_CHARS:
         return value
     sides = EQUALS.split(text)
+    if any(LIST.search(side) for side in sides[1:-1]):  # x = 5, y = 72
+        return None
     if len(sides) > 1:
         return parse_number(sides[-1])
     text = normalize(text)
@@ -133,6 +136,7 @@ def answer_value(text: str) -> Fraction | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # answers in completions
 
+NUMBERED_HEADING = re.compile(r"[0-9]+[.)]\s+\w")
 AFTER_HASHES = re.compile(r"####((?:(?!####)[^\n])*)")  # GSM8K's final answer; or a heading, such as #### Step 1
 ANSWER_IS = re.compile(r"^\W*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*", re.IGNORECASE)
 
@@ -169,7 +173,7 @@ def last_after_hashes(completion: str, *, is_number: bool) -> tuple[int, str] | 
     """
     for match in reversed(list(AFTER_HASHES.finditer(completion))):
         text = match[1].strip()
-        is_answer = parse_number(EQUALS.split(text)[-1]) is not None
+        is_answer = parse_number(EQUALS.split(text)[-1]) is not None and not NUMBERED_HEADING.match(text)
         if ANSWER_IS.match(text):
             is_answer = answer_value(text) is not None
         if is_answer or not is_number or not completion[match.end() :].strip():

@@ -156,7 +156,8 @@ GRADED = [  # completion, right answer, verdict of math-verify 0.9.0
     ("#### 72 = 72", "72", True), ("#### 6*12 = 72 dollars", "72", True), ("#### The answer is 72", "72", True),
     ("#### Step 1\nAdd.\n#### Step 2\nso \\boxed{72}", "72", True), ("#### Step 3\nIt is 72.", "72", True),
     ("#### Step 1\nAdd.\n#### Step 2\nso \\boxed{72}", "2", False), ("#### Step 3\nIt is 72.", "3", False),
-    ("#### Answer\n72", "72", True), ("#### Final answer:\n\\boxed{72}", "72", True),
+    ("#### 2. Add\nIt is 72.", "72", True), ("#### 2) Add\nIt is 72.", "2", False), ("#### Answer\n72", "72", True),
+    ("#### Final answer:\n\\boxed{72}", "72", True),
     ("#### 5\nso \\boxed{72}", "72", True),
     (r"\boxed{x^2 + 1}", r"x^2+1", True), (r"\boxed{\left(1,2\right)}", "(1, 2)", True), (r"\boxed{A}", "(A)", True),
     (r"\boxed{\dfrac{\sqrt2}{2}}", r"\frac{\sqrt{2}}{2}", True), (r"\boxed{\text{ Evelyn }}", r"\text{Evelyn}", True),
@@ -169,12 +170,10 @@ def test_answers_are_graded_as_a_public_grader_does(completion: str, reference: 
     assert is_correct(completion, reference) is verdict
 
 
-@pytest.mark.parametrize(
-    "completion", ["<answer>12 or 72</answer>", "<answer>not 72</answer>", "<answer>minus 72</answer>"]
-)
+@pytest.mark.parametrize("completion", ["12 or 72", "not 72", "minus 72", "x = 5, y = 72", "5 = x and 72"])
 def test_a_grader_is_not_fooled(completion: str):
     """Where math-verify takes any number."""
-    assert not is_correct(completion, "72")
+    assert not is_correct(f"<answer>{completion}</answer>", "72")
 
 
 @pytest.mark.parametrize("completion, reference, is_right", [
