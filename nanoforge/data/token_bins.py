@@ -208,12 +208,16 @@ class OpenFiles:
     def __init__(self, paths: Sequence[Path], max_open: int) -> None:
         self.paths = paths
         self.max_open = max_open
+        self.closes_none = len(paths) <= max_open
         self.descriptors: OrderedDict[int, int] = OrderedDict()  # index of the path -> descriptor, the last used last
         self.lock = threading.Lock()  # training and evaluation read in two threads: none closes what the other reads
         weakref.finalize(self, close_files, self.descriptors)
 
     def pread(self, i: int, size: int, offset: int) -> bytes:
         """`size` bytes of file i from an offset on."""
+        descriptor = self.descriptors.get(i)
+        if descriptor is not None and self.closes_none:
+            return os.pread(descriptor, size, offset)
         with self.lock:
             descriptor = self.descriptors.pop(i, None)
             if descriptor is None:
