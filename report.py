@@ -69,6 +69,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from nanoforge import files
+from nanoforge.console import plural
 from nanoforge.report import page
 from nanoforge.report.read_runs import RunReader
 from nanoforge.report.server import HOST, PageServer
@@ -97,14 +98,17 @@ def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     files.write_text(page_path, html)
     figures = plots.draw_figures(shown, out_dir)
     names = ", ".join(path.name for path in figures) or "no figures (nothing to draw yet)"
-    print(f"{len(runs)} runs: {page_path} ({len(html) / 1e6:.1f} MB), {names}")
+    print(f"{plural(len(runs), 'run')}: {page_path} ({len(html) / 1e6:.1f} MB), {names}")
 
 
 def serve_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Serve the page until Ctrl-C."""
     with PageServer(args.port, reader, by=args.by, title=title, refresh_seconds=args.refresh) as server:
         page.render(server.payload(), title)  # raises its UserErrors before anything is served
-        print(f"http://{HOST}:{server.server_port} follows {len(reader.cache)} runs; Ctrl-C stops it", flush=True)
+        print(
+            f"http://{HOST}:{server.server_port} follows {plural(len(reader.cache), 'run')}; Ctrl-C stops it",
+            flush=True,
+        )
         server.serve_forever()
 
 

@@ -430,7 +430,9 @@ def collect_remarks(runs: Sequence[LoadedRun], rows: Sequence[Row], empty_paths:
         remarks.append(f"These runs were made by {len(commits)} versions of the code ({names}).")
     n_unfinished = sum(run.state not in ("done", "pruned") for run in runs)
     if n_unfinished:
-        remarks.append(f"{n_unfinished} of {len(runs)} runs are not done: statistics use finished runs only.")
+        verb = "is" if n_unfinished == 1 else "are"
+        of_runs = plural(len(runs), "run")
+        remarks.append(f"{n_unfinished} of {of_runs} {verb} not done: statistics use finished runs only.")
     if not stats.has_scipy():
         n_with_seeds = sum(len(row["losses"]) > 1 for row in rows)
         n_sizes = max(map(len, group_sizes(runs, rows).values()), default=0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from nanoforge.report.page import PALETTE
@@ -21,6 +22,7 @@ TRAINING = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_sec
 NAN = float("nan")
 FIRST_SHARE = 0.08  # of a curve; its steep beginning would flatten the rest
 MAX_RANKED_GROUPS = 25
+MAX_LEGEND_ENTRIES = 24
 
 Row = dict[str, Any]  # JSON of page.payload: everything, a run, a group
 ColorOf = Callable[[Row], Any]  # run -> color
@@ -151,8 +153,7 @@ def draw_panels(shown: Row, panels: Sequence[Panel], color_of: ColorOf, columns:
         axes.remove()
     if len(shown["groups"]) > len(PALETTE):
         figure.suptitle(f"{len(runs)} runs: the darker, the lower the {shown['by']} val_loss", fontsize=11)
-    else:
-        add_legend(figure)
+    add_legend(figure)
     return figure
 
 
@@ -179,19 +180,21 @@ def draw_panel(axes: Axes, panel: Panel, shown: Row, color_of: ColorOf) -> None:
 
 
 def add_legend(figure: Figure) -> None:
-    """One entry for each label, below the panels; none for a single label."""
-    lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    """One entry for each label, below the panels, the best run first; none for a single label.
+
+    Of many labels the first MAX_LEGEND_ENTRIES, and how many there are more.
+    """
+    lines = {str(line.get_label()): line for line in reversed(figure.axes[0].get_lines())}
     lines = {label: line for label, line in lines.items() if not label.startswith("_")}
-    if len(lines) > 1:
-        columns = 3 if max(map(len, lines)) < 45 else 1
-        figure.legend(
-            list(lines.values()),
-            list(lines),
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            fontsize=9,
-        )
+    if len(lines) < 2:
+        return
+    labels = list(lines)[:MAX_LEGEND_ENTRIES]
+    handles = [lines[label] for label in labels]
+    if len(lines) > len(labels):
+        labels.append(f"and {len(lines) - len(labels)} more, worse ones")
+        handles.append(Line2D([], [], linestyle="none"))
+    columns = 3 if max(map(len, labels)) < 45 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def training_remarks(run: LoadedRun, train: Columns, evals: Columns) -> list[str
             remarks.append(f"{key} is not finite in {plural(n_missing, 'line')}")
     n_skipped = np.nanmax(train["skipped"], initial=0) if "skipped" in train else 0
     if n_skipped:
-        remarks.append(f"{int(n_skipped):,} steps skipped")
+        remarks.append(f"{plural(int(n_skipped), 'step')} skipped")
     return remarks
 
 
@@ -358,7 +358,7 @@ def shorten(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if len(text) <= MAX_SAMPLE_CHARS:
         return text
-    return f"{text[:MAX_SAMPLE_CHARS]}… and {len(text) - MAX_SAMPLE_CHARS:,} more characters"
+    return f"{text[:MAX_SAMPLE_CHARS]}… and {plural(len(text) - MAX_SAMPLE_CHARS, 'more character')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 import base64
 import hashlib
+import html
+import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,6 +203,98 @@ def test_the_page_in_a_browser(write_run, write_hostile_run, payload_of, tmp_pat
     assert "&lt;/script&gt;&lt;script&gt;" in dom
     assert 'class="unseen">U+202E<' in dom
     assert "onerror=" not in re.sub(r"&lt;.*?&gt;", "", dom)
+
+
+MEASURE = """
+async function until(condition) {  // a page that is out of sight draws late
+  for (let i = 0; i < 40 && !condition(); i++) await new Promise(wait => setTimeout(wait, 100));
+}
+async function measure(name, width) {
+  const frame = document.createElement("iframe");
+  Object.assign(frame, {width, height: 500, src: name + ".html"});
+  document.body.append(frame);
+  await new Promise(loaded => (frame.onload = loaded));
+  await new Promise(wait => setTimeout(wait, 300));
+  const page = frame.contentDocument,
+    all = selector => [...page.querySelectorAll(selector)].filter(node => node.getClientRects().length),
+    right = node => node.getBoundingClientRect().right,
+    out = {name, width, page_width: page.documentElement.scrollWidth};
+  out.verdicts = all("#groups .verdict").map(node => [node.textContent.split(":")[0], right(node) <= width]);
+  out.legends = all("[data-legend]").map(node => node.querySelectorAll(".chip").length);
+  out.names = all("#table .name").map(node => node.textContent);
+  out.tables = [];
+  for (const scroll of all(".scroll")) {
+    const hint = scroll.previousElementSibling,
+      hinted = () => (hint.hidden ? "" : hint.textContent),
+      beyond = () => all("#" + scroll.firstElementChild.id + " th").filter(node => right(node) > right(scroll) + 4);
+    await until(() => hinted().startsWith(beyond().length || ""));
+    const before = [beyond().length, hinted()];
+    scroll.scrollLeft = 1e6;
+    await until(() => hinted() !== before[1] || !before[0]);
+    out.tables.push([...before, beyond().length, hinted()]);
+  }
+  return out;
+}
+"""
+
+
+def measure_in_browser(folder: Path, names: list[str], widths: tuple[int, ...]) -> list[dict]:
+    """What a phone and a desk show of the pages in a folder: each page in a frame of each width."""
+    wanted = json.dumps([[name, width] for name in names for width in widths])
+    script = f"{MEASURE} (async () => {{ const all = []; for (const [name, width] of {wanted}) "
+    script += "all.push(await measure(name, width)); document.body.textContent = JSON.stringify(all); })();"
+    (folder / "all.html").write_text(f"<!doctype html><body><script>{script}</script></body>")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = [flag for flag in BROWSER_FLAGS if not flag.startswith("--virtual-time-budget")]
+        flags += ["--virtual-time-budget=60000", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
+        browser = [find_browser(), *flags]
+        address = f"http://127.0.0.1:{server.server_port}/all.html"
+        done = subprocess.run([*browser, address], capture_output=True, text=True, timeout=120)
+        server.shutdown()
+    return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout, re.S)[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
+def test_pages_fit_a_phone_and_a_desk(
+    write_run: Callable, payload_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long names, many columns, 16 curves: nothing widens the page, verdicts are in sight, hints count columns."""
+    offline = pytest.importorskip("plotly.offline")
+    monkeypatch.setattr(
+        offline, "get_plotlyjs", lambda: "const Plotly = {react() {}, restyle() {}};"
+    )  # a fast stand-in
+    start = "an_experiment_whose_name_somebody_typed_with_all_of_its_arguments_in_it_"
+    varied = [f"argument_{i}" for i in range(9)]
+    for lr, level in ((1e-3, 2.0), (1e-2, 1.5), (3e-2, 1.501)):
+        for seed in (1, 2, 3):
+            loss = lambda step, level=level, seed=seed: level + 0.01 * seed + 2 / (1 + step)  # noqa: E731
+            args = dict.fromkeys(varied, lr)
+            write_run(f"long/{start}lr={lr},seed={seed}", learning_rate=lr, seed=seed, loss=loss, **args)
+    for i in range(16):
+        write_run(f"many/run{i}", learning_rate=i, loss=lambda step, i=i: 1 + i / 100 + 1 / (1 + step))
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for name in ("long", "many"):
+        shown = payload_of(tmp_path / "out" / name)
+        (pages / f"{name}.html").write_text(page.render(shown, name), encoding="utf-8")
+
+    measured = measure_in_browser(pages, ["long", "many"], widths=(390, 1440))
+    assert [(m["name"], m["width"], m["page_width"]) for m in measured] == [
+        (name, width, width) for name in ("long", "many") for width in (390, 1440)
+    ]
+    for m in measured:
+        assert all(count == {"long": 3, "many": 16}[m["name"]] for count in m["legends"]) and m["legends"]
+        for n_beyond, hint, n_beyond_at_end, hint_at_end in m["tables"]:
+            assert re.findall(r"\d+", hint) == ([str(n_beyond)] if n_beyond else [])
+            assert n_beyond or m["width"] == 1440
+            assert n_beyond_at_end == 0 and bool(hint_at_end) == bool(n_beyond), "a way back"
+    for m in measured[:2]:
+        significant = ["lowest mean", "not significant", "significant"]
+        assert sorted(m["verdicts"]) == [[text, True] for text in significant]
+        assert all(start not in name and "lr=" in name and "seed=" in name for name in m["names"])
 
 
 @pytest.mark.slow
