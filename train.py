@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 import builders
-from nanoforge import console, device, distributed, restarts, rng, run_dir
+from nanoforge import console, device, distributed, restarts, rng, run_dir, run_state
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
@@ -245,18 +245,23 @@ def find_begun_run(args: TrainArgs, ranks: distributed.Ranks) -> TrainArgs:
     """The arguments, or after a restart those with which the run goes on that this job began. The main rank decides."""
     if args.eval_only or (args.init_from == "resume" and args.checkpoint == "last"):
         return args
-    begun = ""
+    begun, has_checkpoint = "", False
     with ranks.main_first():
         if ranks.is_main:
             folders = sorted(args.task_folder.glob("*")) if args.names_task_alone else [Path(args.out_dir)]
             own = [path for path in folders if restarts.was_begun_here(path, args.asked, overwrite=args.overwrite)]
             begun = str(own[-1]) if own else ""
+            if not own and not args.names_task_alone:
+                restarts.refuse_edited(Path(args.out_dir), args.asked)
+            has_checkpoint = bool(own) and run_state.has_checkpoint(own[-1])
     begun = ranks.broadcast_text(begun)
     if not begun:
         return args
     if ranks.is_main:
         console.print_line(f"{begun}: this job began the run there and goes on with it")
-    return train_args.continue_begun_run(args, Path(begun))
+    if ranks.all_reduce_max(has_checkpoint):
+        return train_args.parse(["--init_from=resume", f"--out_dir={begun}"])
+    return dataclasses.replace(args, out_dir=begun, overwrite=True)
 
 
 def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:

@@ -4,7 +4,6 @@
 functions find arguments that conflict. To add an argument, add its field to a group and use it.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -1005,12 +1004,3 @@ def parse(argv: list[str] | None = None) -> TrainArgs:
     if any(text.startswith("--resume_from_checkpoint") for text in argv):
         argv = ["--init_from=resume", *argv]
     return configurator.parse(TrainArgs, argv, "Train a GPT: see README.md.", RULES)
-
-
-def continue_begun_run(args: TrainArgs, out_dir: Path) -> TrainArgs:
-    """The arguments with which a restarted command goes on with the run that it began; without a checkpoint, anew."""
-    from nanoforge import run_state
-
-    if run_state.has_checkpoint(out_dir):
-        return parse(["--init_from=resume", f"--out_dir={out_dir}"])
-    return dataclasses.replace(args, out_dir=str(out_dir), overwrite=True)

@@ -52,33 +52,42 @@ def was_begun_here(out_dir: Path, asked: Mapping[str, Any], *, overwrite: bool) 
     """Whether this job began the run in a folder, with the same arguments.
 
     A Slurm job has to be requeued. torchrun need not count a restart: it does not when a host joins or leaves.
-    Raises UserError when the restarted job began the run with other arguments.
     """
-    try:
-        attempts = RunRecord.load(out_dir).run.get("attempts", [])
-    except UserError:
-        return False
     jobs = [job for job in current_jobs() if job.restarted or job.name.startswith("torchrun")]
-    own = [attempt for attempt in attempts if {job.name for job in jobs} & set(attempt["jobs"])]
-    is_restarted = any(job.restarted for job in jobs)
-    if any(attempt["asked"] == asked for attempt in own):
-        # with --overwrite, an id that the user chose may also be that of an earlier torchrun, which has finished
-        return is_restarted or not overwrite or not is_finished(out_dir)
-    if own and is_restarted:
+    if not any(attempt["asked"] == asked for attempt in own_attempts(out_dir, jobs)):
+        return False
+    # with --overwrite, an id that the user chose may also be that of an earlier torchrun, which has finished
+    return not overwrite or any(job.restarted for job in jobs) or not is_finished(out_dir)
+
+
+def refuse_edited(out_dir: Path, asked: Mapping[str, Any]) -> None:
+    """Raises UserError when this job was restarted and began the run in the folder with other arguments."""
+    own = own_attempts(out_dir, [job for job in current_jobs() if job.restarted])
+    if own and all(attempt["asked"] != asked for attempt in own):
         raise UserError(
             f"{out_dir}: this job began the run there with other arguments"
             f"{describe_differences(own[0]['asked'], asked)}; "
             "continue it with --init_from=resume, or use another --out_dir"
         )
-    return False
+
+
+def own_attempts(out_dir: Path, jobs: list[Job]) -> list[dict[str, Any]]:
+    """The attempts of these jobs at the run in a folder."""
+    names = {job.name for job in jobs}
+    return [attempt for attempt in read_attempts(out_dir) if names.intersection(attempt["jobs"])]
+
+
+def read_attempts(out_dir: Path) -> list[dict[str, Any]]:
+    """The attempts at the run in a folder, the first one first; none where there is no run."""
+    try:
+        return RunRecord.load(out_dir).run.get("attempts", [])
+    except UserError:
+        return []
 
 
 def refuse_existing_run(out_dir: Path, asked: Mapping[str, Any]) -> None:
     """Raises UserError when the folder holds a run; it lists the arguments with which that began, where they differ."""
-    try:
-        attempts = RunRecord.load(out_dir).run.get("attempts", [])
-    except UserError:
-        attempts = []
+    attempts = read_attempts(out_dir)
     run_dir.refuse_existing_run(out_dir, describe_differences(attempts[0]["asked"], asked) if attempts else "")
 
 

@@ -121,6 +121,8 @@ def test_a_restarted_task_takes_the_folder_that_it_began(data_dir: Path, tmp_pat
     train.main(train_args.parse([*flags, "--seed=1"]))
     assert read_run(first).steps[-1] == 4
     assert contents(second) == before
+    train.main(train_args.parse([*flags, "--seed=3"]))  # a further run of the same job
+    shutil.rmtree(second.with_name("20260101_000000_3"))
     with pytest.raises(UserError):
         train.main(train_args.parse([*flags, "--seed=3", "--dataset=none"]))
     assert len(list((tmp_path / "outputs/t").iterdir())) == 2, "what failed before it began leaves no folder"
