@@ -116,6 +116,7 @@ from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
+from nanoforge.device import explain_out_of_memory
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
@@ -560,24 +561,31 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
     if not args.tasks and args.init_from != "resume" and not args.datasets:
         raise UserError("--tasks, --datasets: one is required without a run; name what to evaluate on")
     evaluation = load_evaluation(args)
-    results = {
-        "checkpoint": evaluation.loaded.source,
-        "decode": args.decode,
-        "seed": args.seed,
-        "dtype": str(evaluation.loaded.model.compute_dtype).removeprefix("torch."),
-        "losses": evaluate_losses(evaluation),
-        "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
-    }
+    files.check_writable(results_path(args).parent, "--json")  # before the work
+    with explain_out_of_memory(f"a smaller --batch_size than {args.batch_size} needs less"):
+        results = {
+            "checkpoint": evaluation.loaded.source,
+            "decode": args.decode,
+            "seed": args.seed,
+            "dtype": str(evaluation.loaded.model.compute_dtype).removeprefix("torch."),
+            "losses": evaluate_losses(evaluation),
+            "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
+        }
     print_results(results)
     write_results(args, results)
     return results
 
 
+def results_path(args: EvaluateArgs) -> Path:
+    """The file of this call's results."""
+    folder = run_of_checkpoint(Path(args.out_dir)) or Path(args.out_dir)  # nothing is written into a checkpoint
+    return Path(args.json or folder / "evaluation.json")
+
+
 def write_results(args: EvaluateArgs, results: dict[str, Any]) -> None:
     """Write the results to --json; without it to the run's evaluation.json, and to evaluations.jsonl, which keeps those
     of every call."""
-    folder = run_of_checkpoint(Path(args.out_dir)) or Path(args.out_dir)  # nothing is written into a checkpoint
-    path = Path(args.json or folder / "evaluation.json")
+    path = results_path(args)
     files.write_json(path, results)
     print(path)
     if not args.json:

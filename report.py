@@ -87,13 +87,13 @@ def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Write the page and the figures to --out."""
     from nanoforge.report import plots  # matplotlib: half a second that --watch and errors don't need
 
+    out_dir = Path(args.out)
+    files.check_writable(out_dir, "--out")
     runs, empty_paths = reader.read()
     for path in empty_paths:
         print(f"{path}: no run found, ignored", file=sys.stderr)
     shown = page.payload(runs, empty_paths, args.by)
     html = page.render(shown, title)
-    out_dir = Path(args.out)
-    out_dir.mkdir(parents=True, exist_ok=True)
     page_path = out_dir / "report.html"
     files.write_text(page_path, html)
     figures = plots.draw_figures(shown, out_dir)

@@ -13,9 +13,10 @@ import builders
 import configurator
 from model import GPT
 from nanoforge import console, distributed, restarts, run_dir
+from nanoforge.console import plural
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
-from nanoforge.device import peak_flops
+from nanoforge.device import check_compiler, peak_flops
 from nanoforge.errors import UserError
 from nanoforge.training import checkpoint, evaluation, schedules, summary
 from nanoforge.training.checkpoint import Progress
@@ -214,6 +215,29 @@ def describe_model(model: GPT, adapter: str) -> str:
     return f"{text}; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%})"
 
 
+def memory_advice(args: TrainArgs, ranks: distributed.Ranks) -> str:
+    """What makes a step need less memory, in this run's own numbers."""
+    rank_slice = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size)
+    rows = rank_slice.micro_batch_size
+    smaller = max((n for n in range(1, rows) if rows % n == 0), default=0)
+    advice = []
+    if smaller:
+        flags = f"--batch_size={smaller} --gradient_accumulation_steps={args.global_batch_size // smaller}"
+        eval_iters = args.eval_iters * args.batch_size // smaller
+        advice.append(f"{flags} --eval_iters={eval_iters} is the same run in smaller micro-batches")
+    if not args.loss_chunk and args.vocabulary == "one":
+        advice.append("--loss_chunk=1024 never holds all logits")
+    if not args.activation_checkpointing:
+        advice.append("--activation_checkpointing recomputes layers instead of keeping their activations")
+    if args.dtype == "float32" and ranks.device.type == "cuda":
+        advice.append("--dtype=bfloat16 halves activations")
+    if ranks.world_size > 1 and args.parallel == "ddp":
+        advice.append("--parallel=fsdp shards weights and optimizer state")
+    advice.append(f"or a smaller --block_size than {args.block_size}, or a smaller model")
+    micro_batch = f"micro-batches of {plural(rows, 'sequence')} of {args.block_size} tokens"
+    return f"out of memory on {ranks.device} with {micro_batch}: {'; '.join(advice)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # build and resume
 
@@ -224,6 +248,8 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     if args.begins_run and not (args.overwrite or args.eval_only):
         restarts.refuse_existing_run(Path(args.out_dir), args.asked)
     identity = identify(args, resumed_from)
+    if args.compile:
+        check_compiler(ranks.device)
 
     # 1. Data.
     with ranks.main_first():

@@ -124,6 +124,7 @@ from nanoforge import files
 from nanoforge.console import print_to_stderr
 from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
+from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate, generate_batch
 from nanoforge.posttraining import prompt_format
@@ -137,6 +138,11 @@ SEPARATOR = "---------------"
 
 
 def main(args: SampleArgs) -> None:
+    with explain_out_of_memory(f"a smaller --num_samples than {args.num_samples} needs less"):
+        sample(args)
+
+
+def sample(args: SampleArgs) -> None:
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
@@ -315,6 +321,8 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     # 1. The model on its device; its weights are cast once, not at every token.
     model = loaded.model
     device = loaded.to(args.device, args.dtype)
+    if args.compile:
+        check_compiler(device)
     model.to(model.compute_dtype)
 
     # 2. One batch of num_samples copies of the prompt.

@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 import builders
-from nanoforge import console, device, distributed, restarts, rng, run_dir, run_state
-from nanoforge.errors import DivergedError
+from nanoforge import console, device, distributed, files, restarts, rng, run_dir, run_state
+from nanoforge.errors import DivergedError, UserError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
 from nanoforge.training import checkpoint, evaluation
@@ -48,7 +48,7 @@ from nanoforge.training.logger import (
     start_wandb,
 )
 from nanoforge.training.signals import Signals
-from run import Run, begin, build, resume
+from run import Run, begin, build, memory_advice, resume
 from train_args import TrainArgs
 
 ADVICE = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
@@ -130,7 +130,8 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         step_logger.restart(progress.step, progress.tokens)
     if finished and not eval_is_due:
         run.checkpoints.finish(logger, progress.step)
-        logger.note(progress.step, f"finished: {finished} in {console.format_duration(logger.seconds)}")
+        duration = console.format_duration(logger.seconds)
+        logger.note(progress.step, f"finished: {finished} in {duration}{describe_peak_memory(ranks)}")
         return True
     signal_number = ranks.all_reduce_max(signals.number)
     if signal_number:
@@ -194,6 +195,12 @@ def sample_completions(run: Run) -> list[dict[str, str]]:
     return rollouts.sample_completions(sampler, examples, count=run.args.eval_samples, prompt_offset=prompt_offset)
 
 
+def describe_peak_memory(ranks: distributed.Ranks) -> str:
+    """The most that a rank has needed; nothing where it isn't known."""
+    peak = ranks.all_reduce_max(round(device.peak_memory_mb(ranks.device) or 0))
+    return f", peak memory {peak:,} MB" if peak else ""
+
+
 def format_metrics(metrics: dict[str, float]) -> str:
     """An evaluation's metrics on the console."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -237,8 +244,22 @@ def main(args: TrainArgs) -> Progress:
         with (
             run_dir.RunLock(out_dir) as lock,
             run_dir.removed_if_empty(out_dir) if is_new_folder else contextlib.nullcontext(),
+            explain_failures(args, ranks),
         ):
             return build_and_train(args, ranks, lock)
+
+
+@contextlib.contextmanager
+def explain_failures(args: TrainArgs, ranks: distributed.Ranks) -> Iterator[None]:
+    """Raises UserError, with what to change, where memory or the compiler fails."""
+    try:
+        yield
+    except Exception as error:
+        if device.is_out_of_memory(error):
+            raise UserError(memory_advice(args, ranks)) from None
+        if device.is_compile_error(error):
+            raise UserError(f"--compile: failed ({distributed.first_line(error)}); run without --compile") from None
+        raise
 
 
 def find_begun_run(args: TrainArgs, ranks: distributed.Ranks) -> TrainArgs:
@@ -276,12 +297,15 @@ def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
 
 
 def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
-    """Raises UserError for what would fail once the folder is taken: a second process, trackers that can't start.
+    """Raises UserError for what would fail once the folder is taken: a second process, a folder that can't be written,
+    trackers that can't start.
 
     A resumed run goes on without its trackers.
     """
     if not args.begins_run:
         lock.acquire()
+        for folder in (Path(args.out_dir), Path(args.out_dir) / "checkpoints"):
+            files.check_writable(folder, "--out_dir")
         return
     if args.wandb_log:
         check_wandb()

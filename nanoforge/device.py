@@ -1,8 +1,15 @@
 """The device of this process: which one, in which precision, and how fast it multiplies matrices."""
 
 import ctypes
+import importlib
 import os
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -133,6 +140,40 @@ def peak_flops(device_name: str) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# how much memory
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """The most memory that tensors took on a GPU so far, or this process on a CPU, in MB; None where it isn't known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a tensor found no memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Raises UserError, with what needs less memory, where a tensor finds none."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # settings of the process
 
 ATTENTION_KERNELS = {
@@ -160,7 +201,30 @@ def tune_malloc() -> None:
 
     Otherwise the large tensors of every step are mapped anew, and their pages zeroed and faulted in.
     """
+    if os.name != "posix":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where `--compile` can't work: without a C++ compiler on a CPU, triton and a C one on CUDA."""
+    missing = ""
+    if device.type == "cuda":
+        compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+        if find_spec("triton") is None or not any(map(shutil.which, compilers)):
+            missing = "triton and a C compiler (gcc)"
+    else:
+        try:
+            importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+        except Exception:  # of torch's own
+            missing = "a C++ compiler (g++)"
+    if missing:
+        raise UserError(f"--compile: needs {missing}, which this machine lacks; install it, or run without --compile")
+
+
+def is_compile_error(error: BaseException) -> bool:
+    """Whether torch.compile failed, and not what it compiled."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

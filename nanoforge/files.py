@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -55,6 +56,16 @@ def decode_text(data: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make a folder, if it is missing. Raises UserError, which names the flag, where no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: {folder} can't be written ({error.strerror}); choose another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,6 @@ import platform
 import secrets
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from nanoforge.config_files import RECORD_FILE
 from nanoforge.errors import UserError
-from nanoforge.files import TMP_SUFFIX, lock_file, report_missing_locks, write_json
+from nanoforge.files import TMP_SUFFIX, check_writable, lock_file, report_missing_locks, write_json
 
 Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its content
 
@@ -361,9 +360,7 @@ def prepare_out_dir(out_dir: Path, lock: RunLock, *, overwrite: bool) -> None:
     Raises UserError when it is not writable, when another process trains in it, or has begun a run there meanwhile.
     """
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass  # it is writable
+        check_writable(out_dir, "--out_dir")
         lock.acquire()
         if not overwrite:
             refuse_existing_run(out_dir)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
+from nanoforge.console import print_to_stderr
 from nanoforge.report.page import PALETTE
 
 GREY = PALETTE[-1]
@@ -37,27 +38,34 @@ class Panel(NamedTuple):
 
 
 def draw_figures(shown: Row, folder: Path) -> list[Path]:
-    """Write the figures that have something to show; their paths."""
+    """Write the figures that have something to show; their paths. One that can't be drawn or written is reported."""
     color_of = make_colors(shown)
-    figures = {
-        "loss.png": draw_loss(shown, color_of),
-        "training.png": draw_training(shown, color_of),
-        "datasets.png": draw_datasets(shown, color_of),
-        "seeds.png": draw_seeds(shown, color_of),
-        "scaling.png": draw_scaling(shown, color_of),
+    draw = {
+        "loss.png": draw_loss,
+        "training.png": draw_training,
+        "datasets.png": draw_datasets,
+        "seeds.png": draw_seeds,
+        "scaling.png": draw_scaling,
     }
     written = []
-    for name, figure in figures.items():
+    for name, draw_figure in draw.items():
         path = folder / name
-        path.unlink(missing_ok=True)
-        if figure is None:
-            continue
-        for axes in figure.axes:
-            axes.grid(alpha=0.22)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=120)
-        written.append(path)
+        try:
+            path.unlink(missing_ok=True)
+            figure = draw_figure(shown, color_of)
+            if figure is not None:
+                write_figure(figure, path)
+                written.append(path)
+        except Exception as error:
+            print_to_stderr(f"{path}: can't be drawn ({error}); the page has everything")
     return written
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.22)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

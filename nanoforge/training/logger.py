@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoforge.console import format_duration, print_line
+from nanoforge.device import peak_memory_mb
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.files import write_text
@@ -299,6 +300,9 @@ class StepLogger:
             "skipped": n_skipped,
             **means,
         }
+        peak_memory = peak_memory_mb(self.ranks.device)
+        if peak_memory is not None:
+            line["peak_memory_mb"] = round(peak_memory, 1)
         if self.peak_tokens_per_second:
             line["mfu"] = tokens_per_second / self.peak_tokens_per_second
         if self.log_data_hash:
