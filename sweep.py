@@ -175,6 +175,25 @@ def check_out_dir(out_dir: Any) -> list[str]:
     return []
 
 
+def lay_flags_over(spec: dict[str, Any], flags: dict[str, Any]) -> list[str]:
+    """Set train.py's flags, as typed, in the values of a file; the errors."""
+    errors = []
+    inside = grid_file.names_in_zip_and_groups(spec)
+    for name, value in flags.items():
+        if name in inside:
+            errors.append(f"--{name}: the file has it in zip or groups; change it there")
+        for key in hf_keys.keys_of_argument(name):
+            if isinstance(spec.get(key), list):
+                del spec[key]  # of an experiment file; it would vary without effect
+        try:
+            spec[name] = parse_cell(TRAIN_SPECS[name], value)
+        except UserError as error:
+            errors.append(str(error))
+    if "seed" in flags and (isinstance(spec.get("seed"), list) or isinstance(spec.get("seeds"), list)):
+        spec.pop("seeds", None)  # the flag says which seeds; of a number of seeds it is the first
+    return errors
+
+
 def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     """Read the command line and the files that it names: the request, and the errors. Raises UserError."""
     # 1. The command line: arguments of the sweep, arguments of train.py, files.
@@ -205,18 +224,8 @@ def read_request(argv: list[str]) -> tuple[Request, list[str]]:
     spec = dict(file.spec)
 
     # 3. The flags, over the file's values.
-    inside = grid_file.names_in_zip_and_groups(spec)
-    for name, value in command_line.values.items():
-        if name not in TRAIN_SPECS:
-            continue
-        if name in inside:
-            errors.append(f"--{name}: the file has it in zip or groups; change it there")
-        try:
-            spec[name] = parse_cell(TRAIN_SPECS[name], value)
-        except UserError as error:
-            errors.append(str(error))
-    if "seed" in command_line.values and (isinstance(spec["seed"], list) or isinstance(spec.get("seeds"), list)):
-        spec.pop("seeds", None)  # it says which seeds; of a number of seeds it is the first
+    flags = {name: value for name, value in command_line.values.items() if name in TRAIN_SPECS}
+    errors += lay_flags_over(spec, flags)
 
     # 4. The config files underneath, and the folder.
     config_paths = [path for path in command_line.files if path not in grid_paths]

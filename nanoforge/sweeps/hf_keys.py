@@ -323,7 +323,8 @@ def to_dtype(value: Any, experiment: Experiment) -> Arguments:
 
 def to_eval_interval(value: Any, experiment: Experiment) -> Arguments:
     at_the_end = max(1, experiment.total_steps)
-    return {"eval_interval": experiment.interval_of(value, "eval_steps", never=at_the_end)}
+    steps_key = "eval_steps" if "eval_steps" in experiment.keys else "logging_steps"  # as in transformers
+    return {"eval_interval": experiment.interval_of(value, steps_key, never=at_the_end)}
 
 
 def to_checkpoint_interval(value: Any, experiment: Experiment) -> Arguments:
@@ -454,7 +455,9 @@ KEYS: dict[str, Key] = {
     # evaluation, checkpoints, logging
     "eval_strategy": Key("eval_interval; no evaluates at the end only", to_eval_interval),
     "evaluation_strategy": ignored("as eval_strategy"),
-    "eval_steps": ignored("eval_interval, with eval_strategy=steps; below 1 a fraction of all steps"),
+    "eval_steps": ignored(
+        "eval_interval, with eval_strategy=steps; below 1 a fraction of all steps; absent, that of logging_steps"
+    ),
     "save_strategy": Key(
         "checkpoint_interval, with checkpoint_at_eval off; best saves where val_loss improves", to_checkpoint_interval
     ),
@@ -519,7 +522,6 @@ DEFAULTS: dict[str, Any] = {  # transformers.TrainingArguments, where training d
     "bf16": False,
     "fp16": False,
     "eval_strategy": "no",
-    "eval_steps": 500,
     "save_strategy": "steps",
     "save_steps": 500,
     "logging_strategy": "steps",
@@ -533,7 +535,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {  # TRL's trainer configs
     "sft": {"learning_rate": 2e-5, "max_length": 1024},
     "dpo": {"learning_rate": 1e-6, "max_length": 1024, "beta": 0.1},
     "kto": {"learning_rate": 1e-6, "max_length": 1024, "beta": 0.1},
-    "grpo": {"learning_rate": 1e-6, "beta": 0.0, "num_generations": 8},
+    "grpo": {"learning_rate": 1e-6, "beta": 0.0, "num_generations": 8, "loss_type": "dapo"},
 }
 COLUMNS = {  # a key that varies is named in tables and folders as the argument that it becomes
     "algorithm": "objective",
@@ -549,6 +551,11 @@ COLUMNS = {  # a key that varies is named in tables and folders as the argument 
     "optim": "optimizer",
     "lr_scheduler_type": "lr_scheduler",
 }
+
+
+def keys_of_argument(name: str) -> list[str]:
+    """The keys that become just this argument, by section.key."""
+    return [f"{section}.{key}" for key, row in KEYS.items() if row.becomes == name for section in KEY_SECTIONS]
 
 
 def column(name: str) -> str:

@@ -945,7 +945,7 @@ def translated(guide: str, **changes) -> list[dict]:
     values, as_text = grid_file.read_yaml(guide, "x")
     spec, errors = hf_keys.flatten(values, as_text)
     assert not errors and not hf_keys.file_errors(values)
-    spec |= changes
+    spec = {name: value for name, value in (spec | changes).items() if value is not None}
     del spec["execution.output_dir"]
     ranks = slurm.shape_of(grid_slurm_section(spec)).ranks
     return [hf_keys.to_arguments(point.values, ranks, hf_keys.count_examples) for point in points_of(spec)]
@@ -1022,6 +1022,7 @@ def guide_arguments(tmp_path: Path, steps: int) -> dict:
         ("save_steps", 4, {"checkpoint_interval": 4, "checkpoint_at_eval": False}),
         ("save_strategy", "steps", {"checkpoint_interval": 500, "checkpoint_at_eval": False}),
         ("save_strategy", "epoch", {"checkpoint_interval": 16, "checkpoint_at_eval": False}),
+        ("eval_steps", None, {"eval_interval": 10}),
         ("save_strategy", "no", {"checkpoint_interval": 0, "checkpoint_at_eval": False}),
         ("save_strategy", "best", {"always_save_checkpoint": False, "checkpoint_at_eval": None}),
         ("logging_strategy", "steps", {"log_interval": 10}),
@@ -1141,6 +1142,13 @@ def test_what_runs_will_read_is_checked_before_anything_is_written(
     assert code == 2 and not (tmp_path / "out").exists(), err
     errors = [line for line in err.splitlines() if not line.endswith(" errors")]
     assert 1 <= len(errors) <= 2 and all(message in line for line in errors), "one of DPO, one of KTO at most"
+
+
+def test_the_command_line_wins_over_lists_of_an_experiment_file(run_sweep, guide):
+    code, out, err = run_sweep("--learning_rate=1e-4", "--beta=0.1,0.3", "--init_from=scratch", yaml=guide)
+    assert code == 2 and err.count("requires pretrained weights") == 2, "of DPO and of KTO; else it would be whole"
+    code, out, err = run_sweep("--learning_rate=1e-4", "--beta=0.1,0.3", yaml=guide)
+    assert code == 0 and len(run_names(out)) == 2 * 2 * 2, "algorithms x models x betas"
 
 
 def test_the_page_documents_every_key():
