@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from nanoforge.config_files import RECORD_FILE
 from nanoforge.errors import UserError
-from nanoforge.files import TMP_SUFFIX, check_writable, lock_file, report_missing_locks, write_json
+from nanoforge.files import TMP_SUFFIX, check_writable, lock_file, read_text, report_missing_locks, write_json
 
 Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its content
 
@@ -69,9 +69,7 @@ class RunRecord:
         """The record in a run's folder or in a checkpoint. Raises UserError when it can't be read."""
         path = folder / RECORD_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: can't be read ({error.strerror})") from None
+            values = json.loads(read_text(path))
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
         if not isinstance(values, dict):

@@ -8,6 +8,7 @@ import pytest
 import train_args
 from nanoforge import config_files
 from nanoforge.errors import UserError
+from nanoforge.run_dir import RunRecord
 from nanoforge.sweeps import grid_file
 
 
@@ -124,6 +125,8 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path, name: str, tex
     assert config_files.read_file(str(path)) == {"n": 3}
     if name.endswith(config_files.SUFFIXES[2:]):
         assert grid_file.read_file(str(path)) == ({"n": 3}, {"n": "3"})
+    (tmp_path / "train_config.json").write_bytes(b'\xef\xbb\xbf{"n": 3}')
+    assert RunRecord.load(tmp_path).args == {"n": 3}
     path.write_bytes(text.encode("utf-16"))
     with pytest.raises(UserError, match=r"not UTF-8 \(.* at byte 0\)"):
         config_files.read_file(str(path))
