@@ -18,6 +18,7 @@ from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops
 from nanoforge.errors import UserError
+from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import checkpoint, evaluation, schedules, summary
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.grad_guard import GradGuard
@@ -352,21 +353,34 @@ def resume(run: Run, folder: Path, log: Callable[[str], None]) -> Run:
     run.state.load(loaded)
     log(f"resuming {loaded.folder}")
     progress = Progress.from_json(loaded.progress)
+    before, record = load_args(folder), run_dir.RunRecord.load(folder)
+    sequences = progress.sequences or count_sequences(before, progress.step)
+    renamed = run_dir.renamed_datasets(record.data, run.record.data)
     source = run.data.source
-    if progress.sequences:
-        renamed = run_dir.renamed_datasets(run_dir.RunRecord.load(folder).data, run.record.data)
-        sequences = {renamed.get(dataset, dataset): count for dataset, count in progress.sequences.items()}
-        source.resume_at(progress.step, sequences)
+    source.resume_at(progress.step, {renamed.get(dataset, dataset): count for dataset, count in sequences.items()})
     run = dataclasses.replace(run, progress=progress, sample_counter=source.sample_counter())
     if not run.args.eval_only:
-        report_changes(run, loaded.folder, log)
+        report_changes(run, before, record, log)
     return run
 
 
-def report_changes(run: Run, folder: Path, log: Callable[[str], None]) -> None:
-    """Report what the run does otherwise than before its checkpoint. What is compared between evaluations, the best
-    loss and early stopping, starts anew where val_loss is measured on something else."""
-    before, record = load_args(folder), run_dir.RunRecord.load(folder)
+def count_sequences(args: TrainArgs, step: int) -> dict[str, int]:
+    """dataset -> sequences drawn before a step, for the checkpoint of an older version, which has no counts."""
+    names = ["+".join(streams) for streams in args.mixture]
+    if args.train_file:
+        names = [Path(args.train_file).stem]
+    counter = SampleCounter(builders.build_mixture(args), args.global_batch_size // args.group_size, args.seed)
+    steps_per_rollout = args.num_iterations if OBJECTIVES[args.objective].is_online else 1
+    counts = counter.counts_before(step // steps_per_rollout)
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def report_changes(run: Run, before: TrainArgs, record: run_dir.RunRecord, log: Callable[[str], None]) -> None:
+    """Report what the run does otherwise than before its checkpoint, which has these arguments and this record.
+
+    What is compared between evaluations, the best loss and early stopping, starts anew where val_loss is measured on
+    something else.
+    """
     step = run.progress.step
     drawing = changed_drawing(before, run.args)
     if drawing:

@@ -111,7 +111,7 @@ def test_sequential_reads_in_order_and_starts_again(tmp_path):
 
 
 @pytest.mark.parametrize("method, epochs", [("random", 40), ("without_replacement", 4), ("sequential", 2)])
-def test_every_token_is_a_target_in_time(tmp_path, method, epochs):
+def test_every_token_is_a_target_in_time(tmp_path: Path, method: str, epochs: int):
     """All but the first of each shard, which nothing precedes; by counting."""
     dataset = make_dataset([make_bin(tmp_path, 1910, 9, 100, 57)], block_size=8, method=method)
     targets = dataset.gather(np.arange(epochs * dataset.n_windows))[:, 0, 1:]
@@ -126,7 +126,7 @@ def make_single(tmp_path: Path, n_windows: int, rows: int) -> Source:
 
 
 @pytest.mark.parametrize("epochs", ["0.1", "0.3", "0.7", "1", "1.1", "2", "3", "10", "0.02"])
-def test_steps_of_epochs_are_exact(tmp_path, epochs):
+def test_steps_of_epochs_are_exact(tmp_path: Path, epochs: str):
     """Fractions are the witness. Floating point makes 50 steps of 49 windows."""
     source = make_single(tmp_path, 49, 1)
     for source.n_windows in (49, 98, 1000, 4097):
@@ -135,7 +135,7 @@ def test_steps_of_epochs_are_exact(tmp_path, epochs):
             assert source.steps_of_epochs(float(epochs)) == expected
 
 
-def test_counts_go_on_where_another_mixture_and_batch_left_them(tmp_path):
+def test_counts_go_on_where_another_mixture_and_batch_left_them(tmp_path: Path):
     """Each dataset's windows are those that follow in its own order; epochs count what was drawn before."""
     source = make_source(tmp_path, rows=12)
     read: dict[bool, list[int]] = {False: [], True: []}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("names", [[name] for name in VARIANTS] + [list(VARIANTS)])
-def test_every_field_of_the_shape_comes_from_the_weights(hugging_face, tmp_path, capsys, names):
+def test_every_field_of_the_shape_comes_from_the_weights(
+    hugging_face: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture, names: list[str]
+):
     """Under a config of variants that GPT-2's weights have not, the logits are transformers'; each is a remark."""
     theirs, folder = hugging_face
     (tmp_path / "variants.json").write_text(json.dumps({name: VARIANTS[name] for name in names}))
@@ -103,7 +106,7 @@ def test_every_field_of_the_shape_comes_from_the_weights(hugging_face, tmp_path,
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-def test_derived_sizes_stay_when_weights_are_loaded_with_a_smaller_context(is_old):
+def test_derived_sizes_stay_when_weights_are_loaded_with_a_smaller_context(*, is_old: bool):
     """window_size=0 is half of the context that the model was made with, also in the record of an older version."""
     made = tiny_model(window="SL", position="rope", block_size=16)
     shape = dataclasses.asdict(made.config)

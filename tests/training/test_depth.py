@@ -95,7 +95,7 @@ def test_heads_divide_any_explicit_width(width: int):
     assert grouped["n_head"] % 6 == 0 == width * 12 % grouped["n_head"]
 
 
-def test_explicit_heads_and_widths_make_a_model(tmp_path):
+def test_explicit_heads_and_widths_make_a_model():
     assert parse(12, "--n_embd=1000").n_head == 10
     args = parse(12, "--n_head=10")
     assert args.n_embd % 10 == 0 and 0 <= args.n_embd - 12 * 64 < 80

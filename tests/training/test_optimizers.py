@@ -303,7 +303,7 @@ def test_schedules_by_their_closed_forms(name, scales):
 
 
 @pytest.mark.parametrize("warmup", [0, 59, 60, 90, 100])
-def test_wsd_decays_after_the_warmup_from_the_peak(warmup):
+def test_wsd_decays_after_the_warmup_from_the_peak(warmup: int):
     """Its last 40 of 100 steps, or what the warmup leaves of them, on a straight line to the floor."""
     schedule = make_schedule("wsd", **VALUES | {"warmup": warmup, "steps": 100})
     start = max(warmup, 60)

@@ -379,11 +379,23 @@ def test_resume_with_another_batch_size_continues_the_counts(run):
     assert "global batch" in resumed.console
 
 
-def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run):
-    """tokens/DATASET never falls, and the new weights decide what is drawn from then on."""
+def forget_counts(folder: Path) -> None:
+    """Make a checkpoint one of an older version."""
+    progress = json.loads((folder / "progress.json").read_text())
+    del progress["sequences"]
+    (folder / "progress.json").write_text(json.dumps(progress))
+    checkpoint.write_manifest(folder)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run: Callable[..., RunFiles], *, is_old: bool):
+    """tokens/DATASET never falls, and the new weights decide what is drawn from then on; also from a checkpoint of an
+    older version, which has no counts."""
     flags = [*MIXTURE, "a", "b", "--dataset_mixing=sequence", "--sampling_method=without_replacement"]
     first = run(*flags, "--dataset_sampling_probs", "9", "1", "--max_iters=8")
     before = first.evals[-1]
+    if is_old:
+        forget_counts(first.out_dir / "checkpoints/000008")
     resumed = run("--init_from=resume", "--dataset_sampling_probs", "1", "9", "--max_iters=16")
     after = resumed.evals[-1]
     assert before["tokens/a"] > before["tokens/b"]
@@ -399,7 +411,9 @@ def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run):
     [["--seed=7"], ["--eval_iters=3"], ["--batch_size=8"], ["--dataset=b", "--allow_data_change"]],
     ids=["seed", "eval_iters", "batch_size", "dataset"],
 )
-def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(run, flags):
+def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(
+    run: Callable[..., RunFiles], flags: list[str]
+):
     """With a rate of 0 every later loss is equal to the best, or is the first of another kind."""
     first = run("--learning_rate=0", "--early_stop_patience=9")
     resumed = run("--init_from=resume", *flags, "--max_iters=6")
@@ -411,7 +425,9 @@ def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(ru
     assert (again.progress.best_step, again.progress.worse_evaluations) == (6, 1)
 
 
-def test_a_best_loss_stands_while_val_loss_is_measured_alike(run, data_dir, tmp_path):
+def test_a_best_loss_stands_while_val_loss_is_measured_alike(
+    run: Callable[..., RunFiles], data_dir: Path, tmp_path: Path
+):
     """In other batches of as many rows, with another training text."""
     shutil.copytree(data_dir / "a", tmp_path / "data/a")
     run("--learning_rate=0", f"--data_dir={tmp_path / 'data'}")
@@ -424,7 +440,9 @@ def test_a_best_loss_stands_while_val_loss_is_measured_alike(run, data_dir, tmp_
     assert "best.json" not in resumed.console
 
 
-def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(run, data_dir, tmp_path):
+def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(
+    run: Callable[..., RunFiles], data_dir: Path, tmp_path: Path
+):
     """Datasets that the run has not seen, or that are gone."""
     run()
     with pytest.raises(UserError, match=r"b/train.bin.*--allow_data_change"):
@@ -464,7 +482,7 @@ def test_muon_decays_to_min_lr_where_learning_rate_is_zero(scheduler: str):
 
 
 @pytest.mark.parametrize("first_part", [3, 5])
-def test_early_stopping_counts_alike_in_one_part_and_in_two(run, first_part):
+def test_early_stopping_counts_alike_in_one_part_and_in_two(run: Callable[..., RunFiles], first_part: int):
     """No loss is better than that of step 2. The evaluation that ends the first part, at no interval, isn't counted."""
     flags = ["--early_stop_patience=3", "--learning_rate=0"]
     whole = run(*flags, "--max_iters=60", name="whole")
