@@ -353,6 +353,8 @@ def resolve(out_dir: Path, name: str, log: Callable[[str], None] = print) -> Pat
         return named(out_dir, name)
     checkpoints = out_dir / "checkpoints"
     steps = list_steps(checkpoints)
+    if not steps and (out_dir / "ckpt.pt").exists():
+        raise UserError(f"{out_dir}: holds nanoGPT's ckpt.pt, not a run of this program; pass it as --init_from")
     if not steps:
         raise UserError(f"{out_dir}: no checkpoints; train a model there first, or name another folder with --out_dir")
     if name == "last":

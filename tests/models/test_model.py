@@ -37,6 +37,7 @@ from model import (
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
+from nanoforge.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -541,6 +542,8 @@ def test_nanogpts_characters_come_along(tmp_path: Path, place: str) -> None:
     remarks: list[str] = []
     assert pretrained.load(str(tmp_path / "out/ckpt.pt"), remarks.append).tokenizers is None
     assert "meta.pkl" in remarks.pop()
+    with pytest.raises(UserError, match="--init_from"):
+        checkpoint.resolve(tmp_path / "out", "best")
     meta = {"vocab_size": 31, "stoi": stoi, "itos": {i: char for char, i in stoi.items()}}
     (tmp_path / place).write_bytes(pickle.dumps(meta))
     for path in ("out/ckpt.pt", "out"):  # nanoGPT's out_dir as well

@@ -298,6 +298,22 @@ def test_pages_fit_a_phone_and_a_desk(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n_runs, labels", [(16, 16), (27, 24 + 1)])
+def test_figures_of_many_runs_have_a_legend(
+    write_run: Callable, payload_of: Callable, tmp_path: Path, n_runs: int, labels: int
+) -> None:
+    """The best runs first; of more than 24 the last entry counts the others."""
+    for i in range(n_runs):
+        write_run(f"run{i:02d}", learning_rate=1 + i, loss=lambda step, i=i: 1 + i / 100 + 1 / (1 + step))
+    shown = payload_of(tmp_path / "out")
+    for draw in (plots.draw_loss, plots.draw_training):
+        (legend,) = draw(shown, plots.make_colors(shown)).legends
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert texts[:16] == [f"run{i:02d}" for i in range(16)] and len(texts) == labels
+        assert n_runs == 16 or "3 more" in texts[-1]
+
+
+@pytest.mark.slow
 def test_figures_are_drawn_also_of_odd_names(write_run, write_hostile_run, payload_of, tmp_path):
     folder = write_hostile_run()
     for seed in (1, 2):
