@@ -241,6 +241,8 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
         parallel="ddp",
         compile=False,
     )
+    for dataset_folder in run_args.folders.values():
+        token_bins.prepare_if_missing(dataset_folder, run_args.data_format)
     ranks = Ranks(0, 1, evaluation.device)
     parts = build_run(run_args, RunRecord.load(folder), ranks, print_to_stderr)
     parts.model.load_weights(checkpoint.load_tensors(folder, "model"), str(folder))
@@ -305,8 +307,7 @@ def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
     windows = cut_windows(sizes, model.config.block_size, evaluation.args.max_windows)
     if not windows:
         raise UserError(f"--datasets={bins[0].name}: {bins[0].paths[0]} has one token, of which none is predicted")
-    eos_ids = [val.meta.tokenizer.eos_id for val in bins]
-    end_ids = torch.tensor([-1 if eos is None else eos + offset for eos, offset in zip(eos_ids, offsets, strict=True)])
+    end_ids = torch.tensor([end_id(val) + offset for val, offset in zip(bins, offsets, strict=True)])
     sums = torch.zeros(2, len(bins), dtype=torch.float64)  # of all losses, and of those of end tokens
     n_tokens = 0
     for numbers in evaluation.iter_batches(len(windows), "+".join(val.name for val in bins), "windows"):
@@ -323,18 +324,33 @@ def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
             sums += torch.stack((losses.sum((0, 2)), (losses * is_end).sum((0, 2)))).cpu()
             n_tokens += len(places) * length
     totals, end_totals = sums.tolist()
-    results = {}
-    for val, eos_id, total, end_total in zip(bins, eos_ids, totals, end_totals, strict=True):
-        results[val.name] = loss_metrics(total, n_tokens)
-        if val.bytes:
-            n_bytes = n_tokens * val.bytes / val.tokens
-            results[val.name]["bits_per_byte"] = total / math.log(2) / n_bytes
-            if eos_id is not None:
-                bits_of_text = (total - end_total) / math.log(2)
-                results[val.name]["bits_per_byte_without_end_tokens"] = bits_of_text / n_bytes
+    results = {
+        val.name: loss_metrics(total, n_tokens) | bits_per_byte(val, total, end_total, n_tokens)
+        for val, total, end_total in zip(bins, totals, end_totals, strict=True)
+    }
     if len(bins) > 1:
         results["+".join(results)] = loss_metrics(sum(totals) / len(bins), n_tokens)
     return results
+
+
+def end_id(val: token_bins.TokenBin) -> int:
+    """The end token of a dataset; an id that no token has, if there is none."""
+    eos_id = val.meta.tokenizer.eos_id
+    return -(2**31) if eos_id is None else eos_id
+
+
+def bits_per_byte(val: token_bins.TokenBin, total: float, end_total: float, n_tokens: int) -> dict[str, float]:
+    """The cost of a text in bits per byte, with the losses of end tokens, which have no bytes, and without them.
+
+    Empty where the bytes are not known. total, end_total: losses of n_tokens targets, and of the end tokens among them.
+    """
+    if not val.bytes:
+        return {}
+    bits = 1 / math.log(2) / (n_tokens * val.bytes / val.tokens)
+    metrics = {"bits_per_byte": total * bits}
+    if val.meta.tokenizer.eos_id is not None:
+        metrics["bits_per_byte_without_end_tokens"] = (total - end_total) * bits
+    return metrics
 
 
 @torch.no_grad()

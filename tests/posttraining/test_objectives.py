@@ -941,6 +941,7 @@ def test_the_reference_stays_what_it_was_with_another_seed(run: Train, base: Pat
             assert resumed[name] == pytest.approx(began[name], abs=1e-5) and resumed[name] != 0
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_used_costs_no_run(
     run: Train, base: Path, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
