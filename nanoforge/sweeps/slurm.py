@@ -276,7 +276,7 @@ TRAIN = BashTemplate("""
 runs=(
 @runs
 )
-run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
+run=${runs[@task]}
 @{names}exec > >(tee -a "$run/@log" /dev/null) 2>&1
 tee=$!
 echo "--- $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
@@ -346,7 +346,7 @@ EVALUATE = BashTemplate("""
 runs=(
 @runs
 )
-run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
+run=${runs[@task]}
 @python @evaluate "--out_dir=$run" "--json=$run/@output" @flags 2>&1 | tee -a "$run/@log" /dev/null
 status=${PIPESTATUS[0]}
 [ "$status" -eq 0 ] || echo "$status" > "$run/@status"
@@ -369,6 +369,7 @@ def training_script(script: Script, train: Path) -> str:
     seconds = time_limit(directives)
     body = TRAIN.substitute(
         runs=run_lines(script),
+        task=task_index(script),
         names=name_line(script),
         log=run_state.LOG_FILE,
         lock=run_state.SWEEP_LOCK_FILE,
@@ -394,6 +395,7 @@ def evaluation_script(script: Script, evaluate: Path, output: str, flags: list[s
     script = replace(script, job=script.job._replace(directives=directives))
     body = EVALUATE.substitute(
         runs=run_lines(script),
+        task=task_index(script),
         python=quote(script.job.python),
         evaluate=quote(str(evaluate)),
         output=output,
@@ -419,6 +421,11 @@ def head(script: Script, defaults: dict[str, Any], processes: int) -> str:
         exports=threads_line(script.job, processes) + "".join(export_lines),
         working_dir=quote(script.job.working_dir),
     )
+
+
+def task_index(script: Script) -> str:
+    """Which run a job trains; one alone may have the variable of an array from the job that submitted it."""
+    return "$SLURM_ARRAY_TASK_ID" if script.is_array else "0"
 
 
 def run_lines(script: Script) -> str:

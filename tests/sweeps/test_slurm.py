@@ -244,7 +244,8 @@ def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(run_script
     name = {"WANDB_NAME": "mine"}
     code, out = run_script_of({"cpus-per-task": "8", "gres": "gpu:1"}, name, setup="echo loaded $NOT_SET\nA=1\n")
     assert code == 0 and "loaded" in out and "mine-run 8\n" in out, "`set -u` follows the user's lines"
-    assert " 6\n" in run_script_of({}, SLURM_CPUS_ON_NODE="6")[1]
+    out = run_script_of({}, SLURM_CPUS_ON_NODE="6", SLURM_ARRAY_TASK_ID="3")[1]
+    assert " 6\n" in out, "of a job that a task of an array has submitted, too"
     assert " 3\n" in run_script_of({}, {"OMP_NUM_THREADS": "3"}, SLURM_CPUS_ON_NODE="6")[1]
 
 
