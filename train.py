@@ -221,6 +221,8 @@ def rollback(run: Run, logger: RunLogger) -> Run:
         raise DivergedError(f"{reason}, and there is no checkpoint to go back to: stopped; {ADVICE}")
     logger.note(progress.step, f"{reason}: going back to the newest checkpoint")
     run = resume(run, checkpoint.newest(run.checkpoints.folder, logger.print), logger.print)
+    if run.ranks.is_main:
+        checkpoint.set_aside_damaged(run.checkpoints.folder, run.progress.step)
     run.progress.rollbacks += 1
     return run
 

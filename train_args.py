@@ -998,7 +998,10 @@ def load_args(folder: Path) -> TrainArgs:
 
 def parse(argv: list[str] | None = None) -> TrainArgs:
     """The arguments that a command line asks for; prints all errors at once and exits with status 2."""
-    argv, errors = spell_out_resume(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # transformers' resume_from_checkpoint is a path, or true: the last one
+    argv = ["--resume" if text.lower() == "--resume_from_checkpoint=true" else text for text in argv]
+    argv, errors = spell_out_resume(argv)
     if errors:
         configurator.exit_with_errors(errors)
     if any(text.startswith("--resume_from_checkpoint") for text in argv):

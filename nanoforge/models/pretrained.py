@@ -86,6 +86,8 @@ def checkpoint_of_file(path: Path) -> Path:
     folder = path.parent
     if (folder / RECORD_FILE).exists() and path.name in ("model.safetensors", "model"):
         return folder
+    if path.name == "checkpoints" and (folder / RECORD_FILE).exists():
+        raise UserError(f"--init_from={path}: holds the checkpoints of {folder}; name that folder, or one of them")
     owner = folder.parent if folder.name in ("model", "optimizer") else folder
     if path.suffix in (".safetensors", ".json", ".jsonl") and (owner / RECORD_FILE).exists():
         raise UserError(f"--init_from={path}: a part of {owner}; name that folder")

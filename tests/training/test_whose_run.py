@@ -203,6 +203,9 @@ def test_the_newest_checkpoint_may_be_named_and_a_restart_goes_on_from_there(run
     set_job(monkeypatch, SLURM | {"SLURM_RESTART_COUNT": "1"})
     resume(*command)
     assert metric(read_run(first.out_dir), "step") == list(range(1, 9))
+    set_job(monkeypatch, {})
+    train.main(train_args.parse(["--resume_from_checkpoint=True", f"--out_dir={first.out_dir}", "--max_iters=9"]))
+    assert read_run(first.out_dir).steps[-1] == 9
 
 
 def test_names_of_checkpoints_that_are_none_are_refused(run: Runner, tmp_path: Path, capsys: Capture):
