@@ -5,7 +5,6 @@ Knows nothing of what is measured. Imports no torch.
 
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -100,6 +99,8 @@ def resident_mb() -> float:
         match = re.search(r"VmRSS:\s+(\d+)", status.read_text())
         assert match is not None
         return int(match[1]) / 1024
+    import resource  # here, since Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

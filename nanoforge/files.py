@@ -87,7 +87,13 @@ def sha256(path: Path) -> str:
 
 def fsync(path: Path) -> None:
     """Wait until the content of a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only what it may write
+    except PermissionError:
+        if is_folder:
+            return  # Windows opens no folders
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -208,7 +208,7 @@ class OpenFiles:
     def __init__(self, paths: Sequence[Path], max_open: int) -> None:
         self.paths = paths
         self.max_open = max_open
-        self.closes_none = len(paths) <= max_open
+        self.closes_none = len(paths) <= max_open and hasattr(os, "pread")
         self.descriptors: OrderedDict[int, int] = OrderedDict()  # index of the path -> descriptor, the last used last
         self.lock = threading.Lock()  # training and evaluation read in two threads: none closes what the other reads
         weakref.finalize(self, close_files, self.descriptors)
@@ -223,8 +223,11 @@ class OpenFiles:
             if descriptor is None:
                 if len(self.descriptors) >= self.max_open:
                     os.close(self.descriptors.popitem(last=False)[1])
-                descriptor = os.open(self.paths[i], os.O_RDONLY)
+                descriptor = os.open(self.paths[i], os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self.descriptors[i] = descriptor
+            if not hasattr(os, "pread"):  # Windows
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                return os.read(descriptor, size)
             return os.pread(descriptor, size, offset)
 
 

@@ -275,7 +275,10 @@ def write_manifest(folder: Path) -> None:
     subfolders = {path.parent for path in paths} - {folder}
     for path in [*paths, *sorted(subfolders)]:
         fsync(path)
-    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    manifest = {}
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / "manifest.json", manifest)
     fsync(folder / "manifest.json")
     fsync(folder)
