@@ -133,6 +133,8 @@ class Run:
 
     def describe_schedule(self) -> str:
         """The schedule, and the learning rate of the run's last step."""
+        if self.args.schedule == "none":
+            return "schedule none"
         last_lr = self.args.peak_lr * builders.lr_scale(self.args)(max(0, self.total_steps - 1))
         return f"schedule {self.args.schedule}, at the last step {last_lr:.3g}"
 
@@ -164,6 +166,12 @@ class Run:
             decay_end=args.decay_end,
             steps=steps,
         )
+        n_epoch_steps = self.data.source.steps_of_epochs(args.max_epochs) if args.max_epochs else 0
+        if n_epoch_steps > args.max_iters:
+            remarks.append(
+                f"--max_iters={args.max_iters}: ends the run before the {n_epoch_steps} steps of "
+                f"--max_epochs={args.max_epochs:g}; raise it for all of them"
+            )
         if args.schedule == "step" and args.warmup_iters < steps <= args.warmup_iters + args.lr_step_size:
             remarks.append(f"--lr_step_size={args.lr_step_size}: no drop within the {steps} steps of the run")
         if args.dataset_sampling_probs_final and steps < args.max_iters:

@@ -53,7 +53,7 @@ def check_message(message: object, number: int) -> Message:
     problem = f"message {number} is {shown(message)}"
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
-        if role in ROLES and isinstance(content, str) and tables.is_unicode(content):
+        if isinstance(role, str) and role in ROLES and isinstance(content, str) and tables.is_unicode(content):
             return {"role": role, "content": content}
         problem = f"message {number} has role {shown(role)} and content {shown(content)}"
     raise UserError(f'a message is {{"role": one of {", ".join(ROLES)}, "content": text}}; {problem}')
@@ -110,7 +110,7 @@ class RowFormat:
             return [checked]
         if "chosen" in fields:
             checked = make_preference(checked)
-        checked = one_format(checked, [name for name in ("completion", "chosen", "rejected") if name in checked])
+        checked = one_format(checked, [name for name in ("completion", "chosen", "rejected") if name in fields])
         if self.example_type in ("unpaired_preference", "prompt_only"):
             for name in ("prompt", "answer"):
                 if checked.get(name) == "":

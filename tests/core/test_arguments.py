@@ -501,6 +501,7 @@ def max_epochs(run):
     assert run(
         "--max_epochs=0.5", "--max_iters=100", "--eval_interval=100", "--log_interval=50"
     ).progress.step == math.ceil(0.5 * 193 / 4)
+    assert "--max_iters=4: ends the run" in run("--max_epochs=0.5", name="cut").console
 
 
 @effect

@@ -84,7 +84,7 @@ def test_formats_of_completions():
     assert texts("sft", several) == [(PROMPT, f"yo{EOS}<|user|>and?{EOS}<|assistant|>no{EOS}")]
     as_user = {"prompt": [user("hi")], "completion": [user("yo")]}
     assert texts("sft", as_user) == [(f"<|user|>hi{EOS}", f"<|user|>yo{EOS}")], "from where the ids differ"
-    assert texts("grpo", {"prompt": [user("hi")], "answer": 3}) == [(PROMPT, "")]
+    assert texts("grpo", {"prompt": [user("hi")], "answer": 3, "completion": None}) == [(PROMPT, "")]
     text_pair = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     assert texts("dpo", text_pair) == [("The sky is", f" blue.{EOS}"), ("The sky is", f" green.{EOS}")]
 
@@ -171,8 +171,9 @@ VALID = {
     "kto": [{"prompt": "a", "completion": "b", "label": True}, {"chosen": "ab", "rejected": "ac"}],
     "grpo": [{"prompt": "a", "answer": "b"}],
 }
-BAD_VALUES = [None, True, 1.5, 3, {}, {"a": 1}, ["x"], [1], [], [{}], [{"role": "user"}], [user(None)], [user(3)],
-              [{"role": "tool", "content": "x"}], [user("\ud800")], "\ud800", float("nan")]  # fmt: skip
+BAD_VALUES = [None, True, 1.5, 3, {}, {"a": 1}, ["x"], [1], [], [{}], "\ud800", float("nan")]
+BAD_VALUES += [[{"role": "user"}], [{"role": ["user"], "content": "x"}], [{"role": "tool", "content": "x"}]]
+BAD_VALUES += [[user(None)], [user(3)], [user("\ud800")]]
 GOOD_VALUES = [("kto", "label", True), ("grpo", "answer", 1.5), ("grpo", "answer", 3)]
 
 
