@@ -5,6 +5,7 @@ Knows nothing of training; imports optuna only when a search is made.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,17 @@ def parse_search(text: str) -> Search | None:
     if method in ("random", "tpe") and count.isdigit() and int(count) > 0:
         return Search(method, int(count))
     return None
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut the end of a journal whose writer was killed within a line; one that still writes is given a second."""
+    if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n"):
+        return
+    size = path.stat().st_size
+    time.sleep(1)
+    if path.stat().st_size == size:
+        with path.open("r+b") as file:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
 
 @dataclass(frozen=True)
@@ -84,12 +96,16 @@ class TPESearch:
         self.space = {name: self.distribution(axis) for name, axis in self.axes.items()}
 
         # 1. Open the study, or begin it.
-        self.study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
-            study_name="sweep",
-            load_if_exists=True,
-        )
+        drop_unfinished_line(path)
+        try:
+            self.study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
+                study_name="sweep",
+                load_if_exists=True,
+            )
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: damaged; choose another --out_dir, or move it away to search anew") from None
         trials = self.trials()
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + SEED_STRIDE * len(trials), constant_liar=True)
         described = space.describe()

@@ -859,8 +859,15 @@ def test_a_study_is_continued_by_the_same_search_alone(run_sweep, tmp_path):
             open_study(TPE.replace(old, new))
     with pytest.raises(UserError, match="another dropout;"):
         open_study(TPE, "--launcher=local", "--dropout=0.5")
+    with Path("o/study.journal").open("a") as journal:
+        journal.write('{"op_code": 4, "wor')  # killed while writing
     same = open_study(TPE + "n_layer: 6\nexclude: {optimizer: lion}\n", "--search_seed=5", "--max_iters=3e1")
     assert [trial.params for trial in same.trials()] == [trial.params]
+    same.finish(trial, 0.5, pruned=False)
+    assert [trial.value for trial in open_study(TPE).trials()] == [0.5]
+    Path("o/study.journal").write_text("no journal\n")
+    with pytest.raises(UserError, match="journal: damaged"):
+        open_study(TPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
