@@ -320,7 +320,10 @@ def load_base(
     folder: of the run, or of its checkpoint. Raises UserError when they are not there.
     """
     errors = []
-    for place in [base_model] if base_model else base_places(folder, record):
+    for place in named_places(base_model, record) if base_model else base_places(folder, record):
+        if place not in HUB_MODELS and not Path(place).exists():
+            errors.append(f"{place}: no such file or folder")
+            continue
         try:
             loaded = load(place, log)
         except UserError as error:
@@ -333,6 +336,12 @@ def load_base(
         f"{folder}: was trained on the base {record.base['source']}, and needs it; {'; '.join(errors)}; "
         "give its place with --base_model=PATH"
     )
+
+
+def named_places(base_model: str, record: RunRecord) -> list[str]:
+    """What --base_model names: weights, or a run, whose best checkpoint may by now be another than the base."""
+    same_step = Path(base_model, "checkpoints", Path(record.base["source"]).name)
+    return [str(same_step), base_model] if same_step.exists() else [base_model]
 
 
 def base_places(folder: Path, record: RunRecord) -> list[str]:

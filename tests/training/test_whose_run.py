@@ -362,6 +362,9 @@ def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[Ru
     run("--init_from=resume", "--max_iters=12", "--keep_last=1", name="both/a")
     assert step in read_run(base.out_dir).steps
     assert torch.equal(logits(lora.out_dir), expected)
+    shutil.copytree(base.out_dir, tmp_path / "copy")
+    run_dir.write_best(tmp_path / "copy", step=12, val_loss=0.0)
+    assert torch.equal(logits(lora.out_dir, str(tmp_path / "copy")), expected), "the run is named, its step known"
     before = contents(base.out_dir)
     with pytest.raises(UserError, match=str(lora.out_dir)):
         run("--overwrite", name="both/a")
