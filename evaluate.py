@@ -606,8 +606,12 @@ def write_results(args: EvaluateArgs, results: dict[str, Any]) -> None:
     print(path)
     if not args.json:
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), **results}
-        with (path.parent / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        history = path.parent / "evaluations.jsonl"
+        try:
+            with history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print_to_stderr(f"{history}: does not keep this call ({error.strerror})")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What tests share: tiny datasets, the flags of a tiny run, what runs leave, and processes that run scripts."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -237,6 +239,17 @@ def wait_for_line(process: subprocess.Popen, text: str) -> None:
     for line in process.stdout:
         if text in line:
             return
+
+
+@contextlib.contextmanager
+def file_size_limit(n_bytes: int):
+    """Files can't grow beyond so many bytes, as on a full disk."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, file_size_limit
 
 import configurator
 import evaluate
@@ -14,6 +14,7 @@ import report
 import sample
 import train_args
 from data.prepare import PrepareArgs
+from nanoforge import files
 
 TABLES = (train_args.TrainArgs, sample.SampleArgs, evaluate.EvaluateArgs, report.ReportArgs, PrepareArgs)
 PATHS = {(table, spec.name): spec for table in TABLES for spec in configurator.arg_specs(table).values() if spec.path}
@@ -83,3 +84,14 @@ def test_ctrl_c_during_the_imports_has_no_traceback():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_write_to_a_full_disk_names_the_file(tmp_path, capsys):
+    def main(args):
+        files.write_text(tmp_path / "page.html", "x" * 1000)
+
+    with file_size_limit(100), pytest.raises(SystemExit) as end:
+        configurator.run(main, None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count(f"{tmp_path / 'page.html'}: File too large") == 1
+    assert list(tmp_path.iterdir()) == []

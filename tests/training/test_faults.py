@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from helpers import (
     ROOT,
     TINY,
     equal_tensors,
+    file_size_limit,
     metric,
     read_run,
     run_script,
@@ -78,17 +78,6 @@ def die_at(n: int) -> None:
     make_deadly(os, "rename")
     make_deadly(os, "replace")
     make_deadly(shutil, "rmtree")
-
-
-@contextlib.contextmanager
-def file_size_limit(n_bytes: int):
-    """Files can't grow beyond so many bytes, as on a full disk."""
-    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard_limit))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
 
 
 def full_disk(step: int) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_faults import file_size_limit
+from helpers import file_size_limit
 
 from nanoforge.training import logger as logging
 from nanoforge.training.logger import RunLogger, Tracker
