@@ -214,6 +214,14 @@ def last_note(lines: list[dict]) -> str:
     return str(lines[-1].get("text", ""))
 
 
+def describe_status(status: int) -> str:
+    """An exit status, which a shell gives as 128 + the signal and Python as the signal with a minus."""
+    number = -status if status < 0 else status - 128
+    if number not in list(signal.Signals):
+        return f"status {status}"
+    return f"killed by {signal.Signals(number).name}"
+
+
 def state_and_reason(folder: Path, lines: list[dict], *, running: bool | None = None) -> tuple[str, str]:
     """(state, reason) of a run, from its folder and its metrics.jsonl's lines. running: None looks at the locks."""
     if running is None:
@@ -233,7 +241,7 @@ def state_and_reason(folder: Path, lines: list[dict], *, running: bool | None = 
     if status in STOP_STATUSES:
         return "stopped", note.partition(";")[0] or f"stopped by {STOP_STATUSES[status]}"
     if status is not None:
-        reason = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        reason = describe_status(status)
         return "failed", f"{reason} after its training" if note.startswith("finished") else reason
     if lines or (folder / LOG_FILE).exists():
         return "stopped", "ended without an exit status (killed or crashed)"

@@ -22,6 +22,7 @@ from nanoforge.files import write_json
 
 JOBS_FILE = "jobs.json"  # next to the scripts
 SAVE_SECONDS = 120  # before the end of its time a job is asked to save, unless `signal` says otherwise
+SIGNAL_SECONDS = 60  # Slurm's own, of a `signal` without a number
 TRAINING_DIRECTIVES = {"open-mode": "append", "signal": f"B:USR1@{SAVE_SECONDS}"}
 SIGNAL_SLACK = 120  # seconds by which Slurm may send it too early, and a job's script begin too late
 MAX_REQUEUES = 10  # of a job by itself, unless `requeue` has another number
@@ -132,8 +133,10 @@ def time_limit(directives: dict[str, Any]) -> int | None:
 
 def save_seconds(directives: dict[str, Any]) -> int:
     """Seconds that a training has to save, before the end of its job's time."""
-    seconds = str(directives.get("signal", "")).partition("@")[2]
-    return int(seconds) if seconds.isdigit() else SAVE_SECONDS
+    name, _, seconds = str(directives.get("signal", "")).partition("@")
+    if seconds.isdigit():
+        return int(seconds)
+    return SIGNAL_SECONDS if name else SAVE_SECONDS
 
 
 def gpus_per_node(directives: dict[str, Any], nodes: int) -> int:
@@ -152,6 +155,23 @@ def tasks_per_node(directives: dict[str, Any], nodes: int) -> int:
     return -(-tasks // nodes)  # rounded up
 
 
+def ending_errors(directives: dict[str, Any]) -> list[str]:
+    """What is wrong with how a job is asked to save and requeued."""
+    errors = []
+    limit, seconds = time_limit(directives), save_seconds(directives)
+    if limit is not None and limit <= seconds:
+        errors.append(
+            f"slurm: time: {limit} seconds are over when the job is asked to save, {seconds} seconds before their end; "
+            'raise time, or lower that number, as in signal: "B:USR1@30"'
+        )
+    signal = str(directives.get("signal", "B:USR1"))
+    if not re.fullmatch(r"B:(SIG)?(USR1|10|TERM|15)(@\d+)?", signal, re.IGNORECASE):
+        errors.append(f"slurm: signal: {signal}: the script waits for B:USR1@SECONDS, or B:TERM@SECONDS")
+    if max_requeues(directives) is None:
+        errors.append("slurm: requeue: must be true, false, or how many times a job may requeue itself")
+    return errors
+
+
 def section_errors(directives: dict[str, Any], environment: dict[str, Any]) -> list[str]:
     """What can't be written into a script."""
     errors = []
@@ -162,14 +182,7 @@ def section_errors(directives: dict[str, Any], environment: dict[str, Any]) -> l
             errors.append(f"slurm: {key}: must be one line of text")
         if key in ("array", "a"):
             errors.append(f"slurm: {key}: is set by --array")
-    limit, seconds = time_limit(directives), save_seconds(directives)
-    if limit is not None and limit <= seconds:
-        errors.append(
-            f"slurm: time: {limit} seconds are over when the job is asked to save, {seconds} seconds before their end; "
-            'raise time, or lower that number, as in signal: "B:USR1@30"'
-        )
-    if max_requeues(directives) is None:
-        errors.append("slurm: requeue: must be true, false, or how many times a job may requeue itself")
+    errors += ending_errors(directives)
     for key, value in environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             errors.append(f"environment: {key}: not the name of a variable")
@@ -434,7 +447,9 @@ def run_lines(script: Script) -> str:
 
 def cpus_per_node(directives: dict[str, Any]) -> int:
     """The CPUs that a job asks for on each node; 0 where it does not."""
-    cpus = str(directives.get("cpus-per-task", directives.get("c")))
+    cpus, cpus_per_gpu = str(directives.get("cpus-per-task", directives.get("c"))), str(directives.get("cpus-per-gpu"))
+    if cpus_per_gpu.isdigit():
+        return int(cpus_per_gpu) * gpus_per_node(directives, max_nodes(directives))
     return int(cpus) * tasks_per_node(directives, max_nodes(directives)) if cpus.isdigit() else 0
 
 

@@ -256,6 +256,7 @@ def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(run_script
         ({"cpus-per-task": "20", "ntasks-per-node": "4"}, "20"),
         ({"cpus-per-task": "2", "gres": "gpu:4"}, "1"),
         ({"c": "7", "ntasks": "4", "nodes": "2", "gpus": "4"}, "7"),
+        ({"cpus-per-gpu": "6", "gres": "gpu:4"}, "6"),
     ],
 )
 def test_threads_are_the_cpus_of_a_node_over_its_ranks(directives, threads):
@@ -311,6 +312,8 @@ def test_what_cannot_be_written_is_an_error():
     assert len(errors) == 5
     assert len(slurm.section_errors({"time": "2", "requeue": "often"}, {})) == 2
     assert slurm.section_errors({"time": "2", "signal": "B:USR1@30", "requeue": "3"}, {}) == []
+    assert len(slurm.section_errors({"signal": "USR1@30"}, {})) == 1, "the batch shell would not get it"
+    assert slurm.section_errors({"signal": "B:SIGTERM", "time": "1:01"}, {}) == [], "60 seconds, says sbatch's page"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
