@@ -117,6 +117,30 @@ def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
     if launcher.world_size() == 1:
         yield Ranks(0, 1, device)
         return
+    try:
+        store, rank, world_size = meet(device, timeout)
+    except (dist.DistError, ValueError) as error:
+        place = ", ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"{place}: the ranks can't meet there ({first_line(error)}); choose another port") from None
+    try:
+        slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+        save_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+        yield Ranks(rank, world_size, device, slow_group, save_group)
+    except Exception as error:
+        failure = share_failure(error, rank, store)
+        if failure is error:
+            raise
+        raise failure from None
+    finally:
+        host_mesh.cache_clear()
+        dist.destroy_process_group()
+
+
+def meet(device: torch.device, timeout: float) -> tuple[dist.Store, int, int]:
+    """Wait for the other ranks and make the process group; the ranks' store, this rank, and their number.
+
+    Raises dist.DistError or ValueError.
+    """
     rendezvous_timeout = timedelta(seconds=max(MIN_RENDEZVOUS_SECONDS, timeout))
     store, rank, world_size = next(dist.rendezvous("env://", timeout=rendezvous_timeout))
     # torchrun on one machine restarts with the same store, which still holds the addresses of the dead processes.
@@ -130,18 +154,7 @@ def join_ranks(device_name: str, timeout: float = 600.0) -> Iterator[Ranks]:
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
-    try:
-        slow_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-        save_group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-        yield Ranks(rank, world_size, device, slow_group, save_group)
-    except Exception as error:
-        failure = share_failure(error, rank, store)
-        if failure is error:
-            raise
-        raise failure from None
-    finally:
-        host_mesh.cache_clear()
-        dist.destroy_process_group()
+    return store, rank, world_size
 
 
 def share_failure(error: Exception, rank: int, store: dist.Store) -> BaseException:

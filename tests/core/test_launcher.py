@@ -1,6 +1,7 @@
 """An error is silent only on a rank where another one is known to report it."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from helpers import ROOT, TINY, start_ranks, wait_for_exit
 
 import builders
 import train_args
-from nanoforge import launcher
+from nanoforge import distributed, launcher
 from nanoforge.errors import UserError
 
 COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
@@ -70,3 +71,13 @@ def test_the_rank_that_fails_alone_is_named_by_the_main_rank(data_dir, tmp_path)
     assert text.count("rank 1 failed: train.bin: no such file") == 1
     assert "UserError: train.bin: no such file" in text  # of rank 1 itself
     assert not (tmp_path / "x").exists()
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_line(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        for name, value in (COMPLETE | {"RANK": "0", "MASTER_PORT": str(server.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="MASTER_PORT"), distributed.join_ranks("cpu"):
+            pass
