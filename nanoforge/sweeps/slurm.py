@@ -318,8 +318,7 @@ child=
 stop() {
     [ -z "$stopped" ] || return
     stopped=$1
-    early=$((SECONDS < @early))
-    [ -z "$child" ] || kill -s "$stopped" "$child"
+@{early}    [ -z "$child" ] || kill -s "$stopped" "$child"
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
@@ -338,7 +337,6 @@ wait "$tee"
 exit "$status"
 """)
 
-# USR1 long before the end of the time means preemption.
 REQUEUE = BashTemplate("""
 if [ "$stopped" = USR1 ] && [ "$status" -ne 0 ]; then
     limit=@limit
@@ -378,8 +376,9 @@ def training_script(script: Script, train: Path) -> str:
     directives = script.job.directives
     shape = shape_of(directives)
     limit = max_requeues(directives) or 0
-    preempted_limit = (limit or MAX_REQUEUES) if may_requeue(directives) else 0
-    seconds = time_limit(directives)
+    requeue = REQUEUE.substitute(limit=limit, preempted_limit=limit or MAX_REQUEUES).lstrip("\n")
+    seconds = (time_limit(directives) or 0) - save_seconds(directives) - SIGNAL_SLACK
+    early = f"    early=$((SECONDS < {max(0, seconds)}))  # long before the end of the time: preempted\n"
     body = TRAIN.substitute(
         runs=run_lines(script),
         task=task_index(script),
@@ -391,8 +390,8 @@ def training_script(script: Script, train: Path) -> str:
         config=run_state.CONFIG_FILE,
         start=start_command(shape, script.job.python, save_seconds(directives)),
         train=quote(str(train)),
-        early=0 if seconds is None else max(0, seconds - save_seconds(directives) - SIGNAL_SLACK),
-        requeue=REQUEUE.substitute(limit=limit, preempted_limit=preempted_limit).lstrip("\n"),
+        early=early if may_requeue(directives) else "",
+        requeue=requeue if may_requeue(directives) else "",
     )
     return head(script, default_directives(script) | TRAINING_DIRECTIVES, shape.processes_per_node) + body
 

@@ -96,7 +96,7 @@ def test_directives_are_verbatim_and_the_others_have_defaults():
     text = slurm.training_script(script(directives, is_array=True, max_at_once=4), ROOT / "train.py")
     lines = directives_of(text)
     assert {"--signal=B:USR1@60", "--output=mine", "--array=0-0%4"} <= set(lines)
-    assert "--requeue" not in lines
+    assert "--requeue" not in lines and "scontrol requeue" not in text
 
 
 GRID = "learning_rate: [1e-3, 2e-3]\nwandb_log: true\nout_dir: o\nsetup: [module load cuda]\n"
