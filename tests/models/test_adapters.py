@@ -281,7 +281,8 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
         ".lora_" in name or name.startswith("wte.prompt.") for name in own
     )
     assert {name.split("/")[1] for name in done.last.optimizer} <= own.keys()
-    assert done.config["_base"] == {"source": str(base), "sha256": adapters.hash_weights(weights)}
+    began = {"source": str(base), "sha256": adapters.hash_weights(weights), "seed": "1337", "prompt_init": "vocab"}
+    assert done.config["_base"] == began
     size = sum(4 * tensor.numel() for tensor in own.values())
     assert size < (done.last.folder / "model.safetensors").stat().st_size < size + 200 * len(own) + 1000
     assert done.losses[-1] != done.losses[0]
@@ -485,7 +486,7 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
         {"prompt": "", "more": "3+3+3", "completion": "9"},
     ]
     encoder = ExampleEncoder(DIGITS, 32, template=template, prompt_offset=V, target_field="completion")
-    encoded, _ = encode_rows(rows, encoder, "prompt_completion", "x")
+    encoded = encode_rows(rows, encoder, "prompt_completion", "x").examples
     for item, row in zip(encoded, rows, strict=True):
         ids_, mask = item.sequences[0].ids.tolist(), item.sequences[0].loss_mask
         assert [i for i, on in zip(ids_, mask, strict=True) if on] == [*DIGITS.encode(row["completion"]), 12]

@@ -762,7 +762,7 @@ FLAGS_ON_RANKS = {
     "kto": [*batch_flags(2, 3), "--learning_rate=0.3"],
     "grpo": [*GRPO_FLAGS, "--loss_type=dapo", "--scale_rewards=batch", *batch_flags(8, 1)],
 }
-NOT_COMPARED = ("seconds", "step_ms", "tokens_per_second", "mfu")
+NOT_COMPARED = ("seconds", "step_ms", "tokens_per_second", "mfu", "peak_memory_mb")
 
 
 @pytest.mark.slow
