@@ -497,7 +497,7 @@ class Optimizer:
 
     def other_values(self) -> dict[str, Any]:
         """What the optimizers hold in their groups, and what they add to torch's state_dict, as heavyball does."""
-        values = {}
+        values: dict[str, Any] = {}
         for number, group in enumerate(self.param_groups):
             values |= {f"groups/{number}/{name}": group[name] for name in group if name not in GROUP_ARGUMENTS}
         for i, optimizer in enumerate(self.optimizers):
