@@ -393,8 +393,7 @@ def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[Ru
 )
 def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monkeypatch: Patch, flags: list[str]):
     """The real wandb without a login, and packages that are there but broken."""
-    if "--wandb_log" in flags:
-        pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb") if "--wandb_log" in flags else None
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
@@ -407,6 +406,8 @@ def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monk
             run(*flags, *more, name=name)
     assert contents(done.out_dir) == before
     assert not done.out_dir.with_name("new").exists()
+    if wandb:
+        wandb.teardown()  # it keeps the settings of this test's environment
 
 
 def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
