@@ -3,14 +3,26 @@
 A step of GRPO is a pure function of the arguments, the weights and the step.
 """
 
+import functools
 import json
+import site
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import RunFiles, equal_tensors, ids, metric, read_run, tiny_model
+from helpers import (
+    TINY_WITHOUT_SHAPE,
+    RunFiles,
+    equal_tensors,
+    ids,
+    metric,
+    read_run,
+    start_ranks,
+    tiny_model,
+    wait_for_exit,
+)
 
 import train_args
 from model import GPT
@@ -467,6 +479,28 @@ def test_a_reward_that_fails_in_the_middle_costs_nothing(
     resumed = run("--init_from=resume", "--reward=steady:reward", name="stopped")
     assert equal_tensors(resumed.last.weights, straight.last.weights)
     assert equal_tensors(resumed.last.optimizer, straight.last.optimizer)
+
+
+FAILS_ON_RANK_1 = """
+import os
+def reward(completion, problem, n_tokens, max_tokens, ended):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("only here")
+    return 0.5
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_reward_that_fails_on_one_rank_ends_all(base: Path, data_dir: Path, tmp_path: Path):
+    """None waits for the one that failed, and all know why."""
+    (tmp_path / "one_rank.py").write_text(FAILS_ON_RANK_1)
+    flags = [*TINY_WITHOUT_SHAPE, *GRPO, f"--init_from={base}", f"--data_dir={data_dir}", "--block_size=16"]
+    flags += ["--reward=one_rank:reward", f"--out_dir={tmp_path / 'run'}"]
+    log = tmp_path / "log"
+    processes = start_ranks(flags, 2, log, functools.partial(site.addsitedir, str(tmp_path)))
+    assert [wait_for_exit(process) for process in processes] == [1, 1]
+    assert log.read_text().count("RewardError: --reward: one_rank:reward raised RuntimeError: only here") == 2
 
 
 @pytest.mark.parametrize("reward, has_note", [("format", True), ("length", False)])
