@@ -30,20 +30,20 @@ def run_command(shell_line: str, *argv: str, encoding: str = "utf-8") -> subproc
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-"])
-def test_a_console_that_cant_be_written_ends_nothing(redirection, tmp_path):
+def test_a_console_that_cant_be_written_ends_nothing(redirection: str, tmp_path: Path):
     done = run_command(redirection, str(tmp_path / "reached"))
     assert done.returncode == 0
     assert Path(tmp_path / "reached").exists()
     assert b"Traceback" not in done.stderr
 
 
-def test_characters_that_the_console_does_not_have_are_escaped(tmp_path):
+def test_characters_that_the_console_does_not_have_are_escaped(tmp_path: Path):
     assert run_command("", str(tmp_path / "reached"), encoding="ascii").stdout == b"\\xe9 \\u03a3\n"
     assert run_command("", str(tmp_path / "reached"), encoding="latin-1").stdout == b"\xe9 \\u03a3\n"
     assert run_command("", str(tmp_path / "reached")).stdout.decode() == "é Σ\n"
 
 
-def test_output_that_a_command_is_run_for_is_a_failure(tmp_path):
+def test_output_that_a_command_is_run_for_is_a_failure(tmp_path: Path):
     done = run_command("> /dev/full", str(tmp_path / "reached"), "required")
     assert done.returncode == 1
     assert not Path(tmp_path / "reached").exists()

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, TINY, start_ranks, wait_for_exit
@@ -28,7 +30,14 @@ COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_
         (COMPLETE | {"RANK": "0"}, True, ""),
     ],
 )
-def test_variables_of_a_launcher_count_only_together(monkeypatch, capsys, env, is_main, names):
+def test_variables_of_a_launcher_count_only_together(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    env: dict[str, str],
+    is_main: bool,
+    names: str,
+):
     for name in COMPLETE:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -52,7 +61,7 @@ def fail_on_rank_1() -> None:
     """Its machine lacks the data."""
     original = builders.fingerprints
 
-    def fingerprints(args):
+    def fingerprints(args: Any):
         if os.environ["RANK"] == "1":
             raise UserError("train.bin: no such file")
         return original(args)
@@ -62,7 +71,7 @@ def fail_on_rank_1() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_rank_that_fails_alone_is_named_by_the_main_rank(data_dir, tmp_path):
+def test_the_rank_that_fails_alone_is_named_by_the_main_rank(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
     log = tmp_path / "log"
     processes = start_ranks(flags, ranks=2, log=log, prepare=fail_on_rank_1)
@@ -73,7 +82,7 @@ def test_the_rank_that_fails_alone_is_named_by_the_main_rank(data_dir, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_port_that_is_taken_is_an_error_of_one_line(monkeypatch):
+def test_a_port_that_is_taken_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

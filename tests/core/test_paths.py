@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, file_size_limit
@@ -21,7 +23,7 @@ PATHS = {(table, spec.name): spec for table in TABLES for spec in configurator.a
 
 
 @pytest.mark.parametrize("key", PATHS, ids=lambda key: f"{key[0].__name__}.{key[1]}")
-def test_a_leading_tilde_is_the_home_folder(key, monkeypatch):
+def test_a_leading_tilde_is_the_home_folder(key: tuple[type, str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/some/home")
     value = configurator.convert(PATHS[key], "~/a")
     assert value in (os.path.expanduser("~/a"), (os.path.expanduser("~/a"),))
@@ -36,7 +38,7 @@ def test_the_table_knows_its_paths():
 
 @pytest.mark.parametrize("flag", ["--out_dir", "--init_from", "--data_dir", "--task_name"])
 @pytest.mark.parametrize("path", ["x" * 256, "a/" + "é" * 128 + "/b"])
-def test_names_that_no_file_system_allows_are_refused(capsys, flag, path):
+def test_names_that_no_file_system_allows_are_refused(capsys: pytest.CaptureFixture[str], flag: str, path: str):
     with pytest.raises(SystemExit) as end:
         train_args.parse([f"{flag}={path}"])
     assert end.value.code == 2
@@ -55,19 +57,19 @@ def test_names_that_no_file_system_allows_are_refused(capsys, flag, path):
         (["--init_from=gpt2", "--resume=false"], "gpt2"),
     ],
 )
-def test_resume_takes_what_other_flags_take(tmp_path, argv, init_from):
+def test_resume_takes_what_other_flags_take(tmp_path: Path, argv: list[str], init_from: str):
     (tmp_path / "train_config.json").write_text("{}")
     assert train_args.parse([f"--out_dir={tmp_path}", *argv]).init_from == init_from
 
 
-def test_resume_with_a_folder_says_how(tmp_path, capsys):
+def test_resume_with_a_folder_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         train_args.parse(["--resume=out/a"])
     assert "--out_dir" in capsys.readouterr().err
 
 
-def test_a_file_that_cant_be_opened_is_an_error_of_one_line(tmp_path, capsys):
-    def main(args):
+def test_a_file_that_cant_be_opened_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def main(args: Any):
         (tmp_path / "missing" / "file").write_text("")
 
     with pytest.raises(SystemExit) as end:
@@ -86,8 +88,8 @@ def test_ctrl_c_during_the_imports_has_no_traceback():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_a_write_to_a_full_disk_names_the_file(tmp_path, capsys):
-    def main(args):
+def test_a_write_to_a_full_disk_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def main(args: Any):
         files.write_text(tmp_path / "page.html", "x" * 1000)
 
     with file_size_limit(100), pytest.raises(SystemExit) as end:

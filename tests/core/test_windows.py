@@ -3,6 +3,7 @@ its files that must be writable to be synced, and its mandatory locks."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, TINY
@@ -108,5 +109,5 @@ def test_commands_start_on_windows():
 
 
 @pytest.mark.slow
-def test_runs_train_save_resume_and_lock_on_windows(data_dir, tmp_path):
+def test_runs_train_save_resume_and_lock_on_windows(data_dir: Path, tmp_path: Path):
     run_stand_in(TRAIN, f"--out_dir={tmp_path / 'x'}", *TINY, f"--data_dir={data_dir}", "--dataset=a")

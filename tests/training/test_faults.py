@@ -26,6 +26,7 @@ import torch
 from helpers import (
     ROOT,
     TINY,
+    RunFiles,
     equal_tensors,
     file_size_limit,
     metric,
@@ -178,7 +179,7 @@ def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
 
 
 @pytest.mark.parametrize("with_older", [True, False])
-def test_failed_saves_leave_no_file(tmp_path, with_older):
+def test_failed_saves_leave_no_file(tmp_path: Path, *, with_older: bool):
     """Nor do those of a process that was killed while it saved: they could fill the disk."""
     tensors = {"weight": torch.zeros(1000)}
     snapshot = Snapshot(checkpoint.Progress(step=4), tensors, tensors, {}, {"train_config.json": b"{}"})
@@ -473,7 +474,13 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_reported_once(run, monkeypatch, capsys, tmp_path, number):
+def test_a_file_system_without_locks_is_reported_once(
+    run: Callable[..., RunFiles],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: int,
+):
     """As some network file systems are. Only EWOULDBLOCK means that another process holds the lock."""
 
     def flock(*_):
@@ -489,7 +496,7 @@ def test_a_file_system_without_locks_is_reported_once(run, monkeypatch, capsys, 
     assert not run_state.is_running(tmp_path / "a")
 
 
-def test_a_lock_that_others_look_at_is_waited_for(tmp_path):
+def test_a_lock_that_others_look_at_is_waited_for(tmp_path: Path):
     """A reader of runs shares the lock for an instant."""
     with (tmp_path / ".lock").open("w") as looked_at, run_dir.RunLock(tmp_path) as lock:
         assert files.lock_file(looked_at.fileno(), shared=True)
@@ -498,7 +505,7 @@ def test_a_lock_that_others_look_at_is_waited_for(tmp_path):
         assert lock.file is not None
 
 
-def test_a_lock_file_that_cant_be_written_ends_no_run(run, tmp_path):
+def test_a_lock_file_that_cant_be_written_ends_no_run(run: Callable[..., RunFiles], tmp_path: Path):
     done = run("--max_iters=2")
     (done.out_dir / ".lock").unlink()
     (done.out_dir / ".lock").mkdir()  # permissions don't stop root

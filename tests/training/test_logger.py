@@ -5,17 +5,18 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import file_size_limit
+from helpers import RunFiles, file_size_limit
 
 from nanoforge.training import logger as logging
 from nanoforge.training.logger import RunLogger, Tracker
 
 
 @pytest.fixture
-def logger(tmp_path):
+def logger(tmp_path: Path):
     logger = RunLogger(tmp_path, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=10)
     yield logger
     logger.close()
@@ -26,7 +27,7 @@ def notes(folder: Path) -> list[str]:
     return [line["text"] for line in lines if line["event"] == "note"]
 
 
-def test_a_tracker_that_fails_is_reported_once_and_left_out(logger, tmp_path):
+def test_a_tracker_that_fails_is_reported_once_and_left_out(logger: RunLogger, tmp_path: Path):
     logged = []
 
     def fail(*_):
@@ -46,7 +47,7 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(logger, tmp_path):
     assert all("gone" in note for note in notes(tmp_path))
 
 
-def test_tensorboard_on_a_full_disk(logger, tmp_path, capsys):
+def test_tensorboard_on_a_full_disk(logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("tensorboard")
     logger.track("tensorboard", lambda: logging.start_tensorboard(tmp_path / "tensorboard", 0))
     with file_size_limit(300):  # it writes in a thread, and the metrics find no room either
@@ -64,7 +65,7 @@ def test_tensorboard_on_a_full_disk(logger, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_wandb_whose_process_is_killed(logger, tmp_path, monkeypatch):
+def test_wandb_whose_process_is_killed(logger: RunLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger.track("wandb", lambda: logging.start_wandb(tmp_path, "project", "name", {}))
@@ -81,7 +82,7 @@ def test_wandb_whose_process_is_killed(logger, tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text().count('"event": "train"') == 5
 
 
-def test_a_picture_of_losses_that_are_null_in_a_folder_with_a_dollar(tmp_path):
+def test_a_picture_of_losses_that_are_null_in_a_folder_with_a_dollar(tmp_path: Path):
     """matplotlib reads what stands between dollars as mathematics."""
     folder = tmp_path / r"a$_b$\frac"
     folder.mkdir()
@@ -99,7 +100,9 @@ def test_a_picture_of_losses_that_are_null_in_a_folder_with_a_dollar(tmp_path):
         (folder / "loss.png").unlink()
 
 
-def test_a_picture_that_cant_be_drawn_is_reported_once(run, monkeypatch, tmp_path):
+def test_a_picture_that_cant_be_drawn_is_reported_once(
+    run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     def fail(*_):
         raise OSError(28, "No space left on device")
 

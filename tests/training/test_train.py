@@ -521,7 +521,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
     assert stopped.last.progress["step"] == stopped.steps[-1] >= 20
 
 
-def signal_itself(monkeypatch, number: int, step: int) -> None:
+def signal_itself(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
     """This process signals itself in a step of the next run."""
     original = Optimizer.update
     n_steps = 0
@@ -537,7 +537,9 @@ def signal_itself(monkeypatch, number: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("number", run_state.STOP_SIGNALS, ids=lambda number: number.name)
-def test_every_stop_signal_saves_and_is_a_status_of_a_stopped_run(run, monkeypatch, tmp_path, number):
+def test_every_stop_signal_saves_and_is_a_status_of_a_stopped_run(
+    run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+):
     handler = signal.signal(number, signal.SIG_DFL)
     signal_itself(monkeypatch, number, step=3)
     try:
@@ -550,7 +552,7 @@ def test_every_stop_signal_saves_and_is_a_status_of_a_stopped_run(run, monkeypat
     assert run_state.run_status(tmp_path / "run").state == "stopped"
 
 
-def test_nohup_ignores_a_terminal_that_closes(run, monkeypatch):
+def test_nohup_ignores_a_terminal_that_closes(run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch):
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         signal_itself(monkeypatch, signal.SIGHUP, step=2)
@@ -559,7 +561,7 @@ def test_nohup_ignores_a_terminal_that_closes(run, monkeypatch):
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_a_repeated_signal_of_a_limit_of_cpu_time_is_no_second_request(monkeypatch):
+def test_a_repeated_signal_of_a_limit_of_cpu_time_is_no_second_request(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
     with signals.Signals() as received:
         os.kill(os.getpid(), signal.SIGXCPU)
