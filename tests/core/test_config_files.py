@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ SCALARS = {  # text -> its value by YAML 1.2
 
 
 @pytest.mark.parametrize("text", SCALARS)
-def test_yaml_scalars_are_those_of_yaml_1_2(text):
+def test_yaml_scalars_are_those_of_yaml_1_2(text: str):
     value = config_files.read_yaml(f"a: {text}", "x")["a"]
     assert value == SCALARS[text] and type(value) is type(SCALARS[text])
     verbatim = config_files.read_yaml(f"a: {text}", "x", verbatim=True)["a"]
@@ -68,7 +69,7 @@ def test_pyyaml_reads_the_same_scalars_by_yaml_1_1():
     assert values == {"a": "1e-5", "b": 7200, "c": 8, "d": True}
 
 
-def test_configs_and_grids_read_yaml_alike(tmp_path):
+def test_configs_and_grids_read_yaml_alike(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 010\nlearning_rate: 1e-3\nwandb_run_name: 2:00:00\ncompile: no\ntask_name: no\n_remark: 1\n")
     expected = {"seed": 10, "learning_rate": 1e-3, "wandb_run_name": "2:00:00", "compile": "no", "task_name": "no"}
@@ -87,28 +88,30 @@ def test_configs_and_grids_read_yaml_alike(tmp_path):
         ("c.py", 'optimizer_kwargs = {"eps": 1, "eps": 2}', "eps"),
     ],
 )
-def test_duplicate_keys_are_refused(tmp_path, name, text, key):
+def test_duplicate_keys_are_refused(tmp_path: Path, name: str, text: str, key: str):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f"{name}:.*duplicate key: {key}"):
         config_files.read_file(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("text", ['{"eps": 1e-10}', "{eps: 1e-10}", '{"eps":1E-10}', "{eps: 1.0e-10}"])
-def test_a_mapping_on_the_command_line_is_read_as_in_a_config(tmp_path, text):
+def test_a_mapping_on_the_command_line_is_read_as_in_a_config(tmp_path: Path, text: str):
     (tmp_path / "c.yaml").write_text(f"optimizer_kwargs: {text}\n")
     typed = train_args.parse([f"--optimizer_kwargs={text}"]).optimizer_kwargs
     assert typed == train_args.parse([str(tmp_path / "c.yaml")]).optimizer_kwargs == {"eps": 1e-10}
 
 
 @pytest.mark.parametrize("text", ['{"eps": 1, "eps": 2}', "{eps: 1, eps: 2}", "[1]", "eps", "{eps", "{eps}"])
-def test_a_mapping_on_the_command_line_that_is_none_is_refused(text, capsys):
+def test_a_mapping_on_the_command_line_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         train_args.parse([f"--optimizer_kwargs={text}"])
     assert end.value.code == 2 and "--optimizer_kwargs=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json"])
-def test_two_names_of_one_argument_are_refused_as_a_duplicate_is(tmp_path, capsys, name):
+def test_two_names_of_one_argument_are_refused_as_a_duplicate_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
     text = '{"steps": 5, "max_iters": 6}' if name == "c.json" else "steps: 5\nmax_iters: 6\n"
     (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as end:
@@ -141,7 +144,7 @@ def test_merge_keys_are_no_duplicates():
     ("name", "text"),
     [("c.yaml", "a: ["), ("c.yaml", "!!python/name:os.system ''"), ("c.json", "{"), ("c.json", "[1]"), ("c.yaml", "1")],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path, name, text):
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, name: str, text: str):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=name):
         config_files.read_file(str(tmp_path / name))
@@ -151,7 +154,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path, name, text):
 # base
 
 
-def write(folder, **files: str) -> None:
+def write(folder: Path, **files: str) -> None:
     """Write each file; `a_py` is a.py."""
     for name, text in files.items():
         path = folder / name.replace("_", ".")
@@ -159,7 +162,7 @@ def write(folder, **files: str) -> None:
         path.write_text(text)
 
 
-def test_a_config_lies_over_its_base(tmp_path, capsys):
+def test_a_config_lies_over_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write(
         tmp_path,
         a_py="n_layer = 1\nn_head = 1\nn_embd = 8\n",
@@ -176,7 +179,7 @@ def test_a_config_lies_over_its_base(tmp_path, capsys):
     assert sources == {name: str(tmp_path / file) for name, file in files.items()}
 
 
-def test_a_base_is_relative_to_the_config_or_the_working_directory(tmp_path, monkeypatch):
+def test_a_base_is_relative_to_the_config_or_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs", a_py="n_layer = 1", b_py="base = 'a.py'", c_py="base = 'configs/a.py'")
@@ -187,7 +190,7 @@ def test_a_base_is_relative_to_the_config_or_the_working_directory(tmp_path, mon
 
 
 @pytest.mark.parametrize("base", ["'a.py'", "'b.py'", "'nowhere.py'", "3", "['b.py']", "[3]", "'x' + 'y'"])
-def test_a_base_that_cant_be_read_is_an_error(tmp_path, capsys, base):
+def test_a_base_that_cant_be_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Any):
     write(tmp_path, a_py=f"base = {base}", b_py="base = 'a.py'")
     with pytest.raises(SystemExit) as end:
         train_args.parse([str(tmp_path / "a.py")])

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, TINY, equal_tensors, free_port, read_run, run_script
@@ -64,7 +65,7 @@ def directives_of(text: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("array", [False, True])
-def test_scripts_are_clean(tmp_path, directives, array):
+def test_scripts_are_clean(tmp_path: Path, directives: dict[str, str], array: object):
     folders = [Path("/out/lr=3e-4,optimizer=muon-1f3c9a"), Path("/out/it's $HOME/b")][: 2 if array else 1]
     one = script(
         directives,
@@ -106,7 +107,9 @@ echo 5
 """
 
 
-def test_a_sweep_leaves_the_scripts_and_jobs_of_its_last_time(tmp_path, monkeypatch, capsys):
+def test_a_sweep_leaves_the_scripts_and_jobs_of_its_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Single scripts don't stay beside an array; a job that was handed over is known even if the next one fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -162,7 +165,7 @@ if os.environ.get("SIGNAL"):
 
 
 @pytest.fixture
-def run_script_of(tmp_path):
+def run_script_of(tmp_path: Path):
     """run_script_of(directives, SIGNAL="SIGUSR1") runs a script of one run: (exit status, output)."""
     run, bin_dir = tmp_path / "run", tmp_path / "bin"
     run.mkdir()
@@ -212,14 +215,14 @@ SHORT = {"time": "3"}  # it is the end of the time
     ],
 )
 def test_a_job_requeues_itself_where_asked_or_preempted_a_number_of_times(
-    run_script_of, directives, variables, is_requeued
+    run_script_of: Callable[..., Any], directives: dict[str, str], variables: dict[str, str], is_requeued: object
 ):
     code, out = run_script_of(directives, SIGNAL="SIGUSR1", **variables)
     assert code == 128 + signal.SIGUSR1 and ("scontrol requeue 7" in out) == is_requeued, out
     assert "scontrol requeue" not in run_script_of(directives, SIGNAL="SIGTERM", **variables)[1]
 
 
-def test_a_script_lives_without_locks_and_with_full_disks(run_script_of, tmp_path):
+def test_a_script_lives_without_locks_and_with_full_disks(run_script_of: Callable[..., Any], tmp_path: Path):
     with (tmp_path / "run/.sweep.lock").open("w") as lock:
         code, out = run_script_of({}, LOCKS="0")
         assert code == 0 and "no locks" in out and "trains" in out
@@ -239,7 +242,9 @@ def test_a_script_lives_without_locks_and_with_full_disks(run_script_of, tmp_pat
 IDS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
 
 
-def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(run_script_of, monkeypatch):
+def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(
+    run_script_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     name = {"WANDB_NAME": "mine"}
     code, out = run_script_of({"cpus-per-task": "8", "gres": "gpu:1"}, name, setup="echo loaded $NOT_SET\nA=1\n")
@@ -259,7 +264,7 @@ def test_a_script_has_the_users_lines_threads_and_a_name_for_each_run(run_script
         ({"cpus-per-gpu": "6", "gres": "gpu:4"}, "6"),
     ],
 )
-def test_threads_are_the_cpus_of_a_node_over_its_ranks(directives, threads):
+def test_threads_are_the_cpus_of_a_node_over_its_ranks(directives: dict[str, str], threads: str):
     assert f"\nexport OMP_NUM_THREADS={threads}\n" in slurm.training_script(script(directives), ROOT / "train.py")
     job = script(directives, {"OMP_NUM_THREADS": "5"})
     assert slurm.training_script(job, ROOT / "train.py").count("OMP_NUM_THREADS") == 1
@@ -272,12 +277,12 @@ def test_threads_are_the_cpus_of_a_node_over_its_ranks(directives, threads):
         *(("", None), ("UNLIMITED", None), ("x-1", None)),
     ],
 )
-def test_times_are_read_as_sbatch_reads_them(text, seconds):
+def test_times_are_read_as_sbatch_reads_them(text: str, seconds: int | None):
     """As the page of sbatch lists them: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     assert slurm.parse_seconds(text) == seconds
 
 
-def test_the_environment_is_exported_as_it_is(tmp_path):
+def test_the_environment_is_exported_as_it_is(tmp_path: Path):
     environment = {"A": NASTY, "EMPTY": "", "PLAIN": "1e-05"}
     job = slurm.Job({}, environment, "python", str(tmp_path))
     text = slurm.training_script(slurm.Script("name", job, [tmp_path], tmp_path), ROOT / "train.py")
@@ -301,7 +306,7 @@ def test_the_environment_is_exported_as_it_is(tmp_path):
         ({"nodes": "1-3", "gres": "gpu:2"}, (3, 2)),
     ],
 )
-def test_nodes_and_processes_follow_from_the_directives(directives, expected):
+def test_nodes_and_processes_follow_from_the_directives(directives: dict[str, str], expected: Any):
     assert slurm.shape_of(directives) == expected
 
 
@@ -379,7 +384,7 @@ def output_of(command: list[str], environment: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory: pytest.TempPathFactory):
     """The environment in which Slurm's commands reach a cluster of two nodes, n1 and n2."""
     install()
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
@@ -430,7 +435,7 @@ def cluster(tmp_path_factory):
                 daemon.kill()
 
 
-def queue(cluster) -> list[str]:
+def queue(cluster: dict[str, str]) -> list[str]:
     return output_of(["squeue", "-h", "-o", "%i %T"], cluster).splitlines()
 
 
@@ -442,7 +447,7 @@ def write_grid(path: Path, data_dir: Path, yaml: str) -> Path:
     return path
 
 
-def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
+def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"event": "note", "step": 3, "seconds": 1, "text": "finished: 3 steps"}\n')
     (tmp_path / "evaluate.py").write_text("import sys; print('no such task'); sys.exit(int(sys.argv[3][-1]))\n")
     for status, state in (("0", ("done", "finished: 3 steps")), ("3", ("failed", "status 3 after its training"))):
@@ -457,7 +462,11 @@ def test_an_evaluation_that_fails_is_the_state_of_its_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
-    cluster, data_dir, tmp_path, monkeypatch, capsys
+    cluster: dict[str, str],
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     """The two-node job gets USR1 in its batch shell, as from Slurm before the end of the time, and requeues itself.
 

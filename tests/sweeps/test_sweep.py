@@ -16,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, TINY, equal_tensors, read_run, run_script
@@ -37,7 +39,7 @@ BASE = "\n".join(
 
 
 @pytest.fixture
-def run_sweep(tmp_path, monkeypatch, capsys):
+def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """run_sweep("--flag", yaml="lines of a grid") runs the command in this process: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "g.yaml").write_text("")
@@ -62,7 +64,7 @@ def results(folder: Path = Path("o")) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
 
-def varying(run_sweep, yaml: str, *argv: str) -> list[dict[str, str]]:
+def varying(run_sweep: Callable[..., Any], yaml: str, *argv: str) -> list[dict[str, str]]:
     """What varies in the runs of a grid, as results.csv has it."""
     code, _, err = run_sweep("--collect", "--out_dir=o", *argv, yaml=yaml)
     assert code == 0, err
@@ -83,7 +85,7 @@ def points_of(spec: dict) -> list[grid.Point]:
 # grids
 
 
-def test_a_grid_is_the_product_of_its_lists(run_sweep):
+def test_a_grid_is_the_product_of_its_lists(run_sweep: Callable[..., Any]):
     yaml = "learning_rate: [1e-5, 0.0003]\noptimizer: [adamw, muon, lion]\nn_layer: 2\n"
     expected = [
         {"learning_rate": rate, "optimizer": name}
@@ -97,7 +99,7 @@ def test_a_grid_is_the_product_of_its_lists(run_sweep):
     ]
 
 
-def test_zip_groups_exclude_seeds_and_base(run_sweep, tmp_path):
+def test_zip_groups_exclude_seeds_and_base(run_sweep: Callable[..., Any], tmp_path: Path):
     (tmp_path / "a.py").write_text("n_layer = 3\nweight_decay = 0.5\nbeta1 = 0.8\n")
     yaml = """
 base: a.py
@@ -144,7 +146,9 @@ seeds: 2
         ("seed: [1, 2]\n", ["--seed=7"], []),
     ],
 )
-def test_the_command_lines_seed_is_the_first_of_a_number_of_seeds(run_sweep, tmp_path, yaml, argv, seeds):
+def test_the_command_lines_seed_is_the_first_of_a_number_of_seeds(
+    run_sweep: Callable[..., Any], tmp_path: Path, yaml: str, argv: list[str], seeds: list[int]
+):
     (tmp_path / "a.py").write_text("seed = 21\n")
     rows = varying(run_sweep, yaml, *argv)
     assert [int(row["seed"]) for row in rows if row] == seeds and len(rows) == max(1, len(seeds))
@@ -154,7 +158,7 @@ def test_the_command_lines_seed_is_the_first_of_a_number_of_seeds(run_sweep, tmp
     assert [run.effective["seed"] for run in sweep.Planner(request).plan_runs(points)] == (seeds or [7])
 
 
-def test_list_valued_arguments_take_lists_of_lists(run_sweep):
+def test_list_valued_arguments_take_lists_of_lists(run_sweep: Callable[..., Any]):
     head = "training_mode: multidataset\n"
     assert len(varying(run_sweep, head + "dataset_list: [a, b]\nn_layer: [1, 2]\n")) == 2
     assert varying(run_sweep, head + "dataset_list: [[a, b], [a, c]]\n") == [
@@ -171,7 +175,7 @@ def test_list_valued_arguments_take_lists_of_lists(run_sweep):
     ]
 
 
-def test_scalars_of_yaml_are_what_they_look_like(tmp_path):
+def test_scalars_of_yaml_are_what_they_look_like(tmp_path: Path):
     """PyYAML alone reads the same lines by YAML 1.1, which is the witness that this is needed."""
     import yaml
 
@@ -220,7 +224,7 @@ def test_scalars_of_yaml_are_what_they_look_like(tmp_path):
 # errors
 
 
-def test_all_errors_of_all_runs_are_reported_before_anything_is_written(run_sweep, tmp_path):
+def test_all_errors_of_all_runs_are_reported_before_anything_is_written(run_sweep: Callable[..., Any], tmp_path: Path):
     yaml = """
 lerning_rate: 1
 learning_rate: []
@@ -298,13 +302,13 @@ eval_only: true
         ("venv: /nowhere\n", "venv: /nowhere/bin/python: no such program"),
     ],
 )
-def test_an_error_is_reported(run_sweep, yaml, message):
+def test_an_error_is_reported(run_sweep: Callable[..., Any], yaml: str, message: str):
     launcher = ["--launcher=local"] if "venv" in yaml else []
     code, _, err = run_sweep(*launcher, yaml=yaml)
     assert code == 2 and message in err, err
 
 
-def test_an_argument_without_effect_in_some_runs_is_ignored_there(run_sweep):
+def test_an_argument_without_effect_in_some_runs_is_ignored_there(run_sweep: Callable[..., Any]):
     rows = varying(run_sweep, "optimizer: [adamw, muon]\nmuon_learning_rate: 0.1\n")
     assert [row["optimizer"] for row in rows] == ["adamw", "muon"]
 
@@ -356,7 +360,7 @@ ODD_VALUES = [
     changes=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(ODD_VALUES)), max_size=2),
     search=st.booleans(),
 )
-def test_any_grid_is_a_table_or_errors(run_sweep, lines, changes, search):
+def test_any_grid_is_a_table_or_errors(run_sweep: Callable[..., Any], lines: list[str], changes: Any, search: object):
     for number, value in changes:
         if lines:
             i = number % len(lines)
@@ -369,7 +373,7 @@ def test_any_grid_is_a_table_or_errors(run_sweep, lines, changes, search):
 # what is shown
 
 
-def test_runs_that_learn_from_rewards_are_shown_by_them(run_sweep):
+def test_runs_that_learn_from_rewards_are_shown_by_them(run_sweep: Callable[..., Any]):
     """The loss of an evaluation is the negative reward: the order is the same, the sign is the reader's."""
     yaml = "objective: grpo\nbeta: 0\nlearning_rate: [1, 2]\nout_dir: o\n"
     for name, rewards in zip(run_names(run_sweep(yaml=yaml)[1]), ([0.5, 0.25, 0.125], [0.5, 0.75, 0.625]), strict=True):
@@ -395,7 +399,7 @@ def test_runs_that_learn_from_rewards_are_shown_by_them(run_sweep):
 # names
 
 
-def test_folders_are_named_by_what_varies_and_a_hash_of_all_arguments(run_sweep):
+def test_folders_are_named_by_what_varies_and_a_hash_of_all_arguments(run_sweep: Callable[..., Any]):
     def folders(yaml: str, *argv: str) -> list[str]:
         return run_names(run_sweep("--out_dir=o", *argv, yaml=yaml)[1])
 
@@ -480,7 +484,7 @@ log("note", step, text="finished: all steps")
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch, data_dir):
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path):
     """A grid of three runs of the stand-in, in the folder o."""
     (tmp_path / "train.py").write_text(STAND_IN)
     monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
@@ -493,7 +497,7 @@ def starts() -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_shown_with_the_end_of_its_log_and_retried(run_sweep, stand_in):
+def test_a_failed_run_is_shown_with_the_end_of_its_log_and_retried(run_sweep: Callable[..., Any], stand_in: str):
     Path("o").mkdir()
     Path("o/fail").touch()
     code, out, _ = run_sweep("--launcher=local", yaml=stand_in)
@@ -522,7 +526,9 @@ def test_a_failed_run_is_shown_with_the_end_of_its_log_and_retried(run_sweep, st
 
 
 @pytest.mark.slow
-def test_j_runs_at_a_time_with_gpus_assigned(run_sweep, stand_in, monkeypatch):
+def test_j_runs_at_a_time_with_gpus_assigned(
+    run_sweep: Callable[..., Any], stand_in: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     monkeypatch.setenv("PACE", "0.3")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -541,7 +547,9 @@ def test_j_runs_at_a_time_with_gpus_assigned(run_sweep, stand_in, monkeypatch):
     assert local.assign_gpus([], 1, 1) == [[]]
 
 
-def test_several_gpus_of_a_run_are_used_by_torchrun(run_sweep, stand_in, monkeypatch):
+def test_several_gpus_of_a_run_are_used_by_torchrun(
+    run_sweep: Callable[..., Any], stand_in: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
 
     def print_first_command(slots: local.Slots, callbacks: local.Callbacks) -> int:
@@ -589,7 +597,7 @@ def wait_for_starts(count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_has_its_runs_save_and_is_resumed(run_sweep, stand_in, number):
+def test_a_stopped_sweep_has_its_runs_save_and_is_resumed(run_sweep: Callable[..., Any], stand_in: str, number: Any):
     process = start_sweep(
         stand_in + "exclude: {learning_rate: 0.75}\n", "--launcher=local", "-j2", "--max_iters=200", pace="0.1"
     )
@@ -607,7 +615,7 @@ def test_a_stopped_sweep_has_its_runs_save_and_is_resumed(run_sweep, stand_in, n
 
 
 @pytest.mark.slow
-def test_two_sweeps_over_one_folder_start_no_run_twice(run_sweep, stand_in):
+def test_two_sweeps_over_one_folder_start_no_run_twice(run_sweep: Callable[..., Any], stand_in: str):
     processes = [start_sweep(stand_in, "--launcher=local", "--learning_rate=1,2,3,4,5,6", pace="0.6") for _ in range(2)]
     outs = [process.communicate(timeout=60)[0] for process in processes]
     started = [name for name, event, _ in starts() if event != "end"]
@@ -617,7 +625,9 @@ def test_two_sweeps_over_one_folder_start_no_run_twice(run_sweep, stand_in):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_a_launcher_that_was_killed_and_is_not_started_again(run_sweep, stand_in):
+def test_a_run_outlives_a_launcher_that_was_killed_and_is_not_started_again(
+    run_sweep: Callable[..., Any], stand_in: str
+):
     process = start_sweep(stand_in, "--launcher=local", "--learning_rate=1", "--max_iters=20", pace="0.2")
     wait_for_starts(1)
     process.kill()
@@ -629,7 +639,7 @@ def test_a_run_outlives_a_launcher_that_was_killed_and_is_not_started_again(run_
     assert run_sweep("--launcher=local", "--learning_rate=1", "--max_iters=20")[0] == 0 and len(starts()) == 2
 
 
-def test_a_folder_with_another_run_is_refused(run_sweep, stand_in):
+def test_a_folder_with_another_run_is_refused(run_sweep: Callable[..., Any], stand_in: str):
     assert run_sweep("--launcher=local", yaml=stand_in)[0] == 0
     path = next(Path("o").glob("lr=*/run.json"))
     config = json.loads(path.read_text())
@@ -640,7 +650,9 @@ def test_a_folder_with_another_run_is_refused(run_sweep, stand_in):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_started_again_keeps_the_defaults_with_which_it_began(run_sweep, stand_in, monkeypatch):
+def test_a_sweep_that_is_started_again_keeps_the_defaults_with_which_it_began(
+    run_sweep: Callable[..., Any], stand_in: str, monkeypatch: pytest.MonkeyPatch
+):
     assert run_sweep("--launcher=local", "--learning_rate=1,2", yaml=stand_in)[0] == 0
     before = {path.name for path in Path("o").glob("lr=*")}
     specs = {**sweep.TRAIN_SPECS, "weight_decay": dataclasses.replace(sweep.TRAIN_SPECS["weight_decay"], default=0.5)}
@@ -651,7 +663,7 @@ def test_a_sweep_that_is_started_again_keeps_the_defaults_with_which_it_began(ru
     assert json.loads((new / "run.json").read_text())["weight_decay"] == 0.1
 
 
-def test_a_run_has_what_was_set_even_if_it_is_the_default(run_sweep, stand_in):
+def test_a_run_has_what_was_set_even_if_it_is_the_default(run_sweep: Callable[..., Any], stand_in: str):
     """Otherwise --depth would derive another value."""
     yaml = f"base: {ROOT / 'configs/depth.py'}\ndepth: 2\nbatch_size: 2\ngradient_accumulation_steps: 1\nout_dir: o\n"
     assert run_sweep("--launcher=slurm", yaml=yaml)[0] == 0
@@ -673,7 +685,9 @@ if sys.argv[3] == "--tasks=a":
 
 
 @pytest.mark.slow
-def test_an_evaluation_follows_its_training(run_sweep, stand_in, tmp_path, monkeypatch):
+def test_an_evaluation_follows_its_training(
+    run_sweep: Callable[..., Any], stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "evaluate.py").write_text(EVALUATE)
     monkeypatch.setattr(sweep, "EVALUATE", tmp_path / "evaluate.py")
     yaml = stand_in + "evaluation: {tasks: [a, b], num_passes: 2}\n"
@@ -697,7 +711,7 @@ def test_an_evaluation_follows_its_training(run_sweep, stand_in, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_grid_with_one_run_killed_and_one_failing_is_done_the_second_time(data_dir, tmp_path):
+def test_a_grid_with_one_run_killed_and_one_failing_is_done_the_second_time(data_dir: Path, tmp_path: Path):
     """With train.py itself: two are skipped, one is resumed and one starts over; each ends as it does alone."""
     yaml = f"""{BASE}
 data_dir: {data_dir}
@@ -775,7 +789,7 @@ out_dir: o
 """
 
 
-def test_random_points_are_in_their_ranges_and_more_of_them_extend_fewer(run_sweep):
+def test_random_points_are_in_their_ranges_and_more_of_them_extend_fewer(run_sweep: Callable[..., Any]):
     few, many = (varying(run_sweep, SPACE, f"--search=random:{count}") for count in (10, 40))
     assert len(many) == 40 and all(row in many for row in few)
     rates = sorted(float(row["learning_rate"]) for row in many)
@@ -787,7 +801,7 @@ def test_random_points_are_in_their_ranges_and_more_of_them_extend_fewer(run_swe
     assert len(varying(run_sweep, "n_layer: [1, 2]\n", "--search=random:40")) == 2
 
 
-def test_both_ends_of_ranges_are_checked_before_a_search_starts(run_sweep):
+def test_both_ends_of_ranges_are_checked_before_a_search_starts(run_sweep: Callable[..., Any]):
     code, _, err = run_sweep(
         "--search=tpe:4", "--launcher=local", yaml=SPACE.replace("low: 1, high: 4", "low: -1, high: 4")
     )
@@ -795,7 +809,9 @@ def test_both_ends_of_ranges_are_checked_before_a_search_starts(run_sweep):
 
 
 @pytest.mark.slow
-def test_tpe_finds_the_lower_end_prunes_the_worst_and_continues_after_an_interruption(run_sweep, stand_in):
+def test_tpe_finds_the_lower_end_prunes_the_worst_and_continues_after_an_interruption(
+    run_sweep: Callable[..., Any], stand_in: str
+):
     """The stand-in's loss is its learning rate plus 1 / step: lower is better, and the median of the others prunes."""
     pytest.importorskip("optuna")
     yaml = "learning_rate: {low: 1e-3, high: 1.0}\nmax_iters: 30\nout_dir: o\n"
@@ -831,7 +847,7 @@ out_dir: o
 
 
 @pytest.mark.slow
-def test_a_study_is_continued_by_the_same_search_alone(run_sweep, tmp_path):
+def test_a_study_is_continued_by_the_same_search_alone(run_sweep: Callable[..., Any], tmp_path: Path):
     """optuna knows choices by their index: with other ones it would give the scores of adamw to lion."""
     pytest.importorskip("optuna")
     (tmp_path / "a.py").write_text("dropout = 0.25\n")
@@ -937,7 +953,7 @@ environment:
 
 
 @pytest.fixture
-def guide(tmp_path) -> str:
+def guide(tmp_path: Path) -> str:
     """The guide's example, with lists where its second part has them."""
     for name in ("one", "two", "data", "venv/bin"):
         (tmp_path / name).mkdir(parents=True)
@@ -962,7 +978,7 @@ def grid_slurm_section(spec: dict) -> dict:
     return {name.removeprefix("slurm."): value for name, value in spec.items() if name.startswith("slurm.")}
 
 
-def test_the_keys_of_the_guide_become_arguments(guide, tmp_path):
+def test_the_keys_of_the_guide_become_arguments(guide: str, tmp_path: Path):
     runs = translated(guide)
     assert [(run["objective"], Path(run["init_from"]).name, run["learning_rate"]) for run in runs] == list(
         itertools.product(["dpo", "kto"], ["one", "two"], [5e-6, 1e-5, 1e-6])
@@ -1049,7 +1065,7 @@ def guide_arguments(tmp_path: Path, steps: int) -> dict:
         ("save_steps", 0, None),
     ],
 )
-def test_further_keys_are_translated(guide, key, value, expected):
+def test_further_keys_are_translated(guide: str, key: str, value: Any, expected: Any):
     """expected: None where the key is refused by its name."""
     changes = {"execution.algorithm": "kto", f"rl_config_args.{key}": value}
     if expected is None:
@@ -1060,7 +1076,7 @@ def test_further_keys_are_translated(guide, key, value, expected):
         assert {name: run.get(name) for name in expected} == expected
 
 
-def test_keys_of_one_algorithm_are_translated(guide):
+def test_keys_of_one_algorithm_are_translated(guide: str):
     sft = {"execution.algorithm": "sft"}
     dpo = {"execution.algorithm": "dpo"}
     without_beta = re.sub(r"\n *beta: .*", "", guide)
@@ -1079,7 +1095,9 @@ def test_keys_of_one_algorithm_are_translated(guide):
     assert translated(guide, **dpo, **{"rl_config_args.disable_dropout": False})[0]["disable_dropout"] is False
 
 
-def test_unsupported_keys_are_reported_together_before_anything_is_written(run_sweep, guide, tmp_path):
+def test_unsupported_keys_are_reported_together_before_anything_is_written(
+    run_sweep: Callable[..., Any], guide: str, tmp_path: Path
+):
     bad = (
         guide.replace("beta: 0.2", "beta: 0.2\n    neftune_noise_alpha: 5\n    push_to_hub: true")
         .replace("attn_implementation", "attn_implementatoin")
@@ -1107,7 +1125,9 @@ def test_unsupported_keys_are_reported_together_before_anything_is_written(run_s
     assert code == 2 and "optim=paged: must be one of" in err and "distributed_config: DSZero9" in err
 
 
-def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path, monkeypatch):
+def test_the_guides_example_gives_twelve_jobs(
+    run_sweep: Callable[..., Any], guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     code, _, err = run_sweep("--launcher=slurm", yaml=guide)
     assert code == 0, err
@@ -1132,7 +1152,12 @@ def test_the_guides_example_gives_twelve_jobs(run_sweep, guide, tmp_path, monkey
     ],
 )
 def test_what_runs_will_read_is_checked_before_anything_is_written(
-    run_sweep, guide, tmp_path, monkeypatch, change, message
+    run_sweep: Callable[..., Any],
+    guide: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
 ):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -1151,7 +1176,7 @@ def test_what_runs_will_read_is_checked_before_anything_is_written(
     assert 1 <= len(errors) <= 2 and all(message in line for line in errors), "one of DPO, one of KTO at most"
 
 
-def test_the_command_line_wins_over_lists_of_an_experiment_file(run_sweep, guide):
+def test_the_command_line_wins_over_lists_of_an_experiment_file(run_sweep: Callable[..., Any], guide: str):
     code, out, err = run_sweep("--learning_rate=1e-4", "--beta=0.1,0.3", "--init_from=scratch", yaml=guide)
     assert code == 2 and err.count("requires pretrained weights") == 2, "of DPO and of KTO; else it would be whole"
     code, out, err = run_sweep("--learning_rate=1e-4", "--beta=0.1,0.3", yaml=guide)
@@ -1203,7 +1228,7 @@ def test_every_argument_of_the_translation_is_in_the_table():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/grids").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_example_grids_are_whole(path):
+def test_the_example_grids_are_whole(path: Any):
     text = path.read_text()
     if "execution:" in text:
         pytest.skip("its models and data are the user's")
