@@ -37,7 +37,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield tmp_path
         os.replace(tmp_path, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a write to a full disk names none
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # a write to a full disk names none
         raise
     finally:
         tmp_path.unlink(missing_ok=True)

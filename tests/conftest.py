@@ -14,7 +14,7 @@ import train_args
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token bins a and b with one tokenizer, c with another, and upper, aligned with a; examples of sums."""
     folder = tmp_path_factory.mktemp("data")
     write_char_dataset(folder / "a", TEXT * 20)
@@ -26,7 +26,7 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base(data_dir, tmp_path_factory) -> Path:
+def base(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that has learned a little of the sums: where fine-tuning, adapters and preferences start."""
     out_dir = tmp_path_factory.mktemp("base") / "run"
     flags = [
@@ -47,7 +47,7 @@ def base(data_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(data_dir, tmp_path, capsys) -> Callable[..., RunFiles]:
+def run(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., RunFiles]:
     """run("--flag=...", name="run") trains in this process and returns what the run left."""
 
     def run(*flags: str, name: str = "run") -> RunFiles:

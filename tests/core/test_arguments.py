@@ -46,7 +46,9 @@ def shapes(done) -> dict[str, tuple]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(configurator.arg_specs(train_args.TrainArgs)))
-def test_argument_has_its_effect(name, run, tmp_path, monkeypatch, data_dir, base):
+def test_argument_has_its_effect(
+    name, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path, base: Path
+):
     assert name in EFFECTS, f"--{name} has no test of its effect"
     fixtures = {"run": run, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "data_dir": data_dir, "base": base}
     function = EFFECTS[name]

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ for i in range(int(options["max_iters"]) + 1):
 
 
 @pytest.fixture
-def peer(tmp_path, data_dir):
+def peer(tmp_path: Path, data_dir: Path):
     """A folder that looks like nanoGPT's checkout, with the dataset in it."""
     folder = tmp_path / "peer"
     dataset = folder / "data" / "shakespeare_char"
@@ -85,7 +86,7 @@ def test_the_memory_of_a_process_is_its_own():
     assert len(ballast)
 
 
-def test_held_out_loss_reads_every_token_once(tmp_path):
+def test_held_out_loss_reads_every_token_once(tmp_path: Path):
     """A model that knows nothing loses log V on each; one that is sure of the next token of a cycle loses nothing."""
     val_path = tmp_path / "val.bin"
     (np.arange(100) % 7).astype(np.uint16).tofile(val_path)
@@ -110,7 +111,7 @@ def test_held_out_loss_reads_every_token_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_in_turn_with_a_peer(peer, tmp_path):
+def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
     results_path = tmp_path / "results" / "cpu.json"
     out = f"--out={tmp_path}/results"
     flags = [f"--peer={peer}", "--cases=tiny", "--pairs=2", "--steps=8", "--device=cpu", out]
@@ -136,7 +137,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path):
 
 
 @pytest.mark.slow
-def test_sampling_in_turn_with_transformers(peer, tmp_path):
+def test_sampling_in_turn_with_transformers(peer, tmp_path: Path):
     pytest.importorskip("transformers")
     flags = ["--cases=small", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
     run_script("sample", "--peer_kind=hf", *flags, script="bench.py")
@@ -146,7 +147,7 @@ def test_sampling_in_turn_with_transformers(peer, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path):
+def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path: Path):
     """Its weights are zeros, so its loss is log V; ours gets below that."""
     vocab_size = json.loads((peer / "data" / "shakespeare_char" / "meta.json").read_text())["vocab_size"]
     config = tmp_path / "tiny.py"
@@ -164,7 +165,7 @@ def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path: Path):
     for arguments, message in (
         (["run"], "no such section"),
         (["train", f"--peer={tmp_path}"], "no train.py"),

@@ -84,7 +84,7 @@ def test_splitmix64_is_the_published_generator():
 
 @pytest.mark.parametrize("sizes", [(1000,), (1001,), (300, 77, 500), (9,), (17, 9), (12,)])
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_without_replacement_visits_every_window_once(tmp_path, sizes, epoch):
+def test_without_replacement_visits_every_window_once(tmp_path: Path, sizes, epoch):
     """The windows of an epoch don't overlap, lie within their shards, and leave out less than two windows a shard."""
     dataset = make_dataset([make_bin(tmp_path, *sizes)], method="without_replacement")
     windows = dataset.gather(epoch * dataset.n_windows + np.arange(dataset.n_windows))[:, 0]
@@ -94,7 +94,7 @@ def test_without_replacement_visits_every_window_once(tmp_path, sizes, epoch):
     assert len(inputs) >= sum(sizes) - 2 * 8 * len(sizes)
 
 
-def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path):
+def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path: Path):
     dataset = make_dataset([make_bin(tmp_path, 1000)], method="without_replacement")
     sequences = np.arange(dataset.n_windows)
     starts = [dataset.locate(epoch * dataset.n_windows + sequences)[1] for epoch in range(8)]
@@ -103,7 +103,7 @@ def test_grid_moves_and_order_changes_from_epoch_to_epoch(tmp_path):
     assert not np.array_equal(np.argsort(starts[0]), np.argsort(starts[1]))
 
 
-def test_sequential_reads_in_order_and_starts_again(tmp_path):
+def test_sequential_reads_in_order_and_starts_again(tmp_path: Path):
     dataset = make_dataset([make_bin(tmp_path, 100)], method="sequential")
     assert dataset.n_windows == 12
     assert dataset.gather(np.arange(12))[:, 0, 0].tolist() == [*range(0, 96, 8)]
@@ -161,7 +161,7 @@ def test_counts_go_on_where_another_mixture_and_batch_left_them(tmp_path: Path):
     assert resumed.steps_of_epochs(0.1) == 5
 
 
-def test_random_reaches_every_start_equally(tmp_path):
+def test_random_reaches_every_start_equally(tmp_path: Path):
     dataset = make_dataset([make_bin(tmp_path, 30, 20)])
     counts = np.bincount(dataset.gather(np.arange(100_000))[:, 0, 0], minlength=50)
     possible = [*range(22), *range(30, 42)]
@@ -169,7 +169,7 @@ def test_random_reaches_every_start_equally(tmp_path):
     assert counts[possible].std() / counts[possible].mean() < 0.03
 
 
-def test_targets_are_the_next_tokens(tmp_path):
+def test_targets_are_the_next_tokens(tmp_path: Path):
     batch = batches.to_batch(make_dataset([make_bin(tmp_path, 500)]).gather(np.arange(6)), pin=False)
     assert batch.idx.shape == batch.targets.shape == (6, 8)
     assert torch.equal(batch.targets, batch.idx + 1)
@@ -177,7 +177,7 @@ def test_targets_are_the_next_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["random", "without_replacement", "sequential"])
-def test_contexts_are_read_at_the_same_places(tmp_path, method):
+def test_contexts_are_read_at_the_same_places(tmp_path: Path, method):
     streams = [make_bin(tmp_path, 300, name="x"), make_bin(tmp_path, 300, name="y", first=1000)]
     windows = make_dataset(streams, method=method, seed=3, vocab_offsets=[0, 5000]).gather(np.arange(10))
     assert windows.shape == (10, 2, 9)
@@ -191,7 +191,7 @@ LLMC_MAGIC = {"uint16": 20240520, "uint32": 20240801}
 @pytest.mark.parametrize(
     "dtype, vocab_size, offset", [("uint16", 2**16, 0), ("uint16", 2**16, 7), ("uint32", 100_000, 0)]
 )
-def test_windows_are_what_numpy_reads_from_the_files(tmp_path, dtype, vocab_size, offset):
+def test_windows_are_what_numpy_reads_from_the_files(tmp_path: Path, dtype, vocab_size, offset):
     """Forty shards, some with llm.c's header, and a stream whose ids begin at another row of the model."""
     folder, random = tmp_path / "many", np.random.default_rng(0)
     folder.mkdir()
@@ -263,7 +263,7 @@ def test_more_shards_than_open_files(tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel is not Linux")
-def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
+def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path: Path):
     """256 MB of zeros, which take no disk space, are read at 6,400 places; the kernel counts what is resident."""
     folder = tmp_path / "large"
     folder.mkdir()
@@ -277,7 +277,7 @@ def test_reading_all_over_a_large_bin_keeps_no_memory(tmp_path):
     assert max(resident) - resident[0] < 2**23, "grows with what was read"
 
 
-def test_unequal_contexts_and_short_bins_are_refused(tmp_path):
+def test_unequal_contexts_and_short_bins_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="aligned token by token"):
         make_dataset([make_bin(tmp_path, 300, name="x"), make_bin(tmp_path, 299, name="y")])
     with pytest.raises(UserError, match=r"8 tokens .* --block_size=8"):
@@ -342,7 +342,7 @@ def make_source(tmp_path: Path, per: str = "sequence", method: str = "without_re
 
 @pytest.mark.parametrize("per", ["batch", "sequence"])
 @pytest.mark.parametrize("method", ["random", "without_replacement", "sequential"])
-def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
+def test_a_batch_is_a_function_of_the_step(tmp_path: Path, per, method):
     source = make_source(tmp_path, per, method)
     in_order = [next(source.iter_windows(step, 0, 12)) for step in range(20)]
     for step in (19, 3, 11, 0):
@@ -353,7 +353,7 @@ def test_a_batch_is_a_function_of_the_step(tmp_path, per, method):
         assert np.array_equal(np.concatenate(shares), in_order[7])
 
 
-def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_path):
+def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_path: Path):
     source = make_source(tmp_path)
     n_windows = source.datasets[0].n_windows
     first_tokens, step = [], 0
@@ -364,7 +364,7 @@ def test_a_mixture_without_replacement_visits_each_datasets_windows_once(tmp_pat
     assert len(set(first_tokens[:n_windows])) == n_windows
 
 
-def test_the_counter_counts_what_was_drawn(tmp_path):
+def test_the_counter_counts_what_was_drawn(tmp_path: Path):
     source = make_source(tmp_path)
     running = source.sample_counter()
     drawn = np.zeros(2, dtype=int)
@@ -381,7 +381,7 @@ def test_the_counter_counts_whole_batches():
     assert counts.sum() == 1200 and (counts % 12 == 0).all()
 
 
-def test_a_stream_gathers_ahead_and_hashes_add_up(tmp_path):
+def test_a_stream_gathers_ahead_and_hashes_add_up(tmp_path: Path):
     source = make_source(tmp_path)
     single = source.stream(3, RankSlice(0, 12, 4), CPU, hashed=True)
     ranks = [source.stream(3, RankSlice(start, start + 6, 3), CPU, hashed=True) for start in (0, 6)]
@@ -401,7 +401,7 @@ def test_a_stream_gathers_ahead_and_hashes_add_up(tmp_path):
         stream.close()
 
 
-def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
+def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path: Path):
     """Several steps are planned at once, here four, which is not seen. Hashes are of int64, however narrow the bins."""
     source = make_source(tmp_path, rows=1024)
     stream = source.stream(0, RankSlice(3, 7, 4), CPU, hashed=True)
@@ -417,7 +417,7 @@ def test_a_stream_is_the_same_from_wherever_it_starts(tmp_path):
     stream.close()
 
 
-def test_an_error_of_the_gathering_thread_is_raised_where_batches_are_taken(tmp_path):
+def test_an_error_of_the_gathering_thread_is_raised_where_batches_are_taken(tmp_path: Path):
     source = make_source(tmp_path)
     source.datasets[1].streams[0].files.paths = []
     stream = source.stream(0, RankSlice(0, 12, 4), CPU, hashed=False)

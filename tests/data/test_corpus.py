@@ -42,7 +42,7 @@ def tokens(folder, split="train"):
 @pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("name, counts", [("shakespeare_char", (1003854, 111540)), ("shakespeare", (301966, 36059))])
-def test_shakespeare_is_nanogpts(tmp_path, name, counts):
+def test_shakespeare_is_nanogpts(tmp_path: Path, name, counts):
     """Its prepare.py by hand: sorted characters or tiktoken's gpt2 over the first nine tenths."""
     env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
     path = SHARED / "tinyshakespeare/input.txt"
@@ -62,7 +62,7 @@ def test_shakespeare_is_nanogpts(tmp_path, name, counts):
 
 
 @pytest.mark.slow
-def test_offline_download_says_what_to_do(tmp_path):
+def test_offline_download_says_what_to_do(tmp_path: Path):
     done = run_script(
         f"--data_dir={tmp_path}",
         script="data/shakespeare_char/prepare.py",
@@ -123,7 +123,7 @@ def test_documents_are_the_same_from_every_kind_of_file(tmp_path: Path, kind: st
     assert meta["files"]["val.bin"]["bytes"] == sum(len(doc.encode()) for doc in HELD_OUT)
 
 
-def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
+def test_one_text_is_split_by_position_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
     path = tmp_path / "one.txt"
     text = TEXT * 30
@@ -140,7 +140,7 @@ def test_one_text_is_split_by_position_and_streams(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk_bytes", [7, 100, 2**17])
-def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, chunk_bytes):
+def test_a_text_is_read_as_python_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes):
     """Any Unicode, a byte order mark and every kind of line end, cut anywhere."""
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "one.txt"
@@ -156,7 +156,7 @@ def test_a_text_is_read_as_python_reads_it(tmp_path, monkeypatch, chunk_bytes):
         assert "".join(documents.read_text(path)) == path.read_text(encoding="utf-8-sig")
 
 
-def test_the_place_of_bytes_that_are_not_utf_8_is_named(tmp_path, monkeypatch):
+def test_the_place_of_bytes_that_are_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 10)
     path = tmp_path / "one.txt"
     for broken in (b"\xef\xbb\xbf" + b"text " * 20 + "é".encode("latin-1") + b" more", "日本".encode()[:-1]):
@@ -168,7 +168,7 @@ def test_the_place_of_bytes_that_are_not_utf_8_is_named(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_the_chunks_of_a_text_change_no_token(tmp_path, monkeypatch):
+def test_the_chunks_of_a_text_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """tiktoken, which encodes the text at once, is the witness: no token spans two chunks."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_tokenizer_env()["TIKTOKEN_CACHE_DIR"])
     monkeypatch.setattr(documents, "CHUNK_BYTES", 200)
@@ -186,7 +186,7 @@ def test_the_chunks_of_a_text_change_no_token(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
-def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
+def test_characters_of_any_text_are_numbered_in_their_order(tmp_path: Path, chars):
     """Python's sorted set and dict, as in nanoGPT's prepare.py, are the witness; 70,000 characters take uint32."""
     chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
     text = (chars * 3)[::-1]
@@ -204,7 +204,7 @@ def test_characters_of_any_text_are_numbered_in_their_order(tmp_path, chars):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is not Linux")
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path):
     """The peak of a whole process, as the kernel counts it, with 1 MB of text and with 30."""
     peaks = []
     for megabytes in (1, 30):
@@ -224,7 +224,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 @pytest.mark.slow
-def test_preparing_twice_gives_the_same_bytes(tmp_path):
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path):
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
     for name in ("x", "y"):
@@ -399,7 +399,7 @@ def test_validation_text_of_ones_own_and_a_dataset_that_is_there(tmp_path: Path)
     (["--input=docs.jsonl", "--vocab_size=500"], "only with --tokenizer=bpe"),
     (["--input=hf:x"], "hf:x"),
 ])  # fmt: skip
-def test_bad_input_is_one_message_and_leaves_nothing(tmp_path, flags, message):
+def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, flags, message):
     (tmp_path / "x.pdf").write_text("")
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
@@ -414,7 +414,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path, flags, message):
     assert not list((tmp_path / "data").rglob("*.*"))
 
 
-def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
+def test_an_old_dataset_survives_a_failed_preparation(tmp_path: Path):
     corpus.write_dataset(
         tmp_path / "d", lambda: documents.split_documents(map(documents.text_document, DOCS), 0.1), "char"
     )
@@ -434,7 +434,7 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path):
 
 
 @pytest.mark.slow
-def test_standard_library_and_its_classes_are_aligned(tmp_path):
+def test_standard_library_and_its_classes_are_aligned(tmp_path: Path):
     texts = []
     for name in ("stdlib_char", "stdlib_class"):
         folder = tmp_path / name
@@ -448,7 +448,7 @@ def test_standard_library_and_its_classes_are_aligned(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_path):
+def test_the_librarys_packages_are_taken_too_but_nothing_that_was_installed(tmp_path: Path):
     for name, text in (("b.py", "b = 1\n" * 9), ("site-packages/c/d.py", "d\n"), ("a/e.py", "e = 2\n")):
         path = tmp_path / "lib" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +473,7 @@ def test_classes_of_a_line():
 
 
 @pytest.mark.slow
-def test_arithmetic_is_right_and_held_out(tmp_path):
+def test_arithmetic_is_right_and_held_out(tmp_path: Path):
     run_script(f"--out_dir={tmp_path}", "--digits=2", script="data/arithmetic/prepare.py")
     tokenizer = token_bins.read_meta(tmp_path).tokenizer
     train, val = (tokenizer.decode(tokens(tmp_path, split)).splitlines() for split in ("train", "val"))
@@ -483,7 +483,7 @@ def test_arithmetic_is_right_and_held_out(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_hub_datasets_stream_through_the_datasets_library(tmp_path, name):
+def test_hub_datasets_stream_through_the_datasets_library(tmp_path: Path, name):
     """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
     (tmp_path / "datasets.py").write_text(
         "def load_dataset(*args, **kwargs):\n"

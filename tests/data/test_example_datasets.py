@@ -1,6 +1,7 @@
 """The shipped datasets of examples: GSM8K from its real files, sums that are right by Python's own arithmetic."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import SHARED, run_script
@@ -26,7 +27,7 @@ def prepare_gsm8k(out_dir, *flags, **options):
 
 @pytest.mark.slow
 @needs_gsm8k
-def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
+def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path: Path):
     raw = SHARED / "gsm8k"
     printed = prepare_gsm8k(tmp_path / "a", "--input", raw).stdout
     prepare_gsm8k(tmp_path / "b", "--input", raw / "test.jsonl", raw / "train.jsonl")
@@ -44,7 +45,7 @@ def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path):
     (["--input=x.jsonl"], "--input: x.jsonl"), (["--input", "bad/train.jsonl", "test.jsonl"], "bad/train.jsonl:1: "),
     ([], "--input FILE"),
 ])  # fmt: skip
-def test_gsm8k_without_its_files_says_what_to_do(tmp_path, flags, message):
+def test_gsm8k_without_its_files_says_what_to_do(tmp_path: Path, flags, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/train.jsonl").write_text('{"question": "x"}\n')
@@ -72,7 +73,7 @@ def prepare_preferences(out_dir, *flags):
 
 
 @pytest.mark.slow
-def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
+def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path: Path):
     prepare_arithmetic(tmp_path, "--sums=2500")
     meta = token_bins.read_meta(tmp_path)
     assert meta.vocab_size == 14 and meta.tokenizer.eos_id == 13
@@ -86,7 +87,7 @@ def test_arithmetics_problems_are_the_sums_of_its_bins(tmp_path):
 
 
 @pytest.mark.slow
-def test_preferences_are_off_by_one(tmp_path):
+def test_preferences_are_off_by_one(tmp_path: Path):
     for name, flags in {"a": [], "b": [], "c": ["--seed=1"]}.items():
         prepare_preferences(tmp_path / name, *flags)
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["train.jsonl", "val.jsonl"]
@@ -103,7 +104,7 @@ def test_preferences_are_off_by_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unpaired", [1, 8])
-def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path, unpaired):
+def test_unpaired_preferences_have_so_many_wrong_to_a_right_one(tmp_path: Path, unpaired):
     prepare_preferences(tmp_path, f"--unpaired={unpaired}", "--sums=1800")
     for split, n_rows in {"train": 1620, "val": 180}.items():
         rows = read_split(tmp_path, split)

@@ -34,7 +34,7 @@ def read_error(path, read=read_rows, *args) -> str:
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_all_formats_of_text_hold_the_same(tmp_path, bom, end):
+def test_all_formats_of_text_hold_the_same(tmp_path: Path, bom, end):
     csv.field_size_limit(131072)  # Python's own; reading raises it
     for suffix, delimiter in [("csv", ","), ("TSV", "\t")]:
         with open(tmp_path / f"t.{suffix}", "w", newline="", encoding="utf-8") as file:
@@ -51,7 +51,7 @@ def test_all_formats_of_text_hold_the_same(tmp_path, bom, end):
         assert [*read_texts(tmp_path / name, "polite")] == [row["polite"] for row in ROWS]
 
 
-def test_parquet_holds_the_same(tmp_path):
+def test_parquet_holds_the_same(tmp_path: Path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -150,12 +150,12 @@ def test_parquet_columns_that_hold_no_text(tmp_path: Path):
     assert [*read_texts(path, "text")] == ["x", "y"] and [*read_texts(path, "large")] == ["u", "v"]
 
 
-def test_json_keeps_its_types(tmp_path):
+def test_json_keeps_its_types(tmp_path: Path):
     (tmp_path / "t.jsonl").write_text('{"n": 7, "x": [null, 0.5]}\n')
     assert [*read_rows(tmp_path / "t.jsonl")] == [{"n": 7, "x": [None, 0.5]}]
 
 
-def test_rows_are_converted_and_what_is_refused_has_its_line(tmp_path):
+def test_rows_are_converted_and_what_is_refused_has_its_line(tmp_path: Path):
     def halve(row: dict) -> dict:
         if row["n"] % 2:
             raise UserError(f"{row['n']} is odd")
@@ -199,7 +199,7 @@ def test_rows_are_converted_and_what_is_refused_has_its_line(tmp_path):
     ("t.txt", b"a,b\n1,2\n", "t.txt: must be a .jsonl, .json, .csv, .tsv or .parquet file"),
     ("t", b"", "t: must be a .jsonl, .json, .csv, .tsv or .parquet file"),
 ])  # fmt: skip
-def test_broken_tables_are_refused_by_line(tmp_path, name, content, message):
+def test_broken_tables_are_refused_by_line(tmp_path: Path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert read_error(tmp_path / name).startswith(f"{tmp_path}/{message}")
 
@@ -209,18 +209,18 @@ def test_broken_tables_are_refused_by_line(tmp_path, name, content, message):
     ('{"text": "a"}\n{"body": "b"}\n', "t.jsonl:2: has no field text but body"),
     ('{"text": "\\ud800"}\n', "t.jsonl:1: text: half of a surrogate pair"),
 ])  # fmt: skip
-def test_texts_that_are_none_are_refused_by_line(tmp_path, content, message):
+def test_texts_that_are_none_are_refused_by_line(tmp_path: Path, content, message):
     path = tmp_path / "t.jsonl"
     path.write_text(content)
     assert read_error(path, read_texts, "text").startswith(f"{tmp_path}/{message}")
 
 
-def test_a_table_without_rows_has_no_texts(tmp_path):
+def test_a_table_without_rows_has_no_texts(tmp_path: Path):
     (tmp_path / "t.jsonl").write_text("")
     assert [*read_texts(tmp_path / "t.jsonl", "text")] == []
 
 
-def test_unreadable_tables_are_refused(tmp_path):
+def test_unreadable_tables_are_refused(tmp_path: Path):
     assert "nowhere.csv: can't be read (No such file" in read_error(tmp_path / "nowhere.csv")
     (tmp_path / "folder.jsonl").mkdir()
     assert "can't be read (Is a directory)" in read_error(tmp_path / "folder.jsonl")
@@ -237,7 +237,7 @@ def broken_rows():
     raise UserError("the disk is gone")
 
 
-def test_splits_are_written_whole_or_not_at_all(tmp_path):
+def test_splits_are_written_whole_or_not_at_all(tmp_path: Path):
     folder = tmp_path / "d"
     write_splits(folder, itertools.islice(broken_rows(), 2), SPLITS)
     assert [*read_rows(folder / "train.jsonl")] == [{"a": "ä\u2028"}]
@@ -250,7 +250,7 @@ def test_splits_are_written_whole_or_not_at_all(tmp_path):
     assert before == {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.iterdir()}
 
 
-def test_a_folder_that_cant_be_written_is_refused(tmp_path):
+def test_a_folder_that_cant_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         write_splits(tmp_path / "file", broken_rows(), SPLITS)

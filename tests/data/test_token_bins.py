@@ -18,7 +18,7 @@ CHARS = sorted(set("hello world\n"))
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path):
     """What nanoGPT's prepare.py leaves: uint16 bins and a pickled meta."""
     ids = np.array([CHARS.index(char) for char in "hello world\n" * 40], dtype=np.uint16)
     ids.tofile(tmp_path / "train.bin")
@@ -38,7 +38,7 @@ def test_nanogpts_folder_is_read_as_it_is(folder):
 
 @pytest.mark.slow
 @needs_shared
-def test_nanogpts_shakespeare_trains_unchanged(tmp_path, run):
+def test_nanogpts_shakespeare_trains_unchanged(tmp_path: Path, run):
     """Bins and meta.pkl as its data/shakespeare_char/prepare.py writes them."""
     text = (SHARED / "tinyshakespeare/input.txt").read_text()
     chars = sorted(set(text))
@@ -73,7 +73,7 @@ def test_a_pickle_with_code_is_refused_unexecuted(folder):
 
 
 @needs_shared
-def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
+def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     (folder / "meta.pkl").unlink()
     assert token_bins.read_meta(folder).vocab_size == 50257
@@ -83,7 +83,9 @@ def test_without_a_meta_file_bins_are_gpt2s(folder, monkeypatch):
     assert token_bins.read_meta(folder).tokenizer.decode([31373]) == "hello"
 
 
-def test_without_a_meta_file_and_offline_tokens_are_numbers(folder, monkeypatch, capsys):
+def test_without_a_meta_file_and_offline_tokens_are_numbers(
+    folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def offline(name):
         raise UserError("offline")
 
@@ -151,7 +153,9 @@ def test_shards_of_two_widths_are_refused(folder):
     ("pickle", lambda f: (f / "meta.pkl").write_bytes(b"no"), r"not a meta\.pkl"),
     ("folder", lambda f: shutil.rmtree(f), r"no such dataset"),
 ])  # fmt: skip
-def test_bad_input_is_one_clear_line_with_status_2(folder, name, break_it, message, tmp_path_factory):
+def test_bad_input_is_one_clear_line_with_status_2(
+    folder, name, break_it, message, tmp_path_factory: pytest.TempPathFactory
+):
     break_it(folder)
     out_dir = tmp_path_factory.mktemp("out") / "x"
     done = run_script(
@@ -189,7 +193,7 @@ def test_a_dataset_that_another_process_makes_meanwhile_is_taken(folder: Path):
         token_bins.prepare_if_missing(folder)
 
 
-def test_writer_leaves_a_whole_file_or_none(tmp_path):
+def test_writer_leaves_a_whole_file_or_none(tmp_path: Path):
     path = tmp_path / "train.bin"
     with token_bins.open_bin(path, "uint16") as writer:
         writer.write(np.arange(5), 7)

@@ -1,6 +1,7 @@
 """Tokenizers: encode and decode are inverse, JSON holds them whole, and tiktoken and tokenizers are the witnesses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ SAMPLE = "Don't panic: naïve café, 1,000 €!\n\tdef f(x):  return x\n日本 �
 
 
 @pytest.fixture
-def gpt2(monkeypatch):
+def gpt2(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     return tokenization.TiktokenTokenizer.from_name("gpt2")
 
@@ -52,7 +53,7 @@ def test_unknown_characters_are_named():
 
 
 @needs_shared
-def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch):
+def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch: pytest.MonkeyPatch):
     import tiktoken
 
     ids = gpt2.encode(SAMPLE)
@@ -129,7 +130,7 @@ def test_models_that_look_whole_words_up_make_no_control_token_either():
             assert [pieces[i][0] for i in tokenizer.encode("a </s>")] == list("a </s>")
 
 
-def test_runs_tokenizers_are_saved_by_name(tmp_path):
+def test_runs_tokenizers_are_saved_by_name(tmp_path: Path):
     tokenizers = {"a": tokenization.CharTokenizer("xyz"), "b": tokenization.ByteTokenizer()}
     tokenization.save(tmp_path / "tokenizer.json", tokenizers)
     loaded = tokenization.load(tmp_path / "tokenizer.json")

@@ -33,7 +33,7 @@ SOFT = [
 
 
 @pytest.fixture
-def built_runs(monkeypatch) -> list:
+def built_runs(monkeypatch: pytest.MonkeyPatch) -> list:
     """What train.build returns, run after run."""
     runs, build = [], train.build
 
@@ -173,7 +173,7 @@ THEIR_NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "mlp.c_fc"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("theirs_of", [["attn.c_attn"], list(THEIR_NAMES)], ids=["qkv", "all"])
-def test_lora_is_pefts(tmp_path, theirs_of):
+def test_lora_is_pefts(tmp_path: Path, theirs_of):
     """The same A and B on the same GPT-2: logits, loss and gradients, also of what PEFT itself merges."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_unknown_lora_targets_are_refused(targets, message):
     [LORA, SOFT, [*SOFT, "--prompt_provider=lstm"], [*LORA, "--optimizer=muon"]],
     ids=["lora", "soft", "lstm", "muon"],
 )
-def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, built_runs, flags):
+def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base: Path, built_runs, flags):
     """Bit for bit the base's weights, within the model that learned and in its files."""
     files = {path: path.read_bytes() for path in base.iterdir()}
     done = run(*flags, f"--init_from={base}", "--max_iters=6")
@@ -288,7 +288,7 @@ def test_the_base_stays_and_the_checkpoint_holds_the_adapter_alone(run, base, bu
     assert done.losses[-1] != done.losses[0]
 
 
-def test_a_trained_lora_loads_merged(run, base, built_runs):
+def test_a_trained_lora_loads_merged(run, base: Path, built_runs):
     """--init_from takes the run as weights: the logits of the model that was trained."""
     done = run(*LORA, f"--init_from={base}", "--max_iters=6", "--block_size=32")
     model, merged, idx = built_runs[0].raw_model.eval(), base_model(done.last.folder), ids(2, 20, high=13)
@@ -300,7 +300,7 @@ def test_a_trained_lora_loads_merged(run, base, built_runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
-def test_a_base_that_changed_is_refused_on_resume(run, base, tmp_path, flags):
+def test_a_base_that_changed_is_refused_on_resume(run, base: Path, tmp_path: Path, flags):
     """By the hash of its weights; the file itself may move in whole."""
     shutil.copytree(base, tmp_path / "base")
     run(*flags, f"--init_from={tmp_path / 'base'}", "--max_iters=2")
@@ -330,7 +330,7 @@ RESUMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
-def test_resumed_is_bit_identical(run, base, kind):
+def test_resumed_is_bit_identical(run, base: Path, kind):
     """N steps = N/2, resume, N/2; of a soft prompt's preferences too, whose reference is the prompt as it began."""
     flags = [
         *RESUMED[kind],
@@ -373,7 +373,7 @@ def test_resumed_is_bit_identical(run, base, kind):
         ("dpo", "fsdp"),
     ],
 )
-def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
+def test_two_ranks_are_one(tmp_path: Path, data_dir: Path, base: Path, kind, parallel):
     """Losses, gradients' norms and the adapter itself; the shards of an adapter are loaded as one."""
     flags = {
         "lora": LORA,
@@ -406,7 +406,7 @@ def test_two_ranks_are_one(tmp_path, data_dir, base, kind, parallel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, SOFT], ids=["lora", "soft"])
-def test_every_objective_takes_an_adapter(run, base, flags):
+def test_every_objective_takes_an_adapter(run, base: Path, flags):
     """Preferences begin at log 2, since the adapter switched off is what it was; rollouts agree with training."""
     dpo = run(*flags, f"--init_from={base}", "--objective=dpo", "--dataset=pairs", "--max_iters=3", name="dpo")
     assert dpo.losses[0] == pytest.approx(math.log(2)) and dpo.losses[-1] != dpo.losses[0]
@@ -456,7 +456,7 @@ def prompted(base, text: str, provider: str = "tensor", seed: int = 0) -> tuple[
         ("1<P>2</P>+<P>34</P>={a}", "12+34={a}"),
     ],
 )
-def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, literal, provider):
+def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base: Path, prompt_format, literal, provider):
     """Before, behind and in the middle of fields: rows are the text's embeddings, logits those of the literal text."""
     model, template = prompted(base, prompt_format, provider)
     seeds = template.init_ids(DIGITS)
@@ -477,7 +477,7 @@ def test_a_seeded_prompt_begins_as_the_text_that_seeds_it(base, prompt_format, l
         assert torch.equal(model(torch.tensor([idx])), moved)
 
 
-def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
+def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base: Path):
     """The virtual tokens' gradient is the sum over examples, whose prompts differ in length."""
     model, template = prompted(base, "{prompt}<P*2>{more}<P>=</P>")
     rows = [
@@ -506,14 +506,14 @@ def test_a_batch_of_prompts_of_other_lengths_learns_as_each_alone(base):
     assert (together.abs().sum(1) > 0).all() and model.wte.weight.grad is None
 
 
-def test_rows_that_are_not_in_a_text_get_no_gradient(base):
+def test_rows_that_are_not_in_a_text_get_no_gradient(base: Path):
     model, _ = prompted(base, "<P*4>")
     model(torch.tensor([[V + 2, 1, V, 5]]), torch.tensor([[1, 2, 3, 4]])).sum().backward()
     assert (model.wte.prompt.rows.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("provider", adapters.PROVIDERS)
-def test_rows_come_back_from_a_checkpoints_weights(base, provider):
+def test_rows_come_back_from_a_checkpoints_weights(base: Path, provider):
     model, _ = prompted(base, "<P*5>", provider)
     perturbed(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -521,7 +521,7 @@ def test_rows_come_back_from_a_checkpoints_weights(base, provider):
     assert (model.wte.prompt() - model.wte.initial_prompt).abs().max() > 0.01
 
 
-def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base):
+def test_an_lstm_adds_to_the_rows_what_torchs_own_gives(base: Path):
     """Nothing at first; then the MLP of a bidirectional LSTM over the rows."""
     model, _ = prompted(base, "<P*5>", "lstm")
     prompt = model.wte.prompt
@@ -554,7 +554,7 @@ def test_free_rows_are_distinct_and_known():
 
 
 @pytest.mark.slow
-def test_a_prompt_alone_learns_what_the_base_does_not(run, base, tmp_path):
+def test_a_prompt_alone_learns_what_the_base_does_not(run, base: Path, tmp_path: Path):
     """To say 9 whatever it is asked; the base is frozen."""
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"word": "{i}", "completion": "9"}}\n' for i in range(10)))
     flags = [

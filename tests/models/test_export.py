@@ -22,7 +22,7 @@ def load(folder) -> GPT:
 
 
 @pytest.mark.slow
-def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
+def test_a_merged_lora_is_weights_to_begin_with(run, base: Path, tmp_path: Path):
     sft = ["--objective=sft", "--dataset=sums", "--block_size=32"]
     steps = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
     done = run(*sft, *steps, "--adapter=lora", f"--init_from={base}")
@@ -39,7 +39,7 @@ def test_a_merged_lora_is_weights_to_begin_with(run, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_peft_loads_what_was_exported(run, tmp_path):
+def test_peft_loads_what_was_exported(run, tmp_path: Path):
     """On the GPT-2 that it was trained on, with the logits of our own merged model."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -88,7 +88,7 @@ def test_peft_loads_the_rows_of_new_tokens(run: Callable, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_errors_of_exports_name_the_flag(base, tmp_path):
+def test_errors_of_exports_name_the_flag(base: Path, tmp_path: Path):
     for argv, message in (
         (["merge", base], "--to"),
         (["peft", base, f"--to={tmp_path / 'x'}"], "--adapter=lora"),

@@ -1,5 +1,7 @@
 """Generation: cached equals uncached, a batch equals its prompts alone, and filters keep what their definitions say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import ids, tiny_model
@@ -66,7 +68,7 @@ def test_compiled_steps_draw_what_eager_ones_draw(position):
     assert torch.equal(draw(model, ids(3, 5), 20, decode="compiled"), draw(model, ids(3, 5), 20))
 
 
-def test_greedy_equals_transformers(tmp_path):
+def test_greedy_equals_transformers(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     from model import GPT, GPTConfig
     from nanoforge.models import pretrained

@@ -41,7 +41,7 @@ from nanoforge.training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
+def hugging_face(tmp_path_factory: pytest.TempPathFactory):
     """A small GPT-2 of random weights in transformers, and its folder."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -386,7 +386,7 @@ def test_chunked_attention_equals_torchs_own(T, span, chunk, kv):
     torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), expected)
 
 
-def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch):
+def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch: pytest.MonkeyPatch):
     """The fast path is taken, and is as near to float32 as torch's own."""
     import model as module
 
@@ -506,7 +506,7 @@ def nanogpt_weights(model: GPT) -> dict[str, torch.Tensor]:
     return theirs | {"_orig_mod.lm_head.weight": model.wte.weight.detach().clone()}
 
 
-def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path):
+def test_nanogpt_checkpoint_loads_without_executing_anything(tmp_path: Path):
     """Names and layout of nanoGPT's ckpt.pt; a pickle with code is refused."""
     model = tiny_model(bias=True)
     theirs = nanogpt_weights(model)
@@ -572,7 +572,7 @@ def test_the_heads_of_gpt2_without_config_are_no_silent_guess(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path):
+def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path: Path):
     """From a local server by the real client; when it can't be reached, the error is one line that says what to do."""
     _, folder = hugging_face
 

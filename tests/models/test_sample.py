@@ -17,7 +17,7 @@ from sample import read_start
 
 
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
+def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """Runs of the three modes, long enough to have learned something."""
     from helpers import TINY
 
@@ -131,7 +131,7 @@ def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
 
 
 @pytest.mark.slow
-def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
+def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path: Path):
     flags = [f"--out_dir={trained}/single", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
     (tmp_path / "p.txt").write_text("five dozen")
     assert (
@@ -183,7 +183,7 @@ def test_a_dataset_of_several_is_chosen(trained):
 
 
 @pytest.mark.slow
-def test_errors_are_one_line(trained, tmp_path):
+def test_errors_are_one_line(trained, tmp_path: Path):
     assert "knows no '€'" in refuse(f"--out_dir={trained}/single", "--start=a €")
     assert "no checkpoints" in refuse(f"--out_dir={tmp_path}")
     assert "--start: is empty" in refuse(f"--out_dir={trained}/single", "--start=-", input="")
@@ -197,7 +197,7 @@ def test_errors_are_one_line(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_gpt2_of_a_local_folder(tmp_path):
+def test_gpt2_of_a_local_folder(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     env = gpt2_tokenizer_env()
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from helpers import SHARED
@@ -234,7 +235,7 @@ def test_rows_with_a_prompt_and_an_answer_stay_as_they_are():
     {"prompt": "1+1="}, {"answer": "2"}, {"prompt": 3, "answer": "2"}, {"prompt": "x", "answer": True},
     {"prompt": "x", "answer": None}, {"question": "x", "answer": "72"}, {"question": 1, "answer": "#### 72"},
 ])  # fmt: skip
-def test_rows_that_are_no_problem_are_refused(tmp_path, row):
+def test_rows_that_are_no_problem_are_refused(tmp_path: Path, row):
     path = tmp_path / "p.jsonl"
     path.write_text('\n{"prompt": "1+1=", "answer": "2"}\n' + json.dumps(row) + "\n")
     problems = read_rows(path, to_problem)

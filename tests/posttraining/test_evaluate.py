@@ -131,7 +131,7 @@ def test_preferences_and_rewards_are_evaluated_as_in_training(
     assert metrics == pytest.approx(logged, rel=1e-4, abs=1e-5) and len(metrics) > 2
 
 
-def test_the_loss_of_examples_is_that_of_the_completions(base, data_dir):
+def test_the_loss_of_examples_is_that_of_the_completions(base: Path, data_dir: Path):
     metrics = run_evaluate(f"--out_dir={base.parent.parent}", "--dtype=float32", "--batch_size=7")["losses"]["sums"]
     model = load_model(str(base)).model
     total, n_tokens = 0.0, 0
@@ -160,7 +160,7 @@ def greedy_answer(model, prompt: str) -> str:
     return DIGITS.decode(completion)
 
 
-def test_accuracy_is_that_of_greedy_completions(base, data_dir):
+def test_accuracy_is_that_of_greedy_completions(base: Path, data_dir: Path):
     flags = ["--tasks=sums", "--dtype=float32", "--batch_size=6"]
     metrics = run_evaluate(f"--out_dir={base.parent.parent}", *flags)["tasks"]["sums"]
     model = load_model(str(base)).model
@@ -190,7 +190,7 @@ def test_prompts_longer_than_the_context_are_read_by_their_end(
 
 
 @pytest.mark.slow
-def test_completions_depend_on_the_seed_alone(base, tmp_path):
+def test_completions_depend_on_the_seed_alone(base: Path, tmp_path: Path):
     def evaluate_sums(*flags) -> dict:
         flags = ["--tasks=sums", "--decode=liberal", "--num_passes=4", f"--json={tmp_path / 'e.json'}", *flags]
         return run_evaluate(f"--out_dir={base.parent.parent}", *flags)["tasks"]["sums"]
@@ -247,7 +247,7 @@ def test_metrics_are_means_over_the_problems():
     (["--decode=standard"], "only with --tasks"),
     (["--checkpoint=newest"], "--checkpoint=newest"),
 ])  # fmt: skip
-def test_errors_name_the_flag(capsys, flags, message):
+def test_errors_name_the_flag(capsys: pytest.CaptureFixture[str], flags, message):
     with pytest.raises(SystemExit) as end:
         run_evaluate(*flags)
     assert end.value.code == 2 and message in capsys.readouterr().err
@@ -263,7 +263,7 @@ PROMPT_FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def soft_prompts(base, data_dir, tmp_path_factory):
+def soft_prompts(base: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """A folder of two soft prompts on one base: a plain one, and one whose virtual tokens an LSTM makes."""
     folder = tmp_path_factory.mktemp("prompts")
     shape = ("--n_layer", "--n_head", "--n_embd", "--block_size")
@@ -307,7 +307,7 @@ def test_an_evaluation_of_a_soft_prompt_gives_its_completions(soft_prompts):
 
 
 @pytest.mark.slow
-def test_errors_of_prompts_are_one_line_that_names_the_flag(soft_prompts, base):
+def test_errors_of_prompts_are_one_line_that_names_the_flag(soft_prompts, base: Path):
     def error_of(*argv) -> str:
         done = run_script(*argv, script="sample.py", check=False)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -325,7 +325,7 @@ def test_errors_of_prompts_are_one_line_that_names_the_flag(soft_prompts, base):
 
 
 @pytest.mark.slow
-def test_a_chat_and_an_end_token(run, base, tmp_path):
+def test_a_chat_and_an_end_token(run, base: Path, tmp_path: Path):
     """A model that has learned one chat by heart says it without the end token, at which --stop_at_end stops."""
     row = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
     for split in token_bins.SPLITS:

@@ -214,7 +214,7 @@ def read(path: Path, objective: str = "sft", convert=as_read) -> list[dict]:
     return read_example_rows(path, RowFormat(spec.fields, spec.example_type, f"--objective={objective}"), convert).rows
 
 
-def test_rows_of_three_formats_are_the_same(tmp_path):
+def test_rows_of_three_formats_are_the_same(tmp_path: Path):
     rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'a "quoted",\ttab', "completion": "line\nbreak"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
@@ -236,14 +236,14 @@ INVALID_ROWS = [
 
 
 @pytest.mark.parametrize("objective, row, message", INVALID_ROWS)
-def test_errors_name_the_file_and_the_line(tmp_path, objective, row, message):
+def test_errors_name_the_file_and_the_line(tmp_path: Path, objective, row, message):
     valid = {"prompt": "x", "completion": "y", "chosen": "y", "rejected": "z", "label": True}
     (tmp_path / "a.jsonl").write_text(json.dumps(valid) + "\n" + json.dumps(row) + "\n" + json.dumps(valid) + "\n")
     with pytest.raises(UserError, match=f"a.jsonl:2: .*{message}"):
         read(tmp_path / "a.jsonl", objective)
 
 
-def test_gsm8ks_rows_are_problems(tmp_path):
+def test_gsm8ks_rows_are_problems(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
     (row,) = read(tmp_path / "a.jsonl", "grpo", gsm8k_to_problem)
     assert row["answer"] == "5" and row["prompt"].startswith("2 and 3?")
@@ -526,7 +526,7 @@ def test_only_missing_tokens_are_added():
 
 
 @pytest.mark.parametrize("base", [CharTokenizer("héllo 😀"), ByteTokenizer(), "bpe"], ids=["char", "byte", "bpe"])
-def test_an_extended_tokenizer_comes_back_complete(base, tmp_path):
+def test_an_extended_tokenizer_comes_back_complete(base, tmp_path: Path):
     """Through tokenizer.json: the same ids, the same text, also of bytes that only together make a character."""
     if base == "bpe":
         pytest.importorskip("tokenizers")
@@ -544,7 +544,7 @@ def test_an_extended_tokenizer_comes_back_complete(base, tmp_path):
     assert loaded.encode(text).tolist() == base.encode(text).tolist()
 
 
-def test_new_tokens_leave_the_base_rows_as_they_were(run, base):
+def test_new_tokens_leave_the_base_rows_as_they_were(run, base: Path):
     """A chat adds three rows; the first steps' embedding of the others is the base's."""
     flags = ["--objective=sft", "--dataset=chat", f"--init_from={base}"]
     chat = run(*flags, "--block_size=16", "--max_iters=0")

@@ -695,7 +695,7 @@ def run_cuts(run, flags: list[str], cuts=((4, 1), (2, 2), (1, 4))) -> tuple:
 @pytest.mark.parametrize(
     "flags", [[], ["--packing", "--block_size=24"], ["--loss_on=all"]], ids=["padded", "packed", "all"]
 )
-def test_fine_tuning_averages_over_the_tokens_of_the_step(run, base, flags):
+def test_fine_tuning_averages_over_the_tokens_of_the_step(run, base: Path, flags):
     """Completions of 1 and 2 digits: means of micro-batches' means would differ."""
     one, others = run_cuts(run, ["--objective=sft", "--dataset=sums", f"--init_from={base}", *SGD, *flags])
     for other in others:
@@ -714,7 +714,7 @@ def kto_flags(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 @pytest.mark.parametrize("adapter", [[], ["--adapter=lora"]], ids=["full", "lora"])
-def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tmp_path, adapter):
+def test_preferences_are_the_same_however_a_step_is_cut(run, base: Path, objective, tmp_path: Path, adapter):
     """KTO's reference point is that of all rows of the step."""
     flags = kto_flags(tmp_path) if objective == "kto" else ["--objective=dpo", "--dataset=pairs"]
     one, others = run_cuts(run, [*flags, f"--init_from={base}", *SGD, "--learning_rate=0.3", *adapter])
@@ -730,7 +730,7 @@ def test_preferences_are_the_same_however_a_step_is_cut(run, base, objective, tm
 
 
 @pytest.mark.slow
-def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
+def test_kto_takes_odd_steps_and_refuses_one_row(run, base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     flags = [*kto_flags(tmp_path), f"--init_from={base}", *SGD, "--learning_rate=0.3"]
     one = run(*flags, *batch_flags(3, 1), name="one")
     three = run(*flags, *batch_flags(1, 3), name="three")
@@ -746,7 +746,7 @@ def test_kto_takes_odd_steps_and_refuses_one_row(run, base, capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type, scale", [("grpo", "group"), ("dr_grpo", "batch"), ("dapo", "none")])
-def test_grpo_is_the_same_however_a_step_is_cut(run, base, loss_type, scale):
+def test_grpo_is_the_same_however_a_step_is_cut(run, base: Path, loss_type, scale):
     flags = [f"--loss_type={loss_type}", f"--scale_rewards={scale}", "--num_iterations=2"]
     one, others = run_cuts(run, [*GRPO_FLAGS, f"--init_from={base}", *SGD, *flags], cuts=((8, 1), (4, 2), (1, 8)))
     names = ["reward", "kl", "clip_ratio/low", "clip_ratio/high", "completions/mean_length"]
@@ -770,7 +770,7 @@ NOT_COMPARED = ("seconds", "step_ms", "tokens_per_second", "mfu", "peak_memory_m
     "name, parallel",
     [*((name, "ddp") for name in FLAGS_ON_RANKS), *((name, "fsdp") for name in ("sft", "dpo", "kto", "grpo"))],
 )
-def test_two_ranks_are_one(tmp_path, data_dir, base, name, parallel):
+def test_two_ranks_are_one(tmp_path: Path, data_dir: Path, base: Path, name, parallel):
     """The same examples, of GRPO the same completions; the same losses and metrics."""
     flags = [*TINY_WITHOUT_SHAPE, f"--init_from={base}", *SGD, "--eval_interval=2", *FLAGS_ON_RANKS[name]]
     if name == "kto":
@@ -844,7 +844,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
 
 
 @pytest.mark.slow
-def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base, tmp_path, data_dir):
+def test_the_reference_cache_is_reused_and_depends_on_the_weights(run, base: Path, tmp_path: Path, data_dir: Path):
     """A run takes its numbers, as a changed one shows; other weights have files of their own."""
     shutil.copytree(data_dir / "pairs", tmp_path / "data/pairs")
     flags = ["--objective=dpo", "--dataset=pairs", f"--data_dir={tmp_path / 'data'}", "--reference=cache"]
@@ -968,7 +968,7 @@ REFERENCES = [[], ["--adapter=lora"], ["--adapter=lora", "--reference=copy"]]
 @pytest.mark.slow
 @pytest.mark.parametrize("objective, dataset", [("dpo", "pairs"), ("kto", "labelled")])
 @pytest.mark.parametrize("reference", REFERENCES, ids=["copy", "adapter", "lora_copy"])
-def test_a_resumed_run_has_the_same_reference(run, base, objective, dataset, reference):
+def test_a_resumed_run_has_the_same_reference(run, base: Path, objective, dataset, reference):
     """Bit for bit the run that never stopped, whose rewards are measured from the base."""
     flags = [f"--objective={objective}", f"--dataset={dataset}", f"--init_from={base}", *reference]
     flags += ["--max_iters=4", "--eval_interval=2", "--eval_samples=0", "--learning_rate=0.01"]
@@ -982,7 +982,7 @@ def test_a_resumed_run_has_the_same_reference(run, base, objective, dataset, ref
     assert straight.train[-1]["rewards/chosen"] != 0
 
 
-def test_a_base_that_changed_is_no_reference(run, base, tmp_path):
+def test_a_base_that_changed_is_no_reference(run, base: Path, tmp_path: Path):
     """On resume its weights are compared by their hash."""
     shutil.copytree(base, tmp_path / "base")
     run("--objective=dpo", "--dataset=pairs", f"--init_from={tmp_path / 'base'}", "--max_iters=2")

@@ -256,7 +256,7 @@ def test_pieces_are_encoded_each_by_itself(pieces):
 
 
 @needs_shared
-def test_tokens_are_tiktokens(monkeypatch):
+def test_tokens_are_tiktokens(monkeypatch: pytest.MonkeyPatch):
     for name, value in gpt2_tokenizer_env().items():
         monkeypatch.setenv(name, value)
     import tiktoken

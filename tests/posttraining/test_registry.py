@@ -1,5 +1,7 @@
 """The registry of objectives: every entry can be built, and a new one is an entry in one place."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -43,12 +45,12 @@ FLAGS = ["--objective=short_sft", "--dataset=sums", "--learning_rate=0.01", "--o
 
 
 @pytest.fixture
-def short_sft(monkeypatch):
+def short_sft(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(OBJECTIVES, "short_sft", SPEC)
 
 
 @pytest.mark.slow
-def test_a_registered_objective_trains(run, base, short_sft):
+def test_a_registered_objective_trains(run, base: Path, short_sft):
     done = run(*FLAGS, f"--init_from={base}", "--max_iters=30", "--eval_interval=30", "--batch_size=10")
     assert done.config["objective"] == "short_sft"
     assert done.evals[-1]["val_loss"] < done.evals[0]["val_loss"]
@@ -56,7 +58,7 @@ def test_a_registered_objective_trains(run, base, short_sft):
     assert len(resumed.train) == 40
 
 
-def test_its_loss_is_the_mean_of_the_completions_means(run, base, short_sft):
+def test_its_loss_is_the_mean_of_the_completions_means(run, base: Path, short_sft):
     """Against a loop over the rows, alone; and the same in micro-batches."""
     flags = [*FLAGS, f"--init_from={base}", "--max_iters=2"]
     one = run(*flags, "--batch_size=110", name="one")
@@ -78,13 +80,13 @@ def test_its_loss_is_the_mean_of_the_completions_means(run, base, short_sft):
     assert one.losses[0] == pytest.approx(np.mean(means), rel=1e-4)
 
 
-def test_an_objective_that_is_not_registered_is_refused(capsys):
+def test_an_objective_that_is_not_registered_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         train_args.parse(FLAGS)
     assert "--objective=short_sft" in capsys.readouterr().err
 
 
-def test_help_and_errors_name_registered_objectives(capsys, short_sft):
+def test_help_and_errors_name_registered_objectives(capsys: pytest.CaptureFixture[str], short_sft):
     with pytest.raises(SystemExit):
         train_args.parse(["--help"])
     assert "short_sft" in capsys.readouterr().out

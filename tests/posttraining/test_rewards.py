@@ -1,6 +1,7 @@
 """Rewards against their promises: a wrong answer never gets as much as a right one, and errors name the flag."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +38,7 @@ def test_length_and_correct():
 
 
 @pytest.fixture
-def user_module(tmp_path, monkeypatch):
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A module of the user's in the current folder, from which the command was not started."""
     (tmp_path / "my_rewards.py").write_text(
         "import math\n"

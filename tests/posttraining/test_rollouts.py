@@ -284,7 +284,7 @@ LORA = [
 @pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
-def test_resumed_in_the_middle_is_bit_identical(run, base, num_iterations, flags):
+def test_resumed_in_the_middle_is_bit_identical(run, base: Path, num_iterations, flags):
     flags = [
         *GRPO,
         *flags,
@@ -308,7 +308,7 @@ def test_resumed_in_the_middle_is_bit_identical(run, base, num_iterations, flags
 
 
 @pytest.mark.parametrize("flag", ["--max_iters=3", "--eval_interval=3", "--checkpoint_interval=1"])
-def test_a_step_within_a_rollout_is_refused(base, capsys, data_dir, flag):
+def test_a_step_within_a_rollout_is_refused(base: Path, capsys: pytest.CaptureFixture[str], data_dir: Path, flag):
     flags = [f"--data_dir={data_dir}", f"--init_from={base}", "--block_size=16"]
     with pytest.raises(SystemExit):
         train_args.parse([*GRPO, *flags, "--num_iterations=2", "--max_iters=4", "--eval_interval=2", flag])
@@ -316,7 +316,7 @@ def test_a_step_within_a_rollout_is_refused(base, capsys, data_dir, flag):
     assert flag in error and "multiple of --num_iterations=2" in error
 
 
-def test_without_a_learning_rate_nothing_moves(run, base):
+def test_without_a_learning_rate_nothing_moves(run, base: Path):
     """The control: equal weights, ratios of 1, no KL, and for both steps of a rollout the same reward."""
     flags = [*GRPO, f"--init_from={base}"]
     done = run(*flags, "--learning_rate=0", "--weight_decay=0", "--num_iterations=2", "--max_iters=4")
@@ -328,7 +328,7 @@ def test_without_a_learning_rate_nothing_moves(run, base):
     assert len({line["val_loss"] for line in done.evals}) == 1
 
 
-def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base):
+def test_ratios_are_1_in_the_first_iteration_and_not_in_the_next(run, base: Path):
     """Of a model with every kind of attention, at a temperature: rollout and training agree to float32's precision."""
     flags = [
         "--position=rope",
@@ -354,7 +354,7 @@ def test_a_padded_vocabulary_is_the_same_to_rollout_and_training(run: Callable[.
     assert max(metric(done, "rollout_logp_error")) < 1e-5
 
 
-def test_mask_truncated_leaves_unfinished_completions_out_of_the_loss(run, base, monkeypatch):
+def test_mask_truncated_leaves_unfinished_completions_out_of_the_loss(run, base: Path, monkeypatch: pytest.MonkeyPatch):
     """The loss mask holds the finished completions alone."""
     batches = []
     grpo = objectives.GRPO.__call__
@@ -382,7 +382,7 @@ def test_mask_truncated_leaves_unfinished_completions_out_of_the_loss(run, base,
         )
 
 
-def test_metrics_of_a_rollout(run, base, monkeypatch):
+def test_metrics_of_a_rollout(run, base: Path, monkeypatch: pytest.MonkeyPatch):
     """From the completions themselves, as they are scored."""
     scored = []
     score = rollouts.Scorer.score
@@ -412,7 +412,7 @@ def test_metrics_of_a_rollout(run, base, monkeypatch):
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_evaluation_logs_the_reward_of_greedy_completions(run, base, data_dir):
+def test_an_evaluation_logs_the_reward_of_greedy_completions(run, base: Path, data_dir: Path):
     """Of all 20 validation prompts, in batches of 8: the mean over all, not that of the last batch."""
     flags = ["--reward=correct", "--eval_iters=9", "--max_iters=0", "--eval_samples=20"]
     (line,) = run(*GRPO, f"--init_from={base}", *flags).evals
@@ -423,7 +423,7 @@ def test_an_evaluation_logs_the_reward_of_greedy_completions(run, base, data_dir
     assert line["val_reward"] == pytest.approx(accuracy) == pytest.approx(-line["val_loss"])
 
 
-def test_prompts_that_leave_no_room_are_refused_or_dropped(run, base):
+def test_prompts_that_leave_no_room_are_refused_or_dropped(run, base: Path):
     with pytest.raises(UserError, match="less the 4 of a completion"):
         run(*GRPO, f"--init_from={base}", "--max_new_tokens=4", "--block_size=8")
     done = run(*GRPO, f"--init_from={base}", "--max_new_tokens=4", "--overflow=drop", "--max_iters=1", name="dropped")

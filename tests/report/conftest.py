@@ -12,7 +12,7 @@ from nanoforge.report.read_runs import RunReader
 
 
 @pytest.fixture
-def write_run(tmp_path):
+def write_run(tmp_path: Path):
     """write_run(name, note=, loss=, eval_metrics=, **args) writes out/name: 20 steps of 64 tokens, 5 evaluations."""
 
     def write_run(

@@ -32,7 +32,7 @@ def write_seeds(write_run) -> None:
 
 
 @pytest.mark.slow
-def test_seeds_are_one_group_with_mean_band_and_test(write_run, payload_of, tmp_path):
+def test_seeds_are_one_group_with_mean_band_and_test(write_run, payload_of, tmp_path: Path):
     write_seeds(write_run)
     shown = payload_of(tmp_path / "out")
     assert shown["varied"] == ["learning_rate", "seed"]
@@ -53,7 +53,9 @@ def test_seeds_are_one_group_with_mean_band_and_test(write_run, payload_of, tmp_
     assert band["high"][-1] - band["low"][-1] == pytest.approx(0.02, abs=1e-5)
 
 
-def test_without_scipy_there_are_no_tests_and_a_remark(write_run, payload_of, tmp_path, monkeypatch):
+def test_without_scipy_there_are_no_tests_and_a_remark(
+    write_run, payload_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(stats, "has_scipy", lambda: False)
     monkeypatch.setitem(sys.modules, "scipy", None)
     write_seeds(write_run)
@@ -63,13 +65,13 @@ def test_without_scipy_there_are_no_tests_and_a_remark(write_run, payload_of, tm
     assert any("pip install scipy" in remark for remark in shown["remarks"])
 
 
-def test_runs_that_are_not_done_are_no_part_of_a_test(write_run, payload_of, tmp_path):
+def test_runs_that_are_not_done_are_no_part_of_a_test(write_run, payload_of, tmp_path: Path):
     for seed, note in ((1, "finished"), (2, "finished"), (3, "")):
         write_run(f"a{seed}", seed=seed, note=note, loss=lambda step, seed=seed: 2.0 - seed)
     assert len(payload_of(tmp_path / "out")["groups"][0]["losses"]) == 2
 
 
-def test_the_scaling_law_predicts_a_size(write_run, payload_of, tmp_path):
+def test_the_scaling_law_predicts_a_size(write_run, payload_of, tmp_path: Path):
     """Runs whose final loss follows a law of their parameters; the largest size is predicted from the others."""
     sizes = {width: tiny_model(width).count_parameters() for width in (8, 16, 32, 64)}
 
@@ -184,7 +186,7 @@ BROWSER_FLAGS = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
-def test_the_page_in_a_browser(write_run, write_hostile_run, payload_of, tmp_path):
+def test_the_page_in_a_browser(write_run, write_hostile_run, payload_of, tmp_path: Path):
     """It draws, logs no error, and nothing that a model printed has run."""
     pytest.importorskip("plotly")
     folder = write_hostile_run()
@@ -314,7 +316,7 @@ def test_figures_of_many_runs_have_a_legend(
 
 
 @pytest.mark.slow
-def test_figures_are_drawn_also_of_odd_names(write_run, write_hostile_run, payload_of, tmp_path):
+def test_figures_are_drawn_also_of_odd_names(write_run, write_hostile_run, payload_of, tmp_path: Path):
     folder = write_hostile_run()
     for seed in (1, 2):
         write_run(f"seed{seed}", seed=seed)

@@ -47,7 +47,7 @@ def test_a_run_of_an_older_version_has_no_counts(write_run):
     assert loaded.state == "done"
 
 
-def test_runs_in_every_state(write_run, payload_of, tmp_path):
+def test_runs_in_every_state(write_run, payload_of, tmp_path: Path):
     out = tmp_path / "out"
     assert load(write_run("done")).state == "done"
     broken = write_run("broken", note="")
@@ -154,7 +154,7 @@ def test_thinning_keeps_means_maxima_and_the_best():
     assert {0.0, 777.0, 999.0} <= set(picked["step"])
 
 
-def test_runs_are_found_below_folders_and_named_apart(write_run, tmp_path):
+def test_runs_are_found_below_folders_and_named_apart(write_run, tmp_path: Path):
     folder = write_run("a/one")
     write_run("b/one")
     (folder / "checkpoints" / "000020").mkdir(parents=True)

@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from nanoforge.report.server import PageServer
 
 
 @pytest.mark.slow
-def test_the_command_writes_page_and_figures(write_run, tmp_path):
+def test_the_command_writes_page_and_figures(write_run, tmp_path: Path):
     pytest.importorskip("plotly")
     write_run("a")
     write_run("b", learning_rate=1e-2)
@@ -30,7 +31,7 @@ def test_the_command_writes_page_and_figures(write_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_are_one_line_and_help_is_quick(tmp_path):
+def test_errors_are_one_line_and_help_is_quick(tmp_path: Path):
     for arguments, message in (
         ([], "pass run folders"),
         ([tmp_path / "nowhere"], "no such folder"),
@@ -61,7 +62,7 @@ def test_reports_need_no_torch():
 
 
 @pytest.fixture
-def served(write_run, tmp_path):
+def served(write_run, tmp_path: Path):
     """A server that follows out/, its reader, and get(path, **headers): (status, headers, body)."""
     pytest.importorskip("plotly")
     write_run("a")

@@ -1,6 +1,7 @@
 """What follows from --depth, and that explicit arguments stay."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -67,7 +68,7 @@ def test_the_learning_rate_falls_with_the_root_of_the_width():
     assert wide["learning_rate"] / narrow["learning_rate"] == pytest.approx(0.5, rel=0.01)
 
 
-def test_explicit_arguments_stay_and_the_others_follow_from_them(tmp_path, capsys):
+def test_explicit_arguments_stay_and_the_others_follow_from_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     by_rule = parse(4)
     args = parse(4, "--n_embd=512", "--batch_size=8", "--learning_rate=0.5")
     assert (args.n_layer, args.n_embd, args.batch_size, args.learning_rate) == (4, 512, 8, 0.5)
@@ -130,7 +131,7 @@ def test_rates_follow_the_tokens_that_an_explicit_length_reads():
 
 
 @pytest.mark.parametrize("flag, message", [("--optimizer=adamw", "--optimizer=muon"), ("--n_embd=997", "head_dim")])
-def test_arguments_that_do_not_fit_a_depth_are_refused(flag, message, capsys):
+def test_arguments_that_do_not_fit_a_depth_are_refused(flag, message, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parse(4, flag)
     assert message in capsys.readouterr().err

@@ -94,7 +94,7 @@ def full_disk(step: int) -> None:
 
 
 @pytest.fixture
-def fork(data_dir, tmp_path):
+def fork(data_dir: Path, tmp_path: Path):
     """fork("--flag=...", name="run", fault=partial(die_at, 3)) starts or resumes a run and returns its process."""
 
     def fork(*flags: str, name: str = "run", fault: Callable[[], None] | None = None):
@@ -126,7 +126,7 @@ def assert_same_end(out_dir: Path, expected_out_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path):
+def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path: Path):
     flags = [
         "--checkpoint_interval=1",
         "--eval_interval=7",
@@ -148,7 +148,7 @@ def test_fifty_kills_at_random_moments_change_nothing(fork, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
+def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path: Path):
     flags = ["--checkpoint_interval=4", "--eval_interval=100", "--max_iters=10", "--keep_last=1"]
     assert wait_for_exit(fork(*flags, name="undisturbed")) == 0
     for n in range(1, 100):
@@ -167,7 +167,7 @@ def test_a_kill_after_every_file_of_a_save_changes_nothing(fork, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_one_checkpoint(fork, tmp_path):
+def test_a_full_disk_costs_one_checkpoint(fork, tmp_path: Path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
     assert wait_for_exit(fork(*flags, fault=partial(full_disk, 4))) == 0
     done = read_run(tmp_path / "run")
@@ -194,7 +194,7 @@ def test_failed_saves_leave_no_file(tmp_path: Path, *, with_older: bool):
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path):
+def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fork, tmp_path: Path):
     flags = ["--checkpoint_interval=2", "--eval_interval=100", "--max_iters=8"]
     assert wait_for_exit(fork(*flags, fault=partial(full_disk, 8))) == 1
     assert read_run(tmp_path / "run").steps == [4, 6]
@@ -206,7 +206,7 @@ def test_a_full_disk_at_the_last_save_is_a_failure_with_the_older_ones_intact(fo
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_metrics_survive_a_full_disk(tmp_path, capsys):
+def test_metrics_survive_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Lines that the disk has no room for are printed on the console; later lines are complete again."""
     logger = RunLogger(tmp_path, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=10)
     logger.note(1, "x" * 200)
@@ -239,7 +239,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_byte, truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, damage, tmp_path):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, damage, tmp_path: Path):
     undamaged = run("--checkpoint_interval=1", "--max_iters=4", name="undamaged")
     for name in sorted({*checkpoint.REQUIRED_FILES, "manifest.json"}):
         shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
@@ -268,7 +268,7 @@ def worker_pids(torchrun: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir, tmp_path, restarts):
+def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir: Path, tmp_path: Path, restarts):
     flags = [
         *TINY,
         f"--data_dir={data_dir}",
@@ -326,7 +326,7 @@ train.main(train_args.parse(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir, tmp_path):
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir: Path, tmp_path: Path):
     """Two steps, the second with a bad gradient on rank 1, leave what one good step leaves."""
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT)))
@@ -367,7 +367,7 @@ def poison_gradients(monkeypatch, steps: Collection[int], factor: float = math.n
 
 
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
-def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch, optimizer):
+def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch: pytest.MonkeyPatch, optimizer):
     flags = [f"--optimizer={optimizer}", "--weight_decay=0.1"]
     clean = run(*flags, "--max_iters=2", name="clean")
     poison_gradients(monkeypatch, [3])
@@ -377,7 +377,7 @@ def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch, optim
     assert metric(poisoned, "skipped") == [0, 0, 1]
 
 
-def test_a_poisoned_first_step_is_skipped_too(run, monkeypatch):
+def test_a_poisoned_first_step_is_skipped_too(run, monkeypatch: pytest.MonkeyPatch):
     start = run("--max_iters=0", "--optimizer=muon", name="start")
     poison_gradients(monkeypatch, [1])
     poisoned = run("--max_iters=1", "--optimizer=muon", name="poisoned")
@@ -385,7 +385,7 @@ def test_a_poisoned_first_step_is_skipped_too(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_too_many_skipped_steps_roll_back_once(run, monkeypatch):
+def test_too_many_skipped_steps_roll_back_once(run, monkeypatch: pytest.MonkeyPatch):
     """Three in a row exhaust the patience: the run continues from the checkpoint of step 4, as if they had not been."""
     flags = ["--max_iters=10", "--eval_interval=4", "--skip_patience=3", "--dropout=0.1"]
     undisturbed = run(*flags, name="undisturbed")
@@ -398,14 +398,14 @@ def test_too_many_skipped_steps_roll_back_once(run, monkeypatch):
     assert equal_tensors(poisoned.last.weights, undisturbed.last.weights)
 
 
-def test_too_many_skipped_steps_twice_end_the_run(run, monkeypatch, tmp_path):
+def test_too_many_skipped_steps_twice_end_the_run(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     poison_gradients(monkeypatch, range(6, 100))
     with pytest.raises(SystemExit, match=r"3 steps in a row were skipped .* again"):
         run("--max_iters=100", "--eval_interval=4", "--skip_patience=3")
     assert checkpoint.newest(tmp_path / "run/checkpoints").name == "000004"
 
 
-def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, tmp_path):
+def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     original = Optimizer.update
 
     def update(self, scaler, skip):
@@ -419,7 +419,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch):
+def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch: pytest.MonkeyPatch):
     """A gradient a thousand times as large as usual in step 40, after a resume or not: that step alone is skipped."""
     flags = ["--eval_interval=100", "--spike_skip=8"]
     poison_gradients(monkeypatch, [40], factor=1000.0)
@@ -437,7 +437,7 @@ def test_outlying_gradients_are_skipped_and_the_window_is_saved(run, monkeypatch
 
 
 @pytest.mark.slow
-def test_changed_data_is_refused_on_resume(run, data_dir, tmp_path):
+def test_changed_data_is_refused_on_resume(run, data_dir: Path, tmp_path: Path):
     shutil.copytree(data_dir / "a", tmp_path / "data/a")
     run(f"--data_dir={tmp_path / 'data'}")
     flip_byte(tmp_path / "data/a/train.bin")
@@ -458,7 +458,7 @@ def test_data_that_ends_is_a_finished_run(run):
 # 7. two runs in one folder
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, tmp_path: Path):
     checkpoints = tmp_path / "run/checkpoints"
     first = fork("--max_iters=1000000", "--checkpoint_interval=5", "--eval_interval=1000000")
     while not checkpoint.list_steps(checkpoints):
@@ -518,7 +518,7 @@ def test_a_lock_file_that_cant_be_written_ends_no_run(run: Callable[..., RunFile
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_an_evaluation_longer_than_the_timeout_hangs_nothing(data_dir, tmp_path):
+def test_an_evaluation_longer_than_the_timeout_hangs_nothing(data_dir: Path, tmp_path: Path):
     flags = [
         *TINY,
         f"--data_dir={data_dir}",
@@ -550,7 +550,7 @@ class Payload:
 
 
 @pytest.mark.slow
-def test_nothing_in_a_file_is_executed(run, tmp_path, data_dir):
+def test_nothing_in_a_file_is_executed(run, tmp_path: Path, data_dir: Path):
     """A call in the pickles meta.pkl and ckpt.pt, in a config, and in a tokenizer."""
     trap = tmp_path / "sprung"
     bad_dataset = tmp_path / "data/bad"
@@ -663,7 +663,7 @@ def assert_refused_or_trained(line: list[str], data_dir: Path, capsys) -> None:
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(line=argument_lines())
-def test_random_argument_lines_are_refused_or_train(line, data_dir, capsys):
+def test_random_argument_lines_are_refused_or_train(line, data_dir: Path, capsys: pytest.CaptureFixture[str]):
     names_data = any("training_mode" in flag for flag in line)
     assert_refused_or_trained(line if names_data else [*line, "--dataset=a"], data_dir, capsys)
 
@@ -695,7 +695,9 @@ EDIT = st.tuples(st.integers(0, 1000), st.integers(0, 6), st.text(max_size=3))  
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(suffix=st.sampled_from(list(CONFIGS)), edits=st.lists(EDIT, min_size=1, max_size=3))
-def test_mutated_configs_are_refused_or_train(suffix, edits, data_dir, capsys, tmp_path_factory):
+def test_mutated_configs_are_refused_or_train(
+    suffix, edits, data_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+):
     text = CONFIGS[suffix]
     for position, n_deleted, inserted in edits:
         position %= len(text)
@@ -710,7 +712,7 @@ def test_mutated_configs_are_refused_or_train(suffix, edits, data_dir, capsys, t
 
 
 @pytest.mark.slow
-def test_other_names_of_arguments_and_resuming_by_a_checkpoints_config(data_dir, tmp_path):
+def test_other_names_of_arguments_and_resuming_by_a_checkpoints_config(data_dir: Path, tmp_path: Path):
     config = dict(flag.removeprefix("--").split("=") for flag in TINY if not flag.startswith("--max_iters"))
     config |= {"dataset": "a", "data_dir": str(data_dir), "eval_interval": 1000, "steps": 10}
     config_path = tmp_path / "x.json"

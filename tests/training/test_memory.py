@@ -45,7 +45,7 @@ def test_peak_memory_is_in_the_metrics_and_in_the_closing_line(run: Callable[...
     done = run("--max_iters=2")
     peaks = [line["peak_memory_mb"] for line in done.train]
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert peaks == sorted(peaks) and 0.5 * now < peaks[-1] <= now
+    assert peaks == sorted(peaks) and 0.5 * now < peaks[-1] <= now + 0.1  # rounded to a tenth
     assert re.search(r"finished: .*peak memory [\d,]+ MB", done.console)
 
 

@@ -160,7 +160,7 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch):
+def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
     def record(matrices: Tensor, *settings: object) -> Tensor:

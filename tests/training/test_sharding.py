@@ -1,6 +1,7 @@
 """FSDP2: the same run on any number of ranks, sharded or not, also when resumed on another; shards become one file."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from helpers import TINY, RunFiles, equal_tensors, metric, run_on_ranks, run_script
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def train(data_dir, tmp_path_factory) -> Callable[..., RunFiles]:
+def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFiles]:
     """train(ranks, "--flag", name="run") starts or resumes a run on a number of ranks, in forked processes."""
     folder = tmp_path_factory.mktemp("sharding")
 

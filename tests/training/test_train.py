@@ -74,7 +74,7 @@ def restore_nondeterminism():
 
 
 @pytest.mark.slow
-def test_automatic_precision_follows_from_the_instructions_and_is_kept(run, monkeypatch):
+def test_automatic_precision_follows_from_the_instructions_and_is_kept(run, monkeypatch: pytest.MonkeyPatch):
     """On a CPU it is bfloat16 exactly where there are instructions for it; a resumed run keeps it."""
     capabilities = {"avx2": True, "avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -87,7 +87,7 @@ def test_automatic_precision_follows_from_the_instructions_and_is_kept(run, monk
     assert run("--init_from=resume", "--max_iters=2", name="native").config["dtype"] == "bfloat16"
 
 
-def test_no_measurement_decides_the_precision(monkeypatch):
+def test_no_measurement_decides_the_precision(monkeypatch: pytest.MonkeyPatch):
     """No clock is read: a busy machine makes the same run as a quiet one. CPU features of x86 and of ARM count."""
 
     def no_clock():
@@ -122,7 +122,7 @@ def test_bfloat16_learns_as_float32_does(run):
 
 
 @pytest.mark.slow
-def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch):
+def test_float16_overflow_anywhere_skips_the_step_everywhere(run, monkeypatch: pytest.MonkeyPatch):
     """One infinite gradient in a matrix of Muon's: no parameter of AdamW's moves either, and the scale is halved."""
     original = Optimizer.clip_grad_norm
 
@@ -227,7 +227,7 @@ def test_evaluating_and_logging_change_nothing_learned(run):
         ["--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=muon"],
     ],
 )
-def test_two_ranks_train_the_same_run(data_dir, tmp_path, batch):
+def test_two_ranks_train_the_same_run(data_dir: Path, tmp_path: Path, batch):
     """The same global batches, and losses within 1e-5: averaged gradients are those of the whole batch."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--log_data_hash", "--max_iters=6", *batch]
     run_script(*flags, f"--out_dir={tmp_path / 'one'}")
@@ -242,7 +242,7 @@ def test_two_ranks_train_the_same_run(data_dir, tmp_path, batch):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_that_dont_divide_the_batch_are_refused_with_those_that_do(data_dir, tmp_path):
+def test_ranks_that_dont_divide_the_batch_are_refused_with_those_that_do(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--batch_size=9", f"--out_dir={tmp_path / 'x'}"]
     done = run_script(*flags, ranks=2, check=False)
     assert done.returncode != 0
@@ -317,7 +317,7 @@ def test_resume_keeps_the_runs_arguments_unless_they_are_set(run):
     assert resumed.config["weight_decay"] == 0.3
 
 
-def test_resume_refuses_another_shape(run, capsys):
+def test_resume_refuses_another_shape(run, capsys: pytest.CaptureFixture[str]):
     done = run()
     with pytest.raises(SystemExit) as end:
         train_args.parse(["--init_from=resume", f"--out_dir={done.out_dir}", "--n_layer=5", "--n_embd=18"])
@@ -510,7 +510,7 @@ def test_resume_restores_a_lost_tokenizer_and_best_json(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_run_with_a_checkpoint(data_dir, tmp_path, number):
+def test_a_signal_ends_the_run_with_a_checkpoint(data_dir: Path, tmp_path: Path, number):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
     process = start_script(*flags, "--max_iters=100000", "--eval_interval=100000", "--log_interval=10")
     wait_for_line(process, "step 20:")
@@ -570,7 +570,7 @@ def test_a_repeated_signal_of_a_limit_of_cpu_time_is_no_second_request(monkeypat
 
 
 @pytest.mark.slow
-def test_a_signal_during_evaluation_is_obeyed_at_once(data_dir, tmp_path):
+def test_a_signal_during_evaluation_is_obeyed_at_once(data_dir: Path, tmp_path: Path):
     """An evaluation of minutes is left at once, and the resumed run makes it: as if nothing had happened."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=20", "--eval_interval=20"]
     out_dir = f"--out_dir={tmp_path / 'x'}"
@@ -617,7 +617,7 @@ def test_a_second_signal_ends_at_once():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_save_together_on_a_signal(data_dir, tmp_path):
+def test_two_ranks_save_together_on_a_signal(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
     flags += ["--max_iters=100000", "--eval_interval=100000", "--log_interval=10"]
     process = start_script(*flags, ranks=2, stderr=subprocess.DEVNULL)
@@ -646,7 +646,7 @@ def test_an_out_dir_that_holds_a_run_is_not_overwritten(run):
     assert again.steps == [2] and len(again.train) == 2
 
 
-def test_overwrite_keeps_a_linked_folder(run, tmp_path):
+def test_overwrite_keeps_a_linked_folder(run, tmp_path: Path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
@@ -655,14 +655,14 @@ def test_overwrite_keeps_a_linked_folder(run, tmp_path):
     assert (tmp_path / "disk/000002").is_dir()
 
 
-def test_an_out_dir_that_cant_be_written_is_an_error(run, tmp_path):
+def test_an_out_dir_that_cant_be_written_is_an_error(run, tmp_path: Path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="--out_dir"):
         run()
 
 
 @pytest.mark.slow
-def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path):
+def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path: Path):
     """Also after --overwrite and after a resume, which keeps where the run came from."""
     run()
     first = run("--overwrite")
@@ -689,7 +689,7 @@ def test_the_record_has_the_models_counts_and_one_without_them_loads(run):
     assert run("--init_from=resume", "--max_iters=5").progress.step == 5
 
 
-def test_runs_without_git(run, monkeypatch):
+def test_runs_without_git(run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "git_commit" not in run().config["_about"]
 
@@ -739,7 +739,7 @@ def test_a_run_folder_is_complete(run):
         assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2)), "a character is one byte"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run, tmp_path: Path):
     with pytest.raises(SystemExit, match="nothing was saved"):
         run("--learning_rate=1e30", "--grad_clip=0", "--max_iters=50", "--optimizer=sgd")
     assert run_state.run_status(tmp_path / "run").state == "diverged", "not killed"
@@ -748,7 +748,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(run, tmp_path):
     assert "--overwrite" in str(refused.value) and "--init_from=resume" not in str(refused.value), "it has none"
 
 
-def test_an_error_while_training_is_the_state_of_the_run(run, tmp_path, monkeypatch):
+def test_an_error_while_training_is_the_state_of_the_run(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **values: object) -> None:
         raise OSError("no more steps")
 
@@ -769,7 +769,7 @@ def test_one_context_is_a_plain_run(run):
     assert run(*CONTEXTS, "a", name="one").losses == run(name="plain").losses
 
 
-def test_datasets_whose_folders_have_one_name_are_distinguished(run, tmp_path, data_dir):
+def test_datasets_whose_folders_have_one_name_are_distinguished(run, tmp_path: Path, data_dir: Path):
     for parent, name in (("x", "a"), ("y", "b")):
         shutil.copytree(data_dir / name, tmp_path / f"data/{parent}/same")
     line = run(f"--data_dir={tmp_path / 'data'}", *MIXTURE, "x/same", "y/same").evals[-1]
@@ -819,7 +819,7 @@ write_char_dataset(Path(__file__).parent, TEXT * 9)
 
 
 @pytest.mark.slow
-def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path, run):
+def test_train_prepares_a_dataset_whose_bins_are_missing(tmp_path: Path, run):
     folder = tmp_path / "data/made"
     folder.mkdir(parents=True)
     (folder / "prepare.py").write_text(PREPARE)
@@ -841,7 +841,7 @@ print([name for name in ("wandb", "tensorboard", "matplotlib") if name in sys.mo
 
 
 @pytest.mark.slow
-def test_an_untracked_run_never_imports_wandb(data_dir, tmp_path):
+def test_an_untracked_run_never_imports_wandb(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path}/x"]
     command = [sys.executable, "-c", TRAIN_AND_LIST_MODULES, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -862,7 +862,7 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_does_not_end_the_run(data_dir, tmp_path):
+def test_a_closed_pipe_does_not_end_the_run(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=40", f"--out_dir={tmp_path / 'x'}"]
     process = start_script(*flags, stderr=subprocess.PIPE)
     process.stdout.readline()
