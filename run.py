@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 import builders
 import configurator
 from model import GPT
-from nanoforge import console, distributed, restarts, run_dir
-from nanoforge.console import plural
+from nanoforge import distributed, restarts, run_dir
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops
@@ -222,29 +220,6 @@ def describe_model(model: GPT, adapter: str) -> str:
         return text
     n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{text}; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%})"
-
-
-def memory_advice(args: TrainArgs, ranks: distributed.Ranks) -> str:
-    """What makes a step need less memory, in this run's own numbers."""
-    rank_slice = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size)
-    rows = rank_slice.micro_batch_size
-    smaller = max((n for n in range(1, rows) if rows % n == 0), default=0)
-    advice = []
-    if smaller:
-        flags = f"--batch_size={smaller} --gradient_accumulation_steps={args.global_batch_size // smaller}"
-        eval_iters = args.eval_iters * args.batch_size // smaller
-        advice.append(f"{flags} --eval_iters={eval_iters} is the same run in smaller micro-batches")
-    if not args.loss_chunk and args.vocabulary == "one":
-        advice.append("--loss_chunk=1024 never holds all logits")
-    if not args.activation_checkpointing:
-        advice.append("--activation_checkpointing recomputes layers instead of keeping their activations")
-    if args.dtype == "float32" and ranks.device.type == "cuda":
-        advice.append("--dtype=bfloat16 halves activations")
-    if ranks.world_size > 1 and args.parallel == "ddp":
-        advice.append("--parallel=fsdp shards weights and optimizer state")
-    advice.append(f"or a smaller --block_size than {args.block_size}, or a smaller model")
-    micro_batch = f"micro-batches of {plural(rows, 'sequence')} of {args.block_size} tokens"
-    return f"out of memory on {ranks.device} with {micro_batch}: {'; '.join(advice)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,39 +440,3 @@ def check_tokenizers(
             f"--init_from=resume: {folder} was trained on {', '.join(saved)}, in this order; "
             "the model's vocabularies follow it, so name the datasets in this order"
         )
-
-
-def mark_base(run: Run) -> None:
-    """Have the run of the base keep it, if it is a checkpoint."""
-    source = Path(run.record.base["source"])
-    try:
-        run_dir.mark_needed(source, run.out_dir)
-    except OSError as error:
-        console.print_line(
-            f"{source}: can't be marked as the base of {run.out_dir} ({error.strerror}); keep it, or copy it elsewhere"
-        )
-
-
-def begin(run: Run, lock: run_dir.RunLock) -> None:
-    """Prepare the run's folder, and write what the run is: tokenizers, arguments, data, base, versions, git commit."""
-    args, checkpoints, progress = run.args, run.checkpoints.folder, run.progress
-    if args.begins_run:
-        run_dir.prepare_out_dir(run.out_dir, lock, overwrite=args.overwrite)
-        if args.named_checkpoint:
-            checkpoint.branch(args.named_checkpoint, run.out_dir, progress.best_step)
-    else:
-        if args.overwrite:
-            checkpoint.delete_later(checkpoints, progress.step)
-        checkpoint.set_aside_damaged(checkpoints, progress.step)
-        run_dir.forget_trackers(run.out_dir, run.record)
-        if args.named_checkpoint:
-            run.checkpoints.resumed_step = progress.step
-    tokenization.save(run.out_dir / "tokenizer.json", run.tokenizers)
-    about = run_dir.describe_software(Path(__file__).parent, {"torch": torch.__version__, "numpy": np.__version__})
-    dataclasses.replace(run.record, about=about).save(run.out_dir)
-    if run.record.base:
-        mark_base(run)
-    if progress.best_step >= 0:  # the best checkpoint may have been damaged and skipped
-        run_dir.write_best(run.out_dir, step=progress.best_step, val_loss=progress.best_val_loss)
-    else:
-        (run.out_dir / run_dir.BEST_FILE).unlink(missing_ok=True)

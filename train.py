@@ -7,7 +7,7 @@
 
 A run is a source (which batches) x an objective (which loss) x an adapter (which parameters learn). These and the model
 are chosen in builders.py, before the loop, so the loop asks for no mode. The arguments are in train_args.py, the model
-is in model.py, what the loop needs in run.py, and everything else in the package nanoforge.
+is in model.py, what the loop needs in run.py, the start of a run in start.py, the rest in the package nanoforge.
 """
 
 import gc
@@ -25,30 +25,22 @@ import dataclasses
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import builders
-from nanoforge import console, device, distributed, files, restarts, rng, run_dir, run_state
-from nanoforge.errors import DivergedError, UserError
+from nanoforge import console, device, distributed, rng, run_dir
+from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
 from nanoforge.training import checkpoint, evaluation
 from nanoforge.training.checkpoint import Progress
-from nanoforge.training.logger import (
-    RunLogger,
-    StepLogger,
-    check_import,
-    check_wandb,
-    draw_loss,
-    start_tensorboard,
-    start_wandb,
-)
+from nanoforge.training.logger import RunLogger, StepLogger, draw_loss
 from nanoforge.training.signals import Signals
-from run import Run, begin, build, memory_advice, resume
+from run import Run, build, resume
+from start import begin, check_start, choose_out_dir, explain_failures, find_begun_run, open_logger
 from train_args import TrainArgs
 
 ADVICE = "a lower --learning_rate, a longer --warmup_iters or --grad_clip may help"
@@ -251,72 +243,6 @@ def main(args: TrainArgs) -> Progress:
             return build_and_train(args, ranks, lock)
 
 
-@contextlib.contextmanager
-def explain_failures(args: TrainArgs, ranks: distributed.Ranks) -> Iterator[None]:
-    """Raises UserError, with what to change, where memory or the compiler fails."""
-    try:
-        yield
-    except Exception as error:
-        if device.is_out_of_memory(error):
-            raise UserError(memory_advice(args, ranks)) from None
-        if device.is_compile_error(error):
-            raise UserError(f"--compile: failed ({distributed.first_line(error)}); run without --compile") from None
-        raise
-
-
-def find_begun_run(args: TrainArgs, ranks: distributed.Ranks) -> TrainArgs:
-    """The arguments, or after a restart those with which the run goes on that this job began. The main rank decides."""
-    if args.eval_only or (args.init_from == "resume" and args.checkpoint == "last"):
-        return args
-    begun, has_checkpoint = "", False
-    with ranks.main_first():
-        if ranks.is_main:
-            folders = sorted(args.task_folder.glob("*")) if args.names_task_alone else [Path(args.out_dir)]
-            own = [path for path in folders if restarts.was_begun_here(path, args.asked, overwrite=args.overwrite)]
-            begun = str(own[-1]) if own else ""
-            if not own and not args.names_task_alone:
-                restarts.refuse_edited(Path(args.out_dir), args.asked)
-            has_checkpoint = bool(own) and run_state.has_checkpoint(own[-1])
-    begun = ranks.broadcast_text(begun)
-    if not begun:
-        return args
-    if ranks.is_main:
-        console.print_line(f"{begun}: this job began the run there and goes on with it")
-    if ranks.all_reduce_max(has_checkpoint):
-        return train_args.parse(["--init_from=resume", f"--out_dir={begun}"])
-    return dataclasses.replace(args, out_dir=begun, overwrite=True)
-
-
-def choose_out_dir(args: TrainArgs, ranks: distributed.Ranks) -> str:
-    """--out_dir; with --task_name alone a new folder outputs/TASK/DATE_TIME, the same on all ranks."""
-    if not args.names_task_alone:
-        return args.out_dir
-    folder = ""
-    with ranks.main_first():
-        if ranks.is_main:
-            folder = str(run_dir.create_distinct(args.task_folder / time.strftime("%Y%m%d_%H%M%S")))
-    return ranks.broadcast_text(folder)
-
-
-def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
-    """Raises UserError for what would fail once the folder is taken: a second process, a folder that can't be written,
-    trackers that can't start.
-
-    A resumed run goes on without its trackers.
-    """
-    if not args.begins_run:
-        lock.acquire()
-        for folder in (Path(args.out_dir), Path(args.out_dir) / "checkpoints"):
-            files.check_writable(folder, "--out_dir")
-        return
-    if args.wandb_log:
-        check_wandb()
-    if args.tensorboard_log:
-        check_import("torch.utils.tensorboard", "--tensorboard_log")
-    if args.plot_loss:
-        check_import("matplotlib.figure", "--plot_loss")
-
-
 def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.RunLock) -> Progress:
     """Build the run, and train it or only evaluate it."""
     # 1. Build it. Nothing of an older run is touched until the new one is complete.
@@ -390,25 +316,6 @@ def save_after_failed_reward(run: Run, logger: RunLogger) -> Iterator[None]:
         run.checkpoints.finish(logger, run.progress.step)
         way_on = f"saved step {run.progress.step}; mend it, then continue with --init_from=resume"
         raise RewardError(f"{error}; {way_on} --out_dir={run.args.out_dir}") from error
-
-
-def open_logger(run: Run) -> RunLogger:
-    """Start to log the run, at its current step."""
-    args, progress = run.args, run.progress
-    logger = RunLogger(
-        run.out_dir,
-        silent=not run.ranks.is_main,
-        start_step=progress.step,
-        evaluated=progress.evaluated_at == progress.step,
-        seconds=progress.seconds,
-        total_steps=run.total_steps,
-    )
-    if args.wandb_log:
-        name = args.wandb_run_name or run.out_dir.name
-        logger.track("wandb", lambda: start_wandb(run.out_dir, args.wandb_project, name, dataclasses.asdict(args)))
-    if args.tensorboard_log:
-        logger.track("tensorboard", lambda: start_tensorboard(run.out_dir / "tensorboard", progress.step))
-    return logger
 
 
 if __name__ == "__main__":

@@ -146,7 +146,10 @@ def test_every_row_of_the_table_is_used():
         for node in ast.parse((ROOT / "train_args.py").read_text()).body
         if getattr(node, "name", "") in ("TrainArgs", "derive")
     ]
-    for tree in (*(ast.parse((ROOT / file).read_text()) for file in ("train.py", "run.py", "builders.py")), *derived):
+    for tree in (
+        *(ast.parse((ROOT / file).read_text()) for file in ("train.py", "start.py", "run.py", "builders.py")),
+        *derived,
+    ):
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert configurator.arg_specs(train_args.TrainArgs).keys() <= used
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import TINY, RunFiles, equal_tensors, metric, read_run
 
+import start
 import train
 import train_args
 from builders import load_model
@@ -109,7 +110,7 @@ def test_a_torchrun_of_the_same_id_starts_over_when_asked_to(run: Runner, monkey
 def test_a_restarted_task_takes_the_folder_that_it_began(data_dir: Path, tmp_path: Path, monkeypatch: Patch):
     """Two runs of one task, of which the first is restarted; both began in the same second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda _: "20260101_000000")
+    monkeypatch.setattr(start.time, "strftime", lambda _: "20260101_000000")
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--task_name=t"]
     for job, seed in (("1", "--seed=1"), ("2", "--seed=2")):
         set_job(monkeypatch, SLURM | {"SLURM_JOB_ID": job})
