@@ -125,7 +125,7 @@ def test_shards_become_one_file_that_samples_and_is_verified(train):
     resumed = train(2, FSDP, "--init_from=resume", name="shards")
     assert resumed.steps[-1] == 4 and (folder / "model.safetensors").exists(), "resuming writes no checkpoint again"
 
-    to = run.out_dir.with_name("whole")
+    to = run.out_dir.with_name("consolidated")
     manifest = (folder / "manifest.json").read_bytes()
     run_script("consolidate", folder, f"--to={to}", script="export.py")
     assert (folder / "manifest.json").read_bytes() == manifest

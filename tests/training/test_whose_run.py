@@ -398,6 +398,8 @@ def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monk
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
+    if wandb:
+        wandb.teardown()  # it keeps the settings of other tests in this process
     for module in ("torch.utils.tensorboard", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     done = run("--max_iters=2")
@@ -408,7 +410,7 @@ def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monk
     assert contents(done.out_dir) == before
     assert not done.out_dir.with_name("new").exists()
     if wandb:
-        wandb.teardown()  # it keeps the settings of this test's environment
+        wandb.teardown()
 
 
 def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
