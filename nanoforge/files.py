@@ -1,19 +1,19 @@
-"""Files: reading text, atomic writes, locks, hashes and downloads. Imports no torch."""
+"""Files: reading text, atomic writes, locks, hashes and downloads. Imports no torch.
+
+Every command imports this first, --help too, so what is seldom used is imported where it is used.
+"""
 
 import errno
 import functools
-import hashlib
 import importlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 from nanoforge.console import ProgressBar, print_to_stderr
 from nanoforge.errors import UserError
@@ -64,6 +64,8 @@ def decode_text(data: bytes, source: str) -> str:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Make a folder, if it is missing. Raises UserError, which names the flag, where no file can be made in it."""
+    import tempfile
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -85,6 +87,8 @@ def write_json(path: Path, value: object) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -109,6 +113,9 @@ def download_name(url: str) -> str:
 
     https://host/a/input.txt?download=true -> 0f1e2d3c-input.txt, another one than that of https://host/b/input.txt.
     """
+    import hashlib
+    from urllib.parse import unquote
+
     name = unquote(re.split("[?#]", url)[0].rpartition("/")[2])
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     safe_name = re.sub(r"[^\w.-]", "_", name)[-100:]
@@ -119,6 +126,7 @@ def download(url: str, path: Path) -> Path:
     """The file at `path`, downloaded from the URL if it is missing: whole, or not at all. Raises UserError."""
     import urllib.request
     from http.client import HTTPException
+    from urllib.parse import quote
 
     if path.exists():
         return path
