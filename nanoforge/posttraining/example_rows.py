@@ -23,6 +23,7 @@ from nanoforge.errors import UserError
 from nanoforge.posttraining.answers import to_problem
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 Message = dict[str, str]
@@ -53,6 +54,9 @@ def check_message(message: object, number: int) -> Message:
     problem = f"message {number} is {shown(message)}"
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
+        unread = [name for name in UNREAD_PARTS if message.get(name)]
+        if unread:
+            raise UserError(f"message {number} has {' and '.join(unread)}, which would be lost; put it in the content")
         if isinstance(role, str) and role in ROLES and isinstance(content, str) and tables.is_unicode(content):
             return {"role": role, "content": content}
         problem = f"message {number} has role {shown(role)} and content {shown(content)}"

@@ -172,6 +172,7 @@ VALID = {
     "grpo": [{"prompt": "a", "answer": "b"}],
 }
 BAD_VALUES = [None, True, 1.5, 3, {}, {"a": 1}, ["x"], [1], [], [{}], "\ud800", float("nan")]
+BAD_VALUES += [[{**assistant("yo"), name: [{"name": "f"}]}] for name in ("tool_calls", "function_call", "thinking")]
 BAD_VALUES += [[{"role": "user"}], [{"role": ["user"], "content": "x"}], [{"role": "tool", "content": "x"}]]
 BAD_VALUES += [[user(None)], [user(3)], [user("\ud800")]]
 GOOD_VALUES = [("kto", "label", True), ("grpo", "answer", 1.5), ("grpo", "answer", 3)]
