@@ -68,6 +68,7 @@ def test_compiled_steps_draw_what_eager_ones_draw(position):
     assert torch.equal(draw(model, ids(3, 5), 20, decode="compiled"), draw(model, ids(3, 5), 20))
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     from model import GPT, GPTConfig

@@ -120,6 +120,7 @@ def test_each_start_gets_its_completions(base: Path, capsys: pytest.CaptureFixtu
         assert both == "".join(alone) and both.count("12+9=") == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_and_streaming_changes_nothing(trained):
     flags = [f"--out_dir={trained}/single", "--start=pack", "--max_new_tokens=60", "--num_samples=2"]
     assert (

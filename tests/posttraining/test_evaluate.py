@@ -61,6 +61,7 @@ def val_tokens(data_dir: Path, name: str) -> torch.Tensor:
     return torch.tensor(val.read_windows(np.zeros(1, int), np.zeros(1, int), val.tokens)[0].astype("int64"))
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_text_is_that_of_each_token_once(run: Callable[..., RunFiles], data_dir: Path):
     """By hand: windows of block_size in order, the last one shorter; each token after the first is predicted once."""
     done = run("--max_iters=20", "--learning_rate=1e-2")

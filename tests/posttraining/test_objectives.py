@@ -464,6 +464,7 @@ def loss_and_gradient(loss: torch.Tensor, model: TableModel) -> tuple[float, tor
     return loss.item(), model.logps.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, label_smoothing",
     [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.15), ("sigmoid_norm", 0.0), ("apo_zero", 0.0)],
@@ -905,6 +906,7 @@ def test_a_cache_is_that_of_one_start(run: Train, base: Path, tmp_path: Path, da
         assert run(*flags, f"--seed={seed}", name=f"seed_{seed}").losses == pytest.approx([LN_2], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_never_drops_out(run: Train, base: Path):
     """With dropout in the policy alone: its log-probabilities less the rewards are those of a run without dropout."""
     flags = ["--objective=dpo", "--dataset=pairs", f"--init_from={base}", "--adapter=lora", "--max_iters=1"]

@@ -58,6 +58,7 @@ def test_a_registered_objective_trains(run, base: Path, short_sft):
     assert len(resumed.train) == 40
 
 
+@pytest.mark.slow
 def test_its_loss_is_the_mean_of_the_completions_means(run, base: Path, short_sft):
     """Against a loop over the rows, alone; and the same in micro-batches."""
     flags = [*FLAGS, f"--init_from={base}", "--max_iters=2"]

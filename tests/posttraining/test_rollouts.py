@@ -166,6 +166,7 @@ def test_the_end_of_sequence_token_is_the_last_of_a_completion():
     assert just_ended.ended, "with its last possible token"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_completions_go_on_past_block_size(position: str) -> None:
     """A sequence is that of its prompt alone: inside the context, past it, and of a prompt as long as the context."""

@@ -639,6 +639,7 @@ def test_a_run_outlives_a_launcher_that_was_killed_and_is_not_started_again(
     assert run_sweep("--launcher=local", "--learning_rate=1", "--max_iters=20")[0] == 0 and len(starts()) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_refused(run_sweep: Callable[..., Any], stand_in: str):
     assert run_sweep("--launcher=local", yaml=stand_in)[0] == 0
     path = next(Path("o").glob("lr=*/run.json"))

@@ -366,6 +366,7 @@ def poison_gradients(monkeypatch, steps: Collection[int], factor: float = math.n
     monkeypatch.setattr(Optimizer, "clip_grad_norm", clip_grad_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
 def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch: pytest.MonkeyPatch, optimizer):
     flags = [f"--optimizer={optimizer}", "--weight_decay=0.1"]
@@ -398,6 +399,7 @@ def test_too_many_skipped_steps_roll_back_once(run, monkeypatch: pytest.MonkeyPa
     assert equal_tensors(poisoned.last.weights, undisturbed.last.weights)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_twice_end_the_run(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     poison_gradients(monkeypatch, range(6, 100))
     with pytest.raises(SystemExit, match=r"3 steps in a row were skipped .* again"):
@@ -458,6 +460,7 @@ def test_data_that_ends_is_a_finished_run(run):
 # 7. two runs in one folder
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, tmp_path: Path):
     checkpoints = tmp_path / "run/checkpoints"
     first = fork("--max_iters=1000000", "--checkpoint_interval=5", "--eval_interval=1000000")
@@ -473,6 +476,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(fork, run, 
     assert run("--init_from=resume", f"--max_iters={newest}").progress.step == newest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_reported_once(
     run: Callable[..., RunFiles],
@@ -505,6 +509,7 @@ def test_a_lock_that_others_look_at_is_waited_for(tmp_path: Path):
         assert lock.file is not None
 
 
+@pytest.mark.slow
 def test_a_lock_file_that_cant_be_written_ends_no_run(run: Callable[..., RunFiles], tmp_path: Path):
     done = run("--max_iters=2")
     (done.out_dir / ".lock").unlink()

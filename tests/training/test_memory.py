@@ -14,6 +14,7 @@ from nanoforge.errors import UserError
 from nanoforge.posttraining.objectives import LanguageModel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )

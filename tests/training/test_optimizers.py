@@ -173,6 +173,7 @@ def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch: pyt
     assert set(seen) == {dtype}
 
 
+@pytest.mark.slow
 def test_compiled_muon_is_the_eager_one():
     ours, theirs = tiny_model(n_layer=1), tiny_model(n_layer=1)
     compiled = build("muon", ours)

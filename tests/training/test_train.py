@@ -211,6 +211,7 @@ def test_runs_repeat_bit_for_bit_and_seeds_differ(run):
     assert first.losses != other.losses
 
 
+@pytest.mark.slow
 def test_evaluating_and_logging_change_nothing_learned(run):
     often = run("--eval_interval=1", "--log_interval=1", "--dropout=0.2", name="often")
     rarely = run("--eval_interval=4", "--log_interval=4", "--dropout=0.2", name="rarely")
@@ -250,12 +251,14 @@ def test_ranks_that_dont_divide_the_batch_are_refused_with_those_that_do(data_di
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_large_batch(run):
     large = run("--batch_size=8", name="large")
     small = run("--batch_size=2", "--gradient_accumulation_steps=4", name="small")
     assert small.losses == pytest.approx(large.losses, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_number(run):
     plain = run("--dropout=0.3", name="plain")
     checkpointed = run("--dropout=0.3", "--activation_checkpointing", name="checkpointed")
@@ -297,6 +300,7 @@ def test_the_hot_loop_reads_nothing_back(run, optimizer):
 # resume
 
 
+@pytest.mark.slow
 def test_resume_drops_what_was_logged_after_the_checkpoint(run):
     first = run()
     later_line = json.dumps({"event": "train", "step": 5, "seconds": 1.0, "loss": 0.5})
@@ -309,6 +313,7 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(run):
     assert metric(resumed, "seconds") == sorted(metric(resumed, "seconds"))
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_runs_arguments_unless_they_are_set(run):
     run("--learning_rate=0.005", "--n_layer=3")
     resumed = run("--init_from=resume", "--max_iters=5", "--weight_decay=0.3")
@@ -332,6 +337,7 @@ def test_resume_refuses_another_optimizer(run):
         run("--init_from=resume", "--optimizer=sgd", "--max_iters=6")
 
 
+@pytest.mark.slow
 def test_resume_skips_a_damaged_checkpoint(run):
     done = run("--max_iters=6")
     path = done.out_dir / "checkpoints/000006/model.safetensors"
@@ -345,6 +351,7 @@ def test_resume_skips_a_damaged_checkpoint(run):
     assert metric(resumed, "step") == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_being_replaced_is_not_lost(run):
     """A save killed between its two renames left the old checkpoint under another name: it is restored."""
     done = run()
@@ -370,6 +377,7 @@ def test_resume_refuses_vocabularies_in_another_order(run, flags, reordered):
         run("--init_from=resume", *reordered, "--max_iters=6")
 
 
+@pytest.mark.slow
 def test_resume_with_another_batch_size_continues_the_counts(run):
     first = run("--max_tokens=96", "--max_iters=100")
     resumed = run("--init_from=resume", "--batch_size=8", "--max_tokens=256")
@@ -387,6 +395,7 @@ def forget_counts(folder: Path) -> None:
     checkpoint.write_manifest(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run: Callable[..., RunFiles], *, is_old: bool):
     """tokens/DATASET never falls, and the new weights decide what is drawn from then on; also from a checkpoint of an
@@ -406,6 +415,7 @@ def test_a_mixture_resumed_with_other_weights_goes_on_in_each_dataset(run: Calla
     assert resumed.last.progress["sequences"] == {name: after[f"tokens/{name}"] // 8 for name in "ab"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--seed=7"], ["--eval_iters=3"], ["--batch_size=8"], ["--dataset=b", "--allow_data_change"]],
@@ -425,6 +435,7 @@ def test_a_best_loss_is_forgotten_when_val_loss_is_measured_on_something_else(
     assert (again.progress.best_step, again.progress.worse_evaluations) == (6, 1)
 
 
+@pytest.mark.slow
 def test_a_best_loss_stands_while_val_loss_is_measured_alike(
     run: Callable[..., RunFiles], data_dir: Path, tmp_path: Path
 ):
@@ -440,6 +451,7 @@ def test_a_best_loss_stands_while_val_loss_is_measured_alike(
     assert "best.json" not in resumed.console
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(
     run: Callable[..., RunFiles], data_dir: Path, tmp_path: Path
 ):
@@ -456,6 +468,7 @@ def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(
         run("--init_from=resume", "--dataset_list", "a", name="two")
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ends_before_the_run_is_told_at_its_start(run: Callable[..., RunFiles]):
     """Resumed with a doubled max_iters, a run of --depth stays at its last learning rate."""
     depth = ["--depth=2", "--aspect=16", "--optimizer=muon", "--lr_scheduler=linear", "--min_lr=0", "--warmup_iters=0"]
@@ -481,6 +494,7 @@ def test_muon_decays_to_min_lr_where_learning_rate_is_zero(scheduler: str):
     assert all(0.1 <= scale(step) <= 1 for step in range(100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_part", [3, 5])
 def test_early_stopping_counts_alike_in_one_part_and_in_two(run: Callable[..., RunFiles], first_part: int):
     """No loss is better than that of step 2. The evaluation that ends the first part, at no interval, isn't counted."""
@@ -493,6 +507,7 @@ def test_early_stopping_counts_alike_in_one_part_and_in_two(run: Callable[..., R
     assert checkpoint.Progress.from_json(older).patience_val_loss == whole.last.progress["best_val_loss"]
 
 
+@pytest.mark.slow
 def test_resume_restores_a_lost_tokenizer_and_best_json(run):
     done = run()
     (done.out_dir / "tokenizer.json").unlink()
@@ -632,6 +647,7 @@ def test_two_ranks_save_together_on_a_signal(data_dir: Path, tmp_path: Path):
 # the run's folder
 
 
+@pytest.mark.slow
 def test_an_out_dir_that_holds_a_run_is_not_overwritten(run):
     out_dir = run().out_dir
 
@@ -676,6 +692,7 @@ def test_a_runs_config_is_a_config_that_deletes_nothing(run, tmp_path: Path):
     assert read_run(tmp_path / "again").losses == read_run(first.out_dir).losses
 
 
+@pytest.mark.slow
 def test_the_record_has_the_models_counts_and_one_without_them_loads(run):
     done = run()
     record = RunRecord.load(done.out_dir)
@@ -765,6 +782,7 @@ def test_an_error_while_training_is_the_state_of_the_run(run, tmp_path: Path, mo
 # mixtures, contexts, other runs' weights
 
 
+@pytest.mark.slow
 def test_one_context_is_a_plain_run(run):
     assert run(*CONTEXTS, "a", name="one").losses == run(name="plain").losses
 

@@ -50,6 +50,7 @@ def set_job(monkeypatch: Patch, env: dict[str, str]) -> None:
 # restarts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_a_restart_continues_what_its_job_began(run: Runner, monkeypatch: Patch, job: str):
     first, second = JOBS[job]
@@ -99,6 +100,7 @@ def test_a_restart_with_edited_arguments_is_refused(run: Runner, monkeypatch: Pa
     assert contents(done.out_dir) == before
 
 
+@pytest.mark.slow
 def test_a_torchrun_of_the_same_id_starts_over_when_asked_to(run: Runner, monkeypatch: Patch):
     """Its user has chosen the id: the same command with --overwrite is a new one once the run has finished."""
     set_job(monkeypatch, TORCHRUN)
@@ -107,6 +109,7 @@ def test_a_torchrun_of_the_same_id_starts_over_when_asked_to(run: Runner, monkey
     assert "resuming" not in second.console and second.losses == first.losses
 
 
+@pytest.mark.slow
 def test_a_restarted_task_takes_the_folder_that_it_began(data_dir: Path, tmp_path: Path, monkeypatch: Patch):
     """Two runs of one task, of which the first is restarted; both began in the same second."""
     monkeypatch.chdir(tmp_path)
@@ -137,6 +140,7 @@ def resume(*flags: object) -> None:
     train.main(train_args.parse(["--resume=true", *map(str, flags)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin_is_gone", ["", "gone"])
 def test_a_copied_folder_is_resumed_where_its_config_lies(run: Runner, tmp_path: Path, origin_is_gone: str):
     first = run("--max_iters=4", name="a")
@@ -158,6 +162,7 @@ def test_a_copied_folder_is_resumed_where_its_config_lies(run: Runner, tmp_path:
     assert (copy / run_dir.TRACKER_FILE).exists() == bool(origin_is_gone)
 
 
+@pytest.mark.slow
 def test_a_config_overwrites_the_folder_that_it_lies_in(run: Runner, tmp_path: Path):
     first = run("--max_iters=2", name="a")
     shutil.copytree(first.out_dir, tmp_path / "b")
@@ -167,6 +172,7 @@ def test_a_config_overwrites_the_folder_that_it_lies_in(run: Runner, tmp_path: P
     assert contents(first.out_dir) == before
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_is_honoured(run: Runner, tmp_path: Path):
     """In its folder it would replace later ones, which is refused; it may begin a branch, or replace them if asked."""
     first = run("--checkpoint_interval=1", "--keep_last=9", "--max_iters=4", "--dropout=0.1", name="a")
@@ -194,6 +200,7 @@ def test_an_older_checkpoint_is_honoured(run: Runner, tmp_path: Path):
     assert again.steps == [1, 2] and again.losses == first.losses[:2]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_may_be_named_and_a_restart_goes_on_from_there(run: Runner, monkeypatch: Patch):
     first = run("--max_iters=4", name="a")
     command = [f"--config_path={first.out_dir / 'checkpoints/000004/train_config.json'}", "--steps=8"]
@@ -209,6 +216,7 @@ def test_the_newest_checkpoint_may_be_named_and_a_restart_goes_on_from_there(run
     assert read_run(first.out_dir).steps[-1] == 9
 
 
+@pytest.mark.slow
 def test_names_of_checkpoints_that_are_none_are_refused(run: Runner, tmp_path: Path, capsys: Capture):
     first = run("--max_iters=2", name="a")
     folder = first.out_dir / "checkpoints/000002"
@@ -232,6 +240,7 @@ def test_names_of_checkpoints_that_are_none_are_refused(run: Runner, tmp_path: P
 # checkpoints
 
 
+@pytest.mark.slow
 def test_a_damaged_newer_checkpoint_costs_no_whole_one(run: Runner):
     """With keep_last=1, what is saved after it is kept, and the damaged one counts nowhere."""
     done = run("--max_iters=6", "--eval_interval=6", "--checkpoint_interval=2", "--keep_last=3")
@@ -256,6 +265,7 @@ def test_a_whole_checkpoint_is_never_written_again(run: Runner):
     assert json.loads((done.out_dir / "best.json").read_text())["step"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_not_a_checkpoint_stays_in_the_folder_of_checkpoints(run: Runner, tmp_path: Path):
     """Pruning and --overwrite delete what a run has written, and nothing else."""
     notes = [
@@ -281,6 +291,7 @@ def test_a_file_inside_a_checkpoint_names_it_or_is_refused_by_name(run: Runner, 
         pretrained.load(str(folder / part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_config", ["", "--config_path="])
 def test_a_record_of_another_version_resumes(run: Runner, capsys: Capture, as_config: str):
     """An argument that is gone is a remark; a value that is no longer allowed is refused until a flag overrides it."""
@@ -356,6 +367,7 @@ def test_a_base_is_found_beside_its_run_or_where_the_user_says(on_base: tuple[Ru
     assert logits(moved).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[RunFiles, RunFiles], tmp_path: Path):
     base, lora = on_base
     step = int(Path(lora.config["_base"]["source"]).name)
@@ -379,6 +391,7 @@ def test_a_base_is_neither_pruned_nor_overwritten(run: Runner, on_base: tuple[Ru
 # before the start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -413,6 +426,7 @@ def test_what_fails_before_training_claims_and_deletes_nothing(run: Runner, monk
         wandb.teardown()
 
 
+@pytest.mark.slow
 def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
     run("--max_iters=2")
     assert "--max_iters=2" in run("--init_from=resume").console
@@ -420,6 +434,7 @@ def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
     assert "--max_iters=3" not in run("--init_from=resume", "--max_iters=3", "--max_tokens=0").console
 
 
+@pytest.mark.slow
 def test_a_folder_reached_by_a_link_is_the_same_run(run: Runner, tmp_path: Path):
     first = run("--max_iters=2", name="a")
     (first.out_dir / run_dir.TRACKER_FILE).write_text("tracked")
@@ -430,6 +445,7 @@ def test_a_folder_reached_by_a_link_is_the_same_run(run: Runner, tmp_path: Path)
     assert (first.out_dir / run_dir.TRACKER_FILE).exists()
 
 
+@pytest.mark.slow
 def test_losses_of_other_data_are_not_compared(run: Runner):
     """The best that sweeps and reports read is that of best.json, which begins anew with another dataset."""
     first = run("--max_iters=4", "--learning_rate=1e-2")
