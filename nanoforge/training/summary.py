@@ -27,10 +27,12 @@ def describe_data(source: Source, eval_datasets: Sequence[EvalDataset]) -> str:
 
 def describe_batch(source: Source, block_size: int, objective: str, rank_slice: RankSlice, world_size: int) -> str:
     """The global batch and its micro-batches."""
-    rows = "sequences of" if objective == "lm" else "examples of at most"
+    rows = f"{plural(source.rows, 'sequence')} of {block_size}"
+    if objective != "lm":
+        rows = f"{plural(source.rows, 'example')} of at most {block_size}"
     n_micro_batches = (rank_slice.stop - rank_slice.start) // rank_slice.micro_batch_size
     text = (
-        f"{source.tokens_per_step:,.0f} tokens: {source.rows} {rows} {block_size} "
+        f"{source.tokens_per_step:,.0f} tokens: {rows} "
         f"({n_micro_batches} x {rank_slice.micro_batch_size} on each of {plural(world_size, 'rank')})"
     )
     return text if objective == "lm" else f"objective {objective}; {text}"
