@@ -469,7 +469,7 @@ def test_resume_refuses_other_datasets_and_takes_the_same_under_another_name(
 
 
 @pytest.mark.slow
-def test_a_schedule_that_ends_before_the_run_is_told_at_its_start(run: Callable[..., RunFiles]):
+def test_a_schedule_that_ends_before_the_run_is_reported_at_its_start(run: Callable[..., RunFiles]):
     """Resumed with a doubled max_iters, a run of --depth stays at its last learning rate."""
     depth = ["--depth=2", "--aspect=16", "--optimizer=muon", "--lr_scheduler=linear", "--min_lr=0", "--warmup_iters=0"]
     tiny = [flag for flag in TINY if not flag.startswith(("--n_", "--max_iters"))]
