@@ -48,7 +48,7 @@ def fetch(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def test_two_addresses_are_two_files(fetch: Callable[[str], Path], tmp_path: Path):
-    """Also with the same last part, or distinguished by their query alone; a file that is there is not fetched again."""
+    """Also with the same last part, or differing by their query; a file that is there is not fetched again."""
     for path in ("/a/input.txt", "/b/input.txt", "/b/input.txt?download=true", "/b/na%20ïve text.txt"):
         fetched = fetch(path)
         assert fetched.suffix == ".txt" and fetched.read_bytes().endswith(CONTENT)
