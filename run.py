@@ -12,6 +12,7 @@ import builders
 import configurator
 from model import GPT
 from nanoforge import distributed, restarts, run_dir
+from nanoforge.console import plural
 from nanoforge.data import token_bins, tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops
@@ -99,7 +100,7 @@ class Run:
         """Why the run is over, or None."""
         args, progress = self.args, self.progress
         if progress.step >= self.total_steps:
-            return f"{progress.step:,} steps"
+            return plural(progress.step, "step")
         if out_of_time:
             return f"{args.max_seconds:g} seconds"
         if args.early_stop_patience and progress.worse_evaluations >= args.early_stop_patience:
