@@ -182,7 +182,7 @@ def to_number(value: Any, kind: type) -> int | float:
         try:
             return int(value) if isinstance(value, str) else operator.index(value)
         except (ValueError, TypeError):
-            pass  # 1e6 is a whole number too
+            pass  # 1e6 and 3.0 are whole numbers too: converted below
     number = float(value)
     if not math.isfinite(number) or (kind is int and number != int(number)):
         raise ValueError

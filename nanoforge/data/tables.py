@@ -97,14 +97,14 @@ def check_text(value: object, name: str = "") -> str:
     """The value, if it is text that can be encoded. Raises UserError, which begins with its name, if it has one."""
     prefix = f"{name}: " if name else ""
     if not isinstance(value, str):
-        raise UserError(f"{prefix}must be text, not {shown(value)}")
+        raise UserError(f"{prefix}must be text, not {preview(value)}")
     if not is_unicode(value):
         raise UserError(f"{prefix}half of a surrogate pair is no text; convert it first")
     return value
 
 
-def shown(value: object) -> str:
-    """A value as an error shows it."""
+def preview(value: object) -> str:
+    """A value for an error message, cut to 60 characters."""
     return "null" if value is None else f"{value!r:.60}"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.data import tables
-from nanoforge.data.tables import Row, check_text, shown
+from nanoforge.data.tables import Row, check_text, preview
 from nanoforge.errors import UserError
 from nanoforge.posttraining.answers import to_problem
 
@@ -36,14 +36,14 @@ def check_text_or_number(value: object) -> str:
     """Text, or a finite number as Python writes it."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number and not isinstance(value, str):
-        raise UserError(f"must be text or a number, not {shown(value)}")
+        raise UserError(f"must be text or a number, not {preview(value)}")
     return check_text(str(value))
 
 
 def check_messages(value: object) -> list[Message]:
     """A list of messages; what a message has besides role and content is left out."""
     if not isinstance(value, list):
-        raise UserError(f"must be a list of messages, not {shown(value)}")
+        raise UserError(f"must be a list of messages, not {preview(value)}")
     if not value:
         raise UserError("is an empty list; a chat has at least one message")
     return [check_message(message, number) for number, message in enumerate(value, start=1)]
@@ -51,7 +51,7 @@ def check_messages(value: object) -> list[Message]:
 
 def check_message(message: object, number: int) -> Message:
     """A message, which is the `number`th of its list."""
-    problem = f"message {number} is {shown(message)}"
+    problem = f"message {number} is {preview(message)}"
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
         unread = [name for name in UNREAD_PARTS if message.get(name)]
@@ -59,7 +59,7 @@ def check_message(message: object, number: int) -> Message:
             raise UserError(f"message {number} has {' and '.join(unread)}, which would be lost; put it in the content")
         if isinstance(role, str) and role in ROLES and isinstance(content, str) and tables.is_unicode(content):
             return {"role": role, "content": content}
-        problem = f"message {number} has role {shown(role)} and content {shown(content)}"
+        problem = f"message {number} has role {preview(role)} and content {preview(content)}"
     raise UserError(f'a message is {{"role": one of {", ".join(ROLES)}, "content": text}}; {problem}')
 
 
@@ -67,7 +67,7 @@ def check_text_or_messages(value: object) -> str | list[Message]:
     if isinstance(value, list):
         return check_messages(value)
     if not isinstance(value, str):
-        raise UserError(f"must be text or a list of messages, not {shown(value)}")
+        raise UserError(f"must be text or a list of messages, not {preview(value)}")
     return check_text(value)
 
 
@@ -75,7 +75,7 @@ def check_label(value: object) -> bool:
     """true or false from JSON or from a cell of a table, where it is text or a number."""
     label = LABELS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if label is None:
-        raise UserError(f"must be true or false (or 1 or 0), not {shown(value)}")
+        raise UserError(f"must be true or false (or 1 or 0), not {preview(value)}")
     return label
 
 

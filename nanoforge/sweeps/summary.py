@@ -73,8 +73,8 @@ def short_cells(table: Table) -> list[list[str]]:
     return [[short_cell(value, column) for column, value in zip(table.header, row, strict=True)] for row in table.rows]
 
 
-def shown(table: Table) -> Table:
-    """The table without the columns that tell a reader nothing.
+def without_redundant_columns(table: Table) -> Table:
+    """The table without the columns that add nothing.
 
     Those are rewards that no run has, and losses where all runs have rewards: they are the same with a minus.
     """
@@ -89,7 +89,7 @@ def shown(table: Table) -> Table:
 
 def as_markdown(table: Table) -> str:
     """A Markdown table of short cells."""
-    table = shown(table)
+    table = without_redundant_columns(table)
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in short_cells(table)]
     lines = [table.header, ["---"] * len(table.header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -97,7 +97,7 @@ def as_markdown(table: Table) -> str:
 
 def as_text(table: Table) -> str:
     """Aligned columns of short cells; columns without any value are left out."""
-    table = shown(table)
+    table = without_redundant_columns(table)
     rows = short_cells(table)
     columns = [i for i in range(len(table.header)) if any(row[i] for row in rows)]
     lines = [table.header, *rows]

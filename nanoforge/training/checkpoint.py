@@ -440,7 +440,8 @@ def prune(checkpoints: Path, steps: Iterable[int], last_step: int) -> None:
 
 
 def delete_later(checkpoints: Path, step: int) -> None:
-    """Delete the checkpoints after a step, from which a run goes on another way. Raises UserError for other's bases."""
+    """Delete the checkpoints after a step, from which a run goes on another way. Raises UserError for one that
+    another run needs as its base."""
     later = [other for other in list_steps(checkpoints) if other > step]
     refuse_deleting_bases(step_folder(checkpoints, other) for other in later)
     prune(checkpoints, later, step)

@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 60) -> N
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_outlives_its_hosts(hosts, run, data_dir: Path, tmp_path: Path):
-    """50 ms of delay, a partition, a host lost and back, then the rendezvous lost without a word: each step was made
+    """50 ms of delay, a partition, a host lost and back, then the rendezvous host unplugged: each step was made
     once, on the data and with the losses of one undisturbed process."""
     out_dir = tmp_path / "elastic"
     logs = {host: tmp_path / f"log_{host}" for host in "ab"}
