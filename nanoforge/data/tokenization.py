@@ -33,8 +33,15 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     vocab_size: int
-    eos_id: int | None = None  # the end-of-sequence token, which ends a document
+    eos_id: int | None = None  # the end-of-sequence token, which ends a document or a turn
+    bos_id: int | None = None  # begins a sequence, where the tokenizer's own model was trained so
     added_ids: Mapping[str, int] = {}  # control tokens by name; no text becomes one
+    chat_template: str = ""  # in jinja, as Hugging Face has it
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion."""
+        return () if self.eos_id is None else (self.eos_id,)
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
