@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,13 @@ CONTROL_MARK = re.compile(
 )  # how control tokens are spelled, also where a file does not mark them so
 
 
+class Encoding(NamedTuple):
+    """Ids, and the characters of the text that each comes from."""
+
+    ids: np.ndarray  # (n,)
+    offsets: np.ndarray  # (n, 2), [start, stop)
+
+
 class Tokenizer(ABC):
     """Text to token ids and back. A new kind is a subclass and its entry in KINDS."""
 
@@ -37,11 +44,19 @@ class Tokenizer(ABC):
     bos_id: int | None = None  # begins a sequence, where the tokenizer's own model was trained so
     added_ids: Mapping[str, int] = {}  # control tokens by name; no text becomes one
     chat_template: str = ""  # in jinja, as Hugging Face has it
+    special_tokens: Mapping[str, str] = {}  # what the template calls them: {"bos_token": "<s>", ...}
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a completion."""
         return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """All control tokens by name; the end-of-sequence token of kinds that have no name for it is <|endoftext|>."""
+        if self.eos_id is None or self.eos_id in self.added_ids.values():
+            return dict(self.added_ids)
+        return {END_OF_TEXT: self.eos_id, **self.added_ids}
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -51,6 +66,21 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; the end-of-sequence token is <|endoftext|>."""
 
+    def encode_inside(self, text: str) -> Encoding:
+        """As `encode`, of a text that stands behind other tokens; some kinds begin a text with a space of their own."""
+        ids = self.encode(text)
+        return Encoding(ids, text_offsets(self, ids.tolist(), text))
+
+    def encode_with_control(self, text: str) -> Encoding:
+        """As `encode`, but names of control tokens become these tokens: for what a template writes, not for data."""
+        control = self.control_tokens
+        parts = split_control(text, control)
+        encodings = []
+        for number, part in enumerate(parts):
+            is_control = number % 2 == 1
+            encodings.append(control_encoding(control, part) if is_control else self.encode_inside(part))
+        return join_encodings(encodings, [len(part) for part in parts])
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """All that from_json needs."""
@@ -59,6 +89,38 @@ class Tokenizer(ABC):
     @abstractmethod
     def from_json(cls, spec: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that to_json wrote."""
+
+
+def split_control(text: str, names: Iterable[str]) -> list[str]:
+    """The text cut at the names of control tokens: text, name, text, ..., text."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if longest_first else [text]
+
+
+def control_encoding(control_tokens: Mapping[str, int], name: str) -> Encoding:
+    """A control token that stands for its whole name."""
+    return Encoding(np.array([control_tokens[name]]), np.array([[0, len(name)]]))
+
+
+def join_encodings(encodings: Sequence[Encoding], lengths: Sequence[int]) -> Encoding:
+    """The encoding of texts of these lengths that follow each other."""
+    starts = np.cumsum([0, *lengths])
+    offsets = [encoding.offsets + start for encoding, start in zip(encodings, starts, strict=False)]
+    return Encoding(np.concatenate([encoding.ids for encoding in encodings]), np.concatenate(offsets))
+
+
+def text_offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> np.ndarray:
+    """(n, 2): the characters of each id, of ids that decode to the text. Tokens that only together make a character all
+    have it."""
+    offsets = np.zeros((len(ids), 2), dtype=np.int64)
+    start = first = 0
+    for i in range(len(ids)):
+        piece = tokenizer.decode(ids[first : i + 1])
+        is_whole = text.startswith(piece, start)
+        offsets[first : i + 1] = start, start + max(1, len(piece))
+        if is_whole:
+            start, first = start + len(piece), i + 1
+    return offsets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,6 +207,7 @@ class TiktokenTokenizer(Tokenizer):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
         self.eos_id = encoding.eot_token
+        self.added_ids = dict(encoding._special_tokens)
 
     @classmethod
     def from_name(cls, name: str) -> "TiktokenTokenizer":
@@ -226,6 +289,7 @@ class BPETokenizer(Tokenizer):
         self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
         unknown = {spec["model"].get("unk_token"), spec["model"].get("unk_id")}  # which text may become
         control = [token for token in added if token["special"] and unknown.isdisjoint((token["content"], token["id"]))]
+        self.added_ids = {token["content"]: token["id"] for token in control}
         self.control_ids = np.array([token["id"] for token in control], dtype=np.int32)
         spellings = [(re.escape(token["content"][0]), re.escape(token["content"][1:])) for token in control]
         self.within_spellings = re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in spellings))
@@ -263,6 +327,26 @@ class BPETokenizer(Tokenizer):
 
     def spells_control(self, ids: np.ndarray) -> bool:
         return bool(np.isin(ids, self.control_ids).any())
+
+    def encode_inside(self, text: str) -> Encoding:
+        """Behind a line break, whose ids are taken off again, and with them what this tokenizer puts before a text."""
+        line_break = self.encode_words("\n")
+        n = len(line_break)
+        encoding = self.with_offsets("\n" + text)
+        if self.spells_control(encoding.ids) or encoding.ids[:n].tolist() != line_break.tolist():
+            return super().encode_inside(text)
+        return Encoding(encoding.ids[n:], encoding.offsets[n:] - 1)
+
+    def encode_with_control(self, text: str) -> Encoding:
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.with_offsets(text)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+
+    def with_offsets(self, text: str) -> Encoding:
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        return Encoding(np.array(encoded.ids, dtype=np.int32), np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -315,12 +399,20 @@ class ExtendedTokenizer(Tokenizer):
     def __init__(self, base: Tokenizer, added: Sequence[str]) -> None:
         self.base = base
         self.added = list(added)
-        self.added_ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
+        self.added_ids = {**base.added_ids, **{token: base.vocab_size + i for i, token in enumerate(self.added)}}
         self.vocab_size = base.vocab_size + len(self.added)
         self.eos_id = self.added_ids.get(END_OF_TEXT, base.eos_id)
+        self.bos_id, self.chat_template, self.special_tokens = base.bos_id, base.chat_template, base.special_tokens
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((*super().end_ids, *self.base.end_ids)))
 
     def encode(self, text: str) -> np.ndarray:
         return self.base.encode(text)
+
+    def encode_inside(self, text: str) -> Encoding:
+        return self.base.encode_inside(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         first_added = self.base.vocab_size
@@ -365,7 +457,10 @@ KINDS: dict[str, type[Tokenizer]] = {
 
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in full."""
-    return {"kind": tokenizer.kind, **tokenizer.to_json()}
+    spec = {"kind": tokenizer.kind, **tokenizer.to_json()}
+    if tokenizer.chat_template:
+        spec["chat_template"] = tokenizer.chat_template
+    return spec
 
 
 def from_json(spec: Mapping[str, Any], source: str) -> Tokenizer:
@@ -374,15 +469,23 @@ def from_json(spec: Mapping[str, Any], source: str) -> Tokenizer:
     source: what the error names. Raises UserError.
     """
     try:
-        return KINDS[spec["kind"]].from_json(spec)
+        tokenizer = KINDS[spec["kind"]].from_json(spec)
+        tokenizer.chat_template = spec.get("chat_template", tokenizer.chat_template)
+        return tokenizer
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
 
 
 def same_tokenizer(*tokenizers: Tokenizer) -> bool:
     """Whether they give the same ids for the same text."""
-    specs = [to_json(tokenizer) for tokenizer in tokenizers]
+    specs = [without_template(to_json(tokenizer)) for tokenizer in tokenizers]
     return all(spec == specs[0] for spec in specs)
+
+
+def without_template(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the ids of a text, of a tokenizer's JSON."""
+    rest = {name: value for name, value in spec.items() if name != "chat_template"}
+    return {**rest, "base": without_template(spec["base"])} if "base" in spec else rest
 
 
 def save(path: Path, tokenizers: Mapping[str, Tokenizer]) -> None:
