@@ -20,7 +20,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nanoforge import console
 from nanoforge.console import print_line
-from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.data import batches, hub_datasets, token_bins, tokenization
 from nanoforge.data.batches import Batch, Metrics
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
@@ -31,8 +31,8 @@ from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
-from nanoforge.posttraining import prompt_format, rollouts
-from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining import prompt_format, rollouts, row_shapes
+from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
     ExampleEncoder,
@@ -146,7 +146,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     if identity:
         assert reference is not None
         cache = ReferenceCache(reference, identity, args.batch_size, ranks, log)
-        examples, reference = cache.add(examples, example_files(args)), None
+        examples, reference = cache.add(examples, example_folders(args)), None
     context = BuildContext(
         model=model,
         tokenizers=inputs.tokenizers,
@@ -201,18 +201,47 @@ def read_inputs(args: TrainArgs, base: Pretrained | None, log: Log) -> Inputs:
     return Inputs(metas, {}, bin_tokenizers(args, metas))
 
 
-def example_files(args: TrainArgs) -> dict[str, dict[str, Path]]:
-    """dataset -> split -> file."""
+def example_sources(args: TrainArgs) -> dict[str, dict[str, RowSource]]:
+    """dataset -> split -> a file, or the rows of a dataset of the hub. Raises UserError."""
     if args.train_file:
         return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
-    return {name: {split: folder / f"{split}.jsonl" for split in SPLITS} for name, folder in args.folders.items()}
+    sources: dict[str, dict[str, RowSource]] = {}
+    for (name,) in args.mixture:
+        if hub_datasets.is_hub(name):
+            sources[name] = {**hub_datasets.sides(name, args.val_fraction)}
+        else:
+            sources[name] = {split: args.folders[name] / f"{split}.jsonl" for split in SPLITS}
+    return sources
+
+
+def example_folders(args: TrainArgs) -> dict[str, Path]:
+    """dataset -> the folder of its files."""
+    return {
+        name: source.parent if isinstance(source, Path) else source.loaded.folder
+        for name, splits in example_sources(args).items()
+        for source in splits.values()
+    }
+
+
+def prepare_data(args: TrainArgs) -> None:
+    """Make what is missing: datasets by their prepare.py, those of the hub by a download. Raises UserError."""
+    for folder in args.folders.values():
+        token_bins.prepare_if_missing(folder, args.data_format)
+    hub_datasets.preload(args.hub_names)
 
 
 def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
     """dataset -> file -> hash of the data, which a resumed run compares."""
     if OBJECTIVES[args.objective].reads_examples:
-        return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
+        return {name: fingerprint_rows(sources) for name, sources in example_sources(args).items()}
     return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
+
+
+def fingerprint_rows(sources: Mapping[str, RowSource]) -> dict[str, str]:
+    """A hash of each file, or of the rows of each split."""
+    files = [source for source in sources.values() if isinstance(source, Path)]
+    rows = {split: source.fingerprint() for split, source in sources.items() if not isinstance(source, Path)}
+    return token_bins.fingerprint_files(files) | rows
 
 
 def val_weights(args: TrainArgs, names: Sequence[tuple[str, ...]]) -> list[float]:
@@ -246,18 +275,22 @@ def row_format(args: TrainArgs) -> RowFormat:
     rewards = [item.strip().partition(":")[0] for item in args.reward.split(",")]
     if spec.is_online and "correct" not in rewards:  # the other rewards need no answer
         fields = [*fields, *([name for name in names if name != "answer"] for names in fields)]
-    return RowFormat(fields, spec.example_type, f"--objective={args.objective}", is_template=template is not None)
+    return RowFormat(
+        fields,
+        spec.example_type,
+        needed_by=f"--objective={args.objective}",
+        is_template=template is not None,
+        columns=row_shapes.parse_columns(args.columns, None if template else row_shapes.PARTS),
+    )
 
 
 def read_rows(args: TrainArgs, log: Log) -> Rows:
     """The rows of every dataset and split. Raises UserError."""
-    is_raw_problem = OBJECTIVES[args.objective].is_online and not args.prompt_format
-    convert = gsm8k_to_problem if is_raw_problem else as_read
     rows: Rows = {}
-    for name, files in example_files(args).items():
+    for name, sources in example_sources(args).items():
         rows[name] = {}
-        for split, path in files.items():
-            rows[name][split], notes = read_example_rows(path, row_format(args), convert, args.bad_rows)
+        for split, source in sources.items():
+            rows[name][split], notes = read_example_rows(source, row_format(args), args.bad_rows)
             for note in notes:
                 log(note)
     return rows

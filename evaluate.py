@@ -58,7 +58,7 @@ class TaskArgs:
     """tasks"""
 
     tasks: tuple[str, ...] = arg(
-        (), "datasets with a val.jsonl of prompts and answers, or paths to such files", path=True
+        (), "datasets with a val.jsonl of prompts and answers, paths to such files, or hf:NAME", path=True
     )
     decode: str = arg(
         "greedy",
@@ -111,19 +111,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from builders import LoadedModel, build_run, load_model
+from builders import LoadedModel, build_run, example_sources, load_model, prepare_data
 from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
-from nanoforge.data import batches, tables, token_bins, tokenization
+from nanoforge.data import batches, hub_datasets, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.device import explain_out_of_memory
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
-from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining import prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
 from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
-from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -154,6 +154,15 @@ class Evaluation:
         if self.args.data_dir:
             return Path(self.args.data_dir)
         return Path(self.run.data_dir if self.run else "data")
+
+    def columns(self, source: RowSource) -> dict[str, str]:
+        """field -> column of the run's own data, where it maps them; of other data nothing. Raises UserError."""
+        run = self.run
+        if run is None or not run.columns:
+            return {}
+        own_splits = example_sources(dataclasses.replace(run, data_dir=str(self.data_dir))).values()
+        is_own = any(source in splits.values() for splits in own_splits)
+        return row_shapes.parse_columns(run.columns, None) if is_own else {}
 
     @property
     def prompt_offset(self) -> int:
@@ -209,16 +218,25 @@ def evaluate_losses(evaluation: Evaluation) -> Losses:
         path = Path(run.validation_file)
         return {path.stem: example_loss(evaluation, path)}
     else:
-        names = tuple(run.folders)
+        names = tuple(name for streams in run.mixture for name in streams)
 
-    data_format = run.data_format if run else "bins"
+    if run and run.data_format == "examples":
+        return {name: example_loss(evaluation, validation_rows(evaluation, name)) for name in names}
     for name in names:
-        token_bins.prepare_if_missing(evaluation.data_dir / name, data_format)
-    if data_format == "examples":
-        return {name: example_loss(evaluation, evaluation.data_dir / name / "val.jsonl") for name in names}
+        token_bins.prepare_if_missing(evaluation.data_dir / name, "bins")
     if evaluation.loaded.model.config.vocabulary == "contexts":
         return text_losses(evaluation, names)
     return {name: metrics for name in names for metrics in text_losses(evaluation, [name]).values()}
+
+
+def validation_rows(evaluation: Evaluation, name: str) -> RowSource:
+    """The validation examples of a dataset's folder, or of a dataset of the hub. Raises UserError."""
+    if hub_datasets.is_hub(name):
+        run = evaluation.run
+        return hub_datasets.sides(name, run.val_fraction if run else TrainArgs.val_fraction)["val"]
+    folder = evaluation.data_dir / name
+    token_bins.prepare_if_missing(folder, "examples")
+    return folder / "val.jsonl"
 
 
 def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
@@ -241,8 +259,7 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
         parallel="ddp",
         compile=False,
     )
-    for dataset_folder in run_args.folders.values():
-        token_bins.prepare_if_missing(dataset_folder, run_args.data_format)
+    prepare_data(run_args)
     ranks = Ranks(0, 1, evaluation.device)
     parts = build_run(run_args, RunRecord.load(folder), ranks, print_to_stderr)
     parts.model.load_weights(checkpoint.load_tensors(folder, "model"), str(folder))
@@ -354,13 +371,19 @@ def bits_per_byte(val: token_bins.TokenBin, total: float, end_total: float, n_to
 
 
 @torch.no_grad()
-def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
-    """The loss on the completions of the examples in a file, end tokens included. Raises UserError."""
+def example_loss(evaluation: Evaluation, source: RowSource) -> dict[str, float]:
+    """The loss on the completions of validation examples, end tokens included. Raises UserError."""
     args, model, run, template = evaluation.args, evaluation.loaded.model, evaluation.run, evaluation.template
     target_field = (run.target_field if run else "") or "completion"
     fields = OBJECTIVES["sft"].fields if template is None else [[*template.fields, target_field]]
-    row_format = RowFormat(fields, "prompt_completion", needed_by="--datasets", is_template=template is not None)
-    rows, _ = read_example_rows(path, row_format, gsm8k_to_problem if template is None else as_read)
+    row_format = RowFormat(
+        fields,
+        "prompt_completion",
+        needed_by="--datasets",
+        is_template=template is not None,
+        columns=evaluation.columns(source),
+    )
+    rows, _ = read_example_rows(source, row_format)
     encoder = ExampleEncoder(
         tokenizer=evaluation.loaded.tokenizer,
         max_tokens=model.config.block_size,
@@ -370,10 +393,12 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
         target_field=target_field,
         truncation_field=run.truncation_field if run else "",
     )
-    examples, n_dropped, _ = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
+    examples, n_dropped, _ = encode_rows(
+        rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(source)
+    )
     total_loss = 0.0
     n_tokens = 0
-    for numbers in evaluation.iter_batches(len(examples), str(path), "examples"):
+    for numbers in evaluation.iter_batches(len(examples), str(source), "examples"):
         chunk = examples[numbers.start : numbers.stop]
         batch = Collator()(chunk, range(len(chunk))).to(evaluation.device)
         loss_mask = batch.extras["loss_mask"]
@@ -441,18 +466,15 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
 
     Those of a soft prompt need the fields of its template instead of a prompt.
     """
-    path = Path(task)
-    if tables.file_suffix(path) not in tables.SUFFIXES:
-        folder = evaluation.data_dir / task
-        token_bins.prepare_if_missing(folder, "examples")
-        path = folder / "val.jsonl"
+    is_file = not hub_datasets.is_hub(task) and tables.file_suffix(Path(task)) in tables.SUFFIXES
+    source = Path(task) if is_file else validation_rows(evaluation, task)
+    columns = evaluation.columns(source)
     if evaluation.template is None:
-        return read_example_rows(
-            path, RowFormat(OBJECTIVES["grpo"].fields, "prompt_only", needed_by="--tasks"), gsm8k_to_problem
-        ).rows
+        fields = OBJECTIVES["grpo"].fields
+        return read_example_rows(source, RowFormat(fields, "prompt_only", "--tasks", columns=columns)).rows
     names = evaluation.template.fields
-    row_format = RowFormat([[*names, "answer"]], "prompt_only", needed_by="--tasks", is_template=True)
-    rows, _ = read_example_rows(path, row_format)
+    row_format = RowFormat([[*names, "answer"]], "prompt_only", "--tasks", is_template=True, columns=columns)
+    rows, _ = read_example_rows(source, row_format)
     problems = []
     for row in rows:
         shown_prompt = " ".join(str(row[name]) for name in names)  # in the samples, unless the row has a prompt

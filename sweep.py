@@ -457,7 +457,8 @@ class Planner:
         from nanoforge.posttraining import rewards
 
         read = (args.objective, args.prompt_format, args.target_field, args.bad_rows, args.reward)
-        key = (*read, args.train_file, args.validation_file, *args.folders.values())
+        sources = (args.train_file, args.validation_file, args.hub_names, args.val_fraction, args.columns)
+        key = (*read, *sources, *args.folders.values())
         if key not in self.checked_rows:
             self.checked_rows[key] = ""
             try:

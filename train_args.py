@@ -18,7 +18,9 @@ import configurator
 from common_args import BASE_MODEL_HELP, DeviceArgs, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files, launcher
+from nanoforge.data import hub_datasets
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
 from nanoforge.training.schedules import SCHEDULES, other_names
@@ -55,6 +57,7 @@ EXAMPLES = OnlyWith(
     f"--objective={'|'.join(name for name, spec in OBJECTIVES.items() if spec.reads_examples)}",
     lambda args: OBJECTIVES[args.objective].reads_examples,
 )
+HUB = OnlyWith("--dataset=hf:NAME", lambda args: bool(args.hub_names))
 LM = with_value("objective", "lm")
 SFT = with_value("objective", "sft")
 DPO = with_value("objective", "dpo")
@@ -116,12 +119,17 @@ class DataArgs:
     training_mode: str = arg("single", "single: one dataset; multidataset: a mixture of datasets; "
         "multicontext: aligned token streams whose embeddings are summed",
         choices=("single", "multidataset", "multicontext"))
-    dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing",
+    dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing; "
+        "examples also from the Hugging Face hub: hf:NAME[:CONFIG][@REVISION][#SPLIT[/VALIDATION_SPLIT]]",
         needs=with_value("training_mode", "single"), path=True)
     train_file: str = arg("", "training examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's train.jsonl)",
         needs=EXAMPLES, path=True)
     validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl)",
         needs=EXAMPLES, path=True)
+    val_fraction: float = arg(0.1, "fraction of the rows of an hf: dataset for validation, by a hash of each, "
+        "where it has no validation or test split", above=0, high=0.5, needs=HUB)
+    columns: tuple[str, ...] = arg((), "columns of the examples as FIELD=COLUMN: prompt=question,completion=answer "
+        "(none: by the names of TRL, ShareGPT, Alpaca)", needs=EXAMPLES, val_loss=ALWAYS, alias=("column_map",))
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
         choices=("error", "drop", "truncate_target"), needs=EXAMPLES, val_loss=ALWAYS)
     bad_rows: str = arg("error", "what to do with rows of examples that a field makes unusable: "
@@ -496,10 +504,18 @@ class TrainArgs(
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """The folder of each dataset; none with --train_file."""
+        """The folder of each dataset; none with --train_file, nor of a dataset of the hub."""
         if self.train_file:
             return {}
-        return {name: Path(self.data_dir) / name for streams in self.mixture for name in streams}
+        names = [name for streams in self.mixture for name in streams]
+        return {name: Path(self.data_dir) / name for name in names if not hub_datasets.is_hub(name)}
+
+    @cached_property
+    def hub_names(self) -> tuple[str, ...]:
+        """The datasets of the hub, hf:NAME."""
+        if self.train_file:
+            return ()
+        return tuple(name for streams in self.mixture for name in streams if hub_datasets.is_hub(name))
 
     @cached_property
     def data_format(self) -> str:
@@ -596,9 +612,15 @@ HINTS = {
     "bf16": "use --dtype=bfloat16",
     "completion_only_loss": "use --loss_on=completion (default) or all",
     "data_seed": "data order follows from --seed",
-    "dataset_name": "prepare a folder in --data_dir with data/prepare.py, then use --dataset=FOLDER",
-    "dataset_text_field": "use data/prepare.py --field for texts; examples have the fields of docs/alignment.md",
+    "dataset_config": "use --dataset=hf:NAME:CONFIG",
+    "dataset_name": "use --dataset=hf:NAME for examples of the hub, or --dataset=FOLDER for a folder in --data_dir",
+    "dataset_test_split": "use --dataset=hf:NAME#SPLIT/VALIDATION_SPLIT",
+    "dataset_text_field": "use --columns=text=COLUMN for examples, data/prepare.py --field for token bins",
+    "dataset_train_split": "use --dataset=hf:NAME#SPLIT",
     "eval_strategy": "use --eval_interval, in steps",
+    "field_instruction": "use --columns=prompt=COLUMN",
+    "field_messages": "use --columns=messages=COLUMN",
+    "field_output": "use --columns=completion=COLUMN",
     "fp16": "use --dtype=float16",
     "fsdp": "use --parallel=fsdp",
     "logging_strategy": "use --log_interval, in steps",
@@ -808,10 +830,32 @@ def example_errors(args: TrainArgs) -> Iterator[str]:
         yield "--train_file, --validation_file: set both, or neither to use the dataset's own"
     if args.train_file and args.training_mode != "single":
         yield "--train_file: requires --training_mode=single"
+    yield from columns_errors(args)
     for flag in ("train_file", "validation_file"):
         path = getattr(args, flag)
         if path and not Path(path).is_file():
             yield f"--{flag}={path}: no such file"
+
+
+def hub_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of datasets of the hub."""
+    flag = {"single": "dataset", "multidataset": "dataset_list"}.get(args.training_mode, "multicontext_datasets")
+    for name in args.hub_names:
+        if not OBJECTIVES[args.objective].reads_examples:
+            yield (
+                f"--{flag}={name}: --objective={args.objective} reads token bins; make them with "
+                f"data/prepare.py --input={name} --name=NAME, then --{flag}=NAME"
+            )
+        elif error := hub_datasets.name_error(name):
+            yield f"--{flag}={error}"
+
+
+def columns_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --columns."""
+    try:
+        row_shapes.parse_columns(args.columns, None if args.prompt_format else row_shapes.PARTS)
+    except UserError as error:
+        yield str(error)
 
 
 def is_weight(text: str) -> bool:
@@ -943,6 +987,7 @@ def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
         yield from mixture_errors(args)
     if args.training_mode == "multicontext":
         yield from multicontext_errors(args)
+    yield from hub_errors(args)
     if OBJECTIVES[args.objective].reads_examples:
         yield from example_errors(args)
     yield from preference_errors(args)

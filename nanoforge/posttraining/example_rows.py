@@ -12,15 +12,17 @@ torch nor numpy, so that files can be checked before a run starts.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.data import tables
+from nanoforge.data.hub_datasets import HubSplit
 from nanoforge.data.tables import Row, check_text, preview
 from nanoforge.errors import UserError
-from nanoforge.posttraining.answers import to_problem
+from nanoforge.posttraining import row_shapes
+from nanoforge.posttraining.row_shapes import ShapeReport
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
@@ -102,6 +104,17 @@ class RowFormat:
     example_type: str  # as in objective_specs.py
     needed_by: str  # the flag that asks for the fields, for errors
     is_template: bool = False  # a prompt format is put around the fields, which are texts or numbers
+    columns: Mapping[str, str] = field(default_factory=dict)  # field -> the column that has it, where they are mapped
+
+    def to_fields(self, row: Row, report: ShapeReport) -> Row:
+        """The row with the fields of an alternative, if its columns give one (row_shapes.py). Raises UserError."""
+        if self.is_template:
+            return row_shapes.rename_columns(row, self.columns)
+        shaped = row_shapes.shape_row(row, self.fields, self.columns)
+        if shaped is None:
+            return row
+        report.add(shaped, row)
+        return shaped.row
 
     def parse(self, row: Row) -> list[Row]:
         """The row as examples, one or the two of a pair that are labelled apart. Raises UserError."""
@@ -135,7 +148,10 @@ class RowFormat:
         if present:
             return present[0]
         wanted = " or ".join("{" + ", ".join(alternative) + "}" for alternative in self.fields)
-        raise UserError(f"has the fields {', '.join(row)}; {self.needed_by} needs {wanted}")
+        raise UserError(
+            f"has the fields {', '.join(row)}; {self.needed_by} needs {wanted}; "
+            "name the columns with --columns, as in --columns=prompt=question"
+        )
 
     def check_field(self, name: str, value: object) -> Any:
         """The value in its one form. Raises UserError with the field's name."""
@@ -244,20 +260,17 @@ class ExampleRows(NamedTuple):
     notes: list[str]
 
 
-def as_read(row: Row) -> Row:
-    """The row itself."""
-    return row
+RowSource = Path | HubSplit
 
 
-def gsm8k_to_problem(row: Row) -> Row:
-    """GSM8K's own rows as problems, which have a prompt; others as they are. Raises UserError."""
-    return to_problem(row) if "question" in row and "prompt" not in row else row
+def numbered_rows(source: RowSource) -> Iterator[tuple[int, Row]]:
+    """(line, row) of a file, or (number, row) of a dataset of the hub. Raises UserError."""
+    return source.numbered_rows() if isinstance(source, HubSplit) else tables.numbered_rows(source)
 
 
-def read_example_rows(
-    path: Path, row_format: RowFormat, convert: Callable[[Row], Row] = as_read, bad_rows: str = "error"
-) -> ExampleRows:
-    """The examples of a file, from rows as `convert` returns them, checked by the format; of pairs all chosen first.
+def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = "error") -> ExampleRows:
+    """The examples of a file or a dataset of the hub, brought to the format's fields and checked; of pairs all chosen
+    first.
 
     bad_rows: "error" raises UserError with file, line and field; "skip" counts them. Raises UserError also for a file
     that can't be read or has no rows that can be used.
@@ -265,10 +278,11 @@ def read_example_rows(
     examples: list[list[Row]] = []
     skipped: list[str] = []
     unread: dict[str, int] = {}
-    for line, row in tables.numbered_rows(path):
-        place = f"{path}:{line}"
+    report = ShapeReport()
+    for line, raw in numbered_rows(source):
+        place = f"{source}:{line}"
         try:
-            row = convert(row)
+            row = row_format.to_fields(raw, report)
             parsed: list[Row] = [PlacedRow(example, place) for example in row_format.parse(row)]
         except UserError as error:
             if bad_rows == "error":
@@ -280,10 +294,14 @@ def read_example_rows(
             unread[name] = unread.get(name, 0) + 1
     if not examples:
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "has no rows"
-        raise UserError(f"{path}: {reason}")
-    notes = [f"{path}: {count} rows also have {name}, which is not read" for name, count in unread.items()]
+        raise UserError(f"{source}: {reason}")
+    notes = [f"{source}: {count} rows also have {name}, which is not read" for name, count in unread.items()]
+    if report.is_mapped or isinstance(source, HubSplit):
+        where = source.describe() if isinstance(source, HubSplit) else str(source)
+        others = "also there, for rewards" if row_format.example_type == "prompt_only" else "not read"
+        notes = report.describe(where, others)
     if skipped:
-        notes.append(describe_skipped(path, skipped))
+        notes.append(describe_skipped(source, skipped))
     rows = [example for number in range(2) for parsed in examples for example in parsed[number : number + 1]]
     return ExampleRows(rows, notes)
 
