@@ -403,6 +403,50 @@ class BPETokenizer(Tokenizer):
         return cls(spec["tokenizer"])
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A model of the sentencepiece library, BPE or Unigram.
+
+    Its control tokens are the pieces of the control type. Text never becomes one, but for the unknown piece.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        """model: the content of a .model file. Raises UserError."""
+        try:
+            import sentencepiece
+        except ModuleNotFoundError:
+            raise UserError("this tokenizer needs a package: pip install sentencepiece") from None
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.pieces.vocab_size()
+        names = {self.pieces.id_to_piece(i): i for i in range(self.vocab_size) if self.pieces.is_control(i)}
+        self.added_ids = names
+        self.control_names = {i: name for name, i in names.items()}
+        self.eos_id = self.pieces.eos_id() if self.pieces.eos_id() >= 0 else None
+        first, second = np.array_split(self.encode("a a"), 2)
+        self.marks_start = np.array_equal(first, second)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.pieces.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        texts = []
+        for is_control, run in itertools.groupby(map(int, ids), self.control_names.__contains__):
+            if is_control:
+                texts += [self.control_names[i] for i in run]
+            else:
+                texts.append(self.pieces.decode(list(run)))
+        return "".join(texts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": base64.b64encode(self.model).decode()}
+
+    @classmethod
+    def from_json(cls, spec: Mapping[str, Any]) -> "SentencePieceTokenizer":
+        return cls(base64.b64decode(spec["model"]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # others
 
@@ -507,6 +551,7 @@ KINDS: dict[str, type[Tokenizer]] = {
     "byte": ByteTokenizer,
     "tiktoken": TiktokenTokenizer,
     "bpe": BPETokenizer,
+    "sentencepiece": SentencePieceTokenizer,
     "numbers": NumberTokenizer,
     "extended": ExtendedTokenizer,
 }

@@ -1,12 +1,15 @@
 """Tokenizers of other programs' models give the ids of transformers, sentencepiece, mistral-common and llama.cpp."""
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import SHARED
 
-from nanoforge.data import model_tokenizers, tokenization
+from nanoforge.data import gguf_metadata, model_tokenizers, tokenization
+from nanoforge.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -133,3 +136,68 @@ def test_settings_win_over_each_other_as_in_transformers(tmp_path: Path):
     (tmp_path / "chat_template.jinja").write_text("j")
     assert model_tokenizers.load_folder(tmp_path).chat_template == "j"
     assert model_tokenizers.load_folder(tmp_path / "none") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+SMOLLM2 = SHARED / "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2 in ../shared, which is missing")
+
+
+def test_metadata_is_that_of_the_gguf_package(tmp_path: Path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_array("a", [1, 2, 3])
+    writer.add_array("texts", ["ä", ""])
+    writer.add_float64("f", 0.1)
+    writer.add_bool("b", True)
+    writer.add_int64("i", -3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    metadata = gguf_metadata.read_metadata(tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert metadata == {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+    data = (tmp_path / "m.gguf").read_bytes()
+    for cut in (b"", b"GGML" + data[4:], data[:-3], data[:4] + b"\0" + data[5:]):
+        (tmp_path / "m.gguf").write_bytes(cut)
+        with pytest.raises(UserError, match="not a whole GGUF file"):
+            gguf_metadata.read_metadata(tmp_path / "m.gguf")
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_from_gguf_is_transformers_and_llama_cpps():
+    """Two witnesses, which read the same file: ids of texts, of control tokens, and the template."""
+    tokenizer = model_tokenizers.from_gguf(gguf_metadata.read_metadata(SMOLLM2))
+    witness = transformers.AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+    server = llama_cpp_server(SMOLLM2)
+    for text in TEXTS:
+        ids = tokenizer.encode(text).tolist()
+        assert ids == witness(text, split_special_tokens=True, add_special_tokens=False).input_ids
+        assert ids == llama_cpp_ids(server, text)
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (None, witness.eos_token_id, (2, 0))
+    assert set(witness.all_special_tokens) <= set(tokenizer.added_ids)
+    assert tokenizer.chat_template == witness.chat_template
+    assert tokenizer.special_tokens["bos_token"] == witness.bos_token
+    assert tokenizer.vocab_size == len(witness)
+
+
+def llama_cpp_server(path: Path) -> Any:
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 256
+    params.cpuparams.n_threads = 1
+    params.warmup = False
+    return xllamacpp.Server(params)
+
+
+def llama_cpp_ids(server: Any, text: str) -> list[int]:
+    """How llama.cpp tokenizes a text in which control tokens are text."""
+    body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", body)
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
+        return json.loads(response.read())["tokens"]
