@@ -32,6 +32,7 @@ from nanoforge.models import adapters, pretrained
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
 from nanoforge.posttraining import prompt_format, rollouts, row_shapes
+from nanoforge.posttraining.chat_template import completion_end_ids, with_chat_template
 from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
@@ -195,8 +196,9 @@ class Inputs(NamedTuple):
 def read_inputs(args: TrainArgs, base: Pretrained | None, log: Log) -> Inputs:
     """Read what the objective reads. Raises UserError."""
     if OBJECTIVES[args.objective].reads_examples:
-        rows = read_rows(args, log)
-        return Inputs({}, rows, {next(iter(rows)): example_tokenizer(args, base, rows)})
+        tokenizer = example_tokenizer(args, base)
+        rows = read_rows(args, log, has_chat_template=tokenizer.chat_template != "")
+        return Inputs({}, rows, {next(iter(rows)): tokenizer_for_rows(args, tokenizer, rows)})
     metas = {name: token_bins.read_meta(folder) for name, folder in args.folders.items()}
     return Inputs(metas, {}, bin_tokenizers(args, metas))
 
@@ -262,7 +264,7 @@ def parse_template(args: TrainArgs) -> PromptTemplate | None:
     return prompt_format.parse(args.prompt_format) if args.prompt_format else None
 
 
-def row_format(args: TrainArgs) -> RowFormat:
+def row_format(args: TrainArgs, *, has_chat_template: bool) -> RowFormat:
     """What a row has to hold: the objective's fields, or those of the prompt format and the completion."""
     spec = OBJECTIVES[args.objective]
     template = parse_template(args)
@@ -276,21 +278,23 @@ def row_format(args: TrainArgs) -> RowFormat:
     if spec.is_online and "correct" not in rewards:  # the other rewards need no answer
         fields = [*fields, *([name for name in names if name != "answer"] for names in fields)]
     return RowFormat(
-        fields,
-        spec.example_type,
+        fields=fields,
+        example_type=spec.example_type,
         needed_by=f"--objective={args.objective}",
         is_template=template is not None,
+        has_chat_template=has_chat_template,
         columns=row_shapes.parse_columns(args.columns, None if template else row_shapes.PARTS),
     )
 
 
-def read_rows(args: TrainArgs, log: Log) -> Rows:
-    """The rows of every dataset and split. Raises UserError."""
+def read_rows(args: TrainArgs, log: Log, *, has_chat_template: bool) -> Rows:
+    """The rows of every dataset and split. has_chat_template: as RowFormat has it. Raises UserError."""
+    form = row_format(args, has_chat_template=has_chat_template)
     rows: Rows = {}
     for name, sources in example_sources(args).items():
         rows[name] = {}
         for split, source in sources.items():
-            rows[name][split], notes = read_example_rows(source, row_format(args), args.bad_rows)
+            rows[name][split], notes = read_example_rows(source, form, args.bad_rows)
             for note in notes:
                 log(note)
     return rows
@@ -312,11 +316,21 @@ def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokeniz
     return {first: tokenizers[first]}
 
 
-def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> Tokenizer:
-    """The tokenizer of the base weights, or else of the dataset, with what examples need. Raises UserError."""
+def example_tokenizer(args: TrainArgs, base: Pretrained | None) -> Tokenizer:
+    """The tokenizer of the base weights, or else of the dataset, with --chat_template; of a resumed run its own.
+
+    Raises UserError.
+    """
     if args.init_from == "resume":
         return next(iter(tokenization.load(args.resumed_folder / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
+    return with_chat_template(tokenizer, args.chat_template)
+
+
+def tokenizer_for_rows(args: TrainArgs, tokenizer: Tokenizer, rows: Rows) -> Tokenizer:
+    """The tokenizer with the tokens that the rows need; a resumed run's has them. Raises UserError."""
+    if args.init_from == "resume":
+        return tokenizer
     all_rows = [row for splits in rows.values() for split_rows in splits.values() for row in split_rows]
     extended = extend_tokenizer(tokenizer, all_rows if not args.prompt_format else [])  # its fields are texts
     if extended is not tokenizer and args.adapter == "soft_prompt":
@@ -823,7 +837,7 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
         top_k=args.top_k,
         top_p=args.top_p,
         n=args.num_generations,
-        eos_id=context.tokenizer.eos_id,
+        end_ids=completion_end_ids(context.tokenizer),
         vocab_size=context.tokenizer.vocab_size,
     )
     return Sampler(context.model, context.tokenizer, sampling, context.ranks)
@@ -921,6 +935,12 @@ def load_model(
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
     is_ours = (Path(loaded.source) / RECORD_FILE).exists()
     return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
+
+
+def with_template(loaded: LoadedModel, chat_template: str) -> LoadedModel:
+    """The model with the template of --chat_template, if it is set. Raises UserError."""
+    tokenizers = {name: with_chat_template(tokenizer, chat_template) for name, tokenizer in loaded.tokenizers.items()}
+    return dataclasses.replace(loaded, tokenizers=tokenizers)
 
 
 def load_soft_prompts(

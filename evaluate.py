@@ -111,7 +111,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from builders import LoadedModel, build_run, example_sources, load_model, prepare_data
+from builders import LoadedModel, build_run, example_sources, load_model, prepare_data, with_template
 from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, hub_datasets, tables, token_bins, tokenization
@@ -123,6 +123,7 @@ from nanoforge.models.generation import SamplingParams, generate_batch
 from nanoforge.posttraining import prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
 from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
+from nanoforge.posttraining.chat_template import completion_end_ids
 from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows
 from nanoforge.posttraining.losses import per_token_logps
@@ -170,6 +171,11 @@ class Evaluation:
         return self.loaded.prompt_offsets[0] if self.loaded.prompt_offsets else 0
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether chats become tokens by a template of the model."""
+        return self.loaded.tokenizer.chat_template != ""
+
+    @property
     def max_new_tokens(self) -> int:
         """The maximum length of a completion."""
         if self.args.max_new_tokens:
@@ -194,6 +200,7 @@ def load_evaluation(args: EvaluateArgs) -> Evaluation:
     template = None
     if run and run.adapter == "soft_prompt":
         template = prompt_format.parse(run.prompt_format)
+    loaded = with_template(loaded, args.chat_template)
     device = loaded.to(args.device, args.dtype)
     return Evaluation(args=args, loaded=loaded, device=device, run=run, template=template)
 
@@ -377,10 +384,11 @@ def example_loss(evaluation: Evaluation, source: RowSource) -> dict[str, float]:
     target_field = (run.target_field if run else "") or "completion"
     fields = OBJECTIVES["sft"].fields if template is None else [[*template.fields, target_field]]
     row_format = RowFormat(
-        fields,
-        "prompt_completion",
+        fields=fields,
+        example_type="prompt_completion",
         needed_by="--datasets",
         is_template=template is not None,
+        has_chat_template=evaluation.has_chat_template,
         columns=evaluation.columns(source),
     )
     rows, _ = read_example_rows(source, row_format)
@@ -470,8 +478,14 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
     source = Path(task) if is_file else validation_rows(evaluation, task)
     columns = evaluation.columns(source)
     if evaluation.template is None:
-        fields = OBJECTIVES["grpo"].fields
-        return read_example_rows(source, RowFormat(fields, "prompt_only", "--tasks", columns=columns)).rows
+        row_format = RowFormat(
+            fields=OBJECTIVES["grpo"].fields,
+            example_type="prompt_only",
+            needed_by="--tasks",
+            has_chat_template=evaluation.has_chat_template,
+            columns=columns,
+        )
+        return read_example_rows(source, row_format).rows
     names = evaluation.template.fields
     row_format = RowFormat([[*names, "answer"]], "prompt_only", "--tasks", is_template=True, columns=columns)
     rows, _ = read_example_rows(source, row_format)
@@ -494,7 +508,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
     sampling = SamplingParams(
         max_new_tokens=evaluation.max_new_tokens,
         n=args.num_passes,
-        eos_id=tokenizer.eos_id,
+        end_ids=completion_end_ids(tokenizer),
         vocab_size=tokenizer.vocab_size,
         **DECODINGS[args.decode]._asdict(),
     )

@@ -58,6 +58,10 @@ EXAMPLES = OnlyWith(
     lambda args: OBJECTIVES[args.objective].reads_examples,
 )
 HUB = OnlyWith("--dataset=hf:NAME", lambda args: bool(args.hub_names))
+EXAMPLES_OF_NEW_RUN = OnlyWith(
+    f"{EXAMPLES.description}, and not --init_from=resume, which keeps its run's template",
+    lambda args: EXAMPLES.holds(args) and args.init_from != "resume",
+)
 LM = with_value("objective", "lm")
 SFT = with_value("objective", "sft")
 DPO = with_value("objective", "dpo")
@@ -241,6 +245,9 @@ class ObjectiveArgs:
         "so that the policy starts as the reference model", needs=WITH_REFERENCE)
     max_new_tokens: int = arg(64, "maximum completion length, in tokens",
         low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length", "max_generation_steps"))
+    chat_template: str = arg("", "jinja file, or a folder's chat_template.jinja, with which chats become tokens "
+        "(none: the model's own template, or else a token for each role)",
+        inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS, alias=("chat_template_path",), path=True)
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 

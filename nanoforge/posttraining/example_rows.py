@@ -11,7 +11,9 @@ A value that its field can't hold is refused by file, line and field, or its row
 torch nor numpy, so that files can be checked before a run starts.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>
 UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
-Message = dict[str, str]
+Message = dict[str, Any]  # with a chat template, which may read more of it than role and content
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one value: each function returns it in its one form, or raises UserError
@@ -42,13 +44,31 @@ def check_text_or_number(value: object) -> str:
     return check_text(str(value))
 
 
-def check_messages(value: object) -> list[Message]:
-    """A list of messages; what a message has besides role and content is left out."""
+def check_messages(value: object, *, for_template: bool = False) -> list[Message]:
+    """A list of messages; what a message has besides role and content is left out, unless a template may read it."""
     if not isinstance(value, list):
         raise UserError(f"must be a list of messages, not {preview(value)}")
     if not value:
         raise UserError("is an empty list; a chat has at least one message")
-    return [check_message(message, number) for number, message in enumerate(value, start=1)]
+    check = check_template_message if for_template else check_message
+    return [check(message, number) for number, message in enumerate(value, start=1)]
+
+
+def check_template_message(message: object, number: int) -> Message:
+    """A message of any role, for a chat template, with all that it has besides role and content."""
+    problem = f"message {number} is {preview(message)}"
+    if isinstance(message, dict):
+        known = {name: value for name, value in message.items() if value is not None}
+        role, content = known.get("role"), known.get("content")
+        if not isinstance(role, str) or not re.fullmatch(r"[\w-]+", role):
+            problem = f"message {number} has role {preview(role)}"
+        elif not isinstance(content, str) and (content is not None or len(known) < 2):
+            problem = f"message {number} has content {preview(content)}"
+        elif not tables.is_unicode(json.dumps(known, ensure_ascii=False, default=str)):
+            problem = f"message {number} has half of a surrogate pair, which is no text"
+        else:
+            return known
+    raise UserError(f'a message is {{"role": ..., "content": text}}; {problem}')
 
 
 def check_message(message: object, number: int) -> Message:
@@ -65,9 +85,9 @@ def check_message(message: object, number: int) -> Message:
     raise UserError(f'a message is {{"role": one of {", ".join(ROLES)}, "content": text}}; {problem}')
 
 
-def check_text_or_messages(value: object) -> str | list[Message]:
+def check_text_or_messages(value: object, *, for_template: bool = False) -> str | list[Message]:
     if isinstance(value, list):
-        return check_messages(value)
+        return check_messages(value, for_template=for_template)
     if not isinstance(value, str):
         raise UserError(f"must be text or a list of messages, not {preview(value)}")
     return check_text(value)
@@ -81,7 +101,7 @@ def check_label(value: object) -> bool:
     return label
 
 
-CHECKS: dict[str, Callable[[object], Any]] = {
+CHECKS: dict[str, Callable[..., Any]] = {
     "text": check_text,
     "messages": check_messages,
     "prompt": check_text_or_messages,
@@ -91,6 +111,7 @@ CHECKS: dict[str, Callable[[object], Any]] = {
     "label": check_label,
     "answer": check_text_or_number,
 }
+MESSAGE_CHECKS = (check_messages, check_text_or_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one row
@@ -104,6 +125,7 @@ class RowFormat:
     example_type: str  # as in objective_specs.py
     needed_by: str  # the flag that asks for the fields, for errors
     is_template: bool = False  # a prompt format is put around the fields, which are texts or numbers
+    has_chat_template: bool = False  # which decides what roles there are, and what it reads of a message
     columns: Mapping[str, str] = field(default_factory=dict)  # field -> the column that has it, where they are mapped
 
     def to_fields(self, row: Row, report: ShapeReport) -> Row:
@@ -158,8 +180,9 @@ class RowFormat:
         check = CHECKS.get(name, check_text)
         if self.is_template and name != "label":
             check = check_text_or_number
+        options = {"for_template": True} if self.has_chat_template and check in MESSAGE_CHECKS else {}
         try:
-            return check(value)
+            return check(value, **options)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
@@ -313,5 +336,5 @@ def describe_skipped(source: object, errors: Sequence[str]) -> str:
 
 def has_messages(rows: Iterable[Row]) -> bool:
     """Whether a row has a chat."""
-    names = [name for name, check in CHECKS.items() if check in (check_messages, check_text_or_messages)]
+    names = [name for name, check in CHECKS.items() if check in MESSAGE_CHECKS]
     return any(isinstance(row.get(name), list) for row in rows for name in names)
