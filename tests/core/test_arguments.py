@@ -1186,7 +1186,7 @@ def loss_on(run, base, tmp_path):
 
 
 @effect
-def chat_template(run, base, tmp_path):
+def chat_template(run: Callable[..., RunFiles], base: Path, tmp_path: Path) -> None:
     """One that writes a prompt and a completion makes a chat the same example; a resumed run keeps it."""
     template = tmp_path / "sums.jinja"
     template.write_text(
