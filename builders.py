@@ -428,9 +428,8 @@ def build_model(
         return build_from_scratch(args, tokenizers), {}
     if args.init_from == "resume":
         assert record is not None
-        model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"])))
-        model.load_weights(base.weights, "the base", grow=True)
-        return model, {}
+        config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]))
+        return GPT.from_weights(config, base.weights, "the base", grow=True), {}
     return build_from_base(args, tokenizers, base, log)
 
 
@@ -477,8 +476,8 @@ def build_from_base(
         "block_size": min(args.block_size, whole.block_size),
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
-    model = GPT(GPTConfig.from_args(args, **shape))
-    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=reads_examples)
+    config = GPTConfig.from_args(args, **shape)
+    model = GPT.from_weights(config, base.weights, f"--init_from={args.init_from}", grow=reads_examples)
     arguments = {field.name for field in dataclasses.fields(args)}
     loaded_shape = {name: value for name, value in shape.items() if name in arguments}
     return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
@@ -930,8 +929,7 @@ def load_model(
         if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
             return load_soft_prompts([Path(source)], base_model, log)
     loaded = pretrained.load(source, log, base_model)
-    model = GPT(GPTConfig(**known_fields(loaded.shape, source)))
-    model.load_weights(loaded.weights, source)
+    model = GPT.from_weights(GPTConfig(**known_fields(loaded.shape, source)), loaded.weights, source)
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
     is_ours = (Path(loaded.source) / RECORD_FILE).exists()
     return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
@@ -960,8 +958,8 @@ def load_soft_prompts(
 
     # 2. The base, with the shape that its runs gave it.
     base = pretrained.load_base(folders[0], records[0], log, base_model)
-    model = GPT(GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0]))))
-    model.load_weights(base.weights, records[0].base["source"], grow=True)
+    config = GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0])))
+    model = GPT.from_weights(config, base.weights, records[0].base["source"], grow=True)
 
     # 3. Their virtual tokens, one prompt after the other, behind the vocabulary.
     prompts = []

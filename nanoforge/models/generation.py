@@ -103,7 +103,7 @@ class KVCache:
         config: Any = model.config
         dtype: Any = model.compute_dtype
         device = device_of(model)
-        n_kv_head, head_dim = config.n_kv_head, config.n_embd // config.n_head
+        n_kv_head, head_dim = config.n_kv_head, config.head_dim
         shape = (config.n_layer, batch_size, n_kv_head, size, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
