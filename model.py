@@ -401,7 +401,7 @@ class Attention(nn.Module):
         self, x: Tensor, v1: Tensor | None, position: Position, positions: Positions, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D); that layer gets None."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
         parts = (self.q_norm(q), self.k_norm(k), v)
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, heads, T, D)
@@ -415,7 +415,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
         y = self.attend(q, k, v, positions)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training), v1
 
 
