@@ -20,7 +20,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nanoforge import console
 from nanoforge.console import print_line
-from nanoforge.data import batches, token_bins, tokenization
+from nanoforge.data import batches, hub_datasets, token_bins, tokenization
 from nanoforge.data.batches import Batch, Metrics
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
@@ -31,8 +31,9 @@ from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
-from nanoforge.posttraining import prompt_format, rollouts
-from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining import prompt_format, rollouts, row_shapes
+from nanoforge.posttraining.chat_template import completion_end_ids, with_chat_template
+from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
     ExampleEncoder,
@@ -146,7 +147,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     if identity:
         assert reference is not None
         cache = ReferenceCache(reference, identity, args.batch_size, ranks, log)
-        examples, reference = cache.add(examples, example_files(args)), None
+        examples, reference = cache.add(examples, example_folders(args)), None
     context = BuildContext(
         model=model,
         tokenizers=inputs.tokenizers,
@@ -195,24 +196,54 @@ class Inputs(NamedTuple):
 def read_inputs(args: TrainArgs, base: Pretrained | None, log: Log) -> Inputs:
     """Read what the objective reads. Raises UserError."""
     if OBJECTIVES[args.objective].reads_examples:
-        rows = read_rows(args, log)
-        return Inputs({}, rows, {next(iter(rows)): example_tokenizer(args, base, rows)})
+        tokenizer = example_tokenizer(args, base)
+        rows = read_rows(args, log, has_chat_template=tokenizer.chat_template != "")
+        return Inputs({}, rows, {next(iter(rows)): tokenizer_for_rows(args, tokenizer, rows)})
     metas = {name: token_bins.read_meta(folder) for name, folder in args.folders.items()}
     return Inputs(metas, {}, bin_tokenizers(args, metas))
 
 
-def example_files(args: TrainArgs) -> dict[str, dict[str, Path]]:
-    """dataset -> split -> file."""
+def example_sources(args: TrainArgs) -> dict[str, dict[str, RowSource]]:
+    """dataset -> split -> a file, or the rows of a dataset of the hub. Raises UserError."""
     if args.train_file:
         return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
-    return {name: {split: folder / f"{split}.jsonl" for split in SPLITS} for name, folder in args.folders.items()}
+    sources: dict[str, dict[str, RowSource]] = {}
+    for (name,) in args.mixture:
+        if hub_datasets.is_hub(name):
+            sources[name] = {**hub_datasets.sides(name, args.val_fraction)}
+        else:
+            sources[name] = {split: args.folders[name] / f"{split}.jsonl" for split in SPLITS}
+    return sources
+
+
+def example_folders(args: TrainArgs) -> dict[str, Path]:
+    """dataset -> the folder of its files."""
+    return {
+        name: source.parent if isinstance(source, Path) else source.loaded.folder
+        for name, splits in example_sources(args).items()
+        for source in splits.values()
+    }
+
+
+def prepare_data(args: TrainArgs) -> None:
+    """Make what is missing: datasets by their prepare.py, those of the hub by a download. Raises UserError."""
+    for folder in args.folders.values():
+        token_bins.prepare_if_missing(folder, args.data_format)
+    hub_datasets.preload(args.hub_names)
 
 
 def fingerprints(args: TrainArgs) -> dict[str, dict[str, str]]:
     """dataset -> file -> hash of the data, which a resumed run compares."""
     if OBJECTIVES[args.objective].reads_examples:
-        return {name: token_bins.fingerprint_files(files.values()) for name, files in example_files(args).items()}
+        return {name: fingerprint_rows(sources) for name, sources in example_sources(args).items()}
     return {name: token_bins.fingerprint_files(sorted(folder.glob("*.bin"))) for name, folder in args.folders.items()}
+
+
+def fingerprint_rows(sources: Mapping[str, RowSource]) -> dict[str, str]:
+    """A hash of each file, or of the rows of each split."""
+    files = [source for source in sources.values() if isinstance(source, Path)]
+    rows = {split: source.fingerprint() for split, source in sources.items() if not isinstance(source, Path)}
+    return token_bins.fingerprint_files(files) | rows
 
 
 def val_weights(args: TrainArgs, names: Sequence[tuple[str, ...]]) -> list[float]:
@@ -233,7 +264,7 @@ def parse_template(args: TrainArgs) -> PromptTemplate | None:
     return prompt_format.parse(args.prompt_format) if args.prompt_format else None
 
 
-def row_format(args: TrainArgs) -> RowFormat:
+def row_format(args: TrainArgs, *, has_chat_template: bool) -> RowFormat:
     """What a row has to hold: the objective's fields, or those of the prompt format and the completion."""
     spec = OBJECTIVES[args.objective]
     template = parse_template(args)
@@ -246,18 +277,24 @@ def row_format(args: TrainArgs) -> RowFormat:
     rewards = [item.strip().partition(":")[0] for item in args.reward.split(",")]
     if spec.is_online and "correct" not in rewards:  # the other rewards need no answer
         fields = [*fields, *([name for name in names if name != "answer"] for names in fields)]
-    return RowFormat(fields, spec.example_type, f"--objective={args.objective}", is_template=template is not None)
+    return RowFormat(
+        fields=fields,
+        example_type=spec.example_type,
+        needed_by=f"--objective={args.objective}",
+        is_template=template is not None,
+        has_chat_template=has_chat_template,
+        columns=row_shapes.parse_columns(args.columns, None if template else row_shapes.PARTS),
+    )
 
 
-def read_rows(args: TrainArgs, log: Log) -> Rows:
-    """The rows of every dataset and split. Raises UserError."""
-    is_raw_problem = OBJECTIVES[args.objective].is_online and not args.prompt_format
-    convert = gsm8k_to_problem if is_raw_problem else as_read
+def read_rows(args: TrainArgs, log: Log, *, has_chat_template: bool) -> Rows:
+    """The rows of every dataset and split. has_chat_template: as RowFormat has it. Raises UserError."""
+    form = row_format(args, has_chat_template=has_chat_template)
     rows: Rows = {}
-    for name, files in example_files(args).items():
+    for name, sources in example_sources(args).items():
         rows[name] = {}
-        for split, path in files.items():
-            rows[name][split], notes = read_example_rows(path, row_format(args), convert, args.bad_rows)
+        for split, source in sources.items():
+            rows[name][split], notes = read_example_rows(source, form, args.bad_rows)
             for note in notes:
                 log(note)
     return rows
@@ -279,11 +316,21 @@ def bin_tokenizers(args: TrainArgs, metas: dict[str, Meta]) -> dict[str, Tokeniz
     return {first: tokenizers[first]}
 
 
-def example_tokenizer(args: TrainArgs, base: Pretrained | None, rows: Rows) -> Tokenizer:
-    """The tokenizer of the base weights, or else of the dataset, with what examples need. Raises UserError."""
+def example_tokenizer(args: TrainArgs, base: Pretrained | None) -> Tokenizer:
+    """The tokenizer of the base weights, or else of the dataset, with --chat_template; of a resumed run its own.
+
+    Raises UserError.
+    """
     if args.init_from == "resume":
         return next(iter(tokenization.load(args.resumed_folder / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
+    return with_chat_template(tokenizer, args.chat_template)
+
+
+def tokenizer_for_rows(args: TrainArgs, tokenizer: Tokenizer, rows: Rows) -> Tokenizer:
+    """The tokenizer with the tokens that the rows need; a resumed run's has them. Raises UserError."""
+    if args.init_from == "resume":
+        return tokenizer
     all_rows = [row for splits in rows.values() for split_rows in splits.values() for row in split_rows]
     extended = extend_tokenizer(tokenizer, all_rows if not args.prompt_format else [])  # its fields are texts
     if extended is not tokenizer and args.adapter == "soft_prompt":
@@ -381,9 +428,8 @@ def build_model(
         return build_from_scratch(args, tokenizers), {}
     if args.init_from == "resume":
         assert record is not None
-        model = GPT(GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"])))
-        model.load_weights(base.weights, "the base", grow=True)
-        return model, {}
+        config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]))
+        return GPT.from_weights(config, base.weights, "the base", grow=True), {}
     return build_from_base(args, tokenizers, base, log)
 
 
@@ -430,8 +476,8 @@ def build_from_base(
         "block_size": min(args.block_size, whole.block_size),
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
-    model = GPT(GPTConfig.from_args(args, **shape))
-    model.load_weights(base.weights, f"--init_from={args.init_from}", grow=reads_examples)
+    config = GPTConfig.from_args(args, **shape)
+    model = GPT.from_weights(config, base.weights, f"--init_from={args.init_from}", grow=reads_examples)
     arguments = {field.name for field in dataclasses.fields(args)}
     loaded_shape = {name: value for name, value in shape.items() if name in arguments}
     return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
@@ -790,7 +836,7 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
         top_k=args.top_k,
         top_p=args.top_p,
         n=args.num_generations,
-        eos_id=context.tokenizer.eos_id,
+        end_ids=completion_end_ids(context.tokenizer),
         vocab_size=context.tokenizer.vocab_size,
     )
     return Sampler(context.model, context.tokenizer, sampling, context.ranks)
@@ -883,11 +929,16 @@ def load_model(
         if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
             return load_soft_prompts([Path(source)], base_model, log)
     loaded = pretrained.load(source, log, base_model)
-    model = GPT(GPTConfig(**known_fields(loaded.shape, source)))
-    model.load_weights(loaded.weights, source)
+    model = GPT.from_weights(GPTConfig(**known_fields(loaded.shape, source)), loaded.weights, source)
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
     is_ours = (Path(loaded.source) / RECORD_FILE).exists()
     return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
+
+
+def with_template(loaded: LoadedModel, chat_template: str) -> LoadedModel:
+    """The model with the template of --chat_template, if it is set. Raises UserError."""
+    tokenizers = {name: with_chat_template(tokenizer, chat_template) for name, tokenizer in loaded.tokenizers.items()}
+    return dataclasses.replace(loaded, tokenizers=tokenizers)
 
 
 def load_soft_prompts(
@@ -907,8 +958,8 @@ def load_soft_prompts(
 
     # 2. The base, with the shape that its runs gave it.
     base = pretrained.load_base(folders[0], records[0], log, base_model)
-    model = GPT(GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0]))))
-    model.load_weights(base.weights, records[0].base["source"], grow=True)
+    config = GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0])))
+    model = GPT.from_weights(config, base.weights, records[0].base["source"], grow=True)
 
     # 3. Their virtual tokens, one prompt after the other, behind the vocabulary.
     prompts = []

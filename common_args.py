@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from configurator import arg, arg_group, with_value
 
+CHAT_TEMPLATE_HELP = (
+    "jinja file, or a folder's chat_template.jinja, with which chats become tokens (none: the model's own)"
+)
 BASE_MODEL_HELP = "place of the base weights of a LoRA or a soft prompt, if they have moved; compared by their hash"
 FROM_RUN = with_value("init_from", "resume")
 
@@ -20,6 +23,7 @@ class LoadArgs:
         path=True,
     )
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
+    chat_template: str = arg("", CHAT_TEMPLATE_HELP, alias=("chat_template_path",), path=True)
 
 
 @arg_group

@@ -4,7 +4,6 @@
                                                                       GRPO run
     python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k     accuracy of greedy completions
     python evaluate.py --out_dir=out/run --tasks gsm8k --decode=standard --num_passes=8        pass@k, majority@k
-    python evaluate.py --out_dir=out/run --lm_eval=hellaswag,arc_easy                          tasks of lm-eval
 
 A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes
 evaluation.json to the run's folder, where evaluations.jsonl keeps the results of every call.
@@ -39,7 +38,6 @@ DECODINGS = {  # as in agent_tunix
 }
 DEFAULT_MAX_NEW_TOKENS = 256
 TASKS = with_set("tasks")
-HARNESS = with_set("lm_eval")
 
 
 @arg_group
@@ -60,7 +58,7 @@ class TaskArgs:
     """tasks"""
 
     tasks: tuple[str, ...] = arg(
-        (), "datasets with a val.jsonl of prompts and answers, or paths to such files", path=True
+        (), "datasets with a val.jsonl of prompts and answers, paths to such files, or hf:NAME", path=True
     )
     decode: str = arg(
         "greedy",
@@ -75,31 +73,15 @@ class TaskArgs:
 
 
 @arg_group
-class HarnessArgs:
-    """lm-eval"""
-
-    lm_eval: tuple[str, ...] = arg(
-        (), "tasks of lm-eval (pip install lm-eval) by name, pattern or YAML file; losses then need --datasets"
-    )
-    num_fewshot: int = arg(-1, "examples before each question (-1: as the task says)", low=-1, needs=HARNESS)
-    limit: float = arg(0.0, "maximum examples per task, below 1 a fraction of them (0: all)", low=0, needs=HARNESS)
-    include_path: str = arg("", "folder of more task YAML files", path=True, needs=HARNESS)
-    gen_kwargs: dict[str, object] = arg(
-        {}, 'generation settings over the tasks\', as JSON: {"max_gen_toks": 64}', needs=HARNESS
-    )
-    fewshot_seed: int = arg(1234, "random seed of the choice of few-shot examples", low=0, needs=HARNESS)
-
-
-@arg_group
 class SystemArgs(DeviceArgs):
     """system"""
 
-    batch_size: int = arg(64, "windows, examples, problems or requests per batch", low=1)
+    batch_size: int = arg(64, "windows, examples or problems per batch", low=1)
     json: str = arg("", "file to write (default: evaluation.json in out_dir)", path=True)
 
 
 @arg_table
-class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, HarnessArgs, SystemArgs):
+class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, SystemArgs):
     """The arguments of evaluate.py."""
 
 
@@ -129,19 +111,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from builders import LoadedModel, build_run, load_model
+from builders import LoadedModel, build_run, example_sources, load_model, prepare_data, with_template
 from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
-from nanoforge.data import batches, tables, token_bins, tokenization
+from nanoforge.data import batches, hub_datasets, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.device import explain_out_of_memory
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
-from nanoforge.posttraining import lm_eval_model, prompt_format
+from nanoforge.posttraining import prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
 from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
-from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining.chat_template import completion_end_ids
+from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows
 from nanoforge.posttraining.losses import per_token_logps
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -173,10 +156,24 @@ class Evaluation:
             return Path(self.args.data_dir)
         return Path(self.run.data_dir if self.run else "data")
 
+    def columns(self, source: RowSource) -> dict[str, str]:
+        """field -> column of the run's own data, where it maps them; of other data nothing. Raises UserError."""
+        run = self.run
+        if run is None or not run.columns:
+            return {}
+        own_splits = example_sources(dataclasses.replace(run, data_dir=str(self.data_dir))).values()
+        is_own = any(source in splits.values() for splits in own_splits)
+        return row_shapes.parse_columns(run.columns, None) if is_own else {}
+
     @property
     def prompt_offset(self) -> int:
         """The id of the first virtual token of a soft prompt."""
         return self.loaded.prompt_offsets[0] if self.loaded.prompt_offsets else 0
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats become tokens by a template of the model."""
+        return self.loaded.tokenizer.chat_template != ""
 
     @property
     def max_new_tokens(self) -> int:
@@ -203,6 +200,7 @@ def load_evaluation(args: EvaluateArgs) -> Evaluation:
     template = None
     if run and run.adapter == "soft_prompt":
         template = prompt_format.parse(run.prompt_format)
+    loaded = with_template(loaded, args.chat_template)
     device = loaded.to(args.device, args.dtype)
     return Evaluation(args=args, loaded=loaded, device=device, run=run, template=template)
 
@@ -219,7 +217,7 @@ def evaluate_losses(evaluation: Evaluation) -> Losses:
     args, run = evaluation.args, evaluation.run
     if args.datasets:
         names = args.datasets
-    elif run is None or (args.lm_eval and not args.tasks):
+    elif run is None:
         return {}
     elif run.objective not in ("lm", "sft"):
         return {} if args.tasks else objective_metrics(evaluation, run)
@@ -227,16 +225,25 @@ def evaluate_losses(evaluation: Evaluation) -> Losses:
         path = Path(run.validation_file)
         return {path.stem: example_loss(evaluation, path)}
     else:
-        names = tuple(run.folders)
+        names = tuple(name for streams in run.mixture for name in streams)
 
-    data_format = run.data_format if run else "bins"
+    if run and run.data_format == "examples":
+        return {name: example_loss(evaluation, validation_rows(evaluation, name)) for name in names}
     for name in names:
-        token_bins.prepare_if_missing(evaluation.data_dir / name, data_format)
-    if data_format == "examples":
-        return {name: example_loss(evaluation, evaluation.data_dir / name / "val.jsonl") for name in names}
+        token_bins.prepare_if_missing(evaluation.data_dir / name, "bins")
     if evaluation.loaded.model.config.vocabulary == "contexts":
         return text_losses(evaluation, names)
     return {name: metrics for name in names for metrics in text_losses(evaluation, [name]).values()}
+
+
+def validation_rows(evaluation: Evaluation, name: str) -> RowSource:
+    """The validation examples of a dataset's folder, or of a dataset of the hub. Raises UserError."""
+    if hub_datasets.is_hub(name):
+        run = evaluation.run
+        return hub_datasets.sides(name, run.val_fraction if run else TrainArgs.val_fraction)["val"]
+    folder = evaluation.data_dir / name
+    token_bins.prepare_if_missing(folder, "examples")
+    return folder / "val.jsonl"
 
 
 def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
@@ -259,8 +266,7 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
         parallel="ddp",
         compile=False,
     )
-    for dataset_folder in run_args.folders.values():
-        token_bins.prepare_if_missing(dataset_folder, run_args.data_format)
+    prepare_data(run_args)
     ranks = Ranks(0, 1, evaluation.device)
     parts = build_run(run_args, RunRecord.load(folder), ranks, print_to_stderr)
     parts.model.load_weights(checkpoint.load_tensors(folder, "model"), str(folder))
@@ -372,13 +378,20 @@ def bits_per_byte(val: token_bins.TokenBin, total: float, end_total: float, n_to
 
 
 @torch.no_grad()
-def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
-    """The loss on the completions of the examples in a file, end tokens included. Raises UserError."""
+def example_loss(evaluation: Evaluation, source: RowSource) -> dict[str, float]:
+    """The loss on the completions of validation examples, end tokens included. Raises UserError."""
     args, model, run, template = evaluation.args, evaluation.loaded.model, evaluation.run, evaluation.template
     target_field = (run.target_field if run else "") or "completion"
     fields = OBJECTIVES["sft"].fields if template is None else [[*template.fields, target_field]]
-    row_format = RowFormat(fields, "prompt_completion", needed_by="--datasets", is_template=template is not None)
-    rows, _ = read_example_rows(path, row_format, gsm8k_to_problem if template is None else as_read)
+    row_format = RowFormat(
+        fields=fields,
+        example_type="prompt_completion",
+        needed_by="--datasets",
+        is_template=template is not None,
+        has_chat_template=evaluation.has_chat_template,
+        columns=evaluation.columns(source),
+    )
+    rows, _ = read_example_rows(source, row_format)
     encoder = ExampleEncoder(
         tokenizer=evaluation.loaded.tokenizer,
         max_tokens=model.config.block_size,
@@ -388,10 +401,12 @@ def example_loss(evaluation: Evaluation, path: Path) -> dict[str, float]:
         target_field=target_field,
         truncation_field=run.truncation_field if run else "",
     )
-    examples, n_dropped, _ = encode_rows(rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(path))
+    examples, n_dropped, _ = encode_rows(
+        rows[: args.max_windows or len(rows)], encoder, "prompt_completion", str(source)
+    )
     total_loss = 0.0
     n_tokens = 0
-    for numbers in evaluation.iter_batches(len(examples), str(path), "examples"):
+    for numbers in evaluation.iter_batches(len(examples), str(source), "examples"):
         chunk = examples[numbers.start : numbers.stop]
         batch = Collator()(chunk, range(len(chunk))).to(evaluation.device)
         loss_mask = batch.extras["loss_mask"]
@@ -459,18 +474,21 @@ def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
 
     Those of a soft prompt need the fields of its template instead of a prompt.
     """
-    path = Path(task)
-    if tables.file_suffix(path) not in tables.SUFFIXES:
-        folder = evaluation.data_dir / task
-        token_bins.prepare_if_missing(folder, "examples")
-        path = folder / "val.jsonl"
+    is_file = not hub_datasets.is_hub(task) and tables.file_suffix(Path(task)) in tables.SUFFIXES
+    source = Path(task) if is_file else validation_rows(evaluation, task)
+    columns = evaluation.columns(source)
     if evaluation.template is None:
-        return read_example_rows(
-            path, RowFormat(OBJECTIVES["grpo"].fields, "prompt_only", needed_by="--tasks"), gsm8k_to_problem
-        ).rows
+        row_format = RowFormat(
+            fields=OBJECTIVES["grpo"].fields,
+            example_type="prompt_only",
+            needed_by="--tasks",
+            has_chat_template=evaluation.has_chat_template,
+            columns=columns,
+        )
+        return read_example_rows(source, row_format).rows
     names = evaluation.template.fields
-    row_format = RowFormat([[*names, "answer"]], "prompt_only", needed_by="--tasks", is_template=True)
-    rows, _ = read_example_rows(path, row_format)
+    row_format = RowFormat([[*names, "answer"]], "prompt_only", "--tasks", is_template=True, columns=columns)
+    rows, _ = read_example_rows(source, row_format)
     problems = []
     for row in rows:
         shown_prompt = " ".join(str(row[name]) for name in names)  # in the samples, unless the row has a prompt
@@ -490,7 +508,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
     sampling = SamplingParams(
         max_new_tokens=evaluation.max_new_tokens,
         n=args.num_passes,
-        eos_id=tokenizer.eos_id,
+        end_ids=completion_end_ids(tokenizer),
         vocab_size=tokenizer.vocab_size,
         **DECODINGS[args.decode]._asdict(),
     )
@@ -566,27 +584,6 @@ def describe_lengths(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lm-eval
-
-
-def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
-    """The results of lm-eval's tasks. Raises UserError."""
-    args, loaded = evaluation.args, evaluation.loaded
-    if evaluation.template is not None:
-        raise UserError("--lm_eval: the run is a soft prompt, whose format lm-eval's tasks don't have; use --tasks")
-    model = lm_eval_model.HarnessModel(loaded.model, loaded.tokenizer, batch_size=args.batch_size, seed=args.seed)
-    options = lm_eval_model.HarnessOptions(
-        tasks=args.lm_eval,
-        num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot,
-        limit=args.limit or None,
-        include_path=args.include_path,
-        gen_kwargs=args.gen_kwargs,
-        fewshot_seed=args.fewshot_seed,
-    )
-    return lm_eval_model.run_harness(model, options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -609,14 +606,12 @@ def print_results(results: dict[str, Any]) -> None:
         for key, value in task.items():
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")
-    if "lm_eval" in results:
-        print(lm_eval_model.format_results(results["lm_eval"]))
 
 
 def main(args: EvaluateArgs) -> dict[str, Any]:
     """Print the results and write them as JSON. Raises UserError."""
-    if args.init_from != "resume" and not (args.tasks or args.datasets or args.lm_eval):
-        raise UserError("--tasks, --datasets, --lm_eval: one is required without a run; name what to evaluate on")
+    if not args.tasks and args.init_from != "resume" and not args.datasets:
+        raise UserError("--tasks, --datasets: one is required without a run; name what to evaluate on")
     evaluation = load_evaluation(args)
     files.check_writable(results_path(args).parent, "--json")  # before the work
     with explain_out_of_memory(f"a smaller --batch_size than {args.batch_size} needs less"):
@@ -628,8 +623,6 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
             "losses": evaluate_losses(evaluation),
             "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
         }
-        if args.lm_eval:
-            results["lm_eval"] = evaluate_harness(evaluation)
     print_results(results)
     write_results(args, results)
     return results

@@ -1,18 +1,19 @@
 """The GPT: token ids in, logits or per-token losses out. Knows nothing of data, training or files.
 
-The default architecture is GPT-2's (Radford et al. 2019). Variants are entries of the dicts NORMS, ACTIVATIONS,
-POSITIONS, MLPS and VOCABULARIES, or plain numbers. They are chosen in `__init__`; `forward` asks for none of them.
+The default architecture is GPT-2's (Radford et al. 2019). Variants are entries of the dicts NORMS, ROPE_SCALINGS,
+POSITIONS, ACTIVATIONS, MLPS, BLOCKS, VOCABULARIES and SOFTCAPS, or plain numbers. They are chosen in `__init__`;
+`forward` asks for none of them.
 
 Weights are float32. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the
 embedding. There is no autocast, and the residual stream has the dtype of the matrix products.
 
-Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = C / H, S keys, K contexts,
+Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim, S keys, K contexts,
 V = sum(vocab_sizes).
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,17 +38,30 @@ class GPTConfig:
     n_head: int = TrainArgs.n_head
     n_kv_head: int = TrainArgs.n_kv_head
     n_embd: int = TrainArgs.n_embd
+    head_dim: int = TrainArgs.head_dim
     bias: bool = TrainArgs.bias
+    qkv_bias: bool = TrainArgs.qkv_bias
     norm: str = TrainArgs.norm
+    norm_eps: float = TrainArgs.norm_eps
+    norm_placement: str = TrainArgs.norm_placement
+    parallel_residual: bool = TrainArgs.parallel_residual
     position: str = TrainArgs.position
     rope_base: float = TrainArgs.rope_base
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    rotary_fraction: float = TrainArgs.rotary_fraction
+    window_rope_base: float = TrainArgs.window_rope_base
     activation: str = TrainArgs.activation
     mlp: str = TrainArgs.mlp
     mlp_ratio: float = TrainArgs.mlp_ratio
     qk_norm: bool = TrainArgs.qk_norm
+    qk_norm_gain: bool = TrainArgs.qk_norm_gain
+    qk_norm_joint: bool = TrainArgs.qk_norm_joint
+    attention_scale: float = TrainArgs.attention_scale
     window: str = TrainArgs.window
     window_size: int = TrainArgs.window_size
     logit_softcap: float = TrainArgs.logit_softcap
+    softcap: str = TrainArgs.softcap
+    embedding_scale: float = TrainArgs.embedding_scale
     embedding_norm: bool = TrainArgs.embedding_norm
     value_residual: bool = TrainArgs.value_residual
     residual_scalars: bool = TrainArgs.residual_scalars
@@ -60,6 +74,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Fix the sizes that follow from others, so that a model loaded with another block_size keeps its own."""
         object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        object.__setattr__(self, "head_dim", self.head_dim or self.n_embd // self.n_head)
         if "S" in self.window:
             object.__setattr__(self, "window_size", self.window_size or max(1, self.block_size // 2))
 
@@ -96,14 +111,15 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias (Ba et al. 2016)."""
 
-    def __init__(self, width: int, *, bias: bool):
+    def __init__(self, width: int, *, bias: bool, eps: float):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class RMSNormCPU(torch.autograd.Function):
@@ -136,29 +152,55 @@ class RMSNormCPU(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), times a learned gain if asked for (Zhang and Sennrich 2019)."""
 
-    def __init__(self, width: int, *, gain: bool):
+    def __init__(self, width: int, *, gain: bool, eps: float):
         super().__init__()
         self.width = width
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width)) if gain else None
 
+    def normalize(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return RMSNormCPU.apply(x, self.eps)
+        return F.rms_norm(x, (self.width,), eps=self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = RMSNormCPU.apply(x, 1e-5) if x.device.type == "cpu" else F.rms_norm(x, (self.width,), eps=1e-5)
+        y = self.normalize(x)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
-def layer_norm(config: GPTConfig) -> nn.Module:
-    return LayerNorm(config.n_embd, bias=config.bias)
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose gain is 1 + a learned offset, which weight decay pulls to 0 (Gemma)."""
+
+    def __init__(self, width: int, *, eps: float):
+        super().__init__(width, gain=False, eps=eps)
+        self.offset = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x) * (1.0 + self.offset).to(x.dtype)
 
 
-def rms_norm(config: GPTConfig) -> nn.Module:
-    return RMSNorm(config.n_embd, gain=True)
+def layer_norm(config: GPTConfig, width: int) -> nn.Module:
+    return LayerNorm(width, bias=config.bias, eps=config.norm_eps)
 
 
-def rms_norm_no_gain(config: GPTConfig) -> nn.Module:
-    return RMSNorm(config.n_embd, gain=False)
+def rms_norm(config: GPTConfig, width: int) -> nn.Module:
+    return RMSNorm(width, gain=True, eps=config.norm_eps)
 
 
-NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm, "rmsnorm_nogain": rms_norm_no_gain}
+def rms_norm_no_gain(config: GPTConfig, width: int) -> nn.Module:
+    return RMSNorm(width, gain=False, eps=config.norm_eps)
+
+
+def rms_norm_offset(config: GPTConfig, width: int) -> nn.Module:
+    return OffsetRMSNorm(width, eps=config.norm_eps)
+
+
+NORMS = {
+    "layernorm": layer_norm,
+    "rmsnorm": rms_norm,
+    "rmsnorm_nogain": rms_norm_no_gain,
+    "rmsnorm_offset": rms_norm_offset,
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # positions: `embed` adds to the token embeddings, `rotate` turns queries and keys
@@ -188,10 +230,28 @@ class LearnedPosition(Position):
         return x + self.weight[positions].to(x.dtype)
 
 
+def linear_scaling(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """All positions divided by a factor (Chen et al. 2023)."""
+    return frequency / scaling["factor"]
+
+
+def llama3_scaling(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies that turn fewer than low_freq_factor times within the original context are divided by the factor,
+    those above high_freq_factor stay, and those between are blended (Llama 3.1)."""
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequency / scaling["factor"] + kept * frequency
+
+
+ROPE_SCALINGS = {"linear": linear_scaling, "llama3": llama3_scaling}  # by rope_type, as Hugging Face names it
+
+
 class RotaryPosition(Position):
     """Rotary embedding (Su et al. 2021).
 
-    (a, b) -> (a cos - b sin, a sin + b cos), where a and b are the halves of a head, as in GPT-NeoX and Llama.
+    (a, b) -> (a cos - b sin, a sin + b cos), where a and b are the halves of a head, as in GPT-NeoX and Llama. With a
+    rotary_fraction below 1, the last entries of both halves have the angle 0 and stay as they are.
     """
 
     cos: Tensor  # (block_size, D)
@@ -199,9 +259,13 @@ class RotaryPosition(Position):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        D = config.n_embd // config.n_head
-        frequency = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
-        angle = torch.outer(torch.arange(config.block_size).float(), frequency)  # (block_size, D / 2)
+        D = config.head_dim
+        rotated = 2 * int(config.rotary_fraction * D / 2)  # entries of a head
+        frequency = config.rope_base ** (-torch.arange(0, rotated, 2, device="cpu").float() / rotated)
+        if config.rope_scaling:
+            frequency = ROPE_SCALINGS[config.rope_scaling["rope_type"]](frequency, config.rope_scaling)
+        frequency = F.pad(frequency, (0, (D - rotated) // 2))  # (D / 2,)
+        angle = torch.outer(torch.arange(config.block_size, device="cpu").float(), frequency)  # (block_size, D / 2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=1)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
         self.register_buffer("cos", cos, persistent=False)
@@ -244,13 +308,12 @@ def attention_mask(positions: Positions, num_keys: int, span: int, device: torch
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
-    """Causal attention of q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D).
+    """Causal attention of scaled q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D).
 
     It takes a chunk of queries at a time. Memory grows with T x span: the probabilities are kept for backward.
     """
-    # 1. Give each query head its own keys and values; scale the queries once.
+    # 1. Give each query head its own keys and values.
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
-    q = q * q.size(-1) ** -0.5
     T = q.size(2)
     positions = torch.arange(T, device=q.device)
 
@@ -269,6 +332,19 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float
     return torch.cat(outputs, dim=2)
 
 
+class QKNorm(nn.Module):
+    """RMSNorm of queries or keys, (B, T, size): of each head, or jointly of all (OLMo 2); without gain, or with that of
+    the model's norms."""
+
+    def __init__(self, config: GPTConfig, size: int):
+        super().__init__()
+        self.width = size if config.qk_norm_joint else config.head_dim
+        self.norm = NORMS[config.norm if config.qk_norm_gain else "rmsnorm_nogain"](config, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.view(*x.shape[:-1], -1, self.width)).view_as(x)
+
+
 MAX_CHUNKED_SCORES = 2**20  # T x span up to which chunked_attention is the faster one
 
 
@@ -280,19 +356,22 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5  # of the scores
         self.dropout = config.dropout
 
         q_size, kv_size = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.qkv_sizes = [q_size, kv_size, kv_size]
-        self.qkv = Linear(config.n_embd, sum(self.qkv_sizes), bias=config.bias)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm(self.head_dim, gain=False) if config.qk_norm else nn.Identity()
+        self.qkv = Linear(config.n_embd, sum(self.qkv_sizes), bias=config.bias or config.qkv_bias)
+        self.proj = Linear(q_size, config.n_embd, bias=config.bias)
+        self.q_norm = QKNorm(config, q_size) if config.qk_norm else nn.Identity()
+        self.k_norm = QKNorm(config, kv_size) if config.qk_norm else nn.Identity()
         has_value_residual = config.value_residual and layer > 0
         self.first_values = nn.Parameter(torch.empty(1)) if has_value_residual else None  # share of v1 in the values
 
         self.span = config.block_size  # tokens that a query sees, its own included
-        if config.window[layer % len(config.window)] == "S":
+        self.is_windowed = config.window[layer % len(config.window)] == "S"
+        if self.is_windowed:
             self.span = min(config.block_size, config.window_size)
         self.sees_all = self.span == config.block_size
 
@@ -306,25 +385,28 @@ class Attention(nn.Module):
         # 1. bfloat16 on a CPU: the backward of scaled_dot_product_attention takes 2 to 4 times as long there.
         is_cpu_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if is_cpu_bfloat16 and in_order and 1 < T == S and T * self.span <= MAX_CHUNKED_SCORES:
-            return chunked_attention(q, k, v, self.span, dropout)
+            return chunked_attention(q * self.scale, k, v, self.span, dropout)
 
         # 2. No mask: a whole square is causal, and a single new token sees every key.
         if self.sees_all and in_order and T in (1, S):
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(
+                q, k, v, None, dropout, is_causal=T > 1, scale=self.scale, enable_gqa=grouped
+            )
 
         # 3. Windows, packed documents, and caches that are read in part or whose sequences differ.
         mask = attention_mask(positions, S, self.span, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale, enable_gqa=grouped)
 
     def forward(
         self, x: Tensor, v1: Tensor | None, position: Position, positions: Positions, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D); that layer gets None."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
-        q = position.rotate(self.qk_norm(q), positions)
-        k = position.rotate(self.qk_norm(k), positions)
+        parts = (self.q_norm(q), self.k_norm(k), v)
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, heads, T, D)
+        q = position.rotate(q, positions)
+        k = position.rotate(k, positions)
         if self.first_values is not None:  # value residual (Zhou et al. 2024)
             assert v1 is not None
             v = torch.lerp(v, v1, self.first_values.to(v.dtype))
@@ -333,7 +415,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
         y = self.attend(q, k, v, positions)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training), v1
 
 
@@ -409,14 +491,18 @@ MLPS = {"plain": MLP, "gated": GatedMLP}
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Residual block: attention, then the MLP. Each one's input is normalized, or its output, or both."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.norm_1 = NORMS[config.norm](config)
+        pre_norm = NORMS[config.norm] if config.norm_placement in ("pre", "both") else no_norm
+        post_norm = NORMS[config.norm] if config.norm_placement in ("post", "both") else no_norm
+        self.norm_1 = pre_norm(config, config.n_embd)
         self.attn = Attention(config, layer)
-        self.norm_2 = NORMS[config.norm](config)
+        self.post_norm_1 = post_norm(config, config.n_embd)
+        self.norm_2 = pre_norm(config, config.n_embd)
         self.mlp = MLPS[config.mlp](config)
+        self.post_norm_2 = post_norm(config, config.n_embd)
         self.scales = (
             nn.Parameter(torch.empty(2)) if config.residual_scalars else None
         )  # of the stream, of the embedding
@@ -434,16 +520,46 @@ class Block(nn.Module):
         if self.scales is not None:
             x = self.scales[0].to(x.dtype) * x + self.scales[1].to(x.dtype) * x0
         y, v1 = self.attn(self.norm_1(x), v1, position, positions, cache)
+        return self.add_mlp(x, self.post_norm_1(y)), v1
+
+    def add_mlp(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream x, (B, T, C), plus attention's output y, plus the MLP of both."""
         x = x + y
-        x = x + self.mlp(self.norm_2(x))
-        return x, v1
+        return x + self.post_norm_2(self.mlp(self.norm_2(x)))
 
 
-class CheckpointedBlock(Block):
-    """Keeps only its input and recomputes the rest in backward (Chen et al. 2016)."""
+def no_norm(config: GPTConfig, width: int) -> nn.Module:
+    return nn.Identity()
+
+
+class ParallelBlock(Block):
+    """Attention and MLP side by side on one stream (GPT-J, GPT-NeoX)."""
+
+    def add_mlp(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y + self.post_norm_2(self.mlp(self.norm_2(x)))
+
+
+class Checkpointed:
+    """Keeps only a block's input and recomputes the rest in backward (Chen et al. 2016)."""
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return checkpoint(super().forward, *inputs, use_reentrant=False)
+        return checkpoint(super().forward, *inputs, use_reentrant=False)  # type: ignore[misc]
+
+
+class CheckpointedBlock(Checkpointed, Block):
+    pass
+
+
+class CheckpointedParallelBlock(Checkpointed, ParallelBlock):
+    pass
+
+
+BLOCKS = {  # (parallel_residual, activation_checkpointing)
+    (False, False): Block,
+    (False, True): CheckpointedBlock,
+    (True, False): ParallelBlock,
+    (True, True): CheckpointedParallelBlock,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,34 +646,56 @@ class Softcap(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.bound * z.float() * torch.rsqrt(z.float().square() + self.bound**2)
 
+    def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(capped, its derivative with respect to z), in the shape of z, float32."""
+        shrink = torch.rsqrt(z.square() + self.bound**2)
+        return self.bound * z * shrink, self.bound**3 * shrink**3
+
+
+class TanhSoftcap(Softcap):
+    """z -> c tanh(z / c) (Gemma 2, nanochat)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.bound * torch.tanh(z.float() / self.bound)
+
+    def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
+        capped = torch.tanh(z / self.bound)
+        return self.bound * capped, 1 - capped.square()
+
+
+class NoSoftcap(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z
+
+    def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
+        return z, 1.0
+
+
+SOFTCAPS = {"rsqrt": Softcap, "tanh": TanhSoftcap}
+
 
 class ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of each target (B, T), float32, from x (B, T, C) and the head (V, C), with the logits of `chunk`
     tokens at a time.
 
-    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V. bound: of Softcap, 0 for
-    none.
+    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V.
     """
 
     @staticmethod
-    def softcapped_logits(x: Tensor, head: Tensor, bound: float) -> tuple[Tensor, Tensor | float]:
+    def softcapped_logits(x: Tensor, head: Tensor, softcap: Softcap | NoSoftcap) -> tuple[Tensor, Tensor | float]:
         """(logits, their derivative with respect to the products x @ head.T), float32: (chunk, V)."""
-        z = (x @ head.T).float()
-        if not bound:
-            return z, 1.0
-        shrink = torch.rsqrt(z.square() + bound**2)
-        return bound * z * shrink, bound**3 * shrink**3
+        return softcap.with_slope((x @ head.T).float())
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, bound: float, chunk: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: Softcap | NoSoftcap, chunk: int) -> Tensor:
         ctx.save_for_backward(x, head, targets)
-        ctx.bound = bound
+        ctx.softcap = softcap
         ctx.chunk = chunk
         weight = head.to(x.dtype)
         losses = []
         chunks = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         for x_chunk, target_chunk in chunks:
-            logits, _ = ChunkedLoss.softcapped_logits(x_chunk, weight, bound)
+            logits, _ = ChunkedLoss.softcapped_logits(x_chunk, weight, softcap)
             losses.append(F.cross_entropy(logits, target_chunk, reduction="none"))
         return torch.cat(losses).view_as(targets)
 
@@ -571,7 +709,7 @@ class ChunkedLoss(torch.autograd.Function):
         chunks = zip(*(tensor.split(ctx.chunk) for tensor in flat), strict=True)
         for x_chunk, target_chunk, grad_chunk in chunks:
             # 1. d loss / d logits = softmax - one-hot.
-            logits, slope = ChunkedLoss.softcapped_logits(x_chunk, weight, ctx.bound)
+            logits, slope = ChunkedLoss.softcapped_logits(x_chunk, weight, ctx.softcap)
             error = logits.softmax(-1)
             error[torch.arange(len(target_chunk), device=targets.device), target_chunk] -= 1.0
             # 2. Through the softcap and the incoming gradient to the products, (chunk, V).
@@ -586,6 +724,17 @@ class ChunkedLoss(torch.autograd.Function):
 # the model
 
 
+class Scale(nn.Module):
+    """Times a number."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class GPT(nn.Module):
     compute_dtype = torch.float32  # of activations and matrix products
 
@@ -593,17 +742,24 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V = sum(config.vocab_sizes)
-        block = CheckpointedBlock if config.activation_checkpointing else Block
+        block = BLOCKS[config.parallel_residual, config.activation_checkpointing]
         self.vocabulary = VOCABULARIES[config.vocabulary](config.vocab_sizes)
         self.wte = nn.Embedding(V, config.n_embd)
+        self.embedding_scale = Scale(config.embedding_scale) if config.embedding_scale != 1 else nn.Identity()
         self.position = POSITIONS[config.position](config)
-        self.embedding_norm = RMSNorm(config.n_embd, gain=False) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = rms_norm_no_gain(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
-        self.norm = NORMS[config.norm](config)
+        self.window_position: Position | None = None  # of windowed layers, if they have another RoPE
+        if config.window_rope_base:
+            unscaled = replace(config, rope_base=config.window_rope_base, rope_scaling={})
+            self.window_position = POSITIONS[config.position](unscaled)
+        windowed = self.window_position or self.position
+        self.layer_positions = [windowed if attn.is_windowed else self.position for attn in self.attention_layers()]
+        self.norm = NORMS[config.norm](config, config.n_embd)
         self.head = Linear(config.n_embd, V, bias=False)
         if config.tie_weights:
             self.head.weight = self.wte.weight
-        self.softcap = Softcap(config.logit_softcap) if config.logit_softcap else nn.Identity()
+        self.softcap = SOFTCAPS[config.softcap](config.logit_softcap) if config.logit_softcap else NoSoftcap()
         self.init_weights()
 
     @torch.no_grad()
@@ -616,13 +772,13 @@ class GPT(nn.Module):
         | learned positions                        | N(0, 0.02)                                        |
         | output projections of attention and MLP  | N(0, 0.02 / sqrt(2 n_layer)), or 0 with zero_init |
         | untied head                              | N(0, 0.02), or 0 with zero_init                   |
-        | biases; gains of norms                   | 0; 1                                              |
+        | biases, offsets of gains; gains of norms | 0; 1                                              |
         | scales of the stream; of the embedding   | 1; 0                                              |
         | share of the first layer's values        | 1/2                                               |
         """
         zero_or_one = 0.0 if self.config.zero_init else 1.0
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "offset")):
                 parameter.zero_()
             elif name.endswith("scales"):
                 parameter.copy_(torch.tensor([1.0, 0.0]))
@@ -644,7 +800,6 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         position_ids: Positions | None = None,
         temperature: float = 1.0,
-        logits_at: Any = ...,
     ) -> Tensor:
         """Logits, (B, T, V), or with targets the loss of each, float32, in their shape, from logits / temperature.
 
@@ -652,19 +807,18 @@ class GPT(nn.Module):
         cache: keys and values of the tokens before; those of idx are added to it.
         position_ids: below block_size; None: from 0 on. Without a cache, (B, T) positions that restart at 0 are packed
         documents.
-        logits_at: index of the positions, (B, T), whose logits are needed, which then are (N, V); without targets.
         """
         positions = slice(0, idx.size(-1)) if position_ids is None else position_ids
-        x = self.vocabulary.embed(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
+        x = self.embedding_scale(self.vocabulary.embed(self.wte(idx).to(self.compute_dtype)))  # (B, T, C)
         x = self.embedding_norm(self.position.embed(x, positions))
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         v1 = None
-        for block in self.blocks:
-            x, v1 = block(x, x0, v1, self.position, positions, cache)
-        x = self.norm(x)[logits_at]
+        for block, position in zip(self.blocks, self.layer_positions, strict=True):
+            x, v1 = block(x, x0, v1, position, positions, cache)
+        x = self.norm(x)
 
         if targets is not None and self.config.loss_chunk:
-            return ChunkedLoss.apply(x, self.head.weight, targets, self.config.logit_softcap, self.config.loss_chunk)
+            return ChunkedLoss.apply(x, self.head.weight, targets, self.softcap, self.config.loss_chunk)
         logits = self.softcap(self.head(x))
         if targets is None:
             return logits
@@ -672,12 +826,46 @@ class GPT(nn.Module):
             logits = logits.float() / temperature  # in float32, as a rollout divides them
         return self.vocabulary.losses(logits, targets)
 
+    @classmethod
+    def from_weights(
+        cls,
+        config: GPTConfig,
+        weights: Mapping[str, Tensor],
+        source_name: str,
+        *,
+        grow: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> "GPT":
+        """A model on the CPU with these weights, as `load_weights` takes them, in this dtype.
+
+        Weights are read one at a time, and no others are drawn: memory peaks at the model and one weight.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        fitted = model.fit_weights(weights, source_name, grow=grow)
+        for name, tensor in fitted:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype)))
+        if config.tie_weights:
+            model.head.weight = model.wte.weight
+        return model
+
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor], source_name: str, *, grow: bool = False) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor], source_name: str) -> None:
         """Copy weights to the trainable parameters of the same names.
 
-        Longer learned positions are cropped. With `grow`, rows of the vocabulary that the weights lack keep their
-        initial values. Raises UserError, which names the source, unless all weights fit.
+        Longer learned positions are cropped. Raises UserError, which names the source, unless all weights fit.
+        """
+        parameters = dict(self.named_parameters())
+        for name, tensor in self.fit_weights(weights, source_name):
+            parameters[name].copy_(shard_like(tensor, parameters[name]))
+
+    def fit_weights(
+        self, weights: Mapping[str, Tensor], source_name: str, *, grow: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of each trainable parameter. Raises UserError.
+
+        With `grow`, rows of the vocabulary that the weights lack are drawn.
         """
         parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing_keys = sorted(parameters.keys() - weights.keys())
@@ -691,12 +879,13 @@ class GPT(nn.Module):
             tensor = weights[name]
             if name == "position.weight":
                 tensor = tensor[: self.config.block_size]
-            if grow and name in ("wte.weight", "head.weight") and len(tensor) < len(parameter):
-                tensor = torch.cat((tensor, parameter[len(tensor) :]))
+            n_missing = len(parameter) - len(tensor)
+            if grow and name in ("wte.weight", "head.weight") and n_missing > 0:
+                tensor = torch.cat((tensor, torch.randn(n_missing, parameter.size(1)) * 0.02))
             if tensor.shape != parameter.shape:
                 shapes = f"{tuple(tensor.shape)} in the weights and {tuple(parameter.shape)} in the model"
                 raise UserError(f"{source_name}: {name} is {shapes}")
-            parameter.copy_(shard_like(tensor, parameter))
+            yield name, tensor
 
     def attention_layers(self) -> list[Attention]:
         """In order."""
@@ -713,7 +902,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward for a training token (PaLM, Chowdhery et al. 2022, appendix B).
 
-        6 for each weight of a matrix product, and 12 span C for the attention of each layer.
+        6 for each weight of a matrix product, and 12 span H D for the attention of each layer.
         """
         matmul_weights = 0
         for name, parameter in self.named_parameters():
@@ -722,4 +911,4 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             matmul_weights += self.wte.weight.numel()  # as the head
         total_span = sum(attn.span for attn in self.attention_layers())
-        return 6.0 * matmul_weights + 12.0 * total_span * self.config.n_embd
+        return 6.0 * matmul_weights + 12.0 * total_span * self.config.n_head * self.config.head_dim

@@ -13,7 +13,7 @@ import configurator
 from model import GPT
 from nanoforge import distributed, restarts, run_dir
 from nanoforge.console import plural
-from nanoforge.data import token_bins, tokenization
+from nanoforge.data import tokenization
 from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops
 from nanoforge.errors import UserError
@@ -238,8 +238,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
 
     # 1. Data.
     with ranks.main_first():
-        for folder in args.folders.values():
-            token_bins.prepare_if_missing(folder, args.data_format)
+        builders.prepare_data(args)
     fingerprints = builders.fingerprints(args)
     if resumed_from and not args.eval_only:
         resumed_from.check_data(fingerprints, allow_change=args.allow_data_change, log=log)

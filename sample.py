@@ -3,7 +3,8 @@
     python sample.py --out_dir=out/run --start="To be" --num_samples=3
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
     echo "Once" | python sample.py --out_dir=out/run --start=-
-    python sample.py --out_dir=out/chat --start="Who are you?" --chat
+    python sample.py --out_dir=out/chat --start="Who are you?" --chat --system="Be brief."
+    python sample.py --out_dir=out/chat --chat                        a conversation, line by line
     python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
 
 A run folder is all it needs. All samples are drawn in one batch, and the first one is printed while it is drawn. Soft
@@ -21,9 +22,11 @@ import configurator
 from common_args import DeviceArgs, LoadArgs, checkpoint_errors, device_errors
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 
+DEFAULT_START = ("\n",)
 WITHOUT_PROMPT_DIR = OnlyWith(
     "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
 )
+CHAT = with_set("chat")
 NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0)
 
 
@@ -42,12 +45,15 @@ class PromptArgs:
     """prompt"""
 
     start: tuple[str, ...] = arg(
-        ("\n",),
+        DEFAULT_START,
         "prompt: text, FILE:path, or - for standard input; several with --chat or --stop_at_end; "
         "one for each context of a multicontext model, equally long",
         split=False,
     )
-    chat: bool = arg(False, "the prompt is a user's message, and the model was trained on messages")
+    chat: bool = arg(
+        False, "the prompt is a user's message, by the model's chat template; without --start: a conversation"
+    )
+    system: str = arg("", "the system message of a chat (none: the template's own, if it has one)", needs=CHAT)
     stop_at_end: bool = arg(False, "stop at the end-of-sequence token; --chat and --prompt_dir always do")
     fields: tuple[str, ...] = arg(
         (),
@@ -100,8 +106,10 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
         yield "--start: has no effect with --prompt_dir; use --fields"
     if args.prompt_dir and not args.fields:
         yield "--prompt_dir: needs --fields, a JSON object for each prompt"
-    if args.chat and not start_is_set:
-        yield "--chat: needs --start, the user's message"
+    if args.chat and not start_is_set and source["num_samples"] != "default":
+        yield "--num_samples: has no effect on a conversation; give the user's message as --start"
+    if args.prompt_dir and args.chat:
+        yield "--chat: has no effect with --prompt_dir; use --fields"
     if not args.start or "" in args.start:
         yield "--start: is empty; a model needs at least one token to continue"
     for name in ("prompt_dir", "chat", "stop_at_end"):
@@ -119,7 +127,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from builders import LoadedModel, load_model, load_soft_prompts
+from builders import LoadedModel, load_model, load_soft_prompts, with_template
 from nanoforge import files
 from nanoforge.console import print_to_stderr
 from nanoforge.data import tables
@@ -128,6 +136,7 @@ from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate, generate_batch
 from nanoforge.posttraining import prompt_format
+from nanoforge.posttraining.chat_template import completion_end_ids
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.posttraining.rollouts import decode_completion
@@ -149,6 +158,7 @@ def sample(args: SampleArgs) -> None:
     loaded = load_model(args.init_from, args.out_dir, args.checkpoint, args.base_model, print_to_stderr)
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
+    loaded = with_template(loaded, args.chat_template)
     if args.chat:
         sample_replies(args, loaded)
     elif args.stop_at_end:
@@ -183,17 +193,27 @@ def read_start(start: str) -> str:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids, (T,), of a text in which <|endoftext|> is the token. Raises UserError, also for no ids."""
-    parts = [text] if tokenizer.eos_id is None else text.split(END_OF_TEXT)
+    """The ids, (T,), of a text in which <|endoftext|> is the token, behind the token that begins a text, if there is
+    one. Raises UserError, also for no ids."""
+    end_of_text = tokenizer.control_tokens.get(END_OF_TEXT)
+    parts = [text] if end_of_text is None else text.split(END_OF_TEXT)
     try:
         ids = list(tokenizer.encode(parts[0]))
         for part in parts[1:]:
-            ids += [tokenizer.eos_id, *tokenizer.encode(part)]
+            ids += [end_of_text, *tokenizer.encode(part)]
     except (UserError, UnicodeError) as error:
         raise UserError(f"--start: {error}") from None
+    if tokenizer.bos_id is not None:
+        ids.insert(0, tokenizer.bos_id)
     if not ids:
         raise UserError("--start: is empty; a model needs at least one token to continue")
     return np.array(ids, dtype=np.int64)
+
+
+def without_start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids without the token that begins a text."""
+    begins = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
+    return ids[1:] if begins else ids
 
 
 def read_fields(fields: str) -> list[dict[str, Any]]:
@@ -234,22 +254,54 @@ def sample_soft_prompts(args: SampleArgs) -> None:
     loaded = load_soft_prompts(folders, args.base_model, print_to_stderr)
     formats = [RunRecord.load(folder).args["prompt_format"] for folder in folders]
     templates = [prompt_format.parse(template) for template in formats]
+    start = [] if loaded.tokenizer.bos_id is None else [loaded.tokenizer.bos_id]
     prompts = []
     for row, i in zip(rows, prompt_of_row, strict=True):
         unknown_fields = sorted(row.keys() - set(templates[i].fields))
         if unknown_fields:
             raise UserError(f"--fields: {', '.join(unknown_fields)} not in the prompt {formats[i]!r}")
-        prompts.append(templates[i].encode(row, loaded.tokenizer, loaded.prompt_offsets[i]))
+        prompts.append([*start, *templates[i].encode(row, loaded.tokenizer, loaded.prompt_offsets[i])])
     print_completions(args, loaded, prompts)
 
 
 def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
-    """Reply to each user's message. Raises UserError."""
-    if ROLES["assistant"] not in getattr(loaded.tokenizer, "added_ids", {}):
-        raise UserError("--chat: this model was not trained on messages")
-    encoder = ExampleEncoder(loaded.tokenizer, loaded.model.config.block_size)
-    messages = [{"role": "user", "content": read_start(start)} for start in args.start]
-    print_completions(args, loaded, [encoder.encode_prompt({"prompt": [message]}) for message in messages])
+    """Reply to each user's message, or without any hold a conversation. Raises UserError."""
+    tokenizer = loaded.tokenizer
+    if not tokenizer.chat_template and ROLES["assistant"] not in tokenizer.added_ids:
+        raise UserError("--chat: this model was not trained on messages; if it was, name its template: --chat_template")
+    encoder = ExampleEncoder(tokenizer, loaded.model.config.block_size)
+    system = [{"role": "system", "content": tables.check_text(args.system, "--system")}] if args.system else []
+    if args.start == DEFAULT_START:
+        converse(args, loaded, encoder, system)
+        return
+    chats = [[*system, {"role": "user", "content": read_start(start)}] for start in args.start]
+    print_completions(args, loaded, [encoder.encode_prompt({"prompt": chat}) for chat in chats])
+
+
+def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, chat: list[dict[str, str]]) -> None:
+    """Reply to each line of standard input, as the user's next message, until it ends. Raises UserError."""
+    loaded.to(args.device, args.dtype)
+    tokenizer = loaded.tokenizer
+    sampling = sampling_params(args, end_ids=completion_end_ids(tokenizer), vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(args.seed)
+    while (message := read_message()) is not None:
+        chat.append({"role": "user", "content": tables.check_text(message, "standard input")})
+        prompt = encoder.encode_prompt({"prompt": chat})
+        remark_long_prompt(len(prompt), loaded)
+        printer = TokenPrinter(tokenizer)
+        (completion,) = generate_batch(loaded.model, [prompt], sampling, on_token=printer.put)
+        printer.flush()
+        print()
+        chat.append({"role": "assistant", "content": decode_completion(completion, tokenizer)})
+
+
+def read_message() -> str | None:
+    """The next line that says something; None at the end of standard input. A terminal shows a prompt."""
+    try:
+        message = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    return message if message.strip() else read_message()
 
 
 def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:
@@ -266,7 +318,8 @@ def print_completions(
     loaded.to(args.device, args.dtype)
     remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
-    sampling = sampling_params(args, n=args.num_samples, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    end_ids = completion_end_ids(tokenizer)
+    sampling = sampling_params(args, n=args.num_samples, end_ids=end_ids, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(args.seed)
     for number, completion in enumerate(generate_batch(loaded.model, prompts, sampling)):
         prefix = prefixes[number // args.num_samples] if prefixes else ""
@@ -287,8 +340,8 @@ class TextStream:
     prompt: np.ndarray  # (T,)
 
     def local_ids(self, ids: torch.Tensor) -> list[int]:
-        """The tokenizer's ids from the model's, (T,)."""
-        return (ids - self.offset).tolist()
+        """The tokenizer's ids from the model's, (T,), without the one that begins a text."""
+        return without_start(self.tokenizer, (ids - self.offset).tolist())
 
 
 class TokenPrinter:
@@ -296,23 +349,25 @@ class TokenPrinter:
 
     MAX_WAITING = 8  # tokens; a character has fewer, so these make none
 
-    def __init__(self, stream: TextStream):
-        self.stream = stream
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0):
+        """offset: of the tokenizer's vocabulary in the model."""
+        self.tokenizer = tokenizer
+        self.offset = offset
         self.waiting: list[int] = []
 
     def put(self, token: int) -> None:
         self.waiting.append(token)
-        is_whole = not self.stream.tokenizer.decode(self.waiting).endswith("\ufffd")
+        is_whole = not self.tokenizer.decode(self.waiting).endswith("\ufffd")
         if is_whole or len(self.waiting) > self.MAX_WAITING:
             self.flush()
 
     def put_first_sample(self, ids: torch.Tensor) -> None:
         """The first of the samples' new ids, (B,)."""
-        self.put(int(ids[0]) - self.stream.offset)
+        self.put(int(ids[0]) - self.offset)
 
     def flush(self) -> None:
         """Print what is waiting, whole or not."""
-        print(self.stream.tokenizer.decode(self.waiting), end="", flush=True)
+        print(self.tokenizer.decode(self.waiting), end="", flush=True)
         self.waiting = []
 
 
@@ -337,8 +392,8 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     # 3. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
     printer = None
     if args.stream and not has_contexts:
-        printer = TokenPrinter(streams[0])
-        for token in streams[0].prompt.tolist():
+        printer = TokenPrinter(streams[0].tokenizer, streams[0].offset)
+        for token in without_start(streams[0].tokenizer, streams[0].prompt.tolist()):
             printer.put(token)
     samples = generate(
         model,
@@ -377,7 +432,7 @@ def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
     if args.dataset:
         raise UserError(f"--dataset={args.dataset}: the contexts are continued together")
     starts = args.start
-    if starts == ("\n",):
+    if starts == DEFAULT_START:
         starts *= len(names)
     if len(starts) != len(names):
         raise UserError(

@@ -456,12 +456,15 @@ class Planner:
         import builders  # here, since they import torch
         from nanoforge.posttraining import rewards
 
-        read = (args.objective, args.prompt_format, args.target_field, args.bad_rows, args.reward)
-        key = (*read, args.train_file, args.validation_file, *args.folders.values())
+        may_have_template = args.init_from != "scratch" or args.chat_template != ""
+        read = (args.objective, args.prompt_format, args.target_field, args.bad_rows, args.reward, may_have_template)
+        sources = (args.train_file, args.validation_file, args.hub_names, args.val_fraction, args.columns)
+        key = (*read, *sources, *args.folders.values())
         if key not in self.checked_rows:
             self.checked_rows[key] = ""
             try:
-                builders.read_rows(args, lambda note: print(note, file=sys.stderr))
+                log = functools.partial(print, file=sys.stderr)
+                builders.read_rows(args, log, has_chat_template=may_have_template)
                 if args.objective == "grpo":
                     rewards.parse_rewards(args.reward)
             except UserError as error:

@@ -18,7 +18,9 @@ import configurator
 from common_args import BASE_MODEL_HELP, DeviceArgs, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files, launcher
+from nanoforge.data import hub_datasets
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import depth
 from nanoforge.training.schedules import SCHEDULES, other_names
@@ -26,6 +28,10 @@ from nanoforge.training.schedules import SCHEDULES, other_names
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
 SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")  # DPO losses with label smoothing
+ROPE_SCALING_NUMBERS = {  # rope_type -> the numbers that --rope_scaling has for it
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that reach min_lr at lr_decay_iters
 ROLLOUT_INTERVALS = ("max_iters", "eval_interval", "checkpoint_interval")
@@ -46,6 +52,15 @@ WINDOWS = OnlyWith(
     f"an S in --window, and {FROM_SCRATCH.description}",
     lambda args: "S" in args.window and FROM_SCRATCH.holds(args),
 )
+WINDOWED_ROPE = OnlyWith(
+    f"--position=rope, an S in --window, and {FROM_SCRATCH.description}",
+    lambda args: ROPE.holds(args) and WINDOWS.holds(args),
+)
+QK_NORM = OnlyWith(f"--qk_norm, and {FROM_SCRATCH.description}", lambda args: args.qk_norm and FROM_SCRATCH.holds(args))
+SOFTCAP = OnlyWith(
+    f"--logit_softcap, and {FROM_SCRATCH.description}",
+    lambda args: args.logit_softcap > 0 and FROM_SCRATCH.holds(args),
+)
 MULTIDATASET = with_value("training_mode", "multidataset")
 SAMPLED_DATASETS = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
@@ -54,6 +69,11 @@ SAMPLED_DATASETS = OnlyWith(
 EXAMPLES = OnlyWith(
     f"--objective={'|'.join(name for name, spec in OBJECTIVES.items() if spec.reads_examples)}",
     lambda args: OBJECTIVES[args.objective].reads_examples,
+)
+HUB = OnlyWith("--dataset=hf:NAME", lambda args: bool(args.hub_names))
+EXAMPLES_OF_NEW_RUN = OnlyWith(
+    f"{EXAMPLES.description}, and not --init_from=resume, which keeps its run's template",
+    lambda args: EXAMPLES.holds(args) and args.init_from != "resume",
 )
 LM = with_value("objective", "lm")
 SFT = with_value("objective", "sft")
@@ -116,12 +136,17 @@ class DataArgs:
     training_mode: str = arg("single", "single: one dataset; multidataset: a mixture of datasets; "
         "multicontext: aligned token streams whose embeddings are summed",
         choices=("single", "multidataset", "multicontext"))
-    dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing",
+    dataset: str = arg("shakespeare_char", "dataset folder in data_dir; its prepare.py runs if token bins are missing; "
+        "examples also from the Hugging Face hub: hf:NAME[:CONFIG][@REVISION][#SPLIT[/VALIDATION_SPLIT]]",
         needs=with_value("training_mode", "single"), path=True)
     train_file: str = arg("", "training examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's train.jsonl)",
         needs=EXAMPLES, path=True)
     validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl)",
         needs=EXAMPLES, path=True)
+    val_fraction: float = arg(0.1, "fraction of the rows of an hf: dataset for validation, by a hash of each, "
+        "where it has no validation or test split", above=0, high=0.5, needs=HUB)
+    columns: tuple[str, ...] = arg((), "columns of the examples as FIELD=COLUMN: prompt=question,completion=answer "
+        "(none: by the names of TRL, ShareGPT, Alpaca)", needs=EXAMPLES, val_loss=ALWAYS, alias=("column_map",))
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
         choices=("error", "drop", "truncate_target"), needs=EXAMPLES, val_loss=ALWAYS)
     bad_rows: str = arg("error", "what to do with rows of examples that a field makes unusable: "
@@ -182,15 +207,33 @@ class ModelArgs:
     n_kv_head: int = arg(0, "key/value heads of grouped-query attention (0: n_head)",
         low=0, model_shape=True, needs=FROM_SCRATCH, alias=("num_key_value_heads", "n_kv_heads"))
     n_embd: int = arg(384, "embedding dimension", low=1, model_shape=True, needs=FROM_SCRATCH, alias=("hidden_size",))
+    head_dim: int = arg(0, "dimension of an attention head (0: n_embd / n_head)",
+        low=0, model_shape=True, needs=FROM_SCRATCH)
     vocab_size: int = arg(0, "rows of token embedding and head (0: the tokenizer's); 50304 pads GPT-2's for speed",
         low=0, model_shape=True, needs=FROM_SCRATCH)
     bias: bool = arg(False, "biases in linear layers and LayerNorm", model_shape=True, needs=FROM_SCRATCH)
-    norm: str = arg("layernorm", "normalization layer; rmsnorm_nogain has no learned gain",
-        choices=("layernorm", "rmsnorm", "rmsnorm_nogain"), model_shape=True, needs=FROM_SCRATCH)
+    qkv_bias: bool = arg(False, "biases of queries, keys and values, also without --bias (Qwen2)",
+        model_shape=True, needs=FROM_SCRATCH)
+    norm: str = arg("layernorm", "normalization layer; rmsnorm_nogain has no learned gain, that of rmsnorm_offset is "
+        "1 + a learned offset (Gemma)",
+        choices=("layernorm", "rmsnorm", "rmsnorm_nogain", "rmsnorm_offset"), model_shape=True, needs=FROM_SCRATCH)
+    norm_eps: float = arg(1e-5, "epsilon of the norms, added to the mean square or the variance",
+        above=0, model_shape=True, needs=FROM_SCRATCH, alias=("rms_norm_eps", "layer_norm_epsilon"))
+    norm_placement: str = arg("pre", "normalize the inputs of attention and MLP (pre), "
+        "their outputs (post, as OLMo 2), or both (Gemma)",
+        choices=("pre", "post", "both"), model_shape=True, needs=FROM_SCRATCH)
+    parallel_residual: bool = arg(False, "attention and MLP read the same residual stream (GPT-NeoX)",
+        model_shape=True, needs=FROM_SCRATCH, alias=("use_parallel_residual",))
     position: str = arg("learned", "position encoding: learned embeddings, rotary embeddings (RoPE), or none",
         choices=("learned", "rope", "none"), model_shape=True, needs=FROM_SCRATCH)
     rope_base: float = arg(10000.0, "RoPE base frequency (theta)",
         above=0, model_shape=True, needs=ROPE, alias=("rope_theta",))
+    rope_scaling: dict[str, Any] = arg({}, "RoPE scaling for a longer context, as JSON: "
+        '{"rope_type": "linear", "factor": 4}, or llama3 with its four numbers', model_shape=True, needs=ROPE)
+    rotary_fraction: float = arg(1.0, "share of a head that RoPE rotates (GPT-NeoX: 0.25)",
+        above=0, high=1, model_shape=True, needs=ROPE, alias=("partial_rotary_factor", "rotary_pct"))
+    window_rope_base: float = arg(0.0, "RoPE base frequency of sliding-window layers, without scaling "
+        "(Gemma 3; 0: as the others)", low=0, model_shape=True, needs=WINDOWED_ROPE)
     activation: str = arg("gelu", "MLP activation: any function of torch.nn.functional, gelu_tanh, "
         "or relu2 (squared ReLU)", model_shape=True, needs=FROM_SCRATCH)
     mlp: str = arg("plain", "plain, or gated (SwiGLU with --activation=silu)",
@@ -198,12 +241,22 @@ class ModelArgs:
     mlp_ratio: float = arg(4.0, "MLP hidden dimension / n_embd", above=0, model_shape=True, needs=FROM_SCRATCH)
     qk_norm: bool = arg(False, "QK-norm: RMSNorm of queries and keys, before RoPE",
         model_shape=True, needs=FROM_SCRATCH)
+    qk_norm_gain: bool = arg(False, "learned gains in QK-norm, of the kind of --norm (Qwen3, Gemma 3)",
+        model_shape=True, needs=QK_NORM)
+    qk_norm_joint: bool = arg(False, "QK-norm over all heads together instead of each (OLMo 2)",
+        model_shape=True, needs=QK_NORM)
+    attention_scale: float = arg(0.0, "factor of the attention scores (0: 1 / sqrt(head_dim))",
+        low=0, model_shape=True, needs=FROM_SCRATCH)
     window: str = arg("L", "attention pattern, repeated over the layers: L full attention, S sliding window",
         model_shape=True, needs=FROM_SCRATCH)
     window_size: int = arg(0, "sliding window of S layers in tokens, the current one included (0: half of block_size)",
         low=0, model_shape=True, needs=WINDOWS)
-    logit_softcap: float = arg(0.0, "soft cap c of the logits: c z / sqrt(z^2 + c^2) (0: none)",
-        low=0, model_shape=True, needs=FROM_SCRATCH)
+    logit_softcap: float = arg(0.0, "soft cap c of the logits (0: none)",
+        low=0, model_shape=True, needs=FROM_SCRATCH, alias=("final_logit_softcapping",))
+    softcap: str = arg("rsqrt", "function of --logit_softcap: rsqrt, c z / sqrt(z^2 + c^2), or tanh, c tanh(z / c)",
+        choices=("rsqrt", "tanh"), model_shape=True, needs=SOFTCAP)
+    embedding_scale: float = arg(1.0, "factor of the token embeddings (Gemma: sqrt(n_embd))",
+        above=0, model_shape=True, needs=FROM_SCRATCH)
     embedding_norm: bool = arg(False, "RMSNorm of the embedding, before the first layer",
         model_shape=True, needs=FROM_SCRATCH)
     value_residual: bool = arg(False, "value residual: mix the first layer's values into each layer's, learned weights",
@@ -233,6 +286,9 @@ class ObjectiveArgs:
         "so that the policy starts as the reference model", needs=WITH_REFERENCE)
     max_new_tokens: int = arg(64, "maximum completion length, in tokens",
         low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length", "max_generation_steps"))
+    chat_template: str = arg("", "jinja file, or a folder's chat_template.jinja, with which chats become tokens "
+        "(none: the model's own template, or else a token for each role)",
+        inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS, alias=("chat_template_path",), path=True)
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 
@@ -456,11 +512,6 @@ class TrainArgs(
         return self.batch_size * self.gradient_accumulation_steps
 
     @cached_property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
-
-    @cached_property
     def schedule(self) -> str:
         """Name of the learning rate schedule; --decay_lr alone means cosine, as in nanoGPT."""
         return "cosine" if self.decay_lr and self.lr_scheduler == "none" else self.lr_scheduler
@@ -496,10 +547,18 @@ class TrainArgs(
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """The folder of each dataset; none with --train_file."""
+        """The folder of each dataset; none with --train_file, nor of a dataset of the hub."""
         if self.train_file:
             return {}
-        return {name: Path(self.data_dir) / name for streams in self.mixture for name in streams}
+        names = [name for streams in self.mixture for name in streams]
+        return {name: Path(self.data_dir) / name for name in names if not hub_datasets.is_hub(name)}
+
+    @cached_property
+    def hub_names(self) -> tuple[str, ...]:
+        """The datasets of the hub, hf:NAME."""
+        if self.train_file:
+            return ()
+        return tuple(name for streams in self.mixture for name in streams if hub_datasets.is_hub(name))
 
     @cached_property
     def data_format(self) -> str:
@@ -596,9 +655,15 @@ HINTS = {
     "bf16": "use --dtype=bfloat16",
     "completion_only_loss": "use --loss_on=completion (default) or all",
     "data_seed": "data order follows from --seed",
-    "dataset_name": "prepare a folder in --data_dir with data/prepare.py, then use --dataset=FOLDER",
-    "dataset_text_field": "use data/prepare.py --field for texts; examples have the fields of docs/alignment.md",
+    "dataset_config": "use --dataset=hf:NAME:CONFIG",
+    "dataset_name": "use --dataset=hf:NAME for examples of the hub, or --dataset=FOLDER for a folder in --data_dir",
+    "dataset_test_split": "use --dataset=hf:NAME#SPLIT/VALIDATION_SPLIT",
+    "dataset_text_field": "use --columns=text=COLUMN for examples, data/prepare.py --field for token bins",
+    "dataset_train_split": "use --dataset=hf:NAME#SPLIT",
     "eval_strategy": "use --eval_interval, in steps",
+    "field_instruction": "use --columns=prompt=COLUMN",
+    "field_messages": "use --columns=messages=COLUMN",
+    "field_output": "use --columns=completion=COLUMN",
     "fp16": "use --dtype=float16",
     "fsdp": "use --parallel=fsdp",
     "logging_strategy": "use --log_interval, in steps",
@@ -753,16 +818,35 @@ def weights_errors(args: TrainArgs) -> Iterator[str]:
 
 def model_errors(args: TrainArgs) -> Iterator[str]:
     """Errors of the model's shape."""
-    if args.n_embd % args.n_head:
-        yield f"--n_embd={args.n_embd}: must be divisible by --n_head={args.n_head}"
-    elif args.position == "rope" and args.head_dim % 2:
-        yield f"--position=rope: head_dim = n_embd / n_head must be even, got {args.head_dim}"
+    head_dim = args.head_dim or args.n_embd // args.n_head
+    if args.n_embd % args.n_head and not args.head_dim:
+        yield f"--n_embd={args.n_embd}: must be divisible by --n_head={args.n_head}, or set --head_dim"
+    elif args.position == "rope" and head_dim % 2:
+        yield f"--position=rope: head_dim must be even, got {head_dim}"
+    yield from rope_scaling_errors(args.rope_scaling)
     if args.n_kv_head and args.n_head % args.n_kv_head:
         yield f"--n_kv_head={args.n_kv_head}: must divide --n_head={args.n_head}"
     if not args.window or set(args.window) - set("LS"):
         yield f"--window={args.window}: must consist of the letters L and S"
     if args.loss_chunk and args.vocabulary != "one":
         yield "--loss_chunk: works with a single vocabulary only, not one per context or dataset"
+
+
+def rope_scaling_errors(scaling: dict[str, Any]) -> Iterator[str]:
+    """Errors of --rope_scaling."""
+    if not scaling:
+        return
+    rope_type = scaling.get("rope_type")
+    if rope_type not in ROPE_SCALING_NUMBERS:
+        yield f"--rope_scaling: rope_type={rope_type} must be {' or '.join(ROPE_SCALING_NUMBERS)}"
+        return
+    for name in ROPE_SCALING_NUMBERS[rope_type]:
+        value = scaling.get(name)
+        if not isinstance(value, int | float) or value <= 0:
+            yield f"--rope_scaling: {rope_type} needs {name}, a number above 0; got {value}"
+    unknown = scaling.keys() - {"rope_type", *ROPE_SCALING_NUMBERS[rope_type]}
+    if unknown:
+        yield f"--rope_scaling: {rope_type} has no {', '.join(sorted(unknown))}"
 
 
 def mixture_errors(args: TrainArgs) -> Iterator[str]:
@@ -808,10 +892,32 @@ def example_errors(args: TrainArgs) -> Iterator[str]:
         yield "--train_file, --validation_file: set both, or neither to use the dataset's own"
     if args.train_file and args.training_mode != "single":
         yield "--train_file: requires --training_mode=single"
+    yield from columns_errors(args)
     for flag in ("train_file", "validation_file"):
         path = getattr(args, flag)
         if path and not Path(path).is_file():
             yield f"--{flag}={path}: no such file"
+
+
+def hub_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of datasets of the hub."""
+    flag = {"single": "dataset", "multidataset": "dataset_list"}.get(args.training_mode, "multicontext_datasets")
+    for name in args.hub_names:
+        if not OBJECTIVES[args.objective].reads_examples:
+            yield (
+                f"--{flag}={name}: --objective={args.objective} reads token bins; make them with "
+                f"data/prepare.py --input={name} --name=NAME, then --{flag}=NAME"
+            )
+        elif error := hub_datasets.name_error(name):
+            yield f"--{flag}={error}"
+
+
+def columns_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of --columns."""
+    try:
+        row_shapes.parse_columns(args.columns, None if args.prompt_format else row_shapes.PARTS)
+    except UserError as error:
+        yield str(error)
 
 
 def is_weight(text: str) -> bool:
@@ -943,6 +1049,7 @@ def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
         yield from mixture_errors(args)
     if args.training_mode == "multicontext":
         yield from multicontext_errors(args)
+    yield from hub_errors(args)
     if OBJECTIVES[args.objective].reads_examples:
         yield from example_errors(args)
     yield from preference_errors(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanoforge.console import plural
-from nanoforge.data import tables
+from nanoforge.data import hub_datasets, tables
 from nanoforge.errors import UserError
 
 CHUNK_BYTES = 2**17  # of a text file, read at once: few enough that chunks under way stay in the processor's cache
@@ -249,32 +249,14 @@ def read_documents(paths: Iterable[Path], text_field: str, on_bad_row: OnBadRow 
         yield document
 
 
-def read_hub(name: str, text_field: str, split: str, on_bad_row: OnBadRow | None = None) -> Iterator[Document]:
-    """The documents of a dataset of the Hugging Face hub, NAME or NAME:CONFIG, streamed. Raises UserError."""
-    for number, row in enumerate(hub_rows(name, split), start=1):
-        text = tables.read_document(row, text_field, f"hf:{name}:{number}", on_bad_row)
+def read_hub(
+    dataset: hub_datasets.HubDataset, text_field: str, split: str, on_bad_row: OnBadRow | None = None
+) -> Iterator[Document]:
+    """The documents of a dataset of the hub, streamed, of this split unless its name has one. Raises UserError."""
+    for number, row in enumerate(hub_datasets.stream(dataset, split), start=1):
+        text = tables.read_document(row, text_field, f"{dataset}:{number}", on_bad_row)
         if text is not None:
             yield text_document(text)
-
-
-def hub_rows(name: str, split: str) -> Iterator[tables.Row]:
-    """The rows of a split of a dataset of the hub. Raises UserError."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UserError(f"hf:{name}: needs a package: pip install datasets") from None
-    path, _, config = name.partition(":")
-    n_rows = 0
-    try:
-        for row in datasets.load_dataset(path, config or None, split=split, streaming=True):
-            n_rows += 1
-            yield row
-    except Exception as error:  # the library raises nearly anything when the hub can't be reached
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"hf:{name}: can't be read after {n_rows:,} rows ({type(error).__name__}: {reason:.200}); "
-            "check the name and the network, or give files with --input"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +387,7 @@ class CorpusInputs:
     def find(self, flag: str) -> FoundFiles | None:
         """The files behind --input or --val_input; None for a dataset of the hub. Raises UserError."""
         inputs = self.train if flag == "--input" else self.val
-        if not any(name.startswith("hf:") for name in inputs):
+        if not any(hub_datasets.is_hub(name) for name in inputs):
             return find_files(inputs, self.field, flag)
         if len(inputs) > 1:
             raise UserError(f"{flag}: give one hf:NAME alone, or files and folders")
@@ -427,7 +409,7 @@ class CorpusInputs:
 
     def documents(self, found: FoundFiles | None, inputs: Sequence[str], hub_split: str) -> Iterator[Document]:
         if found is None:
-            return read_hub(inputs[0].removeprefix("hf:"), self.field, hub_split, self.on_bad_row)
+            return read_hub(hub_datasets.HubDataset.parse(inputs[0]), self.field, hub_split, self.on_bad_row)
         return read_documents(found.paths, self.field, self.on_bad_row)
 
 

@@ -13,7 +13,8 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +36,17 @@ class Encoding(NamedTuple):
     offsets: np.ndarray  # (n, 2), [start, stop)
 
 
+@dataclass(frozen=True)
+class ControlTokens:
+    """What a model's own files say of its control tokens."""
+
+    eos_id: int | None = None
+    bos_id: int | None = None
+    end_ids: tuple[int, ...] = ()  # eos_id among them
+    added_ids: Mapping[str, int] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+
 class Tokenizer(ABC):
     """Text to token ids and back. A new kind is a subclass and its entry in KINDS."""
 
@@ -45,10 +57,14 @@ class Tokenizer(ABC):
     added_ids: Mapping[str, int] = {}  # control tokens by name; no text becomes one
     chat_template: str = ""  # in jinja, as Hugging Face has it
     special_tokens: Mapping[str, str] = {}  # what the template calls them: {"bos_token": "<s>", ...}
+    control: ControlTokens | None = None  # of the model that the tokenizer comes from
+    marks_start: bool = False  # whether a text's first word gets the space that others have before them
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a completion."""
+        if self.control is not None:
+            return self.control.end_ids
         return () if self.eos_id is None else (self.eos_id,)
 
     @property
@@ -58,13 +74,36 @@ class Tokenizer(ABC):
             return dict(self.added_ids)
         return {END_OF_TEXT: self.eos_id, **self.added_ids}
 
+    def adopt(self, control: ControlTokens) -> None:
+        """Take over what a model's files say."""
+        self.control = control
+        self.eos_id = control.eos_id
+        self.bos_id = control.bos_id
+        self.added_ids = control.added_ids
+        self.special_tokens = control.special_tokens
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, integers of any width; never a control token. Raises UserError for what it can't hold."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; the end-of-sequence token is <|endoftext|>."""
+        """The text of ids; the end-of-sequence token is its name, <|endoftext|> where it has none."""
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """The ids of a text that goes on behind other text of the same document."""
+        if not self.marks_start or not text:
+            return self.encode(text)
+        before = "a" if text[0].isspace() else "\n"  # no token spans the two
+        first = self.encode(before)
+        ids = self.encode(before + text)
+        return ids[len(first) :] if np.array_equal(ids[: len(first)], first) else self.encode(text)
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        """The text of ids behind others: with the space before its first word, if it has one."""
+        if not self.marks_start:
+            return self.decode(ids)
+        return self.decode([*self.encode("a").tolist(), *ids])[1:]
 
     def encode_inside(self, text: str) -> Encoding:
         """As `encode`, of a text that stands behind other tokens; some kinds begin a text with a space of their own."""
@@ -266,7 +305,7 @@ def mark_control(token: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-level BPE of the `tokenizers` library, trained on the data or read from a file of that library.
+    """Any tokenizer of the `tokenizers` library: a byte-level BPE trained on the data, or a model's tokenizer.json.
 
     Its control tokens are those that the file marks as special, and those spelled <|...|>. Text that spells one is
     encoded as any other text.
@@ -287,12 +326,15 @@ class BPETokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # files may leave ids out
         self.eos_id = self.tokenizer.token_to_id(END_OF_TEXT)
+        control = {token["content"]: token["id"] for token in added if token["special"]}
+        self.added_ids = control
         unknown = {spec["model"].get("unk_token"), spec["model"].get("unk_id")}  # which text may become
-        control = [token for token in added if token["special"] and unknown.isdisjoint((token["content"], token["id"]))]
-        self.added_ids = {token["content"]: token["id"] for token in control}
-        self.control_ids = np.array([token["id"] for token in control], dtype=np.int32)
-        spellings = [(re.escape(token["content"][0]), re.escape(token["content"][1:])) for token in control]
+        never = [(name, i) for name, i in control.items() if unknown.isdisjoint((name, i))]
+        self.control_ids = np.array([i for _, i in never], dtype=np.int32)
+        spellings = [(re.escape(name[0]), re.escape(name[1:])) for name, _ in never]
         self.within_spellings = re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in spellings))
+        first, second = np.array_split(self.encode_words("a a"), 2)
+        self.marks_start = np.array_equal(first, second)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -323,7 +365,9 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_words(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        # A batch of one: unlike `encode`, it keeps no offsets, and lets other threads encode meanwhile.
+        encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.int32)
 
     def spells_control(self, ids: np.ndarray) -> bool:
         return bool(np.isin(ids, self.control_ids).any())
@@ -357,6 +401,50 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> "BPETokenizer":
         return cls(spec["tokenizer"])
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of the sentencepiece library, BPE or Unigram.
+
+    Its control tokens are the pieces of the control type. Text never becomes one, but for the unknown piece.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        """model: the content of a .model file. Raises UserError."""
+        try:
+            import sentencepiece
+        except ModuleNotFoundError:
+            raise UserError("this tokenizer needs a package: pip install sentencepiece") from None
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.pieces.vocab_size()
+        names = {self.pieces.id_to_piece(i): i for i in range(self.vocab_size) if self.pieces.is_control(i)}
+        self.added_ids = names
+        self.control_names = {i: name for name, i in names.items()}
+        self.eos_id = self.pieces.eos_id() if self.pieces.eos_id() >= 0 else None
+        first, second = np.array_split(self.encode("a a"), 2)
+        self.marks_start = np.array_equal(first, second)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.pieces.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        texts = []
+        for is_control, run in itertools.groupby(map(int, ids), self.control_names.__contains__):
+            if is_control:
+                texts += [self.control_names[i] for i in run]
+            else:
+                texts.append(self.pieces.decode(list(run)))
+        return "".join(texts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": base64.b64encode(self.model).decode()}
+
+    @classmethod
+    def from_json(cls, spec: Mapping[str, Any]) -> "SentencePieceTokenizer":
+        return cls(base64.b64decode(spec["model"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,9 +487,10 @@ class ExtendedTokenizer(Tokenizer):
     def __init__(self, base: Tokenizer, added: Sequence[str]) -> None:
         self.base = base
         self.added = list(added)
-        self.added_ids = {**base.added_ids, **{token: base.vocab_size + i for i, token in enumerate(self.added)}}
+        own_ids = {token: base.vocab_size + i for i, token in enumerate(self.added)}
         self.vocab_size = base.vocab_size + len(self.added)
-        self.eos_id = self.added_ids.get(END_OF_TEXT, base.eos_id)
+        self.added_ids = {**base.added_ids, **own_ids}
+        self.eos_id = own_ids.get(END_OF_TEXT, base.eos_id)
         self.bos_id, self.chat_template, self.special_tokens = base.bos_id, base.chat_template, base.special_tokens
 
     @property
@@ -414,14 +503,26 @@ class ExtendedTokenizer(Tokenizer):
     def encode_inside(self, text: str) -> Encoding:
         return self.base.encode_inside(text)
 
+    def encode_continuation(self, text: str) -> np.ndarray:
+        return self.base.encode_continuation(text)
+
     def decode(self, ids: Sequence[int]) -> str:
+        return self.decode_runs(ids, self.base.decode)
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        return self.decode_runs(ids, self.base.decode_continuation)
+
+    def decode_runs(self, ids: Sequence[int], decode_first: Callable[[Sequence[int]], str]) -> str:
+        """The text of ids; decode_first: of the base's ids that they begin with."""
         first_added = self.base.vocab_size
+        decode = decode_first
         texts = []
         for is_added, run in itertools.groupby(ids, lambda i: i >= first_added):
             if is_added:
                 texts += [self.added[i - first_added] for i in run]
             else:
-                texts.append(self.base.decode(list(run)))
+                texts.append(decode(list(run)))
+            decode = self.base.decode
         return "".join(texts)
 
     def to_json(self) -> dict[str, Any]:
@@ -450,6 +551,7 @@ KINDS: dict[str, type[Tokenizer]] = {
     "byte": ByteTokenizer,
     "tiktoken": TiktokenTokenizer,
     "bpe": BPETokenizer,
+    "sentencepiece": SentencePieceTokenizer,
     "numbers": NumberTokenizer,
     "extended": ExtendedTokenizer,
 }
@@ -458,6 +560,8 @@ KINDS: dict[str, type[Tokenizer]] = {
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in full."""
     spec = {"kind": tokenizer.kind, **tokenizer.to_json()}
+    if tokenizer.control is not None:
+        spec["control"] = asdict(tokenizer.control)
     if tokenizer.chat_template:
         spec["chat_template"] = tokenizer.chat_template
     return spec
@@ -470,10 +574,16 @@ def from_json(spec: Mapping[str, Any], source: str) -> Tokenizer:
     """
     try:
         tokenizer = KINDS[spec["kind"]].from_json(spec)
+        if "control" in spec:
+            tokenizer.adopt(control_from_json(spec["control"]))
         tokenizer.chat_template = spec.get("chat_template", tokenizer.chat_template)
         return tokenizer
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: not a tokenizer of this program ({type(error).__name__}: {error})") from None
+
+
+def control_from_json(spec: Mapping[str, Any]) -> ControlTokens:
+    return ControlTokens(**{**spec, "end_ids": tuple(spec["end_ids"])})
 
 
 def same_tokenizer(*tokenizers: Tokenizer) -> bool:
@@ -483,9 +593,11 @@ def same_tokenizer(*tokenizers: Tokenizer) -> bool:
 
 
 def without_template(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the ids of a text, of a tokenizer's JSON."""
-    rest = {name: value for name, value in spec.items() if name != "chat_template"}
-    return {**rest, "base": without_template(spec["base"])} if "base" in spec else rest
+    """What decides the ids of a text and of its two ends, of a tokenizer's JSON."""
+    rest = {name: value for name, value in spec.items() if name not in ("chat_template", "control")}
+    ends = {name: spec["control"][name] for name in ("bos_id", "eos_id")} if "control" in spec else {}
+    base = {"base": without_template(spec["base"])} if "base" in spec else {}
+    return {**rest, **ends, **base}
 
 
 def save(path: Path, tokenizers: Mapping[str, Tokenizer]) -> None:

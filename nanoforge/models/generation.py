@@ -6,7 +6,7 @@ Knows nothing of tokenizers, prompts as text, or rewards.
 context is cut to its last half and read again. Every token is thus drawn from the model's exact output for at least
 half a block of context, at the cost of one prefill every half block.
 
-`generate_batch` completes prompts of different lengths, each `n` times, until the end-of-sequence token. Its
+`generate_batch` completes prompts of different lengths, each `n` times, until a token that ends them. Its
 `BatchDecoder` prefills once, then decodes a token of every sequence at a time, and retires finished sequences. Past
 block_size it cuts each sequence's context in the same way; virtual tokens of a soft prompt always stay.
 """
@@ -38,7 +38,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     n: int = 1  # completions of each prompt
-    eos_id: int | None = None  # ends a completion
+    end_ids: tuple[int, ...] = ()  # each ends a completion
     vocab_size: int | None = None  # ids that may be drawn are below it: padding rows are not; None: all
 
 
@@ -103,7 +103,7 @@ class KVCache:
         config: Any = model.config
         dtype: Any = model.compute_dtype
         device = device_of(model)
-        n_kv_head, head_dim = config.n_kv_head, config.n_embd // config.n_head
+        n_kv_head, head_dim = config.n_kv_head, config.head_dim
         shape = (config.n_layer, batch_size, n_kv_head, size, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
@@ -245,9 +245,9 @@ def generate(
 
 
 class Completion(NamedTuple):
-    ids: list[int]  # the end-of-sequence token included
+    ids: list[int]  # the token that ends it included
     logps: list[float]  # of each id among all rows of the head, at the temperature, before any filter: as in training
-    ended: bool  # by the end-of-sequence token, not by max_new_tokens
+    ended: bool  # by one of end_ids, not by max_new_tokens
 
 
 def cut_context(ids: Sequence[int], block_size: int, vocab_rows: int, *, halve: bool) -> list[int]:
@@ -275,7 +275,6 @@ class BatchDecoder:
 
     uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's generator.
     any_rank: whether something holds on this rank -> whether it holds on any, for sharded models.
-    is_complete: whether the ids of a completion, of which none ends it, are enough: a stop string is in them.
     """
 
     cache: KVCache
@@ -289,14 +288,13 @@ class BatchDecoder:
         sampling: SamplingParams,
         uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
         any_rank: Callable[[bool], bool] = bool,
-        is_complete: Callable[[list[int]], bool] | None = None,
     ):
         self.model, self.sampling, self.uniform, self.any_rank = model, sampling, uniform, any_rank
-        self.is_complete = is_complete
         self.device = device_of(model)
         config: Any = model.config
         self.block_size: int = config.block_size
         self.vocab_rows = model.get_parameter("wte.weight").size(0)  # ids from here on are virtual tokens
+        self.end_ids = np.array(sampling.end_ids, dtype=np.int64)
         self.num_drawn = 0  # tokens of each active completion
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -406,12 +404,9 @@ class BatchDecoder:
         self.ids[kept, self.num_drawn] = kept_ids
         self.logps[kept, self.num_drawn] = drawn_logps.cpu().numpy()[active]
         self.num_tokens[kept] += 1
-        self.ended[kept] = kept_ids == sampling.eos_id
+        self.ended[kept] = (kept_ids[:, None] == self.end_ids).any(1)
         self.finished[kept] = self.ended[kept]
         self.num_drawn += 1
-        if self.is_complete is not None:
-            for completion in kept[~self.ended[kept]]:
-                self.finished[completion] = self.is_complete(self.ids[completion, : self.num_drawn].tolist())
         self.context_lengths += 1
 
 
@@ -422,15 +417,24 @@ def generate_batch(
     sampling: SamplingParams,
     uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
     any_rank: Callable[[bool], bool] = bool,
-    is_complete: Callable[[list[int]], bool] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Completions of prompts of any lengths, the `n` of a prompt one after the other.
 
-    Each ends with the end-of-sequence token, or after max_new_tokens. uniform, any_rank, is_complete: see BatchDecoder.
+    Each ends with one of end_ids, or after max_new_tokens. uniform, any_rank: see BatchDecoder. on_token is called with
+    each id of the first completion, but not with one that ends it.
     """
-    decoder = BatchDecoder(model, sampling, uniform, any_rank, is_complete)
+    decoder = BatchDecoder(model, sampling, uniform, any_rank)
     decoder.prefill(prompts)
+    report_token(decoder, on_token)
     while decoder.num_drawn < sampling.max_new_tokens and any_rank(decoder.any_active):
         decoder.retire()
         decoder.step()
+        report_token(decoder, on_token)
     return decoder.completions()
+
+
+def report_token(decoder: BatchDecoder, on_token: Callable[[int], None] | None) -> None:
+    """Call on_token with the id that was just drawn for the first completion."""
+    if on_token is not None and not decoder.ended[0] and decoder.num_tokens[0] == decoder.num_drawn:
+        on_token(int(decoder.ids[0, decoder.num_drawn - 1]))

@@ -4,23 +4,21 @@ All of them come as `Pretrained`: the model's shape by GPTConfig's names, the we
 tokenizers. Knows nothing of the model itself.
 """
 
+import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoforge import files
 from nanoforge.console import print_line
 from nanoforge.data import token_bins, tokenization
 from nanoforge.errors import UserError, did_you_mean
-from nanoforge.models import adapters
+from nanoforge.models import adapters, families, weight_files
 from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
@@ -72,7 +70,7 @@ def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: s
     elif path.suffix == ".pt":
         loaded = load_nanogpt(path, log)
     else:
-        loaded = load_gpt2_path(path, log)
+        loaded = load_hf(path, log)
     if base_model and not (path / RECORD_FILE).exists():
         raise UserError(NO_BASE_NEEDED.format(path))
     return loaded._replace(source=str(path.resolve()))
@@ -96,7 +94,8 @@ def checkpoint_of_file(path: Path) -> Path:
 
 def load_hub(name: str) -> Pretrained:
     """A GPT-2 of the hub, from the local cache or the network. Raises UserError."""
-    loaded = load_gpt2(download_from_hub(name, "config.json"), download_from_hub(name, "model.safetensors"))
+    download_from_hub(name, "config.json")
+    loaded = load_hf(download_from_hub(name, "model.safetensors").parent)
     return loaded._replace(source=name)
 
 
@@ -117,85 +116,81 @@ def download_from_hub(name: str, file: str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GPT-2 and nanoGPT
+# Hugging Face's layout: config.json, weights, and the tokenizer's files
 
-# Applied one after the other: the name in Hugging Face's or nanoGPT's files -> the name in model.py.
-NAME_PATTERNS = (
-    (r"^(_orig_mod\.)?(transformer\.)?", ""),
-    (r"^wpe\.", "position."),
-    (r"^ln_f\.", "norm."),
-    (r"^h\.(\d+)\.", r"blocks.\1."),
-    (r"\.ln_(\d)\.", r".norm_\1."),
-    (r"\.attn\.c_attn\.", ".attn.qkv."),
-    (r"\.mlp\.c_fc\.", ".mlp.up."),
-    (r"\.c_proj\.", ".proj."),
-    (r"^lm_head\.", "head."),
-)
-CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # a buffer that older files keep
-LINEAR_WEIGHT = re.compile(r"\.(qkv|proj|up)\.weight$")
-
-# Settings of Hugging Face's config that this model has fixed, with their values.
-FIXED_SETTINGS = {
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-}
-HEAD_DIM = 64  # of every GPT-2 that OpenAI released
-ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+GPT2_HEAD_DIM = 64  # of every GPT-2 that OpenAI released
 
 
-def convert_weights(weights: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
-    """Float32 weights by model.py's names.
+def load_hf(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
+    """A model of one of the families, from its folder or from a file of weights beside its config.json.
 
-    transposed: linear weights are (in, out), as in GPT-2's own files (Conv1D); nanoGPT's are (out, in).
+    Raises UserError.
     """
-    converted = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in NAME_PATTERNS:
-            name = re.sub(pattern, replacement, name)
-        if CAUSAL_MASK.search(name):
-            continue
-        if transposed and LINEAR_WEIGHT.search(name):
-            tensor = tensor.t()
-        converted[name] = tensor.float().contiguous()
-    if "head.weight" in converted and torch.equal(converted["head.weight"], converted["wte.weight"]):
-        del converted["head.weight"]  # tied
-    return converted
-
-
-def infer_shape(weights: Mapping[str, Tensor], n_head: int | None, activation: str) -> dict[str, Any]:
-    """The fields of GPTConfig that fit converted GPT-2 weights. n_head None: HEAD_DIM wide heads. Raises UserError."""
+    folder = path if path.is_dir() else path.parent
+    reader = weight_files.open_weights(path)
+    config_path = folder / "config.json"
+    config = json.loads(files.read_text(config_path)) if config_path.exists() else {}
+    if config.get("model_type", "gpt2") == "gpt2":
+        config = complete_gpt2_config(reader, config, log, config_path)
     try:
-        vocab_size, n_embd = weights["wte.weight"].shape
-        block_size = weights["position.weight"].size(0)
-        hidden = weights["blocks.0.mlp.up.weight"].size(0)
+        family = families.family_of(config)
+        shape = family.read_config(config)
+        weights = family.read_tensors(reader, shape)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{config_path}: can't be read ({type(error).__name__}: {error})") from None
+    return Pretrained(shape, weights, gpt2_tokenizers(shape))
+
+
+def complete_gpt2_config(
+    reader: families.TensorReader, config: dict[str, Any], log: Callable[[str], None], path: Path
+) -> dict[str, Any]:
+    """The config of a GPT-2 with the sizes of its weights and, where it does not say how many, heads of 64.
+
+    Raises UserError.
+    """
+    try:
+        sizes = gpt2_sizes(reader)
+        hidden = reader.read(reader_name(reader, "transformer.h.0.mlp.c_fc.weight")).size(1)
     except KeyError as error:
-        raise UserError(f"--init_from: not the weights of a GPT-2 ({error} is missing)") from None
-    if n_head is None and n_embd % HEAD_DIM:
+        raise UserError(f"{path.parent}: not the weights of a GPT-2 ({error} is missing)") from None
+    config = {"model_type": "gpt2", "n_inner": hidden, **sizes, **config}
+    if "n_head" in config:
+        return config
+    n_embd = config["n_embd"]
+    if n_embd % GPT2_HEAD_DIM:
         raise UserError(
-            f"--init_from: no config.json says how many heads these weights have, and n_embd={n_embd} is no multiple "
-            f"of {HEAD_DIM}; put the model's config.json beside the weights"
+            f"{path.parent}: no config.json says how many heads these weights have, and n_embd={n_embd} is no "
+            f"multiple of {GPT2_HEAD_DIM}; put the model's config.json beside the weights"
         )
+    problem = "does not say n_head" if path.exists() else "is missing"
+    log(
+        f"{path}: {problem}; taken as {n_embd // GPT2_HEAD_DIM} heads of {GPT2_HEAD_DIM} and "
+        f"{config.get('activation_function', 'gelu_new')}, as GPT-2 has: put the model's own config.json there if that "
+        "is not so"
+    )
+    return {**config, "n_head": n_embd // GPT2_HEAD_DIM}
+
+
+def reader_name(reader: families.TensorReader, name: str) -> str:
+    """The name that a tensor of a GPT-2 has in a file, whose names may lack transformer."""
+    return name if name in reader.names() else name.removeprefix("transformer.")
+
+
+def gpt2_sizes(reader: families.TensorReader) -> dict[str, Any]:
+    """What the tensors of a GPT-2 say of its config. Raises KeyError."""
+    vocab_size, n_embd = reader.read(reader_name(reader, "transformer.wte.weight")).shape
+    head = "lm_head.weight"
+    is_tied = head not in reader.names() or torch.equal(
+        reader.read(head), reader.read(reader_name(reader, "transformer.wte.weight"))
+    )
     return {
-        "vocab_sizes": (vocab_size,),
-        "vocabulary": "one",
-        "block_size": block_size,
-        "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "n_head": n_head or n_embd // HEAD_DIM,
-        "n_kv_head": 0,
+        "vocab_size": vocab_size,
         "n_embd": n_embd,
-        "bias": "norm.bias" in weights,
-        "norm": "layernorm",
-        "position": "learned",
-        "activation": activation,
-        "mlp": "plain",
-        "mlp_ratio": hidden / n_embd,
-        "qk_norm": False,
-        "window": "L",
-        "window_size": 0,
-        "logit_softcap": 0.0,
-        "tie_weights": "head.weight" not in weights,
+        "n_positions": len(reader.read(reader_name(reader, "transformer.wpe.weight"))),
+        "n_layer": sum(name.endswith(".ln_1.weight") for name in reader.names()),
+        "tie_word_embeddings": is_tied,
     }
 
 
@@ -206,52 +201,33 @@ def gpt2_tokenizers(shape: Mapping[str, Any]) -> dict[str, tokenization.Tokenize
     return {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
 
 
-def load_gpt2_path(path: Path, log: Callable[[str], None]) -> Pretrained:
-    """GPT-2 from a folder, or from a file model.safetensors that may lack its config.json. Raises UserError."""
-    weights_path = path / "model.safetensors" if path.is_dir() else path
-    if weights_path.suffix != ".safetensors" or not weights_path.exists():
-        raise UserError(f"--init_from={path}: neither a run nor a checkpoint, and it has no model.safetensors")
-    return load_gpt2(weights_path.with_name("config.json"), weights_path, log)
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoGPT
 
-
-def load_gpt2(config_path: Path, weights_path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
-    """Hugging Face's GPT-2: config.json (heads, activation; may be missing) and model.safetensors. Raises UserError."""
-    config: dict[str, Any] = {}
-    if config_path.exists():
-        config = json.loads(files.read_text(config_path))
-    for name, value in FIXED_SETTINGS.items():
-        if config.get(name, value) != value:
-            raise UserError(f"{config_path}: {name}={config[name]} is not supported, only {value}")
-    activation = config.get("activation_function", "gelu_new")
-    weights = convert_weights(read_safetensors(weights_path), transposed=True)
-    shape = infer_shape(weights, config.get("n_head"), ACTIVATION_NAMES.get(activation, activation))
-    if "n_head" not in config:
-        log(
-            f"{config_path}: {'does not say n_head' if config else 'is missing'}; taken as {shape['n_head']} heads of "
-            f"{HEAD_DIM} and {activation}, as GPT-2 has: put the model's own config.json there if that is not so"
-        )
-    return Pretrained(shape, weights, gpt2_tokenizers(shape))
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises UserError."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
+NANOGPT = dataclasses.replace(
+    families.GPT2,
+    fixed={"norm": "layernorm", "position": "learned", "mlp": "plain", "activation": "gelu", "mlp_ratio": 4.0},
+    settings=(
+        *(setting for setting in families.GPT2.settings if setting.fields[0] not in ("activation", "mlp_ratio")),
+        families.same("bias", "bias"),
+    ),
+    transposed=frozenset(),
+)
 
 
 def load_nanogpt(path: Path, log: Callable[[str], None]) -> Pretrained:
     """nanoGPT's ckpt.pt, read with weights_only=True: nothing in it is executed. Raises UserError."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state, n_head = saved["model"], saved["model_args"]["n_head"]
+        saved = weight_files.load_torch_file(path)
+        reader = weight_files.TensorsReader(saved["model"])
+        bias = reader_name(reader, "transformer.ln_f.bias") in reader.names()
+        shape = NANOGPT.read_config({**gpt2_sizes(reader), "n_head": saved["model_args"]["n_head"], "bias": bias})
+        weights = NANOGPT.read_tensors(reader, shape)
         dataset = str(saved.get("config", {}).get("dataset", ""))
-    except Exception as error:  # torch.load raises nearly anything on a broken file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {reason})") from None
-    weights = convert_weights(state, transposed=False)
-    shape = infer_shape(weights, n_head, "gelu")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of nanoGPT ({type(error).__name__}: {error})") from None
+    except UserError as error:
+        raise UserError(f"{path}: not a checkpoint of nanoGPT ({error})") from None
     tokenizers = nanogpt_tokenizers(path, dataset, shape["vocab_sizes"][0], log) or gpt2_tokenizers(shape)
     if tokenizers is None:
         log(

@@ -11,22 +11,26 @@ A value that its field can't hold is refused by file, line and field, or its row
 torch nor numpy, so that files can be checked before a run starts.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.data import tables
+from nanoforge.data.hub_datasets import HubSplit
 from nanoforge.data.tables import Row, check_text, preview
 from nanoforge.errors import UserError
-from nanoforge.posttraining.answers import to_problem
+from nanoforge.posttraining import row_shapes
+from nanoforge.posttraining.row_shapes import ShapeReport
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
-Message = dict[str, str]
+Message = dict[str, Any]  # with a chat template, which may read more of it than role and content
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one value: each function returns it in its one form, or raises UserError
@@ -40,13 +44,31 @@ def check_text_or_number(value: object) -> str:
     return check_text(str(value))
 
 
-def check_messages(value: object) -> list[Message]:
-    """A list of messages; what a message has besides role and content is left out."""
+def check_messages(value: object, *, for_template: bool = False) -> list[Message]:
+    """A list of messages; what a message has besides role and content is left out, unless a template may read it."""
     if not isinstance(value, list):
         raise UserError(f"must be a list of messages, not {preview(value)}")
     if not value:
         raise UserError("is an empty list; a chat has at least one message")
-    return [check_message(message, number) for number, message in enumerate(value, start=1)]
+    check = check_template_message if for_template else check_message
+    return [check(message, number) for number, message in enumerate(value, start=1)]
+
+
+def check_template_message(message: object, number: int) -> Message:
+    """A message of any role, for a chat template, with all that it has besides role and content."""
+    problem = f"message {number} is {preview(message)}"
+    if isinstance(message, dict):
+        known = {name: value for name, value in message.items() if value is not None}
+        role, content = known.get("role"), known.get("content")
+        if not isinstance(role, str) or not re.fullmatch(r"[\w-]+", role):
+            problem = f"message {number} has role {preview(role)}"
+        elif not isinstance(content, str) and (content is not None or len(known) < 2):
+            problem = f"message {number} has content {preview(content)}"
+        elif not tables.is_unicode(json.dumps(known, ensure_ascii=False, default=str)):
+            problem = f"message {number} has half of a surrogate pair, which is no text"
+        else:
+            return known
+    raise UserError(f'a message is {{"role": ..., "content": text}}; {problem}')
 
 
 def check_message(message: object, number: int) -> Message:
@@ -63,9 +85,9 @@ def check_message(message: object, number: int) -> Message:
     raise UserError(f'a message is {{"role": one of {", ".join(ROLES)}, "content": text}}; {problem}')
 
 
-def check_text_or_messages(value: object) -> str | list[Message]:
+def check_text_or_messages(value: object, *, for_template: bool = False) -> str | list[Message]:
     if isinstance(value, list):
-        return check_messages(value)
+        return check_messages(value, for_template=for_template)
     if not isinstance(value, str):
         raise UserError(f"must be text or a list of messages, not {preview(value)}")
     return check_text(value)
@@ -79,7 +101,7 @@ def check_label(value: object) -> bool:
     return label
 
 
-CHECKS: dict[str, Callable[[object], Any]] = {
+CHECKS: dict[str, Callable[..., Any]] = {
     "text": check_text,
     "messages": check_messages,
     "prompt": check_text_or_messages,
@@ -89,6 +111,7 @@ CHECKS: dict[str, Callable[[object], Any]] = {
     "label": check_label,
     "answer": check_text_or_number,
 }
+MESSAGE_CHECKS = (check_messages, check_text_or_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one row
@@ -102,6 +125,18 @@ class RowFormat:
     example_type: str  # as in objective_specs.py
     needed_by: str  # the flag that asks for the fields, for errors
     is_template: bool = False  # a prompt format is put around the fields, which are texts or numbers
+    has_chat_template: bool = False  # which decides what roles there are, and what it reads of a message
+    columns: Mapping[str, str] = field(default_factory=dict)  # field -> the column that has it, where they are mapped
+
+    def to_fields(self, row: Row, report: ShapeReport) -> Row:
+        """The row with the fields of an alternative, if its columns give one (row_shapes.py). Raises UserError."""
+        if self.is_template:
+            return row_shapes.rename_columns(row, self.columns)
+        shaped = row_shapes.shape_row(row, self.fields, self.columns)
+        if shaped is None:
+            return row
+        report.add(shaped, row)
+        return shaped.row
 
     def parse(self, row: Row) -> list[Row]:
         """The row as examples, one or the two of a pair that are labelled apart. Raises UserError."""
@@ -135,15 +170,19 @@ class RowFormat:
         if present:
             return present[0]
         wanted = " or ".join("{" + ", ".join(alternative) + "}" for alternative in self.fields)
-        raise UserError(f"has the fields {', '.join(row)}; {self.needed_by} needs {wanted}")
+        raise UserError(
+            f"has the fields {', '.join(row)}; {self.needed_by} needs {wanted}; "
+            "name the columns with --columns, as in --columns=prompt=question"
+        )
 
     def check_field(self, name: str, value: object) -> Any:
         """The value in its one form. Raises UserError with the field's name."""
         check = CHECKS.get(name, check_text)
         if self.is_template and name != "label":
             check = check_text_or_number
+        options = {"for_template": True} if self.has_chat_template and check in MESSAGE_CHECKS else {}
         try:
-            return check(value)
+            return check(value, **options)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
@@ -244,20 +283,17 @@ class ExampleRows(NamedTuple):
     notes: list[str]
 
 
-def as_read(row: Row) -> Row:
-    """The row itself."""
-    return row
+RowSource = Path | HubSplit
 
 
-def gsm8k_to_problem(row: Row) -> Row:
-    """GSM8K's own rows as problems, which have a prompt; others as they are. Raises UserError."""
-    return to_problem(row) if "question" in row and "prompt" not in row else row
+def numbered_rows(source: RowSource) -> Iterator[tuple[int, Row]]:
+    """(line, row) of a file, or (number, row) of a dataset of the hub. Raises UserError."""
+    return source.numbered_rows() if isinstance(source, HubSplit) else tables.numbered_rows(source)
 
 
-def read_example_rows(
-    path: Path, row_format: RowFormat, convert: Callable[[Row], Row] = as_read, bad_rows: str = "error"
-) -> ExampleRows:
-    """The examples of a file, from rows as `convert` returns them, checked by the format; of pairs all chosen first.
+def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = "error") -> ExampleRows:
+    """The examples of a file or a dataset of the hub, brought to the format's fields and checked; of pairs all chosen
+    first.
 
     bad_rows: "error" raises UserError with file, line and field; "skip" counts them. Raises UserError also for a file
     that can't be read or has no rows that can be used.
@@ -265,10 +301,11 @@ def read_example_rows(
     examples: list[list[Row]] = []
     skipped: list[str] = []
     unread: dict[str, int] = {}
-    for line, row in tables.numbered_rows(path):
-        place = f"{path}:{line}"
+    report = ShapeReport()
+    for line, raw in numbered_rows(source):
+        place = f"{source}:{line}"
         try:
-            row = convert(row)
+            row = row_format.to_fields(raw, report)
             parsed: list[Row] = [PlacedRow(example, place) for example in row_format.parse(row)]
         except UserError as error:
             if bad_rows == "error":
@@ -280,10 +317,14 @@ def read_example_rows(
             unread[name] = unread.get(name, 0) + 1
     if not examples:
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "has no rows"
-        raise UserError(f"{path}: {reason}")
-    notes = [f"{path}: {count} rows also have {name}, which is not read" for name, count in unread.items()]
+        raise UserError(f"{source}: {reason}")
+    notes = [f"{source}: {count} rows also have {name}, which is not read" for name, count in unread.items()]
+    if report.is_mapped or isinstance(source, HubSplit):
+        where = source.describe() if isinstance(source, HubSplit) else str(source)
+        others = "also there, for rewards" if row_format.example_type == "prompt_only" else "not read"
+        notes = report.describe(where, others)
     if skipped:
-        notes.append(describe_skipped(path, skipped))
+        notes.append(describe_skipped(source, skipped))
     rows = [example for number in range(2) for parsed in examples for example in parsed[number : number + 1]]
     return ExampleRows(rows, notes)
 
@@ -295,5 +336,5 @@ def describe_skipped(source: object, errors: Sequence[str]) -> str:
 
 def has_messages(rows: Iterable[Row]) -> bool:
     """Whether a row has a chat."""
-    names = [name for name, check in CHECKS.items() if check in (check_messages, check_text_or_messages)]
+    names = [name for name, check in CHECKS.items() if check in MESSAGE_CHECKS]
     return any(isinstance(row.get(name), list) for row in rows for name in names)

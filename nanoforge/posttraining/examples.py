@@ -10,10 +10,12 @@ Knows of the model only the number of its embedding's rows, of ranks only which 
 
 import bisect
 import dataclasses
+import functools
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from nanoforge.data.batches import Batch, Mixture, Source, Step, row_hash
 from nanoforge.data.tables import Row
 from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
+from nanoforge.posttraining.chat_template import ChatTemplate, common_prefix_length
 from nanoforge.posttraining.example_rows import ROLES, as_messages, describe_skipped, has_messages, place_of
 from nanoforge.posttraining.prompt_format import EncodedExample, PromptTemplate, TargetOptions
 from nanoforge.rng import ORDER, permute
@@ -80,6 +83,11 @@ class ExampleEncoder:
             )
         return self.tokenizer.eos_id
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of the tokenizer's model; without one a message is its role's token, its text and the end."""
+        return ChatTemplate(self.tokenizer) if self.tokenizer.chat_template else None
+
     @property
     def role_ids(self) -> dict[str, int]:
         """role -> id of its token, which extend_tokenizer adds if it is missing."""
@@ -97,25 +105,28 @@ class ExampleEncoder:
         if example_type == "preference":
             chosen = self.prompt_completion(row, "chosen")
             rejected = self.prompt_completion(row, "rejected")
-            return Example((chosen, rejected), row)
+            return Example(with_one_prompt(chosen, rejected), row)
         if example_type == "prompt_only":
             return Example((self.prompt_only(row),), row)
         if example_type == "unpaired_preference":
             return Example((self.prompt_completion(row, "completion"),), row)
         assert example_type == "prompt_completion", example_type
         if self.template is None and "completion" not in row:
-            sequence = self.chat(row["messages"]) if "messages" in row else self.text(row["text"])
+            sequence = self.chat(row) if "messages" in row else self.text(row["text"])
             return Example((sequence,), row)
         return Example((self.prompt_completion(row, "completion"),), row)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> TokenSequence:
+    def chat(self, row: Row) -> TokenSequence:
         """A whole chat. Raises ExampleTooLongError and UserError."""
-        ids, loss_mask = self.encode_messages(messages, add_generation_prompt=False)
+        if self.chat_template is None:
+            ids, loss_mask = self.encode_messages(row["messages"], add_generation_prompt=False)
+        else:
+            ids, loss_mask = self.chat_template.encode_with_mask(row["messages"], template_options(row))
         return self.fit(ids, loss_mask, "messages")
 
     def text(self, text: str) -> TokenSequence:
         """A text and the end-of-sequence token, all of it in the loss. Raises ExampleTooLongError and UserError."""
-        ids = [*self.encode_text(text), self.eos_id]
+        ids = [*self.start_ids, *self.encode_text(text), self.eos_id]
         return self.fit(ids, [True] * len(ids), "text")
 
     def prompt_only(self, row: Row) -> TokenSequence:
@@ -137,19 +148,32 @@ class ExampleEncoder:
             prompt = self.encode_prompt(row)
             if self.template is None and isinstance(row["prompt"], list):
                 messages = [*row["prompt"], *as_messages(row[field], "assistant")]
-                ids, _ = self.encode_messages(messages, add_generation_prompt=False)
+                ids = self.encode_chat(messages, row, add_generation_prompt=False)
             else:
                 ids = [*prompt, *self.encode_text(row[field]), self.eos_id]
             completion_start = common_prefix_length(prompt, ids)
         return self.fit(ids, [i >= completion_start for i in range(len(ids))], field)
 
+    @property
+    def start_ids(self) -> list[int]:
+        """What begins a sequence that no chat template begins: the tokenizer's beginning-of-sequence token, if any."""
+        return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+
     def encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).tolist()
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], row: Row, *, add_generation_prompt: bool) -> list[int]:
+        """The ids of messages of a row, by the model's chat template or with this program's roles. Raises UserError."""
+        if self.chat_template is None:
+            return self.encode_messages(messages, add_generation_prompt=add_generation_prompt)[0]
+        options = template_options(row)
+        return self.chat_template.encode(messages, options, add_generation_prompt=add_generation_prompt)
 
     def encode_messages(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
     ) -> tuple[list[int], list[bool]]:
-        """Ids and loss mask of a chat: each message is its role's token, its text and the end-of-sequence token.
+        """Ids and loss mask of a chat without a template: each message is its role's token, its text and the
+        end-of-sequence token.
 
         What the assistant says and its end-of-sequence tokens count in the loss. add_generation_prompt: end with the
         assistant's token, so that the model writes its message.
@@ -167,13 +191,12 @@ class ExampleEncoder:
         return ids, loss_mask
 
     def encode_prompt(self, row: Row) -> list[int]:
-        """The ids before a completion."""
+        """The ids before a completion. Raises UserError."""
         if self.template is not None:
-            return self.template.encode(row, self.tokenizer, self.prompt_offset)
+            return [*self.start_ids, *self.template.encode(row, self.tokenizer, self.prompt_offset)]
         if isinstance(row["prompt"], list):
-            ids, _ = self.encode_messages(row["prompt"], add_generation_prompt=True)
-            return ids
-        return self.encode_text(row["prompt"])
+            return self.encode_chat(row["prompt"], row, add_generation_prompt=True)
+        return [*self.start_ids, *self.encode_text(row["prompt"])]
 
     def encode_template(self, row: Row) -> EncodedExample:
         """The template with its target, cut as truncation_field and overflow say: ids, and where the target begins."""
@@ -181,13 +204,13 @@ class ExampleEncoder:
         options = TargetOptions(
             target_field=self.target_field,
             truncation_field=self.truncation_field or None,
-            max_tokens=self.max_tokens,
+            max_tokens=self.max_tokens - len(self.start_ids),
             overflow=self.overflow,
         )
         encoded = self.template.encode_example(row, self.tokenizer, self.prompt_offset, options)
         if encoded is None:
             raise ExampleTooLongError
-        return encoded
+        return EncodedExample([*self.start_ids, *encoded.ids], encoded.target_start + len(self.start_ids))
 
     def fit(self, ids: list[int], loss_mask: list[bool], field: str) -> TokenSequence:
         """A sequence of at most max_tokens, cut at its end as overflow says. Raises ExampleTooLongError.
@@ -206,20 +229,44 @@ class ExampleEncoder:
         return TokenSequence(np.array(ids[: self.max_tokens], dtype=np.int32), mask)
 
 
-def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids are the same from the start."""
-    for i, (own_id, other_id) in enumerate(zip(ids, other, strict=False)):
-        if own_id != other_id:
-            return i
-    return min(len(ids), len(other))
+def template_options(row: Row) -> dict[str, Any]:
+    """What a row says to the chat template besides its messages, as in TRL: its `tools`, and `chat_template_kwargs`.
+
+    Raises UserError.
+    """
+    options: dict[str, Any] = {}
+    for name in ("tools", "chat_template_kwargs"):
+        value = row.get(name)
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise UserError(f"{name}: not JSON ({error})") from None
+        kind = list if name == "tools" else dict
+        if value and not isinstance(value, kind):
+            raise UserError(f"{name}: must be a JSON {'list' if kind is list else 'object'}")
+        if value:
+            options |= {"tools": value} if name == "tools" else value
+    return options
+
+
+def with_one_prompt(chosen: TokenSequence, rejected: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
+    """A pair whose completions begin at the same place, as in TRL: where either differs from the prompt."""
+    start = min(int(sequence.loss_mask.argmax()) for sequence in (chosen, rejected))
+    return from_place(chosen, start), from_place(rejected, start)
+
+
+def from_place(sequence: TokenSequence, start: int) -> TokenSequence:
+    """The sequence with its loss from a place on."""
+    return sequence._replace(loss_mask=np.arange(len(sequence.ids)) >= start)
 
 
 def extend_tokenizer(tokenizer: tokenization.Tokenizer, rows: Iterable[Row]) -> tokenization.Tokenizer:
-    """The tokenizer with the tokens that examples need: end-of-sequence, and the roles' if the rows hold messages."""
+    """The tokenizer with the tokens that examples need: end-of-sequence, and the roles' if the rows hold messages and
+    no chat template writes them."""
     special_tokens = []
     if tokenizer.eos_id is None:
         special_tokens.append(tokenization.END_OF_TEXT)
-    if has_messages(rows):
+    if not tokenizer.chat_template and has_messages(rows):
         special_tokens += ROLES.values()
     return tokenization.add_tokens(tokenizer, special_tokens)
 

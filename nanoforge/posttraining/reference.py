@@ -51,14 +51,14 @@ class ReferenceCache:
     ranks: Ranks
     log: Callable[[str], None]
 
-    def add(self, examples: dict[str, list[Examples]], files: dict[str, dict[str, Path]]) -> dict[str, list[Examples]]:
-        """The examples with their log-probabilities. files: dataset -> split -> file."""
+    def add(self, examples: dict[str, list[Examples]], folders: dict[str, Path]) -> dict[str, list[Examples]]:
+        """The examples with their log-probabilities. folders: dataset -> where they are kept."""
         result: dict[str, list[Examples]] = {}
         for split, datasets in examples.items():
             result[split] = []
             for dataset in datasets:
                 name = f"reference_{split}_{self.key(dataset)}.safetensors"
-                logps = self.logps(dataset, files[dataset.name][split].parent / name)
+                logps = self.logps(dataset, folders[dataset.name] / name)
                 result[split].append(with_reference(dataset, logps))
         return result
 

@@ -1186,6 +1186,27 @@ def loss_on(run, base, tmp_path):
 
 
 @effect
+def chat_template(run: Callable[..., RunFiles], base: Path, tmp_path: Path) -> None:
+    """One that writes a prompt and a completion makes a chat the same example; a resumed run keeps it."""
+    template = tmp_path / "sums.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'result' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    texts = write_rows(tmp_path / "texts.jsonl", *[{"prompt": "1+1=", "completion": "2"}] * 4)
+    chat = {"prompt": [{"role": "user", "content": "1+1="}], "completion": [{"role": "result", "content": "2"}]}
+    chats = write_rows(tmp_path / "chats.jsonl", *[chat] * 4)
+    files = {file: [f"--train_file={file}", f"--validation_file={file}"] for file in (texts, chats)}
+    flags = ["--objective=sft", f"--init_from={base}"]
+    plain = run(*flags, *files[texts], name="texts")
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: completion: .*'result'"):
+        run(*flags, *files[chats], name="refused")
+    first = run(*flags, *files[chats], f"--chat_template_path={template}", "--max_iters=2", name="chats")
+    template.unlink()
+    assert first.losses == plain.losses[:2]
+    assert run("--init_from=resume", "--max_iters=4", name="chats").losses[-2:] == plain.losses[-2:]
+
+
+@effect
 def packing(run, base):
     """24 tokens of context hold three or four sums of 6 to 8."""
     packed, plain = (

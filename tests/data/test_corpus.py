@@ -18,6 +18,7 @@ import pytest
 from helpers import ROOT, SHARED, TEXT, gpt2_tokenizer_env, needs_shared, run_script
 
 from nanoforge.data import corpus, documents, token_bins, tokenization
+from nanoforge.data.hub_datasets import HubDataset
 from nanoforge.errors import UserError
 
 DOCS = [f"document {i}: " + TEXT for i in range(25)]
@@ -511,14 +512,14 @@ def test_rows_of_the_hub_follow_the_same_rule_and_a_lost_connection_is_named(mon
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(UserError, match=r"^hf:x:2: text: must be text, not null"):
-        list(documents.read_hub("x", "text", "train"))
+        list(documents.read_hub(HubDataset("x"), "text", "train"))
     bad: list[str] = []
-    rows = documents.read_hub("x", "text", "validation", bad.append)
+    rows = documents.read_hub(HubDataset("x"), "text", "validation", bad.append)
     assert [next(rows).source, next(rows).source] == ["a", "of validation"] and len(bad) == 2
     with pytest.raises(UserError, match=r"after 4 rows \(ConnectionError: the hub is gone\)"):
         next(rows)
     with pytest.raises(UserError, match="has no field body but text"):
-        list(documents.read_hub("x", "body", "train"))
+        list(documents.read_hub(HubDataset("x"), "body", "train"))
 
 
 def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -204,7 +204,9 @@ def test_batch_decoder_draws_what_generate_draws_for_each_prompt(variant):
     prompts = [ids(length, seed=length) for length in LENGTHS]
     alone = [draw(model, prompt[None], 20, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_id = alone[0][2]  # ends the first completion at its third token at the latest
-    decoder = BatchDecoder(model, SamplingParams(max_new_tokens=20, temperature=0.0, n=2, eos_id=eos_id))
+    decoder = BatchDecoder(
+        model, SamplingParams(max_new_tokens=20, temperature=0.0, n=2, end_ids=() if eos_id is None else (eos_id,))
+    )
     decoder.prefill([prompt.tolist() for prompt in prompts])
     num_rows = [len(decoder.completion_of_row)]
     while decoder.num_drawn < 20 and decoder.any_active:
@@ -231,7 +233,7 @@ def test_a_batch_past_the_context_equals_reading_each_text_again(variant: dict) 
     alone = [draw(model, prompt[None], 40, **sampling)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_ids = [i for i in range(31) if 0 < sum(i in text for text in alone) < len(alone)]
     for eos_id, any_rank in ((None, bool), (eos_ids[0], bool), (eos_ids[0], lambda _: True)):
-        options = SamplingParams(max_new_tokens=40, temperature=0.0, n=2, eos_id=eos_id)
+        options = SamplingParams(max_new_tokens=40, temperature=0.0, n=2, end_ids=() if eos_id is None else (eos_id,))
         completions = generate_batch(model, [prompt.tolist() for prompt in prompts], options, any_rank=any_rank)
         for completion, text in zip(completions, [text for text in alone for _ in range(2)], strict=True):
             assert completion.ended == (eos_id in text)

@@ -28,9 +28,11 @@ from model import (
     POSITIONS,
     ChunkedLoss,
     GPTConfig,
+    NoSoftcap,
     RMSNorm,
     RotaryPosition,
     Softcap,
+    TanhSoftcap,
     chunked_attention,
     get_activation,
 )
@@ -213,10 +215,10 @@ def test_every_variant_is_causal(norm, position):
 
 def test_norms_equal_torchs_own():
     x = torch.randn(3, 5, 32)
-    layer_norm = NORMS["layernorm"](dataclasses.replace(TINY_MODEL, bias=True))
+    layer_norm = NORMS["layernorm"](dataclasses.replace(TINY_MODEL, bias=True), 32)
     torch.testing.assert_close(layer_norm(x), torch.nn.LayerNorm(32)(x))
-    torch.testing.assert_close(NORMS["rmsnorm"](TINY_MODEL)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
-    no_gain = NORMS["rmsnorm_nogain"](TINY_MODEL)
+    torch.testing.assert_close(NORMS["rmsnorm"](TINY_MODEL, 32)(x), torch.nn.RMSNorm(32, eps=1e-5)(x))
+    no_gain = NORMS["rmsnorm_nogain"](TINY_MODEL, 32)
     torch.testing.assert_close(no_gain(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
     assert not list(no_gain.parameters())
 
@@ -227,7 +229,7 @@ def test_rms_norm_of_few_passes_equals_torchs(dtype):
     x, upstream = torch.randn(3, 5, 16).to(dtype).requires_grad_(), torch.randn(3, 5, 16).to(dtype)
     theirs = F.rms_norm(x, (16,), eps=1e-5)
     expected = torch.autograd.grad(theirs, x, upstream)[0]
-    ours = RMSNorm(16, gain=False)(x)
+    ours = RMSNorm(16, gain=False, eps=1e-5)(x)
     tolerance = {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, theirs, **tolerance)
     torch.testing.assert_close(torch.autograd.grad(ours, x, upstream)[0], expected, **tolerance)
@@ -242,7 +244,7 @@ def test_rms_norm_in_bfloat16_is_as_exact_as_torchs():
     def error(y: torch.Tensor) -> float:
         return float((y.double() - exact).norm() / exact.norm())
 
-    ours = RMSNorm(96, gain=False)(x)
+    ours = RMSNorm(96, gain=False, eps=1e-5)(x)
     assert error(ours) <= 1.01 * error(F.rms_norm(x, (96,), eps=1e-5)) < 0.002
 
 
@@ -320,7 +322,7 @@ def test_qk_norm_bounds_the_scores():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY_MODEL, n_embd=256, n_layer=8, vocab_sizes=(4000,), bias=True))
+    model = GPT(dataclasses.replace(TINY_MODEL, n_embd=256, head_dim=0, n_layer=8, vocab_sizes=(4000,), bias=True))
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
     assert std["wte.weight"] == pytest.approx(0.02, rel=0.02) and std["blocks.3.mlp.up.weight"] == pytest.approx(
         0.02, rel=0.02
@@ -381,7 +383,7 @@ def test_chunked_attention_equals_torchs_own(T, span, chunk, kv):
     theirs = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < span), enable_gqa=True)
     upstream = torch.randn_like(theirs)
     expected = torch.autograd.grad(theirs, (q, k, v), upstream)
-    ours = chunked_attention(q, k, v, span, dropout=0.0, chunk=chunk)
+    ours = chunked_attention(q * 8**-0.5, k, v, span, dropout=0.0, chunk=chunk)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), expected)
 
@@ -399,20 +401,21 @@ def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch: pytest.MonkeyP
     assert (model(ids(2, 12)).float() - exact).norm() / exact.norm() < 0.02 and len(calls) == 2
 
 
-@pytest.mark.parametrize(("bound", "chunk"), [(0.0, 7), (0.0, 1000), (3.0, 5), (15.0, 24)])
-def test_chunked_loss_equals_the_plain_one(bound, chunk):
+@pytest.mark.parametrize(
+    ("softcap", "chunk"),
+    [(NoSoftcap(), 7), (NoSoftcap(), 1000), (Softcap(3.0), 5), (Softcap(15.0), 24), (TanhSoftcap(3.0), 5)],
+)
+def test_chunked_loss_equals_the_plain_one(softcap, chunk):
     torch.manual_seed(0)
     x = torch.randn(2, 12, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
 
     def plain():
-        return F.cross_entropy(
-            (Softcap(bound)(x @ head.T) if bound else x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none"
-        )
+        return F.cross_entropy(softcap(x @ head.T).flatten(0, 1), ids(2, 12).flatten(), reduction="none")
 
     upstream = torch.rand(2, 12, dtype=torch.float64)
     expected = torch.autograd.grad(plain(), (x, head), upstream.flatten())
-    ours = ChunkedLoss.apply(x, head, ids(2, 12), bound, chunk)
+    ours = ChunkedLoss.apply(x, head, ids(2, 12), softcap, chunk)
     torch.testing.assert_close(ours.flatten(), plain(), check_dtype=False, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(ours, (x, head), upstream), expected, atol=1e-5, rtol=1e-4)
 

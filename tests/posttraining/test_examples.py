@@ -22,7 +22,7 @@ from nanoforge.distributed import Ranks, RankSlice
 from nanoforge.errors import UserError
 from nanoforge.models import pretrained
 from nanoforge.posttraining import prompt_format
-from nanoforge.posttraining.example_rows import RowFormat, as_read, gsm8k_to_problem, read_example_rows
+from nanoforge.posttraining.example_rows import RowFormat, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
     Example,
@@ -209,9 +209,9 @@ def test_a_template_surrounds_the_fields():
 # files
 
 
-def read(path: Path, objective: str = "sft", convert=as_read) -> list[dict]:
+def read(path: Path, objective: str = "sft") -> list[dict]:
     spec = OBJECTIVES[objective]
-    return read_example_rows(path, RowFormat(spec.fields, spec.example_type, f"--objective={objective}"), convert).rows
+    return read_example_rows(path, RowFormat(spec.fields, spec.example_type, f"--objective={objective}")).rows
 
 
 def test_rows_of_three_formats_are_the_same(tmp_path: Path):
@@ -245,7 +245,7 @@ def test_errors_name_the_file_and_the_line(tmp_path: Path, objective, row, messa
 
 def test_gsm8ks_rows_are_problems(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
-    (row,) = read(tmp_path / "a.jsonl", "grpo", gsm8k_to_problem)
+    (row,) = read(tmp_path / "a.jsonl", "grpo")
     assert row["answer"] == "5" and row["prompt"].startswith("2 and 3?")
 
 

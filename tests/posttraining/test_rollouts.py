@@ -74,7 +74,11 @@ def complete(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None, uniform=None, **sampling
 ) -> list[Completion]:
     """Completions of `generate_batch` from a vocabulary of 31 tokens."""
-    settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "vocab_size": VOCAB_SIZE}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "end_ids": () if eos_id is None else (eos_id,),
+        "vocab_size": VOCAB_SIZE,
+    }
     return generate_batch(model, prompts, SamplingParams(**settings | sampling), uniform)
 
 
@@ -212,7 +216,7 @@ def prompts_of(*texts: str) -> list[Example]:
 
 
 def sampler_of(model: GPT, **sampling) -> Sampler:
-    params = SamplingParams(max_new_tokens=4, eos_id=EOS_ID, vocab_size=13, **sampling)
+    params = SamplingParams(max_new_tokens=4, end_ids=(EOS_ID,), vocab_size=13, **sampling)
     return Sampler(model, DIGITS, params, Ranks(0, 1, torch.device("cpu")))
 
 
