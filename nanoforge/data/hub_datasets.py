@@ -57,7 +57,7 @@ class HubDataset:
         split, has_val, val_split = splits.partition("/")
         folder = Path(place).expanduser()
         name, config, revision = str(folder), "", ""
-        if not folder.is_dir():
+        if not place or not folder.is_dir():
             place, has_revision, revision = place.partition("@")
             name, has_config, config = place.partition(":")
             is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
@@ -193,13 +193,7 @@ class HubSplit:
         split = self.dataset.split or "train"
         names = list(self.loaded.splits)
         for text in filter(None, (split, self.dataset.val_split)):
-            for part in text.split("+"):
-                name = part.partition("[")[0]
-                if name not in names:
-                    raise UserError(
-                        f"{self.dataset}#{text}: no such split{did_you_mean(name, names)}; it has {', '.join(names)}; "
-                        f"name one as in {self.dataset}#{names[0]}"
-                    )
+            check_split(self.dataset, text, names)
         if self.dataset.val_split:
             return split, self.dataset.val_split
         base = split.partition("[")[0].partition("+")[0]
@@ -264,6 +258,18 @@ def choose_val_rows(dataset: HubDataset, split: str, val_fraction: float) -> Seq
     if largest == max(keys):
         largest = max(key for key in keys if key < largest)
     return [key <= largest for key in keys]
+
+
+def check_split(dataset: HubDataset, text: str, names: Sequence[str]) -> None:
+    """Raises UserError for a split that is none of the dataset's."""
+    for part in text.split("+"):
+        name = part.partition("[")[0]
+        if name not in names:
+            example = next((other for other in names if "train" in other), names[0])
+            raise UserError(
+                f"{dataset}#{text}: no such split{did_you_mean(name, names)}; it has {', '.join(names)}; "
+                f"name one as in {dataset}#{example}"
+            )
 
 
 def encode_row(row: Row) -> bytes:

@@ -35,6 +35,13 @@ SPEAKERS = {  # ShareGPT's names -> roles
 }
 FIELDS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "label", "answer")  # TRL's, and the answer
 PARTS = (*FIELDS, "system", "history", "input")  # what a column may hold: a field, or a part of the prompt
+PROMPT_PARTS = ("messages", "system", "history", "prompt", "input")
+MADE_OF = {  # field -> the parts that it is made of; others are what they are
+    "messages": (*PROMPT_PARTS, "completion"),
+    "prompt": PROMPT_PARTS,
+    "completion": ("completion", "messages"),
+    "answer": ("answer", "completion", "messages"),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # values
@@ -225,9 +232,12 @@ def parse_columns(items: Iterable[str], parts: Iterable[str] | None = PARTS) -> 
 
 
 def mapped_shape(columns: Mapping[str, str]) -> Shape:
-    """The shape of a map part -> column; fields that it does not name are where TRL has them."""
+    """The shape of a map part -> column; fields of the same format that it does not name are where TRL has them."""
     needs = {column: part for part, column in columns.items()}
-    rest = {name: name for name in FIELDS if name not in columns and name not in needs}
+    formats = [("text",), ("messages",), ("prompt", "completion")]
+    mapped_formats = [fields for fields in formats if columns.keys() & {*fields}]
+    others = {name for fields in formats if mapped_formats and fields not in mapped_formats for name in fields}
+    rest = {name: name for name in FIELDS if name not in {*columns, *needs, *others}}
     return Shape("--columns", needs, rest, is_chat="history" in columns)
 
 
@@ -288,13 +298,21 @@ def apply_shape(shape: Shape, row: Row, alternatives: Alternatives) -> ShapedRow
     made = shape.fields(row)
     for fields in sorted(alternatives, key=lambda fields: "messages" not in fields):
         if all(made.get(name) is not None for name in fields):
-            parts = {part.column for part in shape.parts(row).values()}
+            parts = read_columns(shape.parts(row), fields)
             read = tuple(name for name in row if name in parts)
             names = {name for alternative in alternatives for name in alternative}
             others = {name: value for name, value in row.items() if name not in read and name not in names}
             chosen = made if shape.make else {name: made[name] for name in fields}
             return ShapedRow({**others, **chosen}, shape.name, read, tuple(fields))
     return None
+
+
+def read_columns(parts: Mapping[str, Part], fields: Sequence[str]) -> set[str]:
+    """The columns that fields are made of."""
+    made_of = {part for name in fields for part in MADE_OF.get(name, (name,))}
+    if "answer" in fields and "answer" in parts and "completion" not in fields:
+        made_of.discard("completion")
+    return {part.column for name, part in parts.items() if name in made_of}
 
 
 class ShapeReport:
@@ -310,7 +328,7 @@ class ShapeReport:
         key = (shaped.name, shaped.fields) if shaped.columns else ("", shaped.fields)
         self.counts[key] = self.counts.get(key, 0) + 1
         self.read.setdefault(key, {}).update(dict.fromkeys(shaped.columns))
-        self.columns.update(dict.fromkeys(row))
+        self.columns.update(dict.fromkeys(name for name, value in row.items() if value is not None))
 
     @property
     def is_mapped(self) -> bool:

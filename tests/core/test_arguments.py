@@ -164,6 +164,37 @@ def bad_rows(run: Callable, tmp_path: Path):
 
 
 @effect
+def columns(run: Callable, tmp_path: Path):
+    """The rows under other names are those under TRL's."""
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(9)]
+    for name, keys in (("trl", ("prompt", "completion")), ("other", ("q", "a"))):
+        lines = [json.dumps(dict(zip(keys, row.values(), strict=True))) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    def flags(name: str) -> list[str]:
+        files = [f"--train_file={tmp_path}/{name}.jsonl", f"--validation_file={tmp_path}/{name}.jsonl"]
+        return ["--objective=sft", "--block_size=8", *files]
+
+    mapped = run(*flags("other"), "--columns=prompt=q,completion=a", name="mapped")
+    assert mapped.losses == run(*flags("trl"), name="trl").losses
+    with pytest.raises(UserError, match=r"other\.jsonl:1: has the fields q, a; .*--columns"):
+        run(*flags("other"))
+
+
+@effect
+def val_fraction(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the hub's rows, here in a folder of save_to_disk, half are for validation."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    flags = ["--objective=sft", "--block_size=8", f"--dataset=hf:{tmp_path}/saved"]
+    record = run(*flags, "--val_fraction=0.5", name="half").config["_data"]
+    assert [file.partition(",")[0] for files in record.values() for file in files.values()] == ["10 rows", "10 rows"]
+    record = run(*flags, name="tenth").config["_data"]
+    assert [file.partition(",")[0] for files in record.values() for file in files.values()] == ["18 rows", "2 rows"]
+
+
+@effect
 def sampling_method(run):
     losses = {
         method: run(f"--sampling_method={method}", name=method).losses

@@ -276,6 +276,7 @@ RELATED = {  # what else an argument needs to be valid
     "lora_rank": ["--adapter=lora", "--init_from=gpt2"],
     "lora_targets": ["--adapter=lora", "--init_from=gpt2"],
     "max_new_tokens": ["--objective=sft"],
+    "columns": ["--objective=sft"],
     "reward": ["--objective=grpo", "--init_from=gpt2"],
     "num_generations": ["--objective=grpo", "--init_from=gpt2"],
     "mask_truncated": ["--objective=grpo", "--init_from=gpt2"],
@@ -284,6 +285,7 @@ RELATED = {  # what else an argument needs to be valid
 VALUES = {
     "init_from": "gpt2",
     "lora_targets": "attn.qkv",
+    "columns": "prompt=question",
     "reward": "length:2",
     "n_head": "12",
     "n_embd": "12",

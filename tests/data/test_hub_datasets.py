@@ -1,0 +1,145 @@
+"""Datasets of the hub: the rows are those of the `datasets` library, from its cache, a folder or save_to_disk."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanoforge.data import hub_datasets
+from nanoforge.data.hub_datasets import HubDataset
+from nanoforge.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1), "id": i} for i in range(40)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the library, which is offline."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hub_datasets.load.cache_clear()
+    hub_datasets.choose_val_rows.cache_clear()
+    return folder
+
+
+def write_folder(folder: Path, **splits: list[dict]) -> Path:
+    """A folder with a parquet file for each split, named as those of the hub."""
+    (folder / "data").mkdir(parents=True)
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    return folder
+
+
+def write_cached(cache: Path, name: str, commit: str = COMMIT, config: str = "default", **splits: list[dict]) -> None:
+    """What the library's cache holds of a dataset of the hub that was loaded once."""
+    loaded = datasets.load_dataset(str(write_folder(cache.parent / f"src_{commit}_{config}", **splits)))
+    source = Path(next(iter(loaded.values())).cache_files[0]["filename"]).parent
+    folder = cache / name.replace("/", "___") / config / "0.0.0" / commit
+    shutil.copytree(source, folder)
+    short_name = name.rpartition("/")[2]
+    for path in folder.glob("*.arrow"):
+        path.rename(folder / f"{short_name}-{path.stem.rpartition('-')[2]}.arrow")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"config_name": config, "dataset_name": short_name}))
+
+
+def rows_of(name: str, side: str = "train", val_fraction: float = 0.1) -> list[dict]:
+    return [row for _, row in hub_datasets.sides(name, val_fraction)[side].numbered_rows()]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("hf:org/name", HubDataset("org/name")),
+    ("hf:squad", HubDataset("squad")),
+    ("hf:org/name:main@v1.0#train_a/test_a", HubDataset("org/name", "main", "v1.0", "train_a", "test_a")),
+    ("hf:org/name@refs/convert/parquet", HubDataset("org/name", revision="refs/convert/parquet")),
+    ("hf:org/name#train[:90%]/train[90%:]", HubDataset("org/name", split="train[:90%]", val_split="train[90%:]")),
+])  # fmt: skip
+def test_a_name_has_a_configuration_a_revision_and_splits(text: str, expected: HubDataset):
+    assert HubDataset.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["hf:", "hf:a/b/c", "hf:org/name:", "hf:org/name@", "hf:org/name#", "hf:a#b/", "hf:/no"]
+)
+def test_what_is_no_name_is_refused(text: str):
+    with pytest.raises(UserError, match=f"^{text}: must be hf:NAME"):
+        HubDataset.parse(text)
+
+
+def test_the_rows_are_those_of_the_library_in_its_order(tmp_path: Path, cache: Path):
+    """From a folder of parquet files, from JSONL, from save_to_disk and from the cache; the witness is `datasets`."""
+    folder = write_folder(tmp_path / "folder", train=ROWS[:30], test=ROWS[30:])
+    loaded = datasets.load_dataset(str(folder))
+    loaded.save_to_disk(tmp_path / "saved")
+    (tmp_path / "jsonl").mkdir()
+    for split, rows in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        (tmp_path / f"jsonl/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_cached(cache, "org/name", train=ROWS[:30], test=ROWS[30:])
+    names = [f"hf:{tmp_path / name}" for name in ("folder", "saved", "jsonl")] + ["hf:org/name"]
+    for name in names:
+        assert rows_of(name) == list(loaded["train"]) == ROWS[:30]
+        assert rows_of(name, "val") == list(loaded["test"]) == ROWS[30:]
+    fingerprints = {hub_datasets.sides(name, 0.1)["train"].fingerprint() for name in names}
+    assert len(fingerprints) == 1 and fingerprints.pop().startswith("30 rows, "), "it is of the rows, not of a file"
+
+
+def test_splits_are_named_as_in_the_library(tmp_path: Path, cache: Path):
+    folder = write_folder(tmp_path / "f", train_prefs=ROWS[:10], test_prefs=ROWS[10:20], train_sft=ROWS[20:])
+    loaded = datasets.load_dataset(str(folder))
+    assert rows_of(f"hf:{folder}#train_prefs") == list(loaded["train_prefs"])
+    assert rows_of(f"hf:{folder}#train_prefs", "val") == list(loaded["test_prefs"]), "its counterpart"
+    for split in ("train_sft[:50%]", "train_sft[3:-2]", "train_prefs+test_prefs", "train_sft[10%:20%]"):
+        expected = list(datasets.load_dataset(str(folder), split=split))
+        assert rows_of(f"hf:{folder}#{split}/{split}") == rows_of(f"hf:{folder}#{split}/{split}", "val") == expected
+    with pytest.raises(UserError, match=r"#train: no such split.* test_prefs, train_prefs, train_sft; .*#train_prefs$"):
+        rows_of(f"hf:{folder}")
+    with pytest.raises(UserError, match="#tost: no such split"):
+        rows_of(f"hf:{folder}#train_sft/tost", "val")
+
+
+def test_without_a_split_for_validation_a_share_of_the_rows_is_put_aside(tmp_path: Path, cache: Path):
+    """The two sides are all rows, in their order; equal rows are on one side; the order of rows decides nothing."""
+    twice = ROWS + ROWS
+    folder = write_folder(tmp_path / "f", train=twice)
+    train, val = (rows_of(f"hf:{folder}", side, 0.2) for side in ("train", "val"))
+    assert 10 <= len(val) <= 18 and len(train) + len(val) == len(twice)
+    assert [row for row in twice if row in val] == val and [row for row in twice if row not in val] == train
+    write_folder(tmp_path / "reversed", train=twice[::-1])
+    assert rows_of(f"hf:{tmp_path}/reversed", "val", 0.2) == val[::-1]
+    few = write_folder(tmp_path / "few", train=ROWS[:2])
+    assert len(rows_of(f"hf:{few}")) == len(rows_of(f"hf:{few}", "val")) == 1
+    same = write_folder(tmp_path / "same", train=ROWS[:1] * 5)
+    with pytest.raises(UserError, match="two different rows"):
+        rows_of(f"hf:{same}")
+
+
+def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path):
+    """The library would give what it has, whatever revision is asked for."""
+    write_cached(cache, "org/name", train=ROWS)
+    assert datasets.load_dataset("org/name", revision="ffffffffff")["train"].num_rows == 40, "the reason for the check"
+    assert rows_of("hf:org/name@0123456789", "val") == rows_of("hf:org/name", "val")
+    for revision in ("ffffffffff", "v1.0"):
+        with pytest.raises(UserError, match=f"^hf:org/name@{revision}: .*{COMMIT}"):
+            rows_of(f"hf:org/name@{revision}")
+    with pytest.raises(UserError, match=r"^hf:org/name:other: can't be read"):
+        rows_of("hf:org/name:other")
+    with pytest.raises(UserError, match=r"^hf:org/missing: can't be read"):
+        rows_of("hf:org/missing")
+
+
+def test_a_corpus_and_examples_read_the_same_rows(cache: Path):
+    write_cached(cache, "org/name", train=ROWS)
+    assert list(hub_datasets.stream(HubDataset.parse("hf:org/name"), "train")) == ROWS
+    assert list(hub_datasets.stream(HubDataset.parse("hf:org/name#train"), "validation")) == ROWS
+
+
+def test_values_that_json_has_no_form_for_have_the_same_hash_every_time():
+    """Of a picture only the kind counts: its repr has an address."""
+    row = {"a": 1, "image": SimpleNamespace(), "bytes": b"x"}
+    assert hub_datasets.hash_row(row) == hub_datasets.hash_row({"bytes": b"x", "image": SimpleNamespace(), "a": 1})
