@@ -3,6 +3,7 @@
     python data/prepare.py --input book.txt --name=mine --tokenizer=char
     python data/prepare.py --input corpus/ more.jsonl.gz --name=mine --tokenizer=gpt2
     python data/prepare.py --input train.txt --val_input val.txt --name=mine
+    python data/prepare.py --input corpus/ --name=mine --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
 
 Reads text (.txt, .md, source code: each file is a document), tables (.jsonl, .json, .csv, .tsv, .parquet: each row is a
 document), each of them also as .gz or .zst, folders and web addresses of them, and hf:NAME[:CONFIG]. Documents end with
@@ -41,7 +42,12 @@ class PrepareArgs:
     name: str = arg("", "name of the dataset, for train.py --dataset=NAME", path=True)
     data_dir: str = arg("data", "folder of the dataset folders", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
-    tokenizer: str = arg("gpt2", "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken")
+    tokenizer: str = arg(
+        "gpt2",
+        "char, byte, bpe (trained on the text), gpt2 or another encoding of tiktoken, or that of a model: a folder "
+        "(also of a run), a .gguf or tokenizer file, or org/name[@revision] of the hub",
+        path=True,
+    )
     vocab_size: int = arg(8192, "vocabulary size of a trained bpe tokenizer", low=300)
     field: str = arg("text", "field or column that holds the text")
     bad_rows: str = arg(

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from nanoforge.console import ProgressBar, plural
+from nanoforge.data import hub, model_tokenizers
 from nanoforge.data.documents import CHUNK_BYTES, TextChunk
 from nanoforge.data.token_bins import SPLITS, dtype_for, open_bin, write_meta
 from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
@@ -30,13 +31,18 @@ Y = TypeVar("Y")
 
 
 def build_tokenizer(name: str, vocab_size: int, read: Callable[[], Iterable[TextChunk]]) -> Tokenizer:
-    """char and bpe are made from the text; byte and tiktoken's encodings are ready. Raises UserError."""
+    """char and bpe are made from the text; byte, tiktoken's encodings and those of models are ready.
+
+    Raises UserError.
+    """
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
         return build_char_tokenizer(read())
     if name == "bpe":
         return BPETokenizer.train((chunk.text for chunk in read() if chunk.split == "train"), vocab_size)
+    if Path(name).exists() or Path(name).suffix or hub.is_hub_name(name):
+        return model_tokenizers.load(name)
     return TiktokenTokenizer.from_name(name)
 
 
@@ -91,9 +97,13 @@ class EncodedChunk(NamedTuple):
 
 
 def encode_chunk(chunk: TextChunk, tokenizer: Tokenizer) -> EncodedChunk:
-    ids = tokenizer.encode(chunk.text)
-    if chunk.ends_document and tokenizer.eos_id is not None:
-        ids = np.concatenate((ids, np.array([tokenizer.eos_id], dtype=np.int32)))
+    """The ids of a chunk, with the tokens that begin and end a document."""
+    ids = tokenizer.encode(chunk.text) if chunk.begins_document else tokenizer.encode_continuation(chunk.text)
+    before = tokenizer.bos_id if chunk.begins_document else None
+    after = tokenizer.eos_id if chunk.ends_document else None
+    if (before, after) != (None, None):
+        first, last = (np.array([] if i is None else [i], dtype=np.int32) for i in (before, after))
+        ids = np.concatenate((first, ids, last))
     return EncodedChunk(chunk.split, ids, len(chunk.text.encode()), len(chunk.text))
 
 
@@ -104,15 +114,16 @@ def write_dataset(
 
     `read` gives the same chunks whenever it is called.
 
-    tokenizer: char, byte, bpe (trained to vocab_size ids), a name of tiktoken's, or one that is ready. Raises
-    UserError, and then leaves what was there before.
+    tokenizer: char, byte, bpe (trained to vocab_size ids), a name of tiktoken's, a model's (`model_tokenizers.load`),
+    or one that is ready. Raises UserError, and then leaves what was there before.
     """
     read()  # finds missing files before a tokenizer is made
     if isinstance(tokenizer, str):
         tokenizer = build_tokenizer(tokenizer, vocab_size, read)
     n_documents = dict.fromkeys(SPLITS, 0)
     try:
-        bins = write_bins(folder, count_documents(read(), n_documents), tokenizer)
+        chunks = mark_beginnings(count_documents(read(), n_documents))
+        bins = write_bins(folder, chunks, tokenizer)
     except BaseException:
         with suppress(OSError):
             folder.rmdir()  # if it is empty
@@ -131,6 +142,17 @@ def count_documents(chunks: Iterable[TextChunk], counts: dict[str, int]) -> Iter
     for chunk in chunks:
         counts[chunk.split] += chunk.ends_document
         yield chunk
+
+
+def mark_beginnings(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """The chunks; those that begin a document, or what a split has of one, say so."""
+    inside: set[str] = set()  # the splits with a document that has not ended
+    for chunk in chunks:
+        yield chunk._replace(begins_document=chunk.split not in inside)
+        if chunk.ends_document:
+            inside.discard(chunk.split)
+        else:
+            inside.add(chunk.split)
 
 
 def write_bins(folder: Path, chunks: Iterable[TextChunk], tokenizer: Tokenizer) -> dict[str, dict]:

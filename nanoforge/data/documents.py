@@ -43,6 +43,7 @@ class TextChunk(NamedTuple):
     split: str
     text: str
     ends_document: bool = False
+    begins_document: bool = False
 
 
 class Document(NamedTuple):

@@ -1,5 +1,6 @@
 """Tokenizers of other programs' models, as their files lie beside the weights. Knows nothing of the models.
 
+    load("HuggingFaceTB/SmolLM2-135M-Instruct")    # of the hub, of a folder, of a file
     load_folder(Path("SmolLM2-135M-Instruct"))     # tokenizer.json, or one of the other FILES
     from_gguf(metadata)                            # of a .gguf file
 
@@ -8,18 +9,23 @@ over each other as in transformers: chat_template.jinja over tokenizer_config.js
 special_tokens_map.json, generation_config.json over config.json.
 """
 
+import base64
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge import files
+from nanoforge.data import hub, tokenization
+from nanoforge.data.gguf_metadata import read_metadata
 from nanoforge.data.tokenization import (
     CONTROL_MARK,
     END_OF_TEXT,
     BPETokenizer,
     ControlTokens,
     SentencePieceTokenizer,
+    TiktokenTokenizer,
     Tokenizer,
     add_tokens,
 )
@@ -34,20 +40,43 @@ SETTINGS_FILES = (
 )
 
 
+def load(source: str) -> Tokenizer:
+    """The tokenizer of a model's or run's folder, of a .gguf or tokenizer file, or of org/name[@revision] on the hub.
+
+    Raises UserError.
+    """
+    path = Path(source)
+    if hub.is_hub_name(source):
+        path = hub.fetch(source, [*SETTINGS_FILES, *FILES, "vocab.json", "added_tokens.json"])
+    if path.is_file():
+        return load_file(path)
+    if not path.is_dir():
+        raise UserError(f"{source}: no such file or folder")
+    tokenizer = load_folder(path)
+    if tokenizer is None:
+        raise UserError(f"{source}: holds no tokenizer; one of {', '.join(FILES)} is needed")
+    return tokenizer
+
+
 def load_folder(folder: Path) -> Tokenizer | None:
     """The tokenizer of a model's folder; None where it has no file of one. Raises UserError."""
-    settings = Settings.read(folder)
-    for name, read in FILES.items():
-        path = folder / name
-        if path.is_file():
-            return load_file(path, settings, read)
+    for pattern in FILES:
+        for path in sorted(folder.glob(pattern)):
+            return load_file(path)
     return None
 
 
-def load_file(path: Path, settings: "Settings", read: "Reader") -> Tokenizer:
-    """A tokenizer from its file, with the settings beside it. Raises UserError, also for a broken file."""
+def load_file(path: Path) -> Tokenizer:
+    """The tokenizer of a file, with the settings beside it. Raises UserError, also for a broken file."""
+    if path.suffix == ".gguf":
+        return from_gguf(read_metadata(path))
+    readers = [read for pattern, read in FILES.items() if path.match(pattern)]
+    if not readers and path.suffix == ".json":
+        readers = [read_library]
+    if not readers:
+        raise UserError(f"{path}: not known as a tokenizer; known are .gguf, {', '.join(FILES)}")
     try:
-        return read(path, settings)
+        return readers[0](path, Settings.read(path.parent))
     except UserError:
         raise
     except Exception as error:  # the libraries raise nearly anything for a broken file
@@ -164,9 +193,14 @@ ADDED_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normaliz
 
 
 def read_library(path: Path, settings: Settings) -> Tokenizer:
-    """A file of the `tokenizers` library."""
+    """A file of the `tokenizers` library, or of a run of this program with one vocabulary."""
     spec = read_json(path)
-    return build_library(spec, settings)
+    if "tokenizers" not in spec:
+        return build_library(spec, settings)
+    of_run = list(tokenization.load(path).values())
+    if len(of_run) > 1:
+        raise UserError(f"{path}: holds the tokenizers of {len(of_run)} vocabularies; a dataset needs one")
+    return of_run[0]
 
 
 def build_library(spec: Mapping[str, Any], settings: Settings) -> Tokenizer:
@@ -200,9 +234,9 @@ def begins_with(tokenizer: BPETokenizer) -> int | None:
 
 
 def read_gpt2(path: Path, settings: Settings) -> Tokenizer:
-    """GPT-2's vocab.json and merges.txt, which splits text as GPT-2 does."""
-    vocabulary = read_json(path)
-    lines = files.read_text(path.with_name("merges.txt")).split("\n")
+    """GPT-2's merges.txt and vocab.json, with GPT-2's split of a text."""
+    vocabulary = read_json(path.with_name("vocab.json"))
+    lines = files.read_text(path).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = read_json(path.with_name("added_tokens.json"))
     spec = byte_level_spec(vocabulary, merges, GPT2_SPLITS)
@@ -230,6 +264,8 @@ def sentencepiece_proto() -> Any:
 def read_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
     """A .model file of SentencePiece, or of tiktoken, which has the same name for Llama 3."""
     data = path.read_bytes()
+    if RANK_LINE.match(data):
+        return read_tiktoken(path, settings)
     added = {int(i): token for i, token in (settings.tokenizer.get("added_tokens_decoder") or {}).items()}
     special = {token["content"] for token in added.values() if token.get("special")}
     special |= {*settings.special_tokens.values(), *settings.further_tokens}
@@ -401,11 +437,91 @@ GGUF_MODELS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tiktoken
+
+RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank
+LLAMA3_CONTROL = (
+    *("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+)
+TEKKEN_CONTROL = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
+    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+
+
+class Ranks(NamedTuple):
+    """What a file of ranks does not say: how a text is split, and the control tokens behind the ranks."""
+
+    split: str
+    control: tuple[str, ...] = (END_OF_TEXT,)
+    begins: str = ""  # the token before a text
+
+
+# By the number of ranks: the files have no names inside.
+RANKS = {
+    50256: Ranks(GPT2_SPLIT),
+    50257: Ranks(GPT2_SPLIT),  # whisper's, in many languages
+    100256: Ranks(cl100k_split("{1,3}")),
+    128000: Ranks(cl100k_split("{1,3}"), LLAMA3_CONTROL, "<|begin_of_text|>"),
+    151643: Ranks(cl100k_split(""), (END_OF_TEXT, "<|im_start|>", "<|im_end|>")),
+    199998: Ranks(GPT4O_SPLITS[0], ("<|startoftext|>", END_OF_TEXT)),
+}
+
+
+def build_tiktoken(name: str, split: str, ranks: dict[bytes, int], control: dict[str, int]) -> TiktokenTokenizer:
+    try:
+        import tiktoken
+    except ModuleNotFoundError:
+        raise UserError("this tokenizer needs a package: pip install tiktoken") from None
+    return TiktokenTokenizer(tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=control))
+
+
+def read_tiktoken(path: Path, settings: Settings) -> Tokenizer:
+    """A file of tiktoken: each line a token in base64 and its rank."""
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    known = RANKS.get(len(ranks))
+    if known is None:
+        counts = ", ".join(map(str, RANKS))
+        raise UserError(f"{path}: how its {len(ranks)} tokens split a text is not known; known are {counts} tokens")
+    added = settings.tokenizer.get("added_tokens_decoder") or {}
+    control = {token["content"]: int(i) for i, token in added.items()}
+    control = control or {name: len(ranks) + i for i, name in enumerate(known.control)}
+    tokenizer = build_tiktoken(path.stem, known.split, ranks, control)
+    if "eos_token" not in settings.special_tokens and not settings.end_ids and known.control == LLAMA3_CONTROL:
+        ends = ("<|end_of_text|>", "<|eot_id|>")
+        settings = settings._replace(end_ids=tuple(control[name] for name in ends if name in control))
+    return with_settings(tokenizer, settings, control.get(known.begins))
+
+
+def read_tekken(path: Path, settings: Settings) -> Tokenizer:
+    """Mistral's tekken.json. Its control tokens come first, and a text begins with <s>."""
+    spec = read_json(path)
+    config = spec["config"]
+    n_control = config["default_num_special_tokens"]
+    named = spec.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(TEKKEN_CONTROL)]
+    names = {token["rank"]: token["token_str"] for token in named}
+    control = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(n_control)}
+    n_tokens = config["default_vocab_size"] - n_control  # the file has more than the model
+    ranks = {base64.b64decode(token["token_bytes"]): n_control + token["rank"] for token in spec["vocab"][:n_tokens]}
+    tokenizer = build_tiktoken("tekken", config["pattern"], ranks, control)
+    own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings = settings._replace(special_tokens={**own, **settings.special_tokens})
+    return with_settings(tokenizer, settings, control["<s>"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # files by name, the first one of a folder counts
 
 Reader = Callable[[Path, Settings], Tokenizer]
 FILES: dict[str, Reader] = {
     "tokenizer.json": read_library,
-    "vocab.json": read_gpt2,
-    "tokenizer.model": read_sentencepiece,
+    "merges.txt": read_gpt2,
+    "tekken*.json": read_tekken,
+    "*.model*": read_sentencepiece,
+    "*.spm": read_sentencepiece,
+    "*.tiktoken": read_tiktoken,
 }

@@ -151,7 +151,7 @@ def test_metadata_is_that_of_the_gguf_package(tmp_path: Path):
     writer.add_array("a", [1, 2, 3])
     writer.add_array("texts", ["ä", ""])
     writer.add_float64("f", 0.1)
-    writer.add_bool("b", True)
+    writer.add_bool("b", val=True)
     writer.add_int64("i", -3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
