@@ -219,6 +219,8 @@ def with_added_tokens(spec: Mapping[str, Any], settings: Settings) -> dict[str, 
     next_id = 1 + max([*words.values(), *(token["id"] for token in added.values())])
     for text in [*settings.special_tokens.values(), *settings.further_tokens]:
         if text in added:
+            is_named = text in settings.special_tokens.values()
+            added[text] = {**added[text], "special": added[text]["special"] or is_named}
             continue
         i = words.get(text, next_id)
         next_id += i == next_id

@@ -29,7 +29,10 @@ CONTROL_MARK = re.compile(
 )  # how control tokens are spelled, also where a file does not mark them so
 
 # Tokenizers of one vocabulary that split these words alike are one tokenizer.
-PROBE = "It's we'LL naïve  Café\r\n\n\tx1 = 12345.678e-9; // _fooBar HTTPServer $%&/()=?\n    日本語 русский العربية e\u0301 👩‍🚀 "
+PROBE = (
+    "It's we'LL naïve  Café\r\n\n\tx1 = 12345.678e-9; // _fooBar HTTPServer $%&/()=?\n"
+    "    日本語 русский العربية e\u0301 \U0001f469\u200d\U0001f680 "
+)
 
 
 class Encoding(NamedTuple):

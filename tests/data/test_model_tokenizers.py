@@ -2,9 +2,11 @@
 
 import json
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import SHARED
 
@@ -55,21 +57,22 @@ def save_fast(folder: Path, tokenizer: Any, **settings: Any) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
 
 
-def check_against_transformers(folder: Path) -> tokenization.Tokenizer:
+def check_against_transformers(folder: Path, texts: Sequence[str] = TEXTS) -> tokenization.Tokenizer:
     """Ids and round trips of our tokenizer against transformers' from the same folder, also after JSON."""
     loaded = model_tokenizers.load_folder(folder)
     assert loaded is not None
     witness = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     again = tokenization.from_json(json.loads(json.dumps(tokenization.to_json(loaded))), "here")
     assert tokenization.to_json(again) == tokenization.to_json(loaded)
-    for text in TEXTS:
+    for text in texts:
         expected = witness(text, split_special_tokens=True, add_special_tokens=False).input_ids
         for tokenizer in (loaded, again):
             assert tokenizer.encode(text).tolist() == expected, text
             assert tokenizer.decode(expected) == witness.decode(expected, clean_up_tokenization_spaces=False)
     assert again.eos_id == witness.eos_token_id
     assert {name: witness.convert_tokens_to_ids(name) for name in loaded.added_ids} == loaded.added_ids
-    assert set(witness.all_special_tokens) <= set(loaded.added_ids)
+    named = {name: text for name, text in witness.special_tokens_map.items() if isinstance(text, str)}
+    assert loaded.special_tokens == named and set(named.values()) <= set(loaded.added_ids)
     begins = witness("a").input_ids[0] == witness.bos_token_id
     assert again.bos_id == (witness.bos_token_id if begins else None)
     assert again.chat_template == (witness.chat_template or "")
@@ -101,7 +104,6 @@ def test_byte_level_tokenizers_of_hugging_face(tmp_path: Path, family: str):
     )
     loaded = check_against_transformers(tmp_path)
     assert loaded.end_ids == (loaded.eos_id,) and loaded.bos_id is None
-    assert loaded.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
     assert loaded.added_ids["<tool>"] == loaded.vocab_size - 1
 
 
@@ -201,3 +203,96 @@ def llama_cpp_ids(server: Any, text: str) -> list[int]:
     request = urllib.request.Request(f"{server.listening_address}/tokenize", body)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
         return json.loads(response.read())["tokens"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece
+
+
+def train_sentencepiece(folder: Path, **options: Any) -> Path:
+    """A small model with byte fallback, a control piece and user-defined pieces."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (folder / "corpus.txt").write_text("".join(CORPUS), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=340,
+        byte_fallback=True,
+        control_symbols=["[INST]"],
+        user_defined_symbols=["<|im_end|>", "<turn>", "<think>"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return folder / "tokenizer.model"
+
+
+KINDS = {
+    "bpe": {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "bpe without prefix": {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
+    "unigram": {"model_type": "unigram"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentencepiece_models_are_the_librarys(tmp_path: Path, kind: str):
+    path = train_sentencepiece(tmp_path, **KINDS[kind])
+    settings = {"added_tokens_decoder": {"9": {"content": "<turn>", "special": True}}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    loaded = model_tokenizers.load_folder(tmp_path)
+    sentencepiece = pytest.importorskip("sentencepiece")
+    witness = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    again = tokenization.from_json(json.loads(json.dumps(tokenization.to_json(loaded))), "here")
+    for text in TEXTS:
+        if "<|im_end|>" not in text:
+            expected = witness.encode(text)
+            assert loaded.encode(text).tolist() == again.encode(text).tolist() == expected
+            assert loaded.decode(expected) == witness.decode(expected)
+            assert kind == "unigram" or loaded.decode(expected) == text
+    control = {name: witness.piece_to_id(name) for name in ("<s>", "</s>", "[INST]", "<|im_end|>", "<turn>")}
+    assert loaded.added_ids == control
+    spelled = " ".join([*control, "<think>"])
+    assert set(loaded.encode(spelled).tolist()).isdisjoint(control.values())
+    assert loaded.decode(loaded.encode(spelled)) == spelled
+    assert witness.piece_to_id("<think>") in loaded.encode(spelled)
+    assert (again.bos_id, again.eos_id, again.end_ids) == (1, 2, (2, 5))
+    assert loaded.decode([1, *loaded.encode("low café"), 2]) == "<s>low café</s>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(tmp_path: Path, kind: str):
+    tokenizer = model_tokenizers.load(str(train_sentencepiece(tmp_path, **KINDS[kind])))
+    parts = ["low lower", " newest\n", "\n def f(x):", "\n    return x", " the", " café"]
+    ids = [tokenizer.encode(parts[0]), *map(tokenizer.encode_continuation, parts[1:])]
+    whole = tokenizer.encode("".join(parts)).tolist()
+    assert np.concatenate(ids).tolist() == whole
+    text = tokenizer.decode(whole[:1]) + "".join(tokenizer.decode_continuation([i]) for i in whole[1:])
+    assert text == tokenizer.decode(whole)
+    extended = tokenization.add_tokens(tokenizer, ["<|user|>"])
+    user = extended.added_ids["<|user|>"]
+    assert extended.decode([user, *whole]) == "<|user|>" + tokenizer.decode(whole)
+    assert extended.decode_continuation(whole[1:]) == tokenizer.decode_continuation(whole[1:])
+    assert (extended.bos_id, extended.end_ids) == (tokenizer.bos_id, tokenizer.end_ids)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_hugging_faces_conversions_of_sentencepiece(tmp_path: Path, kind: str):
+    """As Llama 2 and T5 have them in tokenizer.json: the normalizer of the one, Metaspace of the other."""
+    ids = {} if kind == "bpe" else {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # T5's
+    path = train_sentencepiece(tmp_path, **KINDS[kind], **ids)
+    folder = tmp_path / "converted"
+    convert = transformers.LlamaTokenizer if kind == "bpe" else transformers.T5Tokenizer
+    convert.from_pretrained(path.parent).save_pretrained(folder)
+    path.unlink()
+    loaded = check_against_transformers(folder, [text for text in TEXTS if "<s>" not in text])
+    spelled = " ".join(loaded.added_ids)
+    assert set(loaded.encode(spelled).tolist()) & {*loaded.added_ids.values()} <= {loaded.added_ids["<unk>"]}
+    whole = loaded.encode("low newest def the").tolist()
+    assert np.concatenate([loaded.encode("low newest"), loaded.encode_continuation(" def the")]).tolist() == whole
+    assert loaded.decode(whole[:1]) + loaded.decode_continuation(whole[1:]) == loaded.decode(whole)
