@@ -111,11 +111,11 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias (Ba et al. 2016)."""
 
-    def __init__(self, width: int, *, bias: bool, eps: float):
+    def __init__(self, config: GPTConfig, width: int):
         super().__init__()
-        self.eps = eps
+        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(width)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -149,57 +149,47 @@ class RMSNormCPU(torch.autograd.Function):
         return (y * (projection * -scale)).addcmul_(grad, scale), None
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a learned gain if asked for (Zhang and Sennrich 2019)."""
+class PlainRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), without a learned gain (Zhang and Sennrich 2019)."""
 
-    def __init__(self, width: int, *, gain: bool, eps: float):
+    def __init__(self, config: GPTConfig, width: int):
         super().__init__()
         self.width = width
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if gain else None
+        self.eps = config.norm_eps
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return RMSNormCPU.apply(x, self.eps)
         return F.rms_norm(x, (self.width,), eps=self.eps)
 
+
+class RMSNorm(PlainRMSNorm):
+    """RMSNorm with a learned gain."""
+
+    def __init__(self, config: GPTConfig, width: int):
+        super().__init__(config, width)
+        self.weight = nn.Parameter(torch.ones(width))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalize(x)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
+        return super().forward(x) * self.weight.to(x.dtype)
 
 
-class OffsetRMSNorm(RMSNorm):
-    """RMSNorm whose gain is 1 + a learned offset, which weight decay pulls to 0 (Gemma)."""
+class OffsetRMSNorm(PlainRMSNorm):
+    """RMSNorm whose gain is 1 + a learned offset, which weight decay would pull to 0 (Gemma)."""
 
-    def __init__(self, width: int, *, eps: float):
-        super().__init__(width, gain=False, eps=eps)
+    def __init__(self, config: GPTConfig, width: int):
+        super().__init__(config, width)
         self.offset = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x) * (1.0 + self.offset).to(x.dtype)
+        return super().forward(x) * (1.0 + self.offset).to(x.dtype)
 
 
-def layer_norm(config: GPTConfig, width: int) -> nn.Module:
-    return LayerNorm(width, bias=config.bias, eps=config.norm_eps)
-
-
-def rms_norm(config: GPTConfig, width: int) -> nn.Module:
-    return RMSNorm(width, gain=True, eps=config.norm_eps)
-
-
-def rms_norm_no_gain(config: GPTConfig, width: int) -> nn.Module:
-    return RMSNorm(width, gain=False, eps=config.norm_eps)
-
-
-def rms_norm_offset(config: GPTConfig, width: int) -> nn.Module:
-    return OffsetRMSNorm(width, eps=config.norm_eps)
-
-
-NORMS = {
-    "layernorm": layer_norm,
-    "rmsnorm": rms_norm,
-    "rmsnorm_nogain": rms_norm_no_gain,
-    "rmsnorm_offset": rms_norm_offset,
+NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "rmsnorm_nogain": PlainRMSNorm,
+    "rmsnorm_offset": OffsetRMSNorm,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,8 +485,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        pre_norm = NORMS[config.norm] if config.norm_placement in ("pre", "both") else no_norm
-        post_norm = NORMS[config.norm] if config.norm_placement in ("post", "both") else no_norm
+        pre_norm = NORMS[config.norm] if config.norm_placement in ("pre", "both") else nn.Identity
+        post_norm = NORMS[config.norm] if config.norm_placement in ("post", "both") else nn.Identity
         self.norm_1 = pre_norm(config, config.n_embd)
         self.attn = Attention(config, layer)
         self.post_norm_1 = post_norm(config, config.n_embd)
@@ -526,10 +516,6 @@ class Block(nn.Module):
         """The stream x, (B, T, C), plus attention's output y, plus the MLP of both."""
         x = x + y
         return x + self.post_norm_2(self.mlp(self.norm_2(x)))
-
-
-def no_norm(config: GPTConfig, width: int) -> nn.Module:
-    return nn.Identity()
 
 
 class ParallelBlock(Block):
@@ -747,7 +733,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(V, config.n_embd)
         self.embedding_scale = Scale(config.embedding_scale) if config.embedding_scale != 1 else nn.Identity()
         self.position = POSITIONS[config.position](config)
-        self.embedding_norm = rms_norm_no_gain(config, config.n_embd) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = PlainRMSNorm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
         self.window_position: Position | None = None  # of windowed layers, if they have another RoPE
         if config.window_rope_base:

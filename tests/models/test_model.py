@@ -29,7 +29,7 @@ from model import (
     ChunkedLoss,
     GPTConfig,
     NoSoftcap,
-    RMSNorm,
+    PlainRMSNorm,
     RotaryPosition,
     Softcap,
     TanhSoftcap,
@@ -229,7 +229,7 @@ def test_rms_norm_of_few_passes_equals_torchs(dtype):
     x, upstream = torch.randn(3, 5, 16).to(dtype).requires_grad_(), torch.randn(3, 5, 16).to(dtype)
     theirs = F.rms_norm(x, (16,), eps=1e-5)
     expected = torch.autograd.grad(theirs, x, upstream)[0]
-    ours = RMSNorm(16, gain=False, eps=1e-5)(x)
+    ours = PlainRMSNorm(TINY_MODEL, 16)(x)
     tolerance = {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, theirs, **tolerance)
     torch.testing.assert_close(torch.autograd.grad(ours, x, upstream)[0], expected, **tolerance)
@@ -244,7 +244,7 @@ def test_rms_norm_in_bfloat16_is_as_exact_as_torchs():
     def error(y: torch.Tensor) -> float:
         return float((y.double() - exact).norm() / exact.norm())
 
-    ours = RMSNorm(96, gain=False, eps=1e-5)(x)
+    ours = PlainRMSNorm(TINY_MODEL, 96)(x)
     assert error(ours) <= 1.01 * error(F.rms_norm(x, (96,), eps=1e-5)) < 0.002
 
 
