@@ -248,7 +248,7 @@ class ChatTemplate:
         """The characters of the text of a chat that each assistant's message adds to the chat before it.
 
         A template may write a message in another way when others follow, as Qwen3 leaves out earlier reasoning. What
-        follows the message's content then ends the span as far as it does when the chat ends there.
+        follows the message's content then ends the span, as `ending_length` has it.
         """
         contents = self.content_spans(messages, options, text)
         spans = []
@@ -265,9 +265,20 @@ class ChatTemplate:
             stop = len(until.text)
             if content and until.places[CONTENT_END] and not text.startswith(until.text):
                 ending = until.text[until.places[CONTENT_END][-1] :]
-                stop = content[1] + common_prefix_length(ending, text[content[1] :])
+                stop = content[1] + self.ending_length(ending, text[content[1] :])
             spans.append((start, stop))
         return spans
+
+    def ending_length(self, ending: str, following: str) -> int:
+        """How much of the text that follows a message's content belongs to it: what it has in common with its ending,
+        and its first control token, which may be another one.
+
+        ending: what follows the content in a chat that ends there.
+        """
+        before_end, *names = split_control(ending, self.tokenizer.control_tokens)[:2]
+        before, *others = split_control(following, self.tokenizer.control_tokens)[:2]
+        end = len(before + others[0]) if names and others and before == before_end else 0
+        return max(end, common_prefix_length(ending, following))
 
     def content_spans(self, messages: Messages, options: Mapping[str, Any] | None, text: str) -> dict[int, Span]:
         """Where in the text of a chat the content of each assistant's message is, by the message's number; none where
