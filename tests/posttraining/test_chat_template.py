@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from helpers import SHARED
 
+import configurator
+import evaluate
+import sample
 from nanoforge.data import gguf_metadata, model_tokenizers
 from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load, save
 from nanoforge.errors import UserError
@@ -392,3 +396,45 @@ def test_sequences_without_a_template_begin_with_bos():
     assert example.sequences[0].ids.tolist() == [bos, *own.encode("what").tolist()]
     (example,) = encode("sft", [{"messages": CHATS[0]}], own)
     assert bos not in example.sequences[0].ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+@pytest.mark.slow
+def test_a_conversation(run: Any, base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
+    """A model that has learned one chat by heart says it: line by line, as completions in its metrics, and as answers
+    of a task. Its second reply follows from the whole chat."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] | replace('s', '=') | replace('u', '+') | replace('a', '') + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "system", "content": "9"}, user("1"), assistant("2"), user("1"), assistant("34")]
+    problem = {"prompt": chat[:-1], "answer": "34"}
+    for name, row in (("chat", {"messages": chat}), ("task", problem)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = [f"--{split}_file={tmp_path}/chat.jsonl" for split in ("train", "validation")]
+    steps = ["--max_iters=80", "--eval_interval=80", "--block_size=32", "--learning_rate=1e-2", "--eval_samples=1"]
+    done = run("--objective=sft", f"--init_from={base}", *files, *steps, f"--chat_template={tmp_path}/t.jinja")
+    (completion,) = done.evals[-1]["samples"]
+    assert completion == {"prompt": "=9+1", "completion": "2"}
+
+    flags = [f"--out_dir={tmp_path}/run", "--dtype=float32", "--device=cpu"]
+    greedy = [*flags, "--chat", "--temperature=0", "--max_new_tokens=6"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n\n1\n"))
+    sample.main(configurator.parse(sample.SampleArgs, [*greedy, "--system=9"], ""))
+    assert capsys.readouterr().out == "2\n34\n"
+    sample.main(configurator.parse(sample.SampleArgs, [*greedy, "--system=9", "--start=1", "--num_samples=1"], ""))
+    assert capsys.readouterr().out.startswith("2\n-")
+    task = f"{tmp_path}/task.jsonl"
+    results = evaluate.main(configurator.parse(evaluate.EvaluateArgs, [*flags, f"--tasks={task}"], ""))
+    assert results["tasks"][task]["accuracy"]["value"] == 1 and results["tasks"][task]["ended"] == 1
+
+
+def test_a_file_that_is_no_template_is_refused_by_its_flag(tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(UserError, match=r"--chat_template=.*line 1"):
+        with_chat_template(ByteTokenizer(), str(tmp_path))
+    with pytest.raises(UserError, match="missing"):
+        with_chat_template(ByteTokenizer(), str(tmp_path / "missing.jinja"))

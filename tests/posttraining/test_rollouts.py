@@ -63,20 +63,26 @@ def greedy_ids(model: GPT, prompt: list[int], n: int, vocab_size: int = VOCAB_SI
     ].tolist()
 
 
-def cut_at(tokens: list[int], eos_id: int | None) -> tuple[list[int], bool]:
-    """(ids to the first end-of-sequence token, whether there is one)."""
-    if eos_id not in tokens:
-        return tokens, False
-    return tokens[: tokens.index(eos_id) + 1], True
+def cut_at(tokens: list[int], end_ids: tuple[int, ...]) -> tuple[list[int], bool]:
+    """(ids to the first token that ends a completion, whether there is one)."""
+    for i, token in enumerate(tokens):
+        if token in end_ids:
+            return tokens[: i + 1], True
+    return tokens, False
 
 
 def complete(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None, uniform=None, **sampling
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    end_ids: tuple[int, ...] = (),
+    uniform=None,
+    **sampling,
 ) -> list[Completion]:
     """Completions of `generate_batch` from a vocabulary of 31 tokens."""
     settings = {
         "max_new_tokens": max_new_tokens,
-        "end_ids": () if eos_id is None else (eos_id,),
+        "end_ids": end_ids,
         "vocab_size": VOCAB_SIZE,
     }
     return generate_batch(model, prompts, SamplingParams(**settings | sampling), uniform)
@@ -97,14 +103,14 @@ def forward_logps(model: GPT, prompt: list[int], completion: list[int], temperat
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("n", [1, 3])
 def test_greedy_completions_are_those_of_one_prompt_at_a_time(variant, n):
-    """Prompts of 1 to 12 tokens; several end-of-sequence tokens, so that rows retire at different times."""
+    """Prompts of 1 to 12 tokens; several tokens that end them, alone and together: rows retire at different times."""
     model = tiny_model(block_size=40, **variant).eval()
     greedy = [greedy_ids(model, prompt, 25) for prompt in PROMPTS]
     frequent = sorted({token for tokens in greedy for token in tokens})
     lengths = set()
-    for eos_id in [None, *frequent[:6]]:
-        completions = complete(model, PROMPTS, 25, eos_id, temperature=0.0, n=n)
-        expected = [cut_at(tokens, eos_id) for tokens in greedy for _ in range(n)]
+    for end_ids in [(), *((token,) for token in frequent[:6]), tuple(frequent[:2]), tuple(frequent[3:6])]:
+        completions = complete(model, PROMPTS, 25, end_ids, temperature=0.0, n=n)
+        expected = [cut_at(tokens, end_ids) for tokens in greedy for _ in range(n)]
         assert [(completion.ids, completion.ended) for completion in completions] == expected
         lengths |= {len(completion.ids) for completion in completions}
     assert len(lengths) > 3, "rows that end at different times"
@@ -117,7 +123,7 @@ def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, tempera
     model = tiny_model(block_size=40, **variant).eval()
     lengths = set()
     for filters in ({}, {"top_k": 4}, {"top_p": 0.7}):
-        completions = complete(model, PROMPTS, 20, 5, draws_from(0), temperature=temperature, n=4, **filters)
+        completions = complete(model, PROMPTS, 20, (5,), draws_from(0), temperature=temperature, n=4, **filters)
         lengths |= {len(completion.ids) for completion in completions}
         prompts = [prompt for prompt in PROMPTS for _ in range(4)]
         for completion, prompt in zip(completions, prompts, strict=True):
@@ -130,11 +136,11 @@ def test_sampled_log_probabilities_are_those_of_a_plain_forward(variant, tempera
 def test_completions_are_those_of_one_prompt_at_a_time(filters):
     """The same random numbers decide, so the batch in which a prompt is completed does not matter."""
     model = tiny_model(block_size=40, position="rope").eval()
-    together = complete(model, PROMPTS, 20, 5, draws_from(0), n=2, **filters)
+    together = complete(model, PROMPTS, 20, (5,), draws_from(0), n=2, **filters)
     for i, prompt in enumerate(PROMPTS):
-        (one, other) = complete(model, [prompt], 20, 5, draws_from(2 * i), n=2, **filters)
+        (one, other) = complete(model, [prompt], 20, (5,), draws_from(2 * i), n=2, **filters)
         assert (one.ids, other.ids) == (together[2 * i].ids, together[2 * i + 1].ids) and one.ids != other.ids
-    part = complete(model, PROMPTS[2:4], 20, 5, draws_from(4), n=2, **filters)
+    part = complete(model, PROMPTS[2:4], 20, (5,), draws_from(4), n=2, **filters)
     assert [completion.ids for completion in part] == [completion.ids for completion in together[4:8]]
 
 
@@ -162,11 +168,11 @@ def test_the_end_of_sequence_token_is_the_last_of_a_completion():
     tokens = greedy_ids(model, PROMPTS[0], 10)
     eos_id = tokens[2]
     stop = tokens.index(eos_id) + 1
-    (ended,) = complete(model, [PROMPTS[0]], 10, eos_id, temperature=0.0)
+    (ended,) = complete(model, [PROMPTS[0]], 10, (eos_id,), temperature=0.0)
     assert ended.ids == tokens[:stop] and ended.ended and len(ended.logps) == stop
-    (truncated,) = complete(model, [PROMPTS[0]], stop - 1, eos_id, temperature=0.0)
+    (truncated,) = complete(model, [PROMPTS[0]], stop - 1, (eos_id,), temperature=0.0)
     assert truncated.ids == tokens[: stop - 1] and not truncated.ended
-    (just_ended,) = complete(model, [PROMPTS[0]], stop, eos_id, temperature=0.0)
+    (just_ended,) = complete(model, [PROMPTS[0]], stop, (eos_id,), temperature=0.0)
     assert just_ended.ended, "with its last possible token"
 
 
@@ -180,10 +186,10 @@ def test_completions_go_on_past_block_size(position: str) -> None:
     for completion, prompt in zip(completions, PROMPTS, strict=True):
         assert completion.ids[: 16 - len(prompt)] == greedy_ids(model, prompt, 16 - len(prompt))
     prompts = [ids(16, seed=3).tolist(), *PROMPTS]
-    together = complete(model, prompts, 50, 5, draws_from(0), n=2)
+    together = complete(model, prompts, 50, (5,), draws_from(0), n=2)
     assert len({len(completion.ids) for completion in together}) > 1, "rows that end at different times"
     for i, prompt in enumerate(prompts):
-        assert complete(model, [prompt], 50, 5, draws_from(2 * i), n=2) == [
+        assert complete(model, [prompt], 50, (5,), draws_from(2 * i), n=2) == [
             Completion(together[j].ids, pytest.approx(together[j].logps, abs=1e-4), together[j].ended)
             for j in (2 * i, 2 * i + 1)
         ]
@@ -258,7 +264,7 @@ def test_sample_completions_are_greedy():
     assert [sample["prompt"] for sample in samples] == ["1+1=", "23+4="]
     for sample in samples:
         tokens = greedy_ids(model, DIGITS.encode(sample["prompt"]).tolist(), 4, vocab_size=13)
-        completion, _ = cut_at(tokens, EOS_ID)
+        completion, _ = cut_at(tokens, (EOS_ID,))
         assert sample["completion"] == DIGITS.decode([token for token in completion if token != EOS_ID])
 
 
