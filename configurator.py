@@ -447,8 +447,8 @@ def read_command_line(
     files += more_files
     for name, items in values.items():
         if isinstance(items, list) and specs[name].split:  # a config file after a list is not one of its items
-            files += [item for item in items if item.endswith(config_files.SUFFIXES)]
-            values[name] = [item for item in items if not item.endswith(config_files.SUFFIXES)]
+            files += [item for item in items[1:] if item.endswith(config_files.SUFFIXES)]
+            values[name] = items[:1] + [item for item in items[1:] if not item.endswith(config_files.SUFFIXES)]
     empty = [name for name, value in values.items() if value is None or value == []]
     errors = [f"--{name}: needs a value" for name in empty]
     values = {name: value for name, value in values.items() if name not in empty}

@@ -4,6 +4,7 @@
                                                                       GRPO run
     python evaluate.py --out_dir=out/run --tasks arithmetic,gsm8k     accuracy of greedy completions
     python evaluate.py --out_dir=out/run --tasks gsm8k --decode=standard --num_passes=8        pass@k, majority@k
+    python evaluate.py --out_dir=out/run --lm_eval=hellaswag,arc_easy                          tasks of lm-eval
 
 A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes
 evaluation.json to the run's folder, where evaluations.jsonl keeps the results of every call.
@@ -38,6 +39,7 @@ DECODINGS = {  # as in agent_tunix
 }
 DEFAULT_MAX_NEW_TOKENS = 256
 TASKS = with_set("tasks")
+HARNESS = with_set("lm_eval")
 
 
 @arg_group
@@ -73,15 +75,31 @@ class TaskArgs:
 
 
 @arg_group
+class HarnessArgs:
+    """lm-eval"""
+
+    lm_eval: tuple[str, ...] = arg(
+        (), "tasks of lm-eval (pip install lm-eval) by name, pattern or YAML file; losses then need --datasets"
+    )
+    num_fewshot: int = arg(-1, "examples before each question (-1: as the task says)", low=-1, needs=HARNESS)
+    limit: float = arg(0.0, "maximum examples per task, below 1 a fraction of them (0: all)", low=0, needs=HARNESS)
+    include_path: str = arg("", "folder of more task YAML files", path=True, needs=HARNESS)
+    gen_kwargs: dict[str, object] = arg(
+        {}, 'generation settings over the tasks\', as JSON: {"max_gen_toks": 64}', needs=HARNESS
+    )
+    fewshot_seed: int = arg(1234, "random seed of the choice of few-shot examples", low=0, needs=HARNESS)
+
+
+@arg_group
 class SystemArgs(DeviceArgs):
     """system"""
 
-    batch_size: int = arg(64, "windows, examples or problems per batch", low=1)
+    batch_size: int = arg(64, "windows, examples, problems or requests per batch", low=1)
     json: str = arg("", "file to write (default: evaluation.json in out_dir)", path=True)
 
 
 @arg_table
-class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, SystemArgs):
+class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, HarnessArgs, SystemArgs):
     """The arguments of evaluate.py."""
 
 
@@ -120,7 +138,7 @@ from nanoforge.device import explain_out_of_memory
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
-from nanoforge.posttraining import prompt_format, row_shapes
+from nanoforge.posttraining import lm_eval_model, prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
 from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
 from nanoforge.posttraining.chat_template import completion_end_ids
@@ -217,7 +235,7 @@ def evaluate_losses(evaluation: Evaluation) -> Losses:
     args, run = evaluation.args, evaluation.run
     if args.datasets:
         names = args.datasets
-    elif run is None:
+    elif run is None or (args.lm_eval and not args.tasks):
         return {}
     elif run.objective not in ("lm", "sft"):
         return {} if args.tasks else objective_metrics(evaluation, run)
@@ -584,6 +602,27 @@ def describe_lengths(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# lm-eval
+
+
+def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
+    """The results of lm-eval's tasks. Raises UserError."""
+    args, loaded = evaluation.args, evaluation.loaded
+    if evaluation.template is not None:
+        raise UserError("--lm_eval: the run is a soft prompt, whose format lm-eval's tasks don't have; use --tasks")
+    model = lm_eval_model.HarnessModel(loaded.model, loaded.tokenizer, batch_size=args.batch_size, seed=args.seed)
+    options = lm_eval_model.HarnessOptions(
+        tasks=args.lm_eval,
+        num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot,
+        limit=args.limit or None,
+        include_path=args.include_path,
+        gen_kwargs=args.gen_kwargs,
+        fewshot_seed=args.fewshot_seed,
+    )
+    return lm_eval_model.run_harness(model, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -606,12 +645,14 @@ def print_results(results: dict[str, Any]) -> None:
         for key, value in task.items():
             if isinstance(value, dict):
                 print(f"    {key:18} {value['value']:7.2%}   (95 %: {value['low']:.2%} to {value['high']:.2%})")
+    if "lm_eval" in results:
+        print(lm_eval_model.format_results(results["lm_eval"]))
 
 
 def main(args: EvaluateArgs) -> dict[str, Any]:
     """Print the results and write them as JSON. Raises UserError."""
-    if not args.tasks and args.init_from != "resume" and not args.datasets:
-        raise UserError("--tasks, --datasets: one is required without a run; name what to evaluate on")
+    if args.init_from != "resume" and not (args.tasks or args.datasets or args.lm_eval):
+        raise UserError("--tasks, --datasets, --lm_eval: one is required without a run; name what to evaluate on")
     evaluation = load_evaluation(args)
     files.check_writable(results_path(args).parent, "--json")  # before the work
     with explain_out_of_memory(f"a smaller --batch_size than {args.batch_size} needs less"):
@@ -623,6 +664,8 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
             "losses": evaluate_losses(evaluation),
             "tasks": {task: evaluate_task(evaluation, task) for task in args.tasks},
         }
+        if args.lm_eval:
+            results["lm_eval"] = evaluate_harness(evaluation)
     print_results(results)
     write_results(args, results)
     return results

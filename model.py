@@ -786,6 +786,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         position_ids: Positions | None = None,
         temperature: float = 1.0,
+        logits_at: Any = ...,
     ) -> Tensor:
         """Logits, (B, T, V), or with targets the loss of each, float32, in their shape, from logits / temperature.
 
@@ -793,6 +794,7 @@ class GPT(nn.Module):
         cache: keys and values of the tokens before; those of idx are added to it.
         position_ids: below block_size; None: from 0 on. Without a cache, (B, T) positions that restart at 0 are packed
         documents.
+        logits_at: index of the positions, (B, T), whose logits are needed, which then are (N, V); without targets.
         """
         positions = slice(0, idx.size(-1)) if position_ids is None else position_ids
         x = self.embedding_scale(self.vocabulary.embed(self.wte(idx).to(self.compute_dtype)))  # (B, T, C)
@@ -801,7 +803,7 @@ class GPT(nn.Module):
         v1 = None
         for block, position in zip(self.blocks, self.layer_positions, strict=True):
             x, v1 = block(x, x0, v1, position, positions, cache)
-        x = self.norm(x)
+        x = self.norm(x)[logits_at]
 
         if targets is not None and self.config.loss_chunk:
             return ChunkedLoss.apply(x, self.head.weight, targets, self.softcap, self.config.loss_chunk)

@@ -40,6 +40,7 @@ class SamplingParams:
     n: int = 1  # completions of each prompt
     end_ids: tuple[int, ...] = ()  # each ends a completion
     vocab_size: int | None = None  # ids that may be drawn are below it: padding rows are not; None: all
+    is_complete: Callable[[list[int]], bool] | None = None  # whether the ids of a completion are enough, without an end
 
 
 def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -407,6 +408,9 @@ class BatchDecoder:
         self.ended[kept] = (kept_ids[:, None] == self.end_ids).any(1)
         self.finished[kept] = self.ended[kept]
         self.num_drawn += 1
+        if sampling.is_complete is not None:
+            for completion in kept[~self.ended[kept]]:
+                self.finished[completion] = sampling.is_complete(self.ids[completion, : self.num_drawn].tolist())
         self.context_lengths += 1
 
 
