@@ -342,27 +342,28 @@ def cut_windows(sizes: Iterable[int], block_size: int, most: int) -> list[Window
 
 @torch.no_grad()
 def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
-    """The losses on val.bin of a dataset, or of the aligned datasets of a multicontext model. Raises UserError."""
+    """The losses on val.bin of a dataset, or of the aligned datasets of a multicontext model. Raises UserError.
+
+    Where the model's sequences begin with a token of their own, that one stands in the place of a window's first token,
+    which is context alone.
+    """
     model = evaluation.loaded.model
     bins, offsets = open_contexts(evaluation, names)
     sizes = batches.aligned_sizes(bins).tolist()
     windows = cut_windows(sizes, model.config.block_size, evaluation.args.max_windows)
     if not windows:
         raise UserError(f"--datasets={bins[0].name}: {bins[0].paths[0]} has one token, of which none is predicted")
-    end_ids = torch.tensor([end_id(val) + offset for val, offset in zip(bins, offsets, strict=True)])
+    ends = torch.tensor([without_bytes(val, offset) for val, offset in zip(bins, offsets, strict=True)])  # (K, 2)
     sums = torch.zeros(2, len(bins), dtype=torch.float64)  # of all losses, and of those of end tokens
     n_tokens = 0
     for numbers in evaluation.iter_batches(len(windows), "+".join(val.name for val in bins), "windows"):
         chunk = windows[numbers.start : numbers.stop]
         for length, same_length in itertools.groupby(chunk, key=lambda window: window.length):
             places = np.array([(window.shard, window.start) for window in same_length])
-            ids = [
-                val.read_windows(places[:, 0], places[:, 1], length + 1).astype(np.int64) + offset
-                for val, offset in zip(bins, offsets, strict=True)
-            ]
+            ids = [read_windows(val, places, length + 1) + offset for val, offset in zip(bins, offsets, strict=True)]
             batch = batches.to_batch(np.stack(ids, axis=1), pin=False).to(evaluation.device)
             losses = model(batch.idx, batch.targets).view(len(places), len(bins), length)
-            is_end = batch.targets.view_as(losses) == end_ids.to(losses.device)[:, None]
+            is_end = (batch.targets.view_as(losses)[..., None] == ends.to(losses.device)[:, None]).any(-1)
             sums += torch.stack((losses.sum((0, 2)), (losses * is_end).sum((0, 2)))).cpu()
             n_tokens += len(places) * length
     totals, end_totals = sums.tolist()
@@ -375,22 +376,32 @@ def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
     return results
 
 
-def end_id(val: token_bins.TokenBin) -> int:
-    """The end token of a dataset; an id that no token has, if there is none."""
-    eos_id = val.meta.tokenizer.eos_id
-    return -(2**31) if eos_id is None else eos_id
+def read_windows(val: token_bins.TokenBin, places: np.ndarray, length: int) -> np.ndarray:
+    """(n, length) int64: windows from places (n, 2), (shard, start), each after the token that begins a sequence."""
+    ids = val.read_windows(places[:, 0], places[:, 1], length).astype(np.int64)
+    bos_id = val.meta.tokenizer.bos_id
+    if bos_id is not None:
+        ids[:, 0] = bos_id
+    return ids
+
+
+def without_bytes(val: token_bins.TokenBin, offset: int) -> list[int]:
+    """The model's ids of the tokens that end and begin a document; an id that no token has where there is none."""
+    tokenizer = val.meta.tokenizer
+    return [-(2**31) if i is None else i + offset for i in (tokenizer.eos_id, tokenizer.bos_id)]
 
 
 def bits_per_byte(val: token_bins.TokenBin, total: float, end_total: float, n_tokens: int) -> dict[str, float]:
     """The cost of a text in bits per byte, with the losses of end tokens, which have no bytes, and without them.
 
-    Empty where the bytes are not known. total, end_total: losses of n_tokens targets, and of the end tokens among them.
+    So have the tokens that begin documents. Empty where the bytes are not known. total, end_total: losses of n_tokens
+    targets, and of the end tokens among them.
     """
     if not val.bytes:
         return {}
     bits = 1 / math.log(2) / (n_tokens * val.bytes / val.tokens)
     metrics = {"bits_per_byte": total * bits}
-    if val.meta.tokenizer.eos_id is not None:
+    if (val.meta.tokenizer.eos_id, val.meta.tokenizer.bos_id) != (None, None):
         metrics["bits_per_byte_without_end_tokens"] = (total - end_total) * bits
     return metrics
 

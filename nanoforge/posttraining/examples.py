@@ -150,7 +150,8 @@ class ExampleEncoder:
                 messages = [*row["prompt"], *as_messages(row[field], "assistant")]
                 ids = self.encode_chat(messages, row, add_generation_prompt=False)
             else:
-                ids = [*prompt, *self.encode_text(row[field]), self.eos_id]
+                completion = self.tokenizer.encode_continuation if row.get("prompt") else self.tokenizer.encode
+                ids = [*prompt, *completion(row[field]).tolist(), self.eos_id]
             completion_start = common_prefix_length(prompt, ids)
         return self.fit(ids, [i >= completion_start for i in range(len(ids))], field)
 

@@ -18,7 +18,7 @@ import train_args
 from builders import load_model
 from model import GPT
 from nanoforge.data import corpus, token_bins
-from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.data.tokenization import CharTokenizer, ControlTokens
 from nanoforge.errors import UserError
 from nanoforge.models import generation
 from nanoforge.posttraining.accuracy import wilson_interval
@@ -111,6 +111,29 @@ def test_bits_per_byte_with_and_without_end_tokens(run: Callable[..., RunFiles],
     assert is_end.sum() == 5
     assert metrics["bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / n_bytes, rel=1e-5)
     expected = losses[~is_end].sum().item() / math.log(2) / n_bytes
+    assert metrics["bits_per_byte_without_end_tokens"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_begin_with_the_token_that_begins_a_sequence(run: Callable[..., RunFiles], tmp_path: Path):
+    """By hand: it stands in the place of the token before a window's targets; its own losses have no bytes."""
+    chunks = [corpus.TextChunk(split, "abcab", ends_document=True) for split in ("train", "val") for _ in range(5)]
+    tokenizer = CharTokenizer("abcS", has_eos=True)
+    tokenizer.adopt(ControlTokens(eos_id=4, bos_id=3, end_ids=(4,), added_ids={"S": 3}))
+    corpus.write_dataset(tmp_path / "data/docs", lambda: chunks, tokenizer)
+    done = run(f"--data_dir={tmp_path / 'data'}", "--dataset=docs")
+    metrics = run_evaluate(f"--out_dir={done.out_dir}", "--dtype=float32")["losses"]["docs"]
+    tokens = val_tokens(tmp_path / "data", "docs")
+    model = load_model(str(done.last.folder)).model
+    losses = []
+    for start in range(0, len(tokens) - 1, 8):
+        window = tokens[start : start + 9].clone()
+        window[0] = 3
+        losses.append(loss_by_hand(model, window[None], 8)[0])
+    by_hand = torch.cat(losses)
+    assert tokens[7].item() == 3 and metrics["val_loss"] == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    has_bytes = tokens[1:] < 3
+    assert has_bytes.sum() == 25
+    expected = by_hand[has_bytes].sum().item() / math.log(2) / (25 * len(by_hand) / len(tokens))
     assert metrics["bits_per_byte_without_end_tokens"] == pytest.approx(expected, rel=1e-5)
 
 
