@@ -323,7 +323,7 @@ def print_completions(
     torch.manual_seed(args.seed)
     for number, completion in enumerate(generate_batch(loaded.model, prompts, sampling)):
         prefix = prefixes[number // args.num_samples] if prefixes else ""
-        print(f"{prefix}{decode_completion(completion, tokenizer)}\n{SEPARATOR}")
+        print(f"{prefix}{decode_completion(completion, tokenizer, continues_text=bool(prefixes))}\n{SEPARATOR}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,10 +354,11 @@ class TokenPrinter:
         self.tokenizer = tokenizer
         self.offset = offset
         self.waiting: list[int] = []
+        self.decode = tokenizer.decode
 
     def put(self, token: int) -> None:
         self.waiting.append(token)
-        is_whole = not self.tokenizer.decode(self.waiting).endswith("\ufffd")
+        is_whole = not self.decode(self.waiting).endswith("\ufffd")
         if is_whole or len(self.waiting) > self.MAX_WAITING:
             self.flush()
 
@@ -367,7 +368,9 @@ class TokenPrinter:
 
     def flush(self) -> None:
         """Print what is waiting, whole or not."""
-        print(self.tokenizer.decode(self.waiting), end="", flush=True)
+        print(self.decode(self.waiting), end="", flush=True)
+        if self.waiting:
+            self.decode = self.tokenizer.decode_continuation
         self.waiting = []
 
 
@@ -457,7 +460,9 @@ def format_sample(streams: list[TextStream], sample: torch.Tensor) -> str:
         return streams[0].tokenizer.decode(streams[0].local_ids(sample[0]))
     tokens = []
     for stream, ids in zip(streams, sample, strict=True):
-        tokens.append([stream.tokenizer.decode([token]) for token in stream.local_ids(ids)])
+        first, *rest = stream.local_ids(ids)
+        decode = stream.tokenizer.decode_continuation
+        tokens.append([stream.tokenizer.decode([first]), *(decode([token]) for token in rest)])
     return align_contexts([stream.name for stream in streams], tokens)
 
 

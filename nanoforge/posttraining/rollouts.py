@@ -80,10 +80,13 @@ class Sampler:
             )
 
 
-def decode_completion(completion: Completion, tokenizer: Tokenizer) -> str:
-    """The text of a completion, without its end-of-sequence token."""
+def decode_completion(completion: Completion, tokenizer: Tokenizer, *, continues_text: bool = False) -> str:
+    """The text of a completion, without its end-of-sequence token.
+
+    continues_text: it is shown behind its prompt, so a space before its first word counts.
+    """
     ids = completion.ids[:-1] if completion.ended else completion.ids
-    return tokenizer.decode(ids)
+    return tokenizer.decode_continuation(ids) if continues_text else tokenizer.decode(ids)
 
 
 def repeat_each(prompts: Sequence[Example], n: int) -> list[Example]:

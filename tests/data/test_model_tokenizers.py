@@ -12,6 +12,7 @@ from helpers import SHARED
 
 from nanoforge.data import gguf_metadata, model_tokenizers, tokenization
 from nanoforge.errors import UserError
+from sample import TokenPrinter
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -266,14 +267,19 @@ def test_sentencepiece_models_are_the_librarys(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(tmp_path: Path, kind: str):
+def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
     tokenizer = model_tokenizers.load(str(train_sentencepiece(tmp_path, **KINDS[kind])))
-    parts = ["low lower", " newest\n", "\n def f(x):", "\n    return x", " the", " café"]
+    parts = ["low lower", " newest\n", "\n def f(x):", "\n    return x", " the", " café 日🤖本"]
     ids = [tokenizer.encode(parts[0]), *map(tokenizer.encode_continuation, parts[1:])]
     whole = tokenizer.encode("".join(parts)).tolist()
     assert np.concatenate(ids).tolist() == whole
-    text = tokenizer.decode(whole[:1]) + "".join(tokenizer.decode_continuation([i]) for i in whole[1:])
-    assert text == tokenizer.decode(whole)
+    printer = TokenPrinter(tokenizer)
+    for i in whole:
+        printer.put(i)
+    printer.flush()
+    assert capsys.readouterr().out == tokenizer.decode(whole)
     extended = tokenization.add_tokens(tokenizer, ["<|user|>"])
     user = extended.added_ids["<|user|>"]
     assert extended.decode([user, *whole]) == "<|user|>" + tokenizer.decode(whole)
