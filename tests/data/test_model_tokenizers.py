@@ -1,5 +1,6 @@
 """Tokenizers of other programs' models give the ids of transformers, sentencepiece, mistral-common and llama.cpp."""
 
+import base64
 import json
 import urllib.request
 from collections.abc import Sequence
@@ -8,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SHARED
+from helpers import SHARED, needs_shared
 
-from nanoforge.data import gguf_metadata, model_tokenizers, tokenization
+from nanoforge.data import corpus, documents, gguf_metadata, model_tokenizers, token_bins, tokenization
 from nanoforge.errors import UserError
 from sample import TokenPrinter
 
@@ -302,3 +303,150 @@ def test_hugging_faces_conversions_of_sentencepiece(tmp_path: Path, kind: str):
     whole = loaded.encode("low newest def the").tolist()
     assert np.concatenate([loaded.encode("low newest"), loaded.encode_continuation(" def the")]).tolist() == whole
     assert loaded.decode(whole[:1]) + loaded.decode_continuation(whole[1:]) == loaded.decode(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiktoken, and GPT-2's older files
+
+
+@needs_shared
+@pytest.mark.slow
+def test_gpt2_is_one_tokenizer_from_whatever_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """tiktoken's encoding, a file of ranks, vocab.json with merges.txt, and a .gguf: tiktoken is the witness."""
+    cache = SHARED / "tiktoken_cache"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    gpt2 = tokenization.TiktokenTokenizer.from_name("gpt2")
+    for path in cache.iterdir():
+        name = "vocab.json" if path.read_bytes()[:1] == b"{" else "merges.txt"
+        (tmp_path / name).write_bytes(path.read_bytes())
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in gpt2.encoding._mergeable_ranks.items()]
+    (tmp_path / "gpt2.tiktoken").write_text("\n".join(lines))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": list(vocabulary),
+        "tokenizer.ggml.token_type": [1] * 50256 + [3],
+        "tokenizer.ggml.merges": (tmp_path / "merges.txt").read_text().split("\n")[1:-1],
+        "tokenizer.ggml.eos_token_id": 50256,
+        "tokenizer.ggml.bos_token_id": 50256,
+    }
+    loaded = [
+        model_tokenizers.load(str(tmp_path / "gpt2.tiktoken")),
+        model_tokenizers.load(str(tmp_path)),
+        model_tokenizers.from_gguf(metadata),
+    ]
+    assert tokenization.same_tokenizer(gpt2, *loaded)
+    for text in TEXTS:
+        expected = gpt2.encoding.encode_ordinary(text)
+        assert [tokenizer.encode(text).tolist() for tokenizer in loaded] == [expected] * 3
+    assert [(tokenizer.eos_id, tokenizer.bos_id) for tokenizer in loaded] == [(50256, None)] * 3
+    metadata["tokenizer.ggml.add_bos_token"] = True
+    with_bos = model_tokenizers.from_gguf(metadata)
+    assert with_bos.bos_id == 50256 and not tokenization.same_tokenizer(gpt2, with_bos)
+    metadata["tokenizer.ggml.pre"] = "qwen2"
+    assert not tokenization.same_tokenizer(loaded[1], model_tokenizers.from_gguf(metadata))
+
+
+def test_llama_3s_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the format that its tokenizer.model has; tiktoken with the published pattern is the witness."""
+    tiktoken = pytest.importorskip("tiktoken")
+    tokens = [*(bytes([i]) for i in range(256)), b"lo", b"low", b" low", b"12", b"123", b"\n\n", b"'S"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [264, 272]}))
+    monkeypatch.setitem(model_tokenizers.RANKS, len(tokens), model_tokenizers.RANKS[128000])
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    witness = tiktoken.Encoding("llama3", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    loaded = model_tokenizers.load_folder(tmp_path)
+    for text in [*TEXTS, " low 1234\n\nlow'S <|eot_id|>"]:
+        assert loaded.encode(text).tolist() == witness.encode_ordinary(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.vocab_size == len(tokens) + 256
+    assert [loaded.added_ids[name] - len(tokens) for name in ("<|begin_of_text|>", "<|eot_id|>")] == [0, 9]
+    assert (loaded.bos_id, loaded.eos_id, loaded.end_ids) == (263, 264, (264, 272))
+    monkeypatch.delitem(model_tokenizers.RANKS, len(tokens))
+    with pytest.raises(UserError, match="263 tokens"):
+        model_tokenizers.load_folder(tmp_path)
+
+
+MISTRAL_FILES = ("tekken_240911.json", "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTRAL_FILES)
+def test_mistrals_tokenizers_are_mistral_commons(name: str):
+    """Real files: the byte-level BPE of Nemo, and the SentencePiece BPE of the kind that Llama 2 has."""
+    tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    sentencepiece = pytest.importorskip("mistral_common.tokens.tokenizers.sentencepiece")
+    path = Path(tekken.__file__).parents[2] / "data" / name
+    is_tekken = name.startswith("tekken")
+    witness = tekken.Tekkenizer.from_file(path) if is_tekken else sentencepiece.SentencePieceTokenizer(path)
+    loaded = model_tokenizers.load(str(path))
+    for text in TEXTS:
+        assert loaded.encode(text).tolist() == witness.encode(text, bos=False, eos=False)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (witness.bos_id, witness.eos_id, witness.n_words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data/prepare.py
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hub", "run"])
+def test_a_dataset_is_prepared_with_a_models_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Documents begin and end as the model's own tokenizer has it, whatever the chunks that they are read in."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 64)
+    model = tmp_path / "models--org--small" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    model.mkdir(parents=True)
+    train_sentencepiece(model, **KINDS["bpe"])
+    source = str(model)
+    if kind == "hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        source = f"org/small@{model.name}"
+    tokenizer = model_tokenizers.load(str(model))
+    if kind == "run":
+        (tmp_path / "run").mkdir()
+        tokenization.save(tmp_path / "run/tokenizer.json", {"mine": tokenizer})
+        source = str(tmp_path / "run")
+    texts = [f"low lower café {i} <s> newest\n def f(x): return x </s>\n" * 6 for i in range(4)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    paths = [str(tmp_path / f"{number}.txt") for number in range(4)]
+    inputs = documents.CorpusInputs(tuple(paths[:3]), tuple(paths[3:]))
+    corpus.write_dataset(tmp_path / "d", inputs.open, source)
+    meta = token_bins.read_meta(tmp_path / "d")
+    assert tokenization.same_tokenizer(meta.tokenizer, tokenizer)
+    for split, ids_of in (("train", texts[:3]), ("val", texts[3:])):
+        ids = token_bins.TokenBin(tmp_path / "d", split, meta).shards[0].open().tolist()
+        expected = [[1, *tokenizer.encode(text).tolist(), 2] for text in ids_of]
+        assert ids == [i for document in expected for i in document]
+
+
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not JSON"):
+        model_tokenizers.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}}}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
+        model_tokenizers.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        model_tokenizers.load(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0b")
+    with pytest.raises(UserError, match=r"tokenizer\.model: not a tokenizer"):
+        model_tokenizers.load(str(tmp_path))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for name in ("weights.bin", "nothing.json"):
+        with pytest.raises(UserError, match=name):
+            model_tokenizers.load(str(tmp_path / name))
+    with pytest.raises(UserError, match="of the kind bert"):
+        model_tokenizers.from_gguf({"tokenizer.ggml.model": "bert"})
+    gguf = {"model": "gpt2", "pre": "unheard-of", "tokens": [], "merges": []}
+    with pytest.raises(UserError, match="unheard-of"):
+        model_tokenizers.from_gguf({f"tokenizer.ggml.{key}": value for key, value in gguf.items()})
