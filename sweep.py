@@ -29,6 +29,7 @@ import train_args
 from configurator import ArgSpec, Resolved, Rules, arg, arg_groups, arg_specs, arg_table, with_set, with_value
 from nanoforge import config_files, run_state
 from nanoforge.console import format_value, plural
+from nanoforge.data import hub_datasets
 from nanoforge.errors import UserError
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.run_dir import RECORD_FILE
@@ -315,13 +316,23 @@ def rank_errors(args: TrainArgs, rank_counts: list[int]) -> list[str]:
     ]
 
 
+def count_examples(name: str, algorithm: str) -> int:
+    """The training examples in a dataset's folder, or of a dataset of the hub. Raises UserError."""
+    if not hub_datasets.is_hub(name):
+        return hf_keys.count_examples(name, algorithm)
+    numbered_rows = hub_datasets.sides(name, TrainArgs.val_fraction)["train"].numbered_rows()
+    _, first = next(numbered_rows, (0, {}))
+    n_rows = 1 + sum(1 for _ in numbered_rows)
+    return 2 * n_rows if algorithm == "kto" and hf_keys.is_pair(first) else n_rows
+
+
 class Planner:
     """Makes runs of points, checked with the argument table, and collects the errors of all points."""
 
     def __init__(self, request: Request):
         self.request = request
         self.defaults = read_defaults(request.out_dir)
-        self.count_examples = functools.cache(hf_keys.count_examples)
+        self.count_examples = functools.cache(count_examples)
         self.args: dict[Path, TrainArgs] = {}  # of each planned run, by its folder
         self.checked_rows: dict[tuple, str] = {}  # what was read -> the error, or ""
         self.errors = plan.PointErrors()

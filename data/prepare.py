@@ -6,9 +6,9 @@
     python data/prepare.py --input corpus/ --name=mine --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
 
 Reads text (.txt, .md, source code: each file is a document), tables (.jsonl, .json, .csv, .tsv, .parquet: each row is a
-document), each of them also as .gz or .zst, folders and web addresses of them, and hf:NAME[:CONFIG]. Documents end with
-the end-of-text token, if the tokenizer has one; one document alone is split by position. Text never becomes a control
-token, whatever it spells.
+document), each of them also as .gz or .zst, folders and web addresses of them, and hf:NAME[:CONFIG][@REVISION][#SPLIT]
+of the Hugging Face hub. Documents end with the end-of-text token, if the tokenizer has one; one document alone is split
+by position. Text never becomes a control token, whatever it spells.
 
 The text datasets in data/ are this script with other defaults: see `prepare_dataset`.
 """
@@ -35,7 +35,9 @@ from nanoforge.files import download, download_name
 class PrepareArgs:
     """prepare"""
 
-    input: tuple[str, ...] = arg((), "files, folders and web addresses, or hf:NAME[:CONFIG]", split=False, path=True)
+    input: tuple[str, ...] = arg(
+        (), "files, folders, web addresses, or hf:NAME[:CONFIG][@REVISION][#SPLIT]", split=False, path=True
+    )
     val_input: tuple[str, ...] = arg(
         (), "the same for validation; of hf:NAME the validation split (none: a part of --input)", split=False, path=True
     )

@@ -28,6 +28,7 @@ from nanoforge.posttraining.row_shapes import ShapeReport
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, which a chat template reads besides its messages
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 Message = dict[str, Any]  # with a chat template, which may read more of it than role and content
@@ -322,7 +323,7 @@ def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = 
     if report.is_mapped or isinstance(source, HubSplit):
         where = source.describe() if isinstance(source, HubSplit) else str(source)
         others = "also there, for rewards" if row_format.example_type == "prompt_only" else "not read"
-        notes = report.describe(where, others)
+        notes = report.describe(where, others, TEMPLATE_COLUMNS if row_format.has_chat_template else ())
     if skipped:
         notes.append(describe_skipped(source, skipped))
     rows = [example for number in range(2) for parsed in examples for example in parsed[number : number + 1]]

@@ -27,7 +27,14 @@ from nanoforge.data.tables import Row
 from nanoforge.distributed import Ranks, RankSlice, eval_share
 from nanoforge.errors import UserError
 from nanoforge.posttraining.chat_template import ChatTemplate, common_prefix_length
-from nanoforge.posttraining.example_rows import ROLES, as_messages, describe_skipped, has_messages, place_of
+from nanoforge.posttraining.example_rows import (
+    ROLES,
+    TEMPLATE_COLUMNS,
+    as_messages,
+    describe_skipped,
+    has_messages,
+    place_of,
+)
 from nanoforge.posttraining.prompt_format import EncodedExample, PromptTemplate, TargetOptions
 from nanoforge.rng import ORDER, permute
 
@@ -236,7 +243,7 @@ def template_options(row: Row) -> dict[str, Any]:
     Raises UserError.
     """
     options: dict[str, Any] = {}
-    for name in ("tools", "chat_template_kwargs"):
+    for name in TEMPLATE_COLUMNS:
         value = row.get(name)
         try:
             value = json.loads(value) if isinstance(value, str) else value

@@ -335,9 +335,9 @@ class ShapeReport:
         """Whether a row was read by other columns than TRL's."""
         return any(self.read.values())
 
-    def describe(self, source: str, others: str) -> list[str]:
-        """A line for each shape. others: how the columns are called that nothing was made from."""
-        used = {name for (_, fields), read in self.read.items() for name in (read or fields)}
+    def describe(self, source: str, others: str, read_too: Iterable[str] = ()) -> list[str]:
+        """A line for each shape. others: how the columns are called that nothing was made from, but for read_too."""
+        used = {name for (_, fields), read in self.read.items() for name in (read or fields)} | {*read_too}
         rest = [name for name in self.columns if name not in used]
         lines = []
         for (name, fields), count in self.counts.items():

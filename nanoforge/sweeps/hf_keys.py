@@ -15,6 +15,7 @@ not in the table is an error. Knows nothing of the types and limits of the argum
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -55,7 +56,7 @@ class Experiment:
     algorithm: str
     keys: dict[str, Any]
     ranks: int
-    count_examples: Callable[[str, str], int]  # (folder of a dataset, algorithm) -> examples; raises UserError
+    count_examples: Callable[[str, str], int]  # (folder or hf:NAME, algorithm) -> examples; raises UserError
 
     def integer(self, key: str) -> int:
         return int(self.keys[key])
@@ -69,10 +70,10 @@ class Experiment:
     @property
     def steps_per_epoch(self) -> Fraction:
         """Steps of one pass over the examples; GRPO samples num_generations completions of each."""
-        folder = self.keys.get("dataset_name")
-        if not isinstance(folder, str):
-            raise UserError("dataset_name: missing; it is the folder of a dataset")
-        sequences = self.count_examples(folder, self.algorithm)
+        name = self.keys.get("dataset_name")
+        if not isinstance(name, str):
+            raise UserError("dataset_name: missing; it is the folder of a dataset, or its name on the hub")
+        sequences = self.count_examples(hub_dataset(self.keys) or name, self.algorithm)
         if self.algorithm == "grpo":
             sequences *= self.integer("num_generations")
         return Fraction(sequences, self.sequences_per_step)
@@ -172,6 +173,45 @@ def ignored(becomes: str, algorithms: tuple[str, ...] = ALGORITHMS) -> Key:
     return Key(becomes, lambda value, experiment: {}, algorithms)
 
 
+def of_hub(becomes: str, reason: str, *neutral: Any) -> Key:
+    """A key that is a part of the name of a dataset of the hub, and is refused beside a folder."""
+    beside_folder = not_supported(reason, *neutral)
+
+    def translate(value: Any, experiment: Experiment) -> Arguments:
+        return {} if hub_dataset(experiment.keys) else beside_folder.translate(value, experiment)
+
+    return Key(f"{becomes}; of a folder not supported: {reason}", translate)
+
+
+# A dataset of the hub.
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+LIBRARY_FILES = ("dataset_dict.json", "state.json", "*.parquet", "data/*.parquet")  # of the datasets library
+
+
+def hub_dataset(keys: dict[str, Any]) -> str:
+    """hf:NAME of dataset_name with its configuration and splits; empty for a folder that has or makes train.jsonl.
+
+    As for the datasets library, what is there as a folder is one: org/name is on the hub unless org is a folder here.
+    """
+    text = str(keys.get("dataset_name", ""))
+    folder = Path(text)
+    if folder.is_dir():
+        is_ours = any((folder / name).exists() for name in ("train.jsonl", "prepare.py"))
+        is_hub = not is_ours and any(any(folder.glob(name)) for name in LIBRARY_FILES)
+    else:
+        is_hub = text.startswith("hf:") or (HUB_NAME.fullmatch(text) is not None and not folder.parent.is_dir())
+    if not is_hub:
+        return ""
+    name, _, splits = text.removeprefix("hf:").partition("#")
+    name, at, revision = name.partition("@")
+    if keys.get("dataset_config"):
+        name += f":{keys['dataset_config']}"
+    if not splits and ("dataset_train_split" in keys or "dataset_test_split" in keys):
+        splits = "/".join([keys.get("dataset_train_split", "train"), *filter(None, [keys.get("dataset_test_split")])])
+    return f"hf:{name}{at}{revision}" + (f"#{splits}" if splits else "")
+
+
 # Functions from a key's value to arguments.
 
 
@@ -199,6 +239,9 @@ def only(supported: Any, reason: str) -> Translate:
 
 
 def to_dataset(value: Any, experiment: Experiment) -> Arguments:
+    name = hub_dataset(experiment.keys)
+    if name:
+        return {"dataset": name}
     folder = Path(str(value).rstrip("/"))
     return {"data_dir": str(folder.parent), "dataset": folder.name}
 
@@ -404,7 +447,14 @@ PER_RUN = "nothing: each run gets its own"
 
 KEYS: dict[str, Key] = {
     # the data and the model
-    "dataset_name": Key("data_dir and dataset: the folder of a dataset", to_dataset),
+    "dataset_name": Key("dataset: hf:NAME of the hub, or with data_dir the folder of a dataset", to_dataset),
+    "dataset_config": of_hub(
+        "dataset: the configuration in hf:NAME:CONFIG", "a dataset is one folder; name that", "default", "main"
+    ),
+    "dataset_train_split": of_hub("dataset: the split in hf:NAME#SPLIT", "training reads train.jsonl", "train"),
+    "dataset_test_split": of_hub(
+        "dataset: the second split in hf:NAME#SPLIT/SPLIT", "evaluation reads val.jsonl", "test", "validation", "val"
+    ),
     "model_name_or_path": renamed("init_from"),
     "torch_dtype": ignored("dtype, unless bf16 or fp16 is true; weights stay float32"),
     "dtype": ignored("as torch_dtype"),
@@ -422,7 +472,7 @@ KEYS: dict[str, Key] = {
     "gradient_accumulation_steps": Key(
         "gradient_accumulation_steps, multiplied by the number of ranks", to_accumulation
     ),
-    "num_train_epochs": Key("max_epochs, and max_iters from the number of examples in train.jsonl", to_epochs),
+    "num_train_epochs": Key("max_epochs, and max_iters from the number of training examples", to_epochs),
     "max_steps": Key("max_iters, if it is above 0", to_max_iters),
     "max_length": Key(
         "block_size; the end of longer examples is cut (overflow=truncate_target), except in GRPO", to_block_size
@@ -717,15 +767,15 @@ def count_examples(folder: str, algorithm: str) -> int:
             f"dataset_name={folder}: {path} not found; "
             "num_train_epochs, warmup_ratio and fractions of a run need the number of its examples"
         ) from None
-    return 2 * n_rows if algorithm == "kto" and is_pair(first) else n_rows
-
-
-def is_pair(line: bytes) -> bool:
-    """Whether a line of JSON has a chosen and a rejected completion, and no label."""
     try:
-        row = json.loads(line)
+        row = json.loads(first)
     except ValueError:
-        return False  # which is reported when the rows are read
+        return n_rows  # which is reported when the rows are read
+    return 2 * n_rows if algorithm == "kto" and is_pair(row) else n_rows
+
+
+def is_pair(row: Any) -> bool:
+    """Whether a row has a chosen and a rejected completion, and no label."""
     return isinstance(row, dict) and {"chosen", "rejected"} <= row.keys() and "label" not in row
 
 

@@ -171,10 +171,7 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "chat_template_kwargs": ("chats have tokens for their roles, or the model's own template", {}),
     "eos_token": ("the end of an example is the tokenizer's own end-of-sequence token",),
     # data
-    "dataset_config": ("a dataset is one folder; name that in dataset_name", "default", "main"),
-    "dataset_train_split": ("training reads train.jsonl of the folder", "train"),
-    "dataset_test_split": ("evaluation reads val.jsonl of the folder", "test", "validation", "val"),
-    "dataset_text_field": ("texts are in the field text", "text"),
+    "dataset_text_field": ("texts are in the field text; --columns=text=COLUMN names another", "text"),
     "dataset_kwargs": ("rows are read as docs/alignment.md says", {}),
     "truncation_mode": ("the end of a long example is cut, not its beginning", "keep_start"),
     "packing_strategy": ("packing is best fit decreasing", "bfd", "bfd_split"),

@@ -180,7 +180,7 @@ def test_choices_of_the_table_are_the_entries_of_the_registries():
     assert all(name in specs["activation"].help for name in model.ACTIVATIONS)
 
 
-MAKES_OR_READS = re.compile(r"prepare\.py .*--(?:name|out_dir)=(?:data/)?([\w.-]+)|--dataset=([\w.-]+)")
+MAKES_OR_READS = re.compile(r"prepare\.py .*--(?:name|out_dir)=(?:data/)?([\w.-]+)|--dataset=(?!hf:)([\w.-]+)")
 
 
 def test_the_docs_train_on_datasets_that_something_makes() -> None:

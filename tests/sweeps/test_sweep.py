@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import sweep
 import train_args
 from nanoforge import console
+from nanoforge.data.hub_datasets import HubDataset
 from nanoforge.errors import UserError
 from nanoforge.sweeps import grid, grid_file, hf_keys, hf_other_keys, local, slurm, summary
 
@@ -964,7 +965,7 @@ def guide(tmp_path: Path) -> str:
     return GUIDE.format(**{name: tmp_path / name for name in ("one", "two", "data", "venv", "out")})
 
 
-def translated(guide: str, **changes) -> list[dict]:
+def translated(guide: str, count_examples: Callable = hf_keys.count_examples, **changes) -> list[dict]:
     """The arguments of its runs, by the translation alone."""
     values, as_text = grid_file.read_yaml(guide, "x")
     spec, errors = hf_keys.flatten(values, as_text)
@@ -972,7 +973,7 @@ def translated(guide: str, **changes) -> list[dict]:
     spec = {name: value for name, value in (spec | changes).items() if value is not None}
     del spec["execution.output_dir"]
     ranks = slurm.shape_of(grid_slurm_section(spec)).ranks
-    return [hf_keys.to_arguments(point.values, ranks, hf_keys.count_examples) for point in points_of(spec)]
+    return [hf_keys.to_arguments(point.values, ranks, count_examples) for point in points_of(spec)]
 
 
 def grid_slurm_section(spec: dict) -> dict:
@@ -1182,6 +1183,49 @@ def test_the_command_line_wins_over_lists_of_an_experiment_file(run_sweep: Calla
     assert code == 2 and err.count("requires pretrained weights") == 2, "of DPO and of KTO; else it would be whole"
     code, out, err = run_sweep("--learning_rate=1e-4", "--beta=0.1,0.3", yaml=guide)
     assert code == 0 and len(run_names(out)) == 2 * 2 * 2, "algorithms x models x betas"
+
+
+@pytest.mark.parametrize("keys, expected", [
+    ({}, "hf:org/name"),
+    ({"dataset_config": "main"}, "hf:org/name:main"),
+    ({"dataset_train_split": "train_prefs"}, "hf:org/name#train_prefs"),
+    ({"dataset_test_split": "test"}, "hf:org/name#train/test"),
+    ({"dataset_config": "main", "dataset_train_split": "a", "dataset_test_split": "b"}, "hf:org/name:main#a/b"),
+    ({"dataset_name": "org/name@1234567", "dataset_config": "main"}, "hf:org/name:main@1234567"),
+    ({"dataset_name": "hf:org/name#a/b", "dataset_train_split": "c"}, "hf:org/name#a/b"),
+])  # fmt: skip
+def test_a_dataset_of_the_hub_is_named_by_trls_keys(keys: dict, expected: str):
+    """What trl's script passes to load_dataset: name, configuration, and the splits of its result."""
+    assert hf_keys.hub_dataset({"dataset_name": "org/name", **keys}) == expected
+    parsed = HubDataset.parse(expected)
+    assert parsed.name == "org/name" and parsed.config == keys.get("dataset_config", "")
+
+
+def test_a_folder_is_a_folder_unless_it_is_one_of_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/ours", "data/parquet", "data/empty"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data/ours/train.jsonl").touch()
+    for name in ("ours", "parquet"):
+        (tmp_path / f"data/{name}/train.parquet").touch()
+    names = ("data/ours", "data/parquet", "data/empty", "data/missing", "org/name", "name", "/no/where")
+    is_hub = [bool(hf_keys.hub_dataset({"dataset_name": name})) for name in names]
+    assert is_hub == [False, True, False, False, True, False, False]
+
+
+def test_the_steps_of_a_dataset_of_the_hub_follow_from_its_rows(guide: str, tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": f"{i}", "chosen": "a", "rejected": "b"} for i in range(640)]
+    datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows[:512]), "test": datasets.Dataset.from_list(rows[512:])}
+    ).save_to_disk(tmp_path / "saved")
+    changes = {"rl_script_args.dataset_name": str(tmp_path / "saved"), "rl_config_args.num_train_epochs": 1}
+    runs = translated(guide, count_examples=sweep.count_examples, **changes)
+    for run in runs:
+        assert run["dataset"] == f"hf:{tmp_path}/saved" and "data_dir" not in run
+        assert run["max_iters"] == (8 if run["objective"] == "kto" else 4), "of 128 sequences; KTO takes pairs apart"
+    with pytest.raises(UserError, match="dataset_config: is not supported"):
+        translated(guide, **{"rl_script_args.dataset_config": "x"})
 
 
 def test_the_page_documents_every_key():
