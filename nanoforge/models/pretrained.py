@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoforge import files
 from nanoforge.console import print_line
-from nanoforge.data import token_bins, tokenization
+from nanoforge.data import model_tokenizers, token_bins, tokenization
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models import adapters, families, weight_files
 from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
@@ -140,7 +140,9 @@ def load_hf(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
         raise UserError(f"{folder}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config_path}: can't be read ({type(error).__name__}: {error})") from None
-    return Pretrained(shape, weights, gpt2_tokenizers(shape))
+    tokenizer = model_tokenizers.load_folder(folder)
+    tokenizers = gpt2_tokenizers(shape) if tokenizer is None else {family.model_type: tokenizer}
+    return Pretrained(shape, weights, tokenizers)
 
 
 def complete_gpt2_config(
