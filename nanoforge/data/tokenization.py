@@ -379,11 +379,12 @@ class BPETokenizer(Tokenizer):
         return bool(np.isin(ids, self.control_ids).any())
 
     def encode_inside(self, text: str) -> Encoding:
-        """Behind a line break, whose ids are taken off again, and with them what this tokenizer puts before a text."""
-        line_break = self.encode_words("\n")
-        n = len(line_break)
-        encoding = self.with_offsets("\n" + text)
-        if self.spells_control(encoding.ids) or encoding.ids[:n].tolist() != line_break.tolist():
+        """Behind another text, whose ids are taken off again, and with them what this tokenizer puts before a text."""
+        before = "a" if text[:1].isspace() else "\n"  # no token spans the two
+        first = self.encode_words(before)
+        n = len(first)
+        encoding = self.with_offsets(before + text)
+        if self.spells_control(encoding.ids) or encoding.ids[:n].tolist() != first.tolist():
             return super().encode_inside(text)
         return Encoding(encoding.ids[n:], encoding.offsets[n:] - 1)
 
@@ -435,6 +436,22 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.pieces.encode(text), dtype=np.int32)
+
+    def encode_inside(self, text: str) -> Encoding:
+        """A text behind a control token begins as any other: so do Llama 2's own chats. Raises UserError."""
+        try:
+            from sentencepiece import sentencepiece_pb2
+        except ModuleNotFoundError:
+            raise UserError("chats with this tokenizer need a package: pip install protobuf") from None
+        messages: Any = sentencepiece_pb2
+        encoded = messages.SentencePieceText()
+        encoded.ParseFromString(self.pieces.encode(text, out_type="serialized_proto"))
+        ids = np.array([piece.id for piece in encoded.pieces], dtype=np.int32)
+        in_bytes = np.array([(piece.begin, piece.end) for piece in encoded.pieces], dtype=np.int64).reshape(-1, 2)
+        begins_character = np.array([byte & 0xC0 != 0x80 for byte in text.encode()], dtype=np.int64)
+        offsets = np.concatenate(([0], np.cumsum(begins_character)))[in_bytes]
+        offsets[:, 1] = np.maximum(offsets[:, 1], offsets[:, 0] + 1)  # a character's bytes but the last have no length
+        return Encoding(ids, offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
         texts = []

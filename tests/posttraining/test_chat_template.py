@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,15 @@ import configurator
 import evaluate
 import sample
 from nanoforge.data import gguf_metadata, model_tokenizers
-from nanoforge.data.tokenization import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load, save
+from nanoforge.data.tokenization import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load,
+    save,
+)
 from nanoforge.errors import UserError
 from nanoforge.posttraining.chat_template import ChatTemplate, completion_end_ids, with_chat_template
 from nanoforge.posttraining.example_rows import RowFormat, read_example_rows
@@ -221,6 +230,35 @@ def test_any_tokenizer_takes_a_template(tokenizer: Tokenizer, tmp_path: Path):
     assert ids.count(ours.eos_id) == 1 and tokenizer.chat_template == ""
     save(tmp_path / "tokenizer.json", {"x": ours})
     assert load(tmp_path / "tokenizer.json")["x"].chat_template == ours.chat_template
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_masks_of_sentencepiece(tmp_path: Path, kind: str):
+    """Its own places of pieces, in bytes, give the text that is learned: also of bytes of one character, and of
+    characters that the model rewrites."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the assistant said hello there user system\n what is it"] * 50),
+        model_writer=stream,
+        model_type=kind,
+        vocab_size=320 if kind == "bpe" else 300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(stream.getvalue())
+    tokenizer.chat_template = CHATML
+    chat = [user("é 😀 <|im_end|>"), assistant("😀é there ①"), user("hello"), assistant("what <|im_end|> is")]
+    ids, mask = ChatTemplate(tokenizer).encode_with_mask(chat)
+    control = tokenizer.control_tokens
+    assert [i for i in ids if i in control.values()] == [control["<|im_start|>"], control["<|im_end|>"]] * 4
+    runs = [list(run) for in_mask, run in itertools.groupby(zip(ids, mask, strict=True), lambda x: x[1]) if in_mask]
+    texts = [tokenizer.decode([i for i, _ in run]).split("<|im_end|>")[0].strip() for run in runs]
+    assert texts == ["😀é there 1", "what"]
+    assert tokenizer.decode([i for i, _ in runs[1]]).startswith("what <|im_end|> is<|im_end|>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
