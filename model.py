@@ -234,7 +234,19 @@ def llama3_scaling(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return (1 - kept) * frequency / scaling["factor"] + kept * frequency
 
 
-ROPE_SCALINGS = {"linear": linear_scaling, "llama3": llama3_scaling}  # by rope_type, as Hugging Face names it
+def yarn_scaling(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies that turn beta_fast times within the original context stay, those that turn beta_slow times are
+    divided by the factor, and those between are blended by their index (YaRN, Peng et al. 2023, section 3.2)."""
+    pairs_per_e = -1 / math.log(frequency[1])  # number of pairs over which the frequency falls to 1 / e
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi)  # of the first pair
+    low = max(math.floor(pairs_per_e * math.log(turns / scaling["beta_fast"])), 0)
+    high = min(math.ceil(pairs_per_e * math.log(turns / scaling["beta_slow"])), 2 * len(frequency) - 1)
+    divided = ((torch.arange(len(frequency), device=frequency.device) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return divided * frequency / scaling["factor"] + (1 - divided) * frequency
+
+
+# By rope_type, as Hugging Face names it. A scaling's attention_factor, which YaRN has, multiplies queries and keys.
+ROPE_SCALINGS = {"linear": linear_scaling, "llama3": llama3_scaling, "yarn": yarn_scaling}
 
 
 class RotaryPosition(Position):
@@ -254,12 +266,13 @@ class RotaryPosition(Position):
         frequency = config.rope_base ** (-torch.arange(0, rotated, 2, device="cpu").float() / rotated)
         if config.rope_scaling:
             frequency = ROPE_SCALINGS[config.rope_scaling["rope_type"]](frequency, config.rope_scaling)
-        frequency = F.pad(frequency, (0, (D - rotated) // 2))  # (D / 2,)
+        unrotated = (0, (D - rotated) // 2)
+        factor = F.pad(torch.full_like(frequency, config.rope_scaling.get("attention_factor", 1.0)), unrotated, value=1)
+        frequency = F.pad(frequency, unrotated)  # (D / 2,)
         angle = torch.outer(torch.arange(config.block_size, device="cpu").float(), frequency)  # (block_size, D / 2)
-        cos = torch.cat((angle.cos(), angle.cos()), dim=1)
-        sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        cos, sin = angle.cos() * factor, angle.sin() * factor
+        self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
 
     def rotate(self, q: Tensor, positions: Positions) -> Tensor:
         cos = self.cos[positions].to(q.dtype).unsqueeze(-3)  # (1, T, D) or (B, 1, T, D)

@@ -31,6 +31,7 @@ SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")  # DPO losses with label smooth
 ROPE_SCALING_NUMBERS = {  # rope_type -> the numbers that --rope_scaling has for it
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
 GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that reach min_lr at lr_decay_iters
@@ -229,7 +230,7 @@ class ModelArgs:
     rope_base: float = arg(10000.0, "RoPE base frequency (theta)",
         above=0, model_shape=True, needs=ROPE, alias=("rope_theta",))
     rope_scaling: dict[str, Any] = arg({}, "RoPE scaling for a longer context, as JSON: "
-        '{"rope_type": "linear", "factor": 4}, or llama3 with its four numbers', model_shape=True, needs=ROPE)
+        '{"rope_type": "linear", "factor": 4}, or llama3 or yarn with their numbers', model_shape=True, needs=ROPE)
     rotary_fraction: float = arg(1.0, "share of a head that RoPE rotates (GPT-NeoX: 0.25)",
         above=0, high=1, model_shape=True, needs=ROPE, alias=("partial_rotary_factor", "rotary_pct"))
     window_rope_base: float = arg(0.0, "RoPE base frequency of sliding-window layers, without scaling "

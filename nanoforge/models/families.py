@@ -10,6 +10,7 @@ nothing of files.
     config = family.write_config(shape)             # raises NoFit if the family lacks what the shape has
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanoforge.errors import UserError
+from nanoforge.errors import UserError, did_you_mean
 
 Shape = dict[str, Any]  # fields of GPTConfig
 Config = dict[str, Any]  # config.json
@@ -56,9 +57,9 @@ def same(field_name: str, name: str, *others: str, default: Any = None) -> Setti
 
 
 def activation_setting(name: str, *, default: str) -> Setting:
-    """The activation of the MLP, by Hugging Face's names."""
+    """The activation of the MLP, by Hugging Face's names. default: the family's own."""
     ours = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
-    theirs = {"gelu_tanh": "gelu_pytorch_tanh"}
+    theirs = {"gelu_tanh": "gelu_pytorch_tanh", ours.get(default, default): default}
 
     def read(config: Config) -> Shape:
         value = config.get(name) or default
@@ -82,21 +83,44 @@ def mlp_hidden(shape: Mapping[str, Any]) -> int:
     return round(shape["mlp_ratio"] * shape["n_embd"])
 
 
-def read_scaling(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE scaling by this program's names. Raises UserError for kinds that the model lacks."""
+ROPE_TYPES = {  # rope_type -> its numbers
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+}
+
+
+def read_scaling(parameters: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """RoPE scaling with all of its numbers. context: of the model. Raises UserError for kinds that the model lacks."""
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type == "default":
         return {}
     names = ROPE_TYPES.get(rope_type)
     if names is None:
         raise UserError(f"config.json: rope_type={rope_type} is not supported, only {', '.join(ROPE_TYPES)}")
-    return {"rope_type": rope_type, **{name: parameters[name] for name in names}}
+    known = {"original_max_position_embeddings": context, **drop_nulls(parameters)}
+    if rope_type == "yarn":
+        if known.get("truncate") is False:
+            raise UserError("config.json: truncate=false of rope_type=yarn is not supported, only true")
+        known = {"beta_fast": 32, "beta_slow": 1, "attention_factor": yarn_attention_factor(known), **known}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"config.json: rope_type={rope_type} has no {', '.join(missing)}")
+    return {"rope_type": rope_type, **{name: known[name] for name in names}}
 
 
-ROPE_TYPES = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+def yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
+    """What YaRN multiplies queries and keys by where a file does not say it (Peng et al. 2023, equation 22)."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(max(parameters.get("factor", 1), 1)) + 1
+
+    weight, other_weight = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return scale(weight) / scale(other_weight) if weight and other_weight else scale(1)
+
+
+def drop_nulls(config: Mapping[str, Any]) -> Config:
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def read_rope(config: Config) -> Shape:
@@ -107,7 +131,7 @@ def read_rope(config: Config) -> Shape:
     fraction: float = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return {
         "rope_base": float(base),
-        "rope_scaling": read_scaling(scaling),
+        "rope_scaling": read_scaling(scaling, config["max_position_embeddings"]),
         "rotary_fraction": float(fraction),
     }
 
@@ -133,7 +157,7 @@ ROPE = Setting(("rope_base", "rope_scaling", "rotary_fraction"), read_whole_rope
 def read_neox_rope(config: Config) -> Shape:
     parameters = config.get("rope_parameters") or {}
     old = {"rope_theta": config.get("rotary_emb_base", 10000), "partial_rotary_factor": config.get("rotary_pct", 0.25)}
-    return read_rope({"rope_scaling": config.get("rope_scaling"), "rope_parameters": {**old, **parameters}})
+    return read_rope({**config, "rope_parameters": {**old, **parameters}})
 
 
 NEOX_ROPE = Setting(
@@ -152,9 +176,9 @@ def read_gemma_rope(config: Config) -> Shape:
     layers = config.get("rope_parameters") or {}
     whole = layers.get("full_attention", {"rope_theta": config.get("rope_theta") or 1000000.0})
     local = layers.get("sliding_attention", {"rope_theta": config.get("rope_local_base_freq") or 10000.0})
-    if read_scaling(local):
+    if read_scaling(local, 0):
         raise UserError("config.json: a scaled RoPE of sliding_attention is not supported")
-    rope = read_rope({"rope_parameters": whole, "rope_scaling": config.get("rope_scaling")})
+    rope = read_rope({**config, "rope_parameters": whole})
     return {**rope, "window_rope_base": float(local["rope_theta"])}
 
 
@@ -185,12 +209,13 @@ def layer_letters(config: Config) -> str:
         if unknown:
             raise UserError(f"config.json: layer_types {', '.join(sorted(unknown))} are not supported")
         return "".join("S" if kind == "sliding_attention" and size else "L" for kind in kinds)
-    if not size or config.get("use_sliding_window") is False:
+    is_qwen = config["model_type"].startswith("qwen")
+    if not size or not config.get("use_sliding_window", not is_qwen):
         return "L" * n_layer
     if config["model_type"] == "gemma3_text":
         period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
         return "".join("S" if (layer + 1) % period else "L" for layer in range(n_layer))
-    first = config.get("max_window_layers", 28) if config["model_type"].startswith("qwen") else 0
+    first = config.get("max_window_layers", 28) if is_qwen else 0
     return "".join("S" if layer >= first else "L" for layer in range(n_layer))
 
 
@@ -519,7 +544,7 @@ class Family:
         names: Names | None = None,
         row_orders: Mapping[str, RowOrder] | None = None,
     ) -> FamilyWeights:
-        """Weights by our names. Raises UserError for tensors that the model has no place for."""
+        """Weights by our names. Raises UserError for a tensor that the model has no place for, or a missing part."""
         available = reader.names()
         unused = {name for name in available if not UNUSED.search(name)}
         prefix = (names or self.names).optional_prefix
@@ -528,8 +553,11 @@ class Family:
             theirs = tensor_map.theirs
             if theirs[0] not in available:
                 theirs = [name.removeprefix(prefix) for name in theirs]
-            if not available.issuperset(theirs):
-                continue  # load_weights names what is missing
+            missing = [name for name in theirs if name not in available]
+            if len(missing) == len(theirs):
+                continue  # a bias, say, that the model lacks; or else load_weights names it
+            if missing:
+                raise UserError(f"the weights have no {missing[0]}")
             unused -= {*theirs}
             if tensor_map.ours == "head.weight" and shape["tie_weights"]:
                 continue
@@ -786,7 +814,7 @@ GPT_NEOX = Family(
 STARCODER2 = Family(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
-    fixed={"norm": "layernorm", "position": "rope", "mlp": "plain"},
+    fixed={"norm": "layernorm", "position": "rope", "mlp": "plain", "bias": True},
     settings=(
         *sizes(),
         kv_heads(),
@@ -794,7 +822,6 @@ STARCODER2 = Family(
         mlp_setting("intermediate_size"),
         activation_setting("hidden_act", default="gelu_pytorch_tanh"),
         same("norm_eps", "norm_epsilon", default=1e-5),
-        same("bias", "use_bias", default=True),
         ROPE,
         EQUAL_WINDOW,
         tied(default=True),
@@ -810,6 +837,7 @@ STARCODER2 = Family(
         },
         optional_prefix="model.",
     ),
+    required={"use_bias": True},  # without, its norms alone have biases
 )
 GPT2 = Family(
     model_type="gpt2",
@@ -859,9 +887,21 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(config: Config) -> Family:
     """The family of a config.json. Raises UserError."""
-    model_type = config.get("model_type", "")
+    model_type = str(config.get("model_type", ""))
+    experts = [name for name, value in config.items() if "experts" in name and value]
+    if experts:
+        raise UserError(f"config.json: {experts[0]}={config[experts[0]]}: mixtures of experts are not supported")
     if model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type={model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type={model_type} is not supported, only {', '.join(FAMILIES)}"
+            f"{did_you_mean(model_type, FAMILIES)}"
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        raise UserError(
+            f"config.json: quantization_config ({quantization.get('quant_method')}) is not supported; "
+            "take the model's unquantized weights, or a .gguf"
+        )
     return FAMILIES[model_type]
 
 
