@@ -406,7 +406,7 @@ def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
         spec["normalizer"] = {"type": "NFC"}  # which the format can't say
     types = gguf.get("token_type") or [1] * len(gguf["tokens"])
     spec["added_tokens"] = [
-        {**ADDED_TOKEN, "id": i, "content": token, "special": kind == CONTROL_PIECE}
+        {**ADDED_TOKEN, "id": i, "content": token, "special": kind == CONTROL_PIECE or token in END_NAMES}
         for i, (token, kind) in enumerate(zip(gguf["tokens"], types, strict=True))
         if kind in (CONTROL_PIECE, USER_PIECE)
     ]
@@ -429,7 +429,7 @@ def gguf_sentencepiece(gguf: Mapping[str, Any]) -> Tokenizer:
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = gguf.get("add_space_prefix", True)
     model.normalizer_spec.remove_extra_whitespaces = gguf.get("remove_extra_whitespaces", False)
-    return SentencePieceTokenizer(model.SerializeToString())
+    return SentencePieceTokenizer(with_control_pieces(model.SerializeToString(), END_NAMES))
 
 
 GGUF_MODELS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {

@@ -305,6 +305,57 @@ def test_hugging_faces_conversions_of_sentencepiece(tmp_path: Path, kind: str):
     assert loaded.decode(whole[:1]) + loaded.decode_continuation(whole[1:]) == loaded.decode(whole)
 
 
+def write_tiny_llama(path: Path, model: Path, **options: Any) -> None:
+    """A .gguf file of a random Llama of one layer, with the pieces of a SentencePiece model."""
+    gguf = pytest.importorskip("gguf")
+    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    proto = pb2.ModelProto.FromString(model.read_bytes())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.piece for piece in proto.pieces])
+    writer.add_token_scores([piece.score for piece in proto.pieces])
+    writer.add_token_types([piece.type for piece in proto.pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, value in options.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    square = np.zeros((32, 32), dtype=np.float32)
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    tensors = {f"blk.0.{name}.weight": square for name in names}
+    tensors |= {f"{name}.weight": square[0] for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm")}
+    tensors["token_embd.weight"] = np.zeros((len(proto.pieces), 32), dtype=np.float32)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "bpe without prefix"])
+def test_sentencepiece_from_gguf_is_llama_cpps(tmp_path: Path, kind: str):
+    model = train_sentencepiece(tmp_path, **KINDS[kind])
+    has_prefix = kind == "bpe"
+    options = {} if has_prefix else {"add_space_prefix": False, "add_bos_token": False}
+    write_tiny_llama(tmp_path / "m.gguf", model, **options)
+    loaded = model_tokenizers.load(str(tmp_path / "m.gguf"))
+    server = llama_cpp_server(tmp_path / "m.gguf")
+    from_model = model_tokenizers.load(str(model))
+    for text in filter(None, TEXTS):
+        ids = loaded.encode(text).tolist()
+        assert ids == llama_cpp_ids(server, text) == from_model.encode(text).tolist(), text
+        assert loaded.decode(ids) == text
+    assert (loaded.bos_id, loaded.eos_id) == (1 if has_prefix else None, 2)
+    assert tokenization.same_tokenizer(loaded, from_model) == has_prefix
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tiktoken, and GPT-2's older files
 
