@@ -324,7 +324,7 @@ def example_tokenizer(args: TrainArgs, base: Pretrained | None) -> Tokenizer:
     if args.init_from == "resume":
         return next(iter(tokenization.load(args.resumed_folder / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
-    return with_chat_template(tokenizer, args.chat_template)
+    return with_chat_template(tokenizer, args.chat_template, args.chat_template_kwargs)
 
 
 def tokenizer_for_rows(args: TrainArgs, tokenizer: Tokenizer, rows: Rows) -> Tokenizer:
@@ -935,9 +935,11 @@ def load_model(
     return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
 
 
-def with_template(loaded: LoadedModel, chat_template: str) -> LoadedModel:
-    """The model with the template of --chat_template, if it is set. Raises UserError."""
-    tokenizers = {name: with_chat_template(tokenizer, chat_template) for name, tokenizer in loaded.tokenizers.items()}
+def with_template(loaded: LoadedModel, chat_template: str, variables: Mapping[str, Any]) -> LoadedModel:
+    """The model with --chat_template and --chat_template_kwargs, if they are set. Raises UserError."""
+    tokenizers = {
+        name: with_chat_template(tokenizer, chat_template, variables) for name, tokenizer in loaded.tokenizers.items()
+    }
     return dataclasses.replace(loaded, tokenizers=tokenizers)
 
 

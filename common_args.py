@@ -1,6 +1,7 @@
 """Arguments that several commands share, and their checks. Imports no torch."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from configurator import arg, arg_group, with_value
 
@@ -24,6 +25,9 @@ class LoadArgs:
     )
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
     chat_template: str = arg("", CHAT_TEMPLATE_HELP, alias=("chat_template_path",), path=True)
+    chat_template_kwargs: dict[str, Any] = arg(
+        {}, 'variables of the chat template as JSON, such as {"enable_thinking": false}'
+    )
 
 
 @arg_group

@@ -218,7 +218,7 @@ def load_evaluation(args: EvaluateArgs) -> Evaluation:
     template = None
     if run and run.adapter == "soft_prompt":
         template = prompt_format.parse(run.prompt_format)
-    loaded = with_template(loaded, args.chat_template)
+    loaded = with_template(loaded, args.chat_template, args.chat_template_kwargs)
     device = loaded.to(args.device, args.dtype)
     return Evaluation(args=args, loaded=loaded, device=device, run=run, template=template)
 

@@ -158,7 +158,7 @@ def sample(args: SampleArgs) -> None:
     loaded = load_model(args.init_from, args.out_dir, args.checkpoint, args.base_model, print_to_stderr)
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
-    loaded = with_template(loaded, args.chat_template)
+    loaded = with_template(loaded, args.chat_template, args.chat_template_kwargs)
     if args.chat:
         sample_replies(args, loaded)
     elif args.stop_at_end:

@@ -290,6 +290,9 @@ class ObjectiveArgs:
     chat_template: str = arg("", "jinja file, or a folder's chat_template.jinja, with which chats become tokens "
         "(none: the model's own template, or else a token for each role)",
         inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS, alias=("chat_template_path",), path=True)
+    chat_template_kwargs: dict[str, Any] = arg({}, "variables of the chat template as JSON, such as "
+        '{"enable_thinking": false}; a row may have others in a column of this name',
+        inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS)
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 

@@ -319,23 +319,32 @@ def prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **known, "reasoning_content": reasoning}
 
 
-def with_chat_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
-    """The tokenizer with the template of a file, or of a folder's chat_template.jinja; "": with its own.
+def with_chat_template(tokenizer: Tokenizer, path: str, variables: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer with another template, or with variables that its template has unless a row says otherwise.
 
-    Raises UserError.
+    path: a file, or a folder with chat_template.jinja; "": the tokenizer's own template. Raises UserError.
     """
-    if not path:
+    if not path and not variables:
         return tokenizer
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file /= "chat_template.jinja"
+    source = tokenizer.chat_template
+    if path:
+        file = Path(path).expanduser()
+        source = files.read_text(file / "chat_template.jinja" if file.is_dir() else file)
+    if not source:
+        raise UserError("--chat_template_kwargs: the model has no chat template; name one with --chat_template")
     changed = copy.copy(tokenizer)
-    changed.chat_template = files.read_text(file)
+    changed.chat_template = "".join(map(set_variable, (variables or {}).items())) + source
     try:
         compile_template(changed.chat_template)
     except UserError as error:
-        raise UserError(f"--chat_template={path}: {error}") from None
+        raise UserError(f"{f'--chat_template={path}' if path else '--chat_template_kwargs'}: {error}") from None
     return changed
+
+
+def set_variable(item: tuple[str, Any]) -> str:
+    """A line of jinja that gives a variable its value, if it has none."""
+    name, value = item
+    return f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n"
 
 
 def completion_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

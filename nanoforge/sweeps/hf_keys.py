@@ -456,6 +456,8 @@ KEYS: dict[str, Key] = {
         "dataset: the second split in hf:NAME#SPLIT/SPLIT", "evaluation reads val.jsonl", "test", "validation", "val"
     ),
     "model_name_or_path": renamed("init_from"),
+    "chat_template_path": renamed("chat_template"),
+    "chat_template_kwargs": renamed("chat_template_kwargs"),
     "torch_dtype": ignored("dtype, unless bf16 or fp16 is true; weights stay float32"),
     "dtype": ignored("as torch_dtype"),
     "attn_implementation": Key(

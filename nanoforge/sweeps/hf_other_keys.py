@@ -167,8 +167,6 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "use_dora": ("adapters are LoRA and soft prompts", False),
     "lora_target_parameters": ("LoRA trains linear layers; name them in lora_target_modules", []),
     "lora_modules_to_save": ("LoRA trains its own weights alone", []),
-    "chat_template_path": ("chats have tokens for their roles, or the model's own template",),
-    "chat_template_kwargs": ("chats have tokens for their roles, or the model's own template", {}),
     "eos_token": ("the end of an example is the tokenizer's own end-of-sequence token",),
     # data
     "dataset_text_field": ("texts are in the field text; --columns=text=COLUMN names another", "text"),

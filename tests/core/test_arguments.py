@@ -1238,6 +1238,23 @@ def chat_template(run: Callable[..., RunFiles], base: Path, tmp_path: Path) -> N
 
 
 @effect
+def chat_template_kwargs(run: Callable[..., RunFiles], base: Path, tmp_path: Path) -> None:
+    """A variable that is text before each message."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ sign }}{{ m.content }}{% endfor %}")
+    rows = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": text}]} for text in "2"]
+    rows_with_sign = [
+        {"messages": [{**message, "content": "+" + message["content"]} for message in rows[0]["messages"]]}
+    ]
+    losses = []
+    for name, chats, sign in (("a", rows, "+"), ("b", rows_with_sign, ""), ("c", rows, "=")):
+        file = write_rows(tmp_path / f"{name}.jsonl", *chats * 4)
+        flags = ["--objective=sft", f"--init_from={base}", f"--train_file={file}", f"--validation_file={file}"]
+        template = [f"--chat_template={tmp_path}/t.jinja", "--chat_template_kwargs", json.dumps({"sign": sign})]
+        losses.append(run(*flags, *template, "--loss_on=all", name=name).losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+@effect
 def packing(run, base):
     """24 tokens of context hold three or four sums of 6 to 8."""
     packed, plain = (

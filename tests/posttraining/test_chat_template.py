@@ -284,6 +284,26 @@ def test_what_a_template_can_ask_for():
 
 
 @needs_trl
+def test_variables_of_a_template_may_be_set_and_a_row_sets_them_otherwise():
+    """As an argument of transformers' apply_chat_template."""
+    fast, own = make_tokenizers(trl_template("qwen3"))
+    chat = [user("what")]
+    quiet, loud = (
+        fast.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
+        for thinks in (False, True)
+    )
+    assert quiet != loud
+    template = ChatTemplate(with_chat_template(own, "", {"enable_thinking": False, "x": ["a'b", None]}))
+    assert template.render(chat, add_generation_prompt=True).text == quiet
+    assert template.render(chat, {"enable_thinking": True}, add_generation_prompt=True).text == loud
+    for bad in ({"a b": 1}, {"1x": 1}):
+        with pytest.raises(UserError, match="--chat_template_kwargs"):
+            with_chat_template(own, "", bad)
+    with pytest.raises(UserError, match="--chat_template_kwargs"):
+        with_chat_template(ByteTokenizer(), "", {"x": 1})
+
+
+@needs_trl
 def test_the_ends_of_completions():
     """The token that a template writes behind the assistant's message ends it, as the tokenizer's own."""
     for name, ends in {
