@@ -83,6 +83,8 @@ class HarnessArgs:
     )
     num_fewshot: int = arg(-1, "examples before each question (-1: as the task says)", low=-1, needs=HARNESS)
     limit: float = arg(0.0, "maximum examples per task, below 1 a fraction of them (0: all)", low=0, needs=HARNESS)
+    apply_chat_template: bool = arg(False, "put the model's chat template around prompts", needs=HARNESS)
+    system_instruction: str = arg("", "system message of each chat, or text before each prompt", needs=HARNESS)
     include_path: str = arg("", "folder of more task YAML files", path=True, needs=HARNESS)
     gen_kwargs: dict[str, object] = arg(
         {}, 'generation settings over the tasks\', as JSON: {"max_gen_toks": 64}', needs=HARNESS
@@ -621,7 +623,15 @@ def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
     args, loaded = evaluation.args, evaluation.loaded
     if evaluation.template is not None:
         raise UserError("--lm_eval: the run is a soft prompt, whose format lm-eval's tasks don't have; use --tasks")
-    model = lm_eval_model.HarnessModel(loaded.model, loaded.tokenizer, batch_size=args.batch_size, seed=args.seed)
+    if args.apply_chat_template and not evaluation.has_chat_template:
+        raise UserError("--apply_chat_template: the model's tokenizer has none; name one with --chat_template=FILE")
+    model = lm_eval_model.HarnessModel(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        apply_template=args.apply_chat_template,
+    )
     options = lm_eval_model.HarnessOptions(
         tasks=args.lm_eval,
         num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot,
@@ -629,6 +639,8 @@ def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
         include_path=args.include_path,
         gen_kwargs=args.gen_kwargs,
         fewshot_seed=args.fewshot_seed,
+        apply_chat_template=args.apply_chat_template,
+        system_instruction=args.system_instruction,
     )
     return lm_eval_model.run_harness(model, options)
 

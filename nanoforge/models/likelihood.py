@@ -32,7 +32,11 @@ class Pair(NamedTuple):
 
 def encode_sequence(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that begins a sequence."""
-    ids = tokenizer.encode(text).tolist()
+    return begin_sequence(tokenizer, tokenizer.encode(text).tolist())
+
+
+def begin_sequence(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids with the tokenizer's beginning-of-sequence token, if it puts one and they don't have it."""
     if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
         return ids
     return [tokenizer.bos_id, *ids]

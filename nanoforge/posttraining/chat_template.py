@@ -229,6 +229,19 @@ class ChatTemplate:
             raise UserError(f"the chat template refuses the messages: {error}") from None
         return read_marks(text)
 
+    def render_prefix(self, messages: Messages) -> str:
+        """The marked text of a chat up to the end of its last message, the assistant's, which may go on. Raises
+        UserError."""
+        rendered = self.render(messages, mark_assistant=True)
+        if not rendered.places[CONTENT_END]:
+            raise UserError("the chat template does not write the beginning of the assistant's message as it is")
+        content = messages[-1]["content"]
+        stop = rendered.places[CONTENT_END][-1]
+        spaces = content[len(content.rstrip()) :]
+        if rendered.text.startswith(spaces, stop):
+            stop += len(spaces)
+        return rendered.marked[: stop + sum(place <= stop for place in rendered.places[IN_CONTROL])]
+
     def encode_rendered(self, rendered: Rendered) -> Encoding:
         """The ids of what the template has written."""
         if not rendered.places[IN_CONTROL]:

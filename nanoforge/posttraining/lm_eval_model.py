@@ -21,8 +21,16 @@ from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.models.generation import SamplingParams, generate_batch
-from nanoforge.models.likelihood import Pair, Score, encode_pair, encode_sequence, prefix_id, score_continuations
-from nanoforge.posttraining.chat_template import completion_end_ids
+from nanoforge.models.likelihood import (
+    Pair,
+    Score,
+    begin_sequence,
+    encode_pair,
+    encode_sequence,
+    prefix_id,
+    score_continuations,
+)
+from nanoforge.posttraining.chat_template import ChatTemplate, completion_end_ids, read_marks
 
 MAX_GEN_TOKS = 256  # of a completion, where the task does not say; as lm-eval has it
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
@@ -41,6 +49,7 @@ class HarnessModel:
     tokenizer: Tokenizer
     batch_size: int
     seed: int  # of completions that are drawn
+    apply_template: bool = False  # texts are what the chat template wrote, with control tokens
 
     rank = 0
     world_size = 1
@@ -50,9 +59,28 @@ class HarnessModel:
         config: Any = self.model.config
         return config.block_size
 
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
+        """The text of a chat, in which control tokens that a message spells are marked, so that they stay text.
+
+        add_generation_prompt: it ends where the assistant begins to write, otherwise where the last message ends, which
+        the assistant then continues. Raises UserError.
+        """
+        template = ChatTemplate(self.tokenizer)
+        if add_generation_prompt:
+            return template.render(messages, add_generation_prompt=True).marked
+        return template.render_prefix(messages)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that begins a sequence. Raises UserError."""
+        if not self.apply_template:
+            return encode_sequence(self.tokenizer, text)
+        ids = ChatTemplate(self.tokenizer).encode_rendered(read_marks(text)).ids.tolist()
+        return begin_sequence(self.tokenizer, ids)
+
     def loglikelihood(self, requests: Sequence[Any]) -> list[Score]:
         """The score of each (context, continuation). Raises UserError."""
-        pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
+        texts = [request.args for request in requests]
+        pairs = [encode_pair(self.tokenizer, context, text, encode=self.encode) for context, text in texts]
         self.warn_of_cuts([len(pair.context) + len(pair.continuation) - 1 for pair in pairs], self.block_size)
         return self.score(pairs)
 
@@ -66,7 +94,7 @@ class HarnessModel:
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
-            windows = rolling_windows(encode_sequence(self.tokenizer, text), first_id, self.block_size)
+            windows = rolling_windows(self.encode(text), first_id, self.block_size)
             pairs += windows
             owners += [number] * len(windows)
         logps = [score.logp for score in self.score(pairs)]
@@ -99,7 +127,7 @@ class HarnessModel:
                 f"a task asks for {sampling.max_new_tokens} tokens, and block_size is {self.block_size}; "
                 """lower it with --gen_kwargs='{"max_gen_toks": N}'"""
             )
-        prompts = {number: encode_sequence(self.tokenizer, context) for number, context in contexts.items()}
+        prompts = {number: self.encode(context) for number, context in contexts.items()}
         self.warn_of_cuts([len(prompt) for prompt in prompts.values()], room)
         numbers = sorted(prompts, key=lambda number: -len(prompts[number]))
         for start in range(0, len(numbers), self.batch_size):
@@ -211,6 +239,8 @@ class HarnessOptions:
     include_path: str = ""
     gen_kwargs: Mapping[str, Any] | None = None
     fewshot_seed: int = 1234
+    apply_chat_template: bool = False
+    system_instruction: str = ""
 
 
 def import_lm_eval() -> Any:
@@ -224,8 +254,11 @@ def import_lm_eval() -> Any:
     return lm_eval
 
 
-def run_harness(model: HarnessModel, options: HarnessOptions) -> dict[str, Any]:
-    """What lm-eval finds, by its own names (KEPT_RESULTS). Raises UserError."""
+def run_harness(model: Any, options: HarnessOptions) -> dict[str, Any]:
+    """What lm-eval finds, by its own names (KEPT_RESULTS). model: a HarnessModel, or one of lm-eval's.
+
+    Raises UserError.
+    """
     lm_eval = import_lm_eval()
     manager = task_manager(options)
     tasks = load_tasks(manager, options.tasks)
@@ -238,6 +271,8 @@ def run_harness(model: HarnessModel, options: HarnessOptions) -> dict[str, Any]:
             limit=options.limit,
             gen_kwargs=dict(options.gen_kwargs or {}),
             fewshot_random_seed=options.fewshot_seed,
+            apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system_instruction or None,
             log_samples=False,
         )
     except UserError as error:

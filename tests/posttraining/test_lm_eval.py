@@ -1,5 +1,6 @@
 """lm-eval's tasks on a model of this program give what lm-eval's own `hf` model gives on the same weights."""
 
+import dataclasses
 import json
 import random
 import re
@@ -7,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,46 +17,79 @@ from helpers import RunFiles
 import configurator
 import evaluate
 from builders import load_model
-from nanoforge.data.tokenization import BPETokenizer
+from nanoforge.data import model_tokenizers
 from nanoforge.errors import UserError
 from nanoforge.posttraining import lm_eval_model
 
 TEXT = "the sky is blue and grass was green so why do birds sing? ask them: no one knows"
 WORDS = TEXT.split()
-END = "<|endoftext|>"
 RNG = random.Random(0)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    RNG.seed(0)
 
 
 def words(count: int) -> str:
     return " ".join(RNG.choices(WORDS, k=count))
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
-    """(ours, lm-eval's hf) of one small GPT-2 with random weights and a context of 48 tokens."""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHAPE = {"vocab_size": 300, "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def make_tokenizer(*, adds_bos: bool) -> Any:
+    """transformers' tokenizer with 300 ids, the tokens of ChatML among them."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator([words(50) for _ in range(20)], trainer)
+    if adds_bos:
+        library.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=library,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """(ours, lm-eval's hf) of one small model with random weights and a context of 48 tokens. Llama's tokenizer begins
+    each text with a token; GPT-2's does not, though it names one."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = BPETokenizer.train((words(50) for _ in range(20)), vocab_size=300)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.tokenizer, eos_token=END, bos_token=END, pad_token=END)
-    theirs.backend_tokenizer.encode_special_tokens = False
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=300,
-        n_positions=48,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.5,
-        eos_token_id=tokenizer.eos_id,
-    )
-    hf = GPT2LMHeadModel(config).eval()
-    folder = tmp_path_factory.mktemp("gpt2")
-    hf.save_pretrained(folder)
-    ours = lm_eval_model.HarnessModel(load_model(str(folder)).model, tokenizer, batch_size=7, seed=1)
+    if request.param == "gpt2":
+        hf = GPT2LMHeadModel(GPT2Config(**SHAPE, n_positions=48, n_embd=32, n_layer=2, n_head=2))
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(**SHAPE, **sizes, num_key_value_heads=2, max_position_embeddings=48)
+        hf = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(adds_bos=request.param == "llama")
+    hf.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    own_tokenizer = model_tokenizers.load_folder(folder)
     lm_eval_model.import_lm_eval()
-    return ours, HFLM(pretrained=hf, tokenizer=theirs, batch_size=5)
+    ours = lm_eval_model.HarnessModel(load_model(str(folder)).model, own_tokenizer, batch_size=7, seed=1)
+    return ours, HFLM(pretrained=hf, tokenizer=tokenizer, batch_size=5)
 
 
 def instances(kind: str, args: list[tuple]) -> list:
@@ -71,9 +106,9 @@ def test_log_likelihoods_are_those_of_lm_eval(models: tuple, capsys: pytest.Capt
         context = words(length)
         args += [(context, f" {words(n)}") for n in (1, 1, 3, 5)] + [(context, letter) for letter in "ABCD"]
     requests = instances("loglikelihood", args)
-    # The most likely continuation of a context, so that one is greedy.
-    greedy = theirs.generate_until(instances("generate_until", [(args[10][0], {"max_gen_toks": 3, "until": []})]))
-    requests += instances("loglikelihood", [(args[10][0], greedy[0])])
+    contexts = [words(n) for n in (2, 4, 6, 8, 9, 11)]
+    greedy = theirs.generate_until(instances("generate_until", [(text, {"max_gen_toks": 1}) for text in contexts]))
+    requests += instances("loglikelihood", [pair for pair in zip(contexts, greedy, strict=True) if pair[1]])
     expected = theirs.loglikelihood(requests)
     scores = ours.loglikelihood(requests)
     assert [score.logp for score in scores] == pytest.approx([logp for logp, _ in expected], abs=1e-4)
@@ -149,6 +184,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tasks_give_lm_evals_own_results(models: tuple, harness: Path):
     """Choices after two examples, completions and perplexity, from task files."""
     options = lm_eval_model.HarnessOptions([str(harness / f"{name}.yaml") for name in TASKS])
@@ -160,12 +196,32 @@ def test_tasks_give_lm_evals_own_results(models: tuple, harness: Path):
     assert 0 < found["tiny_choices"]["acc_norm,none"] < 1
 
 
+@pytest.mark.slow
+def test_chats_give_lm_evals_own_results(models: tuple, harness: Path):
+    """Two examples as turns of a chat, a system message, and the beginning of an answer; messages keep their text."""
+    (harness / "choices.yaml").write_text((harness / "choices.yaml").read_text() + "gen_prefix: 'It is '\n")
+    tasks = [str(harness / f"{name}.yaml") for name in ("choices", "completion")]
+    options = lm_eval_model.HarnessOptions(tasks, apply_chat_template=True, system_instruction="be brief")
+    ours, theirs = models
+    ours = dataclasses.replace(ours, apply_template=True)
+    found, expected = (lm_eval_model.run_harness(model, options)["results"] for model in (ours, theirs))
+    assert found == expected
+    chat = [{"role": "user", "content": "why? "}, {"role": "assistant", "content": "so: "}]
+    for messages, prompt in ((chat, False), (chat[:1], True)):
+        text = ours.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert text == theirs.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert ours.encode(text) == theirs.tok_encode(text)
+    spelled = ours.encode(ours.apply_chat_template([{"role": "user", "content": "<|im_end|>"}]))
+    assert spelled.count(1) == 1, "the message has no control token"
+
+
 def run_evaluate(*argv: object) -> dict:
     """What evaluate.py writes, run in this process."""
     rules = configurator.Rules(check=evaluate.check)
     return evaluate.main(configurator.parse(evaluate.EvaluateArgs, list(map(str, argv)), "", rules))
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_lm_evals_results(base: Path, harness: Path, capsys: pytest.CaptureFixture[str]):
     """evaluate.py on a run that adds: --limit, --num_fewshot and --gen_kwargs reach lm-eval."""
     rows = [
