@@ -24,7 +24,7 @@ from nanoforge.data.hub_datasets import HubSplit
 from nanoforge.data.tables import Row, check_text, preview
 from nanoforge.errors import UserError
 from nanoforge.posttraining import row_shapes
-from nanoforge.posttraining.row_shapes import ShapeReport
+from nanoforge.posttraining.row_shapes import ShapedRow, ShapeReport
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 UNREAD_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message that says more than text
@@ -129,15 +129,12 @@ class RowFormat:
     has_chat_template: bool = False  # which decides what roles there are, and what it reads of a message
     columns: Mapping[str, str] = field(default_factory=dict)  # field -> the column that has it, where they are mapped
 
-    def to_fields(self, row: Row, report: ShapeReport) -> Row:
+    def shape(self, row: Row) -> ShapedRow:
         """The row with the fields of an alternative, if its columns give one (row_shapes.py). Raises UserError."""
         if self.is_template:
-            return row_shapes.rename_columns(row, self.columns)
-        shaped = row_shapes.shape_row(row, self.fields, self.columns)
-        if shaped is None:
-            return row
-        report.add(shaped, row)
-        return shaped.row
+            renamed = row_shapes.rename_columns(row, self.columns)
+            return ShapedRow(renamed, "", tuple(self.columns.values()), tuple(self.columns))
+        return row_shapes.shape_row(row, self.fields, self.columns) or ShapedRow(row, "", (), ())
 
     def parse(self, row: Row) -> list[Row]:
         """The row as examples, one or the two of a pair that are labelled apart. Raises UserError."""
@@ -306,15 +303,16 @@ def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = 
     for line, raw in numbered_rows(source):
         place = f"{source}:{line}"
         try:
-            row = row_format.to_fields(raw, report)
-            parsed: list[Row] = [PlacedRow(example, place) for example in row_format.parse(row)]
+            shaped = row_format.shape(raw)
+            parsed: list[Row] = [PlacedRow(example, place) for example in row_format.parse(shaped.row)]
         except UserError as error:
             if bad_rows == "error":
                 raise UserError(f"{place}: {error}") from None
             skipped.append(f"{place}: {error}")
             continue
         examples.append(parsed)
-        for name in row_format.other_formats(row):
+        report.add(shaped, raw)
+        for name in row_format.other_formats(shaped.row):
             unread[name] = unread.get(name, 0) + 1
     if not examples:
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "has no rows"

@@ -9,6 +9,7 @@ makes the fields that the objective needs. A shape of chats becomes messages, wh
 tokens are put around, as LLaMA-Factory and torchtune do; other texts stay texts. A map of the user's comes before all.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,16 +115,19 @@ class Shape:
     fits: Callable[[Row], bool] = always  # a further condition
     make: Callable[[Row], Row] | None = None  # the fields, where they are not those of the parts
 
+    @functools.cached_property
+    def columns(self) -> dict[str, str]:
+        """column -> part."""
+        return {**self.needs, **self.reads}
+
     def parts(self, row: Row) -> dict[str, Part]:
         """The parts that a row has; what is null is missing."""
-        columns = {**self.needs, **self.reads}
-        return {part: Part(row[name], name) for name, part in columns.items() if row.get(name) is not None}
+        return {part: Part(row[name], name) for name, part in self.columns.items() if row.get(name) is not None}
 
-    def fields(self, row: Row) -> Row:
-        """All the fields that the row can give. Raises UserError."""
+    def fields(self, row: Row, parts: Mapping[str, Part]) -> Row:
+        """All the fields that the row, which has these parts, can give. Raises UserError."""
         if self.make is not None:
             return self.make(row)
-        parts = self.parts(row)
         made = {name: to_messages(parts[name].value, parts[name].column) for name in FIELDS if name in parts}
         if "messages" in parts:
             return made | chat_fields(parts, made)
@@ -137,18 +141,13 @@ def chat_fields(parts: Mapping[str, Part], made: Row) -> Row:
     chat = made["messages"]
     if not isinstance(chat, list):  # which is refused as the field is checked
         return {}
-    if "system" in parts and not (chat and isinstance(chat[0], dict) and chat[0].get("role") == "system"):
-        chat = [*system_message(parts["system"]), *chat]
+    chat = with_system(chat, parts)
     if "chosen" in parts or "completion" in parts:
         return {"prompt": chat}
-    fields: Row = {"messages": chat}
-    if chat and isinstance(chat[-1], dict) and chat[-1].get("role") == "assistant":
-        fields |= {"prompt": chat[:-1], "completion": chat[-1:]}
-        if "answer" not in parts:
-            fields["answer"] = chat[-1].get("content")
-    else:
-        fields["prompt"] = chat
-    return fields
+    if not has_role(chat[-1:], "assistant"):
+        return {"messages": chat, "prompt": chat}
+    answer = {} if "answer" in parts else {"answer": chat[-1].get("content")}
+    return {"messages": chat, "prompt": chat[:-1], "completion": chat[-1:], **answer}
 
 
 def prompt_fields(parts: Mapping[str, Part], made: Row, *, is_chat: bool) -> Row:
@@ -157,12 +156,11 @@ def prompt_fields(parts: Mapping[str, Part], made: Row, *, is_chat: bool) -> Row
     completion = made.get("completion")
     if completion is not None and "answer" not in parts:
         fields["answer"] = completion
-    prompt = made["prompt"]
-    if isinstance(prompt, list):
-        return fields
-    texts = [check_text(parts[name].value, parts[name].column) for name in ("prompt", "input") if name in parts]
+    if isinstance(made["prompt"], list) and not {"input", "history"} & parts.keys():
+        return fields | {"prompt": with_system(made["prompt"], parts)}
+    texts = [check_text(*parts[name]) for name in ("prompt", "input") if name in parts]
     fields["prompt"] = "\n".join(text for text in texts if text)
-    context = system_message(parts["system"]) if "system" in parts else []
+    context = with_system([], parts)
     if "history" in parts:
         context += to_history(*parts["history"])
     if is_chat or context:
@@ -172,10 +170,17 @@ def prompt_fields(parts: Mapping[str, Part], made: Row, *, is_chat: bool) -> Row
     return fields
 
 
-def system_message(part: Part) -> list[Row]:
-    """No message for an empty text. Raises UserError."""
-    content = check_text(part.value, part.column)
-    return [{"role": "system", "content": content}] if content else []
+def with_system(chat: list[Row], parts: Mapping[str, Part]) -> list[Row]:
+    """The chat after the column's system message, unless that is empty or the chat has its own. Raises UserError."""
+    if "system" not in parts or has_role(chat[:1], "system"):
+        return chat
+    content = check_text(*parts["system"])
+    return [{"role": "system", "content": content}, *chat] if content else chat
+
+
+def has_role(messages: Sequence[Any], role: str) -> bool:
+    """Whether there is a message, and it is of this role."""
+    return any(isinstance(message, dict) and message.get("role") == role for message in messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,12 +282,19 @@ def shape_row(row: Row, alternatives: Alternatives, columns: Mapping[str, str] |
         return apply_shape(mapped_shape(columns), row, alternatives)
     explicit = [fields for fields in alternatives if "prompt" in fields or "messages" in fields]
     shaped = own_fields(row, explicit)
-    for shape in SHAPES:
+    if shaped is not None:
+        return shaped
+    for shape in find_shapes(frozenset(name for name, value in row.items() if value is not None)):
+        shaped = apply_shape(shape, row, alternatives) if shape.fits(row) else None
         if shaped is not None:
             return shaped
-        if all(row.get(name) is not None for name in shape.needs) and shape.fits(row):
-            shaped = apply_shape(shape, row, alternatives)
-    return shaped or own_fields(row, alternatives)
+    return own_fields(row, alternatives)
+
+
+@functools.lru_cache(maxsize=1024)
+def find_shapes(columns: frozenset[str]) -> list[Shape]:
+    """The shapes whose columns are among these, which are not null."""
+    return [shape for shape in SHAPES if shape.needs.keys() <= columns]
 
 
 def own_fields(row: Row, alternatives: Alternatives) -> ShapedRow | None:
@@ -295,11 +307,12 @@ def own_fields(row: Row, alternatives: Alternatives) -> ShapedRow | None:
 
 def apply_shape(shape: Shape, row: Row, alternatives: Alternatives) -> ShapedRow | None:
     """The row by a shape, if that gives an alternative: of chats the whole chat before its parts. Raises UserError."""
-    made = shape.fields(row)
+    parts = shape.parts(row)
+    made = shape.fields(row, parts)
     for fields in sorted(alternatives, key=lambda fields: "messages" not in fields):
         if all(made.get(name) is not None for name in fields):
-            parts = read_columns(shape.parts(row), fields)
-            read = tuple(name for name in row if name in parts)
+            columns = read_columns(parts, fields)
+            read = tuple(name for name in row if name in columns)
             names = {name for alternative in alternatives for name in alternative}
             others = {name: value for name, value in row.items() if name not in read and name not in names}
             chosen = made if shape.make else {name: made[name] for name in fields}

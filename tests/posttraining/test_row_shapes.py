@@ -12,7 +12,7 @@ from nanoforge.errors import UserError
 from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.example_rows import RowFormat, read_example_rows
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.posttraining.row_shapes import SPEAKERS, ShapeReport
+from nanoforge.posttraining.row_shapes import SPEAKERS
 
 
 def message(role: str, content: str) -> dict:
@@ -36,7 +36,7 @@ def row_format(objective: str, *columns: str) -> RowFormat:
 def read(objective: str, row: dict, *columns: str) -> dict | list[dict]:
     """What a row is read as; the two halves of a pair that are labelled apart."""
     reader = row_format(objective, *columns)
-    rows = reader.parse(reader.to_fields(row, ShapeReport()))
+    rows = reader.parse(reader.shape(row).row)
     return rows[0] if len(rows) == 1 else rows
 
 
@@ -89,6 +89,8 @@ SHAPED = [
         {"prompt": [SYSTEM, USER], "chosen": [ASSISTANT], "rejected": [OTHER]}),
     ("dpo", {"system": "", "question": "hi", "chosen": "yo", "rejected": "no"},
         {"prompt": "hi", "chosen": "yo", "rejected": "no"}),
+    ("dpo", {"system": "s", "question": [USER], "chosen": "yo", "rejected": "no"},
+        {"prompt": [SYSTEM, USER], "chosen": [ASSISTANT], "rejected": [OTHER]}),
     ("dpo", {"prompt": "hi", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 7.5},
         {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER], "score_chosen": 7.5}),
     ("grpo", {"question": "hi", "answer": "7", "label": 2}, {"prompt": "hi", "answer": "7", "label": 2}),
@@ -201,7 +203,7 @@ def test_a_map_of_columns_that_does_not_fit_is_refused():
         row_shapes.parse_columns(["prompt=a", "prompt=b"])
     assert row_shapes.parse_columns(["anything=x"], None) == {"anything": "x"}
     template = RowFormat([["q", "n"]], "prompt_completion", "--objective=sft", is_template=True, columns={"q": "a"})
-    assert template.to_fields({"a": "x", "n": 1}, ShapeReport()) == {"a": "x", "n": 1, "q": "x"}
+    assert template.shape({"a": "x", "n": 1}).row == {"a": "x", "n": 1, "q": "x"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1213,6 +1213,7 @@ def test_a_folder_is_a_folder_unless_it_is_one_of_the_datasets_library(tmp_path:
     assert is_hub == [False, True, False, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_dataset_of_the_hub_follow_from_its_rows(guide: str, tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     rows = [{"question": f"{i}", "chosen": "a", "rejected": "b"} for i in range(640)]
