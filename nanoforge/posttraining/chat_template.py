@@ -33,6 +33,8 @@ CONTENT_START, CONTENT_END = "\ud803", "\ud804"  # of an assistant's message, wi
 MARKS = re.compile("[\ud800-\ud804]")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message; templates read the first
 
+SAFE_JINJA = (3, 1, 6)  # templates escape the sandbox of older ones
+
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # [start, stop) of a text
 
@@ -50,6 +52,8 @@ def compile_template(source: str) -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ModuleNotFoundError:
         raise UserError("a chat template needs a package: pip install jinja2") from None
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < SAFE_JINJA:
+        raise UserError(f"a chat template needs a newer jinja2 than {jinja2.__version__}: pip install -U jinja2")
 
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %}: marks what the assistant writes."""
