@@ -1,9 +1,11 @@
 """Write what a run saved in a form for elsewhere:
 
+    python export.py hf out/run --to=DIR [--dtype=bfloat16] [--max_shard_size=5GB]
     python export.py consolidate out/run/checkpoints/000040 [--dtype=bfloat16] [--to=out/weights]
     python export.py merge out/lora --to=out/merged
     python export.py peft out/lora --to=out/adapter
 
+hf: a model that transformers loads without this program: AutoModelForCausalLM and AutoTokenizer (docs/export.md).
 consolidate: the shards of an FSDP run as one model.safetensors, beside them or in another folder. This runs on the CPU;
 the file is read back and compared with the shards.
 merge: a LoRA merged into its base, as weights for --init_from.
@@ -19,7 +21,7 @@ import configurator
 from common_args import BASE_MODEL_HELP
 from configurator import Rules, arg, arg_table
 
-ACTIONS = ("consolidate", "merge", "peft")
+ACTIONS = ("hf", "consolidate", "merge", "peft")
 
 
 @arg_table
@@ -29,6 +31,7 @@ class ExportArgs:
     to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)", path=True)
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
     dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
+    max_shard_size: str = arg("5GB", "hf: size above which the weights become several files, such as 500MB")
 
 
 class Request(NamedTuple):
@@ -53,7 +56,9 @@ def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
     if action != "consolidate" and not args.to:
         yield f"--to: {action} needs a folder to write to"
     if action == "consolidate" and args.base_model:
-        yield "--base_model: has an effect only with merge and peft"
+        yield "--base_model: has no effect with consolidate"
+    if action != "hf" and args.max_shard_size != ExportArgs.max_shard_size:
+        yield "--max_shard_size: has an effect only with hf"
 
 
 if __name__ == "__main__":
@@ -68,18 +73,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanoforge.data import tokenization
+import model as model_module
+from builders import known_fields
+from model import GPTConfig
+from nanoforge import files
+from nanoforge.data import tokenization, tokenizer_export
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, write_json
-from nanoforge.models import pretrained
+from nanoforge.models import hf_export, model_card, pretrained
+from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
+from train_args import TrainArgs
 
 
 def main(request: Request) -> None:
     folder, to = Path(request.folder), Path(request.args.to)
     dtype = getattr(torch, request.args.dtype)
     note = ""
+    if request.action == "hf":
+        export_hf(folder, to, request.args)
+        return
     if request.action == "consolidate":
         path, note = consolidate(folder, to if request.args.to else None, dtype)
     elif request.action == "merge":
@@ -132,6 +146,23 @@ def consolidate(folder: Path, to: Path | None, dtype: torch.dtype) -> tuple[Path
             (to / name).write_bytes((folder / name).read_bytes())
     checkpoint.write_manifest(to)
     return path, ", compared with the shards"
+
+
+def export_hf(folder: Path, to: Path, args: ExportArgs) -> None:
+    """Write a model, its tokenizer and its card in Hugging Face's layout. Raises UserError."""
+    max_bytes = hf_export.parse_size(args.max_shard_size)
+    loaded = pretrained.load(str(folder), base_model=args.base_model)
+    shape = dataclasses.asdict(GPTConfig(**known_fields(loaded.shape, str(folder))))
+    tokenizer = hf_export.only_tokenizer(loaded.tokenizers)
+    model = hf_export.HFModel(shape, loaded.weights, tokenizer)
+    program = hf_export.Program(files.read_text(Path(model_module.__file__)), vars(TrainArgs))
+    prepare(to)
+    hf_export.refuse_existing_model(to)
+    written = hf_export.write_model(to, model, program, getattr(torch, args.dtype), max_bytes)
+    if tokenizer is not None:
+        tokenizer_export.write_tokenizer(to, tokenizer, shape["block_size"], ROLES)
+    model_card.write_card(to, Path(loaded.source), written)
+    print(f"{to}: {written.description}")
 
 
 def find_lora(folder: Path) -> tuple[Path, RunRecord]:
