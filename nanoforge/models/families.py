@@ -13,7 +13,7 @@ nothing of files.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -435,6 +435,7 @@ class TensorMap:
     theirs: list[str]
     transposed: bool = False  # theirs are (in, out)
     order: Tensor | None = None  # row of theirs, joined, for each row of ours
+    shift: float = 0.0  # theirs - ours
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our parameter, float32."""
@@ -442,12 +443,14 @@ class TensorMap:
         joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.order is not None:
             joined = joined[self.order]
-        return joined.float().contiguous()
+        joined = joined.float().contiguous()
+        return joined - self.shift if self.shift else joined
 
     def split(self, tensor: Tensor, shape: Mapping[str, Any]) -> dict[str, Tensor]:
         """Their tensors from our parameter, or from something with the same rows, such as the B of a LoRA."""
         if self.order is not None:
             tensor = torch.empty_like(tensor).index_copy_(0, self.order, tensor)
+        tensor = tensor + self.shift if self.shift else tensor  # + 0 would lose the sign of -0
         row_counts = qkv_rows(shape) if len(self.theirs) == 3 else [len(tensor)]
         parts = tensor.split(row_counts)
         if self.transposed:
@@ -484,6 +487,17 @@ class FamilyWeights(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class GGUF:
+    """What llama.cpp has of a family: its keys, as settings of a config whose names lack the architecture's."""
+
+    architecture: str
+    settings: tuple[Setting, ...]
+    names: Names
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that llama.cpp can't vary, though the family can
+    row_orders: Mapping[str, RowOrder] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model of transformers."""
 
@@ -495,6 +509,23 @@ class Family:
     required: Mapping[str, Any] = field(default_factory=dict)  # settings that the model has fixed -> the only value
     transposed: frozenset[str] = frozenset()  # our modules whose weights are (in, out) in its files
     row_orders: Mapping[str, RowOrder] = field(default_factory=dict)  # our module, without blocks.{i}. -> order
+    stores_gains: bool = False  # whether its files hold 1 + w of norms that keep w (rmsnorm_offset)
+    gguf: "GGUF | None" = None  # what .gguf files have in another way; None: llama.cpp lacks the family
+
+    def in_gguf(self) -> "Family":
+        """The family as .gguf files have it: their keys in place of config.json's settings, their names of tensors."""
+        assert self.gguf is not None
+        return replace(
+            self,
+            model_type=self.gguf.architecture,
+            fixed={**self.fixed, **self.gguf.fixed},
+            settings=self.gguf.settings,
+            names=self.gguf.names,
+            required={},
+            transposed=frozenset(),
+            row_orders=self.gguf.row_orders,
+            stores_gains=True,
+        )
 
     def read_config(self, config: Config) -> Shape:
         """The shape of a config.json. Raises UserError for settings that the model lacks."""
@@ -535,6 +566,7 @@ class Family:
                     theirs=[f"{name}.{parameter}" for name in theirs],
                     transposed=names is None and module in self.transposed,
                     order=None if order is None else order(shape),
+                    shift=1.0 if own == "offset" and self.stores_gains else 0.0,
                 )
 
     def read_tensors(
@@ -561,7 +593,7 @@ class Family:
             unused -= {*theirs}
             if tensor_map.ours == "head.weight" and shape["tie_weights"]:
                 continue
-            maps[tensor_map.ours] = TensorMap(tensor_map.ours, theirs, tensor_map.transposed, tensor_map.order)
+            maps[tensor_map.ours] = replace(tensor_map, theirs=theirs)
         if unused:
             others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             raise UserError(f"the model has no place for the tensor {sorted(unused)[0]}{others}")
@@ -612,6 +644,207 @@ def swapped_halves(shape: Mapping[str, Any]) -> Tensor:
     return reordered_heads(shape, torch.arange(shape["head_dim"]).roll(shape["head_dim"] // 2))
 
 
+def paired_halves(shape: Mapping[str, Any]) -> Tensor:
+    """llama.cpp turns the pairs (2 i, 2 i + 1) of Llama's heads, not (i, i + D / 2)."""
+    return reordered_heads(shape, torch.arange(shape["head_dim"]).view(-1, 2).t().flatten())
+
+
+def partial_halves(shape: Mapping[str, Any]) -> Tensor:
+    """llama.cpp has GPT-NeoX's rows as queries, keys, values, and turns the first entries of a head."""
+    return reordered_heads(shape, rotary_halves(shape["head_dim"], shape["rotary_fraction"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF: keys of metadata without the architecture's prefix. Beside them, the config has vocab_size and, where the file
+# has that tensor, rope_freqs.weight.
+
+
+def gguf_activation(*names: str) -> Setting:
+    """llama.cpp has one for each architecture; others: those that are nearly the same."""
+
+    def write(shape: Shape) -> Config:
+        if shape["activation"] not in names:
+            raise NoFit(f"activation={shape['activation']}")
+        return {}
+
+    return Setting(("activation",), lambda config: {"activation": names[0]}, write)
+
+
+def gguf_head_dim(config: Config) -> Shape:
+    head_dim = config.get("attention.key_length") or config["embedding_length"] // config["attention.head_count"]
+    if config.get("attention.value_length", head_dim) != head_dim:
+        raise UserError(f"attention.value_length={config['attention.value_length']}: not attention.key_length")
+    return {"head_dim": head_dim}
+
+
+def gguf_sizes(eps: str) -> tuple[Setting, ...]:
+    """What all architectures have. eps: the name of the epsilon of their norms."""
+    return (
+        VOCAB,
+        same("block_size", "context_length"),
+        same("n_layer", "block_count"),
+        same("n_embd", "embedding_length"),
+        same("n_head", "attention.head_count"),
+        Setting(
+            ("n_kv_head",),
+            lambda config: {"n_kv_head": config.get("attention.head_count_kv") or config["attention.head_count"]},
+            lambda shape: {"attention.head_count_kv": shape["n_kv_head"]},
+        ),
+        Setting(
+            ("mlp_ratio",),
+            lambda config: {"mlp_ratio": config["feed_forward_length"] / config["embedding_length"]},
+            lambda shape: {"feed_forward_length": mlp_hidden(shape)},
+        ),
+        same("norm_eps", f"attention.{eps}"),
+    )
+
+
+GGUF_HEAD_DIM = Setting(
+    ("head_dim",),
+    gguf_head_dim,
+    lambda shape: {"attention.key_length": shape["head_dim"], "attention.value_length": shape["head_dim"]},
+)
+GGUF_EQUAL_HEAD_DIM = Setting(("head_dim",), gguf_head_dim, write_equal_head_dim)
+
+
+def gguf_rope(*, partial: bool = False, llama3: bool = False) -> Setting:
+    """partial: rotates a part of a head; llama3: has Llama 3's scaling, as a tensor of factors."""
+
+    def read(config: Config) -> Shape:
+        head_dim = gguf_head_dim(config)["head_dim"]
+        base = float(config.get("rope.freq_base", 10000.0))
+        scaling: dict[str, Any] = {}
+        kind = config.get("rope.scaling.type", "none")
+        if "rope_freqs.weight" in config:
+            scaling = llama3_of_factors(config["rope_freqs.weight"], base, head_dim)
+        elif kind == "linear":
+            scaling = {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
+        elif kind != "none":
+            raise UserError(f"rope.scaling.type={kind} is not supported, only linear")
+        fraction = config.get("rope.dimension_count", head_dim) / head_dim
+        return {"rope_base": base, "rope_scaling": scaling, "rotary_fraction": fraction}
+
+    def write(shape: Shape) -> Config:
+        scaling, head_dim = shape["rope_scaling"], shape["head_dim"]
+        if shape["rotary_fraction"] != 1 and not partial:
+            raise NoFit(f"rotary_fraction={shape['rotary_fraction']}")
+        config = {
+            "rope.freq_base": float(shape["rope_base"]),
+            "rope.dimension_count": 2 * int(shape["rotary_fraction"] * head_dim / 2),
+        }
+        if not scaling:
+            return config
+        if scaling["rope_type"] == "linear":
+            return {**config, "rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+        if scaling["rope_type"] == "llama3" and llama3:
+            return {**config, "rope_freqs.weight": llama3_factors(scaling, shape["rope_base"], head_dim)}
+        raise NoFit(f"rope_scaling={scaling}")
+
+    return Setting(("rope_base", "rope_scaling", "rotary_fraction"), read, write)
+
+
+def llama3_factors(scaling: Mapping[str, Any], base: float, head_dim: int) -> Tensor:
+    """What llama.cpp divides the frequencies by, (D / 2,): 1 for fast ones, factor for slow ones, between them both."""
+    frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    blended = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return blended.where(smooth < 1, 1.0).where(smooth > 0, float(scaling["factor"]))
+
+
+def llama3_of_factors(factors: Tensor, base: float, head_dim: int) -> dict[str, Any]:
+    """The scaling with these factors; the file does not have its numbers. Raises UserError for another kind."""
+    for exponent in range(4, 22):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,  # as of all models of Meta's
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2**exponent,
+        }
+        expected = llama3_factors(scaling, base, head_dim)
+        if factors.shape == expected.shape and torch.allclose(factors, expected, rtol=1e-4):
+            return scaling
+    raise UserError("rope_freqs.weight: not the RoPE scaling of a Llama 3, and no other is supported")
+
+
+GEMMA_PERIOD = 6  # of layers with full attention, where the file does not say
+
+
+def read_gguf_window(config: Config) -> Shape:
+    period = config.get("attention.sliding_window_pattern", GEMMA_PERIOD)
+    is_windowed = "attention.sliding_window" in config and period > 1
+    letters = [("L" if (layer + 1) % period == 0 else "S") for layer in range(config["block_count"])]
+    return {
+        "window": shorten_pattern("".join(letters)) if is_windowed else "L",
+        "window_size": config["attention.sliding_window"] if is_windowed else 0,
+        "window_rope_base": float(config.get("rope.freq_base_swa", 10000.0)),
+    }
+
+
+def write_gguf_window(shape: Shape) -> Config:
+    letters = [shape["window"][layer % len(shape["window"])] for layer in range(shape["n_layer"])]
+    period = next((layer + 1 for layer, letter in enumerate(letters) if letter == "L"), len(letters) + 1)
+    expected = [("L" if (layer + 1) % period == 0 else "S") for layer in range(len(letters))]
+    if letters != expected:
+        raise NoFit(f"window={shape['window']}")
+    return {
+        "attention.sliding_window": shape["window_size"] or shape["block_size"],
+        "attention.sliding_window_pattern": period,
+        "rope.freq_base_swa": float(shape["window_rope_base"] or shape["rope_base"]),
+    }
+
+
+GGUF_WINDOW = Setting(("window", "window_size", "window_rope_base"), read_gguf_window, write_gguf_window)
+GEMMA_27B_LAYERS = 62  # llama.cpp scales the attention of a model of as many layers by n_embd / n_head
+
+
+def gguf_gemma_scale(n_layer: int, n_embd: int, n_head: int, head_dim: int) -> float:
+    """What llama.cpp multiplies a Gemma's scores by."""
+    return float(n_embd // n_head if n_layer == GEMMA_27B_LAYERS else head_dim) ** -0.5
+
+
+def read_gguf_scales(config: Config) -> Shape:
+    n_embd = config["embedding_length"]
+    scale = gguf_gemma_scale(
+        n_layer=config["block_count"],
+        n_embd=n_embd,
+        n_head=config["attention.head_count"],
+        head_dim=gguf_head_dim(config)["head_dim"],
+    )
+    return {"embedding_scale": n_embd**0.5, "attention_scale": scale}
+
+
+def write_gguf_scales(shape: Shape) -> Config:
+    scale = gguf_gemma_scale(**{name: shape[name] for name in ("n_layer", "n_embd", "n_head", "head_dim")})
+    write_gemma_scales(shape)
+    if abs((shape["attention_scale"] or shape["head_dim"] ** -0.5) - scale) > 1e-6:
+        raise NoFit(f"attention_scale={shape['attention_scale']}")
+    return {}
+
+
+GGUF_NAMES = Names(
+    outer={"wte": "token_embd", "position": "position_embd", "norm": "output_norm", "head": "output"},
+    layer_prefix="blk.{i}.",
+    layer={
+        "norm_1": "attn_norm",
+        "attn.qkv": "attn_q attn_k attn_v",
+        "attn.q_norm.norm": "attn_q_norm",
+        "attn.k_norm.norm": "attn_k_norm",
+        "attn.proj": "attn_output",
+        "post_norm_1": "post_attention_norm",
+        "norm_2": "ffn_norm",
+        "mlp.gate": "ffn_gate",
+        "mlp.up": "ffn_up",
+        "mlp.proj": "ffn_down",
+        "post_norm_2": "post_ffw_norm",
+    },
+)
+FUSED_GGUF_NAMES = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, "attn.qkv": "attn_qkv"})
+RMS_SIZES = gguf_sizes("layer_norm_rms_epsilon")
+LAYER_NORM_SIZES = gguf_sizes("layer_norm_epsilon")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the families
 
@@ -649,6 +882,12 @@ LLAMA = Family(
     settings=(*LLAMA_SETTINGS, tied(default=False)),
     names=LLAMA_NAMES,
     required=NO_BIAS,
+    gguf=GGUF(
+        architecture="llama",
+        settings=(*RMS_SIZES, GGUF_HEAD_DIM, gguf_activation("silu"), gguf_rope(llama3=True)),
+        names=GGUF_NAMES,
+        row_orders={"attn.qkv": paired_halves},
+    ),
 )
 MISTRAL = Family(
     model_type="mistral",
@@ -663,6 +902,7 @@ QWEN2 = Family(
     fixed={**LLAMA_FIXED, "qkv_bias": True},
     settings=(*LLAMA_SETTINGS, MIXED_WINDOW, tied(default=False)),
     names=LLAMA_NAMES,
+    gguf=GGUF("qwen2", (*RMS_SIZES, GGUF_HEAD_DIM, gguf_activation("silu"), gguf_rope()), GGUF_NAMES),
 )
 QWEN3 = Family(
     model_type="qwen3",
@@ -671,6 +911,7 @@ QWEN3 = Family(
     settings=(*LLAMA_SETTINGS, MIXED_WINDOW, tied(default=False)),
     names=LLAMA_NAMES,
     required={"attention_bias": False},
+    gguf=GGUF("qwen3", (*RMS_SIZES, GGUF_HEAD_DIM, gguf_activation("silu"), gguf_rope()), GGUF_NAMES),
 )
 OLMO2 = Family(
     model_type="olmo2",
@@ -693,6 +934,7 @@ OLMO2 = Family(
         optional_prefix="model.",
     ),
     required={"attention_bias": False},
+    gguf=GGUF("olmo2", (*RMS_SIZES, GGUF_EQUAL_HEAD_DIM, gguf_activation("silu"), gguf_rope()), GGUF_NAMES),
 )
 GEMMA3 = Family(
     model_type="gemma3_text",
@@ -731,6 +973,18 @@ GEMMA3 = Family(
         optional_prefix="model.",
     ),
     required={"attention_bias": False, "attn_logit_softcapping": None, "use_bidirectional_attention": False},
+    gguf=GGUF(
+        architecture="gemma3",
+        settings=(
+            *RMS_SIZES,
+            GGUF_HEAD_DIM,
+            gguf_activation("gelu_tanh"),
+            gguf_rope(),
+            GGUF_WINDOW,
+            Setting(("embedding_scale", "attention_scale"), read_gguf_scales, write_gguf_scales),
+        ),
+        names=GGUF_NAMES,
+    ),
 )
 ARCEE = Family(
     model_type="arcee",
@@ -749,6 +1003,12 @@ ARCEE = Family(
         optional_prefix="model.",
     ),
     required=NO_BIAS,
+    gguf=GGUF(
+        architecture="arcee",
+        settings=(*RMS_SIZES, GGUF_HEAD_DIM, gguf_activation("relu2"), gguf_rope(llama3=True)),
+        names=GGUF_NAMES,
+        row_orders={"attn.qkv": paired_halves},
+    ),
 )
 NANOCHAT = Family(
     model_type="nanochat",
@@ -810,6 +1070,18 @@ GPT_NEOX = Family(
     ),
     required={"attention_bias": True},
     row_orders={"attn.qkv": interleaved_qkv},
+    gguf=GGUF(
+        architecture="gptneox",
+        settings=(
+            *LAYER_NORM_SIZES,
+            GGUF_EQUAL_HEAD_DIM,
+            gguf_activation("gelu", "gelu_tanh"),
+            gguf_rope(partial=True),
+            same("parallel_residual", "use_parallel_residual", default=True),
+        ),
+        names=FUSED_GGUF_NAMES,
+        row_orders={"attn.qkv": partial_halves},
+    ),
 )
 STARCODER2 = Family(
     model_type="starcoder2",
@@ -838,6 +1110,11 @@ STARCODER2 = Family(
         optional_prefix="model.",
     ),
     required={"use_bias": True},  # without, its norms alone have biases
+    gguf=GGUF(
+        architecture="starcoder2",
+        settings=(*LAYER_NORM_SIZES, GGUF_EQUAL_HEAD_DIM, gguf_activation("gelu_tanh", "gelu"), gguf_rope()),
+        names=GGUF_NAMES,
+    ),
 )
 GPT2 = Family(
     model_type="gpt2",
@@ -876,6 +1153,11 @@ GPT2 = Family(
         "add_cross_attention": False,
     },
     transposed=frozenset({"attn.qkv", "attn.proj", "mlp.up", "mlp.proj"}),
+    gguf=GGUF(
+        architecture="gpt2",
+        settings=(*LAYER_NORM_SIZES, GGUF_EQUAL_HEAD_DIM, gguf_activation("gelu_tanh", "gelu")),
+        names=FUSED_GGUF_NAMES,
+    ),
 )
 
 # In the order in which a model that is written out tries them.

@@ -7,6 +7,7 @@ tokenizers. Knows nothing of the model itself.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from nanoforge import files
 from nanoforge.console import print_line
 from nanoforge.data import model_tokenizers, token_bins, tokenization
 from nanoforge.errors import UserError, did_you_mean
-from nanoforge.models import adapters, families, weight_files
+from nanoforge.models import adapters, families, gguf_files, weight_files
 from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
@@ -57,6 +58,7 @@ def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: s
     path = checkpoint_of_file(path)
     if (path / "ckpt.pt").exists():  # nanoGPT's out_dir
         path = path / "ckpt.pt"
+    path = only_gguf(path)
     is_run = (path / "checkpoints").is_dir()
     if is_run:
         path = checkpoint.resolve(path, "best", log)  # verified
@@ -69,6 +71,8 @@ def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: s
         loaded = load_checkpoint(path, log, base_model)
     elif path.suffix == ".pt":
         loaded = load_nanogpt(path, log)
+    elif path.suffix == ".gguf":
+        loaded = load_gguf(path)
     else:
         loaded = load_hf(path, log)
     if base_model and not (path / RECORD_FILE).exists():
@@ -201,6 +205,27 @@ def gpt2_tokenizers(shape: Mapping[str, Any]) -> dict[str, tokenization.Tokenize
     if shape["vocab_sizes"][0] not in (50257, 50304):
         return None
     return {"gpt2": tokenization.TiktokenTokenizer.from_name("gpt2")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# llama.cpp's .gguf
+
+
+def only_gguf(path: Path) -> Path:
+    """The .gguf file of a folder that has no other weights; any other path as it is. Raises UserError for several."""
+    paths = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    first_parts = [file for file in paths if not re.search(r"-\d{5}-of-\d{5}$", file.stem) or "-00001-of-" in file.stem]
+    if len(first_parts) > 1:
+        names = ", ".join(file.name for file in first_parts)
+        raise UserError(f"--init_from={path}: has several models ({names}); name one of these files")
+    return first_parts[0] if first_parts else path
+
+
+def load_gguf(path: Path) -> Pretrained:
+    """Raises UserError."""
+    loaded = gguf_files.load(path)
+    tokenizers = {"gguf": loaded.tokenizer} if loaded.tokenizer is not None else gpt2_tokenizers(loaded.shape)
+    return Pretrained(loaded.shape, loaded.weights, tokenizers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
