@@ -68,13 +68,10 @@ def load_folder(folder: Path) -> Tokenizer | None:
 
 def load_file(path: Path) -> Tokenizer:
     """The tokenizer of a file, with the settings beside it. Raises UserError, also for a broken file."""
-    if path.suffix == ".gguf":
-        return from_gguf(read_metadata(path))
-    readers = [read for pattern, read in FILES.items() if path.match(pattern)]
-    if not readers and path.suffix == ".json":
-        readers = [read_library]
+    patterns = {**FILES, "*.gguf": read_gguf, "*.json": read_library}
+    readers = [read for pattern, read in patterns.items() if path.match(pattern)]
     if not readers:
-        raise UserError(f"{path}: not known as a tokenizer; known are .gguf, {', '.join(FILES)}")
+        raise UserError(f"{path}: not known as a tokenizer; known are {', '.join(patterns)}")
     try:
         return readers[0](path, Settings.read(path.parent))
     except UserError:
@@ -235,17 +232,26 @@ def begins_with(tokenizer: BPETokenizer) -> int | None:
     return processed[0] if processed[1 : 1 + len(plain)] == plain else None
 
 
+GPT2_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+
+
 def read_gpt2(path: Path, settings: Settings) -> Tokenizer:
     """GPT-2's merges.txt and vocab.json, with GPT-2's split of a text."""
     vocabulary = read_json(path.with_name("vocab.json"))
     lines = files.read_text(path).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    of_class = settings.tokenizer.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    if of_class not in GPT2_CLASSES:
+        raise UserError(f"{path}: how a {of_class} splits a text is not known; give the model's tokenizer.json")
     added = read_json(path.with_name("added_tokens.json"))
-    spec = byte_level_spec(vocabulary, merges, GPT2_SPLITS)
+    spec = byte_level_spec(vocabulary, merges, add_prefix_space=settings.tokenizer.get("add_prefix_space", False))
     spec["added_tokens"] = [{**ADDED_TOKEN, "id": i, "content": text} for text, i in added.items()]
-    if "eos_token" not in settings.special_tokens and END_OF_TEXT in vocabulary:
+    if END_OF_TEXT in vocabulary:
         settings = settings._replace(special_tokens={"eos_token": END_OF_TEXT, **settings.special_tokens})
-    return build_library(spec, settings)
+    tokenizer = build_library(spec, settings)
+    begins = settings.special_tokens.get("bos_token", END_OF_TEXT)
+    adds_bos = settings.tokenizer.get("add_bos_token", False)
+    return with_settings(tokenizer, settings, tokenizer.added_ids[begins]) if adds_bos else tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,13 +336,18 @@ DEFAULT_SPLITS = [r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-
 
 
 def byte_level_spec(
-    vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]], splits: Sequence[str]
+    vocabulary: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    splits: Sequence[str] = (),
+    *,
+    add_prefix_space: bool = False,
 ) -> dict[str, Any]:
-    """The `tokenizers` library's JSON of a byte-level BPE."""
+    """The `tokenizers` library's JSON of a byte-level BPE; without splits a text is split as GPT-2's."""
     parts = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False} for split in splits
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    options = {"add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": not splits}
+    byte_level = {"type": "ByteLevel", **options}
     return {
         "version": "1.0",
         "added_tokens": [],
@@ -367,12 +378,23 @@ GGUF_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "
 END_NAMES = (END_OF_TEXT, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>")
 
 
+def read_gguf(path: Path, settings: Settings) -> Tokenizer:
+    """The tokenizer inside a .gguf file, which has its own settings."""
+    return from_gguf(read_metadata(path))
+
+
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a .gguf file, from its keys and values. Raises UserError."""
     gguf = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
     model = gguf.get("model")
-    if model not in GGUF_MODELS or "tokens" not in gguf:
+    if model not in GGUF_MODELS:
         raise UserError(f"the .gguf file has a tokenizer of the kind {model}; known are {', '.join(GGUF_MODELS)}")
+    lists = ["tokens", "merges"] if model == "gpt2" else ["tokens", "scores"]
+    missing = [f"tokenizer.ggml.{name}" for name in lists if name not in gguf]
+    if missing:
+        raise UserError(f"the .gguf file lacks {', '.join(missing)}; give the folder with the model's tokenizer")
+    if model == "llama":
+        gguf = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **gguf}
     tokenizer = GGUF_MODELS[model](gguf)
     known = tokenizer.added_ids
     eos_id = gguf.get("eos_token_id")
@@ -408,7 +430,7 @@ def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
     spec["added_tokens"] = [
         {**ADDED_TOKEN, "id": i, "content": token, "special": kind == CONTROL_PIECE or token in END_NAMES}
         for i, (token, kind) in enumerate(zip(gguf["tokens"], types, strict=True))
-        if kind in (CONTROL_PIECE, USER_PIECE)
+        if kind in (CONTROL_PIECE, USER_PIECE) or token in END_NAMES
     ]
     return BPETokenizer(spec)
 
@@ -418,7 +440,10 @@ def gguf_sentencepiece(gguf: Mapping[str, Any]) -> Tokenizer:
     model = sentencepiece_proto().ModelProto()
     types = gguf.get("token_type") or [1] * len(gguf["tokens"])
     for token, score, kind in zip(gguf["tokens"], gguf["scores"], types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
+        piece = (
+            token.replace(" ", "\u2581") if kind == USER_PIECE else token
+        )  # which llama.cpp's converter has replaced
+        model.pieces.add(piece=piece, score=score, type=kind)
     model.trainer_spec.model_type = 2
     model.trainer_spec.byte_fallback = "<0x0A>" in gguf["tokens"]
     for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

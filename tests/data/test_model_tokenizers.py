@@ -172,21 +172,17 @@ def test_metadata_is_that_of_the_gguf_package(tmp_path: Path):
 
 @needs_smollm2
 @pytest.mark.slow
-def test_smollm2_from_gguf_is_transformers_and_llama_cpps():
-    """Two witnesses, which read the same file: ids of texts, of control tokens, and the template."""
-    tokenizer = model_tokenizers.from_gguf(gguf_metadata.read_metadata(SMOLLM2))
-    witness = transformers.AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+def test_smollm2_from_gguf_is_llama_cpps():
+    """transformers' conversion forgets that digits stand alone; llama.cpp's does not."""
+    tokenizer = model_tokenizers.load(str(SMOLLM2))
     server = llama_cpp_server(SMOLLM2)
-    for text in TEXTS:
+    for text in [*TEXTS, "\n\n1. 2024-11-26"]:
         ids = tokenizer.encode(text).tolist()
-        assert ids == witness(text, split_special_tokens=True, add_special_tokens=False).input_ids
         assert ids == llama_cpp_ids(server, text)
         assert tokenizer.decode(ids) == text
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (None, witness.eos_token_id, (2, 0))
-    assert set(witness.all_special_tokens) <= set(tokenizer.added_ids)
-    assert tokenizer.chat_template == witness.chat_template
-    assert tokenizer.special_tokens["bos_token"] == witness.bos_token
-    assert tokenizer.vocab_size == len(witness)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (None, 2, (2, 0))
+    assert (tokenizer.vocab_size, len(tokenizer.added_ids)) == (49152, 17)
+    assert tokenizer.special_tokens["bos_token"] == "<|im_start|>" in tokenizer.chat_template
 
 
 def llama_cpp_server(path: Path) -> Any:
@@ -221,7 +217,7 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
         vocab_size=340,
         byte_fallback=True,
         control_symbols=["[INST]"],
-        user_defined_symbols=["<|im_end|>", "<turn>", "<think>"],
+        user_defined_symbols=["<|im_end|>", "<turn>", "<think>", "\u2581\u2581\u2581"],
         hard_vocab_limit=False,
         minloglevel=2,
         **options,
@@ -244,7 +240,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_sentencepiece_models_are_the_librarys(tmp_path: Path, kind: str):
     path = train_sentencepiece(tmp_path, **KINDS[kind])
-    settings = {"added_tokens_decoder": {"9": {"content": "<turn>", "special": True}}, "eos_token": "</s>"}
+    added = {"9": {"content": "<turn>", "special": True}, "5000": {"content": "<|pad|>", "special": True}}
+    settings = {"added_tokens_decoder": added, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     loaded = model_tokenizers.load_folder(tmp_path)
@@ -258,7 +255,8 @@ def test_sentencepiece_models_are_the_librarys(tmp_path: Path, kind: str):
             assert loaded.decode(expected) == witness.decode(expected)
             assert kind == "unigram" or loaded.decode(expected) == text
     control = {name: witness.piece_to_id(name) for name in ("<s>", "</s>", "[INST]", "<|im_end|>", "<turn>")}
-    assert loaded.added_ids == control
+    control["<|pad|>"] = len(witness)
+    assert loaded.added_ids == control and loaded.vocab_size == len(witness) + 1
     spelled = " ".join([*control, "<think>"])
     assert set(loaded.encode(spelled).tolist()).isdisjoint(control.values())
     assert loaded.decode(loaded.encode(spelled)) == spelled
@@ -318,7 +316,8 @@ def write_tiny_llama(path: Path, model: Path, **options: Any) -> None:
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([piece.piece for piece in proto.pieces])
+    pieces = [piece.piece.replace("\u2581", " ") if piece.type == 4 else piece.piece for piece in proto.pieces]
+    writer.add_token_list(pieces)  # as llama.cpp's converter writes them
     writer.add_token_scores([piece.score for piece in proto.pieces])
     writer.add_token_types([piece.type for piece in proto.pieces])
     writer.add_bos_token_id(1)
@@ -350,8 +349,10 @@ def test_sentencepiece_from_gguf_is_llama_cpps(tmp_path: Path, kind: str):
     from_model = model_tokenizers.load(str(model))
     for text in filter(None, TEXTS):
         ids = loaded.encode(text).tolist()
-        assert ids == llama_cpp_ids(server, text) == from_model.encode(text).tolist(), text
+        assert ids == from_model.encode(text).tolist()
         assert loaded.decode(ids) == text
+        if not (has_prefix and "   " in text):  # behind a user-defined piece llama.cpp adds another space
+            assert ids == llama_cpp_ids(server, text)
     assert (loaded.bos_id, loaded.eos_id) == (1 if has_prefix else None, 2)
     assert tokenization.same_tokenizer(loaded, from_model) == has_prefix
 
