@@ -429,7 +429,7 @@ def build_model(
     if args.init_from == "resume":
         assert record is not None
         config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]))
-        return GPT.from_weights(config, base.weights, "the base", grow=True), {}
+        return GPT.from_weights(config, base.weights, "the base", grow=True, dtype=base_dtype(args)), {}
     return build_from_base(args, tokenizers, base, log)
 
 
@@ -477,10 +477,17 @@ def build_from_base(
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
     config = GPTConfig.from_args(args, **shape)
-    model = GPT.from_weights(config, base.weights, f"--init_from={args.init_from}", grow=reads_examples)
+    model = GPT.from_weights(
+        config, base.weights, f"--init_from={args.init_from}", grow=reads_examples, dtype=base_dtype(args)
+    )
     arguments = {field.name for field in dataclasses.fields(args)}
     loaded_shape = {name: value for name, value in shape.items() if name in arguments}
     return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
+
+
+def base_dtype(args: TrainArgs) -> torch.dtype:
+    """Of the frozen weights of a base; without an adapter all weights are float32."""
+    return getattr(torch, args.base_dtype) if args.adapter != "none" else torch.float32
 
 
 def known_fields(shape: Mapping[str, Any], source: str) -> dict[str, Any]:

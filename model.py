@@ -4,7 +4,7 @@ The default architecture is GPT-2's (Radford et al. 2019). Variants are entries 
 POSITIONS, ACTIVATIONS, MLPS, BLOCKS, VOCABULARIES and SOFTCAPS, or plain numbers. They are chosen in `__init__`;
 `forward` asks for none of them.
 
-Weights are float32. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the
+Weights are float32, a frozen base in any dtype. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the
 embedding. There is no autocast, and the residual stream has the dtype of the matrix products.
 
 Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim, S keys, K contexts,
@@ -182,7 +182,7 @@ class OffsetRMSNorm(PlainRMSNorm):
         self.offset = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1.0 + self.offset).to(x.dtype)
+        return super().forward(x) * (1.0 + self.offset.float()).to(x.dtype)
 
 
 NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
@@ -703,7 +703,7 @@ class ChunkedLoss(torch.autograd.Function):
         x, head, targets = ctx.saved_tensors
         weight = head.to(x.dtype)
         x_grads = []
-        head_grad = torch.zeros_like(head)
+        head_grad = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         flat = (x.flatten(0, 1), targets.flatten(), grad.flatten())
         chunks = zip(*(tensor.split(ctx.chunk) for tensor in flat), strict=True)
         for x_chunk, target_chunk, grad_chunk in chunks:
@@ -715,7 +715,8 @@ class ChunkedLoss(torch.autograd.Function):
             error = (error * slope * grad_chunk[:, None]).to(x.dtype)
             # 3. To x and the head.
             x_grads.append(error @ weight)
-            head_grad += error.T @ x_chunk
+            if head_grad is not None:
+                head_grad += error.T @ x_chunk
         return torch.cat(x_grads).view_as(x), head_grad, None, None, None
 
 
@@ -846,7 +847,10 @@ class GPT(nn.Module):
         fitted = model.fit_weights(weights, source_name, grow=grow)
         for name, tensor in fitted:
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype)))
+            weight = tensor.to(dtype)
+            if dtype == torch.float16 and not weight.isfinite().all():
+                raise UserError(f"{source_name}: {name} has values beyond float16; use --base_dtype=bfloat16")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(weight))
         if config.tie_weights:
             model.head.weight = model.wte.weight
         return model

@@ -87,6 +87,7 @@ LABEL_SMOOTHING = OnlyWith(
 )
 LORA = with_value("adapter", "lora")
 SOFT_PROMPT = with_value("adapter", "soft_prompt")
+ADAPTER = with_value("adapter", "lora", "soft_prompt")
 ADAM = with_value("optimizer", "adamw", "adam", "nadam", "radam", "lion", "muon")
 MUON = with_value("optimizer", "muon")
 DECAYING = OnlyWith("a schedule that decays (--decay_lr or --lr_scheduler)", lambda args: args.schedule != "none")
@@ -350,6 +351,8 @@ class AdapterArgs:
 
     adapter: str = arg("none", "none: train all weights; lora: LoRA; soft_prompt: prompt tuning with virtual tokens",
         choices=("none", "lora", "soft_prompt"), model_shape=True)
+    base_dtype: str = arg("float32", "dtype in which the frozen base is kept; the adapter is float32 "
+        "(docs/memory.md)", choices=("float32", "bfloat16", "float16"), needs=ADAPTER)
     lora_rank: int = arg(8, "LoRA rank", low=1, model_shape=True, needs=LORA, alias=("lora_r",))
     lora_alpha: float = arg(16.0, "LoRA scaling numerator: updates are multiplied by alpha / rank",
         above=0, model_shape=True, needs=LORA)
@@ -698,7 +701,7 @@ HINTS = {
     "save_strategy": "use --checkpoint_interval, in steps, with --no-checkpoint_at_eval or --no-always_save_checkpoint",
     "save_total_limit": "use --keep_last, which counts the newest checkpoints; the best one is kept too",
     "steps_per_generation": "each global batch is one rollout batch; --num_iterations sets its optimizer steps",
-    "torch_dtype": "weights are float32; use --dtype for mixed precision",
+    "torch_dtype": "weights are float32; use --dtype for mixed precision, --base_dtype for the frozen base of an adapter",
     "use_cpu": "use --device=cpu",
     "use_peft": "use --adapter=lora",
 }

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,43 @@ from torch import Tensor, nn
 from nanoforge.errors import UserError, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the frozen base, in any dtype
+
+
+class FrozenProduct(torch.autograd.Function):
+    """W x + b with a frozen W and b, which are cast to the dtype of x.
+
+    Backward casts W again: autograd would keep a cast copy of every W until then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer of the base."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight  # (out, in)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return FrozenProduct.apply(x, self.weight, self.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(FrozenLinear):
     """y = W x + b + (alpha / rank) B A dropout(x), with W and b of a linear layer.
 
     B starts at 0, A as in the paper's code.
@@ -35,9 +69,7 @@ class LoraLinear(nn.Module):
     enabled = True
 
     def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        self.weight = linear.weight  # (out, in)
-        self.bias = linear.bias
+        super().__init__(linear)
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -45,8 +77,7 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)
+        y = super().forward(x)
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training)
@@ -118,7 +149,7 @@ class TokenRows(nn.Module):
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
         self.first = first
-        rows = weight.detach()[first : first + count].clone()
+        rows = weight.detach()[first : first + count].to(torch.float32, copy=True)
         self.new_rows = nn.Parameter(rows)
         self.register_buffer("initial_rows", rows.clone(), persistent=False)
 
@@ -158,8 +189,8 @@ class TokenRowsHead(nn.Module):
 
 
 def with_rows(weight: Tensor, rows: Tensor, first: int) -> Tensor:
-    """A table (V, C) with other rows (R, C) from row `first` on, where it may end."""
-    return torch.cat((weight[:first], rows.to(weight.dtype), weight[first + len(rows) :]))
+    """A table (V, C) with other rows (R, C) from row `first` on, where it may end; in the dtype that holds both."""
+    return torch.cat((weight[:first], rows, weight[first + len(rows) :]))
 
 
 def add_token_rows(model: nn.Module, first: int, count: int) -> None:
@@ -244,7 +275,10 @@ def initial_prompt(embedding: Tensor, seeds: Sequence[int | None], init: str, vo
     """
     count, n_embd = len(seeds), embedding.size(1)
     random_ids = torch.randperm(vocab_size)[:count] if count <= vocab_size else torch.randint(vocab_size, (count,))
-    prompt = embedding[random_ids].clone() if init == "vocab" else torch.randn(count, n_embd) * embedding.std()
+    if init == "vocab":
+        prompt = embedding[random_ids].float()
+    else:
+        prompt = torch.randn(count, n_embd) * embedding.float().std()
     for row, seed in enumerate(seeds):
         if seed is not None:
             prompt[row] = embedding[seed]
@@ -281,6 +315,10 @@ def freeze_base(model: nn.Module) -> None:
     """Train the adapter's parameters only."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter_parameter(name))
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, FrozenLinear(module))
 
 
 def hash_reference(model: nn.Module) -> str:
