@@ -220,7 +220,7 @@ def describe_model(model: GPT, adapter: str) -> str:
     if adapter == "none":
         return text
     n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    base_dtype = str(model.blocks[0].attn.proj.weight.dtype).removeprefix("torch.")
+    base_dtype = str(model.attention_layers()[0].proj.weight.dtype).removeprefix("torch.")
     return f"{text}; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%}), the base in {base_dtype}"
 
 

@@ -1518,6 +1518,16 @@ def adapter(run, base):
 
 
 @effect
+def base_dtype(run: Callable, base: Path):
+    """The base's values are rounded, and the adapter's are not (tests/models/test_base_dtype.py)."""
+    flags = [*sft(base), "--adapter=lora", "--max_iters=1"]
+    whole, half = (run(*flags, f"--base_dtype={dtype}", name=dtype) for dtype in ("float32", "bfloat16"))
+    assert whole.losses != half.losses and whole.losses == pytest.approx(half.losses, abs=0.05)
+    assert "the base in bfloat16" in half.console
+    assert {tensor.dtype for tensor in half.last.weights.values()} == {torch.float32}
+
+
+@effect
 def lora_rank(run, base):
     assert shapes(run(*sft(base), "--adapter=lora", "--lora_rank=3", "--max_iters=1"))["blocks.0.attn.qkv.lora_A"] == (
         3,

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ class CastCounter(TorchDispatchMode):
         super().__init__()
         self.sizes: Counter[torch.Size] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         is_cast = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to)
         if is_cast and result.dtype != args[0].dtype:
