@@ -4,8 +4,9 @@ The default architecture is GPT-2's (Radford et al. 2019). Variants are entries 
 POSITIONS, ACTIVATIONS, MLPS, BLOCKS, VOCABULARIES and SOFTCAPS, or plain numbers. They are chosen in `__init__`;
 `forward` asks for none of them.
 
-Weights are float32, a frozen base in any dtype. Every layer casts its weights to the dtype of its input, which `GPT.compute_dtype` sets at the
-embedding. There is no autocast, and the residual stream has the dtype of the matrix products.
+Weights are float32, or, of a frozen base, in any dtype. Every layer casts its weights to the dtype of its input, which
+`GPT.compute_dtype` sets at the embedding. There is no autocast, and the residual stream has the dtype of the matrix
+products.
 
 Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim, S keys, K contexts,
 V = sum(vocab_sizes).

@@ -701,7 +701,7 @@ HINTS = {
     "save_strategy": "use --checkpoint_interval, in steps, with --no-checkpoint_at_eval or --no-always_save_checkpoint",
     "save_total_limit": "use --keep_last, which counts the newest checkpoints; the best one is kept too",
     "steps_per_generation": "each global batch is one rollout batch; --num_iterations sets its optimizer steps",
-    "torch_dtype": "weights are float32; use --dtype for mixed precision, --base_dtype for the frozen base of an adapter",
+    "torch_dtype": "weights are float32; use --dtype for mixed precision, --base_dtype for an adapter's base",
     "use_cpu": "use --device=cpu",
     "use_peft": "use --adapter=lora",
 }

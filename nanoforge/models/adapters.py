@@ -275,9 +275,8 @@ def initial_prompt(embedding: Tensor, seeds: Sequence[int | None], init: str, vo
     """
     count, n_embd = len(seeds), embedding.size(1)
     random_ids = torch.randperm(vocab_size)[:count] if count <= vocab_size else torch.randint(vocab_size, (count,))
-    if init == "vocab":
-        prompt = embedding[random_ids].float()
-    else:
+    prompt = embedding[random_ids].float()
+    if init == "normal":
         prompt = torch.randn(count, n_embd) * embedding.float().std()
     for row, seed in enumerate(seeds):
         if seed is not None:
