@@ -6,13 +6,14 @@
     python evaluate.py --out_dir=out/run --tasks gsm8k --decode=standard --num_passes=8        pass@k, majority@k
     python evaluate.py --out_dir=out/run --lm_eval=hellaswag,arc_easy                          tasks of lm-eval
 
-A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file. Prints a table and writes
+A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file; rows with choices are scored by
+their log-likelihoods. Prints a table and writes
 evaluation.json to the run's folder, where evaluations.jsonl keeps the results of every call.
 """
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class TaskArgs:
     """tasks"""
 
     tasks: tuple[str, ...] = arg(
-        (), "datasets with a val.jsonl of prompts and answers, paths to such files, or hf:NAME", path=True
+        (), "datasets with a val.jsonl of prompts and answers or choices, paths to such files, or hf:NAME", path=True
     )
     decode: str = arg(
         "greedy",
@@ -140,13 +141,15 @@ from nanoforge.device import explain_out_of_memory
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
-from nanoforge.posttraining import lm_eval_model, prompt_format, row_shapes
+from nanoforge.models.likelihood import Pair, score_continuations
+from nanoforge.posttraining import lm_eval_model, multiple_choice, prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
 from nanoforge.posttraining.answers import extract_vote, is_correct, partial_credit
 from nanoforge.posttraining.chat_template import completion_end_ids
-from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
+from nanoforge.posttraining.example_rows import RowFormat, RowSource, place_of, read_example_rows
 from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows
 from nanoforge.posttraining.losses import per_token_logps
+from nanoforge.posttraining.multiple_choice import ChoiceQuestion
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.prompt_format import PromptTemplate
 from nanoforge.posttraining.rewards import format_score
@@ -479,7 +482,10 @@ class Answers(NamedTuple):
 def evaluate_task(evaluation: Evaluation, task: str) -> dict[str, Any]:
     """Accuracy and its relatives over the problems of a task, with what the completions are like. Raises UserError."""
     args = evaluation.args
-    problems = read_problems(evaluation, task)
+    source = task_rows(evaluation, task)
+    if multiple_choice.has_choices(source):
+        return evaluate_choices(evaluation, task, source)
+    problems = read_problems(evaluation, source)
     problems = problems[: args.max_problems or len(problems)]
     answers, n_cut_prompts = answer_problems(evaluation, problems, title=task)
     scores = []
@@ -500,13 +506,59 @@ def evaluate_task(evaluation: Evaluation, task: str) -> dict[str, Any]:
     }
 
 
-def read_problems(evaluation: Evaluation, task: str) -> list[Row]:
-    """The problems of a dataset's val.jsonl, or of a file. Raises UserError.
-
-    Those of a soft prompt need the fields of its template instead of a prompt.
-    """
+def task_rows(evaluation: Evaluation, task: str) -> RowSource:
+    """The rows of a file, of a dataset's val.jsonl, or of a dataset of the hub. Raises UserError."""
     is_file = not hub_datasets.is_hub(task) and tables.file_suffix(Path(task)) in tables.SUFFIXES
-    source = Path(task) if is_file else validation_rows(evaluation, task)
+    return Path(task) if is_file else validation_rows(evaluation, task)
+
+
+def evaluate_choices(evaluation: Evaluation, task: str, source: RowSource) -> dict[str, Any]:
+    """Accuracy by the log-likelihoods of the choices of a task, which needs no completions. Raises UserError."""
+    args, loaded = evaluation.args, evaluation.loaded
+    for name in ("num_passes", "max_new_tokens", "decode"):
+        if getattr(args, name) != getattr(EvaluateArgs, name):
+            raise UserError(f"--{name}: --tasks={task} has choices, of which none is sampled; evaluate it by itself")
+    fields = evaluation.template.fields if evaluation.template else ()
+    questions = multiple_choice.read_questions(source, fields, evaluation.columns(source), args.max_problems)
+    encoder = ExampleEncoder(
+        tokenizer=loaded.tokenizer,
+        max_tokens=loaded.model.config.block_size,
+        template=evaluation.template,
+        prompt_offset=evaluation.prompt_offset,
+    )
+    pairs = [encode_question(question, encoder) for question in questions]
+    all_pairs = list(itertools.chain.from_iterable(pairs))
+    with closing(ProgressBar(task, "choices", len(all_pairs))) as progress:
+        scored = iter(score_continuations(loaded.model, all_pairs, args.batch_size, on_scored=progress.add))
+
+    scores, samples = [], []
+    for question in questions:
+        choices = question.choices
+        logps = [score.logp for score in itertools.islice(scored, len(choices))]
+        scores.append(multiple_choice.choice_metrics(logps, choices, question.answer))
+        shown = {"prompt": question.row.get("prompt"), "choices": choices, "answer": choices[question.answer]}
+        samples.append({**shown, "log_likelihoods": logps})
+    lengths = [max(len(context) + len(choice) - 1 for context, choice in of_question) for of_question in pairs]
+    return {
+        **aggregate(scores),
+        "n": len(questions),
+        "choices": len(all_pairs) / len(questions),
+        "cut_prompts": sum(length > loaded.model.config.block_size for length in lengths),
+        "samples": samples[:NUM_SAMPLES],
+    }
+
+
+def encode_question(question: ChoiceQuestion, encoder: ExampleEncoder) -> list[Pair]:
+    """The prompt with each choice. Raises UserError that names the row."""
+    try:
+        return multiple_choice.encode_choices(question, encoder)
+    except (UserError, UnicodeError) as error:
+        raise UserError(f"--tasks: {place_of(question.row, 'a question')}: {error}") from None
+
+
+def read_problems(evaluation: Evaluation, source: RowSource) -> list[Row]:
+    """The problems, each with a prompt and its answer. Those of a soft prompt need the fields of its template instead
+    of a prompt. Raises UserError."""
     columns = evaluation.columns(source)
     if evaluation.template is None:
         row_format = RowFormat(
@@ -648,6 +700,14 @@ def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def describe_task(task: Mapping[str, Any], decode: str) -> str:
+    """What was made of each problem of a task."""
+    if "choices" in task:
+        return f"{task['choices']:.3g} choices each (log-likelihood)"
+    completions = "1 completion" if task["passes"] == 1 else f"{task['passes']} completions"
+    return f"{completions} each ({decode}), {task['mean_tokens']:.1f} tokens, {task['ended']:.1%} ended"
+
+
 def print_results(results: dict[str, Any]) -> None:
     """A line for each dataset, and for each task a line and its metrics."""
     print(results["checkpoint"])
@@ -657,11 +717,7 @@ def print_results(results: dict[str, Any]) -> None:
         ]
         print(f"  {name:20} {'  '.join(cells)}")
     for name, task in results["tasks"].items():
-        completions = "1 completion" if task["passes"] == 1 else f"{task['passes']} completions"
-        print(
-            f"  {name:20} n {task['n']:,}, {completions} each ({results['decode']}), "
-            f"{task['mean_tokens']:.1f} tokens, {task['ended']:.1%} ended"
-        )
+        print(f"  {name:20} n {task['n']:,}, {describe_task(task, results['decode'])}")
         if task["cut_prompts"]:
             prompts = plural(task["cut_prompts"], "prompt")
             print(f"    {prompts} longer than the context: the model read the end")

@@ -138,7 +138,8 @@ def read_exit_status(folder: Path) -> int | None:
 
 
 def read_scores(folder: Path) -> tuple[tuple[str, float], ...]:
-    """Accuracies that evaluate.py wrote to evaluation*.json: accuracy/TASK if greedy, else accuracy/TASK/DECODE."""
+    """Accuracies that evaluate.py wrote to evaluation*.json: accuracy/TASK if greedy, else accuracy/TASK/DECODE; of
+    lm-eval's tasks those with an acc."""
     scores: dict[str, float] = {}
     for path in sorted(folder.glob("evaluation*.json")):
         try:
@@ -148,6 +149,9 @@ def read_scores(folder: Path) -> tuple[tuple[str, float], ...]:
                 f"accuracy/{Path(task).name}{suffix}": float(values["accuracy"]["value"])
                 for task, values in evaluation["tasks"].items()
             }
+            for task, values in evaluation.get("lm_eval", {}).get("results", {}).items():
+                if "acc,none" in values:
+                    accuracies[f"accuracy/{task}"] = float(values["acc,none"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # incomplete, or another program's file
         scores |= accuracies

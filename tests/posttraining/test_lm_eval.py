@@ -19,7 +19,9 @@ import evaluate
 from builders import load_model
 from nanoforge.data import model_tokenizers
 from nanoforge.errors import UserError
-from nanoforge.posttraining import lm_eval_model
+from nanoforge.models.likelihood import score_continuations
+from nanoforge.posttraining import lm_eval_model, multiple_choice
+from nanoforge.posttraining.examples import ExampleEncoder
 
 TEXT = "the sky is blue and grass was green so why do birds sing? ask them: no one knows"
 WORDS = TEXT.split()
@@ -194,6 +196,24 @@ def test_tasks_give_lm_evals_own_results(models: tuple, harness: Path):
         numbers = {name: value for name, value in expected[task].items() if isinstance(value, float)}
         assert {name: found[task][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
     assert 0 < found["tiny_choices"]["acc_norm,none"] < 1
+
+
+def test_our_own_multiple_choice_gives_lm_evals_results(models: tuple, harness: Path):
+    """evaluate.py --tasks of the same rows, which needs no lm-eval."""
+    own, theirs = models
+    task = (harness / "choices.yaml").read_text().replace('"{{question}}"', r'"Question: {{question}}\nAnswer:"')
+    (harness / "choices.yaml").write_text(task.replace("num_fewshot: 2", "num_fewshot: 0"))
+    options = lm_eval_model.HarnessOptions([str(harness / "choices.yaml")])
+    expected = lm_eval_model.run_harness(theirs, options)["results"]["tiny_choices"]
+    questions = multiple_choice.read_questions(harness / "rows.jsonl", fields=(), columns={}, most=0)
+    encoder = ExampleEncoder(own.tokenizer, max_tokens=48)
+    scores = []
+    for question in questions:
+        pairs = multiple_choice.encode_choices(question, encoder)
+        logps = [score.logp for score in score_continuations(own.model, pairs, batch_size=3)]
+        scores.append(multiple_choice.choice_metrics(logps, question.choices, question.answer))
+    for name, of_theirs in (("accuracy", "acc"), ("acc_norm", "acc_norm"), ("acc_bytes", "acc_bytes")):
+        assert sum(score[name] for score in scores) / len(scores) == expected[f"{of_theirs},none"]
 
 
 @pytest.mark.slow
