@@ -277,6 +277,7 @@ RELATED = {  # what else an argument needs to be valid
     "lora_targets": ["--adapter=lora", "--init_from=gpt2"],
     "max_new_tokens": ["--objective=sft"],
     "columns": ["--objective=sft"],
+    "chat_template": ["--objective=sft", "--init_from=gpt2"],
     "reward": ["--objective=grpo", "--init_from=gpt2"],
     "num_generations": ["--objective=grpo", "--init_from=gpt2"],
     "mask_truncated": ["--objective=grpo", "--init_from=gpt2"],
