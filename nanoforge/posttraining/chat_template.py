@@ -151,6 +151,17 @@ def read_marks(text: str) -> Rendered:
 # the template of a tokenizer
 
 
+class Chat(NamedTuple):
+    """Messages and variables as a template gets them."""
+
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any]
+
+    def until(self, n: int) -> "Chat":
+        """Its first n messages."""
+        return Chat(self.messages[:n], self.variables)
+
+
 class EncodedChat(NamedTuple):
     ids: list[int]
     assistant_mask: list[bool]  # which of them the assistant writes
@@ -167,10 +178,15 @@ class ChatTemplate:
 
     @functools.cached_property
     def control_names(self) -> re.Pattern[str]:
-        """Finds the control tokens that a text spells, split behind their first character."""
+        """Finds the control tokens that a text spells."""
         names = sorted(self.tokenizer.control_tokens, key=len, reverse=True)
-        longer = [name for name in names if len(name) > 1]
-        return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in longer) or "(?!)")
+        return re.compile("|".join(re.escape(name) for name in names if len(name) > 1) or "(?!)")
+
+    def mark_control(self, text: str) -> str:
+        """The text with a mark within each control token that it spells, also within those of which another is left."""
+        while self.control_names.search(text):
+            text = self.control_names.sub(lambda match: match[0][0] + IN_CONTROL + match[0][1:], text)
+        return text
 
     @functools.cached_property
     def variables(self) -> dict[str, str]:
@@ -198,7 +214,8 @@ class ChatTemplate:
         As in transformers, these are the tokens that the template's generation marks touch. Without marks, they are
         those that an assistant's message adds to the chat before it with a generation prompt.
         """
-        rendered = self.render(messages, options)
+        chat = self.prepare(messages, options)
+        rendered = self.write(chat)
         encoding = self.encode_rendered(rendered)
         starts, stops = encoding.offsets.T
         mask = np.zeros(len(encoding.ids), dtype=bool)
@@ -206,7 +223,7 @@ class ChatTemplate:
             for start, stop in rendered.generation_spans():
                 mask |= (starts < stop) & (stops > start)
         else:
-            for start, stop in self.assistant_spans(messages, options, rendered.text):
+            for start, stop in self.assistant_spans(chat, rendered.text):
                 mask |= (stops > start) & (stops <= stop) & (starts < stop)
         return EncodedChat(encoding.ids.tolist(), mask.tolist())
 
@@ -219,16 +236,21 @@ class ChatTemplate:
         mark_assistant: bool = False,
     ) -> Rendered:
         """The text of a chat. mark_assistant: with marks around what the assistant says. Raises UserError."""
-        chat = [prepare_message(message) for message in messages]
-        chat, others = map_texts((chat, dict(options or {})), lambda text: self.control_names.sub(IN_CONTROL, text))
-        if mark_assistant:
-            for message in chat:
-                if message["role"] == "assistant" and isinstance(message.get("content"), str):
-                    message["content"] = mark_core(message["content"])
+        chat = self.prepare(messages, options)
+        return self.write(chat, add_generation_prompt=add_generation_prompt, mark_assistant=mark_assistant)
+
+    def prepare(self, messages: Messages, options: Mapping[str, Any] | None) -> Chat:
+        """What the template gets, with marks in the control tokens that texts spell."""
+        prepared = map(prepare_message, messages)
+        marked, variables = map_texts((list(prepared), dict(options or {})), self.mark_control)
+        return Chat(marked, {"tools": None, "documents": None, **self.variables, **variables})
+
+    def write(self, chat: Chat, *, add_generation_prompt: bool = False, mark_assistant: bool = False) -> Rendered:
+        """`render`, of a chat that is prepared."""
         template = compile_template(self.tokenizer.chat_template)
-        variables = {"tools": None, "documents": None, **self.variables, **others}
+        messages = [mark_reply(message) for message in chat.messages] if mark_assistant else chat.messages
         try:
-            text = template.render(messages=chat, add_generation_prompt=add_generation_prompt, **variables)
+            text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **chat.variables)
         except Exception as error:  # whatever a template does, with messages that it does not expect
             raise UserError(f"the chat template refuses the messages: {error}") from None
         return read_marks(text)
@@ -261,26 +283,26 @@ class ChatTemplate:
 
     # what the assistant writes, of a template that does not say so
 
-    def assistant_spans(self, messages: Messages, options: Mapping[str, Any] | None, text: str) -> list[Span]:
+    def assistant_spans(self, chat: Chat, text: str) -> list[Span]:
         """The characters of the text of a chat that each assistant's message adds to the chat before it.
 
         A template may write a message in another way when others follow, as Qwen3 leaves out earlier reasoning. What
         follows the message's content then ends the span, as `ending_length` has it.
         """
-        contents = self.content_spans(messages, options, text)
+        contents = self.content_spans(chat, text)
         spans = []
-        for i, message in enumerate(messages):
+        for i, message in enumerate(chat.messages):
             if message["role"] != "assistant":
                 continue
             content = contents.get(i)
             start = content[0] if content else 0
             if i:
-                before = self.render(messages[:i], options, add_generation_prompt=True).text
+                before = self.write(chat.until(i), add_generation_prompt=True).text
                 common = common_prefix_length(before, text)
                 start = common if common == len(before) or not content else min(common, start)
-            until = self.render(messages[: i + 1], options, mark_assistant=True)
-            stop = len(until.text)
-            if content and until.places[CONTENT_END] and not text.startswith(until.text):
+            until = self.write(chat.until(i + 1), mark_assistant=True)
+            stop = common_prefix_length(until.text, text)
+            if content and until.places[CONTENT_END] and stop < len(until.text):
                 ending = until.text[until.places[CONTENT_END][-1] :]
                 stop = content[1] + self.ending_length(ending, text[content[1] :])
             spans.append((start, stop))
@@ -297,11 +319,11 @@ class ChatTemplate:
         end = len(before + others[0]) if names and others and before == before_end else 0
         return max(end, common_prefix_length(ending, following))
 
-    def content_spans(self, messages: Messages, options: Mapping[str, Any] | None, text: str) -> dict[int, Span]:
+    def content_spans(self, chat: Chat, text: str) -> dict[int, Span]:
         """Where in the text of a chat the content of each assistant's message is, by the message's number; none where
         the template does not write each of them as it is."""
-        speaking = [i for i, message in enumerate(messages) if message["role"] == "assistant" and has_text(message)]
-        rendered = self.render(messages, options, mark_assistant=True)
+        speaking = [i for i, message in enumerate(chat.messages) if mark_reply(message) is not message]
+        rendered = self.write(chat, mark_assistant=True)
         ends = rendered.places[CONTENT_END]
         if rendered.text != text or len(ends) != len(speaking):
             return {}
@@ -321,10 +343,12 @@ def common_prefix_length(ids: Sequence[Any], other: Sequence[Any]) -> int:
     return min(len(ids), len(other))
 
 
-def has_text(message: Mapping[str, Any]) -> bool:
-    """Whether a message says anything."""
+def mark_reply(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with marks around what the assistant says in it; itself, if it says nothing."""
     content = message.get("content")
-    return isinstance(content, str) and content.strip() != ""
+    if message["role"] != "assistant" or not isinstance(content, str) or not content.strip():
+        return message
+    return {**message, "content": mark_core(content)}
 
 
 def prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:
