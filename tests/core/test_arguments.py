@@ -389,6 +389,11 @@ def n_embd(run):
 
 
 @effect
+def head_dim(run):
+    assert shapes(run("--head_dim=12"))["blocks.0.attn.qkv.weight"] == (3 * 2 * 12, 16)
+
+
+@effect
 def vocab_size(run):
     assert shapes(run("--vocab_size=64"))["wte.weight"] == (64, 16)
     with pytest.raises(UserError, match="less than the tokenizer's 30"):
@@ -403,11 +408,42 @@ def bias(run):
 
 
 @effect
+def qkv_bias(run):
+    biases = {name for name in shapes(run("--qkv_bias")) if "bias" in name}
+    assert biases == {"blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias"}
+
+
+@effect
 def norm(run):
     assert (
         not [name for name in shapes(run("--norm=rmsnorm_nogain")) if "norm" in name]
         and run("--norm=rmsnorm", name="r").losses != run(name="l").losses
     )
+    offset = run("--norm=rmsnorm_offset", "--weight_decay=0", "--max_iters=0", name="offset").last.weights
+    assert {name: tensor.abs().max() for name, tensor in offset.items() if "norm" in name} == dict.fromkeys(
+        (f"{block}.offset" for block in ("norm", *(f"blocks.{i}.norm_{j}" for i in (0, 1) for j in (1, 2)))), 0
+    )
+
+
+@effect
+def norm_eps(run):
+    assert run("--norm_eps=1", name="large").losses[0] != run(name="small").losses[0]
+
+
+@effect
+def norm_placement(run):
+    places = {"pre": {"norm_1", "norm_2"}, "post": {"post_norm_1", "post_norm_2"}}
+    places["both"] = places["pre"] | places["post"]
+    for placement, expected in places.items():
+        names = shapes(run(f"--norm_placement={placement}", name=placement))
+        assert {name.split(".")[2] for name in names if name.startswith("blocks.0.") and "norm" in name} == expected
+
+
+@effect
+def parallel_residual(run):
+    """The attention of the first layer has another effect on the loss; there is nothing more to learn."""
+    parallel, plain = run("--parallel_residual", name="parallel"), run(name="plain")
+    assert parallel.losses[0] != plain.losses[0] and shapes(parallel) == shapes(plain)
 
 
 @effect
@@ -421,6 +457,32 @@ def position(run):
 @effect
 def rope_base(run):
     assert run("--position=rope", "--rope_base=3", name="3").losses != run("--position=rope", name="10000").losses
+
+
+@effect
+def rope_scaling(run):
+    scaled = run("--position=rope", '--rope_scaling={"rope_type": "linear", "factor": 4}', name="scaled")
+    assert scaled.losses != run("--position=rope", name="plain").losses
+    assert scaled.config["rope_scaling"] == {"rope_type": "linear", "factor": 4}
+    for value, message in (
+        ({"rope_type": "dynamic"}, "rope_type=dynamic"),
+        ({"rope_type": "yarn", "factor": 4, "beta_fast": 32}, "yarn needs original_max_position_embeddings"),
+        ({"rope_type": "linear", "factor": 4, "truncate": 1}, "linear has no truncate"),
+    ):
+        assert message in next(train_args.rope_scaling_errors(value))
+
+
+@effect
+def rotary_fraction(run):
+    assert run("--position=rope", "--rotary_fraction=0.5", name="half").losses != run("--position=rope").losses
+
+
+@effect
+def window_rope_base(run):
+    """As --rope_base, where all layers are windowed."""
+    flags = ["--position=rope", "--window=S"]
+    windowed = run(*flags, "--window_rope_base=3", name="windowed").losses
+    assert windowed == run(*flags, "--rope_base=3", name="all").losses != run(*flags, name="neither").losses
 
 
 @effect
@@ -452,6 +514,26 @@ def qk_norm(run):
 
 
 @effect
+def qk_norm_gain(run):
+    done = run("--qk_norm", "--qk_norm_gain", "--norm=rmsnorm")
+    assert shapes(done)["blocks.1.attn.k_norm.norm.weight"] == (8,)
+
+
+@effect
+def qk_norm_joint(run):
+    flags = ["--qk_norm", "--qk_norm_gain", "--norm=rmsnorm", "--n_kv_head=1"]
+    joint = shapes(run(*flags, "--qk_norm_joint"))
+    assert (joint["blocks.0.attn.q_norm.norm.weight"], joint["blocks.0.attn.k_norm.norm.weight"]) == ((16,), (8,))
+
+
+@effect
+def attention_scale(run):
+    plain = run(name="plain").losses
+    assert run("--attention_scale=3", name="3").losses != plain
+    assert run(f"--attention_scale={8**-0.5}", name="default").losses == plain
+
+
+@effect
 def window(run):
     assert run("--window=S", name="S").losses != run("--window=L", name="L").losses
 
@@ -466,6 +548,17 @@ def window_size(run):
 def logit_softcap(run):
     done = run("--logit_softcap=0.001")
     assert done.losses == pytest.approx([math.log(V)] * 4, abs=0.002), "bounded logits are nearly uniform"
+
+
+@effect
+def softcap(run):
+    losses = {name: run("--logit_softcap=0.1", f"--softcap={name}", name=name).losses for name in ("rsqrt", "tanh")}
+    assert losses["rsqrt"] != losses["tanh"]
+
+
+@effect
+def embedding_scale(run):
+    assert run("--embedding_scale=4", name="4").losses[0] != run(name="1").losses[0]
 
 
 @effect

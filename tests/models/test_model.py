@@ -73,15 +73,28 @@ def test_logits_equal_transformers(hugging_face, bare_file):
 
 VARIANTS = {
     "n_kv_head": 2,
-    "norm": "rmsnorm",
+    "head_dim": 8,
+    "qkv_bias": True,
+    "norm": "rmsnorm_offset",
+    "norm_eps": 1e-3,
+    "norm_placement": "both",
+    "parallel_residual": True,
     "position": "rope",
     "rope_base": 500.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "rotary_fraction": 0.5,
+    "window_rope_base": 300.0,
     "activation": "relu2",
     "mlp": "gated",
     "qk_norm": True,
+    "qk_norm_gain": True,
+    "qk_norm_joint": True,
+    "attention_scale": 0.5,
     "window": "SL",
     "window_size": 3,
     "logit_softcap": 5.0,
+    "softcap": "tanh",
+    "embedding_scale": 3.0,
     "embedding_norm": True,
     "value_residual": True,
     "residual_scalars": True,
@@ -202,9 +215,23 @@ def test_modern_block_equals_transformers_llama():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_every_variant_is_causal(norm, position):
+@pytest.mark.parametrize("placement", ["pre", "post", "both"])
+def test_every_variant_is_causal(norm, position, placement):
+    is_post = placement == "post"
     model = tiny_model(
-        norm=norm, position=position, qk_norm=True, window="SL", window_size=3, logit_softcap=15.0, tie_weights=False
+        norm=norm,
+        position=position,
+        norm_placement=placement,
+        parallel_residual=not is_post,
+        qk_norm=True,
+        qk_norm_gain=is_post,
+        qk_norm_joint=is_post,
+        window="SL",
+        window_size=3,
+        window_rope_base=100.0,
+        rotary_fraction=0.5,
+        logit_softcap=15.0,
+        tie_weights=False,
     ).eval()
     idx = ids(1, 12)
     changed = idx.clone()
