@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from configurator import arg, arg_group, with_value
+from nanoforge.data import hub
 
 CHAT_TEMPLATE_HELP = (
     "jinja file, or a folder's chat_template.jinja, with which chats become tokens (none: the model's own)"
 )
 BASE_MODEL_HELP = "place of the base weights of a LoRA or a soft prompt, if they have moved; compared by their hash"
+GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FROM_RUN = with_value("init_from", "resume")
 
 
@@ -20,7 +22,8 @@ class LoadArgs:
     checkpoint: str = arg("best", "checkpoint of the run: best, last or a step", needs=FROM_RUN)
     init_from: str = arg(
         "resume",
-        "resume (the run in out_dir), gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH to weights",
+        "resume (the run in out_dir), ORG/NAME[@REVISION] of a model on the Hugging Face hub, "
+        f"{'|'.join(GPT2_TYPES)}, or a PATH to weights",
         path=True,
     )
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
@@ -42,10 +45,21 @@ class DeviceArgs:
     )
 
 
-def checkpoint_errors(args: LoadArgs) -> Iterator[str]:
-    """Errors of --checkpoint."""
+def load_errors(args: LoadArgs) -> Iterator[str]:
+    """Errors of --checkpoint, --init_from and --base_model."""
     if args.checkpoint not in ("best", "last") and not args.checkpoint.isdecimal():
         yield f"--checkpoint={args.checkpoint}: must be best, last or a step"
+    error = hub.source_error(args.init_from, ("resume", *GPT2_TYPES))
+    if error:
+        yield f"--init_from={args.init_from}: {error}"
+    yield from base_model_errors(args.base_model)
+
+
+def base_model_errors(base_model: str) -> Iterator[str]:
+    """Errors of --base_model."""
+    error = hub.source_error(base_model, GPT2_TYPES) if base_model else ""
+    if error:
+        yield f"--base_model={base_model}: {error}"
 
 
 def device_errors(args: DeviceArgs) -> Iterator[str]:

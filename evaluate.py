@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import configurator
-from common_args import DeviceArgs, LoadArgs, checkpoint_errors
+from common_args import DeviceArgs, LoadArgs, load_errors
 from configurator import Rules, arg, arg_group, arg_table, with_set
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class EvaluateArgs(LoadArgs, LossArgs, TaskArgs, HarnessArgs, SystemArgs):
 
 def check(args: EvaluateArgs, source: dict[str, str]) -> Iterator[str]:
     """Errors of arguments that conflict."""
-    yield from checkpoint_errors(args)
+    yield from load_errors(args)
     if args.num_passes > 1 and args.decode == "greedy":
         yield "--num_passes: greedy completions are all the same; use --decode=standard or liberal"
     if args.init_from != "resume" and not args.json:

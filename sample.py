@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import configurator
-from common_args import DeviceArgs, LoadArgs, checkpoint_errors, device_errors
+from common_args import DeviceArgs, LoadArgs, device_errors, load_errors
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 
 DEFAULT_START = ("\n",)
@@ -97,7 +97,7 @@ class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
 
 
 def check(args: SampleArgs, source: dict[str, str]) -> list[str]:
-    return [*checkpoint_errors(args), *device_errors(args), *prompt_errors(args, source)]
+    return [*load_errors(args), *device_errors(args), *prompt_errors(args, source)]
 
 
 def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:

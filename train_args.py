@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from common_args import BASE_MODEL_HELP, DeviceArgs, device_errors
+from common_args import BASE_MODEL_HELP, GPT2_TYPES, DeviceArgs, base_model_errors, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files, launcher
-from nanoforge.data import hub_datasets
+from nanoforge.data import hub, hub_datasets
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -33,7 +33,6 @@ ROPE_SCALING_NUMBERS = {  # rope_type -> the numbers that --rope_scaling has for
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
-GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that reach min_lr at lr_decay_iters
 ROLLOUT_INTERVALS = ("max_iters", "eval_interval", "checkpoint_interval")
 
@@ -113,9 +112,9 @@ class RunArgs:
     debug: bool = arg(False, "with --task_name: write to outputs/debug/TASK_NAME/DATE_TIME",
         inherit=False, needs=with_set("task_name"))
     overwrite: bool = arg(False, "start over in an out_dir that already holds a run, deleting that run", inherit=False)
-    init_from: str = arg("scratch", "scratch, resume (continue the run in out_dir), "
-        "gpt2|gpt2-medium|gpt2-large|gpt2-xl (downloaded), or a PATH: a run, a checkpoint, "
-        "a folder or file of GPT-2 safetensors, or nanoGPT's ckpt.pt",
+    init_from: str = arg("scratch", "scratch, resume (continue the run in out_dir), ORG/NAME[@REVISION] of a model "
+        "on the Hugging Face hub, gpt2|gpt2-medium|gpt2-large|gpt2-xl, or a PATH: a run, a checkpoint, "
+        "a model's folder or file (docs/models.md), or nanoGPT's ckpt.pt",
         inherit=False, alias=("model_name_or_path",), path=True)
     gpt2_type: str = arg("gpt2", "GPT-2 size that --init_from=gpt2 loads",
         choices=GPT2_TYPES, inherit=False, needs=with_value("init_from", "gpt2"))
@@ -810,10 +809,10 @@ def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 
 def weights_errors(args: TrainArgs) -> Iterator[str]:
     """Errors of --init_from and of what needs pretrained weights."""
-    names = ("scratch", "resume", *GPT2_TYPES)
-    if args.init_from not in names and not Path(args.init_from).exists():
-        suggestion = did_you_mean(args.init_from, names)
-        yield f"--init_from={args.init_from}: no such file or folder, and not one of {', '.join(names)}{suggestion}"
+    error = hub.source_error(args.init_from, ("scratch", "resume", *GPT2_TYPES))
+    if error:
+        yield f"--init_from={args.init_from}: {error}"
+    yield from base_model_errors(args.base_model)
     if args.init_from not in ("scratch", "resume") and args.vocabulary != "one":
         yield "--init_from: loaded weights have one vocabulary; use --training_mode=single, or no --multidataset_wte"
     if args.init_from == "scratch" and args.needs_reference:

@@ -7,10 +7,11 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,32 @@ def gpt2_tokenizer_env() -> dict[str, str]:
     if not (SHARED / "tiktoken_cache").exists():
         pytest.skip("needs tiktoken's gpt2 in ../shared, which is missing")
     return {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cache_model(cache: Path, name: str, folder: Path, commit: str = COMMIT) -> Path:
+    """Put a model's folder into a cache as huggingface_hub lays it out, as the main branch of org/name.
+
+    Returns its snapshot.
+    """
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
+    shutil.copytree(folder, place / "snapshots" / commit)
+    return place / "snapshots" / commit
+
+
+@contextlib.contextmanager
+def offline_cache(cache: Path) -> Iterator[Path]:
+    """huggingface_hub reads this cache, and no network."""
+    import huggingface_hub.constants
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------

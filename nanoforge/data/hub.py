@@ -5,11 +5,12 @@
 Everything lies in huggingface_hub's own cache (HF_HOME), so what any of its users has downloaded is found offline.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanoforge.errors import UserError
+from nanoforge.errors import UserError, did_you_mean
 
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -17,6 +18,25 @@ HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?"
 def is_hub_name(source: str) -> bool:
     """Whether it is spelled as org/name or org/name@revision, and no such path exists."""
     return HUB_NAME.fullmatch(source) is not None and not Path(source).exists()
+
+
+def source_error(source: str, names: Sequence[str] = ()) -> str:
+    """Why a source is no path, none of these names, and no model of the hub; empty if it may be one of them.
+
+    A name whose org is a folder here is taken for a mistyped path, unless it has a revision.
+    """
+    path = Path(source)
+    if source in names or path.exists():
+        return ""
+    is_name = is_hub_name(source)
+    if is_name and ("@" in source or not path.parent.is_dir()):
+        return ""
+    neighbours = [str(path.parent / name) for name in os.listdir(path.parent)] if path.parent.is_dir() else []
+    suggestion = did_you_mean(source, [*names, *neighbours])
+    if is_name:
+        return f"no such file or folder in {path.parent} (of the hub: {source}@main){suggestion}"
+    choices = f", not one of {', '.join(names)}," if names else ""
+    return f"no such file or folder{choices} and not spelled as org/name of the hub{suggestion}"
 
 
 def fetch(name: str, patterns: Sequence[str], revision: str = "") -> Path:

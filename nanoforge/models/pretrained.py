@@ -1,4 +1,4 @@
-"""Pretrained weights: GPT-2 from the hub or a local folder, nanoGPT's ckpt.pt, and this program's own runs.
+"""Pretrained weights: models of the hub or of local folders and files, nanoGPT's ckpt.pt, and this program's own runs.
 
 All of them come as `Pretrained`: the model's shape by GPTConfig's names, the weights by model.py's names, and the
 tokenizers. Knows nothing of the model itself.
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from nanoforge import files
 from nanoforge.console import print_line
-from nanoforge.data import model_tokenizers, token_bins, tokenization
-from nanoforge.errors import UserError, did_you_mean
+from nanoforge.data import hub, model_tokenizers, token_bins, tokenization
+from nanoforge.errors import UserError
 from nanoforge.models import adapters, families, gguf_files, weight_files
 from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
 NO_BASE_NEEDED = "--base_model: {} holds whole weights, which need no base"
-HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRAINING_FIELDS = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of GPTConfig; they are no shape
 
 
@@ -32,22 +32,20 @@ class Pretrained(NamedTuple):
     shape: dict[str, Any]  # fields of GPTConfig
     weights: Mapping[str, Tensor]
     tokenizers: dict[str, tokenization.Tokenizer] | None  # None: unknown
-    source: str = (
-        ""  # finds the same weights again: an absolute path (of a run: its checkpoint's), or a name on the hub
-    )
+    source: str = ""  # finds the same weights again: an absolute path (of a run: its checkpoint's), or org/name@commit
 
 
 def load(source: str, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
-    """Weights from a name in HUB_MODELS or from a path. base_model: of a LoRA, where its base is. Raises UserError."""
-    path = Path(source)
-    if path.exists():
-        return load_path(path, log, base_model)
-    if source in HUB_MODELS:
-        return load_hub(source)
-    raise UserError(
-        f"--init_from={source}: no such file or folder, and not one of {', '.join(HUB_MODELS)}"
-        f"{did_you_mean(source, HUB_MODELS)}"
-    )
+    """Weights from a path, org/name[@revision] of the hub, or a name in GPT2_NAMES. Raises UserError.
+
+    base_model: of a LoRA, where its base is.
+    """
+    error = hub.source_error(source, GPT2_NAMES)
+    if error:
+        raise UserError(f"--init_from={source}: {error}")
+    if Path(source).exists():
+        return load_path(Path(source), log, base_model)
+    return load_hub(f"openai-community/{source}" if source in GPT2_NAMES else source, log)
 
 
 def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
@@ -96,27 +94,31 @@ def checkpoint_of_file(path: Path) -> Path:
     return path
 
 
-def load_hub(name: str) -> Pretrained:
-    """A GPT-2 of the hub, from the local cache or the network. Raises UserError."""
-    download_from_hub(name, "config.json")
-    loaded = load_hf(download_from_hub(name, "model.safetensors").parent)
-    return loaded._replace(source=name)
+# Files of a model on the hub; consolidated.safetensors, onnx, gguf and other copies of its weights stay there.
+HUB_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "*token*.json", "vocab.json", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json"),
+)
+HUB_SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+HUB_TORCH_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
-def download_from_hub(name: str, file: str) -> Path:
-    """The local path of a file of a GPT-2 of the hub. Raises UserError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
+def load_hub(name: str, log: Callable[[str], None] = print_line) -> Pretrained:
+    """A model of the hub, org/name[@revision], from the local cache or the network. Raises UserError.
 
-    logging.set_verbosity_error()  # otherwise every retry is printed
+    Its source has the commit, so that the very same weights are found again, also offline.
+    """
     try:
-        return Path(hf_hub_download(f"openai-community/{name}", file))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"--init_from={name}: {file} can't be downloaded ({type(error).__name__}); "
-            "offline, pass the path of a folder with GPT-2's config.json and model.safetensors"
-        ) from None
+        folder = hub.fetch(name, [*HUB_FILES, *HUB_SAFETENSORS])
+        commit = f"{name.partition('@')[0]}@{folder.name}"
+        if not any(path for pattern in HUB_SAFETENSORS for path in folder.glob(pattern)):
+            hub.fetch(commit, [*HUB_FILES, *HUB_TORCH_FILES])
+    except UserError as error:
+        raise UserError(f"--init_from={error}") from None
+    try:
+        return load_hf(folder, log)._replace(source=commit)
+    except UserError as error:
+        raise UserError(f"--init_from={str(error).replace(str(folder), name)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,9 +326,6 @@ def load_base(
     """
     errors = []
     for place in named_places(base_model, record) if base_model else base_places(folder, record):
-        if place not in HUB_MODELS and not Path(place).exists():
-            errors.append(f"{place}: no such file or folder")
-            continue
         try:
             loaded = load(place, log)
         except UserError as error:
@@ -353,4 +352,5 @@ def base_places(folder: Path, record: RunRecord) -> list[str]:
     run_folder = run_of_checkpoint(folder) or folder
     before = record.run.get("folder") or os.path.abspath(record.args.get("out_dir", "out"))
     beside = os.path.normpath(run_folder.absolute() / os.path.relpath(source, before))
-    return [source] if source in HUB_MODELS or beside == source else [source, beside]
+    is_elsewhere = not os.path.isabs(source)  # on the hub
+    return [source] if is_elsewhere or beside == source else [source, beside]

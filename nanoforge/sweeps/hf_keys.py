@@ -246,6 +246,16 @@ def to_dataset(value: Any, experiment: Experiment) -> Arguments:
     return {"data_dir": str(folder.parent), "dataset": folder.name}
 
 
+def to_model(value: Any, experiment: Experiment) -> Arguments:
+    """From model_name_or_path and model_revision."""
+    name, revision = str(value), str(experiment.keys.get("model_revision", "main"))
+    if revision == "main":
+        return {"init_from": value}
+    if Path(name).exists():
+        raise UserError(f"model_revision={revision}: is of models on the hub; name the folder of that revision")
+    return {"init_from": f"{name}@{revision}"}
+
+
 def to_accumulation(value: Any, experiment: Experiment) -> Arguments:
     return {"gradient_accumulation_steps": int(value) * experiment.ranks}
 
@@ -455,7 +465,8 @@ KEYS: dict[str, Key] = {
     "dataset_test_split": of_hub(
         "dataset: the second split in hf:NAME#SPLIT/SPLIT", "evaluation reads val.jsonl", "test", "validation", "val"
     ),
-    "model_name_or_path": renamed("init_from"),
+    "model_name_or_path": Key("init_from", to_model),
+    "model_revision": ignored("the revision in init_from=NAME@REVISION; of a folder it must be main"),
     "chat_template_path": renamed("chat_template"),
     "chat_template_kwargs": renamed("chat_template_kwargs"),
     "torch_dtype": ignored("dtype, unless bf16 or fp16 is true; weights stay float32"),

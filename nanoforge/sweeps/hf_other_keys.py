@@ -161,7 +161,6 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "load_in_8bit": ("weights are not quantised; a LoRA run keeps its base in dtype", False),
     "load_in_4bit": ("weights are not quantised; a LoRA run keeps its base in dtype", False),
     # model and adapter
-    "model_revision": ("name the folder of that revision in model_name_or_path", "main"),
     "model_init_kwargs": ("use dtype and attn_implementation", {}),
     "ref_model_init_kwargs": ("the reference has the policy's settings", {}),
     "use_dora": ("adapters are LoRA and soft prompts", False),

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, TINY, RunFiles, equal_tensors, gpt2_tokenizer_env, read_run
+from helpers import (
+    COMMIT,
+    TEXT,
+    TINY,
+    RunFiles,
+    cache_model,
+    equal_tensors,
+    gpt2_tokenizer_env,
+    offline_cache,
+    read_run,
+)
 
 import configurator
 import train
@@ -86,40 +96,29 @@ def init_from(run):
 
 @effect
 def gpt2_type(run, tmp_path, monkeypatch):
-    """The hub is a folder with a small GPT-2; the name that is requested is recorded."""
+    """The cache of the hub has one GPT-2, a small one. A resumed run finds it by its commit."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv(*next(iter(gpt2_tokenizer_env().items())))
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    ).save_pretrained(tmp_path / "hub")
+    ).save_pretrained(tmp_path / "small")
     from nanoforge.data import corpus
     from nanoforge.data.documents import TextChunk
 
-    corpus.write_dataset(
-        tmp_path / "data/text",
-        lambda: [TextChunk("train", "hello world " * 30), TextChunk("val", "hello world " * 30)],
-        "gpt2",
-    )
-    requested = []
-    monkeypatch.setattr(
-        pretrained, "download_from_hub", lambda name, file: (requested.append(name), tmp_path / "hub" / file)[1]
-    )
-    done = run(
-        "--init_from=gpt2",
-        "--gpt2_type=gpt2-large",
-        f"--data_dir={tmp_path / 'data'}",
-        "--dataset=text",
-        "--max_iters=1",
-    )
-    assert set(requested) == {"gpt2-large"}
-    assert (
-        done.config["bias"] is True
-        and done.config["activation"] == "gelu_tanh"
-        and done.config["n_layer"] == 1
-        and done.config["block_size"] == 8
-    )
-    resumed = run("--init_from=resume", "--max_iters=2")
+    chunks = [TextChunk("train", "hello world " * 30), TextChunk("val", "hello world " * 30)]
+    corpus.write_dataset(tmp_path / "data/text", lambda: chunks, "gpt2")
+    flags = ["--init_from=gpt2", f"--data_dir={tmp_path / 'data'}", "--dataset=text", "--max_iters=1", "--adapter=lora"]
+    with offline_cache(tmp_path / "cache") as cache:
+        snapshot = cache_model(cache, "openai-community/gpt2-large", tmp_path / "small")
+        with pytest.raises(UserError, match=r"--init_from=openai-community/gpt2: .*HF_HOME"):
+            run(*flags, name="other")
+        done = run(*flags, "--gpt2_type=gpt2-large")
+        assert (done.config["bias"], done.config["activation"]) == (True, "gelu_tanh")
+        assert (done.config["n_layer"], done.config["block_size"]) == (1, 8)
+        (snapshot.parents[1] / "refs/main").write_text("f" * 40)  # the branch has moved on
+        resumed = run("--init_from=resume", "--max_iters=2")
     assert resumed.config["bias"] is True and len(resumed.train) == 2
+    assert resumed.config["_base"]["source"] == f"openai-community/gpt2-large@{COMMIT}"
 
 
 @effect

@@ -1,27 +1,23 @@
 """Models of the hub: found in huggingface_hub's cache without a network, else one clear error."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import COMMIT, cache_model, offline_cache
 
 from nanoforge.data import hub
 from nanoforge.errors import UserError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An offline cache that holds the main branch of org/small, as huggingface_hub lays it out."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    folder = tmp_path / "models--org--small"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs/main").write_text(COMMIT)
-    snapshot = folder / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    return snapshot
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The snapshot of org/small in a cache without a network."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with offline_cache(tmp_path / "cache") as cache:
+        yield cache_model(cache, "org/small", folder)
 
 
 @pytest.mark.parametrize("name", ["org/small", "org/small@main", f"org/small@{COMMIT}"])
@@ -46,3 +42,19 @@ def test_paths_are_no_names_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPa
     assert not hub.is_hub_name(f"{COMMIT}/config.json"), "it exists"
     for source in ("gpt2", "/a/b", "a/b/c", "a/b.gguf@", "./a/b", "./a"):
         assert not hub.is_hub_name(source)
+
+
+def test_names_of_the_hub_and_mistyped_paths_are_known_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/chat").mkdir(parents=True)
+    for source in ("gpt2", "out/chat", f"{tmp_path}/out", "org/small", "org/small@v2", "out/chatt@main"):
+        assert hub.source_error(source, ["gpt2"]) == ""
+    for source, expected in {
+        "out/chatt": "did you mean out/chat?",
+        "out/other": "out/other@main",
+        f"{tmp_path}/out/chatt": f"did you mean {tmp_path}/out/chat?",
+        "gpt3": "did you mean gpt2?",
+        "./org/small": "org/name",
+        "a/b/c": "org/name",
+    }.items():
+        assert expected in hub.source_error(source, ["gpt2"])

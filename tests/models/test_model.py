@@ -1,21 +1,16 @@
 """The model against Hugging Face's GPT-2, torch's own layers, and identities."""
 
 import dataclasses
-import http.server
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TINY_MODEL, ids, run_script, tiny_model
+from helpers import TINY_MODEL, ids, tiny_model
 from safetensors.torch import save_file
 
 import builders
@@ -599,52 +594,3 @@ def test_the_heads_of_gpt2_without_config_are_no_silent_guess(tmp_path: Path) ->
     assert "config.json" in remarks[0] and "2 heads" in remarks[0]
     with pytest.raises(UserError, match="n_embd=96"):
         pretrained.load(str(tmp_path / "96"), remarks.append)
-
-
-@pytest.mark.slow
-def test_gpt2_comes_from_the_hub_without_transformers(hugging_face, tmp_path: Path):
-    """From a local server by the real client; when it can't be reached, the error is one line that says what to do."""
-    _, folder = hugging_face
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            path = folder / self.path.rsplit("/", 1)[1]
-            found = self.path.startswith("/openai-community/gpt2-medium/resolve/main/") and path.exists()
-            self.send_response(200 if found else 404)
-            if found:
-                for name, value in {
-                    "ETag": f'"{path.name}"',
-                    "X-Repo-Commit": "0" * 40,
-                    "Content-Length": str(path.stat().st_size),
-                    "Accept-Ranges": "bytes",
-                }.items():
-                    self.send_header(name, value)
-            self.end_headers()
-            return path if found else None
-
-        def do_GET(self):
-            if path := self.do_HEAD():
-                self.wfile.write(path.read_bytes())
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = (
-            "import sys; from nanoforge.models import pretrained; "
-            "print(pretrained.load('gpt2-medium').shape['n_layer'], 'transformers' in sys.modules)"
-        )
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "0",
-        }
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
-        server.shutdown()
-    assert done.stdout.split() == ["3", "False"], done.stderr
-    done = run_script("--init_from=gpt2", script="sample.py", check=False, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert (
-        done.returncode == 2 and "offline, pass the path" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    ), done.stderr

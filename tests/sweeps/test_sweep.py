@@ -1229,6 +1229,19 @@ def test_the_steps_of_a_dataset_of_the_hub_follow_from_its_rows(guide: str, tmp_
         translated(guide, **{"rl_script_args.dataset_config": "x"})
 
 
+def test_a_model_of_the_hub_is_named_with_its_revision(guide: str, tmp_path: Path):
+    name, revision = "model_config_args.model_name_or_path", "model_config_args.model_revision"
+    for keys, expected in (
+        ({name: "org/name"}, "org/name"),
+        ({name: "org/name", revision: "main"}, "org/name"),
+        ({name: "org/name", revision: "v2"}, "org/name@v2"),
+        ({name: str(tmp_path), revision: "main"}, str(tmp_path)),
+    ):
+        assert {run["init_from"] for run in translated(guide, **keys)} == {expected}
+    with pytest.raises(UserError, match="model_revision=v2"):
+        translated(guide, **{name: str(tmp_path), revision: "v2"})
+
+
 def test_the_page_documents_every_key():
     rows = (ROOT / "docs/trl_arguments.md").read_text().splitlines()
     for key, row in hf_keys.KEYS.items():
