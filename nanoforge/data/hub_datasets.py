@@ -110,8 +110,14 @@ def loading_error(source: object, done: str, error: Exception) -> UserError:
 
 
 def stream(dataset: HubDataset, split: str) -> Iterator[Row]:
-    """The rows of a split, or of the one that the name has, as they arrive. Raises UserError."""
+    """The rows of a split, or of the one that the name has, as they arrive; at once if they are here.
+
+    Raises UserError.
+    """
     datasets = import_datasets(dataset)
+    if Path(dataset.name).is_dir() or datasets.config.HF_HUB_OFFLINE:
+        yield from HubSplit(dataset, "train", val_fraction=0).iter_split(dataset.split or split)
+        return
     options = {"revision": dataset.revision} if dataset.revision else {}
     n_rows = 0
     try:
@@ -192,8 +198,7 @@ class HubSplit:
         """The splits for training and validation; an empty one for validation if there is none. Raises UserError."""
         split = self.dataset.split or "train"
         names = list(self.loaded.splits)
-        for text in filter(None, (split, self.dataset.val_split)):
-            check_split(self.dataset, text, names)
+        check_split(self.dataset, split, names)
         if self.dataset.val_split:
             return split, self.dataset.val_split
         base = split.partition("[")[0].partition("+")[0]
@@ -216,6 +221,7 @@ class HubSplit:
         """The rows of a split, or of parts of splits as the library writes them: train[:10%]+test. Raises UserError."""
         datasets = import_datasets(self.dataset)
         splits = self.loaded.splits
+        check_split(self.dataset, text, list(splits))
         try:
             parts = datasets.ReadInstruction.from_spec(text).to_absolute({name: len(splits[name]) for name in splits})
             chosen = [(splits[part.splitname], range(part.from_ or 0, part.to)) for part in parts]
@@ -242,7 +248,7 @@ class HubSplit:
         if val_split:
             return f"{self.dataset}{commit}, {val_split if self.side == 'val' else split}"
         share = self.val_fraction if self.side == "val" else 1 - self.val_fraction
-        use = "validation: " if self.side == "val" else ""
+        use = "validation, " if self.side == "val" else ""
         return f"{self.dataset}{commit}, {use}{share:.3g} of {split} by a hash of each row (--val_fraction)"
 
 

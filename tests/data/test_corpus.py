@@ -487,6 +487,8 @@ def test_arithmetic_is_right_and_held_out(tmp_path: Path):
 def test_hub_datasets_stream_through_the_datasets_library(tmp_path: Path, name):
     """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
     (tmp_path / "datasets.py").write_text(
+        "class config:\n"
+        "    HF_HUB_OFFLINE = False\n"
         "def load_dataset(*args, **kwargs):\n"
         "    print('asked', args, kwargs)\n"
         "    return [{'text': f'document {i}'} for i in range(4001)]\n"
@@ -510,7 +512,8 @@ def test_rows_of_the_hub_follow_the_same_rule_and_a_lost_connection_is_named(mon
         yield from ({"text": text} for text in ("a", None, "", f"of {split}"))
         raise ConnectionError("the hub is gone\nand more")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    online = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=online))
     with pytest.raises(UserError, match=r"^hf:x:2: text: must be text, not null"):
         list(documents.read_hub(HubDataset("x"), "text", "train"))
     bad: list[str] = []

@@ -133,10 +133,17 @@ def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path)
         rows_of("hf:org/missing")
 
 
-def test_a_corpus_and_examples_read_the_same_rows(cache: Path):
+def test_a_corpus_and_examples_read_the_same_rows(tmp_path: Path, cache: Path):
+    """Also of save_to_disk, which the library can't stream, and of a commit."""
     write_cached(cache, "org/name", train=ROWS)
-    assert list(hub_datasets.stream(HubDataset.parse("hf:org/name"), "train")) == ROWS
-    assert list(hub_datasets.stream(HubDataset.parse("hf:org/name#train"), "validation")) == ROWS
+    datasets.load_dataset("org/name").save_to_disk(tmp_path / "saved")
+    for name in ("org/name", "org/name@0123456", f"{tmp_path}/saved"):
+        assert list(hub_datasets.stream(HubDataset.parse(f"hf:{name}"), "train")) == ROWS
+        assert list(hub_datasets.stream(HubDataset.parse(f"hf:{name}#train[:3]"), "validation")) == ROWS[:3]
+        with pytest.raises(UserError, match="#validation: no such split"):
+            list(hub_datasets.stream(HubDataset.parse(f"hf:{name}"), "validation"))
+    with pytest.raises(UserError, match=COMMIT):
+        list(hub_datasets.stream(HubDataset.parse("hf:org/name@fffffff"), "train"))
 
 
 def test_values_that_json_has_no_form_for_have_the_same_hash_every_time():
