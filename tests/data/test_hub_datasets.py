@@ -114,6 +114,10 @@ def test_without_a_split_for_validation_a_share_of_the_rows_is_put_aside(tmp_pat
     assert rows_of(f"hf:{tmp_path}/reversed", "val", 0.2) == val[::-1]
     few = write_folder(tmp_path / "few", train=ROWS[:2])
     assert len(rows_of(f"hf:{few}")) == len(rows_of(f"hf:{few}", "val")) == 1
+    for name, rows in (("most", ROWS[:1] * 9 + ROWS[1:2]), ("others", ROWS[1:2] * 9 + ROWS[:1])):
+        folder = write_folder(tmp_path / name, train=rows)
+        counts = sorted(len(rows_of(f"hf:{folder}", side, 0.5)) for side in ("train", "val"))
+        assert counts == [1, 9], "equal rows stay together, whichever have the larger hash"
     same = write_folder(tmp_path / "same", train=ROWS[:1] * 5)
     with pytest.raises(UserError, match="two different rows"):
         rows_of(f"hf:{same}")
