@@ -6,16 +6,20 @@ here, text that spells a control token becomes that token, unless a caller passe
     write_tokenizer(Path("hf"), tokenizer, block_size=256, roles={"user": "<|user|>", ...})
 """
 
+import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from nanoforge import files
+from nanoforge.data.model_tokenizers import ADDED_TOKEN, CONTROL_PIECE, USER_PIECE, sentencepiece_proto
 from nanoforge.data.tokenization import (
     BPETokenizer,
     CharTokenizer,
     ExtendedTokenizer,
+    SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
 )
@@ -28,7 +32,7 @@ Spec = dict[str, Any]  # the JSON of a tokenizer of the library
 # kinds
 
 
-def library_spec(model: Spec, pre_tokenizer: Spec, decoder: Spec) -> Spec:
+def library_spec(model: Spec, pre_tokenizer: Spec | None, decoder: Spec) -> Spec:
     """The library's JSON of a tokenizer without control tokens."""
     return {
         "version": "1.0",
@@ -79,7 +83,7 @@ def tiktoken_spec(tokenizer: Tokenizer) -> Spec:
             merges.append([spell(part) for part in parts])
     vocab = {spell(token): rank for token, rank in ranks.items()}
     model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
-    splits = {"type": "Sequence", "pretokenizers": [split_at(greedy(encoding._pat_str)), BYTE_LEVEL]}
+    splits = {"type": "Sequence", "pretokenizers": [split_at(library_pattern(encoding._pat_str)), BYTE_LEVEL]}
     return with_control(library_spec(model, splits, BYTE_LEVEL), tokenizer.control_tokens)
 
 
@@ -94,11 +98,94 @@ def extended_spec(tokenizer: Tokenizer) -> Spec:
     return with_control(to_spec(extended.base), added)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece
+
+SPACE = "\u2581"  # how it writes a space
+NORMAL_PIECE, UNKNOWN_PIECE = 1, 2
+UNIGRAM = 1  # model_type; the other one is BPE
+
+
+def sentencepiece_spec(tokenizer: Tokenizer) -> Spec:
+    proto = sentencepiece_proto().ModelProto()
+    proto.ParseFromString(cast(SentencePieceTokenizer, tokenizer).model)
+    spec = library_spec(
+        unigram_model(proto) if proto.trainer_spec.model_type == UNIGRAM else bpe_model(proto),
+        pre_tokenizer=None,
+        decoder=sentencepiece_decoder(adds_space=proto.normalizer_spec.add_dummy_prefix),
+    )
+    spec["normalizer"] = {"type": "Sequence", "normalizers": sentencepiece_normalizers(proto.normalizer_spec)}
+    spec["added_tokens"] = [
+        {**ADDED_TOKEN, "id": i, "content": piece.piece, "special": piece.type != USER_PIECE}
+        for i, piece in enumerate(proto.pieces)
+        if piece.type in (UNKNOWN_PIECE, CONTROL_PIECE, USER_PIECE)
+    ]
+    return spec
+
+
+def unigram_model(proto: Any) -> Spec:
+    unknown = [i for i, piece in enumerate(proto.pieces) if piece.type == UNKNOWN_PIECE]
+    return {
+        "type": "Unigram",
+        "unk_id": unknown[0] if unknown else None,
+        "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+    }
+
+
+def bpe_model(proto: Any) -> Spec:
+    """SentencePiece joins the pair whose piece has the highest score. The library has an order of pairs instead."""
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    merges = []
+    for piece in sorted(proto.pieces, key=lambda piece: -piece.score):
+        if piece.type == NORMAL_PIECE:
+            text = piece.piece
+            pairs = [[text[:i], text[i:]] for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
+            merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    unknown = [piece.piece for piece in proto.pieces if piece.type == UNKNOWN_PIECE]
+    return {
+        "type": "BPE",
+        "unk_token": unknown[0] if unknown else None,
+        "fuse_unk": True,
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "vocab": ids,
+        "merges": merges,
+    }
+
+
+def sentencepiece_normalizers(settings: Any) -> list[Spec]:
+    normalizers: list[Spec] = []
+    if settings.precompiled_charsmap:
+        charsmap = base64.b64encode(settings.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if settings.remove_extra_whitespaces:
+        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if settings.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    return [*normalizers, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+
+
+def sentencepiece_decoder(*, adds_space: bool) -> Spec:
+    decoders: list[Spec] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if adds_space:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": decoders}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all kinds
+
 SPECS: dict[str, Callable[[Tokenizer], Spec]] = {
     "char": char_spec,
     "byte": byte_spec,
     "tiktoken": tiktoken_spec,
     "bpe": bpe_spec,
+    "sentencepiece": sentencepiece_spec,
     "extended": extended_spec,
 }
 
@@ -130,27 +217,23 @@ def merge_bytes(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[by
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def greedy(pattern: str) -> str:
-    """A tiktoken pattern without possessive quantifiers, which the library reads as repeated ones. In these patterns no
-    match depends on them: what follows a quantifier never matches what it has taken."""
-    for quantifier in ("?", "+", "*", "}"):
-        pattern = pattern.replace(f"{quantifier}+", quantifier)
-    return pattern
+POSSESSIVE = re.compile(r"([?*+]|\{\d+(?:,\d*)?\})\+")
+
+
+def library_pattern(pattern: str) -> str:
+    """A tiktoken pattern in the library's kind of regular expressions.
+
+    There `$` is the end of a line, and `++` a repetition repeated. Greedy quantifiers stand for tiktoken's possessive
+    ones: in its patterns, what follows one never matches what it has taken.
+    """
+    return POSSESSIVE.sub(r"\1", pattern).replace("$", r"\z")
 
 
 def with_control(spec: Spec, control_tokens: Mapping[str, int]) -> Spec:
     """The spec with further control tokens. They stand in the vocabulary too, which fixes their ids."""
     names = {token["content"] for token in spec["added_tokens"]}
     new = [
-        {
-            "id": i,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        {**ADDED_TOKEN, "id": i, "content": name, "special": True}
         for name, i in control_tokens.items()
         if name not in names
     ]
@@ -211,6 +294,24 @@ def load_spec(spec: Spec) -> Any:
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
+SAMPLES = (
+    "The quick brown fox's 12,345 jumps over THE lazy dogs; isn't it?",
+    "def f(x):\n    return x  # tabs\tand  spaces \n\n\n",
+    "Z\u00fcrich na\u00efve \u041f\u0440\u0438\u0432\u0435\u0442 \u5317\u4eac \U0001f642 \ufb01 e\u0301",
+)
+
+
+def check_ids(tokenizer: Tokenizer, library: Any) -> None:
+    """Raises UserError when the library gives other ids for a text."""
+    for sample in SAMPLES:
+        try:
+            ids = tokenizer.encode(sample).tolist()
+        except UserError:  # a tokenizer of few characters
+            continue
+        if library.encode(sample, add_special_tokens=False).ids != ids:
+            raise UserError(f"tokenizer.json: the tokenizers library would split {sample!r} in another way")
+
+
 def role_template(roles: Mapping[str, str]) -> str:
     """The jinja template of this program's own chats: each message is its role's token, its text and the end token."""
     known = json.dumps(roles)
@@ -244,6 +345,7 @@ def write_tokenizer(to: Path, tokenizer: Tokenizer, block_size: int, roles: Mapp
     """
     spec = with_bos(to_spec(tokenizer), tokenizer)
     library = load_spec(spec)
+    check_ids(tokenizer, library)
     misplaced = [name for name, i in tokenizer.control_tokens.items() if library.token_to_id(name) != i]
     if misplaced:
         raise UserError(f"tokenizer.json: {misplaced[0]} would have the id {library.token_to_id(misplaced[0])}")

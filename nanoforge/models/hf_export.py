@@ -20,12 +20,10 @@ from torch import Tensor
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, read_text, write_json, write_text
-from nanoforge.models import families
+from nanoforge.models import families, pretrained
 
 Shape = Mapping[str, Any]  # all fields of GPTConfig
 CODE = Path(__file__).parent / "hf_code"
-CUSTOM = "nanoforge"  # model_type of config.json
-PREFIX = "model."  # of our names in the custom files
 NOT_OF_GPT = ("vocab_sizes", "vocabulary", "tie_weights")  # fields that config.json has under other names
 WORD_ROWS = ("wte.weight", "head.weight")
 
@@ -107,7 +105,7 @@ def custom_config(shape: Shape) -> dict[str, Any]:
     gpt = {name: value for name, value in shape.items() if name not in NOT_OF_GPT}
     return {
         "architectures": ["NanoforgeForCausalLM"],
-        "model_type": CUSTOM,
+        "model_type": pretrained.OWN_TYPE,
         "auto_map": {
             "AutoConfig": "configuration_nanoforge.NanoforgeConfig",
             "AutoModelForCausalLM": "modeling_nanoforge.NanoforgeForCausalLM",
@@ -123,12 +121,6 @@ def write_code(to: Path, program: Program) -> None:
     for name in ("configuration_nanoforge.py", "modeling_nanoforge.py"):
         write_text(to / name, read_text(CODE / f"{name}.txt"))
     write_text(to / "nanoforge_gpt.py", self_contained(program))
-
-
-def read_custom_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The shape in the config.json that `custom_config` wrote."""
-    sizes = {"vocab_sizes": (config["vocab_size"],), "tie_weights": config["tie_word_embeddings"]}
-    return {**config["gpt"], **sizes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +273,7 @@ def write_weights(to: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: in
     if len(parts) == 1:
         parts[0][0].replace(to / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for path, names in parts:
         name = f"{path.stem}-of-{len(parts):05}.safetensors"
         path.replace(to / name)
@@ -305,11 +297,8 @@ def shards_of(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator
 
 def named_tensors(model: HFModel, family: families.Family | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) by the family's names, or by ours."""
-    if family is None:
-        pairs = ((PREFIX + name, model.weights[name]) for name in model.weights)
-    else:
-        pairs = family.write_tensors(model.weights, model.shape)
-    for name, tensor in pairs:
+    ours = ((pretrained.OWN_PREFIX + name, model.weights[name]) for name in model.weights)
+    for name, tensor in ours if family is None else family.write_tensors(model.weights, model.shape):
         yield name, tensor.to(dtype).contiguous()
 
 

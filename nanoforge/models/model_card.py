@@ -68,7 +68,7 @@ def title(to: Path, record: RunRecord) -> str:
 def how_to_load(written: Written) -> str:
     """Python that loads the model."""
     trust = ", trust_remote_code=True" if written.family is None else ""
-    tokenizer = '\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")' if written.has_tokenizer else ""
+    tokenizer = f'\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{trust})' if written.has_tokenizer else ""
     context = written.config.get("max_position_embeddings") or written.config.get("n_positions")
     context = context or written.config["gpt"]["block_size"]
     notes = f"{written.n_parameters:,} parameters, context {context:,}."

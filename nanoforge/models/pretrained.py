@@ -136,19 +136,41 @@ def load_hf(path: Path, log: Callable[[str], None] = print_line) -> Pretrained:
     reader = weight_files.open_weights(path)
     config_path = folder / "config.json"
     config = json.loads(files.read_text(config_path)) if config_path.exists() else {}
-    if config.get("model_type", "gpt2") == "gpt2":
+    model_type = config.get("model_type", "gpt2")
+    if model_type == "gpt2":
         config = complete_gpt2_config(reader, config, log, config_path)
     try:
-        family = families.family_of(config)
-        shape = family.read_config(config)
-        weights = family.read_tensors(reader, shape)
+        if model_type == OWN_TYPE:
+            shape, weights = read_own_export(reader, config)
+        else:
+            family = families.family_of(config)
+            shape = family.read_config(config)
+            weights = family.read_tensors(reader, shape)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config_path}: can't be read ({type(error).__name__}: {error})") from None
     tokenizer = model_tokenizers.load_folder(folder)
-    tokenizers = gpt2_tokenizers(shape) if tokenizer is None else {family.model_type: tokenizer}
+    tokenizers = gpt2_tokenizers(shape) if tokenizer is None else {model_type: tokenizer}
     return Pretrained(shape, weights, tokenizers)
+
+
+# What export.py hf writes of a model that no family holds: its own shape, and its own names behind a prefix.
+OWN_TYPE = "nanoforge"
+OWN_PREFIX = "model."
+
+
+def read_own_export(
+    reader: families.TensorReader, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], families.FamilyWeights]:
+    """The shape and the weights of such a model. Raises KeyError for a config.json that is no such export's."""
+    is_tied = config["tie_word_embeddings"]
+    shape = {**config["gpt"], "vocab_sizes": (config["vocab_size"],), "tie_weights": is_tied}
+    names = {name.removeprefix(OWN_PREFIX): name for name in reader.names()}
+    if is_tied:
+        names.pop("head.weight", None)
+    maps = {ours: families.TensorMap(ours, [theirs]) for ours, theirs in names.items()}
+    return shape, families.FamilyWeights(reader, maps)
 
 
 def complete_gpt2_config(

@@ -1,7 +1,11 @@
 """export.py hf: transformers loads what was written, without this program, and computes what ours does."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,12 @@ from helpers import ROOT
 import model as model_module
 import train_args
 from model import GPT, GPTConfig
-from nanoforge.data.tokenization import CharTokenizer, Tokenizer
-from nanoforge.models import hf_export
+from nanoforge.data import tokenizer_export
+from nanoforge.data.tokenization import CharTokenizer, ControlTokens, Tokenizer
+from nanoforge.errors import UserError
+from nanoforge.models import hf_export, pretrained
 from nanoforge.models.hf_export import HFModel, Program
+from nanoforge.posttraining.example_rows import ROLES
 from train_args import TrainArgs
 
 transformers = pytest.importorskip("transformers")
@@ -81,10 +88,13 @@ def load(folder: Path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where transformers copies the source that comes with a model."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        yield
 
 
 def test_every_preset_is_listed():
@@ -113,3 +123,106 @@ def test_presets_give_our_logits(name: str, tmp_path: Path):
         step = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
         logits.append(theirs(padded[:, i : i + 1], past_key_values=first.past_key_values, **step).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "shakespeare_cpu"])
+@torch.no_grad()
+def test_generation_is_ours(name: str, tmp_path: Path):
+    """Greedy, alone and in a batch padded on the left; again after save_pretrained, in a pipeline, with a loss."""
+    model = random_model(preset_shape(name))
+    write(tmp_path / "hf", model)
+    tokenizer_export.write_tokenizer(tmp_path / "hf", CHARS, 32, ROLES)
+    theirs = load(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    texts = ["the\njug\n", "dog"]
+    expected = [greedy(model, CHARS.encode(text).tolist(), 12) for text in texts]
+    for batch in ([texts[0]], [texts[1]], texts):
+        inputs = tokenizer(batch, return_tensors="pt", padding=True)
+        ids = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+        for text, row in zip(batch, ids, strict=True):
+            assert row[inputs.input_ids.size(1) :].tolist() == expected[texts.index(text)]
+    beams = theirs.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=3, max_new_tokens=4)
+    assert len(beams) == 2
+
+    theirs.save_pretrained(tmp_path / "again")
+    idx = torch.randint(CHARS.vocab_size, (2, 9))
+    loss = load(tmp_path / "again")(idx, labels=idx).loss
+    torch.testing.assert_close(loss, model(idx[:, :-1], idx[:, 1:].contiguous()).mean(), rtol=1e-5, atol=1e-5)
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"), trust_remote_code=True, device="cpu")
+    text = pipeline("dog", max_new_tokens=3, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert text == CHARS.decode(expected[1][:3])
+
+
+def greedy(model: GPT, ids: list[int], count: int) -> list[int]:
+    """The likeliest ids, one after the other."""
+    for _ in range(count):
+        ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama", "shakespeare_cpu", "sliding"])
+def test_an_export_is_read_again(name: str, tmp_path: Path):
+    """By --init_from: the same weights, bit for bit; in several files, and of another dtype what that rounds to."""
+    shape = preset_shape(name)
+    model = random_model(shape)
+    written = write(tmp_path / "hf", model, max_bytes=20_000)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    for folder, dtype in ((tmp_path / "hf", torch.float32), (tmp_path / "half", torch.bfloat16)):
+        if dtype != torch.float32:
+            write(folder, model, dtype=dtype)
+        loaded = pretrained.load(str(folder))
+        again = GPT.from_weights(GPTConfig(**loaded.shape), loaded.weights, "here")
+        weights = dict(again.named_parameters())
+        for parameter_name, parameter in model.named_parameters():
+            assert torch.equal(weights[parameter_name], parameter.to(dtype).float())
+        assert all(not tensor.any() for key, tensor in weights.items() if key.endswith("bias"))
+    idx = torch.randint(CHARS.vocab_size, (2, 9))
+    torch.testing.assert_close(load(tmp_path / "hf")(idx).logits, model(idx), rtol=0, atol=1e-5)
+    assert load(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    assert (written.family is None) == (PRESETS[name] == CUSTOM)
+
+
+def test_rows_of_padding_are_cut(tmp_path: Path):
+    """Where the tokenizer is a loaded model's they stay, as its own program has them."""
+    shape = {**preset_shape("llama"), "vocab_sizes": (CHARS.vocab_size + 7,)}
+    model = random_model(shape)
+    write(tmp_path / "hf", model)
+    theirs = load(tmp_path / "hf")
+    assert theirs.lm_head.weight.shape == theirs.model.embed_tokens.weight.shape == (CHARS.vocab_size, 32)
+    idx = torch.randint(CHARS.vocab_size, (2, 9))
+    logits = model(idx)[..., : CHARS.vocab_size]
+    torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-5)
+    loaded_tokenizer = CharTokenizer("abc", has_eos=True)
+    loaded_tokenizer.adopt(ControlTokens(eos_id=3, end_ids=(3, 1)))
+    write(tmp_path / "loaded", model, loaded_tokenizer)
+    assert load(tmp_path / "loaded").config.vocab_size == CHARS.vocab_size + 7
+    assert load(tmp_path / "loaded").generation_config.eos_token_id == [3, 1]
+    with pytest.raises(UserError, match="32 rows"):
+        write(tmp_path / "short", model, CharTokenizer(map(chr, range(32, 70))))
+
+
+def test_several_vocabularies_are_refused_by_flag(tmp_path: Path):
+    for vocabulary, flag in (("contexts", "--multicontext"), ("separate", "--multidataset_wte")):
+        model = random_model({**preset_shape("llama"), "vocabulary": vocabulary, "vocab_sizes": (5, 6)})
+        with pytest.raises(UserError, match=flag):
+            write(tmp_path / vocabulary, model, None)
+
+
+@pytest.mark.slow
+def test_the_source_needs_torch_and_transformers_only(tmp_path: Path):
+    """In a process without this program; no preset lacks a part of it."""
+    model = random_model({**preset_shape("depth"), "value_residual": True, "logit_softcap": 15.0, "window": "SL"})
+    write(tmp_path / "hf", model)
+    idx = torch.randint(CHARS.vocab_size, (1, 9))
+    code = (
+        "import sys, torch, transformers;"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        f"print(model(torch.tensor({idx.tolist()})).logits[0, -1].tolist());"
+        "assert not {'nanoforge', 'train_args', 'model'} & sys.modules.keys()"
+    )
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    command = [sys.executable, "-c", code, str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    logits = torch.tensor(json.loads(done.stdout))
+    torch.testing.assert_close(logits, model(idx)[0, -1].detach(), rtol=0, atol=1e-5)
