@@ -1,11 +1,13 @@
 """Write what a run saved in a form for elsewhere:
 
     python export.py hf out/run --to=DIR [--dtype=bfloat16] [--max_shard_size=5GB]
+    python export.py gguf out/run [--type=q8_0] [--to=out/run.gguf]
     python export.py consolidate out/run/checkpoints/000040 [--dtype=bfloat16] [--to=out/weights]
     python export.py merge out/lora --to=out/merged
     python export.py peft out/lora --to=out/adapter
 
 hf: a model that transformers loads without this program: AutoModelForCausalLM and AutoTokenizer (docs/export.md).
+gguf: a file that llama.cpp runs, with the model and its tokenizer (docs/export.md).
 consolidate: the shards of an FSDP run as one model.safetensors, beside them or in another folder. This runs on the CPU;
 the file is read back and compared with the shards.
 merge: a LoRA merged into its base, as weights for --init_from.
@@ -21,16 +23,23 @@ import configurator
 from common_args import BASE_MODEL_HELP
 from configurator import Rules, arg, arg_table
 
-ACTIONS = ("hf", "consolidate", "merge", "peft")
+ACTIONS = ("hf", "gguf", "consolidate", "merge", "peft")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 @arg_table
 class ExportArgs:
     """export"""
 
-    to: str = arg("", "folder to write to (consolidate without it: the checkpoint's own)", path=True)
+    to: str = arg(
+        "",
+        "folder to write to (consolidate without it: the checkpoint's own); gguf: the file, without it "
+        "FOLDER-TYPE.gguf",
+        path=True,
+    )
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
     dtype: str = arg("float32", "dtype of the weights written", choices=("float32", "bfloat16", "float16"))
+    type: str = arg("f16", "gguf: type of its matrices", choices=GGUF_TYPES)
     max_shard_size: str = arg("5GB", "hf: size above which the weights become several files, such as 500MB")
 
 
@@ -47,18 +56,24 @@ def parse(argv: list[str]) -> Request:
     if len(argv) < 2 or argv[0] not in ACTIONS or argv[1].startswith("-"):
         configurator.exit_with_errors([f"usage: export.py ACTION FOLDER; actions: {', '.join(ACTIONS)}; see --help"])
     action, folder, *flags = argv
-    rules = Rules(check=lambda args, source: list(to_errors(args, action)))
+    rules = Rules(check=lambda args, source: list(action_errors(args, source, action)))
     return Request(action, folder, configurator.parse(ExportArgs, flags, __doc__, rules))
 
 
-def to_errors(args: ExportArgs, action: str) -> Iterator[str]:
-    """Errors of --to."""
-    if action != "consolidate" and not args.to:
+def action_errors(args: ExportArgs, source: dict[str, str], action: str) -> Iterator[str]:
+    """Errors of flags that don't go with the action."""
+    given = {name for name, place in source.items() if place != configurator.DEFAULT}
+    if action not in ("consolidate", "gguf") and not args.to:
         yield f"--to: {action} needs a folder to write to"
+    if action == "gguf" and args.to and not args.to.endswith(".gguf"):
+        yield f"--to={args.to}: gguf writes one file; end its name with .gguf"
+    if action == "gguf" and "dtype" in given:
+        yield "--dtype: has no effect with gguf; use --type"
     if action == "consolidate" and args.base_model:
         yield "--base_model: has no effect with consolidate"
-    if action != "hf" and args.max_shard_size != ExportArgs.max_shard_size:
-        yield "--max_shard_size: has an effect only with hf"
+    for name, only in (("type", "gguf"), ("max_shard_size", "hf")):
+        if name in given and action != only:
+            yield f"--{name}: has an effect only with {only}"
 
 
 if __name__ == "__main__":
@@ -80,7 +95,7 @@ from nanoforge import files
 from nanoforge.data import tokenization, tokenizer_export
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, write_json
-from nanoforge.models import hf_export, model_card, pretrained
+from nanoforge.models import gguf_export, hf_export, model_card, pretrained
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
@@ -94,7 +109,9 @@ def main(request: Request) -> None:
     if request.action == "hf":
         export_hf(folder, to, request.args)
         return
-    if request.action == "consolidate":
+    if request.action == "gguf":
+        path, note = export_gguf(folder, request.args)
+    elif request.action == "consolidate":
         path, note = consolidate(folder, to if request.args.to else None, dtype)
     elif request.action == "merge":
         path = merge(folder, to, dtype, request.args.base_model)
@@ -148,20 +165,41 @@ def consolidate(folder: Path, to: Path | None, dtype: torch.dtype) -> tuple[Path
     return path, ", compared with the shards"
 
 
+def load_whole(folder: Path, base_model: str) -> tuple[hf_export.HFModel, Path]:
+    """A model, with an adapter merged into it, and where its weights came from. Raises UserError."""
+    loaded = pretrained.load(str(folder), base_model=base_model)
+    shape = dataclasses.asdict(GPTConfig(**known_fields(loaded.shape, str(folder))))
+    tokenizer = hf_export.only_tokenizer(loaded.tokenizers)
+    return hf_export.HFModel(shape, loaded.weights, tokenizer), Path(loaded.source)
+
+
+def export_gguf(folder: Path, args: ExportArgs) -> tuple[Path, str]:
+    """Write a .gguf file; its path, and what it is. Raises UserError."""
+    path = (
+        Path(args.to)
+        if args.to
+        else folder.with_name(f"{folder.absolute().name.removesuffix('.gguf')}-{args.type}.gguf")
+    )
+    if path.exists():
+        raise UserError(f"--to={path}: exists already; delete it, or give another name")
+    model, _ = load_whole(folder, args.base_model)
+    template = tokenizer_export.chat_template_of(model.tokenizer, ROLES) if model.tokenizer is not None else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    architecture = gguf_export.export(model, path, args.type, template)
+    return path, f", a {architecture} for llama.cpp"
+
+
 def export_hf(folder: Path, to: Path, args: ExportArgs) -> None:
     """Write a model, its tokenizer and its card in Hugging Face's layout. Raises UserError."""
     max_bytes = hf_export.parse_size(args.max_shard_size)
-    loaded = pretrained.load(str(folder), base_model=args.base_model)
-    shape = dataclasses.asdict(GPTConfig(**known_fields(loaded.shape, str(folder))))
-    tokenizer = hf_export.only_tokenizer(loaded.tokenizers)
-    model = hf_export.HFModel(shape, loaded.weights, tokenizer)
+    model, source = load_whole(folder, args.base_model)
     program = hf_export.Program(files.read_text(Path(model_module.__file__)), vars(TrainArgs))
     prepare(to)
     hf_export.refuse_existing_model(to)
     written = hf_export.write_model(to, model, program, getattr(torch, args.dtype), max_bytes)
-    if tokenizer is not None:
-        tokenizer_export.write_tokenizer(to, tokenizer, shape["block_size"], ROLES)
-    model_card.write_card(to, Path(loaded.source), written)
+    if model.tokenizer is not None:
+        tokenizer_export.write_tokenizer(to, model.tokenizer, model.shape["block_size"], ROLES)
+    model_card.write_card(to, source, written)
     print(f"{to}: {written.description}")
 
 

@@ -26,7 +26,7 @@ Config = dict[str, Any]  # config.json
 
 
 class NoFit(Exception):
-    """A family can't hold a model of this shape. The message names what is in the way."""
+    """A family can't hold a model of this shape. The message names what is in the way, separated by commas."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,12 +543,19 @@ class Family:
         shape = {**shape, **neutral(shape)}
         fixed = {**PLAIN, **self.fixed}
         decided = {name for setting in self.settings for name in setting.fields}
-        for name, value in fixed.items():
-            if name not in decided and shape.get(name, value) != value:
-                raise NoFit(f"{name}={shape[name]}")
+        misfits = [
+            f"{name}={shape[name]}"
+            for name, value in fixed.items()
+            if name not in decided and shape.get(name, value) != value
+        ]
         config: Config = {"architectures": [self.architecture], "model_type": self.model_type, **self.required}
         for setting in self.settings:
-            config |= setting.write(shape)
+            try:
+                config |= setting.write(shape)
+            except NoFit as misfit:
+                misfits.append(str(misfit))
+        if misfits:
+            raise NoFit(", ".join(misfits))
         return config
 
     def tensor_maps(
@@ -1187,14 +1194,19 @@ def family_of(config: Config) -> Family:
     return FAMILIES[model_type]
 
 
-def fitting_family(shape: Mapping[str, Any]) -> tuple[Family | None, dict[str, str]]:
-    """The first family that can hold a model of this shape, and why each one before it can't."""
+def fitting_family(
+    shape: Mapping[str, Any], known: Mapping[str, Family] = FAMILIES
+) -> tuple[Family | None, dict[str, str]]:
+    """The first family that can hold a model of this shape, and why each one before it can't; the nearest comes first.
+
+    known: other families than those of transformers.
+    """
     reasons = {}
-    for family in FAMILIES.values():
+    for name, family in known.items():
         try:
             family.write_config(shape)
         except NoFit as reason:
-            reasons[family.model_type] = str(reason)
+            reasons[name] = str(reason)
             continue
         return family, reasons
-    return None, reasons
+    return None, dict(sorted(reasons.items(), key=lambda item: item[1].count(", ")))

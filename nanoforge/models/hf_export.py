@@ -175,13 +175,18 @@ def token_settings(tokenizer: Tokenizer | None) -> dict[str, Any]:
     return settings
 
 
-def in_a_family(model: HFModel) -> tuple[HFModel, families.Family | None, dict[str, str]]:
-    """The model, perhaps with neutral parameters more, and the family that holds it, or why each one can't."""
-    family, reasons = families.fitting_family(model.shape)
+def in_a_family(
+    model: HFModel, known: Mapping[str, families.Family] = families.FAMILIES
+) -> tuple[HFModel, families.Family | None, dict[str, str]]:
+    """The model, perhaps with neutral parameters more, and the family that holds it, or why each one can't.
+
+    known: other families than those of transformers.
+    """
+    family, reasons = families.fitting_family(model.shape, known)
     may_fill = model.shape["norm_placement"] == "pre" and not model.shape["qk_norm_joint"]
     for change in NEUTRAL_CHANGES if family is None and may_fill else ():
         filled = with_neutral(model, change)
-        family, _ = families.fitting_family(filled.shape)
+        family, _ = families.fitting_family(filled.shape, known)
         if family is not None:
             return filled, family, {}
     return model, family, reasons

@@ -1,23 +1,25 @@
 """Models in .gguf files: they give transformers' logits, and llama.cpp gives ours."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED
+from helpers import SHARED, TEXT
 
 from builders import load_model
+from nanoforge.data import tokenization
 from nanoforge.errors import UserError
-from nanoforge.models import gguf_files, pretrained
+from nanoforge.models import gguf_export, gguf_files, hf_export, pretrained
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 SMOLLM2 = SHARED / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-V = 64
+V = 300
 SIZES = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -202,8 +204,8 @@ def test_files_that_the_model_has_no_place_for_are_refused_by_name(tmp_path: Pat
 
     write_witness(path, "llama", witness, expert_count=8)
     refused("llama.expert_count=8")
-    write_witness(path, "llama", witness, {"blk.1.attn_output.bias": np.zeros(32, dtype=np.float32)})
-    refused("blk.1.attn_output.bias")
+    write_witness(path, "llama", witness, {"blk.1.ssm_a": np.zeros(32, dtype=np.float32)})
+    refused("blk.1.ssm_a")
     write_witness(path, "deci", witness)
     refused("deci", "llama")
     whole = path.read_bytes()
@@ -223,3 +225,82 @@ def test_a_folder_of_several_models_asks_for_one_of_them(tmp_path: Path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"a\.gguf, b\.gguf"):
         pretrained.load(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+PROMPTS = ("the quick brown fox", "pack my box with 12 jugs, don't\n")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> tokenization.Tokenizer:
+    return tokenization.BPETokenizer.train([TEXT * 3 + "0123456789 don't"], V)
+
+
+def serve(path: Path) -> Any:
+    """llama.cpp with a file, its cache in float32."""
+    llama = pytest.importorskip("xllamacpp")
+    params = llama.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 64
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup = params.fit_params = False
+    params.verbosity = -1
+    return llama.Server(params)
+
+
+def complete(server: Any, prompt: str, banned: Sequence[int]) -> tuple[int, list[tuple[int, torch.Tensor]]]:
+    """The number of prompt tokens, and each id of llama.cpp's greedy completion with the log-probabilities of all.
+
+    banned: ids that are not taken. Parts of characters would be: the server drops their log-probabilities.
+    """
+    request = {"prompt": prompt, "n_predict": 8, "temperature": 0, "n_probs": V, "ignore_eos": True}
+    reply = server.handle_completions({**request, "logit_bias": [[i, False] for i in banned], "cache_prompt": False})
+    steps = []
+    for step in reply["choices"][0]["logprobs"]["content"]:
+        by_id = {choice["id"]: choice["logprob"] for choice in step["top_logprobs"]}
+        steps.append((step["id"], torch.tensor([by_id[i] for i in range(len(by_id))])))
+    return reply["usage"]["prompt_tokens"], steps
+
+
+def check_llama_cpp(path: Path, model: Any, tokenizer: tokenization.Tokenizer, atol: float) -> None:
+    """Greedy completions of llama.cpp begin with our ids, and have our log-probabilities at every step."""
+    server = serve(path)
+    banned = [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).isascii()]
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt).tolist()
+        n_prompt, steps = complete(server, prompt, banned)
+        assert n_prompt == len(ids) and len(steps) == 8
+        for token, theirs in steps:
+            with torch.no_grad():
+                ours = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=atol)
+            ids.append(token)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    reader = gguf_files.GGUFReader([path])
+    return {name: reader.read(name) for name in reader.places}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_gives_our_logits(tmp_path: Path, name: str, tokenizer: tokenization.Tokenizer):
+    """From a file that is made as llama.cpp's converter makes it, and back to the same tensors bit by bit."""
+    architecture, config = MODELS[name]
+    before, after = tmp_path / "before.gguf", tmp_path / "after.gguf"
+    write_witness(before, architecture, build_witness(config()))
+    loaded = load_model(str(before)).model
+    shape = dataclasses.asdict(loaded.config)
+    weights = pretrained.load(str(before)).weights
+    written = gguf_export.export(hf_export.HFModel(shape, weights, tokenizer), after, "f32", "")
+    assert written == architecture
+    expected, tensors = tensors_of(before), tensors_of(after)
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    keys = {key for key in gguf_files.GGUFReader([before]).metadata if key.startswith(architecture)}
+    assert keys <= gguf_files.GGUFReader([after]).metadata.keys()
+    check_llama_cpp(after, loaded, tokenizer, atol=1e-2 if "gelu" in loaded.config.activation else 1e-4)
