@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class HubDataset:
         """From text that begins with hf:. Raises UserError."""
         place, has_split, splits = text.removeprefix(PREFIX).partition("#")
         split, has_val, val_split = splits.partition("/")
-        folder = Path(place).expanduser()
+        folder = Path(os.path.expanduser(place))
         name, config, revision = str(folder), "", ""
         if not place or not folder.is_dir():
             place, has_revision, revision = place.partition("@")
@@ -105,7 +106,7 @@ def loading_error(source: object, done: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [""])[0]
     return UserError(
         f"{source}: can't be read{done} ({type(error).__name__}: {reason:.200}); "
-        "check the name and the network, or give files instead"
+        f"check the name ({SYNTAX}) and the network, or give files instead"
     )
 
 
@@ -186,7 +187,8 @@ class HubSplit:
     val_fraction: float  # of the rows, for validation, where the dataset has no split for it
 
     def __str__(self) -> str:
-        return f"{self.dataset}, {self.side}"
+        split = f"#{self.dataset.split}" if self.dataset.split else ""
+        return f"{self.dataset}{split}, {self.side}"
 
     @property
     def loaded(self) -> LoadedDataset:
@@ -227,10 +229,12 @@ class HubSplit:
             chosen = [(splits[part.splitname], range(part.from_ or 0, part.to)) for part in parts]
         except (ValueError, AssertionError) as error:
             raise UserError(f"{self.dataset}#{text}: {error}; write a split as in train[:90%]") from None
-        for split, numbers in chosen:
-            selected = split.select(numbers)
-            for batch in selected.iter(batch_size=BATCH_ROWS):
-                yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        try:
+            for split, numbers in chosen:
+                for batch in split.select(numbers).iter(batch_size=BATCH_ROWS):
+                    yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        except Exception as error:  # of a file that is damaged, or gone from the cache
+            raise loading_error(self.dataset, f", {text}", error) from None
 
     def fingerprint(self) -> str:
         """The number of rows, and a hash of them that no cache or file format changes."""

@@ -327,6 +327,7 @@ def prepare_if_missing(folder: Path, what: str = "bins") -> None:
         raise UserError(
             f"{folder}: no such dataset{did_you_mean(folder.name, datasets)}; "
             f"--data_dir names another folder than {folder.parent}, data/prepare.py makes a dataset"
+            + ("; --dataset=hf:NAME reads one of the hub" if what == "examples" else "")
         )
     missing = missing_files(folder, what)
     if not missing:

@@ -131,8 +131,13 @@ def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path)
     for revision in ("ffffffffff", "v1.0"):
         with pytest.raises(UserError, match=f"^hf:org/name@{revision}: .*{COMMIT}"):
             rows_of(f"hf:org/name@{revision}")
-    with pytest.raises(UserError, match=r"^hf:org/name:other: can't be read"):
-        rows_of("hf:org/name:other")
+    write_cached(cache, "org/name", config="other", train=ROWS[:9])
+    assert len(rows_of("hf:org/name:other#train/train")) == 9
+    hub_datasets.load.cache_clear()
+    with pytest.raises(UserError, match=r"^hf:org/name: .*configurations.*hf:NAME\[:CONFIG\]"):
+        rows_of("hf:org/name")
+    with pytest.raises(UserError, match=r"^hf:org/name:third: can't be read"):
+        rows_of("hf:org/name:third")
     with pytest.raises(UserError, match=r"^hf:org/missing: can't be read"):
         rows_of("hf:org/missing")
 

@@ -1,5 +1,6 @@
 """Shapes of public datasets: ShareGPT's, Alpaca's and renamed columns give the fields that TRL has."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_implicit_prompts_are_trls():
         {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
     ):
         assert read("dpo", row) == data_utils.extract_prompt(row)
+
+
+def test_the_role_of_tools_is_one_of_chat_templates():
+    turns = [turn("human", "hi"), turn("function_call", "f()"), turn("observation", "3"), turn("gpt", "yo")]
+    row = {"conversations": turns, "tools": "[]"}
+    reader = dataclasses.replace(row_format("sft"), has_chat_template=True)
+    (parsed,) = reader.parse(reader.shape(row).row)
+    assert [item["role"] for item in parsed["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert parsed["tools"] == "[]", "which the template reads"
+    with pytest.raises(UserError, match="message 3 has role 'tool'"):
+        read("sft", row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
