@@ -20,7 +20,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nanoforge import console
 from nanoforge.console import print_line
-from nanoforge.data import batches, hub_datasets, token_bins, tokenization
+from nanoforge.data import batches, hub_datasets, row_splits, token_bins, tokenization
 from nanoforge.data.batches import Batch, Metrics
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
@@ -204,9 +204,12 @@ def read_inputs(args: TrainArgs, base: Pretrained | None, log: Log) -> Inputs:
 
 
 def example_sources(args: TrainArgs) -> dict[str, dict[str, RowSource]]:
-    """dataset -> split -> a file, or the rows of a dataset of the hub. Raises UserError."""
+    """dataset -> split -> a file, or a part of the rows of one or of a dataset of the hub. Raises UserError."""
     if args.train_file:
-        return {Path(args.train_file).stem: {"train": Path(args.train_file), "val": Path(args.validation_file)}}
+        path = Path(args.train_file)
+        if not args.validation_file:
+            return {path.stem: {**row_splits.file_sides(path, args.val_fraction)}}
+        return {path.stem: {"train": path, "val": Path(args.validation_file)}}
     sources: dict[str, dict[str, RowSource]] = {}
     for (name,) in args.mixture:
         if hub_datasets.is_hub(name):
@@ -219,7 +222,7 @@ def example_sources(args: TrainArgs) -> dict[str, dict[str, RowSource]]:
 def example_folders(args: TrainArgs) -> dict[str, Path]:
     """dataset -> the folder of its files."""
     return {
-        name: source.parent if isinstance(source, Path) else source.loaded.folder
+        name: source.parent if isinstance(source, Path) else source.folder
         for name, splits in example_sources(args).items()
         for source in splits.values()
     }

@@ -247,6 +247,8 @@ def evaluate_losses(evaluation: Evaluation) -> Losses:
     elif run.validation_file:
         path = Path(run.validation_file)
         return {path.stem: example_loss(evaluation, path)}
+    elif run.train_file:
+        return {name: example_loss(evaluation, splits["val"]) for name, splits in example_sources(run).items()}
     else:
         names = tuple(name for streams in run.mixture for name in streams)
 

@@ -398,7 +398,7 @@ def changed_drawing(before: TrainArgs, args: TrainArgs) -> list[str]:
 
 def val_hashes(args: TrainArgs, data: run_dir.Fingerprints) -> list[str]:
     """The fingerprints of the files that val_loss is measured on."""
-    start = Path(args.validation_file).name if args.train_file else "val"
+    start = Path(args.validation_file).name if args.validation_file else "val"
     return sorted(
         fingerprint
         for files in data.values()

@@ -70,7 +70,10 @@ EXAMPLES = OnlyWith(
     f"--objective={'|'.join(name for name, spec in OBJECTIVES.items() if spec.reads_examples)}",
     lambda args: OBJECTIVES[args.objective].reads_examples,
 )
-HUB = OnlyWith("--dataset=hf:NAME", lambda args: bool(args.hub_names))
+SHARED_ROWS = OnlyWith(
+    "--dataset=hf:NAME, or --train_file without --validation_file",
+    lambda args: bool(args.hub_names or (args.train_file and not args.validation_file)),
+)
 EXAMPLES_OF_NEW_RUN = OnlyWith(
     f"{EXAMPLES.description}, and not --init_from=resume, which keeps its run's template",
     lambda args: EXAMPLES.holds(args) and args.init_from != "resume",
@@ -142,10 +145,12 @@ class DataArgs:
         needs=with_value("training_mode", "single"), path=True)
     train_file: str = arg("", "training examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's train.jsonl)",
         needs=EXAMPLES, path=True)
-    validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl)",
+    validation_file: str = arg("", "validation examples: JSONL, JSON, CSV, TSV, parquet (none: dataset's val.jsonl, "
+        "or with train_file a part of that)",
         needs=EXAMPLES, path=True)
-    val_fraction: float = arg(0.1, "fraction of the rows of an hf: dataset for validation, by a hash of each, "
-        "where it has no validation or test split", above=0, high=0.5, needs=HUB)
+    val_fraction: float = arg(0.1, "fraction of the rows for validation, by a hash of each: of train_file "
+        "without validation_file, of an hf: dataset without a validation or test split",
+        above=0, high=0.5, needs=SHARED_ROWS)
     columns: tuple[str, ...] = arg((), "columns of the examples as FIELD=COLUMN: prompt=question,completion=answer "
         "(none: by the names of TRL, ShareGPT, Alpaca)", needs=EXAMPLES, val_loss=ALWAYS, alias=("column_map",))
     overflow: str = arg("error", "what to do with examples longer than block_size (max_tokens, with --prompt_format)",
@@ -894,8 +899,8 @@ def example_errors(args: TrainArgs) -> Iterator[str]:
         yield f"--objective={args.objective}: reads examples; use --training_mode=single or multidataset"
     if args.multidataset_wte:
         yield f"--multidataset_wte: --objective={args.objective} works with a single vocabulary only"
-    if bool(args.train_file) != bool(args.validation_file):
-        yield "--train_file, --validation_file: set both, or neither to use the dataset's own"
+    if args.validation_file and not args.train_file:
+        yield "--validation_file: requires --train_file; without both, the dataset's own are read"
     if args.train_file and args.training_mode != "single":
         yield "--train_file: requires --training_mode=single"
     yield from columns_errors(args)

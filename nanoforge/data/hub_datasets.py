@@ -9,11 +9,8 @@ What was loaded once is read from the cache of `datasets`, also without a networ
 `datasets` is imported when it is used.
 """
 
-import datetime
 import functools
-import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanoforge.data.row_splits import SIDES, RowSplit, choose_val_rows, describe_share, select
 from nanoforge.data.tables import Row
 from nanoforge.errors import UserError, did_you_mean
 
@@ -179,8 +177,8 @@ def check_revision(source: HubDataset, commit: str) -> None:
 
 
 @dataclass(frozen=True)
-class HubSplit:
-    """The rows for training, or those for validation, in the dataset's order."""
+class HubSplit(RowSplit):
+    """One side of a dataset of the hub."""
 
     dataset: HubDataset
     side: str  # train or val
@@ -194,6 +192,10 @@ class HubSplit:
     def loaded(self) -> LoadedDataset:
         """The dataset. Raises UserError."""
         return load(self.dataset.name, self.dataset.config, self.dataset.revision)
+
+    @property
+    def folder(self) -> Path:
+        return self.loaded.folder
 
     @functools.cached_property
     def split_names(self) -> tuple[str, str]:
@@ -214,10 +216,8 @@ class HubSplit:
             rows = self.iter_split(val_split if self.side == "val" else split)
             yield from enumerate(rows, start=1)
             return
-        is_val = choose_val_rows(self.dataset, split, self.val_fraction)
-        for number, row in enumerate(self.iter_split(split), start=1):
-            if is_val[number - 1] == (self.side == "val"):
-                yield number, row
+        is_val = choose_hub_rows(self.dataset, split, self.val_fraction)
+        yield from select(enumerate(self.iter_split(split), start=1), is_val, self.side)
 
     def iter_split(self, text: str) -> Iterator[Row]:
         """The rows of a split, or of parts of splits as the library writes them: train[:10%]+test. Raises UserError."""
@@ -236,38 +236,19 @@ class HubSplit:
         except Exception as error:  # of a file that is damaged, or gone from the cache
             raise loading_error(self.dataset, f", {text}", error) from None
 
-    def fingerprint(self) -> str:
-        """The number of rows, and a hash of them that no cache or file format changes."""
-        n_rows = 0
-        digest = hashlib.sha256()
-        for _, row in self.numbered_rows():
-            n_rows += 1
-            digest.update(encode_row(row))
-        return f"{n_rows} rows, {digest.hexdigest()[:16]}"
-
     def describe(self) -> str:
         """Where the rows come from: the commit, the split, the part of it."""
         split, val_split = self.split_names
         commit = f" at {self.loaded.commit[:12]}" if self.loaded.commit else ""
         if val_split:
             return f"{self.dataset}{commit}, {val_split if self.side == 'val' else split}"
-        share = self.val_fraction if self.side == "val" else 1 - self.val_fraction
-        use = "validation, " if self.side == "val" else ""
-        return f"{self.dataset}{commit}, {use}{share:.3g} of {split} by a hash of each row (--val_fraction)"
+        return f"{self.dataset}{commit}, {describe_share(self.side, self.val_fraction, split)}"
 
 
 @functools.lru_cache(maxsize=32)
-def choose_val_rows(dataset: HubDataset, split: str, val_fraction: float) -> Sequence[bool]:
-    """Of each row of a split whether it is for validation: those with the smallest hashes, so that equal rows are on
-    the same side; at least one row, and not all. Raises UserError."""
-    keys = [hash_row(row) for row in HubSplit(dataset, "train", val_fraction).iter_split(split)]
-    if len(set(keys)) < 2:
-        raise UserError(f"{dataset}: needs two different rows, one to train on and one for validation")
-    n_val = max(1, round(val_fraction * len(keys)))
-    largest = sorted(keys)[n_val - 1]
-    if largest == max(keys):
-        largest = max(key for key in keys if key < largest)
-    return [key <= largest for key in keys]
+def choose_hub_rows(dataset: HubDataset, split: str, val_fraction: float) -> Sequence[bool]:
+    """As choose_val_rows, of a split."""
+    return choose_val_rows(HubSplit(dataset, "train", val_fraction).iter_split(split), val_fraction, dataset)
 
 
 def check_split(dataset: HubDataset, text: str, names: Sequence[str]) -> None:
@@ -282,25 +263,10 @@ def check_split(dataset: HubDataset, text: str, names: Sequence[str]) -> None:
             )
 
 
-def encode_row(row: Row) -> bytes:
-    return json.dumps(row, sort_keys=True, default=encode_value).encode() + b"\n"
-
-
-def encode_value(value: object) -> str:
-    """What JSON has no form for: dates and numbers as text; of pictures and the like, which are not read, the kind."""
-    is_text = isinstance(value, datetime.date | datetime.time | datetime.timedelta | bytes)
-    return str(value) if is_text else type(value).__name__
-
-
-def hash_row(row: Row) -> int:
-    """A hash of a row, below 2^64: equal rows are on the same side."""
-    return int.from_bytes(hashlib.blake2b(encode_row(row), digest_size=8).digest(), "big")
-
-
 def sides(name: str, val_fraction: float) -> dict[str, HubSplit]:
     """train and val of an hf:NAME. Raises UserError."""
     dataset = HubDataset.parse(name)
-    return {side: HubSplit(dataset, side, val_fraction) for side in ("train", "val")}
+    return {side: HubSplit(dataset, side, val_fraction) for side in SIDES}
 
 
 def preload(names: Iterable[str]) -> None:

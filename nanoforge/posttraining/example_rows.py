@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge.data import tables
-from nanoforge.data.hub_datasets import HubSplit
+from nanoforge.data.row_splits import RowSplit
 from nanoforge.data.tables import Row, check_text, preview
 from nanoforge.errors import UserError
 from nanoforge.posttraining import row_shapes
@@ -281,12 +281,12 @@ class ExampleRows(NamedTuple):
     notes: list[str]
 
 
-RowSource = Path | HubSplit
+RowSource = Path | RowSplit
 
 
 def numbered_rows(source: RowSource) -> Iterator[tuple[int, Row]]:
-    """(line, row) of a file, or (number, row) of a dataset of the hub. Raises UserError."""
-    return source.numbered_rows() if isinstance(source, HubSplit) else tables.numbered_rows(source)
+    """(line, row) of a file or of a split of rows. Raises UserError."""
+    return source.numbered_rows() if isinstance(source, RowSplit) else tables.numbered_rows(source)
 
 
 def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = "error") -> ExampleRows:
@@ -318,8 +318,8 @@ def read_example_rows(source: RowSource, row_format: RowFormat, bad_rows: str = 
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "has no rows"
         raise UserError(f"{source}: {reason}")
     notes = [f"{source}: {count} rows also have {name}, which is not read" for name, count in unread.items()]
-    if report.is_mapped or isinstance(source, HubSplit):
-        where = source.describe() if isinstance(source, HubSplit) else str(source)
+    if report.is_mapped or isinstance(source, RowSplit):
+        where = source.describe() if isinstance(source, RowSplit) else str(source)
         others = "also there, for rewards" if row_format.example_type == "prompt_only" else "not read"
         notes = report.describe(where, others, TEMPLATE_COLUMNS if row_format.has_chat_template else ())
     if skipped:

@@ -189,6 +189,9 @@ def val_fraction(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     flags = ["--objective=sft", "--block_size=8", f"--dataset=hf:{tmp_path}/saved"]
     record = run(*flags, "--val_fraction=0.5", name="half").config["_data"]
     assert [file.partition(",")[0] for files in record.values() for file in files.values()] == ["10 rows", "10 rows"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = run(*flags[:2], f"--train_file={tmp_path}/a.jsonl", "--val_fraction=0.5", name="file").config["_data"]
+    assert list(file["a"].values()) == list(record[f"hf:{tmp_path}/saved"].values()), "of a lone file too"
     record = run(*flags, name="tenth").config["_data"]
     assert [file.partition(",")[0] for files in record.values() for file in files.values()] == ["18 rows", "2 rows"]
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoforge.data import hub_datasets
+from nanoforge.data import hub_datasets, row_splits
 from nanoforge.data.hub_datasets import HubDataset
 from nanoforge.errors import UserError
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", value=True)
     hub_datasets.load.cache_clear()
-    hub_datasets.choose_val_rows.cache_clear()
+    hub_datasets.choose_hub_rows.cache_clear()
     return folder
 
 
@@ -123,6 +123,19 @@ def test_without_a_split_for_validation_a_share_of_the_rows_is_put_aside(tmp_pat
         rows_of(f"hf:{same}")
 
 
+def test_a_file_without_another_for_validation_is_divided_as_a_dataset_is(tmp_path: Path, cache: Path):
+    """The format does not matter; the numbers are those of the rows in the file."""
+    folder = write_folder(tmp_path / "f", train=ROWS)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for side in row_splits.SIDES:
+        hub_side = hub_datasets.sides(f"hf:{folder}", 0.2)[side]
+        for path in (tmp_path / "a.jsonl", folder / "data/train-00000-of-00001.parquet"):
+            file_side = row_splits.file_sides(path, 0.2)[side]
+            assert list(file_side.numbered_rows()) == list(hub_side.numbered_rows())
+            assert file_side.fingerprint() == hub_side.fingerprint()
+            assert len(list(file_side.numbered_rows())) == (8 if side == "val" else 32)
+
+
 def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path):
     """The library would give what it has, whatever revision is asked for."""
     write_cached(cache, "org/name", train=ROWS)
@@ -158,4 +171,4 @@ def test_a_corpus_and_examples_read_the_same_rows(tmp_path: Path, cache: Path):
 def test_values_that_json_has_no_form_for_have_the_same_hash_every_time():
     """Of a picture only the kind counts: its repr has an address."""
     row = {"a": 1, "image": SimpleNamespace(), "bytes": b"x"}
-    assert hub_datasets.hash_row(row) == hub_datasets.hash_row({"bytes": b"x", "image": SimpleNamespace(), "a": 1})
+    assert row_splits.hash_row(row) == row_splits.hash_row({"bytes": b"x", "image": SimpleNamespace(), "a": 1})
