@@ -286,21 +286,41 @@ def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(
     assert (extended.bos_id, extended.end_ids) == (tokenizer.bos_id, tokenizer.end_ids)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def as_llama_2(path: Path) -> None:
+    """Rewrite a tokenizer.json to what Llama 2 has: a normalizer marks the start, a template puts BOS before a text."""
+    spec = json.loads(path.read_text())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    spec["pre_tokenizer"] = None
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama 2", "t5"])
 def test_hugging_faces_conversions_of_sentencepiece(tmp_path: Path, kind: str):
-    """As Llama 2 and T5 have them in tokenizer.json: the normalizer of the one, Metaspace of the other."""
-    ids = {} if kind == "bpe" else {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # T5's
-    path = train_sentencepiece(tmp_path, **KINDS[kind], **ids)
+    options = KINDS["unigram"] | {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if kind == "t5" else KINDS["bpe"]
+    path = train_sentencepiece(tmp_path, **options)
     folder = tmp_path / "converted"
-    convert = transformers.LlamaTokenizer if kind == "bpe" else transformers.T5Tokenizer
+    convert = transformers.T5Tokenizer if kind == "t5" else transformers.LlamaTokenizer
     convert.from_pretrained(path.parent).save_pretrained(folder)
+    from_model = model_tokenizers.load(str(path))
     path.unlink()
+    if kind == "llama 2":
+        as_llama_2(folder / "tokenizer.json")
+        for text in TEXTS[:4]:
+            assert model_tokenizers.load(str(folder)).encode(text).tolist() == from_model.encode(text).tolist()
     loaded = check_against_transformers(folder, [text for text in TEXTS if "<s>" not in text])
     spelled = " ".join(loaded.added_ids)
     assert set(loaded.encode(spelled).tolist()) & {*loaded.added_ids.values()} <= {loaded.added_ids["<unk>"]}
     whole = loaded.encode("low newest def the").tolist()
     assert np.concatenate([loaded.encode("low newest"), loaded.encode_continuation(" def the")]).tolist() == whole
     assert loaded.decode(whole[:1]) + loaded.decode_continuation(whole[1:]) == loaded.decode(whole)
+    assert loaded.bos_id == (1 if kind == "llama 2" else None)
 
 
 def write_tiny_llama(path: Path, model: Path, **options: Any) -> None:
