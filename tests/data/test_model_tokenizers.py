@@ -38,7 +38,8 @@ CORPUS = [
 def train_byte_level(pre_tokenizer: Any, normalizer: Any = None, n_ids: int = 400) -> Any:
     """A byte-level BPE with the control tokens of a chat model, of the `tokenizers` library."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer is None)
+    splits_words = isinstance(pre_tokenizer, tokenizers.pre_tokenizers.Split)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits_words)
     parts = [byte_level] if pre_tokenizer is None else [pre_tokenizer, byte_level]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
     if normalizer is not None:
@@ -183,6 +184,46 @@ def test_smollm2_from_gguf_is_llama_cpps():
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (None, 2, (2, 0))
     assert (tokenizer.vocab_size, len(tokenizer.added_ids)) == (49152, 17)
     assert tokenizer.special_tokens["bos_token"] == "<|im_start|>" in tokenizer.chat_template
+
+
+def byte_level_metadata(tokenizer: Any, pre: str) -> dict[str, Any]:
+    """The keys of a .gguf file for a byte-level BPE of the `tokenizers` library."""
+    spec = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(spec["vocab"], key=spec["vocab"].get)
+    metadata = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+        "merges": [" ".join(merge) for merge in spec["merges"]],
+        "eos_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+
+
+def test_a_tokenizer_is_the_same_from_whatever_file(tmp_path: Path):
+    """By its ids: of the splits of a text by name only the right one gives the same."""
+    digits, _ = pre_tokenizers()["smollm"]
+    tokenizers_of = {"gpt-2": train_byte_level(None), "smollm": train_byte_level(digits)}
+    for pre, trained in tokenizers_of.items():
+        save_fast(tmp_path / pre, trained, eos_token="<|endoftext|>")
+        loaded = model_tokenizers.load(str(tmp_path / pre))
+        for other in ("gpt-2", "llama-bpe", "smollm", "falcon"):
+            from_gguf = model_tokenizers.from_gguf(byte_level_metadata(trained, other))
+            assert tokenization.same_tokenizer(loaded, from_gguf) == (other == pre)
+    by_name = [tokenization.BPETokenizer(json.loads(trained.to_str())) for trained in tokenizers_of.values()]
+    assert not tokenization.same_tokenizer(*by_name)
+
+
+def test_tokens_that_end_a_completion_in_llama_cpp_are_control_tokens():
+    metadata = byte_level_metadata(train_byte_level(None), "gpt-2")
+    metadata["tokenizer.ggml.tokens"].append("<end_of_turn>")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    metadata["tokenizer.ggml.eot_token_id"] = 2
+    tokenizer = model_tokenizers.from_gguf(metadata)
+    last = tokenizer.vocab_size - 1
+    assert tokenizer.added_ids["<end_of_turn>"] == last not in tokenizer.encode("<end_of_turn>")
+    assert tokenizer.end_ids == (0, 2, last)
 
 
 def llama_cpp_server(path: Path) -> Any:
@@ -416,8 +457,6 @@ def test_gpt2_is_one_tokenizer_from_whatever_files(tmp_path: Path, monkeypatch: 
     metadata["tokenizer.ggml.add_bos_token"] = True
     with_bos = model_tokenizers.from_gguf(metadata)
     assert with_bos.bos_id == 50256 and not tokenization.same_tokenizer(gpt2, with_bos)
-    metadata["tokenizer.ggml.pre"] = "qwen2"
-    assert not tokenization.same_tokenizer(loaded[1], model_tokenizers.from_gguf(metadata))
 
 
 def test_llama_3s_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
