@@ -97,7 +97,7 @@ class KVCache:
 
     Positions are a slice, the same of all sequences: attention then reads the tokens so far. Or they are `static_pos`,
     a tensor (1,) at a fixed address: attention reads all `size` slots behind a mask, in shapes that never change, as a
-    compiled step needs. Or they are a tensor (B, 1): each sequence has its own.
+    compiled step needs. Or they are a tensor (B, T): each sequence has its own.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, size: int):
@@ -140,9 +140,9 @@ class KVCache:
         """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            rows, columns = torch.arange(len(k), device=k.device), positions[:, 0]
-            keys[rows, :, columns] = k[:, :, 0]
-            values[rows, :, columns] = v[:, :, 0]
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, H_kv, D)
+            values[rows, :, positions] = v.transpose(1, 2)
             end = self.length
         else:
             keys[:, :, positions] = k

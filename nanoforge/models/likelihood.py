@@ -7,6 +7,7 @@ What sequences of a batch have in common at their beginnings (the question befor
 question) is read once, and the KV cache serves them all. Knows nothing of tasks, rows or metrics.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ class Row(NamedTuple):
     numbers: list[int]  # of the pairs that end in another last token only, such as the choices A, B, C and D
     n_targets: int  # logits that are needed, at the end
 
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """The ids whose logits are not needed."""
+        return self.ids[: len(self.ids) - self.n_targets]
+
 
 @torch.no_grad()
 def score_continuations(
@@ -118,7 +124,7 @@ def score_continuations(
 
 
 def make_rows(model: nn.Module, pairs: Sequence[Pair]) -> list[Row]:
-    """The sequences to read: the longest first, those of one context together. Raises UserError."""
+    """The sequences to read: those of one context together, the longest contexts first. Raises UserError."""
     config: Any = model.config
     vocab_rows = model.get_parameter("wte.weight").size(0)
     numbers_of: dict[tuple[int, ...], list[int]] = {}
@@ -128,12 +134,12 @@ def make_rows(model: nn.Module, pairs: Sequence[Pair]) -> list[Row]:
         read = cut_context([*context, *continuation][:-1], config.block_size, vocab_rows, halve=False)
         numbers_of.setdefault(tuple(read), []).append(number)
 
-    rows_of: dict[tuple[int, ...], list[Row]] = {}  # of each context
+    rows_of: dict[tuple[int, ...], list[Row]] = {}  # of each beginning
     for ids, numbers in numbers_of.items():
         row = Row(ids, numbers, max(len(pairs[number].continuation) for number in numbers))
-        rows_of.setdefault(ids[: len(ids) + 1 - row.n_targets], []).append(row)
-    groups = [sorted(rows, key=lambda row: -len(row.ids)) for rows in rows_of.values()]
-    groups.sort(key=lambda rows: -len(rows[0].ids))
+        rows_of.setdefault(row.beginning, []).append(row)
+    groups = [sorted(rows, key=lambda row: -row.n_targets) for rows in rows_of.values()]
+    groups.sort(key=lambda rows: (-len(rows[0].beginning), -rows[0].n_targets))
     return [row for rows in groups for row in rows]
 
 
@@ -182,44 +188,52 @@ def score_rows(model: nn.Module, rows: Sequence[Row], continuations: dict[int, S
 
 def read_rows(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     """The logits at the last n_targets tokens of each row, one row after the other: (N, V)."""
-    # 1. The rows, padded at their ends, which causal attention never reads.
+    # 1. A row is its beginning, of which no logits are needed and which others may have too, and its rest.
+    beginnings = list(dict.fromkeys(row.beginning for row in rows))
+    common = common_beginning(beginnings)  # the examples before all questions
+    longest = max(map(len, beginnings))
+    n_split = len(common) + len(beginnings) * (longest - len(common)) + len(rows) * max(row.n_targets for row in rows)
+    if n_split >= len(rows) * max(len(row.ids) for row in rows):  # tokens to read
+        beginnings, common, longest = [()], (), 0
+    number_of = {beginning: number for number, beginning in enumerate(beginnings)}
+    numbers = [number_of.get(row.beginning, 0) for row in rows]
+
+    # 2. Read what all begin with, then the beginnings. Padding lies behind what a row's rest may see.
     device = device_of(model)
-    lengths = np.array([len(row.ids) for row in rows])
-    first_needed = lengths - np.array([row.n_targets for row in rows])
-    columns = np.arange(lengths.max())
-    idx = np.zeros((len(rows), len(columns)), dtype=np.int64)
-    is_token = columns < lengths[:, None]
-    idx[is_token] = np.concatenate([row.ids for row in rows])
-    is_needed = is_token & (columns >= first_needed[:, None])
+    rests = [row.ids[len(beginnings[number]) :] for row, number in zip(rows, numbers, strict=True)]
+    width = max(map(len, rests))
+    cache = KVCache(model, 1, longest + width) if longest else None
+    for parts in ([common], [beginning[len(common) :] for beginning in beginnings]):
+        if cache is not None and any(parts):
+            cache.select(torch.zeros(len(parts), dtype=torch.long, device=device))
+            n_read = max(map(len, parts))
+            model(pad(parts, device), cache=cache, position_ids=cache.advance(n_read), logits_at=slice(0))
 
-    # 2. Read their beginnings once; each row continues from its own.
-    start = shared_length(idx, limit=int(first_needed.min()))
-    cache = None
-    if start:
-        beginnings, row_of = np.unique(idx[:, :start], axis=0, return_inverse=True)
-        cache = KVCache(model, len(beginnings), len(columns))
-        prefix = torch.from_numpy(beginnings).to(device)
-        model(prefix, cache=cache, position_ids=cache.advance(start), logits_at=slice(0))
-        cache.select(torch.from_numpy(row_of).to(device))
-
-    # 3. Read the rest, where all the logits that are needed lie.
-    rest = torch.from_numpy(idx[:, start:]).to(device)
-    logits_at = torch.from_numpy(is_needed[:, start:]).to(device)
-    return model(rest, cache=cache, position_ids=slice(start, len(columns)), logits_at=logits_at)
+    # 3. Read the rests, each at its own positions. Padding repeats the last token at its position.
+    lengths = torch.tensor([len(rest) for rest in rests], device=device)[:, None]
+    columns = torch.arange(width, device=device)
+    positions: Tensor | slice = slice(0, width)
+    if cache is not None:
+        cache.select(torch.tensor(numbers, device=device))
+        cache.advance(width)
+        starts = torch.tensor([len(beginnings[number]) for number in numbers], device=device)[:, None]
+        positions = starts + torch.minimum(columns, lengths - 1)
+    n_targets = torch.tensor([row.n_targets for row in rows], device=device)[:, None]
+    is_needed = (columns >= lengths - n_targets) & (columns < lengths)
+    return model(pad(rests, device), cache=cache, position_ids=positions, logits_at=is_needed)
 
 
-def shared_length(idx: np.ndarray, limit: int) -> int:
-    """The length of the beginnings, at most `limit`, with which the fewest tokens are read. idx: (B, T).
+def common_beginning(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What several sequences begin with: the first and the last in order have no more in common than all."""
+    first, last = min(sequences), max(sequences)
+    if len(sequences) == 1:
+        return ()
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return tuple(pair[0] for pair in pairs)
 
-    With it each different beginning is read once, and the rest of every row.
-    """
-    n_rows, width = idx.shape
-    ordered = idx[np.lexsort(idx.T[::-1])]
-    n_common = np.cumprod(ordered[1:] == ordered[:-1], axis=1).sum(1)  # (B - 1,) tokens that neighbours begin with
-    best, fewest = 0, n_rows * width
-    for length in np.unique(n_common.clip(max=limit)).tolist():
-        n_beginnings = 1 + int((n_common < length).sum())
-        n_read = n_beginnings * length + n_rows * (width - length)
-        if n_read < fewest:
-            best, fewest = length, n_read
-    return best
+
+def pad(parts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T): each row padded at its end with its last id, with 0 if it is empty."""
+    width = max(map(len, parts))
+    padded = [[*part, *itertools.repeat(part[-1] if part else 0, width - len(part))] for part in parts]
+    return torch.tensor(padded, dtype=torch.long, device=device)

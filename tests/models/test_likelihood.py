@@ -74,6 +74,10 @@ def test_what_sequences_have_in_common_is_read_once():
     pairs = [Pair(range(20), [i, i + 1, i + 2]) for i in range(3)] + [Pair(range(20), [30 + i]) for i in range(4)]
     score_continuations(model, pairs, batch_size=64)
     assert shapes == [(1, 19), (4, 3)]
+    shapes.clear()
+    pairs = [Pair([*range(15), *tail], [i]) for tail in ([20], [21, 22, 23]) for i in (3, 4)]
+    score_continuations(model, [*pairs, Pair([*range(15), 20], [3, 4, 5])], batch_size=64)
+    assert shapes == [(1, 15), (2, 2), (3, 3)], "what both begin with, the rest of each question, the answers"
 
 
 def test_a_batch_has_no_more_logits_than_fit(monkeypatch: pytest.MonkeyPatch):
