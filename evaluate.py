@@ -276,6 +276,11 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
     objective, with its reference model. Raises UserError."""
     args, loaded, folder = evaluation.args, evaluation.loaded, evaluation.loaded.folder
     assert folder is not None
+    if args.chat_template or args.chat_template_kwargs:
+        raise UserError(
+            f"--chat_template: the metrics of a run with --objective={run.objective} are those of its own template; "
+            "give --tasks or --datasets, or leave it out"
+        )
     batch_size = min(args.batch_size, args.max_windows or args.batch_size)
     run_args = dataclasses.replace(
         run,

@@ -108,6 +108,9 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
         yield "--prompt_dir: needs --fields, a JSON object for each prompt"
     if args.chat and not start_is_set and source["num_samples"] != "default":
         yield "--num_samples: has no effect on a conversation; give the user's message as --start"
+    for name in ("chat_template", "chat_template_kwargs"):
+        if getattr(args, name) and not args.chat:
+            yield f"--{name}: has an effect only with --chat"
     if args.prompt_dir and args.chat:
         yield "--chat: has no effect with --prompt_dir; use --fields"
     if not args.start or "" in args.start:

@@ -153,6 +153,8 @@ def test_preferences_and_rewards_are_evaluated_as_in_training(
     (metrics,) = run_evaluate(*evaluate_flags)["losses"].values()
     logged = {name: value for name, value in done.evals[-1].items() if name.startswith("val_")}
     assert metrics == pytest.approx(logged, rel=1e-4, abs=1e-5) and len(metrics) > 2
+    with pytest.raises(UserError, match="--chat_template"):
+        run_evaluate(*evaluate_flags, "--chat_template_kwargs", '{"x": 1}', f"--chat_template={__file__}")
 
 
 def test_the_loss_of_examples_is_that_of_the_completions(base: Path, data_dir: Path):
