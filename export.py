@@ -11,7 +11,7 @@ gguf: a file that llama.cpp runs, with the model and its tokenizer (docs/export.
 consolidate: the shards of an FSDP run as one model.safetensors, beside them or in another folder. This runs on the CPU;
 the file is read back and compared with the shards.
 merge: a LoRA merged into its base, as weights for --init_from.
-peft: a LoRA on a GPT-2 in the layout of the `peft` library, for transformers' GPT2LMHeadModel with the same base.
+peft: a LoRA or a soft prompt in the layout of the `peft` library, for the model of transformers with the same base.
 The folder is a checkpoint's, or a run's: its best checkpoint (consolidate: its last).
 """
 
@@ -81,7 +81,6 @@ if __name__ == "__main__":
     REQUEST = parse(sys.argv[1:])
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -94,8 +93,9 @@ from model import GPTConfig
 from nanoforge import files
 from nanoforge.data import tokenization, tokenizer_export
 from nanoforge.errors import UserError
-from nanoforge.files import atomic_write, write_json
-from nanoforge.models import gguf_export, hf_export, model_card, pretrained
+from nanoforge.files import atomic_write
+from nanoforge.models import gguf_export, hf_export, model_card, peft_export, pretrained
+from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
@@ -116,7 +116,7 @@ def main(request: Request) -> None:
     elif request.action == "merge":
         path = merge(folder, to, dtype, request.args.base_model)
     else:
-        path = export_peft(folder, to, dtype, request.args.base_model)
+        path, note = export_peft(folder, to, dtype, request.args.base_model)
     print(f"{path}: {path.stat().st_size / 2**20:,.1f} MB{note}")
 
 
@@ -225,89 +225,34 @@ def merge(folder: Path, to: Path, dtype: torch.dtype, base_model: str) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the peft library
-
-NEW_ROWS = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"  # peft's name: they are no delta
-# Applied one after the other: the name in model.py -> the name in peft's adapter of a GPT2LMHeadModel.
-PEFT_PATTERNS = (
-    (r"^blocks\.(\d+)\.", r"base_model.model.transformer.h.\1."),
-    (r"\.attn\.qkv\.", ".attn.c_attn."),
-    (r"\.mlp\.up\.", ".mlp.c_fc."),
-    (r"\.proj\.", ".c_proj."),
-    (r"\.(lora_[AB])$", r".\1.weight"),
-    (r"^wte\.new_rows$", NEW_ROWS),
-)
-PEFT_LAYER = re.compile(r"\.h\.\d+\.(?P<layer>.*)\.lora_[AB]\.weight$")
-
-# The shape of a GPT-2, which is all that transformers can put the adapter on.
-GPT2_SHAPE = {
-    "norm": "layernorm",
-    "position": "learned",
-    "mlp": "plain",
-    "qk_norm": False,
-    "bias": True,
-    "tie_weights": True,
-    "logit_softcap": 0.0,
-    "window": "L",
-    "embedding_norm": False,
-    "value_residual": False,
-    "residual_scalars": False,
-}
-
-
-def export_peft(folder: Path, to: Path, dtype: torch.dtype, base_model: str) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors. Raises UserError for a model that is not a GPT-2."""
-    folder, record = find_lora(folder)
-    shape = record.model
-    variants = [f"{name}={shape[name]}" for name, value in GPT2_SHAPE.items() if shape.get(name, value) != value]
-    if shape["n_kv_head"] not in (0, shape["n_head"]):
-        variants.append(f"n_kv_head={shape['n_kv_head']}")
-    if variants:
-        raise UserError(
-            f"{folder}: not a GPT-2 ({', '.join(variants)}), and transformers has no other class for it; use merge"
-        )
-    tensors = {}
-    for name, tensor in checkpoint.load_tensors(folder, "model").items():
-        tensors[peft_name(name)] = tensor.to(dtype).contiguous()
-    config = peft_config(record, list(tensors))
+def export_peft(folder: Path, to: Path, dtype: torch.dtype, base_model: str) -> tuple[Path, str]:
+    """Write an adapter for the `peft` library; its path, and what the base needs before. Raises UserError."""
+    folder = find_checkpoint(folder, "best")
+    record = RunRecord.load(folder)
+    if record.args.get("adapter", "none") == "none":
+        raise UserError(f"{folder}: not a run with --adapter=lora or --adapter=soft_prompt")
+    source = record.base["source"]
     if base_model:
-        config["base_model_name_or_path"] = pretrained.load_base(folder, record, base_model=base_model).source
-    if NEW_ROWS in tensors:
-        vocab_size = sum(tokenizer.vocab_size for tokenizer in tokenization.load(folder / "tokenizer.json").values())
-        config["trainable_token_indices"] = list(range(vocab_size - len(tensors[NEW_ROWS]), vocab_size))
-        print(f"the base needs {record.model['vocab_sizes'][0]} rows before peft loads it: resize_token_embeddings")
-
+        source = pretrained.load_base(folder, record, base_model=base_model).source
+    (tokenizer,) = tokenization.load(folder / "tokenizer.json").values()
+    shape = GPTConfig(**known_fields(pretrained.shape_of_record(record), str(folder)))
+    adapter = peft_export.Adapter(
+        record=record,
+        weights=checkpoint.load_tensors(folder, "model"),
+        shape=dataclasses.asdict(shape),
+        tokenizer=tokenizer,
+        source=source,
+        prompt_is_first=prompt_is_first(record.args["prompt_format"]),
+    )
     prepare(to)
-    path = to / "adapter_model.safetensors"
-    with atomic_write(path) as tmp_path:
-        save_file(tensors, tmp_path, metadata={"format": "pt"})
-    write_json(to / "adapter_config.json", config)
-    return path
+    return peft_export.write_adapter(to, adapter, dtype)
 
 
-def peft_name(name: str) -> str:
-    """The name of a LoRA's parameter in peft's files."""
-    for pattern, replacement in PEFT_PATTERNS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def peft_config(record: RunRecord, peft_names: list[str]) -> dict[str, object]:
-    """adapter_config.json."""
-    layers = {match["layer"] for match in map(PEFT_LAYER.search, peft_names) if match}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": record.base["source"],
-        "r": record.args["lora_rank"],
-        "lora_alpha": record.args["lora_alpha"],
-        "lora_dropout": record.args["lora_dropout"],
-        "target_modules": sorted(layers),
-        "fan_in_fan_out": True,
-        "bias": "none",
-        "inference_mode": True,
-    }
+def prompt_is_first(template: str) -> bool:
+    """Whether a prompt format has its virtual tokens before everything else."""
+    pieces = prompt_format.parse(template).pieces if template else ()
+    is_virtual = [isinstance(piece, prompt_format.VirtualTokens | prompt_format.InitText) for piece in pieces]
+    return is_virtual == sorted(is_virtual, reverse=True)
 
 
 if __name__ == "__main__":

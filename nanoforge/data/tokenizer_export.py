@@ -25,6 +25,7 @@ from nanoforge.data.tokenization import (
 )
 from nanoforge.errors import UserError
 
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # of transformers: any tokenizer.json
 Spec = dict[str, Any]  # the JSON of a tokenizer of the library
 
 
@@ -285,7 +286,7 @@ def begins_with(spec: Spec, token_id: int) -> bool:
     return ids[:1] == [token_id]
 
 
-def load_spec(spec: Spec) -> Any:
+def load_spec(spec: Mapping[str, Any]) -> Any:
     """The library's tokenizer. Raises UserError."""
     try:
         import tokenizers
@@ -350,7 +351,7 @@ def write_tokenizer(to: Path, tokenizer: Tokenizer, block_size: int, roles: Mapp
     if misplaced:
         raise UserError(f"tokenizer.json: {misplaced[0]} would have the id {library.token_to_id(misplaced[0])}")
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": TOKENIZER_CLASS,
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",

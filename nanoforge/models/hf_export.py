@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanoforge.data.tokenization import Tokenizer
+from nanoforge.data.tokenizer_export import TOKENIZER_CLASS
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, read_text, write_json, write_text
 from nanoforge.models import families, pretrained
@@ -100,9 +101,9 @@ def self_contained(program: Program) -> str:
     return re.sub(r"\bTrainArgs\.(\w+)", lambda match: repr(program.defaults[match[1]]), text)
 
 
-def custom_config(shape: Shape) -> dict[str, Any]:
-    """config.json of a model that goes with its own source. Raises UserError for several vocabularies."""
-    gpt = {name: value for name, value in shape.items() if name not in NOT_OF_GPT}
+def custom_config(model: HFModel) -> dict[str, Any]:
+    """config.json of a model that goes with its own source."""
+    names = {} if model.tokenizer is None else {"tokenizer_class": TOKENIZER_CLASS}  # which pipelines look for
     return {
         "architectures": ["NanoforgeForCausalLM"],
         "model_type": pretrained.OWN_TYPE,
@@ -110,9 +111,10 @@ def custom_config(shape: Shape) -> dict[str, Any]:
             "AutoConfig": "configuration_nanoforge.NanoforgeConfig",
             "AutoModelForCausalLM": "modeling_nanoforge.NanoforgeForCausalLM",
         },
-        "gpt": gpt,
-        "vocab_size": sum(shape["vocab_sizes"]),
-        "tie_word_embeddings": shape["tie_weights"],
+        "gpt": {name: value for name, value in model.shape.items() if name not in NOT_OF_GPT},
+        "vocab_size": sum(model.shape["vocab_sizes"]),
+        "tie_word_embeddings": model.shape["tie_weights"],
+        **names,
     }
 
 
@@ -243,7 +245,7 @@ def neutral_sizes(weights: Mapping[str, Tensor], shape: Shape) -> dict[str, int]
 
 def config_of(model: HFModel, family: families.Family | None, dtype: torch.dtype) -> dict[str, Any]:
     """config.json."""
-    config = custom_config(model.shape) if family is None else family.write_config(model.shape)
+    config = custom_config(model) if family is None else family.write_config(model.shape)
     return {**config, "torch_dtype": str(dtype).removeprefix("torch."), **token_settings(model.tokenizer)}
 
 
