@@ -42,7 +42,12 @@ def build_tokenizer(name: str, vocab_size: int, read: Callable[[], Iterable[Text
     if name == "bpe":
         return BPETokenizer.train((chunk.text for chunk in read() if chunk.split == "train"), vocab_size)
     if Path(name).exists() or Path(name).suffix or hub.is_hub_name(name):
-        return model_tokenizers.load(name)
+        try:
+            return model_tokenizers.load(name)
+        except UserError as error:
+            raise UserError(
+                f"--tokenizer={error}" if str(error).startswith(name) else f"--tokenizer: {error}"
+            ) from None
     return TiktokenTokenizer.from_name(name)
 
 

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from nanoforge.errors import UserError, did_you_mean
 
+# What a model has beside its weights. All who fetch one ask for all of them: offline, a snapshot must be whole.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "*token*.json", "vocab.json", "merges.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "tekken.json"),
+)
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 

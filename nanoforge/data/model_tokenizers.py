@@ -31,27 +31,18 @@ from nanoforge.data.tokenization import (
 )
 from nanoforge.errors import UserError
 
-SETTINGS_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "config.json",
-    "chat_template.jinja",
-)
-
 
 def load(source: str) -> Tokenizer:
     """The tokenizer of a model's or run's folder, of a .gguf or tokenizer file, or of org/name[@revision] on the hub.
 
     Raises UserError.
     """
-    path = Path(source)
-    if hub.is_hub_name(source):
-        path = hub.fetch(source, [*SETTINGS_FILES, *FILES, "vocab.json", "added_tokens.json"])
+    error = hub.source_error(source)
+    if error:
+        raise UserError(f"{source}: {error}")
+    path = hub.fetch(source, hub.MODEL_FILES) if hub.is_hub_name(source) else Path(source)
     if path.is_file():
         return load_file(path)
-    if not path.is_dir():
-        raise UserError(f"{source}: no such file or folder")
     tokenizer = load_folder(path)
     if tokenizer is None:
         raise UserError(f"{source}: holds no tokenizer; one of {', '.join(FILES)} is needed")
@@ -257,7 +248,7 @@ def read_gpt2(path: Path, settings: Settings) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # SentencePiece
 
-CONTROL_PIECE, USER_PIECE = 3, 4  # types of pieces, also in .gguf files
+CONTROL_PIECE, USER_PIECE, UNUSED_PIECE = 3, 4, 5  # types of pieces, also in .gguf files
 
 
 def sentencepiece_proto() -> Any:
@@ -393,6 +384,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     missing = [f"tokenizer.ggml.{name}" for name in lists if name not in gguf]
     if missing:
         raise UserError(f"the .gguf file lacks {', '.join(missing)}; give the folder with the model's tokenizer")
+    gguf = without_padding(gguf)
     if model == "llama":
         gguf = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **gguf}
     tokenizer = GGUF_MODELS[model](gguf)
@@ -414,6 +406,16 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def without_padding(gguf: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys without the last tokens that only fill the rows of the model."""
+    types = gguf.get("token_type") or [1] * len(gguf["tokens"])
+    n_tokens = len(types)
+    while n_tokens and types[n_tokens - 1] == UNUSED_PIECE and gguf["tokens"][n_tokens - 1].startswith("[PAD"):
+        n_tokens -= 1
+    cut = {name: gguf[name][:n_tokens] for name in ("tokens", "scores") if name in gguf}
+    return {**gguf, **cut, "token_type": types[:n_tokens]}
+
+
 def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
     name = gguf.get("pre", "default")
     if name not in GGUF_SPLITS:
@@ -426,10 +428,9 @@ def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
     spec["model"]["ignore_merges"] = name in GGUF_WHOLE_WORDS
     if name == "qwen2":
         spec["normalizer"] = {"type": "NFC"}  # which the format can't say
-    types = gguf.get("token_type") or [1] * len(gguf["tokens"])
     spec["added_tokens"] = [
         {**ADDED_TOKEN, "id": i, "content": token, "special": kind == CONTROL_PIECE or token in END_NAMES}
-        for i, (token, kind) in enumerate(zip(gguf["tokens"], types, strict=True))
+        for i, (token, kind) in enumerate(zip(gguf["tokens"], gguf["token_type"], strict=True))
         if kind in (CONTROL_PIECE, USER_PIECE) or token in END_NAMES
     ]
     return BPETokenizer(spec)
@@ -438,8 +439,7 @@ def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
 def gguf_sentencepiece(gguf: Mapping[str, Any]) -> Tokenizer:
     """A SentencePiece BPE; of the Unigram kind are only encoders."""
     model = sentencepiece_proto().ModelProto()
-    types = gguf.get("token_type") or [1] * len(gguf["tokens"])
-    for token, score, kind in zip(gguf["tokens"], gguf["scores"], types, strict=True):
+    for token, score, kind in zip(gguf["tokens"], gguf["scores"], gguf["token_type"], strict=True):
         piece = (
             token.replace(" ", "\u2581") if kind == USER_PIECE else token
         )  # which llama.cpp's converter has replaced

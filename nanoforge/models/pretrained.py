@@ -94,11 +94,7 @@ def checkpoint_of_file(path: Path) -> Path:
     return path
 
 
-# Files of a model on the hub; consolidated.safetensors, onnx, gguf and other copies of its weights stay there.
-HUB_FILES = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "*token*.json", "vocab.json", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json"),
-)
+# Weights of a model on the hub; consolidated.safetensors, onnx, gguf and other copies of its weights stay there.
 HUB_SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 HUB_TORCH_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
@@ -109,10 +105,10 @@ def load_hub(name: str, log: Callable[[str], None] = print_line) -> Pretrained:
     Its source has the commit, so that the very same weights are found again, also offline.
     """
     try:
-        folder = hub.fetch(name, [*HUB_FILES, *HUB_SAFETENSORS])
+        folder = hub.fetch(name, [*hub.MODEL_FILES, *HUB_SAFETENSORS])
         commit = f"{name.partition('@')[0]}@{folder.name}"
         if not any(path for pattern in HUB_SAFETENSORS for path in folder.glob(pattern)):
-            hub.fetch(commit, [*HUB_FILES, *HUB_TORCH_FILES])
+            hub.fetch(commit, [*hub.MODEL_FILES, *HUB_TORCH_FILES])
     except UserError as error:
         raise UserError(f"--init_from={error}") from None
     try:

@@ -217,8 +217,8 @@ def test_a_tokenizer_is_the_same_from_whatever_file(tmp_path: Path):
 
 def test_tokens_that_end_a_completion_in_llama_cpp_are_control_tokens():
     metadata = byte_level_metadata(train_byte_level(None), "gpt-2")
-    metadata["tokenizer.ggml.tokens"].append("<end_of_turn>")
-    metadata["tokenizer.ggml.token_type"].append(1)
+    metadata["tokenizer.ggml.tokens"] += ["<end_of_turn>", "[PAD1]", "[PAD2]"]
+    metadata["tokenizer.ggml.token_type"] += [1, 5, 5]
     metadata["tokenizer.ggml.eot_token_id"] = 2
     tokenizer = model_tokenizers.from_gguf(metadata)
     last = tokenizer.vocab_size - 1
