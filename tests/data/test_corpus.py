@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,18 +33,18 @@ def key(text: str) -> bytes:
 HELD_OUT = sorted(DOCS, key=key)[:2]  # 2 and 3 are equally near to a tenth of 25
 
 
-def prepare(*flags, check=True, **options):
+def prepare(*flags: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess:
     return run_script(*flags, script="data/prepare.py", check=check, **options)
 
 
-def tokens(folder, split="train"):
+def tokens(folder: Path, split: str = "train") -> list[int]:
     return token_bins.TokenBin(folder, split, token_bins.read_meta(folder)).shards[0].open().tolist()
 
 
 @pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("name, counts", [("shakespeare_char", (1003854, 111540)), ("shakespeare", (301966, 36059))])
-def test_shakespeare_is_nanogpts(tmp_path: Path, name, counts):
+def test_shakespeare_is_nanogpts(tmp_path: Path, name: str, counts: tuple[int, int]):
     """Its prepare.py by hand: sorted characters or tiktoken's gpt2 over the first nine tenths."""
     env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
     path = SHARED / "tinyshakespeare/input.txt"
@@ -141,7 +142,7 @@ def test_one_text_is_split_by_position_and_streams(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("chunk_bytes", [7, 100, 2**17])
-def test_a_text_is_read_as_python_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes):
+def test_a_text_is_read_as_python_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int):
     """Any Unicode, a byte order mark and every kind of line end, cut anywhere."""
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "one.txt"
@@ -187,7 +188,7 @@ def test_the_chunks_of_a_text_change_no_token(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chars", ["abc \n", "aé€日👩 \n", "".join(map(chr, range(0x4E00, 0x4E00 + 70_000)))])
-def test_characters_of_any_text_are_numbered_in_their_order(tmp_path: Path, chars):
+def test_characters_of_any_text_are_numbered_in_their_order(tmp_path: Path, chars: str):
     """Python's sorted set and dict, as in nanoGPT's prepare.py, are the witness; 70,000 characters take uint32."""
     chars = "".join(char for char in chars if not "\ud800" <= char <= "\udfff")
     text = (chars * 3)[::-1]
@@ -400,7 +401,7 @@ def test_validation_text_of_ones_own_and_a_dataset_that_is_there(tmp_path: Path)
     (["--input=docs.jsonl", "--vocab_size=500"], "only with --tokenizer=bpe"),
     (["--input=hf:x"], "hf:x"),
 ])  # fmt: skip
-def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, flags, message):
+def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, flags: list[str], message: str):
     (tmp_path / "x.pdf").write_text("")
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": doc}) for doc in DOCS))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
@@ -484,7 +485,7 @@ def test_arithmetic_is_right_and_held_out(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_hub_datasets_stream_through_the_datasets_library(tmp_path: Path, name):
+def test_hub_datasets_stream_through_the_datasets_library(tmp_path: Path, name: str):
     """A stand-in for `datasets`, which can't reach the hub here, shows which dataset is asked for, and how."""
     (tmp_path / "datasets.py").write_text(
         "class config:\n"

@@ -19,7 +19,7 @@ def gpt2(monkeypatch: pytest.MonkeyPatch):
     return tokenization.TiktokenTokenizer.from_name("gpt2")
 
 
-def through_json(tokenizer):
+def through_json(tokenizer: tokenization.Tokenizer) -> tokenization.Tokenizer:
     return tokenization.from_json(json.loads(json.dumps(tokenization.to_json(tokenizer))), "here")
 
 
@@ -31,7 +31,7 @@ def through_json(tokenizer):
         tokenization.ByteTokenizer(),
     ],
 )
-def test_round_trips(tokenizer):
+def test_round_trips(tokenizer: tokenization.Tokenizer):
     again = through_json(tokenizer)
     ids = tokenizer.encode(SAMPLE)
     assert tokenizer.decode(ids) == SAMPLE == again.decode(again.encode(SAMPLE))
@@ -53,7 +53,7 @@ def test_unknown_characters_are_named():
 
 
 @needs_shared
-def test_gpt2_is_tiktokens_and_stored_whole(gpt2, monkeypatch: pytest.MonkeyPatch):
+def test_gpt2_is_tiktokens_and_stored_whole(gpt2: tokenization.TiktokenTokenizer, monkeypatch: pytest.MonkeyPatch):
     import tiktoken
 
     ids = gpt2.encode(SAMPLE)
