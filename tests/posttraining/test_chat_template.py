@@ -179,6 +179,13 @@ def test_messages_that_are_written_in_another_way_at_the_end(name: str, expected
     assert learned(trl_template(name), chat) == expected
 
 
+@needs_trl
+def test_a_reply_is_learned_from_its_first_character():
+    """Also where the generation prompt goes on, with <think>, as the reply begins."""
+    chat = [user("what"), assistant("<1"), user("there?"), assistant("hello")]
+    assert learned(trl_template("qwen3_5_think"), chat).startswith("<1<|im_end|>\n")
+
+
 def test_a_template_that_marks_nothing_learns_what_comes_after_the_generation_prompt():
     chat = [assistant("hi"), user("a <|im_end|> b"), assistant(""), user("c"), assistant(" d ")]
     assert learned(CHATML, chat) == "hi<|im_end|>\n<|im_end|>\n d <|im_end|>\n"
