@@ -126,8 +126,9 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     base = load_base(args, record, log)
     inputs = read_inputs(args, base, log)
 
-    # 2. The model on the CPU, and its precision.
+    # 2. The model on the CPU, and its precision. Hashing reads all weights, so it comes before they are in memory.
     start = start_args(args, record)
+    base_record = describe_base(start, base, record)
     model, loaded_shape = build_model(start, inputs.tokenizers, base, record, log)
     args = dataclasses.replace(args, **loaded_shape)
     dtype, dtype_reason = agree_on_dtype(args.dtype, ranks)
@@ -158,7 +159,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
         examples=examples,
     )
     data = OBJECTIVES[args.objective].load_builder()(args, context)
-    return RunParts(args, inputs.tokenizers, model, data, describe_base(start, base, record), dtype_reason)
+    return RunParts(args, inputs.tokenizers, model, data, base_record, dtype_reason)
 
 
 def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
@@ -405,7 +406,10 @@ def describe_base(start: TrainArgs, base: Pretrained | None, record: RunRecord |
     sha256, and how the values that they lack were drawn."""
     if base is None or (start.adapter == "none" and not start.needs_reference):
         return record.base if record is not None else {}  # --beta=0 needs none, and may end with the next resume
-    sha256 = adapters.hash_weights(base.weights)
+    if start.init_from == "resume" and record is not None:
+        sha256 = record.base["sha256"]  # load_base has compared them
+    else:
+        sha256 = adapters.hash_weights(base.weights)
     return {"source": base.source, "sha256": sha256, "seed": str(start.seed), "prompt_init": start.prompt_init}
 
 
@@ -470,6 +474,11 @@ def build_from_base(
     whole = GPTConfig(**known_fields(base.shape, base.source))  # derived sizes follow from the base's own context
     if args.block_size > whole.block_size and args.block_size != TrainArgs.block_size:
         log(f"--block_size={args.block_size}: the weights of --init_from have {whole.block_size}, which stands")
+    if args.block_size < whole.block_size:
+        log(
+            f"--block_size={args.block_size}: the run reads less than the context of {whole.block_size} tokens that the "
+            f"weights have; --block_size={whole.block_size} keeps it"
+        )
     shape = {name: value for name, value in dataclasses.asdict(whole).items() if name not in pretrained.TRAINING_FIELDS}
     if args.prompt_format and args.max_tokens > whole.block_size:
         raise UserError(

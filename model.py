@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from nanoforge.distributed import shard_like
@@ -736,6 +737,17 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+class NoInitialWeights(TorchFunctionMode):
+    """Within it no weights are drawn: on the meta device torch would import its compiler for that, in seconds."""
+
+    draws = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.draws:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     compute_dtype = torch.float32  # of activations and matrix products
 
@@ -843,7 +855,7 @@ class GPT(nn.Module):
 
         Weights are read one at a time, and no others are drawn: memory peaks at the model and one weight.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), NoInitialWeights():
             model = cls(config)
         fitted = model.fit_weights(weights, source_name, grow=grow)
         for name, tensor in fitted:

@@ -343,5 +343,6 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     """The SHA-256 of all weights with their names, in hexadecimal: the identity of a base."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().float().contiguous().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().contiguous().numpy())
     return digest.hexdigest()

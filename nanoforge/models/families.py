@@ -440,10 +440,10 @@ class TensorMap:
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our parameter, float32."""
         parts = [tensor.t() if self.transposed and tensor.dim() == 2 else tensor for tensor in tensors]
-        joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), out=torch.empty(0))  # float32, in one copy
+        joined = whole.float().contiguous()
         if self.order is not None:
             joined = joined[self.order]
-        joined = joined.float().contiguous()
         return joined - self.shift if self.shift else joined
 
     def split(self, tensor: Tensor, shape: Mapping[str, Any]) -> dict[str, Tensor]:

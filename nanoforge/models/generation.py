@@ -156,9 +156,9 @@ class KVCache:
 
 
 class UncachedReader:
-    """Reads the whole context at every token: what the cache is checked against."""
+    """Reads the whole context at every token: what the cache is checked against. size: of the longest context."""
 
-    def __init__(self, model: nn.Module, batch_size: int):
+    def __init__(self, model: nn.Module, batch_size: int, size: int):
         self.model = model
 
     def reset(self) -> None:
@@ -172,10 +172,9 @@ class UncachedReader:
 class CachedReader(UncachedReader):
     """Reads only the tokens that are not in the cache yet: prefill, then one at a time."""
 
-    def __init__(self, model: nn.Module, batch_size: int):
-        super().__init__(model, batch_size)
-        config: Any = model.config
-        self.cache = KVCache(model, batch_size, config.block_size)
+    def __init__(self, model: nn.Module, batch_size: int, size: int):
+        super().__init__(model, batch_size, size)
+        self.cache = KVCache(model, batch_size, size)
 
     def reset(self) -> None:
         self.cache.reset()
@@ -188,8 +187,8 @@ class CachedReader(UncachedReader):
 class CompiledReader(CachedReader):
     """Compiles the step that reads one token; on a GPU it is replayed as a CUDA graph."""
 
-    def __init__(self, model: nn.Module, batch_size: int):
-        super().__init__(model, batch_size)
+    def __init__(self, model: nn.Module, batch_size: int, size: int):
+        super().__init__(model, batch_size, -(-size // 256) * 256)  # each size is compiled, so there are few
         for tensor in (self.cache.keys, self.cache.values, self.cache.static_pos):
             torch._dynamo.mark_static_address(tensor)
         mode = "reduce-overhead" if self.cache.keys.is_cuda else None
@@ -222,7 +221,7 @@ def generate(
     vocabulary: Any = model.vocabulary
     prompt_length, block_size = idx.size(-1), config.block_size
     tokens = torch.cat((idx, idx.new_zeros(*idx.shape[:-1], sampling.max_new_tokens)), dim=-1)
-    reader = READERS[decode](model, idx.size(0))
+    reader = READERS[decode](model, idx.size(0), min(block_size, tokens.size(-1)))
     start = max(0, prompt_length - block_size)  # of the context
     for end in range(prompt_length, tokens.size(-1)):
         # 1. Past block_size, the context is cut to its last half and read again.

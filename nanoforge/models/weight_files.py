@@ -4,9 +4,12 @@ Knows nothing of families. Nothing in a PyTorch file is executed.
 """
 
 import json
+import math
+import mmap
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,28 +25,68 @@ WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 COMPILED_PREFIX = "_orig_mod."  # of the names of a compiled model
 
 
+DTYPES = {  # of safetensors
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    start: int  # byte of the file
+    dtype: str
+    shape: list[int]
+
+
 class SafetensorsReader:
-    """The tensors of safetensors files. A file is open only while one of its tensors is read, so that no pages of it
-    stay in memory."""
+    """The tensors of safetensors files. They are read, not mapped: a file that is replaced later changes no weights."""
 
     def __init__(self, paths: list[Path]):
-        self.places: dict[str, tuple[Path, str]] = {}
+        self.places: dict[str, Place] = {}
         for path in paths:
             try:
-                with safe_open(path, framework="pt") as file:
-                    names = file.keys()
-                self.places |= {name.removeprefix(COMPILED_PREFIX): (path, name) for name in names}
+                with safe_open(path, framework="pt"):  # checks the header
+                    pass
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a safetensors file ({error})") from None
+            with path.open("rb") as file:
+                header_size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_size))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start = 8 + header_size + entry["data_offsets"][0]
+                    place = Place(path, start, entry["dtype"], entry["shape"])
+                    self.places[name.removeprefix(COMPILED_PREFIX)] = place
 
     def names(self) -> set[str]:
         return {*self.places}
 
     def read(self, name: str) -> Tensor:
-        """Raises KeyError."""
-        path, own_name = self.places[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(own_name)
+        """Raises KeyError, and UserError for a dtype that torch's computations lack."""
+        place = self.places[name]
+        if place.dtype not in DTYPES:
+            raise UserError(f"{place.path}: {name} has the dtype {place.dtype}, not one of {', '.join(DTYPES)}")
+        dtype = DTYPES[place.dtype]
+        size = math.prod(place.shape) * dtype.itemsize
+        if not size:
+            return torch.empty(place.shape, dtype=dtype)
+        memory = mmap.mmap(-1, size)  # what malloc gives would stay in its heap, between tensors of other sizes
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.start)
+            read_into(file, memoryview(memory))
+        return torch.frombuffer(memory, dtype=dtype).view(place.shape)
+
+
+def read_into(file: FileIO, buffer: memoryview) -> None:
+    """Fill the buffer from the file, which may give a part of it at a time. Raises UserError where it ends before."""
+    while len(buffer):
+        count = file.readinto(buffer)
+        if not count:
+            raise UserError(f"{file.name}: ends within a tensor; it was changed while it was read")
+        buffer = buffer[count:]
 
 
 class TensorsReader:

@@ -43,6 +43,19 @@ def test_cached_equals_uncached(variant, prompt):
         assert cached.shape == (3, prompt + 40)
 
 
+def test_caches_hold_what_is_read_not_the_whole_context(monkeypatch: pytest.MonkeyPatch):
+    """A context of 8,192 or 131,072 tokens costs nothing until it is read."""
+    sizes = []
+    allocate = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *args: (sizes.append(args[-1]), allocate(self, *args))[1])
+    model = tiny_model(block_size=4096, position="rope")
+    draw(model, ids(2, 5), 7)
+    generate_batch(model, [[1, 2, 3], [4]], SamplingParams(max_new_tokens=6))
+    assert sizes == [12, 9]
+    draw(tiny_model(block_size=8, position="rope"), ids(2, 5), 7)
+    assert sizes[2] == 8
+
+
 def test_cached_logits_equal_uncached_logits():
     model = tiny_model(position="rope", n_kv_head=2, window="SL", window_size=5).eval()
     idx = ids(2, 12)
