@@ -476,7 +476,7 @@ def build_from_base(
         log(f"--block_size={args.block_size}: the weights of --init_from have {whole.block_size}, which stands")
     if args.block_size < whole.block_size:
         log(
-            f"--block_size={args.block_size}: the run reads less than the context of {whole.block_size} tokens that the "
+            f"--block_size={args.block_size}: the run reads less than the context of {whole.block_size} that the "
             f"weights have; --block_size={whole.block_size} keeps it"
         )
     shape = {name: value for name, value in dataclasses.asdict(whole).items() if name not in pretrained.TRAINING_FIELDS}
