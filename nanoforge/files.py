@@ -34,7 +34,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
     try:
+        tmp_path.touch()
+        mode = tmp_path.stat().st_mode
         yield tmp_path
+        tmp_path.chmod(mode)  # what a new file has here; safetensors makes its files their owner's alone
         os.replace(tmp_path, path)
     except OSError as error:
         if error.errno is not None:

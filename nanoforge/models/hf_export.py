@@ -163,18 +163,16 @@ def rows_of(weights: Mapping[str, Tensor], name: str, count: int) -> Tensor:
 
 
 def token_settings(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The ids that begin, end and pad a sequence, by Hugging Face's names."""
+    """The ids that begin, end and pad a sequence, by Hugging Face's names; None instead of a family's own defaults."""
     if tokenizer is None:
-        return {}
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     ends = list(tokenizer.end_ids)
     pad_name = tokenizer.special_tokens.get("pad_token", "")
-    pad_id = tokenizer.control_tokens.get(pad_name, tokenizer.eos_id)
-    settings = {
+    return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": pad_id,
+        "pad_token_id": tokenizer.control_tokens.get(pad_name, tokenizer.eos_id),
     }
-    return settings
 
 
 def in_a_family(
@@ -316,7 +314,8 @@ def write_model(to: Path, model: HFModel, program: Program, dtype: torch.dtype, 
     write_weights(to, named_tensors(model, family, dtype), max_bytes)
     if family is None:
         write_code(to, program)
-    write_json(to / "generation_config.json", {"_from_model_config": False, **token_settings(model.tokenizer)})
+    generation = {name: ids for name, ids in token_settings(model.tokenizer).items() if ids is not None}
+    write_json(to / "generation_config.json", generation)
     write_json(to / "config.json", config)  # last: a folder without it holds no model
     n_parameters = sum(tensor.numel() for tensor in model.weights.values())
     return Written(config, family, reasons, n_parameters, model.tokenizer is not None)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nanoforge.data import hub
 from nanoforge.errors import UserError
 from nanoforge.files import read_text, write_text
 from nanoforge.models.hf_export import Written
@@ -18,7 +19,7 @@ def write_card(to: Path, source: Path, written: Written) -> None:
     """Write README.md. source: the checkpoint or the folder that the weights came from."""
     record = RunRecord.load(source) if (source / RECORD_FILE).exists() else RunRecord({})
     base = base_of(record) if record.args else source
-    parts = [front_matter(base), title(to, record), how_to_load(written)]
+    parts = [front_matter(base), title(to, record, base), how_to_load(written)]
     if record.args:
         parts += [data_section(record), losses_section(source), arguments_section(record)]
     write_text(to / "README.md", "\n".join(part for part in parts if part))
@@ -40,28 +41,27 @@ def front_matter(base: Path | None) -> str:
     return "\n".join(("---", *lines, "---", ""))
 
 
-def licence_of(folder: Path) -> dict[str, str]:
-    """The licence in the front matter of a model's README.md."""
+def licence_of(base: Path) -> dict[str, str]:
+    """The licence in the front matter of a model's README.md, if that is at hand."""
     try:
+        folder = hub.fetch(str(base), ["README.md"]) if hub.is_hub_name(str(base)) else base
         lines = read_text(folder / "README.md").split("\n")
     except UserError:
         return {}
-    if lines[0] != "---":
+    if lines[0] != "---" or "---" not in lines[1:]:
         return {}
     settings = dict(line.partition(": ")[::2] for line in lines[1 : lines.index("---", 1)])
     return {key: settings[key] for key in LICENCE_KEYS if key in settings}
 
 
-def title(to: Path, record: RunRecord) -> str:
+def title(to: Path, record: RunRecord, base: Path | None) -> str:
     """What the model is, in a line."""
-    objective = record.args.get("objective", "")
-    base = base_of(record) if record.args else None
     if not record.args:
-        begin = "Converted"
+        begin = f"Converted from {base.name if base else 'weights'}"
     elif base is None:
         begin = "Trained from scratch"
     else:
-        begin = f"Trained by {objective} from {base.name}"
+        begin = f"Trained by {record.args.get('objective', '')} from {base.name}"
     return f"# {to.absolute().name}\n\n{begin} with nanoforge.\n"
 
 

@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nanoforge import files
 from nanoforge.errors import UserError
@@ -73,3 +75,12 @@ def test_addresses_that_are_none(tmp_path: Path):
     for url in ("http://", "http://[bad", "https://nowhere.invalid/x.txt"):
         with pytest.raises(UserError, match="download failed"):
             files.download(url, tmp_path / "x")
+
+
+def test_a_written_file_is_as_others_are(tmp_path: Path):
+    """For whom the umask says; safetensors alone would make it its owner's."""
+    with files.atomic_write(tmp_path / "weights.safetensors") as path:
+        save_file({"a": torch.ones(3)}, path)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "other"}

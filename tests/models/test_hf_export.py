@@ -5,22 +5,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_script
+from safetensors.torch import load_file
 
 import model as model_module
 import train_args
+from builders import load_model
 from model import GPT, GPTConfig
 from nanoforge.data import tokenizer_export
-from nanoforge.data.tokenization import CharTokenizer, ControlTokens, Tokenizer
+from nanoforge.data.tokenization import BPETokenizer, CharTokenizer, ControlTokens, Tokenizer
 from nanoforge.errors import UserError
 from nanoforge.models import hf_export, pretrained
 from nanoforge.models.hf_export import HFModel, Program
 from nanoforge.posttraining.example_rows import ROLES
+from nanoforge.posttraining.examples import ExampleEncoder
 from train_args import TrainArgs
 
 transformers = pytest.importorskip("transformers")
@@ -226,3 +229,61 @@ def test_the_source_needs_torch_and_transformers_only(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     logits = torch.tensor(json.loads(done.stdout))
     torch.testing.assert_close(logits, model(idx)[0, -1].detach(), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs, by the command
+
+
+def export(folder: Path, to: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+    return run_script("hf", folder, f"--to={to}", *flags, script="export.py", **options)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_run_with_a_lora_and_chats(run: Callable, base: Path, tmp_path: Path):
+    """Merged, with the rows of the roles' tokens; the chat template gives our ids, and the card says what it is."""
+    flags = ["--objective=sft", "--dataset=chat", "--adapter=lora", "--learning_rate=1e-2", "--block_size=32"]
+    done = run(*flags, f"--init_from={base}")
+    export(done.out_dir, tmp_path / "hf", "--max_shard_size=10KB")
+    ours = load_model(str(done.out_dir))
+    (tokenizer,) = ours.tokenizers.values()
+    theirs = load(tmp_path / "hf")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    ids, _ = ExampleEncoder(tokenizer, max_tokens=32).encode_messages(messages, add_generation_prompt=True)
+    assert their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+    idx = torch.tensor([ids])
+    torch.testing.assert_close(theirs(idx).logits, ours.model(idx), rtol=0, atol=1e-5)
+    assert (
+        theirs.config.vocab_size == tokenizer.vocab_size and theirs.generation_config.eos_token_id == tokenizer.eos_id
+    )
+    card = (tmp_path / "hf/README.md").read_text()
+    assert '"lora_rank": 8' in card and "val_loss" in card and "- chat" in card and "by sft from 000060" in card
+
+    again = export(done.out_dir, tmp_path / "hf", check=False)
+    assert again.returncode == 2 and "--to=" in again.stderr
+    bad_size = export(done.out_dir, tmp_path / "other", "--max_shard_size=big", check=False)
+    assert bad_size.returncode == 2 and "--max_shard_size=big" in bad_size.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["LlamaConfig", "Qwen3Config", "GPTNeoXConfig"])
+def test_a_model_comes_out_of_a_run_as_it_went_in(case: str, run: Callable, tmp_path: Path):
+    """With a learning rate of 0, bit for bit; rows beyond the tokenizer's stay."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if case != "GPTNeoXConfig":
+        sizes["num_key_value_heads"] = 1
+    config = getattr(transformers, case)(**sizes, vocab_size=300, max_position_embeddings=32)
+    folder = tmp_path / "theirs"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer_export.write_tokenizer(folder, BPETokenizer.train(["a b c"], 270), 32, ROLES)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a b c"}\n')
+    files = [f"--{split}_file={tmp_path}/texts.jsonl" for split in ("train", "validation")]
+    flags = ["--objective=sft", "--block_size=32", "--learning_rate=0", "--max_iters=1", "--eval_interval=1"]
+    done = run(*flags, *files, f"--init_from={folder}", "--eval_samples=0")
+    export(done.out_dir, tmp_path / "ours")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "ours"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    shapes = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "ours")]
+    assert shapes[0]["architectures"] == shapes[1]["architectures"]
