@@ -12,6 +12,7 @@ from nanoforge.data.tokenization import ExtendedTokenizer, SentencePieceTokenize
 from nanoforge.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+NO_MERGE = "▁ ▁"  # of no bytes; a list in a file may not be empty
 NO_SCORE = -1000.0  # of tokens that no merge makes
 # Each of llama.cpp's splits cuts this in another way.
 PROBE = (
@@ -63,7 +64,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         return Vocabulary(base.keys, base.tokens + tokenizer.added, base.types + [CONTROL] * n_added, scores)
     if isinstance(tokenizer, SentencePieceTokenizer):
         return sentencepiece_vocabulary(tokenizer)
-    spec = tokenizer_export.to_spec(tokenizer) if tokenizer.kind in ("bpe", "tiktoken") else {"model": {}}
+    spec = tokenizer_export.to_spec(tokenizer) if tokenizer.kind in ("bpe", "tiktoken", "byte") else {"model": {}}
     if spec["model"].get("type") != "BPE":
         kind = spec["model"].get("type", tokenizer.kind)
         raise UserError(f"llama.cpp has no tokenizer of the kind {kind}, only BPE; export.py hf takes it")
@@ -76,13 +77,15 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 def byte_level_vocabulary(spec: Mapping[str, Any]) -> Vocabulary:
     """Raises UserError for a split of texts that llama.cpp lacks."""
-    keys = {"model": "gpt2", "pre": split_name(spec), "merges": [" ".join(pair) for pair in merges_of(spec)]}
-    return Vocabulary(keys, *typed_tokens(spec))
+    merges = [" ".join(pair) for pair in merges_of(spec)]
+    pre = split_name(spec) if merges else "gpt-2"  # without merges, any split gives bytes
+    return Vocabulary({"model": "gpt2", "pre": pre, "merges": merges or [NO_MERGE]}, *typed_tokens(spec))
 
 
 def merges_of(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs; older files have them as one text."""
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in spec["model"]["merges"]]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"])
+    return [(first, second) for first, second in pairs]
 
 
 def typed_tokens(spec: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -155,7 +158,7 @@ def sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     return Vocabulary(keys, tokens, types, [piece.score for piece in pieces])
 
 
-def fallback_vocabulary(spec: Mapping[str, Any]) -> Vocabulary:
+def fallback_vocabulary(spec: dict[str, Any]) -> Vocabulary:
     """A BPE of the `tokenizers` library that came from SentencePiece: merges become scores of what they make.
 
     Raises UserError if they say more than scores can.
