@@ -423,7 +423,8 @@ def gguf_byte_level(gguf: Mapping[str, Any]) -> Tokenizer:
             f"the .gguf file splits text as {name}; known are {', '.join(GGUF_SPLITS)}; "
             "give the folder with the model's tokenizer.json"
         )
-    merges = [merge.split(" ") for merge in gguf["merges"]]
+    known = {*gguf["tokens"]}
+    merges = [pair for pair in (merge.split(" ") for merge in gguf["merges"]) if known.issuperset(pair)]
     spec = byte_level_spec({token: i for i, token in enumerate(gguf["tokens"])}, merges, GGUF_SPLITS[name])
     spec["model"]["ignore_merges"] = name in GGUF_WHOLE_WORDS
     if name == "qwen2":

@@ -714,6 +714,43 @@ GGUF_HEAD_DIM = Setting(
 GGUF_EQUAL_HEAD_DIM = Setting(("head_dim",), gguf_head_dim, write_equal_head_dim)
 
 
+def read_gguf_yarn(config: Config) -> dict[str, Any]:
+    factor = float(config["rope.scaling.factor"])
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": config["rope.scaling.original_context_length"],
+        "beta_fast": config.get("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": config.get("rope.scaling.yarn_beta_slow", 1.0),
+        "attention_factor": config.get("rope.scaling.attn_factor", 1.0) * yarn_attention_factor({"factor": factor}),
+    }
+
+
+def write_gguf_yarn(scaling: dict[str, Any]) -> Config:
+    return {
+        "rope.scaling.factor": float(scaling["factor"]),
+        "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": float(scaling["beta_fast"]),
+        "rope.scaling.yarn_beta_slow": float(scaling["beta_slow"]),
+        "rope.scaling.attn_factor": scaling["attention_factor"] / yarn_attention_factor(scaling),
+    }
+
+
+def read_gguf_linear(config: Config) -> dict[str, Any]:
+    return {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
+
+
+def write_gguf_linear(scaling: dict[str, Any]) -> Config:
+    return {"rope.scaling.factor": float(scaling["factor"])}
+
+
+# RoPE scalings that llama.cpp has for all architectures, by rope.scaling.type: how each is read and written.
+GGUF_SCALINGS = {
+    "linear": (read_gguf_linear, write_gguf_linear),
+    "yarn": (read_gguf_yarn, write_gguf_yarn),
+}
+
+
 def gguf_rope(*, partial: bool = False, llama3: bool = False) -> Setting:
     """partial: rotates a part of a head; llama3: has Llama 3's scaling, as a tensor of factors."""
 
@@ -724,10 +761,11 @@ def gguf_rope(*, partial: bool = False, llama3: bool = False) -> Setting:
         kind = config.get("rope.scaling.type", "none")
         if "rope_freqs.weight" in config:
             scaling = llama3_of_factors(config["rope_freqs.weight"], base, head_dim)
-        elif kind == "linear":
-            scaling = {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
+        elif kind in GGUF_SCALINGS:
+            read_numbers, _ = GGUF_SCALINGS[kind]
+            scaling = read_numbers(config)
         elif kind != "none":
-            raise UserError(f"rope.scaling.type={kind} is not supported, only linear")
+            raise UserError(f"rope.scaling.type={kind} is not supported, only {', '.join(GGUF_SCALINGS)}")
         fraction = config.get("rope.dimension_count", head_dim) / head_dim
         return {"rope_base": base, "rope_scaling": scaling, "rotary_fraction": fraction}
 
@@ -741,9 +779,11 @@ def gguf_rope(*, partial: bool = False, llama3: bool = False) -> Setting:
         }
         if not scaling:
             return config
-        if scaling["rope_type"] == "linear":
-            return {**config, "rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
-        if scaling["rope_type"] == "llama3" and llama3:
+        kind = scaling["rope_type"]
+        if kind in GGUF_SCALINGS:
+            _, write_numbers = GGUF_SCALINGS[kind]
+            return {**config, "rope.scaling.type": kind, **write_numbers(scaling)}
+        if kind == "llama3" and llama3:
             return {**config, "rope_freqs.weight": llama3_factors(scaling, shape["rope_base"], head_dim)}
         raise NoFit(f"rope_scaling={scaling}")
 

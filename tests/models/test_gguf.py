@@ -1,6 +1,9 @@
 """Models in .gguf files: they give transformers' logits, and llama.cpp gives ours."""
 
 import dataclasses
+import io
+import json
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ import torch
 from helpers import SHARED, TEXT
 
 from builders import load_model
-from nanoforge.data import tokenization
+from model import GPT, GPTConfig
+from nanoforge.data import gguf_metadata, model_tokenizers, tokenization, tokenizer_export
 from nanoforge.errors import UserError
 from nanoforge.models import gguf_export, gguf_files, hf_export, pretrained
+from nanoforge.posttraining.example_rows import ROLES
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -40,6 +45,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 10000.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -48,7 +54,7 @@ LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, Any]] = {  # name -> architecture of .gguf files, a config of transformers
     "llama": ("llama", lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
     "llama, tied": ("llama", lambda: transformers.LlamaConfig(**GROUPED, head_dim=16, tie_word_embeddings=True)),
-    "qwen2": ("qwen2", lambda: transformers.Qwen2Config(**GROUPED)),
+    "qwen2, yarn": ("qwen2", lambda: transformers.Qwen2Config(**GROUPED, rope_parameters=YARN)),
     "qwen3": ("qwen3", lambda: transformers.Qwen3Config(**GROUPED, head_dim=16)),
     "olmo2": ("olmo2", lambda: transformers.Olmo2Config(**GROUPED)),
     "arcee": ("arcee", lambda: transformers.ArceeConfig(**GROUPED)),
@@ -109,6 +115,8 @@ def metadata_of(config: Any) -> dict[str, Any]:
         keys |= {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     elif config.model_type != "gpt2":
         keys["rope.freq_base"] = 10000.0
+    if config.model_type == "qwen2":
+        keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
     if getattr(config, "head_dim", None):
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     keys["attention.head_count_kv"] = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -258,7 +266,7 @@ def complete(server: Any, prompt: str, banned: Sequence[int]) -> tuple[int, list
 
     banned: ids that are not taken. Parts of characters would be: the server drops their log-probabilities.
     """
-    request = {"prompt": prompt, "n_predict": 8, "temperature": 0, "n_probs": V, "ignore_eos": True}
+    request = {"prompt": prompt, "n_predict": 8, "temperature": 0, "n_probs": 999, "ignore_eos": True}
     reply = server.handle_completions({**request, "logit_bias": [[i, False] for i in banned], "cache_prompt": False})
     steps = []
     for step in reply["choices"][0]["logprobs"]["content"]:
@@ -304,3 +312,183 @@ def test_llama_cpp_gives_our_logits(tmp_path: Path, name: str, tokenizer: tokeni
     keys = {key for key in gguf_files.GGUFReader([before]).metadata if key.startswith(architecture)}
     assert keys <= gguf_files.GGUFReader([after]).metadata.keys()
     check_llama_cpp(after, loaded, tokenizer, atol=1e-2 if "gelu" in loaded.config.activation else 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+TEXTS = (
+    "the quick brown fox",
+    " the  lazy dog ",
+    "naïve café, 1,000 € in 2024: don't I'M",
+    "日本語 👩‍🚀\u200d \u00a0",
+    "\n\n\tdef f(x):\r\n    return x + 1\n\n\n",
+    "<|endoftext|> <|user|>",
+)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern: str, *, use_regex: bool = False) -> tokenization.Tokenizer:
+    """A trained byte-level BPE whose text is split by a pattern, and with use_regex by GPT-2's behind it."""
+    spec = tokenizer_export.to_spec(tokenization.BPETokenizer.train([TEXT * 3], V))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    parts = [split, {**spec["pre_tokenizer"], "use_regex": use_regex}]
+    return tokenization.BPETokenizer({**spec, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}})
+
+
+def sentencepiece_bpe() -> tokenization.Tokenizer:
+    return tokenization.SentencePieceTokenizer(train_sentencepiece("bpe"))
+
+
+def train_sentencepiece(model_type: str) -> bytes:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((TEXT * 3).splitlines()),
+        model_writer=model,
+        vocab_size=320,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return model.getvalue()
+
+
+def llama_bpe() -> tokenization.Tokenizer:
+    """SentencePiece's BPE as the `tokenizers` library has it, with merges in place of scores."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece("bpe"))
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    scored = [(pieces.get_score(i), token) for token, i in vocab.items() if len(token) > 1 and i > 258]
+    merges = [
+        [token[:cut], token[cut:]]
+        for _, token in sorted(scored, reverse=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders = [{**replace, "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer = tokenization.BPETokenizer(
+        {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": pieces.id_to_piece(i), **special} for i in range(3)],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": model,
+        }
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer.adopt(tokenization.ControlTokens(2, 1, (2,), added_ids=ids, special_tokens=names))
+    return tokenizer
+
+
+def with_chat() -> tokenization.Tokenizer:
+    return tokenization.add_tokens(tokenization.BPETokenizer.train([TEXT * 3], V), list(ROLES.values()))
+
+
+TOKENIZERS = {
+    "gpt-2": lambda: tokenization.BPETokenizer.train([TEXT * 3], V),
+    "smollm": lambda: split_by(r"\p{N}", use_regex=True),
+    "qwen2": lambda: split_by(QWEN_SPLIT),
+    "bytes": tokenization.ByteTokenizer,
+    "chat": with_chat,
+    "sentencepiece": sentencepiece_bpe,
+    "llama": llama_bpe,
+}
+
+
+def export_with(tokenizer: tokenization.Tokenizer, path: Path, kind: str = "f32", n_unused_rows: int = 0) -> GPT:
+    """A tiny random Llama with a tokenizer, as a file."""
+    sizes = {
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 32,
+        "block_size": 64,
+        "vocab_sizes": (tokenizer.vocab_size + n_unused_rows,),
+    }
+    config = GPTConfig(norm="rmsnorm", position="rope", mlp="gated", activation="silu", tie_weights=False, **sizes)
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    template = tokenizer_export.chat_template_of(tokenizer, ROLES)
+    weights = dict(model.named_parameters())
+    gguf_export.export(hf_export.HFModel(dataclasses.asdict(config), weights, tokenizer), path, kind, template)
+    return model
+
+
+def post(server: Any, place: str, **body: Any) -> Any:
+    request = urllib.request.Request(
+        f"{server.listening_address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as reply:
+        return json.loads(reply.read())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_gives_our_ids(tmp_path: Path, name: str):
+    tokenizer = TOKENIZERS[name]()
+    path = tmp_path / "x.gguf"
+    export_with(tokenizer, path, n_unused_rows=6)
+    server = serve(path)
+    back = model_tokenizers.from_gguf(gguf_metadata.read_metadata(path))
+    for text in TEXTS:
+        ids = tokenizer.encode(text).tolist()
+        assert post(server, "tokenize", content=text, parse_special=False)["tokens"] == ids, text
+        assert back.encode(text).tolist() == ids
+    assert (back.eos_id, back.end_ids, back.bos_id) == (tokenizer.eos_id, tokenizer.end_ids, tokenizer.bos_id)
+    assert back.vocab_size == tokenizer.vocab_size
+
+
+def test_llama_cpp_writes_our_chats(tmp_path: Path):
+    tokenizer = with_chat()
+    export_with(tokenizer, tmp_path / "x.gguf")
+    prompt = post(serve(tmp_path / "x.gguf"), "apply-template", messages=[{"role": "user", "content": "fox"}])["prompt"]
+    assert prompt == "<|user|>fox<|endoftext|><|assistant|>"
+
+
+def test_what_llama_cpp_lacks_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "x.gguf"
+    unigram = tokenization.SentencePieceTokenizer(train_sentencepiece("unigram"))
+    other_split = split_by(r"[a-m]+|[n-z]+|\s+|[^a-z\s]+")
+    for tokenizer, part in ((tokenization.CharTokenizer("ab"), "char"), (unigram, "Unigram"), (other_split, "gpt-2")):
+        with pytest.raises(UserError, match=part):
+            export_with(tokenizer, path)
+    tokenizer = tokenization.ByteTokenizer()
+    for fields, parts in (
+        ({"value_residual": True}, ["llama", "--value_residual=True"]),
+        (
+            {"position": "rope", "norm": "rmsnorm", "rotary_fraction": 0.5, "mlp": "gated", "activation": "silu"},
+            ["llama", "--rotary_fraction=0.5"],
+        ),
+        ({"vocabulary": "contexts"}, ["--multicontext"]),
+    ):
+        config = GPTConfig(vocab_sizes=(257,), n_layer=1, n_head=2, n_embd=8, **fields)
+        model = hf_export.HFModel(dataclasses.asdict(config), {}, tokenizer)
+        with pytest.raises(UserError) as error:
+            gguf_export.export(model, path, "f32", "")
+        assert all(part in str(error.value) for part in parts)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", gguf_export.TYPES)
+def test_matrices_have_the_type_that_was_asked_for(tmp_path: Path, kind: str):
+    """Near our logits in llama.cpp; vectors stay float32, and the vocabulary's rows have 8 bits in place of 4 or 5."""
+    tokenizer = tokenization.ByteTokenizer()
+    path = tmp_path / "x.gguf"
+    model = export_with(tokenizer, path, kind)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    of_words = kind.replace("q4_0", "q8_0").replace("q4_1", "q8_0").replace("q5_0", "q8_0").replace("q5_1", "q8_0")
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.ffn_up.weight"] == kind.upper()
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == of_words.upper()
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+    bound = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-2}.get(kind, 0.1)
+    check_llama_cpp(path, model, tokenizer, atol=bound)
