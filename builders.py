@@ -32,7 +32,7 @@ from nanoforge.models import adapters, pretrained
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
 from nanoforge.posttraining import prompt_format, rollouts, row_shapes
-from nanoforge.posttraining.chat_template import completion_end_ids, with_chat_template
+from nanoforge.posttraining.chat_template import completion_end_ids, with_chat_template, with_fixed_date
 from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import (
     Collator,
@@ -328,7 +328,7 @@ def example_tokenizer(args: TrainArgs, base: Pretrained | None) -> Tokenizer:
     if args.init_from == "resume":
         return next(iter(tokenization.load(args.resumed_folder / "tokenizer.json").values()))
     tokenizer = dataset_tokenizer(args) if base is None else base_tokenizer(args, base)
-    return with_chat_template(tokenizer, args.chat_template, args.chat_template_kwargs)
+    return with_fixed_date(with_chat_template(tokenizer, args.chat_template, args.chat_template_kwargs))
 
 
 def tokenizer_for_rows(args: TrainArgs, tokenizer: Tokenizer, rows: Rows) -> Tokenizer:

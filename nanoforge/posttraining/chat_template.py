@@ -32,7 +32,7 @@ GENERATION_START, GENERATION_END = "\ud801", "\ud802"  # of what the template sa
 CONTENT_START, CONTENT_END = "\ud803", "\ud804"  # of an assistant's message, without spaces at its ends
 MARKS = re.compile("[\ud800-\ud804]")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message; templates read the first
-
+DATE = re.compile(r"\{# begun on (\d{4}-\d\d-\d\d) #\}\n")  # in a run's template: its today
 SAFE_JINJA = (3, 1, 6)  # templates escape the sandbox of older ones
 
 Messages = Sequence[Mapping[str, Any]]
@@ -77,7 +77,10 @@ def compile_template(source: str) -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    dated = DATE.search(source)
+    environment.globals["strftime_now"] = lambda form: (
+        datetime.fromisoformat(dated[1]) if dated else datetime.now().astimezone()
+    ).strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -379,6 +382,16 @@ def with_chat_template(tokenizer: Tokenizer, path: str, variables: Mapping[str, 
         compile_template(changed.chat_template)
     except UserError as error:
         raise UserError(f"{f'--chat_template={path}' if path else '--chat_template_kwargs'}: {error}") from None
+    return changed
+
+
+def with_fixed_date(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a template in which it is today for good, so that a resumed run has the same prompts."""
+    source = tokenizer.chat_template
+    if "strftime_now" not in source or DATE.search(source):
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.chat_template = f"{{# begun on {datetime.now().astimezone():%Y-%m-%d} #}}\n{source}"
     return changed
 
 

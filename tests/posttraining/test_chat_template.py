@@ -27,7 +27,12 @@ from nanoforge.data.tokenization import (
     save,
 )
 from nanoforge.errors import UserError
-from nanoforge.posttraining.chat_template import ChatTemplate, completion_end_ids, with_chat_template
+from nanoforge.posttraining.chat_template import (
+    ChatTemplate,
+    completion_end_ids,
+    with_chat_template,
+    with_fixed_date,
+)
 from nanoforge.posttraining.example_rows import RowFormat, read_example_rows
 from nanoforge.posttraining.examples import Example, ExampleEncoder, encode_rows, extend_tokenizer
 from nanoforge.posttraining.objective_specs import OBJECTIVES
@@ -288,6 +293,18 @@ def test_what_a_template_can_ask_for():
             ChatTemplate(own).render([user("x")])
     with pytest.raises(UserError, match="line 2"):
         ChatTemplate(make_tokenizers("\n{% if %}")[1]).render([user("x")])
+
+
+def test_a_run_keeps_the_date_on_which_it_began():
+    """Today's, as transformers writes it; the day of another run's template stays."""
+    fast, own = make_tokenizers("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    dated = with_fixed_date(own)
+    today = fast.apply_chat_template([user("a")], tokenize=False)
+    assert [ChatTemplate(x).render([user("a")]).text for x in (own, dated)] == [today, today]
+    own.chat_template = re.sub(r"\d{4}-\d\d-\d\d", "2024-07-26", dated.chat_template)
+    assert ChatTemplate(with_fixed_date(own)).render([user("a")]).text == "26 Jul 2024a"
+    _, plain = make_tokenizers(CHATML)
+    assert with_fixed_date(plain) is plain
 
 
 @needs_trl
