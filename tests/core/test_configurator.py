@@ -282,9 +282,12 @@ RELATED = {  # what else an argument needs to be valid
     "num_generations": ["--objective=grpo", "--init_from=gpt2"],
     "mask_truncated": ["--objective=grpo", "--init_from=gpt2"],
     "rope_base": ["--position=rope"],
+    "rotary_fraction": ["--position=rope"],
 }
 VALUES = {
     "init_from": "gpt2",
+    "base_model": "gpt2",
+    "rotary_fraction": "0.5",
     "lora_targets": "attn.qkv",
     "columns": "prompt=question",
     "reward": "length:2",

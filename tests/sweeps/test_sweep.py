@@ -260,7 +260,7 @@ eval_only: true
     )
     assert code == 2 and "5 errors" not in out
     for part in (
-        "--n_embd=64: must be divisible by --n_head=5 (n_head=5",
+        "--n_embd=64: must be divisible by --n_head=5, or set --head_dim (n_head=5",
         "--batch_size=0: must be at least 1 (n_head=2,bs=0",
         "--optimizer=muo: must be one of",
         "--overwrite: the sweep decides",
