@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import ROOT, SHARED
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -272,3 +275,55 @@ def test_the_first_family_that_holds_a_model_is_its_own(pair: Any):
         family, reasons = families.fitting_family(loaded.shape)
         assert family is not None, reasons
         assert family.model_type == theirs.config.model_type or case in ("mistral",), (case, family.model_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real weights
+
+SMOLLM2 = SHARED / "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PEAK = """
+import sys
+import builders
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")  # the peak is that from here on
+before = kilobytes("VmRSS")
+model = builders.load_model(sys.argv[1]).model
+total = sum(float(parameter.sum()) for parameter in model.parameters())
+print((kilobytes("VmHWM") - before) * 1024 / (4 * model.count_parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2 in ../shared, which is missing")
+def test_smollm2_writes_what_transformers_writes_within_its_memory(tmp_path: Path):
+    """From a folder as transformers has it: greedy text equals, and bfloat16 weights peak below 1.3 x the model."""
+    pytest.importorskip("gguf")
+    loaded = pretrained.load(str(SMOLLM2))
+    assert loaded.tokenizers is not None
+    tokenizer = next(iter(loaded.tokenizers.values()))
+    config = families.FAMILIES["llama"].write_config(loaded.shape)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        tensors = families.FAMILIES["llama"].write_tensors(loaded.weights, loaded.shape)
+        save_file({key: tensor.to(dtype) for key, tensor in tensors}, tmp_path / name / "model.safetensors")
+
+    texts = ["The capital of France is", "Once upon a time", "def add(a, b):\n    return a + b\n\ndef subtract("]
+    prompts = [tokenizer.encode(text).tolist() for text in texts]
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32")
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(padded, attention_mask=mask, **options)[:, width:]
+    again = pretrained.load(str(tmp_path / "float32"))
+    ours = GPT.from_weights(GPTConfig(**again.shape), again.weights, "SmolLM2").eval()
+    completions = generate_batch(ours, prompts, SamplingParams(max_new_tokens=24, temperature=0))
+    assert [tokenizer.decode(ids) for ids in expected.tolist()] == [tokenizer.decode(each.ids) for each in completions]
+    assert "Paris" in tokenizer.decode(completions[0].ids)
+
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "bfloat16")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= float(done.stdout) < 1.3
