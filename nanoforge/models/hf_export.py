@@ -50,8 +50,11 @@ class Written(NamedTuple):
         """One line."""
         if self.family is not None:
             return f"{self.family.architecture}, which AutoModelForCausalLM loads"
-        why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
-        return f"with its own source, for AutoModelForCausalLM with trust_remote_code=True (no family fits: {why})"
+        nearest = min(self.reasons, key=lambda name: self.reasons[name].count(", "))
+        return (
+            "with its own source, for AutoModelForCausalLM with trust_remote_code=True "
+            f"(of the families, {nearest} is the nearest, and lacks {self.reasons[nearest]})"
+        )
 
 
 class HFModel(NamedTuple):

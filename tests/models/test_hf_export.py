@@ -48,14 +48,15 @@ PRESETS = {
     "arithmetic_sft": CUSTOM,
     "strings_sft": CUSTOM,
     "gpt2_finetune": "GPT2LMHeadModel",
-    "quick_test": "GPT2LMHeadModel",
+    "gsm8k_grpo": "LlamaForCausalLM",
+    "quick_test": "LlamaForCausalLM",
     "arithmetic_dpo": CUSTOM,
     "arithmetic_grpo": CUSTOM,
     "arithmetic_kto": CUSTOM,
     "strings_prompt": CUSTOM,
 }
 BASES = {"arithmetic_dpo": "arithmetic_sft", "arithmetic_grpo": "arithmetic_sft", "arithmetic_kto": "arithmetic_sft"}
-BASES["strings_prompt"] = "strings_sft"
+BASES |= {"strings_prompt": "strings_sft", "gsm8k_grpo": "llama", "quick_test": "llama"}
 
 
 def preset_shape(name: str) -> dict:
@@ -102,6 +103,7 @@ def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def test_every_preset_is_listed():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == PRESETS.keys()
+    assert all(PRESETS[name] == PRESETS[base] for name, base in BASES.items())
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in BASES])
@@ -240,7 +242,6 @@ def export(folder: Path, to: Path, *flags: str, **options) -> subprocess.Complet
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_a_run_with_a_lora_and_chats(run: Callable, base: Path, tmp_path: Path):
     """Merged, with the rows of the roles' tokens; the chat template gives our ids, and the card says what it is."""
     flags = ["--objective=sft", "--dataset=chat", "--adapter=lora", "--learning_rate=1e-2", "--block_size=32"]
