@@ -431,23 +431,24 @@ def build_model(
 ) -> tuple[GPT, dict[str, Any]]:
     """(model on the CPU with initial or loaded weights, the arguments that loaded weights decide). Raises UserError."""
     torch.manual_seed(args.seed)
+    context = record.model.get("context", 0) if record is not None else 0
     if base is None:
-        return build_from_scratch(args, tokenizers), {}
+        return build_from_scratch(args, tokenizers, context), {}
     if args.init_from == "resume":
         assert record is not None
-        config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]))
+        config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]), context=context)
         return GPT.from_weights(config, base.weights, "the base", grow=True, dtype=base_dtype(args)), {}
     return build_from_base(args, tokenizers, base, log)
 
 
-def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer]) -> GPT:
-    """A model with a vocabulary for each tokenizer. Raises UserError."""
+def build_from_scratch(args: TrainArgs, tokenizers: dict[str, Tokenizer], context: int = 0) -> GPT:
+    """A model with a vocabulary for each tokenizer. context: of a resumed run's weights. Raises UserError."""
     vocab_sizes = tuple(tokenizer.vocab_size for tokenizer in tokenizers.values())
     if args.vocab_size:
         if args.vocab_size < vocab_sizes[0]:
             raise UserError(f"--vocab_size={args.vocab_size}: less than the tokenizer's {vocab_sizes[0]}")
         vocab_sizes = (args.vocab_size,)
-    return GPT(GPTConfig.from_args(args, vocab_sizes=vocab_sizes))
+    return GPT(GPTConfig.from_args(args, vocab_sizes=vocab_sizes, context=context))
 
 
 def build_from_base(
@@ -475,17 +476,16 @@ def build_from_base(
     if args.block_size > whole.block_size and args.block_size != TrainArgs.block_size:
         log(f"--block_size={args.block_size}: the weights of --init_from have {whole.block_size}, which stands")
     if args.block_size < whole.block_size:
-        log(
-            f"--block_size={args.block_size}: the run reads less than the context of {whole.block_size} that the "
-            f"weights have; --block_size={whole.block_size} keeps it"
-        )
+        log(f"--block_size={args.block_size}: the run reads less than the context of {whole.block_size} of its weights")
     shape = {name: value for name, value in dataclasses.asdict(whole).items() if name not in pretrained.TRAINING_FIELDS}
     if args.prompt_format and args.max_tokens > whole.block_size:
         raise UserError(
             f"--max_tokens={args.max_tokens}: the model's context has {whole.block_size} tokens; use no more"
         )
+    is_cropped = args.block_size < whole.block_size and whole.position != "learned"  # these positions are gone
     shape |= {
         "block_size": min(args.block_size, whole.block_size),
+        "context": whole.block_size if is_cropped else 0,
         "vocab_sizes": (max(base_vocab_size, *vocab_sizes),),
     }
     config = GPTConfig.from_args(args, **shape)
@@ -979,7 +979,7 @@ def load_soft_prompts(
 
     # 2. The base, with the shape that its runs gave it.
     base = pretrained.load_base(folders[0], records[0], log, base_model)
-    config = GPTConfig(**known_fields(pretrained.shape_of_record(records[0]), str(folders[0])))
+    config = GPTConfig(**known_fields(pretrained.whole_shape(records[0]), str(folders[0])))
     model = GPT.from_weights(config, base.weights, records[0].base["source"], grow=True)
 
     # 3. Their virtual tokens, one prompt after the other, behind the vocabulary.

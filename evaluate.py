@@ -362,7 +362,9 @@ def text_losses(evaluation: Evaluation, names: Sequence[str]) -> Losses:
     model = evaluation.loaded.model
     bins, offsets = open_contexts(evaluation, names)
     sizes = batches.aligned_sizes(bins).tolist()
-    windows = cut_windows(sizes, model.config.block_size, evaluation.args.max_windows)
+    run = evaluation.loaded.args
+    block_size = min(model.config.block_size, run.block_size) if run else model.config.block_size  # as in training
+    windows = cut_windows(sizes, block_size, evaluation.args.max_windows)
     if not windows:
         raise UserError(f"--datasets={bins[0].name}: {bins[0].paths[0]} has one token, of which none is predicted")
     ends = torch.tensor([without_bytes(val, offset) for val, offset in zip(bins, offsets, strict=True)])  # (K, 2)

@@ -36,6 +36,7 @@ class GPTConfig:
     vocab_sizes: tuple[int, ...]  # one, or one of each context or dataset
     vocabulary: str = "one"  # an entry of VOCABULARIES
     block_size: int = TrainArgs.block_size
+    context: int = 0  # tokens that loaded weights can read, where the run reads only block_size of them; 0: as many
     n_layer: int = TrainArgs.n_layer
     n_head: int = TrainArgs.n_head
     n_kv_head: int = TrainArgs.n_kv_head

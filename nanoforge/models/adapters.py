@@ -344,5 +344,5 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().float().contiguous().numpy())
+        digest.update(weights[name].detach().float().contiguous().numpy().data)
     return digest.hexdigest()

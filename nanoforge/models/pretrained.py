@@ -313,6 +313,12 @@ def shape_of_record(record: RunRecord) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in record.model.items()}
 
 
+def whole_shape(record: RunRecord) -> dict[str, Any]:
+    """The shape in a run's record, with the whole context of its weights, of which training may have read less."""
+    shape = shape_of_record(record)
+    return {**shape, "block_size": shape.get("context") or shape["block_size"], "context": 0}
+
+
 def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
     """A checkpoint of this program, with LoRA merged into its base. Raises UserError."""
     record = RunRecord.load(folder)
@@ -331,7 +337,7 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line, base_
         weights = adapters.merge_lora(base.weights, weights, scale, vocab_size)
     elif base_model:
         raise UserError(NO_BASE_NEEDED.format(folder))
-    shape = {name: value for name, value in shape_of_record(record).items() if name not in TRAINING_FIELDS}
+    shape = {name: value for name, value in whole_shape(record).items() if name not in TRAINING_FIELDS}
     return Pretrained(shape, weights, tokenizers)
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_MODEL, ids, tiny_model
+from helpers import TINY_MODEL, RunFiles, ids, tiny_model
 from safetensors.torch import save_file
 
 import builders
@@ -131,6 +132,24 @@ def test_derived_sizes_stay_when_weights_are_loaded_with_a_smaller_context(*, is
     assert (loaded_shape["window_size"], loaded_shape["block_size"]) == (8, 10)
     assert [attn.span for attn in smaller.attention_layers()] == [8, 10]
     assert torch.equal(smaller(ids(2, 10)), made(ids(2, 10)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("position", "context"), [("rope", 16), ("learned", 8)])
+def test_a_run_on_less_than_the_context_of_its_weights_keeps_it(
+    run: Callable[..., RunFiles], position: str, context: int
+):
+    """Rotary positions have no end, learned ones are cropped. A resumed run keeps it; so does what begins with it."""
+    first = run("--block_size=16", f"--position={position}", "--max_iters=1", name="first")
+    assert pretrained.load(str(first.out_dir)).shape["block_size"] == 16
+    loads = [f"--init_from={first.out_dir}", "--block_size=8"]
+    for name, flags in (("whole", []), ("lora", ["--adapter=lora"])):
+        run(*loads, *flags, "--max_iters=1", name=name)
+        done = run("--init_from=resume", "--max_iters=2", name=name)
+        assert (done.config["block_size"], done.config["_model"]["block_size"]) == (8, 8)
+        assert pretrained.load(str(done.out_dir)).shape["block_size"] == context
+    longer = run(f"--init_from={done.out_dir}", "--block_size=16", "--max_iters=1", name="longer")
+    assert longer.config["_model"]["block_size"] == context
 
 
 def test_losses_and_gradients_equal_transformers(hugging_face):
