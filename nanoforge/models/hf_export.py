@@ -26,7 +26,7 @@ from nanoforge.models import families, pretrained
 Shape = Mapping[str, Any]  # all fields of GPTConfig
 CODE = Path(__file__).parent / "hf_code"
 NOT_OF_GPT = ("vocab_sizes", "vocabulary", "tie_weights")  # fields that config.json has under other names
-WORD_ROWS = ("wte.weight", "head.weight")
+TABLES = ("wte.weight", "head.weight")  # of a vocabulary
 
 
 class Program(NamedTuple):
@@ -151,14 +151,25 @@ def fit_rows(model: HFModel) -> HFModel:
         raise UserError(f"the tokenizer has {vocab_size} ids, and the model {rows} rows for them")
     if comes_from_a_model(model.tokenizer):
         vocab_size = rows
-    weights = {**model.weights} if vocab_size < rows else model.weights
-    if vocab_size < rows:
-        weights = {name: rows_of(weights, name, vocab_size) for name in weights}
+    weights = CutWeights(model.weights, vocab_size) if vocab_size < rows else model.weights
     return HFModel({**model.shape, "vocab_sizes": (vocab_size,)}, weights, model.tokenizer)
 
 
-def rows_of(weights: Mapping[str, Tensor], name: str, count: int) -> Tensor:
-    return weights[name][:count] if name in WORD_ROWS else weights[name]
+class CutWeights(Mapping[str, Tensor]):
+    """Weights with the first rows only of a vocabulary's tables."""
+
+    def __init__(self, weights: Mapping[str, Tensor], rows: int):
+        self.weights = weights
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name][: self.rows] if name in TABLES else self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,22 +276,23 @@ def parse_size(text: str) -> int:
     return size
 
 
-def write_weights(to: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+def write_weights(to: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> int:
     """Write model.safetensors, or several files of at most max_bytes (or one tensor) with an index.
 
-    No more than one file's tensors are in memory at a time.
+    Returns the number of parameters. No more than one file's tensors are in memory at a time.
     """
     parts: list[tuple[Path, list[str]]] = []
-    total = 0
+    total = n_parameters = 0
     for shard in shards_of(tensors, max_bytes):
         path = to / f"model-{len(parts) + 1:05}.safetensors"
         with atomic_write(path) as tmp_path:
             save_file(shard, tmp_path, metadata={"format": "pt"})
         parts.append((path, [*shard]))
         total += sum(tensor.nbytes for tensor in shard.values())
+        n_parameters += sum(tensor.numel() for tensor in shard.values())
     if len(parts) == 1:
         parts[0][0].replace(to / "model.safetensors")
-        return
+        return n_parameters
     weight_map: dict[str, str] = {}
     for path, names in parts:
         name = f"{path.stem}-of-{len(parts):05}.safetensors"
@@ -288,6 +300,7 @@ def write_weights(to: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: in
         weight_map |= dict.fromkeys(names, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(to / "model.safetensors.index.json", index)
+    return n_parameters
 
 
 def shards_of(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -314,13 +327,12 @@ def write_model(to: Path, model: HFModel, program: Program, dtype: torch.dtype, 
     """Write config.json, the weights and generation_config.json, and the source that they need. Raises UserError."""
     model, family, reasons = in_a_family(fit_rows(model))
     config = config_of(model, family, dtype)
-    write_weights(to, named_tensors(model, family, dtype), max_bytes)
+    n_parameters = write_weights(to, named_tensors(model, family, dtype), max_bytes)
     if family is None:
         write_code(to, program)
     generation = {name: ids for name, ids in token_settings(model.tokenizer).items() if ids is not None}
     write_json(to / "generation_config.json", generation)
     write_json(to / "config.json", config)  # last: a folder without it holds no model
-    n_parameters = sum(tensor.numel() for tensor in model.weights.values())
     return Written(config, family, reasons, n_parameters, model.tokenizer is not None)
 
 

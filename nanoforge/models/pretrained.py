@@ -327,8 +327,8 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line, base_
     adapter = record.args.get("adapter", "none")
     if adapter == "soft_prompt":
         raise UserError(
-            f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, "
-            f"and its base is {record.base['source']}"
+            f"{folder}: holds a soft prompt, not weights; sample.py takes it as --prompt_dir, export.py peft writes it "
+            f"for others, and its base is {record.base['source']}"
         )
     if adapter == "lora":
         scale = record.args["lora_alpha"] / record.args["lora_rank"]

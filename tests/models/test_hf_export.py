@@ -138,14 +138,18 @@ def test_generation_is_ours(name: str, tmp_path: Path):
     write(tmp_path / "hf", model)
     tokenizer_export.write_tokenizer(tmp_path / "hf", CHARS, 32, ROLES)
     theirs = load(tmp_path / "hf")
+    theirs.generation_config.eos_token_id = None
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     texts = ["the\njug\n", "dog"]
     expected = [greedy(model, CHARS.encode(text).tolist(), 12) for text in texts]
     for batch in ([texts[0]], [texts[1]], texts):
         inputs = tokenizer(batch, return_tensors="pt", padding=True)
-        ids = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+        ids = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
         for text, row in zip(batch, ids, strict=True):
             assert row[inputs.input_ids.size(1) :].tolist() == expected[texts.index(text)]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    static = theirs.generate(**inputs, max_new_tokens=12, cache_implementation="static", do_sample=False)
+    assert [row[-12:].tolist() for row in static] == expected
     beams = theirs.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=3, max_new_tokens=4)
     assert len(beams) == 2
 
