@@ -4,14 +4,14 @@ import dataclasses
 import io
 import json
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, TEXT
+from helpers import SHARED, TEXT, RunFiles, run_script
 
 from builders import load_model
 from model import GPT, GPTConfig
@@ -492,3 +492,58 @@ def test_matrices_have_the_type_that_was_asked_for(tmp_path: Path, kind: str):
     assert kinds["blk.0.ffn_norm.weight"] == "F32"
     bound = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-2}.get(kind, 0.1)
     check_llama_cpp(path, model, tokenizer, atol=bound)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole
+
+
+@pytest.mark.slow
+def test_a_lora_on_a_gguf_becomes_a_gguf(run: Callable[..., RunFiles], tmp_path: Path):
+    """Chats bring rows of new tokens; llama.cpp has the merged model's logits, and the ids of our chats."""
+    base, merged = tmp_path / "base.gguf", tmp_path / "merged.gguf"
+    export_with(tokenization.BPETokenizer.train([TEXT * 3], V), base)
+    chat = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    files = [f"--{split}_file={tmp_path}/chats.jsonl" for split in ("train", "validation")]
+    flags = ["--objective=sft", "--adapter=lora", f"--init_from={base}", "--learning_rate=1e-2", "--block_size=32"]
+    done = run(*flags, *files, "--eval_samples=0")
+    run_script("gguf", done.out_dir, "--type=f32", f"--to={merged}", script="export.py")
+    ours, trained = load_model("resume", str(done.out_dir)), load_model(str(merged))
+    (tokenizer,) = ours.tokenizers.values()
+    assert tokenizer.vocab_size == V + 3 == len(trained.model.wte.weight)
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), trained.model.parameters(), strict=True))
+    check_llama_cpp(merged, ours.model, tokenizer, atol=1e-4)
+    (back,) = trained.tokenizers.values()
+    text = "<|user|>the fox<|endoftext|><|assistant|>"
+    assert np.array_equal(back.encode_with_control(text).ids, tokenizer.encode_with_control(text).ids)
+    refused = run_script("gguf", done.out_dir, f"--to={merged}", script="export.py", check=False)
+    assert refused.returncode == 2 and "--to" in refused.stderr
+
+
+@pytest.mark.slow
+def test_flags_of_another_action_are_refused(tmp_path: Path):
+    for argv, parts in (
+        (["gguf", tmp_path, "--dtype=bfloat16", "--to=x"], ["--dtype", "--type", "--to=x", ".gguf"]),
+        (["merge", tmp_path, "--type=f32", f"--to={tmp_path}/x"], ["--type", "gguf"]),
+    ):
+        done = run_script(*argv, script="export.py", check=False)
+        assert done.returncode == 2 and all(part in done.stderr for part in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs SmolLM2 in ../shared, which is missing")
+def test_smollm2_from_its_folder():
+    """4-bit matrices, whose query and key heads are in llama.cpp's order, and 8-bit words that are the head too."""
+    loaded = pretrained.load(str(SMOLLM2.parent))
+    config = GPTConfig(**loaded.shape)
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head, config.head_dim) == (30, 576, 9, 3, 64)
+    assert (config.rope_base, config.norm_eps, config.tie_weights, config.block_size) == (1e5, 1e-5, True, 8192)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(SMOLLM2).tensors if "blk.29.attn" in tensor.name}
+    q, k, v = (tensors[f"blk.29.attn_{part}.weight"] for part in "qkv")
+    q, k, v = (torch.from_numpy(gguf.quants.dequantize(part.data, part.tensor_type)) for part in (q, k, v))
+    rows = loaded.weights["blocks.29.attn.qkv.weight"].split([576, 192, 192])
+    names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    llama = transformers.LlamaConfig(hidden_size=576, num_attention_heads=9)
+    for ours, theirs, name in zip(rows, (q, k, v), names, strict=True):
+        assert torch.equal(convert(name, ours, llama), theirs)
