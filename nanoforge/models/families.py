@@ -1237,7 +1237,7 @@ def family_of(config: Config) -> Family:
 def fitting_family(
     shape: Mapping[str, Any], known: Mapping[str, Family] = FAMILIES
 ) -> tuple[Family | None, dict[str, str]]:
-    """The first family that can hold a model of this shape, and why each one before it can't; the nearest comes first.
+    """The first family that can hold a model of this shape, and why each one before it can't.
 
     known: other families than those of transformers.
     """
@@ -1249,4 +1249,14 @@ def fitting_family(
             reasons[name] = str(reason)
             continue
         return family, reasons
-    return None, dict(sorted(reasons.items(), key=lambda item: item[1].count(", ")))
+    return None, reasons
+
+
+def count_misfits(reason: str) -> int:
+    """How much is in the way, of the message of a NoFit."""
+    return reason.count(", ")
+
+
+def nearest_first(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Families with why each one can't hold a model, the nearest first."""
+    return dict(sorted(reasons.items(), key=lambda item: count_misfits(item[1])))

@@ -200,10 +200,11 @@ def in_a_family(
     may_fill = model.shape["norm_placement"] == "pre" and not model.shape["qk_norm_joint"]
     for change in NEUTRAL_CHANGES if family is None and may_fill else ():
         filled = with_neutral(model, change)
-        family, _ = families.fitting_family(filled.shape, known)
+        family, others = families.fitting_family(filled.shape, known)
         if family is not None:
             return filled, family, {}
-    return model, family, reasons
+        reasons = {name: min(reasons[name], others[name], key=families.count_misfits) for name in reasons}
+    return model, family, families.nearest_first(reasons)
 
 
 def with_neutral(model: HFModel, change: Shape) -> HFModel:
