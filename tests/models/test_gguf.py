@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from nanoforge.data import gguf_metadata, model_tokenizers, tokenization, tokenizer_export
 from nanoforge.errors import UserError
 from nanoforge.models import gguf_export, gguf_files, hf_export, pretrained
+from nanoforge.models.families import TensorMap
 from nanoforge.posttraining.example_rows import ROLES
 
 gguf = pytest.importorskip("gguf")
@@ -312,6 +313,16 @@ def test_llama_cpp_gives_our_logits(tmp_path: Path, name: str, tokenizer: tokeni
     keys = {key for key in gguf_files.GGUFReader([before]).metadata if key.startswith(architecture)}
     assert keys <= gguf_files.GGUFReader([after]).metadata.keys()
     check_llama_cpp(after, loaded, tokenizer, atol=1e-2 if "gelu" in loaded.config.activation else 1e-4)
+
+
+def test_gains_that_are_1_plus_an_offset_come_back_bit_by_bit():
+    """All magnitudes and signs of a float32 offset: what a file can hold as the sum is what is written again."""
+    magnitudes = 2.0 ** torch.arange(-40, 20, dtype=torch.float32)
+    offsets = (torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)) * magnitudes).flatten()
+    stored = TensorMap("norm.offset", ["output_norm.weight"], shift=1.0)
+    gains = 1 + offsets
+    (again,) = stored.split(stored.join([gains]), {}).values()
+    assert torch.equal(again, gains)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
