@@ -18,7 +18,7 @@ from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops
 from nanoforge.errors import UserError
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.training import checkpoint, evaluation, schedules, summary
+from nanoforge.training import checkpoint, evaluation, memory, schedules, summary
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
@@ -125,10 +125,21 @@ class Run:
             ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, {self.describe_schedule()}"),
             ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
             ("device", device),
+            ("memory", summary.describe_memory(self.plan_memory(), has_adapter=args.adapter != "none")),
             *self.dropout_line(),
             ("time", summary.describe_time(flops_left, ranks, model.compute_dtype)),
         ]
         return summary.format_summary(lines)
+
+    def plan_memory(self) -> memory.MemoryPlan:
+        """What a step needs on this rank, with sequences of full length."""
+        args = self.args
+        is_paired = OBJECTIVES[args.objective].example_type == "preference"
+        rows = self.rank_slice.micro_batch_size * (2 if is_paired else 1)
+        lora_rank = args.lora_rank if args.adapter == "lora" else 0
+        plan = memory.plan_memory(self.raw_model, rows * args.block_size, args.optimizer, lora_rank)
+        has_copy = builders.reference_kind(args) == "copy"
+        return plan._replace(reference=plan.frozen + plan.trainable if has_copy else 0)
 
     def describe_schedule(self) -> str:
         """The schedule, and the learning rate of the run's last step."""

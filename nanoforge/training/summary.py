@@ -9,6 +9,7 @@ from nanoforge.data.batches import Source
 from nanoforge.device import measure_matmul_flops
 from nanoforge.distributed import Ranks, RankSlice
 from nanoforge.training.evaluation import EvalDataset
+from nanoforge.training.memory import MemoryPlan
 
 LABEL_WIDTH = 9
 
@@ -44,6 +45,17 @@ def describe_device(device: torch.device, dtype: str, dtype_reason: str, *, is_c
     chip = torch.cuda.get_device_name(device) if is_cuda else plural(torch.get_num_threads(), "thread")
     text = f"{device} ({chip}), {dtype} ({dtype_reason})"
     return f"{text}, compiled" if is_compiled else text
+
+
+def describe_memory(plan: MemoryPlan, *, has_adapter: bool) -> str:
+    """What a step needs on one rank."""
+    parts = {"weights": plan.frozen + plan.trainable, "reference": plan.reference}
+    if has_adapter:
+        parts = {"base": plan.frozen, "adapter": plan.trainable, "reference": plan.reference}
+    parts |= {"gradients": plan.gradients, "optimizer": plan.optimizer}
+    exact = ", ".join(f"{name} {n_bytes / 2**20:,.1f} MB" for name, n_bytes in parts.items() if n_bytes)
+    activations, logits, total = (round(n / 2**20) for n in (plan.activations, plan.logits, plan.peak))
+    return f"{exact}; activations about {activations:,} MB, logits {logits:,} MB; a step about {total:,} MB"
 
 
 def describe_time(flops: float, ranks: Ranks, dtype: torch.dtype) -> str:
