@@ -28,7 +28,7 @@ from nanoforge.data.tokenization import Tokenizer
 from nanoforge.device import AUTO_DTYPES, choose_dtype, find_bfloat16_units, get_device
 from nanoforge.distributed import Ranks, apply_fsdp
 from nanoforge.errors import UserError
-from nanoforge.models import adapters, pretrained
+from nanoforge.models import adapters, pretrained, quantized
 from nanoforge.models.generation import SamplingParams
 from nanoforge.models.pretrained import Pretrained
 from nanoforge.posttraining import prompt_format, rollouts, row_shapes
@@ -437,7 +437,7 @@ def build_model(
     if args.init_from == "resume":
         assert record is not None
         config = GPTConfig.from_args(args, vocab_sizes=tuple(record.model["vocab_sizes"]), context=context)
-        return GPT.from_weights(config, base.weights, "the base", grow=True, dtype=base_dtype(args)), {}
+        return GPT.from_weights(config, base.weights, "the base", grow=True, keep=keep_base(args)), {}
     return build_from_base(args, tokenizers, base, log)
 
 
@@ -490,16 +490,30 @@ def build_from_base(
     }
     config = GPTConfig.from_args(args, **shape)
     model = GPT.from_weights(
-        config, base.weights, f"--init_from={args.init_from}", grow=reads_examples, dtype=base_dtype(args)
+        config, base.weights, f"--init_from={args.init_from}", grow=reads_examples, keep=keep_base(args)
     )
     arguments = {field.name for field in dataclasses.fields(args)}
     loaded_shape = {name: value for name, value in shape.items() if name in arguments}
     return model, loaded_shape | {"vocab_size": sum(shape["vocab_sizes"])}
 
 
-def base_dtype(args: TrainArgs) -> torch.dtype:
-    """Of the frozen weights of a base; without an adapter all weights are float32."""
-    return getattr(torch, args.base_dtype) if args.adapter != "none" else torch.float32
+def keep_base(args: TrainArgs) -> Callable[[str, torch.Tensor], nn.Parameter | nn.Module] | None:
+    """How a frozen base holds a weight; None without an adapter: all weights are float32, and trained."""
+    if args.adapter == "none":
+        return None
+    dtype: torch.dtype = getattr(torch, args.base_dtype)
+    if args.quantize_base != "none":
+        quantized.check_package(args.quantize_base)
+
+    def keep(name: str, tensor: torch.Tensor) -> nn.Parameter | nn.Module:
+        if args.quantize_base != "none" and name.startswith("blocks.") and tensor.dim() == 2:
+            return quantized.QuantizedWeight(tensor, args.quantize_base)
+        weight = tensor.to(dtype)
+        if dtype == torch.float16 and not weight.isfinite().all():
+            raise UserError(f"--base_dtype=float16: {name} has values beyond its range; use bfloat16")
+        return nn.Parameter(weight)
+
+    return keep
 
 
 def known_fields(shape: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -850,21 +850,23 @@ class GPT(nn.Module):
         source_name: str,
         *,
         grow: bool = False,
-        dtype: torch.dtype = torch.float32,
+        keep: Callable[[str, Tensor], nn.Parameter | nn.Module] | None = None,
     ) -> "GPT":
-        """A model on the CPU with these weights, as `load_weights` takes them, in this dtype.
+        """A model on the CPU with these weights, as `load_weights` takes them.
 
-        Weights are read one at a time, and no others are drawn: memory peaks at the model and one weight.
+        keep: from a weight's name and its values to what the model holds; None: float32. Weights are read one at a
+        time, and no others are drawn: memory peaks at the model and one weight.
         """
         with torch.device("meta"), NoInitialWeights():
             model = cls(config)
         fitted = model.fit_weights(weights, source_name, grow=grow)
         for name, tensor in fitted:
             owner, _, attribute = name.rpartition(".")
-            weight = tensor.to(dtype)
-            if dtype == torch.float16 and not weight.isfinite().all():
-                raise UserError(f"{source_name}: {name} has values beyond float16; use --base_dtype=bfloat16")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(weight))
+            module = model.get_submodule(owner)
+            kept = nn.Parameter(tensor.float()) if keep is None else keep(name, tensor)
+            if isinstance(kept, nn.Module):
+                delattr(module, attribute)
+            setattr(module, attribute, kept)
         if config.tie_weights:
             model.head.weight = model.wte.weight
         return model
@@ -914,9 +916,14 @@ class GPT(nn.Module):
         """Weights that are several matrices stacked: name -> rows of each. Muon orthogonalizes each one by itself."""
         return {f"blocks.{attn.layer}.attn.qkv.weight": attn.qkv_sizes for attn in self.attention_layers()}
 
+    def parameter_sizes(self) -> Iterator[tuple[str, int]]:
+        """(name, values) of each parameter, tied ones once; of a quantized weight as many as before."""
+        for name, parameter in self.named_parameters():
+            yield name, parameter.numel() * getattr(parameter, "values_an_element", 1)
+
     def count_parameters(self) -> int:
         """All parameters, tied ones once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(size for _, size in self.parameter_sizes())
 
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward for a training token (PaLM, Chowdhery et al. 2022, appendix B).
@@ -924,9 +931,9 @@ class GPT(nn.Module):
         6 for each weight of a matrix product, and 12 span H D for the attention of each layer.
         """
         matmul_weights = 0
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and name not in ("wte.weight", "position.weight"):
-                matmul_weights += parameter.numel()
+        for name, size in self.parameter_sizes():
+            if self.get_parameter(name).dim() == 2 and name not in ("wte.weight", "position.weight"):
+                matmul_weights += size
         if self.config.tie_weights:
             matmul_weights += self.wte.weight.numel()  # as the head
         total_span = sum(attn.span for attn in self.attention_layers())

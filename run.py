@@ -120,7 +120,7 @@ class Run:
         device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, is_compiled=args.compile)
         lines = [
             ("run", f"{args.out_dir} (from {args.init_from})"),
-            ("model", describe_model(model, args.adapter)),
+            ("model", describe_model(model, args)),
             ("data", summary.describe_data(source, self.data.eval_datasets["val"])),
             ("a step", f"{batch}; {args.optimizer}, lr {args.learning_rate:g}, {self.describe_schedule()}"),
             ("length", f"{self.total_steps:,} steps, {n_tokens:,.0f} tokens, {n_epochs:.2f} epochs"),
@@ -220,7 +220,7 @@ class Run:
         return peak * self.ranks.world_size / self.raw_model.flops_per_token()
 
 
-def describe_model(model: GPT, adapter: str) -> str:
+def describe_model(model: GPT, args: TrainArgs) -> str:
     """Size and shape, and with an adapter the trainable part."""
     shape, n_parameters = model.config, model.count_parameters()
     vocabulary = " + ".join(str(size) for size in shape.vocab_sizes)
@@ -228,11 +228,13 @@ def describe_model(model: GPT, adapter: str) -> str:
         f"{n_parameters / 1e6:.2f} M parameters: {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, "
         f"context {shape.block_size}, vocabulary {vocabulary}"
     )
-    if adapter == "none":
+    if args.adapter == "none":
         return text
     n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    base_dtype = str(model.attention_layers()[0].proj.weight.dtype).removeprefix("torch.")
-    return f"{text}; {adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%}), the base in {base_dtype}"
+    base = args.base_dtype
+    if args.quantize_base != "none":
+        base = f"{args.quantize_base} and {base}"
+    return f"{text}; {args.adapter}: {n_trainable:,} trainable ({n_trainable / n_parameters:.2%}), the base in {base}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

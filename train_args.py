@@ -357,6 +357,8 @@ class AdapterArgs:
         choices=("none", "lora", "soft_prompt"), model_shape=True)
     base_dtype: str = arg("float32", "dtype in which the frozen base is kept; the adapter is float32 "
         "(docs/memory.md)", choices=("float32", "bfloat16", "float16"), needs=ADAPTER)
+    quantize_base: str = arg("none", "quantize the linear layers of the frozen base (QLoRA; needs bitsandbytes): "
+        "nf4 takes 0.56 bytes a weight, int8 1", choices=("none", "nf4", "int8"), needs=LORA)
     lora_rank: int = arg(8, "LoRA rank", low=1, model_shape=True, needs=LORA, alias=("lora_r",))
     lora_alpha: float = arg(16.0, "LoRA scaling numerator: updates are multiplied by alpha / rank",
         above=0, model_shape=True, needs=LORA)
@@ -707,6 +709,8 @@ HINTS = {
     "steps_per_generation": "each global batch is one rollout batch; --num_iterations sets its optimizer steps",
     "torch_dtype": "weights are float32; use --dtype for mixed precision, --base_dtype for an adapter's base",
     "use_cpu": "use --device=cpu",
+    "load_in_4bit": "use --quantize_base=nf4",
+    "load_in_8bit": "use --quantize_base=int8",
     "use_peft": "use --adapter=lora",
 }
 
@@ -1043,6 +1047,10 @@ def system_errors(args: TrainArgs) -> Iterator[str]:
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
         if getattr(args, flag) and find_spec(package) is None:
             yield f"--{flag}: requires a package: pip install {package}"
+    if args.quantize_base != "none" and find_spec("bitsandbytes") is None:
+        yield f"--quantize_base={args.quantize_base}: requires a package: pip install bitsandbytes"
+    if args.quantize_base != "none" and args.parallel == "fsdp":
+        yield f"--quantize_base={args.quantize_base}: cannot be sharded by --parallel=fsdp; use ddp, or --base_dtype"
     if args.parallel == "fsdp" and args.dtype == "float16":
         yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
     yield from device_errors(args)

@@ -14,6 +14,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanoforge.models import adapters
+from nanoforge.models.quantized import FORMATS
 from nanoforge.training.memory import MemoryPlan, cache_bytes, cast_bytes, layer_values, plan_memory
 
 LLAMA = GPTConfig(
@@ -91,6 +92,12 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:,.1f} kB"
 
 
+def quantized_bytes(name: str, form: str) -> float:
+    """Of a base with --quantize_base and --base_dtype=bfloat16, without the scales of int8, one a row."""
+    linears = sum(p.numel() for key, p in build(name, None).named_parameters() if "blocks." in key and p.dim() == 2)
+    return plan(name, torch.bfloat16).frozen + (FORMATS[form].bytes - 2) * linears
+
+
 def bytes_of(name: str) -> dict[str, str]:
     """What each part of a model's training takes."""
     config = MODELS[name]
@@ -100,6 +107,8 @@ def bytes_of(name: str) -> dict[str, str]:
         "parameters": f"{build(name, None).count_parameters():,}",
         "base, float32": format_bytes(whole.frozen),
         "base, bfloat16": format_bytes(one.frozen),
+        "base, linear layers in nf4, the rest in bfloat16": format_bytes(quantized_bytes(name, "nf4")),
+        "base, linear layers in int8, the rest in bfloat16": format_bytes(quantized_bytes(name, "int8")),
         f"LoRA of rank {RANK}": format_bytes(one.trainable),
         "its gradients": format_bytes(one.gradients),
         "AdamW's moments": format_bytes(one.optimizer),

@@ -22,38 +22,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.models.quantized import QuantizedWeight, Unpack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the frozen base, in any dtype
 
 
-class FrozenProduct(torch.autograd.Function):
-    """W x + b with a frozen W and b, which are cast to the dtype of x.
+def cast(weight: Tensor, scales: None, dtype: torch.dtype) -> Tensor:
+    """A weight that is stored whole, in another dtype."""
+    return weight.to(dtype)
 
-    Backward casts W again: autograd would keep a cast copy of every W until then.
+
+class FrozenProduct(torch.autograd.Function):
+    """W x + b with a frozen W and b. `unpack` makes W, (out, in), of what is stored, in the dtype of x.
+
+    Backward unpacks W again: autograd would keep every W, unpacked, until then.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, unpack: Unpack, stored: Tensor, scales: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(stored, scales)
+        ctx.unpack = unpack
+        return F.linear(x, unpack(stored, scales, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.unpack(*ctx.saved_tensors, grad.dtype), None, None, None, None
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer of the base."""
+    """A linear layer of the base, whose weight may be quantized."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = linear.weight  # (out, in)
+        weight: Any = linear.weight
+        self.weight = weight  # (out, in), or what stands in its place
         self.bias = linear.bias
+        self.unpack = weight.format.unpack if isinstance(weight, QuantizedWeight) else cast
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return FrozenProduct.apply(x, self.weight, self.bias)
+        stored = (self.weight, None) if self.unpack is cast else (self.weight.packed, self.weight.scales)
+        return FrozenProduct.apply(x, self.bias, self.unpack, *stored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +326,7 @@ def freeze_base(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter_parameter(name))
     for name, module in [*model.named_modules()]:
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, FrozenLinear(module))
 

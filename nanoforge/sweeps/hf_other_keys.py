@@ -158,8 +158,8 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "fp16_full_eval": ("evaluation has the precision of training", False),
     "tf32": ("matrix products of float32 have full precision; use bf16", False),
     "cast_lm_head_to_fp32": ("the losses are computed in float32, from logits in dtype", False),
-    "load_in_8bit": ("weights are not quantised; a LoRA run keeps its base in dtype", False),
-    "load_in_4bit": ("weights are not quantised; a LoRA run keeps its base in dtype", False),
+    "load_in_8bit": ("use quantize_base: int8", False),
+    "load_in_4bit": ("use quantize_base: nf4", False),
     # model and adapter
     "model_init_kwargs": ("use dtype and attn_implementation", {}),
     "ref_model_init_kwargs": ("the reference has the policy's settings", {}),

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import shutil
 import struct
 import sys
@@ -1620,6 +1621,18 @@ def base_dtype(run: Callable, base: Path):
     assert whole.losses != half.losses and whole.losses == pytest.approx(half.losses, abs=0.05)
     assert "the base in bfloat16" in half.console
     assert {tensor.dtype for tensor in half.last.weights.values()} == {torch.float32}
+
+
+@effect
+def quantize_base(run: Callable, base: Path):
+    """Losses of other weights, near by (tests/models/test_quantized.py has them exactly), and of as many."""
+    pytest.importorskip("bitsandbytes")
+    flags = [*sft(base), "--adapter=lora", "--max_iters=1"]
+    done = {name: run(*flags, f"--quantize_base={name}", name=name) for name in ("none", "int8", "nf4")}
+    losses = [lines.evals[0]["val_loss"] for lines in done.values()]
+    assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, abs=0.05)
+    counts = [re.search(r"([\d.]+) M parameters", lines.console)[1] for lines in done.values()]
+    assert len(set(counts)) == 1
 
 
 @effect
