@@ -15,7 +15,8 @@ from helpers import ROOT, SHARED
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import GPT, GPTConfig
+import train_args
+from model import GPT, ROPE_SCALINGS, GPTConfig
 from nanoforge.errors import UserError
 from nanoforge.models import families, pretrained, weight_files
 from nanoforge.models.generation import KVCache, SamplingParams, generate_batch
@@ -196,6 +197,7 @@ OLD_FILES: list[dict[str, Any]] = [
         **SIZES,
         "head_dim": 16,
         "sliding_window": 5,
+        "max_window_layers": 1,
         "rope_scaling": {"rope_type": "yarn", "factor": 2},
     },
     {
@@ -214,6 +216,26 @@ def test_older_files_are_read_as_transformers_reads_them(old: dict[str, Any]):
     new = transformers.AutoConfig.for_model(old["model_type"], **json.loads(json.dumps(settings))).to_dict()
     assert "rope_theta" not in new and "rotary_pct" not in new, "it is translated"
     assert family.read_config(old) == family.read_config(new)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
+def test_scaled_frequencies_of_a_real_size_equal_transformers(rope_type: str):
+    """Of heads of 128 at Qwen's base, where the small models' ramps are too short to see all of a formula."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    numbers = {**LLAMA3_ROPE, "rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 43000}
+    names = ("rope_type", *families.ROPE_TYPES[rope_type])
+    parameters = {"rope_theta": 1e6, **{name: numbers[name] for name in names if name in numbers}}
+    config = transformers.LlamaConfig(**{**SIZES, "head_dim": 128, "rope_parameters": parameters})
+    expected, factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")
+    scaling = families.read_rope(config.to_dict())["rope_scaling"]
+    frequency = 1e6 ** (-torch.arange(0, 128, 2).float() / 128)
+    torch.testing.assert_close(ROPE_SCALINGS[rope_type](frequency, scaling), expected, atol=0, rtol=1e-5)
+    assert scaling.get("attention_factor", 1.0) == pytest.approx(factor)
+
+
+def test_the_table_of_arguments_has_the_numbers_of_each_scaling():
+    assert families.ROPE_TYPES == train_args.ROPE_SCALING_NUMBERS and families.ROPE_TYPES.keys() == ROPE_SCALINGS.keys()
 
 
 LLAMA = {"model_type": "llama", **SIZES}
