@@ -21,6 +21,7 @@ from nanoforge.errors import UserError
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.posttraining.examples import ExampleEncoder, extend_tokenizer
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 TEXTS = [
@@ -167,3 +168,27 @@ def test_real_sentencepiece_files(tmp_path: Path):
         expected = tokenizer.encode(text).tolist()
         assert theirs(text, split_special_tokens=True).input_ids == [tokenizer.bos_id, *expected]
         assert theirs.decode(expected) == tokenizer.decode(expected)
+
+
+def test_a_loaded_models_tokenizer_goes_back_as_it_came(tmp_path: Path):
+    """Its beginning of a text, its chats and the names of its control tokens."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    library = BPETokenizer.train(CORPUS, 400).tokenizer
+    library.add_special_tokens(["<s>", "<|turn|>", "<|end|>", "<pad>"])
+    begin = [("<s>", library.token_to_id("<s>"))]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    named = {"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<pad>"}
+    before = transformers.PreTrainedTokenizerFast(tokenizer_object=library, chat_template=template, **named)
+    before.save_pretrained(tmp_path / "before")
+    after = write(tmp_path / "after", model_tokenizers.load_folder(tmp_path / "before"))
+    chat = [{"role": "user", "content": " low\n"}, {"role": "assistant", "content": "lower"}]
+    for tokenizer in (before, after):
+        assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).startswith("<s><|turn|>")
+    assert after.apply_chat_template(chat)["input_ids"] == before.apply_chat_template(chat)["input_ids"]
+    assert after.special_tokens_map == before.special_tokens_map
+    for text in TEXTS:
+        assert after(text).input_ids == before(text).input_ids
+        assert after.decode(after(text).input_ids, skip_special_tokens=True) == text
