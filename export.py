@@ -196,9 +196,9 @@ def export_hf(folder: Path, to: Path, args: ExportArgs) -> None:
     program = hf_export.Program(files.read_text(Path(model_module.__file__)), vars(TrainArgs))
     prepare(to)
     hf_export.refuse_existing_model(to)
-    written = hf_export.write_model(to, model, program, getattr(torch, args.dtype), max_bytes)
     if model.tokenizer is not None:
         tokenizer_export.write_tokenizer(to, model.tokenizer, model.shape["block_size"], ROLES)
+    written = hf_export.write_model(to, model, program, getattr(torch, args.dtype), max_bytes)
     model_card.write_card(to, source, written)
     print(f"{to}: {written.description}")
 

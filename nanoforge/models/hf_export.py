@@ -1,6 +1,6 @@
 """A model in Hugging Face's layout, for programs that know nothing of this one.
 
-    export(model, Path("hf"), program)      # config.json, model.safetensors, generation_config.json
+    write_model(Path("hf"), HFModel(shape, weights, tokenizer), program, torch.float32, max_bytes=5 * 10**9)
 
 Where a family of transformers holds the model, the files are that family's. Where none does, the model's own source
 goes along: configuration_nanoforge.py, modeling_nanoforge.py and nanoforge_gpt.py, a copy of model.py without what
@@ -41,7 +41,7 @@ class Written(NamedTuple):
 
     config: Mapping[str, Any]  # config.json
     family: families.Family | None  # None: the model's own source goes along
-    reasons: Mapping[str, str]  # family -> why it can't hold the model
+    reasons: Mapping[str, str]  # family -> why it can't hold the model, the nearest family first
     n_parameters: int
     has_tokenizer: bool
 
@@ -50,10 +50,10 @@ class Written(NamedTuple):
         """One line."""
         if self.family is not None:
             return f"{self.family.architecture}, which AutoModelForCausalLM loads"
-        nearest = min(self.reasons, key=lambda name: self.reasons[name].count(", "))
+        nearest, reason = next(iter(self.reasons.items()))
         return (
             "with its own source, for AutoModelForCausalLM with trust_remote_code=True "
-            f"(of the families, {nearest} is the nearest, and lacks {self.reasons[nearest]})"
+            f"(of the families, {nearest} is the nearest, and lacks {reason})"
         )
 
 
