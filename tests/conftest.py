@@ -1,7 +1,7 @@
 """Fixtures: the tiny datasets, a pretrained tiny model, and a run in this process."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
@@ -44,6 +44,14 @@ def base(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     train.main(train_args.parse(flags))
     return out_dir / "checkpoints/000060"
+
+
+@pytest.fixture(scope="session")
+def hf_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies the source that comes with a model: one folder for the whole process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture

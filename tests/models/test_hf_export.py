@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from nanoforge.posttraining.examples import ExampleEncoder
 from train_args import TrainArgs
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("hf_modules")
 
 PROGRAM = Program(Path(model_module.__file__).read_text(), vars(TrainArgs))
 CHARS = CharTokenizer("abcdefghijklmnopqrstuvw\n", has_eos=True)
@@ -92,15 +93,6 @@ def load(folder: Path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies the source that comes with a model."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        yield
-
-
 def test_every_preset_is_listed():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == PRESETS.keys()
     assert all(PRESETS[name] == PRESETS[base] for name, base in BASES.items())
@@ -117,6 +109,7 @@ def test_presets_give_our_logits(name: str, tmp_path: Path):
     idx = torch.randint(CHARS.vocab_size, (2, 20))
     expected = model(idx)
     torch.testing.assert_close(theirs(idx).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs(idx, logits_to_keep=2).logits, expected[:, -2:], rtol=0, atol=1e-5)
 
     mask = torch.ones(2, 23, dtype=torch.long)
     mask[:, :3] = 0

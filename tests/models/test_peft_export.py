@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_families import FIRST_CASE, pair, token_ids
-from test_hf_export import CHARS, load, own_modules, preset_shape, random_model, write
+from test_hf_export import CHARS, load, preset_shape, random_model, write
 
 from export import prompt_is_first
 from model import GPT, GPTConfig
@@ -19,7 +19,8 @@ from nanoforge.run_dir import RunRecord
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
 
-__all__ = ["own_modules", "pair"]  # fixtures
+__all__ = ["pair"]  # a fixture
+pytestmark = pytest.mark.usefixtures("hf_modules")
 ARGS = {"adapter": "lora", "lora_rank": 3, "lora_alpha": 5.0, "lora_dropout": 0.0, "prompt_format": ""}
 N_NEW = 3  # tokens that the base lacks
 
