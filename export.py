@@ -97,7 +97,7 @@ from nanoforge.files import atomic_write
 from nanoforge.models import gguf_export, hf_export, model_card, peft_export, pretrained
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.example_rows import ROLES
-from nanoforge.run_dir import RunRecord
+from nanoforge.run_dir import RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 from train_args import TrainArgs
 
@@ -173,13 +173,20 @@ def load_whole(folder: Path, base_model: str) -> tuple[hf_export.HFModel, Path]:
     return hf_export.HFModel(shape, loaded.weights, tokenizer), Path(loaded.source)
 
 
+def default_gguf(folder: Path, kind: str) -> Path:
+    """A file beside a run, named after it, or beside a folder or file of weights; of a name on the hub, here."""
+    if not folder.exists():
+        return Path(f"{folder.name}-{kind}.gguf")
+    place = folder.absolute().resolve()
+    run_folder = run_of_checkpoint(place)
+    if run_folder is not None:
+        return run_folder.with_name(f"{run_folder.name}-{place.name}-{kind}.gguf")
+    return place.with_name(f"{place.name.removesuffix('.gguf')}-{kind}.gguf")
+
+
 def export_gguf(folder: Path, args: ExportArgs) -> tuple[Path, str]:
     """Write a .gguf file; its path, and what it is. Raises UserError."""
-    path = (
-        Path(args.to)
-        if args.to
-        else folder.with_name(f"{folder.absolute().name.removesuffix('.gguf')}-{args.type}.gguf")
-    )
+    path = Path(args.to) if args.to else default_gguf(folder, args.type)
     if path.exists():
         raise UserError(f"--to={path}: exists already; delete it, or give another name")
     model, _ = load_whole(folder, args.base_model)
