@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import random
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -335,6 +336,7 @@ TEXTS = (
     "日本語 👩‍🚀\u200d \u00a0",
     "\n\n\tdef f(x):\r\n    return x + 1\n\n\n",
     "<|endoftext|> <|user|>",
+    "".join(random.Random(0).choices("aeionrst ", k=300)),  # where the order of merges matters
 )
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -357,9 +359,9 @@ def train_sentencepiece(model_type: str) -> bytes:
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((TEXT * 3).splitlines()),
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()),
         model_writer=model,
-        vocab_size=320,
+        vocab_size=700,
         model_type=model_type,
         byte_fallback=True,
         normalization_rule_name="identity",
