@@ -155,6 +155,9 @@ class KVCache:
 # one length of prompt, without end
 
 
+LAST = (slice(None), slice(-1, None))  # the last position of each text, as logits_at
+
+
 class UncachedReader:
     """Reads the whole context at every token: what the cache is checked against. size: of the longest context."""
 
@@ -166,7 +169,7 @@ class UncachedReader:
 
     def next_logits(self, context: Tensor) -> Tensor:
         """Logits (B, V) of the token after the context, (B, T) or (B, K, T)."""
-        return self.model(context)[:, -1]
+        return self.model(context, logits_at=LAST)[:, -1]
 
 
 class CachedReader(UncachedReader):
@@ -181,7 +184,8 @@ class CachedReader(UncachedReader):
 
     def next_logits(self, context: Tensor) -> Tensor:
         unread = context[..., self.cache.length :]
-        return self.model(unread, cache=self.cache, position_ids=self.cache.advance(unread.size(-1)))[:, -1]
+        positions = self.cache.advance(unread.size(-1))
+        return self.model(unread, cache=self.cache, position_ids=positions, logits_at=LAST)[:, -1]
 
 
 class CompiledReader(CachedReader):
@@ -304,8 +308,7 @@ class BatchDecoder:
         contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in prompts]
         lengths = torch.tensor([len(context) for context in contexts])
         size = min(self.block_size, int(lengths.max()) + sampling.max_new_tokens)
-        self.cache, logits = self._read(contexts, size)
-        logits = logits[torch.arange(len(prompts)), lengths - 1]  # (P, V)
+        self.cache, logits = self._read(contexts, size)  # logits: (P, V)
 
         # 2. A row for each of the n completions of a prompt.
         prompt_of_row = torch.arange(len(prompts)).repeat_interleave(sampling.n)
@@ -358,7 +361,7 @@ class BatchDecoder:
         return [Completion(ids[:count], logps[:count], ended) for ids, logps, count, ended in drawn]
 
     def _read(self, contexts: Sequence[Sequence[int]], size: int = 0) -> tuple[KVCache, Tensor]:
-        """Read contexts into a new cache of at least `size` tokens: the cache, and the logits, (P, T, V).
+        """Read contexts into a new cache of at least `size` tokens: the cache, and the logits at their ends, (P, V).
 
         They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
         """
@@ -367,7 +370,10 @@ class BatchDecoder:
         for row, context in enumerate(contexts):
             idx[row, : len(context)] = torch.tensor(context)
         cache = KVCache(self.model, len(contexts), max(size, width))
-        return cache, self.model(idx.to(self.device), cache=cache, position_ids=cache.advance(width))
+        rows, ends = torch.arange(len(contexts)), torch.tensor([max(1, len(context)) - 1 for context in contexts])
+        at_ends = (rows.to(self.device), ends.to(self.device))
+        positions = cache.advance(width)
+        return cache, self.model(idx.to(self.device), cache=cache, position_ids=positions, logits_at=at_ends)
 
     def _slide(self, full: np.ndarray) -> None:
         """Cut the contexts of these rows, (rows,), to a half, as `generate` does; read all but their last tokens."""
