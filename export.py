@@ -167,7 +167,10 @@ def consolidate(folder: Path, to: Path | None, dtype: torch.dtype) -> tuple[Path
 
 def load_whole(folder: Path, base_model: str) -> tuple[hf_export.HFModel, Path]:
     """A model, with an adapter merged into it, and where its weights came from. Raises UserError."""
-    loaded = pretrained.load(str(folder), base_model=base_model)
+    try:
+        loaded = pretrained.load(str(folder), base_model=base_model)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--init_from=")) from None  # the folder is no flag here
     shape = dataclasses.asdict(GPTConfig(**known_fields(loaded.shape, str(folder))))
     tokenizer = hf_export.only_tokenizer(loaded.tokenizers)
     return hf_export.HFModel(shape, loaded.weights, tokenizer), Path(loaded.source)

@@ -92,6 +92,7 @@ def test_errors_of_exports_name_the_flag(base: Path, tmp_path: Path):
     for argv, message in (
         (["merge", base], "--to"),
         (["peft", base, f"--to={tmp_path / 'x'}"], "--adapter=lora"),
+        (["hf", "out/no_run", f"--to={tmp_path / 'x'}"], "export.py: out/no_run"),
         (["melt", base], "consolidate, merge, peft"),
     ):
         done = export(*argv, check=False)
