@@ -61,7 +61,8 @@ def title(to: Path, record: RunRecord, base: Path | None) -> str:
     elif base is None:
         begin = "Trained from scratch"
     else:
-        begin = f"Trained by {record.args.get('objective', '')} from {base.name}"
+        name = (run_of_checkpoint(base) or base).name  # of a checkpoint it is its run's
+        begin = f"Trained by {record.args.get('objective', '')} from {name}"
     return f"# {to.absolute().name}\n\n{begin} with nanoforge.\n"
 
 
@@ -123,6 +124,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def arguments_section(record: RunRecord) -> str:
-    """All arguments of the run, as a config."""
-    args = {name: value for name, value in record.args.items() if name not in LEFT_OUT}
+    """All arguments of the run, as a config, but for paths of the machine that it ran on."""
+    args = {
+        name: value
+        for name, value in record.args.items()
+        if name not in LEFT_OUT and not (isinstance(value, str) and Path(value).is_absolute())
+    }
     return f"## Arguments\n\n```json\n{json.dumps(args, indent=1)}\n```\n"

@@ -257,7 +257,8 @@ def test_a_run_with_a_lora_and_chats(run: Callable, base: Path, tmp_path: Path):
         theirs.config.vocab_size == tokenizer.vocab_size and theirs.generation_config.eos_token_id == tokenizer.eos_id
     )
     card = (tmp_path / "hf/README.md").read_text()
-    assert '"lora_rank": 8' in card and "val_loss" in card and "- chat" in card and "by sft from 000060" in card
+    assert '"lora_rank": 8' in card and "val_loss" in card and "- chat" in card and "by sft from run" in card
+    assert str(tmp_path) not in card and str(base.parents[2]) not in card
 
     again = export(done.out_dir, tmp_path / "hf", check=False)
     assert again.returncode == 2 and "--to=" in again.stderr
