@@ -14,7 +14,8 @@ from torch import Tensor
 from nanoforge.data import gguf_tokenizers
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write
-from nanoforge.models import families, gguf_files, hf_export
+from nanoforge.models import gguf_files, hf_export
+from nanoforge.models.family import Family
 
 # type -> general.file_type, llama.cpp's number of the mix. Each is also the name of a type of tensors.
 TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9}
@@ -53,7 +54,7 @@ def export(model: hf_export.HFModel, path: Path, kind: str, chat_template: str) 
     return family.model_type
 
 
-def fit(model: hf_export.HFModel) -> tuple[hf_export.HFModel, families.Family]:
+def fit(model: hf_export.HFModel) -> tuple[hf_export.HFModel, Family]:
     """The model as llama.cpp can have it, and the architecture. Raises UserError that names what is in the way."""
     if model.tokenizer is None:
         raise UserError("the model's tokenizer is not known, and llama.cpp needs one; export.py hf takes it without")
@@ -79,9 +80,7 @@ def add_key(writer: Any, key: str, value: Any) -> None:
     add[type(value)](key, value)
 
 
-def tensors_of(
-    model: hf_export.HFModel, family: families.Family, factors: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(model: hf_export.HFModel, family: Family, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor), one at a time."""
     if factors is not None:
         yield gguf_files.ROPE_FACTORS, factors

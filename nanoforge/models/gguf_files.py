@@ -16,6 +16,7 @@ from nanoforge.data import gguf_metadata, model_tokenizers
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.errors import UserError
 from nanoforge.models import families
+from nanoforge.models.family import Family
 
 HEAD = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
@@ -104,13 +105,13 @@ def load(path: Path) -> GGUFModel:
     return GGUFModel(shape, weights, tokenizer)
 
 
-def gguf_families() -> dict[str, families.Family]:
+def gguf_families() -> dict[str, Family]:
     """By architecture, as .gguf files have them."""
     known = [family.in_gguf() for family in families.FAMILIES.values() if family.gguf is not None]
     return {family.model_type: family for family in known}
 
 
-def family_of(metadata: Mapping[str, Any]) -> families.Family:
+def family_of(metadata: Mapping[str, Any]) -> Family:
     """Raises UserError for an architecture that is not known."""
     known = gguf_families()
     architecture = metadata.get("general.architecture")
@@ -119,7 +120,7 @@ def family_of(metadata: Mapping[str, Any]) -> families.Family:
     return known[architecture]
 
 
-def read_shape(reader: GGUFReader, family: families.Family) -> dict[str, Any]:
+def read_shape(reader: GGUFReader, family: Family) -> dict[str, Any]:
     """The fields of GPTConfig. Raises UserError for a key that the model has no part for."""
     config = read_config(reader, family)
     shape = family.read_config(config)
@@ -130,7 +131,7 @@ def read_shape(reader: GGUFReader, family: families.Family) -> dict[str, Any]:
     return shape
 
 
-def read_config(reader: GGUFReader, family: families.Family) -> dict[str, Any]:
+def read_config(reader: GGUFReader, family: Family) -> dict[str, Any]:
     """The keys of the architecture, without its name before them."""
     prefix = f"{family.model_type}."
     config = {

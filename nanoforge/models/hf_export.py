@@ -22,6 +22,7 @@ from nanoforge.data.tokenizer_export import TOKENIZER_CLASS
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, read_text, write_json, write_text
 from nanoforge.models import families, pretrained
+from nanoforge.models.family import Family
 
 Shape = Mapping[str, Any]  # all fields of GPTConfig
 CODE = Path(__file__).parent / "hf_code"
@@ -40,7 +41,7 @@ class Written(NamedTuple):
     """What an export has become."""
 
     config: Mapping[str, Any]  # config.json
-    family: families.Family | None  # None: the model's own source goes along
+    family: Family | None  # None: the model's own source goes along
     reasons: Mapping[str, str]  # family -> why it can't hold the model, the nearest family first
     n_parameters: int
     has_tokenizer: bool
@@ -190,8 +191,8 @@ def token_settings(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def in_a_family(
-    model: HFModel, known: Mapping[str, families.Family] = families.FAMILIES
-) -> tuple[HFModel, families.Family | None, dict[str, str]]:
+    model: HFModel, known: Mapping[str, Family] = families.FAMILIES
+) -> tuple[HFModel, Family | None, dict[str, str]]:
     """The model, perhaps with neutral parameters more, and the family that holds it, or why each one can't.
 
     known: other families than those of transformers.
@@ -256,7 +257,7 @@ def neutral_sizes(weights: Mapping[str, Tensor], shape: Shape) -> dict[str, int]
     return {name: size for name, size in sizes.items() if name not in weights}
 
 
-def config_of(model: HFModel, family: families.Family | None, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(model: HFModel, family: Family | None, dtype: torch.dtype) -> dict[str, Any]:
     """config.json."""
     config = custom_config(model) if family is None else family.write_config(model.shape)
     return {**config, "torch_dtype": str(dtype).removeprefix("torch."), **token_settings(model.tokenizer)}
@@ -317,7 +318,7 @@ def shards_of(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator
     yield shard
 
 
-def named_tensors(model: HFModel, family: families.Family | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: HFModel, family: Family | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) by the family's names, or by ours."""
     ours = ((pretrained.OWN_PREFIX + name, model.weights[name]) for name in model.weights)
     for name, tensor in ours if family is None else family.write_tensors(model.weights, model.shape):

@@ -20,6 +20,7 @@ from nanoforge.data.tokenization import Tokenizer
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write, read_text, write_json
 from nanoforge.models import adapters, families, hf_export, pretrained
+from nanoforge.models.family import Family, TensorMap
 from nanoforge.models.hf_export import HFModel
 from nanoforge.run_dir import RunRecord
 
@@ -79,7 +80,7 @@ def shared_config(adapter: Adapter) -> dict[str, Any]:
 # the base's family
 
 
-def base_family(adapter: Adapter) -> families.Family | None:
+def base_family(adapter: Adapter) -> Family | None:
     """The family of the base: of its config.json or, of a base that is a run, as export.py hf writes it.
 
     None: the base goes with its own source. Raises UserError.
@@ -98,7 +99,7 @@ def base_config(source: str) -> dict[str, Any]:
     return json.loads(read_text(path)) if path.is_file() else {}
 
 
-def tensor_maps(adapter: Adapter, family: families.Family | None) -> dict[str, families.TensorMap]:
+def tensor_maps(adapter: Adapter, family: Family | None) -> dict[str, TensorMap]:
     """Our weight -> how the base has it. LoRA's matrices are (out, in) in every family."""
     if family is None:
         return {}
@@ -122,7 +123,7 @@ def lora_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, tensor in adapter.weights.items():
         owner, _, parameter = name.rpartition(".")
         weight = f"{owner.removesuffix('.rows')}.weight"  # head.rows.new_rows -> head.weight
-        tensor_map = maps.get(weight) or families.TensorMap(weight, [pretrained.OWN_PREFIX + weight])
+        tensor_map = maps.get(weight) or TensorMap(weight, [pretrained.OWN_PREFIX + weight])
         modules = [module_of(theirs) for theirs in tensor_map.theirs]
         if parameter == "new_rows":
             vocab_size = adapter.tokenizer.vocab_size

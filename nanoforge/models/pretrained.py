@@ -20,6 +20,7 @@ from nanoforge.console import print_line
 from nanoforge.data import hub, model_tokenizers, token_bins, tokenization
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, families, gguf_files, weight_files
+from nanoforge.models.family import FamilyWeights, TensorMap, TensorReader, same
 from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
@@ -156,21 +157,19 @@ OWN_TYPE = "nanoforge"
 OWN_PREFIX = "model."
 
 
-def read_own_export(
-    reader: families.TensorReader, config: Mapping[str, Any]
-) -> tuple[dict[str, Any], families.FamilyWeights]:
+def read_own_export(reader: TensorReader, config: Mapping[str, Any]) -> tuple[dict[str, Any], FamilyWeights]:
     """The shape and the weights of such a model. Raises KeyError for a config.json that is no such export's."""
     is_tied = config["tie_word_embeddings"]
     shape = {**config["gpt"], "vocab_sizes": (config["vocab_size"],), "tie_weights": is_tied}
     names = {name.removeprefix(OWN_PREFIX): name for name in reader.names()}
     if is_tied:
         names.pop("head.weight", None)
-    maps = {ours: families.TensorMap(ours, [theirs]) for ours, theirs in names.items()}
-    return shape, families.FamilyWeights(reader, maps)
+    maps = {ours: TensorMap(ours, [theirs]) for ours, theirs in names.items()}
+    return shape, FamilyWeights(reader, maps)
 
 
 def complete_gpt2_config(
-    reader: families.TensorReader, config: dict[str, Any], log: Callable[[str], None], path: Path
+    reader: TensorReader, config: dict[str, Any], log: Callable[[str], None], path: Path
 ) -> dict[str, Any]:
     """The config of a GPT-2 with the sizes of its weights and, where it does not say how many, heads of 64.
 
@@ -199,12 +198,12 @@ def complete_gpt2_config(
     return {**config, "n_head": n_embd // GPT2_HEAD_DIM}
 
 
-def reader_name(reader: families.TensorReader, name: str) -> str:
+def reader_name(reader: TensorReader, name: str) -> str:
     """The name that a tensor of a GPT-2 has in a file, whose names may lack transformer."""
     return name if name in reader.names() else name.removeprefix("transformer.")
 
 
-def gpt2_sizes(reader: families.TensorReader) -> dict[str, Any]:
+def gpt2_sizes(reader: TensorReader) -> dict[str, Any]:
     """What the tensors of a GPT-2 say of its config. Raises KeyError."""
     vocab_size, n_embd = reader.read(reader_name(reader, "transformer.wte.weight")).shape
     head = "lm_head.weight"
@@ -256,7 +255,7 @@ NANOGPT = dataclasses.replace(
     fixed={"norm": "layernorm", "position": "learned", "mlp": "plain", "activation": "gelu", "mlp_ratio": 4.0},
     settings=(
         *(setting for setting in families.GPT2.settings if setting.fields[0] not in ("activation", "mlp_ratio")),
-        families.same("bias", "bias"),
+        same("bias", "bias"),
     ),
     transposed=frozenset(),
 )

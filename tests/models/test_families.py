@@ -18,7 +18,7 @@ from torch import Tensor
 import train_args
 from model import GPT, ROPE_SCALINGS, GPTConfig
 from nanoforge.errors import UserError
-from nanoforge.models import families, pretrained, weight_files
+from nanoforge.models import families, hf_settings, pretrained, weight_files
 from nanoforge.models.generation import KVCache, SamplingParams, generate_batch
 
 transformers = pytest.importorskip("transformers")
@@ -224,18 +224,21 @@ def test_scaled_frequencies_of_a_real_size_equal_transformers(rope_type: str):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     numbers = {**LLAMA3_ROPE, "rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 43000}
-    names = ("rope_type", *families.ROPE_TYPES[rope_type])
+    names = ("rope_type", *hf_settings.ROPE_TYPES[rope_type])
     parameters = {"rope_theta": 1e6, **{name: numbers[name] for name in names if name in numbers}}
     config = transformers.LlamaConfig(**{**SIZES, "head_dim": 128, "rope_parameters": parameters})
     expected, factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")
-    scaling = families.read_rope(config.to_dict())["rope_scaling"]
+    scaling = hf_settings.read_rope(config.to_dict())["rope_scaling"]
     frequency = 1e6 ** (-torch.arange(0, 128, 2).float() / 128)
     torch.testing.assert_close(ROPE_SCALINGS[rope_type](frequency, scaling), expected, atol=0, rtol=1e-5)
     assert scaling.get("attention_factor", 1.0) == pytest.approx(factor)
 
 
 def test_the_table_of_arguments_has_the_numbers_of_each_scaling():
-    assert families.ROPE_TYPES == train_args.ROPE_SCALING_NUMBERS and families.ROPE_TYPES.keys() == ROPE_SCALINGS.keys()
+    assert (
+        hf_settings.ROPE_TYPES == train_args.ROPE_SCALING_NUMBERS
+        and hf_settings.ROPE_TYPES.keys() == ROPE_SCALINGS.keys()
+    )
 
 
 LLAMA = {"model_type": "llama", **SIZES}

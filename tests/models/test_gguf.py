@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from nanoforge.data import gguf_metadata, model_tokenizers, tokenization, tokenizer_export
 from nanoforge.errors import UserError
 from nanoforge.models import gguf_export, gguf_files, hf_export, pretrained
-from nanoforge.models.families import TensorMap
+from nanoforge.models.family import TensorMap
 from nanoforge.posttraining.example_rows import ROLES
 
 gguf = pytest.importorskip("gguf")
