@@ -679,13 +679,19 @@ def describe_lengths(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
 # lm-eval
 
 
+def check_harness(evaluation: Evaluation) -> None:
+    """Refuse what lm-eval's tasks can't be asked of. Raises UserError."""
+    tokenizer = evaluation.loaded.tokenizer
+    if evaluation.template is not None:
+        raise UserError("--lm_eval: the run is a soft prompt, whose format lm-eval's tasks don't have; use --tasks")
+    if evaluation.args.apply_chat_template and not tokenizer.chat_template:
+        raise UserError("--apply_chat_template: the model's tokenizer has none; name one with --chat_template=FILE")
+    lm_eval_model.import_lm_eval()
+
+
 def evaluate_harness(evaluation: Evaluation) -> dict[str, Any]:
     """The results of lm-eval's tasks. Raises UserError."""
     args, loaded = evaluation.args, evaluation.loaded
-    if evaluation.template is not None:
-        raise UserError("--lm_eval: the run is a soft prompt, whose format lm-eval's tasks don't have; use --tasks")
-    if args.apply_chat_template and not evaluation.has_chat_template:
-        raise UserError("--apply_chat_template: the model's tokenizer has none; name one with --chat_template=FILE")
     model = lm_eval_model.HarnessModel(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -743,6 +749,8 @@ def main(args: EvaluateArgs) -> dict[str, Any]:
         raise UserError("--tasks, --datasets, --lm_eval: one is required without a run; name what to evaluate on")
     evaluation = load_evaluation(args)
     files.check_writable(results_path(args).parent, "--json")  # before the work
+    if args.lm_eval:
+        check_harness(evaluation)
     with explain_out_of_memory(f"a smaller --batch_size than {args.batch_size} needs less"):
         results = {
             "checkpoint": evaluation.loaded.source,

@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations against a model that reads every sequence by itself."""
 
+import math
 import random
 
 import pytest
@@ -64,6 +65,18 @@ def test_scores_are_those_of_each_sequence_alone(fields: dict, batch_size: int):
     assert [score.logp for score in scores] == pytest.approx([logp for logp, _ in expected], abs=1e-4)
     assert [score.is_greedy for score in scores] == [is_greedy for _, is_greedy in expected]
     assert 42 <= sum(score.is_greedy for score in scores) < len(pairs) == sum(done)
+
+
+def test_small_probabilities_of_a_large_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch):
+    """On a CPU torch's float32 log_softmax loses those beside a large one: on SmolLM2 2e-5 of each token, which
+    lm-eval's `hf` loses unless its softmax_dtype is float64."""
+    size = 49_152
+    logits = torch.zeros(3, size)
+    logits[:, 8] = 17.0
+    monkeypatch.setattr(likelihood, "read_rows", lambda model, rows: logits)
+    row = likelihood.Row(ids=(0, 8, 8), numbers=[0], n_targets=3)
+    expected = -3 * math.log1p((size - 1) * math.exp(-17))  # -6.1e-3
+    assert likelihood.score_rows(make_model(), [row], {0: [8, 8, 8]})[0].logp == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_sequences_have_in_common_is_read_once():

@@ -122,7 +122,7 @@ def test_log_likelihoods_are_those_of_lm_eval(models: tuple, capsys: pytest.Capt
 def test_rolling_log_likelihoods_are_those_of_lm_eval(models: tuple):
     ours, theirs = models
     requests = instances("loglikelihood_rolling", [(words(n),) for n in (1, 5, 30, 31, 90, 20)])
-    assert ours.loglikelihood_rolling(requests) == pytest.approx(theirs.loglikelihood_rolling(requests), abs=1e-3)
+    assert ours.loglikelihood_rolling(requests) == pytest.approx(theirs.loglikelihood_rolling(requests), rel=1e-6)
 
 
 def test_completions_are_those_of_lm_eval(models: tuple):
