@@ -330,7 +330,7 @@ def test_an_evaluation_of_a_soft_prompt_gives_its_completions(soft_prompts):
     for sample in samples:
         fields = json.dumps({"prompt": sample["prompt"]})
         assert sample_greedily("--prompt_dir", run_dir, "--fields", fields) == [sample["completion"]]
-    with pytest.raises(UserError, match="--lm_eval: .*--tasks"):
+    with pytest.raises(UserError, match=r"--lm_eval: .*--tasks"):
         run_evaluate(f"--out_dir={run_dir}", "--lm_eval=hellaswag", "--tasks=sums")
 
 
