@@ -294,10 +294,10 @@ class ObjectiveArgs:
         low=1, needs=EXAMPLES, val_loss=GRPO, alias=("max_completion_length", "max_generation_steps"))
     chat_template: str = arg("", "jinja file, or a folder's chat_template.jinja, with which chats become tokens "
         "(none: the model's own template, or else a token for each role)",
-        inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS, alias=("chat_template_path",), path=True)
+        inherit=False, needs=EXAMPLES_OF_NEW_RUN, alias=("chat_template_path",), path=True)
     chat_template_kwargs: dict[str, Any] = arg({}, "variables of the chat template as JSON, such as "
         '{"enable_thinking": false}; a row may have others in a column of this name',
-        inherit=False, needs=EXAMPLES_OF_NEW_RUN, val_loss=ALWAYS)
+        inherit=False, needs=EXAMPLES_OF_NEW_RUN)
     eval_samples: int = arg(3, "greedy validation completions to log at each evaluation", low=0, needs=EXAMPLES)
 
 
