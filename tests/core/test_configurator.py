@@ -1,6 +1,7 @@
 """The command line: precedence, every kind of value, aliases, and all errors reported at once with status 2."""
 
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers import ROOT
 import configurator
 import train_args
 from nanoforge.errors import UserError
+from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import schedules
 
 SPECS = configurator.arg_specs(train_args.TrainArgs)
@@ -517,3 +519,11 @@ def test_errors_of_the_data_are_reported_like_the_others(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as end:
         configurator.run(main, None)
     assert end.value.code == 2 and capsys.readouterr().err.endswith(": the file is odd\n")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_resume_alone_changes_no_setting_of_val_loss(objective: str):
+    """What only a new run may set is not compared with a resumed run's."""
+    started = parse(f"--objective={objective}", "--init_from=gpt2")
+    resumed = dataclasses.replace(started, init_from="resume")
+    assert resumed.val_loss_settings == started.val_loss_settings
