@@ -633,7 +633,7 @@ def valid_values(name: str) -> st.SearchStrategy[str]:
     """Values that are probably valid."""
     spec = SPECS[name]
     if spec.choices:
-        return st.sampled_from(spec.choices)
+        return st.sampled_from(tuple(spec.choices))
     if isinstance(spec.default, bool):
         return st.sampled_from(["true", "false"])
     return st.integers(1, 12).map(str)
