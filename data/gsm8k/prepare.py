@@ -1,9 +1,10 @@
 """GSM8K, school mathematics in words: 7,473 problems to train on, 1,319 to validate (its test set), as JSONL.
 
-    python data/gsm8k/prepare.py [--input FOLDER | --input train.jsonl test.jsonl]
+    python data/gsm8k/prepare.py [--chat] [--input FOLDER | --input train.jsonl test.jsonl]
 
 A row has the prompt, which asks for <reasoning>..</reasoning><answer>..</answer>, the worked solution in that format as
-completion, and the answer. Text becomes tokens by the tokenizer of the weights that are trained.
+completion, and the answer. With --chat, prompt and completion are messages, for models with a chat template. Text
+becomes tokens by the tokenizer of the weights that are trained.
 """
 
 import sys
@@ -19,6 +20,7 @@ from nanoforge.data.tables import Row, read_rows, write_splits
 from nanoforge.errors import UserError
 from nanoforge.files import download
 from nanoforge.posttraining.answers import to_problem
+from nanoforge.posttraining.example_rows import as_messages
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 FILES = {"train": "train.jsonl", "val": "test.jsonl"}  # split -> GSM8K's own name
@@ -34,6 +36,7 @@ class PrepareArgs:
         split=False,
         path=True,
     )
+    chat: bool = arg(False, "write prompts and completions as messages of a user and an assistant, for chat models")
     out_dir: str = arg(str(Path(__file__).parent), "folder to write to", path=True)
     overwrite: bool = arg(False, "replace a dataset that is there already")
 
@@ -66,18 +69,24 @@ def expand_folders(inputs: Sequence[str]) -> list[Path]:
     return paths
 
 
-def iter_problems(files: dict[str, Path]) -> Iterator[tuple[str, Row]]:
+def iter_problems(files: dict[str, Path], *, chat: bool) -> Iterator[tuple[str, Row]]:
     """(split, row) for every problem. Raises UserError."""
     for split, path in files.items():
         for problem in read_rows(path, to_problem):
-            yield split, problem
+            yield split, to_chat(problem) if chat else problem
+
+
+def to_chat(problem: Row) -> Row:
+    """The problem with its prompt and completion as messages."""
+    prompt = as_messages(problem["prompt"].rstrip(), "user")
+    return {**problem, "prompt": prompt, "completion": as_messages(problem["completion"], "assistant")}
 
 
 def main(args: PrepareArgs) -> None:
     out_dir = Path(args.out_dir)
     token_bins.refuse_existing(out_dir, "train.*", overwrite=args.overwrite)
     files = find_files(args.input, out_dir)
-    write_splits(out_dir, iter_problems(files), splits=tuple(FILES))
+    write_splits(out_dir, iter_problems(files, chat=args.chat), splits=tuple(FILES))
 
 
 if __name__ == "__main__":

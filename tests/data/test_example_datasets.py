@@ -36,6 +36,10 @@ def test_gsm8k_is_prepared_from_its_folder_or_files(tmp_path: Path):
     for split, name in {"train": "train", "val": "test"}.items():
         assert (tmp_path / f"a/{split}.jsonl").read_bytes() == (tmp_path / f"b/{split}.jsonl").read_bytes()
         assert read_split(tmp_path / "a", split) == list(read_rows(raw / f"{name}.jsonl", to_problem))
+    prepare_gsm8k(tmp_path / "chat", "--input", raw, "--chat")
+    text, chat = (read_split(tmp_path / name, "val")[0] for name in ("a", "chat"))
+    assert [message["role"] for message in chat["prompt"] + chat["completion"]] == ["user", "assistant"]
+    assert chat["prompt"][0]["content"] == text["prompt"].rstrip() and chat["answer"] == text["answer"]
 
 
 @pytest.mark.slow
