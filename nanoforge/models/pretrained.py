@@ -337,6 +337,8 @@ def load_checkpoint(folder: Path, log: Callable[[str], None] = print_line, base_
     elif base_model:
         raise UserError(NO_BASE_NEEDED.format(folder))
     shape = {name: value for name, value in whole_shape(record).items() if name not in TRAINING_FIELDS}
+    if "position.weight" in weights:  # a base's may be longer than the run's context
+        weights = {**weights, "position.weight": weights["position.weight"][: shape["block_size"]]}
     return Pretrained(shape, weights, tokenizers)
 
 

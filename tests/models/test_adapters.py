@@ -156,6 +156,7 @@ def test_a_lora_learns_chats_from_a_base_without_roles(run: Callable, base: Path
     )
     assert torch.equal(after["wte.weight"][:13], before["wte.weight"]) and len(after["wte.weight"]) == 16
     assert torch.equal(after["wte.weight"][13:], whole.last.weights["wte.new_rows"])
+    assert torch.equal(after["position.weight"], before["position.weight"][:16])  # of --block_size=16
 
     run(*lora, f"--init_from={base}", "--max_iters=10", "--eval_interval=10", name="parts")
     parts = run("--init_from=resume", "--max_iters=20", name="parts")
