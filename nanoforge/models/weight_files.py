@@ -6,6 +6,7 @@ Knows nothing of families. Nothing in a PyTorch file is executed.
 import json
 import math
 import mmap
+import zipfile
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -20,11 +21,8 @@ from nanoforge.errors import UserError
 
 # In the order in which a folder's files are looked for.
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 COMPILED_PREFIX = "_orig_mod."  # of the names of a compiled model
-
-
 DTYPES = {  # of safetensors
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -104,9 +102,11 @@ class TensorsReader:
 
 
 def load_torch_file(path: Path) -> dict[str, Any]:
-    """What a PyTorch file holds. Raises UserError."""
+    """What a PyTorch file holds, mapped into memory unless it is of a version before 1.6. Raises UserError."""
+    if path.suffix not in TORCH_SUFFIXES:
+        raise UserError(f"{path}: no file of weights ({', '.join(('.safetensors', '.gguf', *TORCH_SUFFIXES))})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises nearly anything on a broken file
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a PyTorch file of weights ({type(error).__name__}: {reason})") from None

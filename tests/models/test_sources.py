@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def write_layout(folder: Path, to: Path, layout: str) -> Path:
     parts = [{name: tensors[name] for name in names[i::3]} for i in range(3)]
     copy_config(folder, to)
     suffix, write = (".bin", torch.save) if "bin" in layout else (".safetensors", save_file)
+    if "old" in layout:  # before PyTorch 1.6
+        write = partial(torch.save, _use_new_zipfile_serialization=False)
     stem = "pytorch_model" if "bin" in layout else "model"
     if "sharded" not in layout:
         write(tensors, to / f"{stem}{suffix}")
@@ -61,7 +64,7 @@ def write_layout(folder: Path, to: Path, layout: str) -> Path:
     return to
 
 
-@pytest.mark.parametrize("layout", ["file", "sharded", "bin", "bin file", "sharded bin"])
+@pytest.mark.parametrize("layout", ["file", "sharded", "bin", "bin file", "sharded bin", "old bin"])
 def test_all_layouts_of_a_folder_hold_the_same_weights(folder: Path, tmp_path: Path, layout: str):
     expected = pretrained.load(str(folder))
     loaded = pretrained.load(str(write_layout(folder, tmp_path / "copy", layout)))
@@ -81,6 +84,8 @@ def test_a_missing_shard_and_a_broken_file_are_named(folder: Path, tmp_path: Pat
         (tmp_path / "broken" / name).write_bytes(b"<html>")
         with pytest.raises(UserError, match=name):
             pretrained.load(str(tmp_path / "broken" / name))
+    with pytest.raises(UserError, match=r"config\.json: no file of weights"):
+        pretrained.load(str(folder / "config.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
