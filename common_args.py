@@ -10,7 +10,6 @@ CHAT_TEMPLATE_HELP = (
     "jinja file, or a folder's chat_template.jinja, with which chats become tokens (none: the model's own)"
 )
 BASE_MODEL_HELP = "place of the base weights of a LoRA or a soft prompt, if they have moved; compared by their hash"
-GPT2_TYPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FROM_RUN = with_value("init_from", "resume")
 
 
@@ -23,7 +22,7 @@ class LoadArgs:
     init_from: str = arg(
         "resume",
         "resume (the run in out_dir), ORG/NAME[@REVISION] of a model on the Hugging Face hub, "
-        f"{'|'.join(GPT2_TYPES)}, or a PATH to weights",
+        f"{'|'.join(hub.GPT2_NAMES)}, or a PATH to weights",
         path=True,
     )
     base_model: str = arg("", BASE_MODEL_HELP, path=True)
@@ -49,7 +48,7 @@ def load_errors(args: LoadArgs) -> Iterator[str]:
     """Errors of --checkpoint, --init_from and --base_model."""
     if args.checkpoint not in ("best", "last") and not args.checkpoint.isdecimal():
         yield f"--checkpoint={args.checkpoint}: must be best, last or a step"
-    error = hub.source_error(args.init_from, ("resume", *GPT2_TYPES))
+    error = hub.source_error(args.init_from, ("resume", *hub.GPT2_NAMES))
     if error:
         yield f"--init_from={args.init_from}: {error}"
     yield from base_model_errors(args.base_model)
@@ -57,7 +56,7 @@ def load_errors(args: LoadArgs) -> Iterator[str]:
 
 def base_model_errors(base_model: str) -> Iterator[str]:
     """Errors of --base_model."""
-    error = hub.source_error(base_model, GPT2_TYPES) if base_model else ""
+    error = hub.source_error(base_model, hub.GPT2_NAMES) if base_model else ""
     if error:
         yield f"--base_model={base_model}: {error}"
 

@@ -7,8 +7,8 @@
     python evaluate.py --out_dir=out/run --lm_eval=hellaswag,arc_easy                          tasks of lm-eval
 
 A task is a dataset with a val.jsonl of prompts and answers, or a path to such a file; rows with choices are scored by
-their log-likelihoods. Prints a table and writes
-evaluation.json to the run's folder, where evaluations.jsonl keeps the results of every call.
+their log-likelihoods. Prints a table and writes evaluation.json to the run's folder, where evaluations.jsonl keeps the
+results of every call.
 """
 
 import gc

@@ -300,11 +300,13 @@ def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, cha
 
 def read_message() -> str | None:
     """The next line that says something; None at the end of standard input. A terminal shows a prompt."""
-    try:
-        message = input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-    return message if message.strip() else read_message()
+    message = ""
+    while not message.strip():
+        try:
+            message = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+    return message
 
 
 def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from common_args import BASE_MODEL_HELP, GPT2_TYPES, DeviceArgs, base_model_errors, device_errors
+from common_args import BASE_MODEL_HELP, DeviceArgs, base_model_errors, device_errors
 from configurator import OnlyWith, Resolved, Rules, arg, arg_group, arg_table, with_set, with_value
 from nanoforge import config_files, launcher
 from nanoforge.data import hub, hub_datasets
@@ -120,7 +120,7 @@ class RunArgs:
         "a model's folder or file (docs/models.md), or nanoGPT's ckpt.pt",
         inherit=False, alias=("model_name_or_path",), path=True)
     gpt2_type: str = arg("gpt2", "GPT-2 size that --init_from=gpt2 loads",
-        choices=GPT2_TYPES, inherit=False, needs=with_value("init_from", "gpt2"))
+        choices=hub.GPT2_NAMES, inherit=False, needs=with_value("init_from", "gpt2"))
     checkpoint: str = arg("last", "checkpoint to resume from: last, best, a step, or the PATH of one, which with "
         "another out_dir begins a branch; --overwrite deletes later ones in out_dir",
         inherit=False, needs=RESUME, alias=("resume_from_checkpoint",), path=True)
@@ -818,7 +818,7 @@ def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 
 def weights_errors(args: TrainArgs) -> Iterator[str]:
     """Errors of --init_from and of what needs pretrained weights."""
-    error = hub.source_error(args.init_from, ("scratch", "resume", *GPT2_TYPES))
+    error = hub.source_error(args.init_from, ("scratch", "resume", *hub.GPT2_NAMES))
     if error:
         yield f"--init_from={args.init_from}: {error}"
     yield from base_model_errors(args.base_model)

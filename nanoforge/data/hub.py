@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanoforge.errors import UserError, did_you_mean
 
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community, without that name
 # What a model has beside its weights. All who fetch one ask for all of them: offline, a snapshot must be whole.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "chat_template.jinja", "*token*.json", "vocab.json", "merges.txt"),

@@ -25,7 +25,6 @@ from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
 NO_BASE_NEEDED = "--base_model: {} holds whole weights, which need no base"
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRAINING_FIELDS = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of GPTConfig; they are no shape
 
 
@@ -37,16 +36,16 @@ class Pretrained(NamedTuple):
 
 
 def load(source: str, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
-    """Weights from a path, org/name[@revision] of the hub, or a name in GPT2_NAMES. Raises UserError.
+    """Weights from a path, org/name[@revision] of the hub, or a name in hub.GPT2_NAMES. Raises UserError.
 
     base_model: of a LoRA, where its base is.
     """
-    error = hub.source_error(source, GPT2_NAMES)
+    error = hub.source_error(source, hub.GPT2_NAMES)
     if error:
         raise UserError(f"--init_from={source}: {error}")
     if Path(source).exists():
         return load_path(Path(source), log, base_model)
-    return load_hub(f"openai-community/{source}" if source in GPT2_NAMES else source, log)
+    return load_hub(f"openai-community/{source}" if source in hub.GPT2_NAMES else source, log)
 
 
 def load_path(path: Path, log: Callable[[str], None] = print_line, base_model: str = "") -> Pretrained:
