@@ -196,6 +196,22 @@ def set_attention_kernel(name: str, device: torch.device) -> None:
         enable(name in ("auto", kernel))
 
 
+@contextmanager
+def varying_shapes() -> Iterator[None]:
+    """For attention whose lengths or batches vary from call to call: without cuDNN, which PyTorch prefers on an H100.
+
+    It plans each new shape for tens of milliseconds. A kernel that `--attention_kernel` names is kept. To be entered
+    outside compiled functions: a graph keeps the kernel that was allowed when it was made.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    has_others = torch.backends.cuda.math_sdp_enabled()  # not if set_attention_kernel allowed cuDNN alone
+    torch.backends.cuda.enable_cudnn_sdp(was_enabled and not has_others)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
 def tune_malloc() -> None:
     """Make glibc's malloc, where it is the one, keep freed memory.
 
