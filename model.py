@@ -12,15 +12,18 @@ Shapes: B sequences, T tokens, C = n_embd, H = n_head, H_kv = n_kv_head, D = hea
 V = sum(vocab_sizes).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +98,10 @@ Positions = slice | Tensor
 
 class Cache(Protocol):
     """The part of a KV cache that attention calls (nanoforge/models/generation.py has one)."""
+
+    def num_keys(self, positions: Positions) -> int:
+        """S, the keys that `update` returns for these positions."""
+        ...
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
@@ -290,46 +297,124 @@ POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": Positio
 # attention
 
 
-def window_mask(query_positions: Tensor, key_positions: Tensor, span: int) -> Tensor:
-    """True where a query sees a key, which is none of the future and one of the last `span`: (..., queries, keys)."""
-    distance = query_positions[..., None] - key_positions
-    return (distance >= 0) & (distance < span)
+# (q, k, v, scale of the scores, dropout) -> (B, H, T, D). q: (B, H, T, D); k, v: (B, H_kv, S, D).
+Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 
 
-def attention_mask(positions: Positions, num_keys: int, span: int, device: torch.device) -> Tensor:
-    """True where a query at `positions` sees one of S keys: (T, S), or (B, 1, T, S) if sequences differ."""
-    key_positions = torch.arange(num_keys, device=device)
+def visible_keys(positions: Positions, span: int, device: torch.device, *, cached: bool) -> tuple[Tensor, Tensor]:
+    """The first key that each query sees, which may be below 0, and the last: (T,), or (B, T) if sequences differ."""
+    if isinstance(positions, slice):
+        last = torch.arange(positions.start, positions.stop, device=device)
+    elif cached:
+        last = positions
+    else:
+        # Packed documents: positions restart at 0 in every one, and a token sees its own document only.
+        last = torch.arange(positions.size(-1), device=device)
+        return last - positions.clamp(max=span - 1), last
+    return last - (span - 1), last
 
-    # 1. Packed documents: as many keys as positions, which restart at 0 in every document. Tokens see their own
-    #    document only. Two tokens share it if their distance by position is their distance in the row.
-    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.size(1) == num_keys:
-        distance = positions[:, :, None] - positions[:, None, :]  # (B, T, T)
-        same_document = distance == key_positions[:, None] - key_positions
-        return (window_mask(key_positions, key_positions, span) & same_document)[:, None]
 
-    # 2. One text a sequence: key i is at position i.
-    query_positions = key_positions[positions] if isinstance(positions, slice) else positions
-    mask = window_mask(query_positions, key_positions, span)
+def attention_mask(first: Tensor, last: Tensor, keys: Tensor) -> Tensor:
+    """True where a query sees one of these keys, (S,): (T, S), or (B, 1, T, S) if sequences differ."""
+    mask = (keys >= first[..., None]) & (keys <= last[..., None])
     return mask[:, None] if mask.dim() == 3 else mask
 
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, span: int, dropout: float, chunk: int = 128) -> Tensor:
-    """Causal attention of scaled q, (B, H, T, D), to the last `span` tokens of k and v, (B, H_kv, T, D).
+FLEX_BLOCK = 128  # queries, and keys, of a block of flex_attention
+
+
+def flex_block_mask(first: Tensor) -> BlockMask:
+    """The mask of flex_attention for as many keys as queries, which see the keys from `first`, (T,) or (B, T), to
+    their own. `first` never falls along a sequence.
+
+    It is made of the ends of the blocks alone: torch's create_block_mask would make a mask of all T x T pairs.
+    """
+    T = first.size(-1)
+    starts = torch.arange(0, T, FLEX_BLOCK, device=first.device)  # of blocks of keys
+    query_starts = starts[:, None]
+    query_ends = (query_starts + FLEX_BLOCK).clamp(max=T) - 1
+    # 1. A block's first query reaches back furthest. Its last one shows what all of them see.
+    reaches = first[..., query_starts] < starts + FLEX_BLOCK  # ([B,] blocks, blocks)
+    covers = first[..., query_ends] <= starts
+    # 2. Blocks in which some pairs are visible, and blocks in which all are: below the diagonal, of FLEX_BLOCK queries.
+    is_below = starts < query_starts
+    full = is_below & covers & (query_starts + FLEX_BLOCK <= T)
+    partial = (starts <= query_starts) & reaches & ~full
+    blocks = [part.view(-1, 1, *part.shape[-2:]) for part in (partial, full)]  # (B or 1, 1, blocks, blocks)
+    counts = [part.sum(-1, dtype=torch.int32) for part in blocks]
+    columns = [part.int().argsort(dim=-1, descending=True, stable=True).int() for part in blocks]
+
+    # 3. The pairs themselves. The numbers are tensors, so that others need no new kernel.
+    def sees_in_all(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first[query]) & (key <= query)
+
+    def sees_in_each(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first[b, query]) & (key <= query)
+
+    return BlockMask.from_kv_blocks(
+        counts[0],
+        columns[0],
+        counts[1],
+        columns[1],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees_in_each if first.dim() == 2 else sees_in_all,
+        seq_lengths=(T, T),
+    )
+
+
+@functools.cache
+def window_block_mask(T: int, span: int, device: torch.device) -> BlockMask:
+    """The mask of flex_attention for a sliding window, the same for all sequences."""
+    with torch.inference_mode(mode=False):  # training saves it for backward, whoever asked first
+        first, _ = visible_keys(slice(0, T), span, device, cached=False)
+        return flex_block_mask(first)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """As many queries as keys, each of which sees those up to its own; or one query, which sees all."""
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, None, dropout, is_causal=q.size(2) > 1, scale=scale, enable_gqa=grouped
+    )
+
+
+def masked_attention(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """mask: as `attention_mask` makes it."""
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped)
+
+
+def sparse_attention(
+    flex_attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """torch's flex_attention with its block mask visits only blocks in which queries see keys (Dong et al. 2024)."""
+    assert not dropout, "flex_attention has none"
+    return flex_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+MAX_CHUNKED_SCORES = 2**20  # T x span up to which chunked_attention is the faster one
+CHUNK = 128  # queries
+
+
+def chunked_attention(span: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """As many queries as keys, each of which sees the last `span` of those up to its own.
 
     It takes a chunk of queries at a time. Memory grows with T x span: the probabilities are kept for backward.
     """
-    # 1. Give each query head its own keys and values.
+    # 1. Scale the queries; give each head of them its own keys and values.
+    q = q * scale
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
     T = q.size(2)
-    positions = torch.arange(T, device=q.device)
+    last = torch.arange(T, device=q.device)
+    first = last - (span - 1)
 
     outputs = []
-    for start in range(0, T, chunk):
+    for start in range(0, T, CHUNK):
         # 2. The queries [start, end) reach the keys [first_key, end).
-        end = min(T, start + chunk)
+        end = min(T, start + CHUNK)
         first_key = max(0, start - span + 1)
         # 3. Of these keys, hide the future and what the window has passed.
-        visible = window_mask(positions[start:end], positions[first_key:end], span)
+        visible = attention_mask(first[start:end], last[start:end], last[first_key:end])
         bias = q.new_zeros(()).where(visible, -math.inf)
         # 4. Attend.
         scores = q[:, :, start:end] @ k[:, :, first_key:end].mT + bias  # (B, H, queries, keys)
@@ -351,11 +436,22 @@ class QKNorm(nn.Module):
         return self.norm(x.view(*x.shape[:-1], -1, self.width)).view_as(x)
 
 
-MAX_CHUNKED_SCORES = 2**20  # T x span up to which chunked_attention is the faster one
+@dataclass(frozen=True)
+class Reading:
+    """What a layer's attention needs to know of the tokens that a forward reads."""
+
+    positions: Positions
+    position: Position
+    attend: Attend
+    cache: Cache | None
+
+    def rotate(self, q: Tensor) -> Tensor:
+        """Queries or keys, (B, heads, T, D), turned by their positions."""
+        return self.position.rotate(q, self.positions)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped heads, a sliding window and a KV cache."""
+    """Causal self-attention with grouped heads."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -375,52 +471,27 @@ class Attention(nn.Module):
         has_value_residual = config.value_residual and layer > 0
         self.first_values = nn.Parameter(torch.empty(1)) if has_value_residual else None  # share of v1 in the values
 
-        self.span = config.block_size  # tokens that a query sees, its own included
         self.is_windowed = config.window[layer % len(config.window)] == "S"
+        self.span = config.block_size  # tokens that a query sees, its own included
         if self.is_windowed:
             self.span = min(config.block_size, config.window_size)
-        self.sees_all = self.span == config.block_size
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
-        """q, (B, H, T, D), at `positions`, to k and v, (B, H_kv, S, D), at positions from 0 on: (B, H, T, D)."""
-        T, S = q.size(2), k.size(2)
-        dropout = self.dropout if self.training else 0.0
-        in_order = isinstance(positions, slice)
-        grouped = self.n_kv_head != self.n_head
-
-        # 1. bfloat16 on a CPU: the backward of scaled_dot_product_attention takes 2 to 4 times as long there.
-        is_cpu_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if is_cpu_bfloat16 and in_order and 1 < T == S and T * self.span <= MAX_CHUNKED_SCORES:
-            return chunked_attention(q * self.scale, k, v, self.span, dropout)
-
-        # 2. No mask: a whole square is causal, and a single new token sees every key.
-        if self.sees_all and in_order and T in (1, S):
-            return F.scaled_dot_product_attention(
-                q, k, v, None, dropout, is_causal=T > 1, scale=self.scale, enable_gqa=grouped
-            )
-
-        # 3. Windows, packed documents, and caches that are read in part or whose sequences differ.
-        mask = attention_mask(positions, S, self.span, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale, enable_gqa=grouped)
-
-    def forward(
-        self, x: Tensor, v1: Tensor | None, position: Position, positions: Positions, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor]:
         """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D); that layer gets None."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
         parts = (self.q_norm(q), self.k_norm(k), v)
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, heads, T, D)
-        q = position.rotate(q, positions)
-        k = position.rotate(k, positions)
+        q = reading.rotate(q)
+        k = reading.rotate(k)
         if self.first_values is not None:  # value residual (Zhou et al. 2024)
             assert v1 is not None
             v = torch.lerp(v, v1, self.first_values.to(v.dtype))
         if v1 is None:
             v1 = v
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)
-        y = self.attend(q, k, v, positions)
+        if reading.cache is not None:
+            k, v = reading.cache.update(self.layer, k, v, reading.positions)
+        y = reading.attend(q, k, v, self.scale, self.dropout if self.training else 0.0)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training), v1
 
@@ -513,19 +584,11 @@ class Block(nn.Module):
             nn.Parameter(torch.empty(2)) if config.residual_scalars else None
         )  # of the stream, of the embedding
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        v1: Tensor | None,
-        position: Position,
-        positions: Positions,
-        cache: Cache | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor]:
         """The residual stream x, (B, T, C), and the first layer's values v1; x0 is the embedding."""
         if self.scales is not None:
             x = self.scales[0].to(x.dtype) * x + self.scales[1].to(x.dtype) * x0
-        y, v1 = self.attn(self.norm_1(x), v1, position, positions, cache)
+        y, v1 = self.attn(self.norm_1(x), v1, reading)
         return self.add_mlp(x, self.post_norm_1(y)), v1
 
     def add_mlp(self, x: Tensor, y: Tensor) -> Tensor:
@@ -751,6 +814,7 @@ class NoInitialWeights(TorchFunctionMode):
 
 class GPT(nn.Module):
     compute_dtype = torch.float32  # of activations and matrix products
+    flex_attention: Callable[..., Tensor] | None = None  # torch's, for windows and packed documents; None: masks
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -767,8 +831,9 @@ class GPT(nn.Module):
         if config.window_rope_base:
             unscaled = replace(config, rope_base=config.window_rope_base, rope_scaling={})
             self.window_position = POSITIONS[config.position](unscaled)
-        windowed = self.window_position or self.position
-        self.layer_positions = [windowed if attn.is_windowed else self.position for attn in self.attention_layers()]
+        self.is_windowed = [attn.is_windowed for attn in self.attention_layers()]  # by layer
+        self.positions = {False: self.position, True: self.window_position or self.position}  # by is_windowed
+        self.spans = {attn.is_windowed: attn.span for attn in self.attention_layers()}
         self.norm = NORMS[config.norm](config, config.n_embd)
         self.head = Linear(config.n_embd, V, bias=False)
         if config.tie_weights:
@@ -829,8 +894,9 @@ class GPT(nn.Module):
         x = self.embedding_norm(self.position.embed(x, positions))
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         v1 = None
-        for block, position in zip(self.blocks, self.layer_positions, strict=True):
-            x, v1 = block(x, x0, v1, position, positions, cache)
+        readings = self.read(x, positions, cache)
+        for block, is_windowed in zip(self.blocks, self.is_windowed, strict=True):
+            x, v1 = block(x, x0, v1, readings[is_windowed])
         x = self.norm(x)[logits_at]
 
         if targets is not None and self.config.loss_chunk:
@@ -841,6 +907,41 @@ class GPT(nn.Module):
         if temperature != 1:
             logits = logits.float() / temperature  # in float32, as a rollout divides them
         return self.vocabulary.losses(logits, targets)
+
+    def read(self, x: Tensor, positions: Positions, cache: Cache | None) -> dict[bool, Reading]:
+        """Whether a layer is windowed -> what its attention needs to know of the tokens in x, (B, T, C)."""
+        readings = {}
+        for is_windowed, span in self.spans.items():
+            attend = self.choose_attention(x, positions, cache, span)
+            readings[is_windowed] = Reading(positions, self.positions[is_windowed], attend, cache)
+        return readings
+
+    def choose_attention(self, x: Tensor, positions: Positions, cache: Cache | None, span: int) -> Attend:
+        """How the queries of x, (B, T, C), attend to the last `span` tokens up to their own."""
+        T = x.size(1)
+        S = T if cache is None else cache.num_keys(positions)
+        in_order = isinstance(positions, slice)
+
+        # 1. bfloat16 on a CPU: the backward of scaled_dot_product_attention takes 2 to 4 times as long there.
+        is_cpu_bfloat16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        if is_cpu_bfloat16 and in_order and 1 < T == S and T * span <= MAX_CHUNKED_SCORES:
+            return partial(chunked_attention, span)
+
+        # 2. No mask: a whole square is causal, and a single new token sees every key.
+        if in_order and T in (1, S) and span >= S:
+            return causal_attention
+
+        # 3. Windows and packed documents.
+        if self.flex_attention is not None and cache is None:
+            if in_order:
+                block_mask = window_block_mask(T, span, x.device)
+            else:
+                block_mask = flex_block_mask(visible_keys(positions, span, x.device, cached=False)[0])
+            return partial(sparse_attention, partial(self.flex_attention, block_mask=block_mask))
+
+        # 4. The same without flex_attention, and caches that are read in part or whose sequences differ.
+        first, last = visible_keys(positions, span, x.device, cached=cache is not None)
+        return partial(masked_attention, attention_mask(first, last, torch.arange(S, device=x.device)))
 
     @classmethod
     def from_weights(

@@ -136,6 +136,12 @@ class KVCache:
         self.keys[:, rows, :, : other.size] = other.keys
         self.values[:, rows, :, : other.size] = other.values
 
+    def num_keys(self, positions: slice | Tensor) -> int:
+        """How many keys attention reads for these positions."""
+        if isinstance(positions, slice):
+            return positions.stop
+        return self.length if positions.dim() == 2 else self.size
+
     def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
@@ -143,11 +149,10 @@ class KVCache:
             rows = torch.arange(len(k), device=k.device)[:, None]
             keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, H_kv, D)
             values[rows, :, positions] = v.transpose(1, 2)
-            end = self.length
         else:
             keys[:, :, positions] = k
             values[:, :, positions] = v
-            end = positions.stop if isinstance(positions, slice) else self.size
+        end = self.num_keys(positions)
         return keys[:, :, :end], values[:, :, :end]
 
 

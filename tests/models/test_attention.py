@@ -1,9 +1,15 @@
 """Which kernel attends, and through which mask. Witnesses: torch's own switches of kernels, and the dense mask."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
+from helpers import TINY_MODEL
 from torch.backends import cuda
+from torch.nn.attention import flex_attention as flex
 
+from model import GPT, flex_block_mask, visible_keys, window_block_mask
 from nanoforge.device import set_attention_kernel, varying_shapes
 
 CUDA = torch.device("cuda")
@@ -22,7 +28,7 @@ def allowed():
     set_attention_kernel("auto", CUDA)
 
 
-def test_varying_shapes_are_attended_without_cudnn_unless_it_was_asked_for(allowed):
+def test_varying_shapes_are_attended_without_cudnn_unless_it_was_asked_for(allowed: Callable[[], set[str]]):
     set_attention_kernel("auto", CUDA)
     with varying_shapes():
         assert allowed() == {"flash", "efficient", "math"}
@@ -37,3 +43,87 @@ def test_varying_shapes_are_attended_without_cudnn_unless_it_was_asked_for(allow
             assert allowed() == {name}
             raise ZeroDivisionError
         assert allowed() == {name}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flex_attention: its masks by pairs and by blocks, and the model that uses it
+
+T = 300
+DOCUMENTS = ((100, 28, 172), (300,), (1, 127, 130, 42), (256, 3, 41))  # lengths, by sequence
+
+
+def packed_positions(T: int) -> torch.Tensor:
+    """Positions that restart in every document: (4, T)."""
+    return torch.stack([torch.cat([torch.arange(length) for length in lengths])[:T] for lengths in DOCUMENTS])
+
+
+@pytest.fixture
+def eager_flex(monkeypatch: pytest.MonkeyPatch):
+    """flex_attention as it is defined, without its compiler."""
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    window_block_mask.cache_clear()
+    yield flex.flex_attention
+    window_block_mask.cache_clear()
+
+
+def dense_mask(positions: torch.Tensor, span: int) -> torch.Tensor:
+    """Who sees whom, from the definition: not the future, the same document, within the window. (B, T, T)"""
+    T = positions.size(-1)
+    document = (positions == 0).cumsum(-1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    return (document[:, :, None] == document[:, None]) & (distance >= 0) & (distance < span)
+
+
+@pytest.mark.parametrize("span", [1, 3, 128, 129, 200, 300, 1000])
+@pytest.mark.parametrize("T", [1, 5, 128, 256, 300])
+def test_block_masks_equal_those_that_torch_makes_of_all_pairs(T: int, span: int):
+    packed, cpu = packed_positions(T), torch.device("cpu")
+    for positions, dense in (
+        (slice(0, T), dense_mask(torch.arange(T)[None], span)),
+        (packed, dense_mask(packed, span)),
+    ):
+        ours = flex_block_mask(visible_keys(positions, span, cpu, cached=False)[0])
+        theirs = flex.create_block_mask(lambda b, h, q, k, dense=dense: dense[b, q, k], len(dense), 1, T, T, "cpu")
+        assert ours.shape == theirs.shape
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert torch.equal(flex.create_mask(ours.mask_mod, len(dense), 1, T, T, "cpu")[:, 0], dense)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window": "SSL", "window_size": 70},
+        {"window": "SL", "window_size": 70, "window_rope_base": 100.0, "position": "rope", "n_kv_head": 2},
+        {"window": "L", "value_residual": True, "attention_scale": 0.12},
+    ],
+)
+def test_flex_attention_equals_the_mask(changes: dict, eager_flex: Callable[..., torch.Tensor]):
+    """Windows, packed documents and both, with grouped heads, an own scale and a base of the windows' own."""
+    config = dataclasses.replace(TINY_MODEL, block_size=T, n_layer=3, **changes)
+    model = GPT(config).eval().requires_grad_(requires_grad=False)
+    idx = torch.randint(31, (4, T), generator=torch.Generator().manual_seed(0))
+    attended = []
+
+    def counted(*args, **kwargs):
+        attended.append(kwargs["block_mask"])
+        return eager_flex(*args, **kwargs)
+
+    for positions in (None, packed_positions(T)):
+        model.flex_attention = None
+        expected = model(idx, position_ids=positions)
+        model.flex_attention = counted
+        torch.testing.assert_close(model(idx, position_ids=positions), expected, atol=1e-6, rtol=1e-5)
+    n_windowed = sum(model.is_windowed)
+    assert len(attended) == n_windowed + 3, "full layers of unpacked rows have the causal kernel"
+    assert len(set(map(id, attended))) == len(set(model.is_windowed)) + bool(n_windowed), "one mask a kind of layer"
+
+
+def test_documents_of_a_row_equal_each_by_itself(eager_flex: Callable[..., torch.Tensor]):
+    config = dataclasses.replace(TINY_MODEL, block_size=T, window="SL", window_size=20, position="rope")
+    model = GPT(config).eval().requires_grad_(requires_grad=False)
+    model.flex_attention = eager_flex
+    idx = torch.randint(31, (4, T), generator=torch.Generator().manual_seed(0))
+    packed = model(idx, position_ids=packed_positions(T))
+    alone = [model(document[None])[0] for document in idx[0].split(DOCUMENTS[0])]
+    torch.testing.assert_close(packed[0], torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -417,14 +417,15 @@ def test_bfloat16_activations_stay_near_float32():
 @pytest.mark.parametrize(
     ("T", "span", "chunk", "kv"), [(12, 12, 128, 4), (12, 12, 5, 2), (37, 8, 10, 4), (64, 64, 16, 1), (9, 1, 4, 4)]
 )
-def test_chunked_attention_equals_torchs_own(T, span, chunk, kv):
+def test_chunked_attention_equals_torchs_own(T, span, chunk, kv, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("model.CHUNK", chunk)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv, kv))
     distance = torch.arange(T)[:, None] - torch.arange(T)
     theirs = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < span), enable_gqa=True)
     upstream = torch.randn_like(theirs)
     expected = torch.autograd.grad(theirs, (q, k, v), upstream)
-    ours = chunked_attention(q * 8**-0.5, k, v, span, dropout=0.0, chunk=chunk)
+    ours = chunked_attention(span, q, k, v, 8**-0.5, 0.0)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), expected)
 
