@@ -84,7 +84,7 @@ def main(request: tuple[str, BenchArgs]) -> None:
         session = Session(args, Path(folder))
         for name in SECTIONS if section == "all" else [section]:
             print(f"== {name}", flush=True)
-            session.write(name, modules[name].measure(session))
+            session.write(name, modules[name].measure(session))  # each figure as soon as it is there
         print(f"written: {session.results_path}")
 
 

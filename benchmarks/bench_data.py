@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ BATCH_SIZE, BLOCK_SIZE = 64, 1024
 TIMED_BATCHES = 50
 
 
-def measure(session: Session) -> Figures:
-    return {"prepare": measure_prepare(session), "batches": measure_batches(session)}
+def measure(session: Session) -> Iterator[tuple[str, Figures]]:
+    yield "prepare", measure_prepare(session)
+    yield "batches", measure_batches(session)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Section race: our recipe and nanoGPT's, to nanoGPT's final loss on the held-out tokens.
 
-Seconds are those of training steps, without start-up and evaluation; `wall` is the whole process. Both sides are
-measured by `held_out_loss`. Draws race_<device>.png.
+Seconds are those of training steps, without start-up and evaluation; `wall` is the whole process. The first step, in
+which a side may compile, counts as the median one on both sides. Both are measured by `held_out_loss`. Draws
+race_<device>.png.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ class Race(NamedTuple):
         return self.case["block_size"]
 
 
-def measure(session: Session) -> Figures:
-    """Every seed of every side. Raises UserError without nanoGPT."""
+def measure(session: Session) -> Iterator[tuple[str, Figures]]:
+    """The runs so far after each seed, at last the goals. Raises UserError without nanoGPT."""
     if session.nanogpt is None:
         raise UserError("race: needs --peer, whose final loss is the goal")
     args = session.args
@@ -53,9 +55,10 @@ def measure(session: Session) -> Figures:
         add_run(runs, "ours", run_ours(race, seed))
         for lr in args.peer_lr:
             add_run(runs, f"peer, lr {lr:g}", run_nanogpt(race, seed, lr))
+        yield "runs", runs
     goals = {name: reach_goal(name, runs) for name in runs if name != "ours"}
     draw(runs, goals, Path(args.out) / f"race_{session.device_name}.png")
-    return {"runs": runs, "goals": goals}
+    yield "goals", goals
 
 
 def add_run(runs: dict[str, list[Run]], name: str, run: Run) -> None:
@@ -113,16 +116,13 @@ def run_ours(race: Race, seed: int) -> Run:
     run_process([*script, *measuring, config, *flags])
     wall = time.perf_counter() - start
 
-    seconds, tokens = {0: 0.0}, {0: 0}  # by step
-    for text in (out_dir / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if line["event"] == "train":
-            step = line["step"]
-            seconds[step] = seconds[step - 1] + line["step_ms"] / 1e3
-            tokens[step] = line["tokens"]
+    lines = [json.loads(text) for text in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "train"]  # every one, from step 1 on
+    tokens = [0, *(line["tokens"] for line in steps)]
+    seconds = typical_first([line["step_ms"] / 1e3 for line in steps])
     curve = []
     for step, loss in json.loads((out_dir / "curve.json").read_text()):
-        curve.append({"step": step, "seconds": seconds[step], "tokens": tokens[step], "loss": loss})
+        curve.append({"step": step, "seconds": sum(seconds[:step]), "tokens": tokens[step], "loss": loss})
     return {
         "seed": seed,
         "wall": wall,
@@ -130,6 +130,11 @@ def run_ours(race: Race, seed: int) -> Run:
         "loss": curve[-1]["loss"],
         "parameters": RunRecord.load(out_dir).counts["parameters"],
     }
+
+
+def typical_first(seconds: list[float]) -> list[float]:
+    """The seconds of each step, of the first one the median of all: it may compile."""
+    return [statistics.median(seconds), *seconds[1:]]
 
 
 def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
@@ -162,9 +167,8 @@ def run_nanogpt(race: Race, seed: int, lr: float) -> Run:
     result = run_process([*script, *to_flags(**flags | race.case)], cwd=session.nanogpt)
 
     # The evaluation before an iteration is part of the time printed for it: such an iteration counts as the median one.
-    printed = [ms / 1e3 for ms in read_nanogpt_step_ms(result.output)]
-    median = statistics.median(printed)
-    seconds = [median if i % eval_interval == 0 else printed[i] for i in range(len(printed))]
+    printed = typical_first([ms / 1e3 for ms in read_nanogpt_step_ms(result)])
+    seconds = [printed[0] if i % eval_interval == 0 else printed[i] for i in range(len(printed))]
     curve, parameters = nanogpt_curve(race, out_dir, seconds)
     return {
         "seed": seed,

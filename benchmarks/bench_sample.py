@@ -1,10 +1,11 @@
-"""Section sample: tokens a second from the same weights.
+"""Section sample: tokens a second from the same weights, after a warm-up of the same length.
 
 One sequence inside the block, 500 tokens past it, and a batch of 16 (on a GPU also of 256). nanoGPT's sample.py draws
-the sequences of a batch one after the other: that is its own way to draw 16.
+the sequences of a batch one after the other, so its tokens a second are those of one: it draws one.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,12 +46,11 @@ def workloads_of(block_size: int, *, on_cpu: bool) -> dict[str, Workload]:
     return workloads
 
 
-def measure(session: Session) -> Figures:
+def measure(session: Session) -> Iterator[tuple[str, Figures]]:
     """Every workload, in turn with the peer."""
     default_case = "10.6M" if session.on_cpu else "124M"
     case = CASES[session.args.cases[0] if session.args.cases else default_case]
     weights = make_weights(session, case)
-    figures: Figures = {}
     for name, workload in workloads_of(case["block_size"], on_cpu=session.on_cpu).items():
         print(
             f"sample {name}: prompt {workload.prompt_tokens}, {workload.new_tokens} new tokens, "
@@ -58,39 +58,38 @@ def measure(session: Session) -> Figures:
             flush=True,
         )
         results = take_turns(session.args.pairs, sides_of(session, case, weights, workload))
-        figures[name] = compare(results, "tokens_per_second", lower_is_better=False)
-        print_table(f"sample {name}, tokens/s", figures[name])
-    return figures
+        figures = compare(results, "tokens_per_second", lower_is_better=False)
+        print_table(f"sample {name}, tokens/s", figures)
+        yield name, figures
 
 
 def make_weights(session: Session, case: Case) -> Path:
     """A checkpoint of nanoGPT, which both programs read; without it a run folder of ours."""
     if session.nanogpt is not None:
-        run = session.train_nanogpt(case, 2, eval_interval=1, always_save_checkpoint=True)
+        steps = 2 * session.log_interval
+        run = session.train_nanogpt(case, steps, eval_interval=steps, always_save_checkpoint=True)
         return Path(run["out"]) / "ckpt.pt"
-    return Path(session.train_ours(case, "float32", 1)["out"])
+    return Path(session.train_ours(case, "float32", 2 * session.log_interval)["out"])
 
 
 def sides_of(session: Session, case: Case, weights: Path, workload: Workload) -> dict[str, Side]:
     # nanoGPT's checkpoint doesn't say what its token ids mean: for it, our prompt is a list of ids
     text_prompt = session.folder / "letters.txt"
-    text_prompt.write_text("\n" * workload.prompt_tokens)
+    token = " a" if "vocab_size" in case else "\n"  # of GPT-2's tokens, or of characters
+    text_prompt.write_text(token * workload.prompt_tokens)
     id_prompt = session.folder / "numbers.txt"
     id_prompt.write_text(" ".join(["0"] * workload.prompt_tokens))
     common = to_flags(
-        num_samples=workload.num_samples,
         max_new_tokens=workload.new_tokens,
         temperature=0.8,
         top_k=200,
         device=session.device.type,
     )
-    total_tokens = workload.new_tokens * workload.num_samples
-
     if session.nanogpt is not None:
         ours = to_flags(init_from=weights, start=f"FILE:{id_prompt}")
     else:
-        ours = to_flags(out_dir=weights, start=f"FILE:{text_prompt}")
-    ours.append("--no-stream")
+        ours = to_flags(out_dir=weights, start=f"FILE:{id_prompt if 'vocab_size' in case else text_prompt}")
+    ours += ["--no-stream", f"--num_samples={workload.num_samples}"]
     if not session.on_cpu:
         ours.append("--compile")
     sides: dict[str, Side] = {
@@ -100,7 +99,7 @@ def sides_of(session: Session, case: Case, weights: Path, workload: Workload) ->
             module="nanoforge.models.generation",
             function="generate",
             flags=[*common, *ours],
-            tokens=total_tokens,
+            tokens=workload.new_tokens * workload.num_samples,
         )
     }
 
@@ -121,8 +120,8 @@ def sides_of(session: Session, case: Case, weights: Path, workload: Workload) ->
             folder=session.nanogpt,
             module="model",
             function="GPT.generate",
-            flags=[*common, *to_flags(start=f"FILE:{text_prompt}", out_dir=weights.parent, dtype=dtype)],
-            tokens=total_tokens,
+            flags=[*common, *to_flags(start=f"FILE:{text_prompt}", out_dir=weights.parent, dtype=dtype, num_samples=1)],
+            tokens=workload.new_tokens,
         )
     return sides
 

@@ -1,6 +1,7 @@
 """Section startup: seconds from the start of the process to the end of the first step, and to the end of --help."""
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from benchmarks.common import (
 from benchmarks.session import Session
 
 
-def measure(session: Session) -> Figures:
+def measure(session: Session) -> Iterator[tuple[str, Figures]]:
+    """Of both programs to the first step, of ours to the end of --help."""
     ours = [str(ROOT / "train.py"), *to_flags(data_dir=session.data_dir)]
     sides: dict[str, Side] = {"ours": partial(time_first_step, session, ours, cwd=ROOT, first_line="step 1: loss")}
     if session.nanogpt is not None:
@@ -28,11 +30,10 @@ def measure(session: Session) -> Figures:
         sides["peer"] = partial(time_first_step, session, peer, cwd=session.nanogpt, first_line="iter 0: loss")
     for run_side in sides.values():
         run_side()  # brings the files into the page cache
-    first_step = compare(take_turns(session.args.pairs, sides), "seconds", lower_is_better=True)
-    show_help = compare(take_turns(session.args.pairs, {"ours": time_help}), "seconds", lower_is_better=True)
-    print_table("to the first step, s", first_step)
-    print_table("--help, s", show_help)
-    return {"first step": first_step, "help": show_help}
+    for name, of_figure in (("first step", sides), ("help", {"ours": time_help})):
+        figures = compare(take_turns(session.args.pairs, of_figure), "seconds", lower_is_better=True)
+        print_table(f"{name}, s", figures)
+        yield name, figures
 
 
 def time_first_step(session: Session, command: list[str], *, cwd: Path, first_line: str) -> Measurement:

@@ -1,6 +1,7 @@
 """Section train: the time of a training step, its share of what the device can do, and the shares of its parts."""
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +33,13 @@ PROFILED_STEPS = 10
 MATMUL_SIZES = {"cpu": (512, 768, 1024, 2048), "cuda": (4096, 8192)}
 
 
-def measure(session: Session) -> Figures:
+def measure(session: Session) -> Iterator[tuple[str, Figures]]:
     """Each case in the automatic precision and in float32, and the peer."""
-    figures: Figures = {}
     for name in session.args.cases or DEFAULT_CASES[session.device.type]:
         print(f"train {name}: {CASES[name]}", flush=True)
-        figures[name] = measure_case(session, CASES[name])
-        print_table(f"train {name}, ms a step", figures[name]["ms"])
-    return figures
+        figures = measure_case(session, CASES[name])
+        print_table(f"train {name}, ms a step", figures["ms"])
+        yield name, figures
 
 
 def sides_of(session: Session, case: Case) -> dict[str, Side]:
@@ -91,11 +91,11 @@ def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
 
     Each part waits for the device.
     """
-    out_dir = session.new_folder()
+    out_dir, dataset = session.new_folder(), session.find_dataset(case)
     flags = to_flags(
         **case,
-        data_dir=session.data_dir,
-        dataset="shakespeare_char",
+        data_dir=dataset.parent,
+        dataset=dataset.name,
         out_dir=out_dir,
         device=session.device.type,
     )

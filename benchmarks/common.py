@@ -18,18 +18,22 @@ from nanoforge.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks" / "scripts"  # run in processes of their own
 
-Case = dict[str, Any]  # a model shape and a batch size, in arguments that both programs have by the same names
+# A model shape and a batch size, in arguments that both programs have by the same names. With vocab_size it reads token
+# ids, else the characters of shakespeare_char.
+Case = dict[str, Any]
 Measurement = dict[str, Any]  # of one run of one side: ms, seconds, tokens_per_second, peak_mb, ...
 Side = Callable[[], Measurement]
 Figures = dict[str, Any]  # JSON: what a section writes
 
+# GPT-2's 124.4 M parameters; its 50,257 tokens padded to a multiple of 64, as nanoGPT does.
+GPT2: Case = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304}
 CASES: dict[str, Case] = {
     "10.6M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16},
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
-    "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2},
-    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12},
-    "124Mx32": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32},
-    "124Mx64": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 64},
+    "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 2},
+    "124M": {**GPT2, "batch_size": 12},
+    "124Mx32": {**GPT2, "batch_size": 32},
+    "124Mx64": {**GPT2, "batch_size": 64},
     "shakespeare_char": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "dropout": 0.2},
 }
 DEFAULT_CASES = {"cpu": ("10.6M", "small"), "cuda": ("124M", "124Mx32", "124Mx64", "shakespeare_char")}
@@ -46,6 +50,7 @@ class ProcessResult(NamedTuple):
     seconds: float
     peak_bytes: int  # of the largest process among it and its children
     seconds_to_text: float | None  # until a line of its output held the text that was waited for
+    line_seconds: list[float]  # from the start until each line of the output came
 
 
 def to_flags(**values: object) -> list[str]:
@@ -62,6 +67,7 @@ def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> Pr
     meter = [sys.executable, "-IS", str(SCRIPTS / "meter.py")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     lines: list[str] = []
+    line_seconds: list[float] = []
     seconds_to_text = None
     start = time.perf_counter()
     with subprocess.Popen(
@@ -76,8 +82,9 @@ def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> Pr
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
+            line_seconds.append(time.perf_counter() - start)
             if wait_for and seconds_to_text is None and wait_for in line:
-                seconds_to_text = time.perf_counter() - start
+                seconds_to_text = line_seconds[-1]
     output, _, measured = "".join(lines).rpartition("meter ")
     if process.returncode:
         last_lines = "\n".join(output.splitlines()[-8:])
@@ -89,6 +96,7 @@ def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> Pr
         seconds=float(seconds),
         peak_bytes=int(max_rss) * unit,
         seconds_to_text=seconds_to_text,
+        line_seconds=line_seconds,
     )
 
 

@@ -3,7 +3,8 @@
     python stopwatch.py FOLDER MODULE FUNCTION SCRIPT [ARGUMENT ...]
 
 FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). It returns a tensor, whose last column is
-read: that waits for the device.
+read: that waits for the device. Before its first call it is called once outside the time, which compiles what it
+compiles.
 """
 
 import functools
@@ -25,6 +26,8 @@ spent: list[float] = []
 
 @functools.wraps(function)
 def timed(*args: Any, **kwargs: Any) -> Any:
+    if not spent:
+        function(*args, **kwargs)[..., -1].sum().item()
     start = time.perf_counter()
     result = function(*args, **kwargs)
     result[..., -1].sum().item()

@@ -13,6 +13,8 @@ import time
 import torch
 import transformers
 
+N_CHARACTERS = 65  # of shakespeare_char
+
 
 def synchronize(device: str) -> None:
     if device == "cuda":
@@ -27,7 +29,7 @@ def train(model: torch.nn.Module, device: str, options: dict) -> dict[str, float
     for _ in range(options["steps"]):
         synchronize(device)
         start = time.perf_counter()
-        idx = torch.randint(65, shape, device=device)
+        idx = torch.randint(options.get("vocab_size", N_CHARACTERS), shape, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model(idx, labels=idx).loss
         loss.backward()
@@ -66,7 +68,7 @@ def main() -> None:
     task, device = sys.argv[1:3]
     options = json.loads(sys.argv[3])
     config = transformers.GPT2Config(
-        vocab_size=65,
+        vocab_size=options.get("vocab_size", N_CHARACTERS),
         n_positions=options["block_size"],
         n_embd=options["n_embd"],
         n_layer=options["n_layer"],

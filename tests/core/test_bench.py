@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers import run_script
 
-from benchmarks.bench_race import held_out_loss
-from benchmarks.common import compare, run_process, take_turns
+from bench import parse
+from benchmarks.bench_race import held_out_loss, typical_first
+from benchmarks.common import CASES, SCRIPTS, ProcessResult, compare, run_process, take_turns
+from benchmarks.session import Session, median_step_ms, read_nanogpt_step_ms
 from model import GPT, GPTConfig
+from nanoforge.errors import UserError
 
 PEER = """
 import json, os, sys, torch
@@ -72,6 +75,75 @@ def test_sides_take_turns():
 
     take_turns(3, {"a": lambda: side("a"), "b": lambda: side("b")})
     assert order == list("ababab")
+
+
+@pytest.mark.parametrize("name", ["124M", "124Mx32", "124Mx64"])
+def test_124m_is_gpt2s_size(name: str):
+    """12 layers of 12 C^2 + 2 C, 50,304 + 1,024 embeddings and the last norm: 124.4 M. With 65 characters, 85.8 M."""
+    case = {key: value for key, value in CASES[name].items() if key not in ("batch_size", "vocab_size")}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_sizes=(CASES[name]["vocab_size"],), bias=False, **case))
+    width = 768
+    assert model.count_parameters() == 12 * (12 * width**2 + 2 * width) + (50304 + 1024 + 1) * width
+    assert round(model.count_parameters() / 1e6, 1) == 124.4
+
+
+def test_figures_are_written_one_by_one(tmp_path: Path):
+    """A section that is killed keeps the figures that it had."""
+    session = Session(parse(["train", "--device=cpu", f"--out={tmp_path}"])[1], tmp_path)
+
+    def figures():
+        yield "first", {"ms": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.write("train", figures())
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert results["train"].keys() == {"about", "first"}
+
+
+def test_time_between_lines_is_that_of_their_steps():
+    """nanoGPT prints the host's time of one iteration, here 1 ms; the lines come 200 ms apart, 10 steps each."""
+    lines = [f"iter {step}: loss 4.1, time 1.00ms, mfu 1%" for step in (0, 10, 20, 30)]
+    result = ProcessResult(
+        output="\n".join(["found vocab_size", *lines]),
+        seconds=9.0,
+        peak_bytes=0,
+        seconds_to_text=None,
+        line_seconds=[0.1, 5.0, 7.0, 7.2, 7.4],
+    )
+    step_ms = read_nanogpt_step_ms(result, 10)
+    assert step_ms == pytest.approx([200, 20, 20])
+    assert median_step_ms(step_ms, 30, 10) == pytest.approx(20), "the first ten warm up"
+    assert read_nanogpt_step_ms(result) == [1.0] * 4
+    with pytest.raises(UserError, match="--steps=10"):
+        median_step_ms(step_ms[:1], 10, 10)
+
+
+def test_a_first_step_that_compiles_counts_as_any_other():
+    assert typical_first([30.0, 2.0, 1.0, 3.0, 2.0]) == [2.0, 2.0, 1.0, 3.0, 2.0]
+
+
+def test_the_stopwatch_counts_no_first_call(tmp_path: Path):
+    """The first call takes half a second, as if it compiled, and is made outside the time."""
+    (tmp_path / "drawing.py").write_text(
+        "import time\n"
+        "class Drawn:\n"
+        "    def __getitem__(self, where): return self\n"
+        "    def sum(self): return self\n"
+        "    def item(self): return 0.0\n"
+        "calls = []\n"
+        "def draw():\n"
+        "    calls.append(1)\n"
+        "    time.sleep(0.5 if len(calls) == 1 else 0.01)\n"
+        "    return Drawn()\n"
+    )
+    (tmp_path / "script.py").write_text("import drawing\ndrawing.draw()\ndrawing.draw()\nprint(len(drawing.calls))\n")
+    command = [sys.executable, str(SCRIPTS / "stopwatch.py"), str(tmp_path), "drawing", "draw", "script.py"]
+    output = run_process(command, cwd=tmp_path).output
+    calls, _, seconds = output.partition("stopwatch")
+    assert int(calls) == 3
+    assert 0.02 <= float(seconds) < 0.3
 
 
 def test_the_memory_of_a_process_is_its_own():
@@ -139,7 +211,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
 @pytest.mark.slow
 def test_sampling_in_turn_with_transformers(peer, tmp_path: Path):
     pytest.importorskip("transformers")
-    flags = ["--cases=small", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
+    flags = ["--cases=tiny", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
     run_script("sample", "--peer_kind=hf", *flags, script="bench.py")
     section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
     assert section["batch of 16"]["ours"]["ratio"] > 0
