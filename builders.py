@@ -25,7 +25,14 @@ from nanoforge.data.batches import Batch, Metrics
 from nanoforge.data.tables import Row
 from nanoforge.data.token_bins import SPLITS, Meta
 from nanoforge.data.tokenization import Tokenizer
-from nanoforge.device import AUTO_DTYPES, choose_dtype, find_bfloat16_units, get_device
+from nanoforge.device import (
+    AUTO_DTYPES,
+    choose_dtype,
+    compile_flex_attention,
+    find_bfloat16_units,
+    get_device,
+    missing_compiler,
+)
 from nanoforge.distributed import Ranks, apply_fsdp
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained, quantized
@@ -133,6 +140,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     args = dataclasses.replace(args, **loaded_shape)
     dtype, dtype_reason = agree_on_dtype(args.dtype, ranks)
     model.compute_dtype = dtype
+    add_flex_attention(args, model, ranks.device, log)
     args = dataclasses.replace(args, dtype=str(dtype).removeprefix("torch."))  # a resumed run goes on in it
 
     # 3. The adapter; the reference model is the model as it is now. Then both go to the device.
@@ -167,6 +175,33 @@ def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
     dtype, reason = choose_dtype(dtype_name, ranks.device)
     agreed = AUTO_DTYPES[ranks.all_reduce_max(AUTO_DTYPES.index(dtype))]
     return agreed, reason if agreed == dtype else "auto: the devices of other ranks have no bfloat16"
+
+
+def add_flex_attention(args: TrainArgs, model: GPT, device: torch.device, log: Log) -> None:
+    """Give a model on CUDA flex_attention for its windows and packed examples; say where that can't be."""
+    has_windows = min(model.spans.values()) < model.config.block_size
+    if device.type != "cuda" or not (has_windows or args.packing):
+        return
+    obstacle = flex_attention_obstacle(args, model, device)
+    if not obstacle:
+        model.flex_attention = compile_flex_attention()
+        return
+    if has_windows:
+        log(f"no flex_attention, since {obstacle}: sliding windows are slower than --window=L")
+    if args.packing:
+        log(f"no flex_attention, since {obstacle}: packed examples attend behind a mask of all pairs")
+
+
+def flex_attention_obstacle(args: TrainArgs, model: GPT, device: torch.device) -> str:
+    """What is in the way of flex_attention, if anything is."""
+    if args.attention_kernel != "auto":
+        return f"--attention_kernel={args.attention_kernel} is another kernel"
+    if model.config.dropout:
+        return f"it has no dropout, and --dropout={model.config.dropout:g}"
+    if model.config.head_dim < 16:
+        return f"it needs heads of at least 16, and these are of {model.config.head_dim}"
+    missing = missing_compiler(device)
+    return f"it needs {missing}" if missing else ""
 
 
 def build_mixture(args: TrainArgs) -> batches.Mixture:

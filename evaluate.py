@@ -137,7 +137,7 @@ from nanoforge import files, rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, hub_datasets, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
-from nanoforge.device import explain_out_of_memory
+from nanoforge.device import explain_out_of_memory, varying_shapes
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch
@@ -271,6 +271,7 @@ def validation_rows(evaluation: Evaluation, name: str) -> RowSource:
     return folder / "val.jsonl"
 
 
+@varying_shapes()
 def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
     """The metrics of preferences and rewards that training logs, on all validation examples of the run: those of its
     objective, with its reference model. Raises UserError."""
@@ -421,6 +422,7 @@ def bits_per_byte(val: token_bins.TokenBin, total: float, end_total: float, n_to
 
 
 @torch.no_grad()
+@varying_shapes()
 def example_loss(evaluation: Evaluation, source: RowSource) -> dict[str, float]:
     """The loss on the completions of validation examples, end tokens included. Raises UserError."""
     args, model, run, template = evaluation.args, evaluation.loaded.model, evaluation.run, evaluation.template

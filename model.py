@@ -365,7 +365,7 @@ def flex_block_mask(first: Tensor) -> BlockMask:
 @functools.cache
 def window_block_mask(T: int, span: int, device: torch.device) -> BlockMask:
     """The mask of flex_attention for a sliding window, the same for all sequences."""
-    with torch.inference_mode(mode=False):  # training saves it for backward, whoever asked first
+    with torch.inference_mode(False):  # noqa: FBT003  Training saves it for backward, whoever asked first.
         first, _ = visible_keys(slice(0, T), span, device, cached=False)
         return flex_block_mask(first)
 

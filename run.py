@@ -15,7 +15,7 @@ from nanoforge import distributed, restarts, run_dir
 from nanoforge.console import plural
 from nanoforge.data import tokenization
 from nanoforge.data.batches import SampleCounter
-from nanoforge.device import check_compiler, peak_flops
+from nanoforge.device import check_compiler, peak_flops, set_attention_kernel
 from nanoforge.errors import UserError
 from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import checkpoint, evaluation, memory, schedules, summary
@@ -249,6 +249,9 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     identity = identify(args, resumed_from)
     if args.compile:
         check_compiler(ranks.device)
+    # Examples differ in width. A compiled model has a graph for each width; an eager one meets new widths all the time.
+    fixed_shapes = args.compile or not OBJECTIVES[args.objective].reads_examples
+    set_attention_kernel(args.attention_kernel, ranks.device, fixed_shapes=fixed_shapes)
 
     # 1. Data.
     with ranks.main_first():

@@ -82,15 +82,26 @@ def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
 
 @contextlib.contextmanager
 def explain_failures(args: TrainArgs, ranks: distributed.Ranks) -> Iterator[None]:
-    """Raises UserError, with what to change, where memory or the compiler fails."""
+    """Raises UserError, with what to change, where memory, the compiler or an attention kernel fails."""
     try:
         yield
     except Exception as error:
         if device.is_out_of_memory(error):
             raise UserError(memory_advice(args, ranks)) from None
+        if device.is_kernel_error(error):
+            raise UserError(
+                f"--attention_kernel={args.attention_kernel}: can't compute this model's attention; use auto"
+            ) from None
         if device.is_compile_error(error):
-            raise UserError(f"--compile: failed ({distributed.first_line(error)}); run without --compile") from None
+            raise UserError(compile_advice(args, distributed.first_line(error))) from None
         raise
+
+
+def compile_advice(args: TrainArgs, reason: str) -> str:
+    """What to run without: an eager model compiles only its flex_attention."""
+    if args.compile:
+        return f"--compile: failed ({reason}); run without --compile"
+    return f"--attention_kernel=auto: flex_attention failed ({reason}); use --attention_kernel=efficient, which masks"
 
 
 def memory_advice(args: TrainArgs, ranks: distributed.Ranks) -> str:

@@ -233,7 +233,6 @@ def main(args: TrainArgs) -> Progress:
         args = find_begun_run(args, ranks)
         is_new_folder = args.names_task_alone
         args = dataclasses.replace(args, out_dir=choose_out_dir(args, ranks))
-        device.set_attention_kernel(args.attention_kernel, ranks.device)
         out_dir = Path(args.out_dir)
         with (
             run_dir.RunLock(out_dir) as lock,

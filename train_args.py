@@ -488,7 +488,9 @@ class SystemArgs(DeviceArgs):
     rank_timeout: int = arg(600, "seconds a rank waits for the others before it ends the run",
         low=1, alias=("ddp_timeout",))
     compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
-    attention_kernel: str = arg("auto", "scaled_dot_product_attention backend on CUDA (auto: PyTorch's choice)",
+    attention_kernel: str = arg("auto", "attention on CUDA. auto: flex_attention for windows and packed examples, "
+        "else the kernel that PyTorch prefers, but none of cuDNN where lengths vary. "
+        "Others: that kernel of scaled_dot_product_attention alone",
         choices=("auto", "flash", "cudnn", "efficient", "math"))
     activation_checkpointing: bool = arg(False, "activation (gradient) checkpointing: "
         "recompute each layer in backward; less memory, more time", alias=("gradient_checkpointing",))
@@ -1053,10 +1055,20 @@ def system_errors(args: TrainArgs) -> Iterator[str]:
         yield f"--quantize_base={args.quantize_base}: cannot be sharded by --parallel=fsdp; use ddp, or --base_dtype"
     if args.parallel == "fsdp" and args.dtype == "float16":
         yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
+    yield from attention_kernel_errors(args)
     yield from device_errors(args)
     environment_error = launcher.environment_error()
     if environment_error:
         yield environment_error
+
+
+def attention_kernel_errors(args: TrainArgs) -> Iterator[str]:
+    """Errors of kernels that can't do what other arguments need."""
+    if args.attention_kernel == "cudnn" and args.deterministic:
+        yield "--attention_kernel=cudnn: is not deterministic; with --deterministic use auto or flash"
+    masked = [flag for flag, is_set in (("--window", "S" in args.window), ("--packing", args.packing)) if is_set]
+    if args.attention_kernel == "flash" and masked:
+        yield f"--attention_kernel=flash: has no masks, which {' and '.join(masked)} need; use auto, efficient or cudnn"
 
 
 def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:

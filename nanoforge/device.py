@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from nanoforge import launcher
 from nanoforge.errors import UserError
@@ -189,12 +190,15 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
-def set_attention_kernel(name: str, device: torch.device) -> None:
-    """Allow scaled_dot_product_attention only this one of its CUDA kernels (auto: all). Raises UserError off CUDA."""
+def set_attention_kernel(name: str, device: torch.device, *, fixed_shapes: bool = True) -> None:
+    """Allow scaled_dot_product_attention only this one of its CUDA kernels. Raises UserError off CUDA.
+
+    auto: all of them, in PyTorch's order; without fixed shapes none of cuDNN's, as in `varying_shapes`.
+    """
     if name != "auto" and device.type != "cuda":
         raise UserError(f"--attention_kernel={name}: only a CUDA GPU has a choice, not {device.type}")
     for kernel, enable in ATTENTION_KERNELS.items():
-        enable(name in ("auto", kernel))
+        enable(name == kernel or (name == "auto" and (fixed_shapes or kernel != "cudnn")))
 
 
 @contextmanager
@@ -226,18 +230,33 @@ def tune_malloc() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError where `--compile` can't work: without a C++ compiler on a CPU, triton and a C one on CUDA."""
-    missing = ""
+def compile_flex_attention() -> Callable[..., torch.Tensor]:
+    """torch's flex_attention as one kernel, in eager models too. Shapes that are too many end the run with an error:
+    uncompiled it would make all T x T scores."""
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def is_kernel_error(error: BaseException) -> bool:
+    """Whether none of the allowed kernels can compute this attention."""
+    return str(error).startswith(("No available kernel", "No viable backend for scaled_dot_product_attention"))
+
+
+def missing_compiler(device: torch.device) -> str:
+    """What torch.compile lacks on this machine: a C++ compiler for a CPU, triton or a C compiler for CUDA."""
     if device.type == "cuda":
         compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-        if find_spec("triton") is None or not any(map(shutil.which, compilers)):
-            missing = "triton and a C compiler (gcc)"
-    else:
-        try:
-            importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
-        except Exception:  # of torch's own
-            missing = "a C++ compiler (g++)"
+        has_compiler = find_spec("triton") is not None and any(map(shutil.which, compilers))
+        return "" if has_compiler else "triton and a C compiler (gcc)"
+    try:
+        importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    except Exception:  # of torch's own
+        return "a C++ compiler (g++)"
+    return ""
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where `--compile` can't work."""
+    missing = missing_compiler(device)
     if missing:
         raise UserError(f"--compile: needs {missing}, which this machine lacks; install it, or run without --compile")
 

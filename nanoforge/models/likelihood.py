@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoforge.data.tokenization import Tokenizer
+from nanoforge.device import varying_shapes
 from nanoforge.errors import UserError
 from nanoforge.models.generation import KVCache, cut_context, device_of
 
@@ -101,6 +102,7 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
+@varying_shapes()
 def score_continuations(
     model: nn.Module,
     pairs: Sequence[Pair],

@@ -996,8 +996,12 @@ def attention_kernel(run, monkeypatch):
         "nanoforge.device.ATTENTION_KERNELS",
         {name: lambda on, name=name: enabled.update({name: on}) for name in ATTENTION_KERNELS},
     )
-    set_attention_kernel("cudnn", torch.device("cuda"))
+    set_attention_kernel("cudnn", torch.device("cuda"), fixed_shapes=False)
     assert enabled == {"flash": False, "cudnn": True, "efficient": False, "math": False}
+    set_attention_kernel("auto", torch.device("cuda"), fixed_shapes=False)
+    assert enabled == {"flash": True, "cudnn": False, "efficient": True, "math": True}
+    run(name="fixed")
+    assert enabled == dict.fromkeys(ATTENTION_KERNELS, True)
 
 
 @effect

@@ -1,5 +1,6 @@
 """Which kernel attends, and through which mask. Witnesses: torch's own switches of kernels, and the dense mask."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -9,10 +10,15 @@ from helpers import TINY_MODEL
 from torch.backends import cuda
 from torch.nn.attention import flex_attention as flex
 
+import builders
+import start
+import train_args
 from model import GPT, flex_block_mask, visible_keys, window_block_mask
 from nanoforge.device import set_attention_kernel, varying_shapes
+from nanoforge.distributed import Ranks
+from nanoforge.errors import UserError
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
@@ -43,6 +49,57 @@ def test_varying_shapes_are_attended_without_cudnn_unless_it_was_asked_for(allow
             assert allowed() == {name}
             raise ZeroDivisionError
         assert allowed() == {name}
+
+
+def test_a_kernel_that_cannot_attend_is_named(allowed):
+    """On a CPU torch has two kernels, here neither of them allowed."""
+    args = train_args.parse(["--attention_kernel=cudnn"])
+    q = torch.zeros(1, 2, 4, 8)
+    set_attention_kernel("cudnn", CUDA)
+    with pytest.raises(UserError, match="--attention_kernel=cudnn"), start.explain_failures(args, Ranks(0, 1, CPU)):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--deterministic", "--attention_kernel=cudnn"], "--deterministic"),
+        (["--window=SL", "--attention_kernel=flash"], "--window"),
+        (["--window=SL", "--attention_kernel=efficient"], ""),
+        (["--deterministic", "--attention_kernel=flash"], ""),
+    ],
+)
+def test_kernels_that_cannot_do_it_are_refused(flags: list[str], error: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) if error else contextlib.nullcontext():
+        train_args.parse(flags)
+    console = capsys.readouterr().err
+    assert ("--attention_kernel" in console and error in console) if error else not console
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "note"),
+    [
+        ([], {"window": "SL"}, None),
+        ([], {}, None),
+        ([], {"window": "SL", "dropout": 0.1}, "--dropout=0.1"),
+        ([], {"window": "SL", "head_dim": 8}, "16"),
+        (["--attention_kernel=efficient"], {"window": "SL"}, "--attention_kernel=efficient"),
+    ],
+)
+def test_windows_on_cuda_go_through_flex_attention_or_a_note_says_why_not(
+    flags: list[str], changes: dict, note: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("builders.missing_compiler", lambda device: "")
+    monkeypatch.setattr("builders.compile_flex_attention", lambda: flex.flex_attention)
+    model, notes = GPT(dataclasses.replace(TINY_MODEL, **{"head_dim": 16} | changes)), []
+    builders.add_flex_attention(train_args.parse(flags), model, CPU, notes.append)
+    assert model.flex_attention is None and not notes, "on a CPU the mask stays"
+    builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
+    assert (model.flex_attention is not None) == (note is None and "window" in changes)
+    assert len(notes) == bool(note) and all(note in line for line in notes)
+    monkeypatch.setattr("builders.missing_compiler", lambda device: "triton")
+    builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
+    assert len(notes) == 2 * bool(note) + ("triton" in "".join(notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,12 +134,12 @@ def dense_mask(positions: torch.Tensor, span: int) -> torch.Tensor:
 @pytest.mark.parametrize("span", [1, 3, 128, 129, 200, 300, 1000])
 @pytest.mark.parametrize("T", [1, 5, 128, 256, 300])
 def test_block_masks_equal_those_that_torch_makes_of_all_pairs(T: int, span: int):
-    packed, cpu = packed_positions(T), torch.device("cpu")
+    packed = packed_positions(T)
     for positions, dense in (
         (slice(0, T), dense_mask(torch.arange(T)[None], span)),
         (packed, dense_mask(packed, span)),
     ):
-        ours = flex_block_mask(visible_keys(positions, span, cpu, cached=False)[0])
+        ours = flex_block_mask(visible_keys(positions, span, CPU, cached=False)[0])
         theirs = flex.create_block_mask(lambda b, h, q, k, dense=dense: dense[b, q, k], len(dense), 1, T, T, "cpu")
         assert ours.shape == theirs.shape
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices"):
