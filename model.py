@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from nanoforge.distributed import shard_like
 from nanoforge.errors import UserError, did_you_mean
 from train_args import TrainArgs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -704,6 +706,8 @@ VOCABULARIES = {"one": OneVocabulary, "contexts": ContextVocabularies, "separate
 class Softcap(nn.Module):
     """z -> c z / sqrt(z^2 + c^2): smooth, within (-c, c), slope 1 at 0; float32."""
 
+    kind = "rsqrt"
+
     def __init__(self, bound: float):
         super().__init__()
         self.bound = bound
@@ -720,6 +724,8 @@ class Softcap(nn.Module):
 class TanhSoftcap(Softcap):
     """z -> c tanh(z / c) (Gemma 2, nanochat)."""
 
+    kind = "tanh"
+
     def forward(self, z: Tensor) -> Tensor:
         return self.bound * torch.tanh(z.float() / self.bound)
 
@@ -728,7 +734,14 @@ class TanhSoftcap(Softcap):
         return self.bound * capped, 1 - capped.square()
 
 
-class NoSoftcap(nn.Module):
+class NoSoftcap(Softcap):
+    """z -> z."""
+
+    kind = "none"
+
+    def __init__(self, bound: float = 0.0):
+        super().__init__(bound)
+
     def forward(self, z: Tensor) -> Tensor:
         return z
 
@@ -736,54 +749,144 @@ class NoSoftcap(nn.Module):
         return z, 1.0
 
 
-SOFTCAPS = {"rsqrt": Softcap, "tanh": TanhSoftcap}
+SOFTCAPS: dict[str, type[Softcap]] = {"rsqrt": Softcap, "tanh": TanhSoftcap}
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of each target (B, T), float32, from x (B, T, C) and the head (V, C), with the logits of `chunk`
-    tokens at a time.
+def chunk_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: Softcap) -> Tensor:
+    """Cross-entropy of each target (N,), float32, from x (N, C) and the head (V, C)."""
+    logits, _ = softcap.with_slope((x @ weight.T).float())
+    return F.cross_entropy(logits, targets, reduction="none")
 
-    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V.
+
+def chunk_errors(x: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, softcap: Softcap) -> Tensor:
+    """The gradient of `chunk_losses` with respect to the products x @ weight.T: (N, V), in x's dtype. grad: (N,)."""
+    products = (x @ weight.T).float()
+    logits, slope = softcap.with_slope(products)
+    probs = logits.softmax(-1)
+    # 1. d loss / d logits = softmax - one-hot. The one-hot changes one value of a row, which is computed by itself.
+    at_target = targets[:, None]
+    _, target_slope = softcap.with_slope(products.gather(1, at_target))
+    target_errors = (probs.gather(1, at_target) - 1.0) * target_slope * grad[:, None]
+    # 2. Through the softcap and the incoming gradient to the products.
+    errors = probs.mul_(slope * grad[:, None]).to(x.dtype)
+    return errors.scatter_(1, at_target, target_errors.to(x.dtype))
+
+
+@functools.cache
+def compile_chunk(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`chunk_losses` or `chunk_errors`, compiled: eager, each reads and writes the float32 logits several times."""
+    return torch.compile(function, fullgraph=True)
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """Cross-entropy with the logits of `chunk` tokens at a time.
+
+    Backward computes these logits again, so memory grows with chunk x V instead of B x T x V. Both are operators, which
+    torch.compile does not look into: traced, they would share the logits, and forward would keep them all.
     """
 
-    @staticmethod
-    def softcapped_logits(x: Tensor, head: Tensor, softcap: Softcap | NoSoftcap) -> tuple[Tensor, Tensor | float]:
-        """(logits, their derivative with respect to the products x @ head.T), float32: (chunk, V)."""
-        return softcap.with_slope((x @ head.T).float())
+    softcap: Softcap
+    chunk: int
+    is_compiled: bool  # what is done with a chunk
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: Softcap | NoSoftcap, chunk: int) -> Tensor:
-        ctx.save_for_backward(x, head, targets)
-        ctx.softcap = softcap
-        ctx.chunk = chunk
+    def forward(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each target (B, T), float32, from x (B, T, C) and the head (V, C)."""
+        losses_of = compile_chunk(chunk_losses) if self.is_compiled else chunk_losses
         weight = head.to(x.dtype)
-        losses = []
-        chunks = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
-        for x_chunk, target_chunk in chunks:
-            logits, _ = ChunkedLoss.softcapped_logits(x_chunk, weight, softcap)
-            losses.append(F.cross_entropy(logits, target_chunk, reduction="none"))
+        losses = [
+            losses_of(x_chunk, weight, target_chunk, self.softcap)
+            for x_chunk, target_chunk in self.split(x.flatten(0, 1), targets.flatten())
+        ]
         return torch.cat(losses).view_as(targets)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, head, targets = ctx.saved_tensors
+    def backward(
+        self, grad: Tensor, x: Tensor, head: Tensor, targets: Tensor, *, trains_head: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the head, which has no values for a frozen head."""
+        errors_of = compile_chunk(chunk_errors) if self.is_compiled else chunk_errors
         weight = head.to(x.dtype)
         x_grads = []
-        head_grad = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        flat = (x.flatten(0, 1), targets.flatten(), grad.flatten())
-        chunks = zip(*(tensor.split(ctx.chunk) for tensor in flat), strict=True)
-        for x_chunk, target_chunk, grad_chunk in chunks:
-            # 1. d loss / d logits = softmax - one-hot.
-            logits, slope = ChunkedLoss.softcapped_logits(x_chunk, weight, ctx.softcap)
-            error = logits.softmax(-1)
-            error[torch.arange(len(target_chunk), device=targets.device), target_chunk] -= 1.0
-            # 2. Through the softcap and the incoming gradient to the products, (chunk, V).
-            error = (error * slope * grad_chunk[:, None]).to(x.dtype)
-            # 3. To x and the head.
-            x_grads.append(error @ weight)
-            if head_grad is not None:
-                head_grad += error.T @ x_chunk
-        return torch.cat(x_grads).view_as(x), head_grad, None, None, None
+        head_grad = torch.zeros_like(head) if trains_head else head.new_empty(0)
+        for x_chunk, target_chunk, grad_chunk in self.split(x.flatten(0, 1), targets.flatten(), grad.flatten()):
+            errors = errors_of(x_chunk, weight, target_chunk, grad_chunk, self.softcap)
+            x_grads.append(errors @ weight)
+            if trains_head:
+                head_grad += errors.T @ x_chunk
+        return torch.cat(x_grads).view_as(x), head_grad
+
+    def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """A chunk of each tensor at a time."""
+        return zip(*(tensor.split(self.chunk) for tensor in tensors), strict=True)
+
+
+@functools.cache
+def make_chunked_loss(kind: str, bound: float, chunk: int, is_compiled: bool) -> ChunkedLoss:  # noqa: FBT001
+    """The loss from what an operator takes: the kind and the bound of its softcap."""
+    softcap = SOFTCAPS[kind](bound) if bound else NoSoftcap()
+    return ChunkedLoss(softcap, chunk, is_compiled)
+
+
+# The two operators. torch.library.custom_op would import torch's compiler at their first call, in a second.
+LIBRARY = torch.library.Library("nanoforge", "DEF")
+TENSORS = "Tensor x, Tensor head, Tensor targets"
+SETTINGS = "str kind, float bound, int chunk, bool is_compiled"
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make a function an operator of torch. fake: results of the same shapes, for tensors without values."""
+
+    def register(function: Callable[..., T]) -> Callable[..., T]:
+        name = LIBRARY.define(schema)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nanoforge::{name}", fake, lib=LIBRARY)
+        return function
+
+    return register
+
+
+def fake_loss(x: Tensor, head: Tensor, targets: Tensor, *settings: Any) -> Tensor:
+    return torch.empty_like(targets, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def fake_gradients(
+    grad: Tensor, x: Tensor, head: Tensor, targets: Tensor, trains_head: Any, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    head_grad = torch.empty_like(head) if trains_head else head.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), head_grad
+
+
+@operator(f"chunked_loss({TENSORS}, {SETTINGS}) -> Tensor", fake_loss)
+def run_forward(x: Tensor, head: Tensor, targets: Tensor, *settings: Any) -> Tensor:
+    return make_chunked_loss(*settings).forward(x, head, targets)
+
+
+@operator(
+    f"chunked_loss_backward(Tensor grad, {TENSORS}, bool trains_head, {SETTINGS}) -> (Tensor, Tensor)", fake_gradients
+)
+def run_backward(
+    grad: Tensor, x: Tensor, head: Tensor, targets: Tensor, trains_head: Any, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    return make_chunked_loss(*settings).backward(grad, x, head, targets, trains_head=trains_head)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+@functools.partial(torch.library.register_autograd, "nanoforge::chunked_loss", setup_context=save_inputs, lib=LIBRARY)
+def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    trains_head = ctx.needs_input_grad[1]
+    gradients = torch.ops.nanoforge.chunked_loss_backward
+    x_grad, head_grad = gradients(grad, *ctx.saved_tensors, trains_head, *ctx.settings)
+    return x_grad, head_grad if trains_head else None, None, *(None for _ in ctx.settings)
+
+
+def chunked_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: Softcap, chunk: int) -> Tensor:
+    """`ChunkedLoss`, differentiable in x and the head. In a compiled model a GPU's chunks are compiled too."""
+    is_compiled = torch.compiler.is_compiling() and x.device.type == "cuda"
+    return torch.ops.nanoforge.chunked_loss(x, head, targets, softcap.kind, softcap.bound, chunk, is_compiled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,7 +1003,7 @@ class GPT(nn.Module):
         x = self.norm(x)[logits_at]
 
         if targets is not None and self.config.loss_chunk:
-            return ChunkedLoss.apply(x, self.head.weight, targets, self.softcap, self.config.loss_chunk)
+            return chunked_loss(x, self.head.weight, targets, self.softcap, self.config.loss_chunk)
         logits = self.softcap(self.head(x))
         if targets is None:
             return logits

@@ -208,6 +208,25 @@ def equal_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) 
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def bytes_for_backward(loss: torch.Tensor) -> int:
+    """What autograd keeps of the tensors that a loss was computed from, parameters and inputs included."""
+    seen: set[Any] = set()
+    nodes, storages = [loss.grad_fn], {}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        for saved in (getattr(node, name) for name in names):
+            for tensor in saved if isinstance(saved, list | tuple) else (saved,):
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        nodes += [following for following, _ in node.next_functions]
+    return sum(storages.values())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # commands in processes of their own
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_MODEL, RunFiles, ids, tiny_model
+from helpers import TINY_MODEL, RunFiles, bytes_for_backward, ids, tiny_model
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
 import train_args
@@ -30,6 +32,7 @@ from model import (
     Softcap,
     TanhSoftcap,
     chunked_attention,
+    chunked_loss,
     get_activation,
 )
 from nanoforge.data import tokenization
@@ -457,7 +460,7 @@ def test_chunked_loss_equals_the_plain_one(softcap, chunk):
 
     upstream = torch.rand(2, 12, dtype=torch.float64)
     expected = torch.autograd.grad(plain(), (x, head), upstream.flatten())
-    ours = ChunkedLoss.apply(x, head, ids(2, 12), softcap, chunk)
+    ours = chunked_loss(x, head, ids(2, 12), softcap, chunk)
     torch.testing.assert_close(ours.flatten(), plain(), check_dtype=False, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(ours, (x, head), upstream), expected, atol=1e-5, rtol=1e-4)
 
@@ -470,6 +473,56 @@ def test_model_with_chunked_loss_learns_the_same():
             model(ids(2, 12), ids(2, 12, seed=3)).mean().backward()
             gradients.append([p.grad for p in model.parameters()])
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+class HeadGradients(TorchDispatchMode):
+    """The values in each gradient of a head that the chunked loss computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.nanoforge.chunked_loss_backward.default:
+            self.sizes.append(result[1].numel())
+        return result
+
+
+@pytest.mark.parametrize("trains_head", [True, False], ids=["trained", "frozen"])
+def test_chunked_loss_keeps_no_logits_for_backward_eager_and_compiled(trains_head: bool):
+    """Traced into, forward and backward would share the logits, 8 MB here. A frozen head gets no gradient."""
+    compiled = torch.compile(chunked_loss, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+    targets = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for function in (chunked_loss, compiled):
+        torch.manual_seed(0)
+        x = torch.randn(4, 128, 16, requires_grad=True)
+        head = torch.randn(4096, 16, requires_grad=trains_head)
+        loss = function(x, head, targets, Softcap(15.0), 64).mean()
+        assert bytes_for_backward(loss) < 2**19
+        with HeadGradients() as head_gradients:
+            loss.backward()
+        assert head_gradients.sizes == [head.numel() if trains_head else 0]
+        gradients.append([tensor.grad for tensor in (x, head) if tensor.requires_grad])
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_chunks_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch):
+    """What a GPU computes in a compiled model, here by another compiler: two graphs, whatever the number of tokens."""
+    import model as module
+
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(module, "compile_chunk", lambda function: torch.compile(function, backend=backend))
+    for n_tokens in (12, 9, 17):
+        torch.manual_seed(n_tokens)
+        x, head, grad = torch.randn(1, n_tokens, 8), torch.randn(31, 8), torch.rand(1, n_tokens)
+        eager, compiled = (ChunkedLoss(Softcap(3.0), 5, is_compiled) for is_compiled in (False, True))
+        targets = ids(1, n_tokens)
+        torch.testing.assert_close(compiled.forward(x, head, targets), eager.forward(x, head, targets))
+        backward = [loss.backward(grad, x, head, targets, trains_head=True) for loss in (compiled, eager)]
+        torch.testing.assert_close(*backward)
+    assert backend.frame_count <= 4, "of each of the two functions"
 
 
 def test_value_residual_mixes_in_the_first_layers_values():
