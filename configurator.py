@@ -83,6 +83,7 @@ class ArgSpec:
     low: float = -math.inf  # smallest value allowed
     above: float = -math.inf  # every value must be larger than this
     high: float = math.inf  # largest value allowed
+    units: Mapping[str, float] | None = None  # of a number that may be written with units: 90s, 1h30m, 20M
     split: bool = True  # a list is split at spaces and commas
     path: bool = False  # a leading ~ is a home folder
     needs: OnlyWith | None = None
@@ -100,6 +101,7 @@ class ArgOptions(typing.TypedDict, total=False):
     low: float
     above: float
     high: float
+    units: Mapping[str, float]
     split: bool
     path: bool
     needs: OnlyWith
@@ -189,12 +191,26 @@ def to_number(value: Any, kind: type) -> int | float:
     return kind(number)
 
 
+def without_units(value: Any, units: Mapping[str, float]) -> Any:
+    """The number that a text with units stands for: 1h30m, 20M; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"([\d.]+)([a-z]+)", value.lower())
+    if not parts or "".join(number + unit for number, unit in parts) != value.lower():
+        return value
+    if any(unit not in units for _, unit in parts):
+        return value
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
 def convert_number(spec: ArgSpec, value: Any) -> int | float:
     """A number within the argument's bounds. Raises UserError."""
+    units = spec.units or {}
     try:
-        number = to_number(value, spec.kind)
+        number = to_number(without_units(value, units), spec.kind)
     except (ValueError, TypeError, OverflowError):
-        raise UserError("must be a whole number" if spec.kind is int else "must be a number") from None
+        with_units = f", or one with units ({', '.join(units)})" if units else ""
+        raise UserError(f"must be a {'whole ' if spec.kind is int else ''}number{with_units}") from None
     if number < spec.low:
         raise UserError(f"must be at least {spec.low:g}")
     if number <= spec.above:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from nanoforge.data import hub, hub_datasets
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.training import depth
+from nanoforge.training import budget, depth
 from nanoforge.training.schedules import SCHEDULES, other_names
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
@@ -35,6 +35,11 @@ ROPE_SCALING_NUMBERS = {  # rope_type -> the numbers that --rope_scaling has for
 }
 DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that reach min_lr at lr_decay_iters
 ROLLOUT_INTERVALS = ("max_iters", "eval_interval", "checkpoint_interval")
+BUDGETS = ("time_budget", "flops_budget", "token_budget")
+BUDGET_CONFIG = Path(__file__).parent / "configs/depth.py"  # the architecture that its law was measured with
+NOT_WITH_BUDGET = ("depth", "max_iters", "lr_decay_iters", "max_tokens", "max_epochs", "max_seconds", "warmup_ratio")
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+COUNTS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # when an argument has an effect
@@ -61,6 +66,7 @@ SOFTCAP = OnlyWith(
     f"--logit_softcap, and {FROM_SCRATCH.description}",
     lambda args: args.logit_softcap > 0 and FROM_SCRATCH.holds(args),
 )
+BUDGET = OnlyWith("|".join(f"--{name}" for name in BUDGETS), lambda args: bool(args.budget))
 MULTIDATASET = with_value("training_mode", "multidataset")
 SAMPLED_DATASETS = OnlyWith(
     "--training_mode=multidataset without --dataset_interleaving",
@@ -189,6 +195,21 @@ class DepthArgs:
     aspect: int = arg(64, "aspect ratio: n_embd / depth", low=1, needs=with_set("depth"))
     tokens_per_weight: float = arg(20.0, "training tokens per parameter of the transformer layers",
         above=0, needs=with_set("depth"))
+
+
+@arg_group
+class BudgetArgs:
+    """budget instead of a size (docs/budget.md)"""
+
+    time_budget: float = arg(0.0, "seconds, or 90s, 10m, 1h30m: measure this machine and this text for a moment, "
+        "choose size, batch, rates and steps for the lowest val_loss, and end in time; arguments that are set keep "
+        "their values (0: off)", low=0, units=SECONDS, model_shape=True, needs=FROM_SCRATCH)
+    flops_budget: float = arg(0.0, "the same for FLOPs of training, as 1e15 (0: off)",
+        low=0, units=COUNTS, model_shape=True, needs=FROM_SCRATCH)
+    token_budget: int = arg(0, "the same for tokens of training, as 20M: the size for which they are the best use of "
+        "compute (0: off)", low=0, units=COUNTS, model_shape=True, needs=FROM_SCRATCH)
+    budget_chooses: tuple[str, ...] = arg((), "arguments that the budget chooses (none: those that are not set of "
+        f"{' '.join(budget.CHOSEN)})", inherit=False, needs=BUDGET)
 
 
 @arg_group
@@ -505,6 +526,7 @@ class TrainArgs(
     RunArgs,
     DataArgs,
     DepthArgs,
+    BudgetArgs,
     BatchArgs,
     ModelArgs,
     ObjectiveArgs,
@@ -525,6 +547,13 @@ class TrainArgs(
     def global_batch_size(self) -> int:
         """Sequences of one optimizer step, over all ranks."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @cached_property
+    def budget(self) -> budget.Budget | None:
+        """What --time_budget and its relatives give, if one is set."""
+        if not (self.time_budget or self.flops_budget or self.token_budget):
+            return None
+        return budget.Budget(self.time_budget, self.flops_budget, self.token_budget)
 
     @cached_property
     def schedule(self) -> str:
@@ -778,6 +807,9 @@ def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]
     is_set = {name: getattr(args, name) for name, origin in source.items() if origin != configurator.DEFAULT}
     flags: list[str] = []
     values: dict[str, Any] = {}
+    if args.budget and args.init_from == "scratch":
+        flags += [f"--{name}={getattr(args, name):g}" for name in BUDGETS if getattr(args, name)]
+        values = budget_values(is_set)
     if args.depth and args.init_from == "scratch":
         flags.append(f"--depth={args.depth}")
         values = depth.derive_args(args.depth, args.aspect, args.tokens_per_weight, args.block_size, is_set)
@@ -793,6 +825,15 @@ def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]
         values["block_size"] = args.max_tokens
     values = {name: value for name, value in values.items() if name not in is_set}
     return (", ".join(flags), values) if values else ("", {})
+
+
+def budget_values(is_set: Mapping[str, Any]) -> dict[str, Any]:
+    """What a budget gives before it is measured: the architecture, and which arguments it chooses."""
+    values: dict[str, Any] = {}
+    for _, layer in config_files.read_layers(str(BUDGET_CONFIG)):
+        values |= layer
+    values["budget_chooses"] = tuple(name for name in budget.CHOSEN if name not in is_set)
+    return {name: value for name, value in values.items() if name != "depth"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -816,6 +857,34 @@ def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
         for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
             if source[flag] == configurator.COMMAND_LINE and getattr(args, flag):
                 yield f"--{flag}: has no effect with --eval_only, which writes nothing"
+
+
+def budget_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
+    """Errors of a budget, which chooses what a size would set."""
+    flags = [f"--{name}" for name in BUDGETS if getattr(args, name)]
+    if len(flags) > 1:
+        yield f"{' and '.join(flags)}: a run has one budget; keep one of them"
+    if not flags or args.init_from == "resume":
+        return
+    for name in NOT_WITH_BUDGET:
+        origin = source[name]
+        is_chosen = origin == configurator.DEFAULT or origin.startswith("--") or is_record(origin)
+        if not is_chosen:
+            yield f"--{name}={configurator.format_arg(getattr(args, name))}: {flags[0]} decides it; set one of them"
+    if args.objective != "lm" or args.training_mode != "single":
+        yield f"{flags[0]}: works with --objective=lm on one dataset; set sizes and --max_iters for other runs"
+    if args.eval_only:
+        yield f"--eval_only: has no effect with {flags[0]}, which trains"
+    unknown = set(args.budget_chooses) - set(budget.CHOSEN)
+    if unknown:
+        yield f"--budget_chooses={' '.join(sorted(unknown))}: must be of {' '.join(budget.CHOSEN)}"
+    if args.optimizer != "muon" and "learning_rate" in args.budget_chooses:
+        yield f"{flags[0]}: chooses learning rates for --optimizer=muon; set --learning_rate"
+
+
+def is_record(origin: str) -> bool:
+    """Whether a value comes from the record of a run."""
+    return Path(origin).name == config_files.RECORD_FILE
 
 
 def weights_errors(args: TrainArgs) -> Iterator[str]:
@@ -1074,6 +1143,7 @@ def attention_kernel_errors(args: TrainArgs) -> Iterator[str]:
 def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
     """All errors of arguments that conflict."""
     yield from run_errors(args, source)
+    yield from budget_errors(args, source)
     yield from weights_errors(args)
     yield from model_errors(args)
     if args.training_mode == "multidataset":

@@ -1,0 +1,252 @@
+"""What a budget has to know of this machine and this text: short trials, and the choice that follows from them.
+
+A small model trains for a moment: its loss over the law's says how hard the text is. A few steps of it, and of the
+sizes that look best, give the speed. All of it is a part of a time budget. The choice is made once, by
+nanoforge/training/budget.py, and is in the run's record.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+import builders
+from nanoforge import distributed
+from nanoforge.data.token_bins import SPLITS, read_meta, read_shard, shard_paths
+from nanoforge.errors import UserError
+from nanoforge.training import budget, evaluation
+from nanoforge.training.budget import Budget, Plan, Shape, Speed, StepTime, Text
+from nanoforge.training.optimizers import Optimizer
+from nanoforge.training.signals import Signals
+from train_args import BUDGETS, TrainArgs
+
+PILOT_SHAPE = Shape(n_layer=2, n_embd=64, n_head=2)
+PILOT_SHARE = 0.025  # of the budget
+MIN_PILOT_TOKENS = 5e4  # with fewer it says nothing of the text
+MAX_PILOT_TOKENS = 4e6  # more say nothing new
+PILOT_EVAL_TOKENS = 32768
+SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
+MAX_SPEED_SECONDS = 3.0
+WARM_UP_STEPS = 2
+N_SIZES = 2  # whose speed is measured, besides the pilot's
+
+
+class Decision(NamedTuple):
+    """What a budget chose."""
+
+    args: TrainArgs
+    record: dict[str, Any]  # of it, for train_config.json
+    notes: list[str]  # why, in sentences
+
+
+def agreed_seconds(seconds: float, ranks: distributed.Ranks) -> float:
+    """Seconds on which all ranks agree: the most that one of them has counted, to the microsecond."""
+    return ranks.all_reduce_max(round(seconds * 1e6)) / 1e6
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a trial
+
+
+class Trial:
+    """A model of some size that trains for a few steps, on all ranks together."""
+
+    def __init__(self, args: TrainArgs, ranks: distributed.Ranks) -> None:
+        parts = builders.build_run(args, record=None, ranks=ranks, log=lambda text: None)
+        model = parts.model
+        self.args, self.ranks, self.data = args, ranks, parts.data
+        self.raw_model = model
+        self.model = model if distributed.is_sharded(model) else distributed.wrap_ddp(model, ranks)
+        self.optimizer = Optimizer(args.optimizer, model, builders.optim_config(args, ranks), model.muon_splits())
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
+        rows = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks)
+        self.steps = self.data.source.stream(0, rows, ranks.device, hashed=False)
+
+    def train(self, steps: range) -> float:
+        """The seconds that these steps take, the slowest rank's."""
+        lr_scale = builders.lr_scale(self.args)
+        self.model.train()
+        wait_for_device(self.ranks.device)
+        start = time.perf_counter()
+        for step in steps:
+            self.optimizer.set_lr_scale(lr_scale(step))
+            micro_batches = self.data.objective.prepare(self.raw_model, next(self.steps).batches)
+            for i, batch in enumerate(micro_batches):
+                distributed.set_gradient_sync(self.model, sync=i == len(micro_batches) - 1)
+                loss, _ = self.data.objective(self.model, batch, with_metrics=False)
+                self.scaler.scale(loss).backward()
+            self.optimizer.clip_grad_norm(self.scaler, self.args.grad_clip)
+            self.optimizer.update(self.scaler)
+        wait_for_device(self.ranks.device)
+        return agreed_seconds(time.perf_counter() - start, self.ranks)
+
+    def val_loss(self) -> float:
+        """The validation loss on eval_iters batches."""
+        datasets = {"train": [], "val": self.data.eval_datasets["val"]}
+        results = evaluation.evaluate(self.model, datasets, self.ranks, Signals())
+        assert results is not None, "no signal is handled here"
+        return results["val"][0].metrics["loss"]
+
+    def close(self) -> None:
+        """End the thread that reads batches."""
+        self.steps.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what trials measure
+
+
+class Bench:
+    """Trials for one budget, and what they have measured so far."""
+
+    def __init__(self, args: TrainArgs, ranks: distributed.Ranks) -> None:
+        self.args, self.ranks = args, ranks
+        self.began = time.perf_counter()
+        self.text = read_text(args)
+        fixed = [name for name in (*budget.CHOSEN, "n_kv_head") if name not in args.budget_chooses]
+        self.fixed = {name: getattr(args, name) for name in fixed if name != "n_kv_head" or args.n_kv_head}
+        self.step_times: dict[Shape, StepTime] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since the first trial began."""
+        return agreed_seconds(time.perf_counter() - self.began, self.ranks)
+
+    @property
+    def speed(self) -> Speed:
+        """What the step times so far say."""
+        return Speed.fit(list(self.step_times.values()))
+
+    def plan(self, shape: Shape, amount: Budget) -> Plan | None:
+        """The run of this size that spends so much."""
+        speed = self.speed if amount.seconds else None
+        return budget.plan_run(shape, amount, speed, self.text, self.fixed, self.ranks.world_size)
+
+    @contextlib.contextmanager
+    def trial(self, plan: Plan) -> Iterator[Trial]:
+        """A trial of a plan. It ends before the next one begins: their weights need not be in memory together."""
+        values = budget.derive_args(plan, self.text, self.fixed)
+        values |= {"eval_iters": max(1, PILOT_EVAL_TOKENS // (plan.rows * plan.block_size))}
+        trial = Trial(dataclasses.replace(self.args, **values), self.ranks)
+        try:
+            yield trial
+        finally:
+            trial.close()
+
+    def measure_step(self, plan: Plan) -> None:
+        """Measure the time of a step: for a moment, after two steps that warm up."""
+        limit = min(SPEED_SHARE * self.args.time_budget, MAX_SPEED_SECONDS)
+        with self.trial(plan) as trial:
+            trial.train(range(WARM_UP_STEPS))
+            step, n_steps, seconds = WARM_UP_STEPS, 1, 0.0
+            while seconds < limit:
+                n_timed = n_steps
+                seconds = trial.train(range(step, step + n_steps))
+                step += n_steps
+                n_steps *= 2
+        self.note_step_time(plan, seconds / n_timed)
+
+    def note_step_time(self, plan: Plan, seconds: float) -> None:
+        """Take up the time of a step of a plan."""
+        flops = plan.shape.step_flops(plan.rows, plan.block_size, self.text.vocab_size)
+        self.step_times[plan.shape] = StepTime(plan.shape.n_layer, flops, seconds)
+
+    def train_pilot(self, plan: Plan) -> dict[str, float]:
+        """Train a whole small run, with its schedule: what it reaches, and what the law foretells of it."""
+        with self.trial(plan) as trial:
+            warm_up = min(WARM_UP_STEPS, plan.steps - 1)
+            trial.train(range(warm_up))
+            seconds = trial.train(range(warm_up, plan.steps))
+            val_loss = trial.val_loss()
+        self.note_step_time(plan, seconds / (plan.steps - warm_up))
+        return {"tokens": plan.tokens, "val_loss": val_loss, "law": plan.loss}
+
+
+def read_text(args: TrainArgs) -> Text:
+    """The counts of the run's one dataset. Raises UserError."""
+    (folder,) = args.folders.values()
+    meta = read_meta(folder)
+    train, val = (sum(read_shard(path, meta).tokens for path in shard_paths(folder, split)) for split in SPLITS)
+    return Text(train, val, args.vocab_size or meta.vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the choice
+
+
+def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
+    """What --time_budget, --flops_budget or --token_budget chooses: a collective. Raises UserError."""
+    bench = Bench(args, ranks)
+    amount = args.budget
+    assert amount is not None
+
+    # 1. The pilot: a small run says how hard the text is, and gives the first speed.
+    smallest = min(budget.ladder(bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_SHAPE.n_layer))
+    pilot_plan = require_plan(bench.plan(smallest, Budget(tokens=MIN_PILOT_TOKENS)), args)
+    if amount.seconds:
+        bench.measure_step(pilot_plan)
+    share = Budget(*(PILOT_SHARE * value for value in dataclasses.astuple(amount)))
+    pilot_plan = bench.plan(smallest, share)
+    pilot = {}
+    if pilot_plan is not None and pilot_plan.tokens > MAX_PILOT_TOKENS:
+        pilot_plan = bench.plan(smallest, Budget(tokens=MAX_PILOT_TOKENS))
+    if pilot_plan is not None and pilot_plan.tokens >= MIN_PILOT_TOKENS:
+        pilot = bench.train_pilot(pilot_plan)
+
+    # 2. The speed of the sizes that look best.
+    for _ in range(N_SIZES if amount.seconds else 0):
+        plan = choose(bench, amount)
+        if plan.shape in bench.step_times:
+            break
+        bench.measure_step(plan)
+
+    # 3. The choice.
+    return describe_decision(bench, choose(bench, amount), pilot)
+
+
+def choose(bench: Bench, amount: Budget) -> Plan:
+    """The best plan by what is known so far. Raises UserError when the budget is too small for one step."""
+    if amount.seconds:
+        amount = Budget(seconds=max(0.01 * amount.seconds, amount.seconds - bench.seconds))
+    plans = [bench.plan(shape, amount) for shape in budget.ladder(bench.fixed)]
+    possible = [plan for plan in plans if plan is not None]
+    return require_plan(budget.best_plan(possible, amount, bench.text) if possible else None, bench.args)
+
+
+def require_plan(plan: Plan | None, args: TrainArgs) -> Plan:
+    """Raises UserError where there is no plan."""
+    if plan is None:
+        flag = next(f"--{name}" for name in BUDGETS if getattr(args, name))
+        raise UserError(f"{flag}: too small for one step; raise it")
+    return plan
+
+
+def describe_decision(bench: Bench, plan: Plan, pilot: Mapping[str, float]) -> Decision:
+    """The decision, for the run and for its record."""
+    values = budget.derive_args(plan, bench.text, bench.fixed)
+    difficulty = pilot["val_loss"] / pilot["law"] if pilot else None
+    foretold = plan.loss * difficulty if difficulty else None
+    speed = bench.speed if bench.step_times else None
+    seconds = bench.seconds
+    record = {
+        "chosen": values,
+        "text": dataclasses.asdict(bench.text),
+        "step_times": [step_time._asdict() for step_time in bench.step_times.values()],
+        "speed": dataclasses.asdict(speed) if speed else {},
+        "pilot": dict(pilot),
+        "law_loss": plan.loss,
+        "foretold_val_loss": foretold,
+        "step_seconds": plan.step_seconds,
+        "measuring_seconds": seconds,
+    }
+    notes = budget.explain(plan, bench.text, speed, difficulty, seconds)
+    return Decision(dataclasses.replace(bench.args, **values), record, notes)
