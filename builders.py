@@ -932,8 +932,8 @@ def optim_config(args: TrainArgs, ranks: Ranks) -> OptimConfig:
     )
 
 
-def lr_scale(args: TrainArgs) -> Callable[[int], float]:
-    """step -> learning rate divided by the peak learning rate."""
+def lr_scale(args: TrainArgs) -> Callable[[float], float]:
+    """Position in the schedule (Pace.position) -> learning rate divided by the peak learning rate."""
     floor = min(1.0, args.min_lr / args.peak_lr) if args.peak_lr else 0.0
     return schedules.make_schedule(
         args.schedule,

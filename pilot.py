@@ -31,6 +31,7 @@ PILOT_EVAL_TOKENS = 32768
 SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
+MEASURING_SHARE = 0.05  # of a time budget: no further trial begins after it
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
 
@@ -122,6 +123,12 @@ class Bench:
         return agreed_seconds(time.perf_counter() - self.began, self.ranks)
 
     @property
+    def is_out_of_time(self) -> bool:
+        """Whether measuring has taken its share of a time budget."""
+        limit = MEASURING_SHARE * self.args.time_budget
+        return self.seconds > limit > 0
+
+    @property
     def speed(self) -> Speed:
         """What the step times so far say."""
         return Speed.fit(list(self.step_times.values()))
@@ -191,21 +198,19 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
 
     # 1. The pilot: a small run says how hard the text is, and gives the first speed.
     smallest = min(budget.ladder(bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_SHAPE.n_layer))
-    pilot_plan = require_plan(bench.plan(smallest, Budget(tokens=MIN_PILOT_TOKENS)), args)
     if amount.seconds:
-        bench.measure_step(pilot_plan)
-    share = Budget(*(PILOT_SHARE * value for value in dataclasses.astuple(amount)))
-    pilot_plan = bench.plan(smallest, share)
-    pilot = {}
+        bench.measure_step(require_plan(bench.plan(smallest, Budget(tokens=MIN_PILOT_TOKENS)), args))
+    pilot_plan = bench.plan(smallest, Budget(*(PILOT_SHARE * value for value in dataclasses.astuple(amount))))
     if pilot_plan is not None and pilot_plan.tokens > MAX_PILOT_TOKENS:
         pilot_plan = bench.plan(smallest, Budget(tokens=MAX_PILOT_TOKENS))
-    if pilot_plan is not None and pilot_plan.tokens >= MIN_PILOT_TOKENS:
+    pilot = {}
+    if pilot_plan is not None and pilot_plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
         pilot = bench.train_pilot(pilot_plan)
 
     # 2. The speed of the sizes that look best.
     for _ in range(N_SIZES if amount.seconds else 0):
         plan = choose(bench, amount)
-        if plan.shape in bench.step_times:
+        if plan.shape in bench.step_times or bench.is_out_of_time:
             break
         bench.measure_step(plan)
 
@@ -230,6 +235,13 @@ def require_plan(plan: Plan | None, args: TrainArgs) -> Plan:
     return plan
 
 
+def planned_seconds(bench: Bench, plan: Plan) -> float:
+    """The seconds after which the run's schedule ends: those of the budget, if the plan spends them all."""
+    if plan.spends_all:
+        return bench.args.time_budget
+    return min(bench.args.time_budget, bench.seconds + plan.steps * plan.step_seconds / (1 - budget.EVAL_SHARE))
+
+
 def describe_decision(bench: Bench, plan: Plan, pilot: Mapping[str, float]) -> Decision:
     """The decision, for the run and for its record."""
     values = budget.derive_args(plan, bench.text, bench.fixed)
@@ -246,6 +258,7 @@ def describe_decision(bench: Bench, plan: Plan, pilot: Mapping[str, float]) -> D
         "law_loss": plan.loss,
         "foretold_val_loss": foretold,
         "step_seconds": plan.step_seconds,
+        "seconds": planned_seconds(bench, plan),
         "measuring_seconds": seconds,
     }
     notes = budget.explain(plan, bench.text, speed, difficulty, seconds)

@@ -1,8 +1,10 @@
 """A run: all that train.py's loop needs, built from the arguments; new, or resumed from a checkpoint."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import torch
 
 import builders
 import configurator
+import pilot
 from model import GPT
 from nanoforge import distributed, restarts, run_dir
 from nanoforge.console import plural
@@ -23,6 +26,7 @@ from nanoforge.training.checkpoint import Progress
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
+from nanoforge.training.pace import Pace, TimedPace
 from train_args import TrainArgs, load_args
 
 DRAWING_ARGS = (
@@ -57,12 +61,41 @@ class Run:
     state: checkpoint.TrainState  # optimizer, scaler and guard, with raw_model
     checkpoints: checkpoint.Manager
     dtype_reason: str
+    began: float = 0.0  # when the time of --time_budget began, by time.perf_counter; 0: with the first step
     progress: Progress = field(default_factory=Progress)
 
     @property
     def out_dir(self) -> Path:
         """The run's folder."""
         return Path(self.args.out_dir)
+
+    @cached_property
+    def pace(self) -> Pace:
+        """How fast the run goes through its schedule."""
+        args, decision = self.args, self.record.budget
+        if not args.time_budget:
+            return Pace(args.max_iters)
+        return TimedPace(
+            args.max_iters,
+            decision.get("seconds", args.time_budget),
+            step_seconds=decision.get("step_seconds", args.time_budget / max(1, args.max_iters)),
+            eval_interval=args.eval_interval,
+            state=self.progress.pace,
+        )
+
+    def clock(self, logger: RunLogger) -> float:
+        """Seconds of training so far, the same on all ranks: a collective, which waits for the device."""
+        pilot.wait_for_device(self.ranks.device)
+        return pilot.agreed_seconds(logger.seconds, self.ranks)
+
+    @cached_property
+    def schedule(self) -> Callable[[float], float]:
+        """Position in the schedule -> learning rate divided by the peak learning rate."""
+        return builders.lr_scale(self.args)
+
+    def lr_scale(self, step: int) -> float:
+        """The learning rate of a step divided by the peak learning rate."""
+        return self.schedule(self.pace.position(step))
 
     @property
     def total_steps(self) -> int:
@@ -72,7 +105,7 @@ class Run:
     def step_bounds(self) -> dict[str, int]:
         """Argument -> the steps after which it ends the run."""
         args, progress, source = self.args, self.progress, self.data.source
-        bounds = {"max_iters": args.max_iters}
+        bounds = {"time_budget" if args.time_budget else "max_iters": self.pace.end}
         if args.max_train_tokens:
             n_left = -int(-(args.max_train_tokens - progress.tokens) // source.tokens_per_step)  # rounded up, exactly
             bounds["max_tokens"] = progress.step + max(0, n_left)
@@ -107,6 +140,13 @@ class Run:
             best = progress.patience_val_loss
             return f"{progress.worse_evaluations} evaluations without a better val_loss than {best:.4f}"
         return None
+
+    def describe_foretold(self) -> str:
+        """The best loss beside the one that the budget's choice foretold, if it did."""
+        foretold, reached = self.record.budget.get("foretold_val_loss"), self.progress.best_val_loss
+        if not foretold or self.progress.best_step < 0:
+            return ""
+        return f", val_loss {reached:.4f}, foretold {foretold:.4f} ({reached / foretold - 1:+.1%})"
 
     def summary(self) -> str:
         """What this run is, in a few lines."""
@@ -145,7 +185,7 @@ class Run:
         """The schedule, and the learning rate of the run's last step."""
         if self.args.schedule == "none":
             return "schedule none"
-        last_lr = self.args.peak_lr * builders.lr_scale(self.args)(max(0, self.total_steps - 1))
+        last_lr = self.args.peak_lr * self.lr_scale(max(0, self.total_steps - 1))
         return f"schedule {self.args.schedule}, at the last step {last_lr:.3g}"
 
     def dropout_line(self) -> list[tuple[str, str]]:
@@ -170,11 +210,11 @@ class Run:
         if limits:
             return [f"the run has ended at step {self.progress.step:,}: raise {' and '.join(limits)} to go on"]
         remarks = schedules.schedule_remarks(
-            builders.lr_scale(args),
+            self.schedule,
             peak=args.peak_lr,
             warmup=args.warmup_iters,
             decay_end=args.decay_end,
-            steps=steps,
+            steps=round(self.pace.position(steps)),
         )
         n_epoch_steps = self.data.source.steps_of_epochs(args.max_epochs) if args.max_epochs else 0
         if n_epoch_steps > args.max_iters:
@@ -194,6 +234,7 @@ class Run:
         """Start to save a checkpoint, with the counts from which a resumed run goes on in each dataset."""
         progress = self.progress
         progress.sequences = self.data.source.count_sequences(self.sample_counter, progress.step)
+        progress.pace = self.pace.state(logger.seconds)
         self.checkpoints.save(progress, logger)
 
     def step_logger(self, logger: RunLogger) -> StepLogger:
@@ -259,6 +300,12 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     fingerprints = builders.fingerprints(args)
     if resumed_from and not args.eval_only:
         resumed_from.check_data(fingerprints, allow_change=args.allow_data_change, log=log)
+    began = time.perf_counter() if args.time_budget else 0.0
+    decision = resumed_from.budget if resumed_from else {}
+    if args.budget_chooses:
+        args, decision, reasons = pilot.decide(args, ranks)
+        for reason in reasons:
+            log(reason)
     rank_slice = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size)
 
     # 2. Model and optimizer.
@@ -277,7 +324,9 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         args=args,
         ranks=ranks,
         rank_slice=rank_slice,
-        record=dataclasses.replace(make_record(args, raw_model, fingerprints, parts.base, resumed_from), run=identity),
+        record=dataclasses.replace(
+            make_record(args, raw_model, fingerprints, parts.base, resumed_from), run=identity, budget=decision
+        ),
         tokenizers=parts.tokenizers,
         data=parts.data,
         sample_counter=parts.data.source.sample_counter(),
@@ -289,6 +338,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
             Path(args.out_dir), state, ranks, keep_last=args.keep_last, keep_every=args.keep_every
         ),
         dtype_reason=parts.dtype_reason,
+        began=began,
     )
     if resumed_from is not None:
         run = resume(run, find_resumed(run, log), log)
@@ -333,7 +383,12 @@ def make_record(
 ) -> run_dir.RunRecord:
     """The record of a run, without the versions of this process."""
     # a run started from this config deletes nothing, and one that is resumed goes on from its last checkpoint
-    values = dataclasses.asdict(args) | {"overwrite": False, "checkpoint": "last", "base_model": ""}
+    values = dataclasses.asdict(args) | {
+        "overwrite": False,
+        "checkpoint": "last",
+        "base_model": "",
+        "budget_chooses": (),
+    }
     if resumed_from:
         values |= {name: resumed_from.args[name] for name in KEPT_ON_RESUME if name in resumed_from.args}
     return run_dir.RunRecord(

@@ -175,7 +175,7 @@ def open_logger(run: Run) -> RunLogger:
         silent=not run.ranks.is_main,
         start_step=progress.step,
         evaluated=progress.evaluated_at == progress.step,
-        seconds=progress.seconds,
+        seconds=progress.seconds or (time.perf_counter() - run.began if run.began else 0.0),
         total_steps=run.total_steps,
     )
     if args.wandb_log:

@@ -26,11 +26,11 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import builders
 from nanoforge import console, device, distributed, rng, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
@@ -57,7 +57,6 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
     source, objective = run.data.source, run.data.objective
     optimizer, scaler, guard = run.state.optimizer, run.state.scaler, run.state.guard
     model = run.ddp_model.train()
-    lr_scale = builders.lr_scale(args)
     steps = source.stream(progress.step, run.rank_slice, ranks.device, hashed=args.log_data_hash)
     step_logger = run.step_logger(logger)
     while True:
@@ -67,7 +66,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
             return True
 
         # 2. Forward, backward, update. The last micro-batch averages the gradients over the ranks.
-        scale = lr_scale(progress.step)
+        scale = run.lr_scale(progress.step)
         optimizer.set_lr_scale(scale)
         torch.manual_seed(int(rng.hash_u64(args.seed, rng.DROPOUT, progress.step, ranks.rank)) >> 1)
         step = next(steps)
@@ -108,22 +107,26 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
 
     Raises SystemExit when a rank has received a signal, once the run is saved.
     """
-    args, progress, ranks = run.args, run.progress, run.ranks
+    args, progress, ranks, clock = run.args, run.progress, run.ranks, partial(run.clock, logger)
+    run.pace.plan(progress.step, clock)
     out_of_time = args.max_seconds > 0 and bool(ranks.all_reduce_max(logger.seconds >= args.max_seconds))
     finished = run.finished(out_of_time=out_of_time)
     eval_is_due = progress.evaluated_at < progress.step and (finished or progress.step % args.eval_interval == 0)
     if eval_is_due and not ranks.all_reduce_max(signals.number):
-        evaluate_and_save(run, logger, signals, is_last=bool(finished))
+        with run.pace.pausing(clock):
+            evaluate_and_save(run, logger, signals, is_last=bool(finished))
         finished = run.finished(out_of_time=out_of_time)  # early stopping may end the run
         eval_is_due = progress.evaluated_at < progress.step  # a signal may have ended the evaluation
         step_logger.restart(progress.step, progress.tokens)
     if run.save_is_due and progress.step not in (0, run.checkpoints.last_step):
-        run.save(logger)
+        with run.pace.pausing(clock):
+            run.save(logger)
         step_logger.restart(progress.step, progress.tokens)
     if finished and not eval_is_due:
         run.checkpoints.finish(logger, progress.step)
         duration = console.format_duration(logger.seconds)
-        logger.note(progress.step, f"finished: {finished} in {duration}{describe_peak_memory(ranks)}")
+        results = describe_peak_memory(ranks) + run.describe_foretold()
+        logger.note(progress.step, f"finished: {finished} in {duration}{results}")
         return True
     signal_number = ranks.all_reduce_max(signals.number)
     if signal_number:

@@ -208,8 +208,8 @@ class BudgetArgs:
         low=0, units=COUNTS, model_shape=True, needs=FROM_SCRATCH)
     token_budget: int = arg(0, "the same for tokens of training, as 20M: the size for which they are the best use of "
         "compute (0: off)", low=0, units=COUNTS, model_shape=True, needs=FROM_SCRATCH)
-    budget_chooses: tuple[str, ...] = arg((), "arguments that the budget chooses (none: those that are not set of "
-        f"{' '.join(budget.CHOSEN)})", inherit=False, needs=BUDGET)
+    budget_chooses: tuple[str, ...] = arg((), "arguments that the budget chooses (none: those of its list, in "
+        "docs/budget.md, that are not set)", inherit=False, needs=BUDGET)
 
 
 @arg_group
@@ -828,10 +828,12 @@ def derive(args: TrainArgs, source: dict[str, str]) -> tuple[str, dict[str, Any]
 
 
 def budget_values(is_set: Mapping[str, Any]) -> dict[str, Any]:
-    """What a budget gives before it is measured: the architecture, and which arguments it chooses."""
+    """What a budget gives before it is measured: the architecture, which arguments it chooses, and a size that fits
+    those that are set."""
     values: dict[str, Any] = {}
     for _, layer in config_files.read_layers(str(BUDGET_CONFIG)):
         values |= layer
+    values["n_embd"], values["n_head"] = depth.shape(TrainArgs.n_layer, TrainArgs.aspect, is_set)
     values["budget_chooses"] = tuple(name for name in budget.CHOSEN if name not in is_set)
     return {name: value for name, value in values.items() if name != "depth"}
 

@@ -47,6 +47,8 @@ RUN_FILES = (
 # ---------------------------------------------------------------------------------------------------------------------
 # the record
 
+PARTS = ("model", "counts", "data", "base", "about", "run", "budget")  # besides the arguments
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -63,6 +65,7 @@ class RunRecord:
     base: dict[str, str] = field(default_factory=dict)  # source and sha256 of the weights that the run needs to resume
     about: dict[str, str] = field(default_factory=dict)  # versions, and the git commit
     run: dict[str, Any] = field(default_factory=dict)  # its identity: id, folder, attempts (restarts.py), parent
+    budget: dict[str, Any] = field(default_factory=dict)  # what a budget chose, and why (pilot.py)
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
@@ -75,20 +78,12 @@ class RunRecord:
         if not isinstance(values, dict):
             raise UserError(f"{path}: not the record of a run")
         args = {name: value for name, value in values.items() if not name.startswith("_")}
-        parts = {name: values.get(f"_{name}") or {} for name in ("model", "counts", "data", "base", "about", "run")}
+        parts = {name: values.get(f"_{name}") or {} for name in PARTS}
         return cls(args, **parts)
 
     def save(self, folder: Path) -> None:
         """Write train_config.json."""
-        parts = {
-            "_model": self.model,
-            "_counts": self.counts,
-            "_data": self.data,
-            "_base": self.base,
-            "_about": self.about,
-            "_run": self.run,
-        }
-        write_json(folder / RECORD_FILE, self.args | parts)
+        write_json(folder / RECORD_FILE, self.args | {f"_{name}": getattr(self, name) for name in PARTS})
 
     def check_data(self, data: Fingerprints, *, allow_change: bool, log: Callable[[str], None]) -> None:
         """Compare fingerprints with those of the record. Raises UserError when they differ, unless that is allowed."""

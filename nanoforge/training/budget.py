@@ -1,9 +1,12 @@
 """The best model for a budget: its size, batch, steps and rates, by a measured speed and a law. Imports no torch.
 
 The law foretells the validation loss, in nats per token, of a model with N weights in its blocks after D tokens of a
-text of U tokens (Hoffmann et al. 2022, equation 2; Muennighoff et al. 2023, equation 5, for repeated tokens):
+text of U tokens (Hoffmann et al. 2022, equation 2):
 
-    L(N, D) = E + A (N / 1e6)^-alpha + B (D' / 1e6)^-beta        D' = U + U R* (1 - exp(-(D / U - 1) / R*)) for D > U
+    L(N, D) = E + A (N' / 1e6)^-alpha + B (D' / 1e6)^-beta
+
+Repeated tokens are worth less than fresh ones, and so are weights beyond those that U fresh tokens suit best
+(Muennighoff et al. 2023, equations 5 and 6): D' = U + U R (1 - exp(-(D / U - 1) / R)) for D > U, and N' likewise.
 
 Its constants were measured with configs/depth.py on a CPU (docs/budget.md). A budget buys fewer tokens for a larger
 model. `choose` tries the sizes of a ladder, and takes the one whose foretold loss is lowest.
@@ -23,19 +26,25 @@ from nanoforge.training import depth
 FLOOR = 0.2  # E
 SIZE_SCALE, SIZE_EXPONENT = 0.209, 0.30  # A, alpha
 DATA_SCALE, DATA_EXPONENT = 0.845, 0.194  # B, beta
-EPOCHS_WORTH = 15.0  # R*: so many fresh epochs are endless repetitions of a text worth
+EPOCHS_WORTH = 15.0  # R of tokens: so many fresh epochs are endless repetitions of a text worth
+WEIGHTS_WORTH = 5.3  # R of weights
 
 
 def effective_tokens(tokens: float, unique: float) -> float:
     """The fresh tokens that so many tokens of a text of `unique` tokens are worth."""
-    if tokens <= unique:
-        return tokens
-    repetitions = tokens / unique - 1
-    return unique * (1 + EPOCHS_WORTH * -math.expm1(-repetitions / EPOCHS_WORTH))
+    return saturate(tokens, unique, EPOCHS_WORTH)
+
+
+def saturate(amount: float, unit: float, limit: float) -> float:
+    """The amount up to `unit`; beyond, it rises ever more slowly, to unit x (1 + limit)."""
+    if amount <= unit:
+        return amount
+    return unit * (1 - limit * math.expm1(-(amount / unit - 1) / limit))
 
 
 def foretold_loss(weights: float, tokens: float, unique: float) -> float:
     """The law's validation loss. weights: of the blocks; tokens: of the run; unique: of the text."""
+    weights = saturate(weights, optimal_weights(unique, unique), WEIGHTS_WORTH)
     size_part = SIZE_SCALE * (weights / 1e6) ** -SIZE_EXPONENT
     data_part = DATA_SCALE * (effective_tokens(tokens, unique) / 1e6) ** -DATA_EXPONENT
     return FLOOR + size_part + data_part
@@ -63,11 +72,13 @@ class Shape(NamedTuple):
         """Weights of the blocks."""
         return 12 * self.n_layer * self.n_embd**2
 
+    def token_flops(self, block_size: int, vocab_size: int) -> float:
+        """FLOPs of a training token, as GPT.flops_per_token has them."""
+        return 6 * (self.weights + vocab_size * self.n_embd) + 12 * self.n_layer * self.n_embd * block_size
+
     def step_flops(self, rows: int, block_size: int, vocab_size: int) -> float:
-        """FLOPs of a step: 6 a token for each weight, those of attention, and Muon's 5 Newton-Schulz iterations."""
-        C, L = self.n_embd, self.n_layer
-        per_token = 6 * (self.weights + vocab_size * C) + 12 * L * C * block_size
-        return per_token * rows * block_size + 300 * L * C**3
+        """FLOPs of a step's tokens, and of Muon's 5 Newton-Schulz iterations on all matrices."""
+        return self.token_flops(block_size, vocab_size) * rows * block_size + 300 * self.n_layer * self.n_embd**3
 
 
 class StepTime(NamedTuple):
@@ -125,6 +136,7 @@ CHOSEN = (
 )
 MAX_DEPTH = 64
 MAX_EPOCHS = 40.0  # beyond, a text has nothing more to give
+NEARLY = 0.002  # by so much of the lowest foretold loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
 N_EVALUATIONS = 10
 
@@ -157,7 +169,8 @@ class Plan:
     steps: int
     step_seconds: float  # 0 where the speed was not measured
     loss: float  # by the law
-    unique: int
+    unique: int  # tokens of the text
+    spends_all: bool  # of the budget; else the text has nothing more to give
 
     @property
     def tokens(self) -> int:
@@ -232,20 +245,32 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
     if budget.seconds:
         n_steps = budget.seconds * (1 - EVAL_SHARE) / step_seconds
     elif budget.flops:
-        n_steps = budget.flops / flops
+        n_steps = budget.flops / (shape.token_flops(block_size, text.vocab_size) * rows * block_size)
     else:
         n_steps = budget.tokens / (rows * block_size)
-    steps = min(int(n_steps), math.ceil(MAX_EPOCHS * text.tokens / (rows * block_size)))
+    most_steps = math.ceil(MAX_EPOCHS * text.tokens / (rows * block_size))
+    steps = min(int(n_steps), most_steps)
     if steps < 1:
         return None
     loss = foretold_loss(shape.weights, steps * rows * block_size, text.tokens)
-    return Plan(shape, block_size, rows, steps, step_seconds, loss, text.tokens)
+    return Plan(
+        shape=shape,
+        block_size=block_size,
+        rows=rows,
+        steps=steps,
+        step_seconds=step_seconds,
+        loss=loss,
+        unique=text.tokens,
+        spends_all=n_steps <= most_steps,
+    )
 
 
 def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
-    """The plan with the lowest foretold loss; for a budget of tokens the size that they suit best."""
+    """The smallest plan whose foretold loss is nearly the lowest; for a budget of tokens the size that they suit
+    best."""
     if not budget.tokens:
-        return min(plans, key=lambda plan: plan.loss)
+        lowest = min(plan.loss for plan in plans)
+        return next(plan for plan in plans if plan.loss <= lowest * (1 + NEARLY))
     ideal = optimal_weights(budget.tokens, text.tokens)
     return min(plans, key=lambda plan: abs(math.log(plan.shape.weights / ideal)))
 
@@ -303,7 +328,7 @@ def explain(plan: Plan, text: Text, speed: Speed | None, difficulty: float | Non
             f"{overhead * 1e3:.2g} ms are for any batch, the rest at {rate / 1e9:,.3g} GFLOPs a second"
         )
     sentences.append(
-        f"{plan.shape.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: it has the lowest foretold "
+        f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: it has the lowest foretold "
         f"loss; {plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:

@@ -139,6 +139,7 @@ class Progress:
     evaluated_at: int = -1  # step of the last evaluation
     rollbacks: int = 0  # to a checkpoint, after too many skipped steps
     sequences: dict[str, int] = field(default_factory=dict)  # drawn of each dataset; empty in older checkpoints
+    pace: dict[str, Any] = field(default_factory=dict)  # the state of a TimedPace; empty without a time budget
 
     def to_json(self) -> dict[str, Any]:
         """For progress.json, which has null where there is no loss."""

@@ -126,16 +126,28 @@ class TimedPace(Pace):
                 self.knots[-1], step, seconds, self.paused, window=INTERVAL * self.budget
             )
 
-        # 2. The steps that remain, after the evaluations that remain.
-        left = self.budget - seconds
-        last_step = step + max(0.0, left / step_seconds)
-        n_evaluations = math.ceil(last_step / self.eval_interval) - step // self.eval_interval
-        end = step + max(0, round((left - n_evaluations * self.longest_pause) / step_seconds))
+        # 2. The steps that remain, besides the evaluations between them and at the end.
+        left = self.budget - seconds - self.longest_pause
+        end = step + count_steps(
+            left,
+            step_seconds,
+            first=self.eval_interval - step % self.eval_interval,
+            interval=self.eval_interval,
+            pause=self.longest_pause,
+        )
 
         # 3. The next knot.
         n_steps = min(INTERVAL * self.budget / step_seconds, LAST_INTERVAL * (end - step), max(FIRST_STEPS, step))
         next_step = step + max(1, round(n_steps))
         self.add(Knot(step, end, seconds, self.paused, step_seconds, next_step))
+
+
+def count_steps(seconds: float, step_seconds: float, *, first: int, interval: int, pause: float) -> int:
+    """The steps that fit into some seconds, with a pause after the `first` ones and then after every `interval`."""
+    if seconds <= first * step_seconds + pause:
+        return max(0, min(first, round(seconds / step_seconds)))
+    n_intervals, seconds = divmod(seconds - first * step_seconds - pause, interval * step_seconds + pause)
+    return first + int(n_intervals) * interval + min(interval, round(seconds / step_seconds))
 
 
 def average_step_seconds(last: Knot, step: int, seconds: float, paused: float, *, window: float) -> float:

@@ -101,7 +101,7 @@ def other_names() -> dict[str, str]:
     return {name: hint for name, hint in forms.items() if name not in SCHEDULES}
 
 
-def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[int], float]:
+def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[float], float]:
     """step -> learning rate over its peak: a linear warmup as in nanoGPT, then the schedule.
 
     values: at least those that the schedule names as its parameters.
@@ -110,7 +110,7 @@ def make_schedule(name: str, *, warmup: int, **values: float) -> Callable[[int],
     parameters = inspect.signature(SCHEDULES[name]).parameters.keys() - {"step"}
     after_warmup = functools.partial(SCHEDULES[name], **{parameter: values[parameter] for parameter in parameters})
 
-    def scale(step: int) -> float:
+    def scale(step: float) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return after_warmup(step)

@@ -366,6 +366,41 @@ def tokens_per_weight(data_dir, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# budget: what it chooses in tests/training/test_budget.py
+
+
+def train_budget(data_dir: Path, out_dir: Path, *flags: str):
+    """A run with a budget, from a size of one layer."""
+    fixed = ["--dataset=a", "--n_layer=1", "--block_size=8", "--batch_size=4", "--device=cpu", "--dtype=float32"]
+    flags = (f"--data_dir={data_dir}", *fixed, f"--out_dir={out_dir}", *flags)
+    return read_run(out_dir, train.main(train_args.parse(list(flags))))
+
+
+@effect
+def time_budget(data_dir, tmp_path):
+    done = train_budget(data_dir, tmp_path / "run", "--time_budget=1s", "--n_embd=16")
+    assert done.progress.pace["knots"][-1][1] == done.progress.step != done.config["max_iters"]
+
+
+@effect
+def flops_budget(data_dir, tmp_path):
+    done = train_budget(data_dir, tmp_path / "run", "--flops_budget=20M", "--n_embd=16")
+    assert done.progress.tokens * done.config["_counts"]["flops_per_token"] == pytest.approx(20e6, rel=0.05)
+
+
+@effect
+def token_budget(data_dir, tmp_path):
+    assert train_budget(data_dir, tmp_path / "run", "--token_budget=0.64K").progress.tokens == 640
+
+
+@effect
+def budget_chooses(data_dir, tmp_path):
+    flags = ["--token_budget=640", "--budget_chooses=n_embd,n_head,max_iters,eval_interval,eval_iters"]
+    done = train_budget(data_dir, tmp_path / "run", *flags)
+    assert done.progress.tokens == 640 and done.config["learning_rate"] == train_args.TrainArgs.learning_rate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # model: shapes here, what each variant computes in test_model.py
 
 
