@@ -6,7 +6,7 @@ alone.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from itertools import islice
@@ -101,15 +101,27 @@ class EncodedChunk(NamedTuple):
     n_chars: int
 
 
-def encode_chunk(chunk: TextChunk, tokenizer: Tokenizer) -> EncodedChunk:
-    """The ids of a chunk, with the tokens that begin and end a document."""
-    ids = tokenizer.encode(chunk.text) if chunk.begins_document else tokenizer.encode_continuation(chunk.text)
-    before = tokenizer.bos_id if chunk.begins_document else None
-    after = tokenizer.eos_id if chunk.ends_document else None
-    if (before, after) != (None, None):
-        first, last = (np.array([] if i is None else [i], dtype=np.int32) for i in (before, after))
-        ids = np.concatenate((first, ids, last))
-    return EncodedChunk(chunk.split, ids, len(chunk.text.encode()), len(chunk.text))
+def encode_chunks(chunks: Sequence[TextChunk], tokenizer: Tokenizer) -> list[EncodedChunk]:
+    """The ids of chunks, with the tokens that begin and end a document."""
+    if tokenizer.marks_start:
+        ids_of_chunks = [encode_place(chunk, tokenizer) for chunk in chunks]
+    else:
+        ids_of_chunks = tokenizer.encode_texts([chunk.text for chunk in chunks])
+    encoded = []
+    for chunk, ids in zip(chunks, ids_of_chunks, strict=True):
+        before = tokenizer.bos_id if chunk.begins_document else None
+        after = tokenizer.eos_id if chunk.ends_document else None
+        if (before, after) != (None, None):
+            first, last = (np.array([] if i is None else [i], dtype=np.int32) for i in (before, after))
+            ids = np.concatenate((first, ids, last))
+        n_bytes = len(chunk.text) if chunk.text.isascii() else len(chunk.text.encode())
+        encoded.append(EncodedChunk(chunk.split, ids, n_bytes, len(chunk.text)))
+    return encoded
+
+
+def encode_place(chunk: TextChunk, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a chunk by a tokenizer that begins a text otherwise than its further parts."""
+    return tokenizer.encode(chunk.text) if chunk.begins_document else tokenizer.encode_continuation(chunk.text)
 
 
 def write_dataset(
@@ -164,7 +176,7 @@ def write_bins(folder: Path, chunks: Iterable[TextChunk], tokenizer: Tokenizer) 
     """Write both bins, whole or not at all; file name -> what meta.json says of it. Takes an old meta.json away."""
 
     def encode(group: list[TextChunk]) -> list[EncodedChunk]:
-        return [encode_chunk(chunk, tokenizer) for chunk in group]
+        return encode_chunks(group, tokenizer)
 
     dtype = dtype_for(tokenizer.vocab_size)
     try:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from nanoforge import files
 from nanoforge.data import hub, tokenization
+from nanoforge.data.byte_level import GPT2_SPLIT
 from nanoforge.data.gguf_metadata import read_metadata
 from nanoforge.data.tokenization import (
     CONTROL_MARK,
@@ -300,7 +301,6 @@ SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 CAMEL_WORDS = (rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+", rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*")
-GPT2_SPLIT = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
 
 
 def cl100k_split(digits: str) -> str:

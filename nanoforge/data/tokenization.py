@@ -9,6 +9,7 @@ model. Nothing else is needed to read it: a tiktoken encoding is stored with all
 """
 
 import base64
+import functools
 import itertools
 import json
 import re
@@ -21,6 +22,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from nanoforge import files
+from nanoforge.data import byte_level
+from nanoforge.data.word_cache import WordCache
 from nanoforge.errors import UserError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,6 +36,10 @@ PROBE = (
     "It's we'LL naïve  Café\r\n\n\tx1 = 12345.678e-9; // _fooBar HTTPServer $%&/()=?\n\n1.  2    3\t\t4"
     "    日本語 русский العربية e\u0301 \U0001f469\u200d\U0001f680 "
 )
+
+
+MIN_CACHED_CHARS = 2**12  # of texts that arrays encode sooner than a library
+MIN_CHARS_OF_CACHE = 2**16  # that a tokenizer encodes before its cache of words is made
 
 
 class Encoding(NamedTuple):
@@ -91,6 +98,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, integers of any width; never a control token. Raises UserError for what it can't hold."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode`, of many texts."""
+        return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -242,7 +253,44 @@ class ByteTokenizer(Tokenizer):
 # byte pair encodings
 
 
-class TiktokenTokenizer(Tokenizer):
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer of a library, whose words are encoded once where it splits a text as GPT-2 does.
+
+    That takes some preparation, so a library encodes the first texts, and short ones.
+    """
+
+    n_encoded = 0  # characters
+
+    @abstractmethod
+    def encode_by_library(self, text: str) -> np.ndarray:
+        """As `encode`."""
+
+    @abstractmethod
+    def make_word_cache(self) -> WordCache | None:
+        """The same ids, faster; None if the tokenizer splits a text in another way."""
+
+    @functools.cached_property
+    def word_cache(self) -> WordCache | None:
+        return self.make_word_cache()
+
+    def encode(self, text: str) -> np.ndarray:
+        if len(text) < MIN_CACHED_CHARS:
+            return self.encode_by_library(text)
+        return self.encode_texts([text])[0]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        n_chars = sum(map(len, texts))
+        self.n_encoded += n_chars
+        if n_chars >= MIN_CACHED_CHARS and self.n_encoded >= MIN_CHARS_OF_CACHE and self.word_cache is not None:
+            ids = self.word_cache.encode(texts)
+            if ids is not None:
+                return ids
+            if len(texts) > 1:
+                return [self.encode(text) for text in texts]
+        return [self.encode_by_library(text) for text in texts]
+
+
+class TiktokenTokenizer(LibraryTokenizer):
     """Any encoding of tiktoken, GPT-2's among them."""
 
     kind = "tiktoken"
@@ -270,8 +318,12 @@ class TiktokenTokenizer(Tokenizer):
                 "offline, point TIKTOKEN_CACHE_DIR to a folder that holds it"
             ) from None
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_by_library(self, text: str) -> np.ndarray:
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int32)
+
+    def make_word_cache(self) -> WordCache | None:
+        split = byte_level.split_of_pattern(self.encoding._pat_str)
+        return None if split is None else byte_level.make_word_cache(split, self.encoding._mergeable_ranks)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode(list(ids))
@@ -310,7 +362,7 @@ def mark_control(token: Mapping[str, Any]) -> dict[str, Any]:
     return {**token, "special": is_control}
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(LibraryTokenizer):
     """Any tokenizer of the `tokenizers` library: a byte-level BPE trained on the data, or a model's tokenizer.json.
 
     Its control tokens are those that the file marks as special, and those spelled <|...|>. Text that spells one is
@@ -362,7 +414,15 @@ class BPETokenizer(Tokenizer):
         tokenizer.train_from_iterator(texts, trainer)
         return cls(json.loads(tokenizer.to_str()))
 
-    def encode(self, text: str) -> np.ndarray:
+    def make_word_cache(self) -> WordCache | None:
+        spec = json.loads(self.tokenizer.to_str())
+        split = byte_level.split_of_spec(spec)
+        ranks = None if split is None else byte_level.ranks_of_spec(spec)
+        if split is None or ranks is None or not set(self.control_ids.tolist()).isdisjoint(ranks.values()):
+            return None
+        return byte_level.make_word_cache(split, ranks)
+
+    def encode_by_library(self, text: str) -> np.ndarray:
         ids = self.encode_words(text)
         if self.spells_control(ids):  # by a model that looks up whole words, such as Unigram: they are cut
             ids = np.concatenate([self.encode_words(part) for part in self.within_spellings.split(text)])
@@ -522,6 +582,9 @@ class ExtendedTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return self.base.encode(text)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.base.encode_texts(texts)
 
     def encode_inside(self, text: str) -> Encoding:
         return self.base.encode_inside(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanoforge import files
+from nanoforge.data.byte_level import BYTE_LEVEL, byte_chars
 from nanoforge.data.model_tokenizers import ADDED_TOKEN, CONTROL_PIECE, USER_PIECE, sentencepiece_proto
 from nanoforge.data.tokenization import (
     BPETokenizer,
@@ -51,9 +52,6 @@ def library_spec(model: Spec, pre_tokenizer: Spec | None, decoder: Spec) -> Spec
 def split_at(pattern: str) -> Spec:
     """A pre-tokenizer that makes each match of a regular expression a piece."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def char_spec(tokenizer: Tokenizer) -> Spec:
@@ -196,14 +194,6 @@ def to_spec(tokenizer: Tokenizer) -> Spec:
     if tokenizer.kind not in SPECS:
         raise UserError(f"a tokenizer of the kind {tokenizer.kind} can't be written as a tokenizer.json")
     return SPECS[tokenizer.kind](tokenizer)
-
-
-def byte_chars() -> list[str]:
-    """How GPT-2's files spell each byte: as its Latin-1 character if that is visible, or else as one from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    points = {byte: byte for byte in visible} | {byte: 256 + n for n, byte in enumerate(others)}
-    return [chr(points[byte]) for byte in range(256)]
 
 
 def merge_bytes(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
