@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor, init_device_mesh
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoforge import launcher
@@ -341,6 +342,22 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def with_local_shard(tensor: Tensor, shard: Tensor) -> Tensor:
+    """A tensor sharded as another, of which this rank has these rows; the rows themselves if that is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of the first of this rank's rows; 0 if the tensor is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
 def cpu_snapshot(tensor: Tensor) -> Tensor:

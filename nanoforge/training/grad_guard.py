@@ -4,6 +4,7 @@ Decided on the device and passed to the optimizer as a tensor, so no step waits 
 the loop logs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,21 +25,22 @@ class GradGuard:
     def __init__(self, sigma: float, device: torch.device) -> None:
         self.sigma = sigma
         self.norms = torch.full((WINDOW,), torch.nan, device=device)  # a ring; nan where there is none yet
-        counts = torch.zeros(4, dtype=torch.long, device=device)
-        self.n_norms, self.skipped, self.consecutive, self.max_consecutive = counts
+        self.n_norms = torch.zeros((), dtype=torch.long, device=device)
+        self.skipped, self.consecutive, self.max_consecutive = torch.zeros(3, device=device)
 
     def should_skip(self, norm: Tensor) -> Tensor:
         """1.0 where the step of this gradient norm, a scalar, is to be skipped, else 0.0; counts it."""
         norm = norm.to(self.norms.device)
-        finite = norm.isfinite()
+        finite = norm < math.inf
         skip = ~finite
         if self.sigma:
             skip = skip | self.is_outlier(norm)
             self.remember(norm, finite)
+        skip = skip.float()
         self.skipped += skip
-        self.consecutive.add_(1).mul_(skip)
-        self.max_consecutive.copy_(self.max_consecutive.maximum(self.consecutive))
-        return skip.float()
+        torch.addcmul(skip, self.consecutive, skip, out=self.consecutive)  # (consecutive + 1) x skip
+        torch.maximum(self.max_consecutive, self.consecutive, out=self.max_consecutive)
+        return skip
 
     def is_outlier(self, norm: Tensor) -> Tensor:
         median = self.norms.nanmedian()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from nanoforge.distributed import full_tensor, shard_like
 from nanoforge.errors import UserError
-from nanoforge.training.muon import Muon, newton_schulz
+from nanoforge.training.muon import Muon
 from nanoforge.training.skippable import SkippableOptimizer
 
 Parameters = dict[str, nn.Parameter]
@@ -50,9 +50,9 @@ class Lion(SkippableOptimizer):
                 state["exp_avg"] = torch.zeros_like(p)
             momentum = state["exp_avg"]
             grad = self.masked_grad(p.grad, momentum)
-            p.mul_(1 - group["lr"] * group["weight_decay"] * update_scale)
-            direction = torch.lerp(grad, momentum, beta1).sign_()
-            p.add_(direction * update_scale, alpha=-group["lr"])
+            lr = group["lr"] * update_scale
+            p.mul_(1 - lr * group["weight_decay"])
+            p.sub_(torch.lerp(grad, momentum, beta1).sign_() * lr)
             momentum.lerp_(grad, 1 - beta2)
 
 
@@ -262,9 +262,11 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is one of torch's fused optimizers, which skip a step where the tensor found_inf is 1."""
-    return type(optimizer).__module__.startswith("torch.optim") and bool(optimizer.defaults.get("fused"))
+def runs_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step needs nothing of the host: it takes learning rates as tensors, and changes nothing where the
+    tensor found_inf is 1. Torch's fused optimizers are like that, and ours."""
+    is_fused = type(optimizer).__module__.startswith("torch.optim") and bool(optimizer.defaults.get("fused"))
+    return is_fused or isinstance(optimizer, SkippableOptimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,8 +325,15 @@ class Optimizer:
             options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits, "dtype": config.muon_dtype}
             self.optimizers.append(build_optimizer(name, Muon, [muon_group], config.muon_lr, options))
 
-        for group in self.param_groups:
-            group["peak_lr"] = group["lr"]
+        peaks = [group["lr"] for group in self.param_groups]
+        for group, peak in zip(self.param_groups, peaks, strict=True):
+            group["peak_lr"] = peak
+        # A CPU reads the tensor back as a number, which is to be the one that was set; a GPU's kernels take float32.
+        device = self.parameters[0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.peak_lrs = torch.tensor(peaks, dtype=dtype, device=device)
+        self.lrs = self.peak_lrs.clone()
+        self.share_lrs()
         self.averaging = [optimizer for optimizer in self.optimizers if has_modes(optimizer)]
         for optimizer in self.averaging:
             optimizer.train()  # type: ignore[attr-defined]
@@ -338,17 +347,28 @@ class Optimizer:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def compile(self) -> None:
-        """Compile Muon's Newton-Schulz iteration."""
+        """Compile Muon's step."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
-                optimizer.newton_schulz = torch.compile(newton_schulz, dynamic=False)
+                optimizer.compile()
+
+    def share_lrs(self) -> None:
+        """Make the learning rates of groups that take tensors views of `lrs`: one kernel changes them all."""
+        numbers = iter(self.lrs.unbind())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                lr = next(numbers)
+                group["lr"] = lr if runs_on_device(optimizer) else group["peak_lr"]
 
     # A step, in the order of the calls.
 
     def set_lr_scale(self, scale: float) -> None:
         """Set every group's learning rate to its peak times the scale."""
-        for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+        torch.mul(self.peak_lrs, scale, out=self.lrs)
+        for optimizer in self.optimizers:
+            if not runs_on_device(optimizer):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * scale
 
     def clip_grad_norm(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
         """Unscale the gradients and clip their norm to max_norm (0: don't clip); the norm before, on the device."""
@@ -373,7 +393,7 @@ class Optimizer:
         Optimizers that can't skip on the device (all but adamw, adam, lion and muon) wait for it to know.
         """
         for optimizer in self.optimizers:
-            if isinstance(optimizer, SkippableOptimizer) or is_fused(optimizer):
+            if runs_on_device(optimizer):
                 found_inf = None if self.skip is None else self.skip.to(self.parameters[0].device)
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused ones read it too
                 optimizer.step()
@@ -488,6 +508,7 @@ class Optimizer:
             arguments = {name: group[name] for name in GROUP_ARGUMENTS}
             group.clear()
             group.update(below(other, f"groups/{number}/") | arguments)
+        self.share_lrs()
 
         # 4. The weights that they train.
         if self.averaging:

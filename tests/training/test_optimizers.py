@@ -1,16 +1,20 @@
 """Optimizers against torch's own, driven by hand, and schedules against closed forms and torch's schedulers."""
 
+import contextlib
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from helpers import ids, tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoforge.errors import UserError
-from nanoforge.training import optimizers
+from nanoforge.training import muon, optimizers
+from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.muon import Muon, newton_schulz
 from nanoforge.training.optimizers import Lion, OptimConfig, Optimizer
 from nanoforge.training.schedules import SCHEDULES, make_schedule, schedule_remarks
@@ -121,10 +125,17 @@ def split_qkv(name: str, weight: Tensor) -> Sequence[Tensor]:
     return weight.split([32, 16, 16]) if "qkv" in name else [weight]
 
 
+@pytest.fixture
+def torch_muon_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon casts to bfloat16, in which the last bit of a sum decides over much more."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
+@pytest.mark.usefixtures("torch_muon_in_float32")
 def test_muon_is_torchs_with_q_k_v_apart():
     """A model whose q, k and v are separate parameters, under torch.optim.Muon itself."""
     ours, theirs = tiny_model(n_kv_head=2), tiny_model(n_kv_head=2)
-    config = {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95)}
+    config = {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "muon_dtype": torch.float32}
     train(ours, build("muon", ours, muon_lr=0.05, muon_weight_decay=0.02, muon_momentum=0.9, **config))
 
     is_matrix = {name: name.startswith("blocks.") and p.dim() == 2 for name, p in theirs.named_parameters()}
@@ -141,7 +152,7 @@ def test_muon_is_torchs_with_q_k_v_apart():
         muon.step()
         adam.step()
         theirs.zero_grad()
-    assert_same_parameters(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert_same_parameters(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_newton_schulz_is_a_polynomial_of_the_singular_values():
@@ -167,20 +178,112 @@ def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch: pyt
         seen.append(matrices.dtype)
         return newton_schulz(matrices, *settings)
 
-    monkeypatch.setattr(Muon, "newton_schulz", staticmethod(record))
+    monkeypatch.setattr(muon, "newton_schulz", record)
     model = tiny_model(n_layer=1)
     train(model, build("muon", model, muon_dtype=dtype), steps=[0])
     assert set(seen) == {dtype}
 
 
+@pytest.mark.usefixtures("torch_muon_in_float32")
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
+def test_muon_is_torchs_as_settings_change_and_steps_are_skipped(adjust_lr_fn, nesterov):
+    """Wide, tall and square weights, some that stack matrices of two shapes, and one without a gradient at one step;
+    torch's own makes no step where ours skips it."""
+    shapes = [(16, 8), (8, 8), (20, 8), (8, 20), (16, 8), (20, 8)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    ours, theirs = [nn.Parameter(w.clone()) for w in weights], [w.clone() for w in weights]
+    splits = {ours[0]: [8, 4, 4], ours[4]: [8, 4, 4]}
+    pieces = [
+        [nn.Parameter(part) for part in w.split(splits.get(p, len(p)))] for p, w in zip(ours, theirs, strict=True)
+    ]
+    options = {"weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
+    optimizer = Muon(ours, splits, dtype=torch.float32, **options)
+    reference = torch.optim.Muon([piece for parts in pieces for piece in parts], **options)
+    for step in range(6):
+        for one in (optimizer, reference):
+            one.param_groups[0] |= {"lr": 0.05 / (step + 1), "momentum": 0.8 + step / 40, "weight_decay": step / 20}
+        skip = step in (2, 4)
+        optimizer.found_inf = torch.tensor(float(skip))
+        for i, (p, parts) in enumerate(zip(ours, pieces, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad[0, 0] = math.nan if step == 2 else 1
+            p.grad = None if (step, i) == (1, 2) else p.grad
+            gradients = [None] if p.grad is None else p.grad.split(splits.get(p, len(p)))
+            for piece, gradient in zip(parts, gradients, strict=True):
+                piece.grad = gradient
+        optimizer.step()
+        if not skip:
+            reference.step()
+        for p, w in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p.detach(), w, atol=1e-6, rtol=0)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what launches a kernel on a GPU: the operators that are no views."""
+
+    NO_KERNEL = (
+        "view",
+        "transpose",
+        "slice",
+        "split",
+        "select",
+        "expand",
+        "detach",
+        "unbind",
+        "record_function",
+        "alias",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not any(name in func.name() for name in self.NO_KERNEL)
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(name: str, n_layer: int) -> int:
+    """Of a step's clipping, guard and update."""
+    model = tiny_model(n_layer=n_layer)
+    optimizer, guard = build(name, model, muon_dtype=torch.float32), GradGuard(0.0, torch.device("cpu"))
+    for launches in (contextlib.nullcontext(), Launches()):
+        backward(model, 0)
+        with launches:
+            optimizer.set_lr_scale(0.5)
+            optimizer.update(DISABLED, skip=guard.should_skip(optimizer.clip_grad_norm(DISABLED, 1.0)))
+    return launches.count
+
+
+def test_the_kernels_of_a_step_do_not_grow_with_the_layers():
+    assert count_launches("adamw", 12) == count_launches("adamw", 1) <= 26
+    assert count_launches("muon", 12) == count_launches("muon", 1) <= 82
+
+
 @pytest.mark.slow
-def test_compiled_muon_is_the_eager_one():
-    ours, theirs = tiny_model(n_layer=1), tiny_model(n_layer=1)
-    compiled = build("muon", ours)
+def test_no_change_of_a_rate_compiles_muon_again(monkeypatch: pytest.MonkeyPatch):
+    """One graph for twenty learning rates, momenta and weight decays, skipped steps and a state that was loaded."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    ours, theirs = tiny_model(), tiny_model()
+    compiled, plain = build("muon", ours), build("muon", theirs)
     compiled.compile()
-    train(ours, compiled)
-    train(theirs, build("muon", theirs))
-    assert_same_parameters(ours, theirs, atol=2e-3, rtol=0)  # of steps of 0.02; bfloat16 is rounded in other places
+    for step in range(20):
+        for model, optimizer in ((ours, compiled), (theirs, plain)):
+            optimizer.set_lr_scale(1 - step / 40)
+            optimizer.param_groups[-1] |= {"momentum": 0.8 + step / 100, "weight_decay": step / 100}
+            backward(model, step)
+            optimizer.update(DISABLED, skip=torch.tensor(float(step % 5 == 4)))
+        if step == 9:
+            compiled.load_state_dict(*copy.deepcopy(compiled.state_dict()))
+    assert len(graphs) == 1
+    assert_same_parameters(ours, theirs, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
