@@ -33,7 +33,7 @@ from nanoforge.device import (
     get_device,
     missing_compiler,
 )
-from nanoforge.distributed import Ranks, apply_fsdp
+from nanoforge.distributed import Ranks, apply_fsdp, has_process_group
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained, quantized
 from nanoforge.models.generation import SamplingParams
@@ -622,7 +622,7 @@ def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, 
         module.to(ranks.device)
     if args.parallel != "fsdp":
         return
-    if ranks.world_size == 1:
+    if not has_process_group():
         log("--parallel=fsdp: there is one process, so nothing is sharded")
         return
     for module in models:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -73,11 +73,17 @@ def measure_case(session: Session, case: Case) -> Figures:
     return figures
 
 
+@cache
+def peak_of_products(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest matrix product here."""
+    return max(measure_matmul_flops(device, dtype, size) for size in MATMUL_SIZES[device.type])
+
+
 def share_of_peak(session: Session, name: str, run: Measurement, tokens_per_second: float) -> Figures:
     """The model's FLOP/s, and which share that is of the FLOP/s of the fastest matrix product here."""
     record = RunRecord.load(Path(run["out"]))
     dtype = getattr(torch, record.args["dtype"])
-    peak = max(measure_matmul_flops(session.device, dtype, size) for size in MATMUL_SIZES[session.device.type])
+    peak = peak_of_products(session.device, dtype)
     flops = record.counts["flops_per_token"] * tokens_per_second
     print(
         f"  {name}: {record.args['dtype']}, {flops / 1e9:,.0f} of the {peak / 1e9:,.0f} GFLOP/s "

@@ -3,8 +3,11 @@
 Knows nothing of what is measured. Imports no torch.
 """
 
+import importlib.metadata
 import os
+import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,27 +61,31 @@ def to_flags(**values: object) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> ProcessResult:
-    """Run a command and measure it. Raises UserError with the last lines of its output if it fails.
+def start_process(argv: Sequence[str], cwd: Path = ROOT, *, own_group: bool = False) -> subprocess.Popen[str]:
+    """Start a command whose output is read line by line; the last one says its seconds and its peak memory.
 
     A child's peak memory counts from the fork, when it is as large as its parent. So a small process starts and
-    measures it: scripts/meter.py.
+    measures it: scripts/meter.py. own_group: it can be ended with all that it starts.
     """
-    meter = [sys.executable, "-IS", str(SCRIPTS / "meter.py")]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    lines: list[str] = []
-    line_seconds: list[float] = []
-    seconds_to_text = None
-    start = time.perf_counter()
-    with subprocess.Popen(
-        [*meter, *argv],
+    return subprocess.Popen(
+        [sys.executable, "-IS", str(SCRIPTS / "meter.py"), *argv],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    ) as process:
+        process_group=0 if own_group else None,
+    )
+
+
+def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> ProcessResult:
+    """Run a command and measure it. Raises UserError with the last lines of its output if it fails."""
+    lines: list[str] = []
+    line_seconds: list[float] = []
+    seconds_to_text = None
+    start = time.perf_counter()
+    with start_process(argv, cwd) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
@@ -98,6 +105,29 @@ def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> Pr
         seconds_to_text=seconds_to_text,
         line_seconds=line_seconds,
     )
+
+
+def device_file_name(name: str) -> str:
+    """A device's name as the name of a file."""
+    return re.sub(r"\W+", "_", name.lower())
+
+
+def describe_setup(script: str) -> dict[str, Any]:
+    """The machine's cores, versions, git commit, and the command without the folders of its paths."""
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command = [re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", arg) for arg in sys.argv[1:]]
+    return {
+        "cores": cores,
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "numpy": importlib.metadata.version("numpy"),
+        "commit": commit,
+        "command": " ".join([script, *command]),
+    }
 
 
 def resident_mb() -> float:

@@ -1,23 +1,29 @@
 """A run of bench.py: its arguments, the device, the two programs that are compared, and the file of results."""
 
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.common import ROOT, SCRIPTS, Case, Figures, Measurement, ProcessResult, run_process, to_flags
+from benchmarks.common import (
+    ROOT,
+    SCRIPTS,
+    Case,
+    Figures,
+    Measurement,
+    ProcessResult,
+    describe_setup,
+    device_file_name,
+    run_process,
+    to_flags,
+)
 from benchmarks.datasets import write_random_dataset
 from nanoforge.device import get_device
 from nanoforge.errors import UserError
@@ -35,7 +41,7 @@ def get_device_name(device: torch.device) -> str:
     """cpu, or the GPU's name as a file name."""
     if device.type == "cpu":
         return "cpu"
-    return re.sub(r"\W+", "_", torch.cuda.get_device_name(device).lower())
+    return device_file_name(torch.cuda.get_device_name(device))
 
 
 def median_step_ms(step_ms: list[float], steps: int, log_interval: int) -> float:
@@ -83,7 +89,7 @@ class Session:
         """Put a section into the file of results, beside the others: each figure as soon as it is there."""
         key = section if self.args.peer_kind == "nanogpt" else f"{section} ({self.args.peer_kind})"
         self.results_path.parent.mkdir(parents=True, exist_ok=True)
-        written: Figures = {"about": describe_setup()}
+        written: Figures = {"about": describe_setup("bench.py")}
         for name, figure in figures:
             written[name] = figure
             self.results = {"device": self.device_name, **self.results, key: written}
@@ -178,22 +184,4 @@ def training_measurement(case: Case, ms: float, peak_bytes: int, out_dir: Path) 
         "peak_mb": peak_bytes / 2**20,
         "tokens_per_second": tokens / ms * 1e3,
         "out": str(out_dir),
-    }
-
-
-def describe_setup() -> dict[str, Any]:
-    """The machine's cores, versions, git commit, and the command without the folders of its paths."""
-    commit = ""
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = [re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", arg) for arg in sys.argv[1:]]
-    return {
-        "cores": cores,
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-        "numpy": importlib.metadata.version("numpy"),
-        "commit": commit,
-        "command": " ".join(["bench.py", *command]),
     }

@@ -310,6 +310,11 @@ def apply_fsdp(
         )
 
 
+def has_process_group() -> bool:
+    """Whether ranks have met: several, or one that made a group for itself, as a benchmark of FSDP2 on one GPU does."""
+    return dist.is_initialized()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `apply_fsdp` was called on it."""
     return isinstance(model, FSDPModule)

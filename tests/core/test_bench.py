@@ -1,19 +1,28 @@
 """bench.py: its arithmetic against closed forms; its sections with tiny shapes and a stand-in for nanoGPT."""
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_script
+from helpers import ROOT, gpt2_tokenizer_env
 
+import bench
+import configurator
 from bench import parse
+from benchmarks import gpu, prepare_gpu
 from benchmarks.bench_race import held_out_loss, typical_first
 from benchmarks.common import CASES, SCRIPTS, ProcessResult, compare, run_process, take_turns
+from benchmarks.gpu_rows import ROWS, windows_of
 from benchmarks.session import Session, median_step_ms, read_nanogpt_step_ms
+from configurator import Rules
 from model import GPT, GPTConfig
 from nanoforge.errors import UserError
 
@@ -42,6 +51,16 @@ for i in range(int(options["max_iters"]) + 1):
         save(i)
     print(f"iter {i}: loss 4.{i}, time {1000 if i < 3 else 80 + i}.50ms, mfu 1%")
 """
+
+
+def rehearse_bench(section: str, *flags: str) -> subprocess.CompletedProcess:
+    """bench.py, whose processes are forks: each saves the import of torch."""
+    code = (
+        "import sys, configurator, bench; from benchmarks import rehearsal; rehearsal.start();"
+        "configurator.run(bench.main, bench.parse(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, section, *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture
@@ -187,7 +206,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
     results_path = tmp_path / "results" / "cpu.json"
     out = f"--out={tmp_path}/results"
     flags = [f"--peer={peer}", "--cases=tiny", "--pairs=2", "--steps=8", "--device=cpu", out]
-    done = run_script("train", *flags, script="bench.py")
+    done = rehearse_bench("train", *flags)
     section = json.loads(results_path.read_text())["train"]
     tiny = section["tiny"]
     assert tiny["ms"]["peer"]["median"] == 86.5, "the first four of nine are left out"
@@ -204,7 +223,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
     assert section["about"]["torch"] == torch.__version__
 
     flags = ["--pairs=1", "--device=cpu", f"--data_dir={peer}/data", out]
-    again = run_script("startup", *flags, script="bench.py")
+    again = rehearse_bench("startup", *flags)
     assert json.loads(results_path.read_text()).keys() == {"device", "train", "startup"}, again.stdout
 
 
@@ -212,7 +231,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
 def test_sampling_in_turn_with_transformers(peer, tmp_path: Path):
     pytest.importorskip("transformers")
     flags = ["--cases=tiny", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
-    run_script("sample", "--peer_kind=hf", *flags, script="bench.py")
+    rehearse_bench("sample", "--peer_kind=hf", *flags)
     section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
     assert section["batch of 16"]["ours"]["ratio"] > 0
     assert "peer" not in section["past the block"]
@@ -225,7 +244,7 @@ def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path: Path):
     config = tmp_path / "tiny.py"
     config.write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 64\nmax_iters = 20\nlearning_rate = 1e-2\n")
     flags = ["--seeds=1", "--peer_iters=4", f"--race_config={config}", "--device=cpu", f"--out={tmp_path}/results"]
-    run_script("race", f"--peer={peer}", *flags, script="bench.py")
+    rehearse_bench("race", f"--peer={peer}", *flags)
     race = json.loads((tmp_path / "results" / "cpu.json").read_text())["race"]
     goal = race["goals"]["peer, lr 0.001"]
     assert goal["goal"] == pytest.approx(math.log(vocab_size), rel=1e-6)
@@ -236,14 +255,143 @@ def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path: Path):
     assert (tmp_path / "results" / "race_cpu.png").exists()
 
 
-@pytest.mark.slow
-def test_errors_are_one_line(tmp_path: Path):
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, message in (
         (["run"], "no such section"),
         (["train", f"--peer={tmp_path}"], "no train.py"),
         (["train", "--cases=huge"], "no huge"),
-        (["race", "--device=cpu"], "needs --peer"),
     ):
-        done = run_script(*arguments, script="bench.py", check=False)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs --peer"):
+        bench.main(parse(["race", "--device=cpu", f"--out={tmp_path}"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu.py
+
+SLOW_PEER = """
+import sys, time
+
+steps = int(next(flag for flag in sys.argv if flag.startswith("--max_iters=")).partition("=")[2])
+if any(flag.startswith("--always_save_checkpoint") for flag in sys.argv):
+    exec(open("race.py").read())
+else:
+    for i in range(steps + 1):
+        print(f"iter {i}: loss 4.{i}, time 9000.00ms, mfu 1%", flush=True)
+        time.sleep(0.02)
+"""
+PEER_MODEL = """
+import torch
+
+
+class GPTConfig:
+    def __init__(self, **shape):
+        self.shape = shape
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.vocab_size = config.shape["vocab_size"]
+
+    def generate(self, idx, new, temperature, top_k):
+        return torch.cat((idx, torch.randint(self.vocab_size, (1, new))), dim=1)
+"""
+
+
+def gpu_figures(out: Path) -> dict:
+    return json.loads((out / "cpu.json").read_text())["gpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a rehearsal forks")
+def test_all_of_the_gpus_measurements_are_rehearsed(peer, tmp_path: Path):
+    """Every row with tiny shapes. The first run is killed after A1; the next one keeps its figures and goes on."""
+    (peer / "train.py").rename(peer / "race.py")
+    (peer / "train.py").write_text(SLOW_PEER)
+    (peer / "model.py").write_text(PEER_MODEL)
+    out = tmp_path / "out"
+    flags = ["--rehearse", f"--peer={peer}", f"--data_dir={tmp_path}/data", f"--out={out}"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("   A1:"):
+                process.kill()
+                break
+    killed = gpu_figures(out)["figures"]
+    assert {"data", "A0 copy", "A0 launch", "A1"} <= killed.keys()
+    assert "A7 B1 eager" not in killed
+
+    output = run_process(command).output
+    results = gpu_figures(out)
+    figures = results["figures"]
+    assert not results["failed"]
+    assert results["rows"].keys() == {row.name for row in ROWS}
+    assert {name: figures[name] for name in killed} == killed
+    for name, record in figures.items():
+        assert record["unit"] and (record["value"] is not None or name == "B2"), name
+        assert str(tmp_path) not in json.dumps(record), "no folders of the machine"
+    for name in ("A1", "A2", "A3", "A4", "A5", "A6", "B1 ours, turn 2", "B4 nanoGPT", "B5 loss_chunk", "B6 FSDP2"):
+        record = figures[name]
+        assert record["value"] == median(record["windows"]), name
+        assert record["peak_memory_mb"] > 0
+        assert record["first_step_s"] > 0
+    for name in ("A2", "A4", "B1 nanoGPT, turn 1"):
+        assert 20 <= figures[name]["value"] < 2000, "the time on the wall, not the printed one"
+    assert "37 figures" in output
+    assert figures["B6 GRPO"]["recompiles"] == 0
+    assert figures["B3"]["kernels"][0]["ms"] > 0
+    assert (out / "cpu_trace.json.gz").exists()
+    assert [point["step"] for point in figures["C1"]["curve"]] == [0, 2, 4]
+    assert figures["C2"]["value"] < figures["C2"]["curve"][0]["val_loss"]
+
+    assert "==" not in run_process(command).output.replace("== data", ""), "nothing is measured again"
+
+
+def test_what_has_no_time_is_not_begun(tmp_path: Path, peer):
+    """A row that takes longer than what is left of --seconds waits for the next run."""
+    args = configurator.parse(gpu.GpuArgs, ["--seconds=20", f"--peer={peer}", f"--out={tmp_path}"], "", Rules())
+    bench = gpu.Bench(dataclasses.replace(args, rehearse=True), gpu.TINY)
+    assert 10 < bench.seconds_left <= 12
+    assert [row.name for row in ROWS if row.minutes * 60 > bench.seconds_left] == [row.name for row in ROWS]
+
+
+def test_windows_leave_the_first_out():
+    """Steps of 10 ms after one of 30 s that compiles; the window with what it compiles later is left out too."""
+    times = {1: 30.0, 2: 31.0, 4: 31.02, 6: 31.04, 7: 31.05}
+    lines = [(seconds, f"step {step}: loss 4.1, 10 ms") for step, seconds in times.items()]
+    first, windows = windows_of([(0.5, "run out/run"), *lines], r"step (\d+): loss", 2)
+    assert first == 30
+    assert windows == pytest.approx([10, 10])
+
+
+def test_the_tokenizer_and_the_peer_are_gathered(peer, tmp_path: Path):
+    """prepare_gpu copies nanoGPT's scripts and GPT-2's tokens; the dataset there has every tenth package apart."""
+    packages = []
+    for number in range(10):
+        folder = tmp_path / "site" / f"package{number}"
+        folder.mkdir(parents=True)
+        (folder / "code.py").write_text(f"x = {number}\n")
+        (folder / "picture.png").write_bytes(b"\x89PNG")
+        packages.append(folder)
+    prepare_gpu.write_source_dataset(tmp_path / "data" / "source", packages, "byte")
+    train_ids = np.fromfile(tmp_path / "data" / "source" / "train.bin", dtype=np.uint16)
+    val_ids = np.fromfile(tmp_path / "data" / "source" / "val.bin", dtype=np.uint16)
+    end = 256
+    assert bytes(train_ids[train_ids != end].astype(np.uint8)) == b"".join(b"x = %d\n" % i for i in range(9))
+    assert bytes(val_ids[val_ids != end].astype(np.uint8)) == b"x = 9\n"
+
+
+def test_gpt2s_tokens_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """tiktoken finds them in the folder that was filled."""
+    import tiktoken.load
+
+    for name, value in gpt2_tokenizer_env().items():
+        monkeypatch.setenv(name, value)
+    prepare_gpu.copy_tokenizer(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2e6
+    tiktoken.load.read_file_cached("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe")
