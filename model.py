@@ -342,25 +342,30 @@ def flex_block_mask(first: Tensor) -> BlockMask:
     is_below = starts < query_starts
     full = is_below & covers & (query_starts + FLEX_BLOCK <= T)
     partial = (starts <= query_starts) & reaches & ~full
-    blocks = [part.view(-1, 1, *part.shape[-2:]) for part in (partial, full)]  # (B or 1, 1, blocks, blocks)
-    counts = [part.sum(-1, dtype=torch.int32) for part in blocks]
-    columns = [part.int().argsort(dim=-1, descending=True, stable=True).int() for part in blocks]
+    # 3. By blocks of queries, and for backward by blocks of keys: how many there are, and which, these first.
+    blocks = torch.stack((partial, full, partial.mT, full.mT)).view(4, -1, 1, *full.shape[-2:])
+    counts = blocks.sum(-1, dtype=torch.int32).unbind()  # 4 of (B or 1, 1, blocks)
+    indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int().unbind()
 
-    # 3. The pairs themselves. The numbers are tensors, so that others need no new kernel.
+    # 4. The pairs themselves. The numbers are tensors, so that others need no new kernel.
     def sees_in_all(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= first[query]) & (key <= query)
 
     def sees_in_each(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= first[b, query]) & (key <= query)
 
-    return BlockMask.from_kv_blocks(
-        counts[0],
-        columns[0],
-        counts[1],
-        columns[1],
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=sees_in_each if first.dim() == 2 else sees_in_all,
+    return BlockMask(
         seq_lengths=(T, T),
+        kv_num_blocks=counts[0],
+        kv_indices=indices[0],
+        full_kv_num_blocks=counts[1],
+        full_kv_indices=indices[1],
+        q_num_blocks=counts[2],
+        q_indices=indices[2],
+        full_q_num_blocks=counts[3],
+        full_q_indices=indices[3],
+        BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
+        mask_mod=sees_in_each if first.dim() == 2 else sees_in_all,
     )
 
 
