@@ -94,13 +94,13 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def has(self, name: str) -> bool:
-        """Whether a figure is there."""
-        return name in self.gpu["figures"]
+        """Whether a figure is there; one that could not be measured is tried again."""
+        return "error" not in self.gpu["figures"].get(name, {"error": ""})
 
     def done(self, row: str) -> list[str]:
         """The figures of a row that are there, without the row's name."""
         start = f"{row} "
-        return [name.removeprefix(start) for name in self.gpu["figures"] if name.startswith(start)]
+        return [name.removeprefix(start) for name in self.gpu["figures"] if name.startswith(start) and self.has(name)]
 
     def put(self, name: str, record: Record) -> None:
         """Write a figure."""
@@ -174,8 +174,12 @@ def measure(bench: Bench, row: Row) -> None:
     start = time.perf_counter()
     bench.gpu["failed"].pop(row.name, None)
     try:
+        errors = []
         for name, record in row.measure(bench, row):
-            bench.put(name, {"ran_at": bench.gpu["about"]["commit"][:12], **record})
+            bench.put(name, {"commit": bench.gpu["about"]["commit"][:12], **record})
+            errors += [f"{name}: {record['error']}"] if "error" in record else []
+        if errors:
+            raise RowFailedError("; ".join(errors))
         bench.gpu["rows"][row.name] = round(time.perf_counter() - start, 1)
     except RowFailedError as error:
         bench.gpu["failed"][row.name] = str(error)

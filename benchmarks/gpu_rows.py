@@ -29,6 +29,9 @@ TRAINING, CEILINGS, DECODE = (
 )
 
 
+SECONDS_TO_END = 30.0  # of a run of stage C: to start, and for its last evaluation and checkpoint
+
+
 class RowFailedError(Exception):
     """A process of a row failed, with the last lines that it printed."""
 
@@ -430,7 +433,7 @@ def equal_tokens(config: str, warmup: float = 0.0, **more: Any) -> Callable[...,
                 lr_decay_iters=steps,
                 warmup_iters=int(warmup * steps),
                 checkpoint_at_eval=False,
-                max_seconds=max(1.0, bench.seconds_left - 60),
+                max_seconds=max(1.0, bench.seconds_left - SECONDS_TO_END),
                 **known | bench.sizes.equal_tokens,
             )
             command = ["train.py", str(ROOT / "configs" / config), *flags]
@@ -489,7 +492,7 @@ ROWS = (
     Row("C2", 3.8, "98 M tokens: the modern recipe", equal_tokens("gpt2_124m_modern.py")),
     Row(
         "C3",
-        1.5,
+        1.0,
         "98 M tokens: with track 3's numbers, as far as time goes",
         equal_tokens("gpt2_124m_modern.py", **TRACK_3),
     ),

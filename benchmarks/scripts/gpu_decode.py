@@ -31,7 +31,16 @@ TEMPERATURE, TOP_K = 0.8, 200
 
 
 def measure(name: str, tokens: int, draw: Callable[[], object], device: torch.device, ran: str) -> None:
-    """Draw once to warm up, then in rounds; prints the figure."""
+    """Print a figure; an error costs only its own."""
+    try:
+        record = time_draws(tokens, draw, device)
+    except RuntimeError as error:
+        record = {"value": None, "error": str(error).strip().partition("\n")[0]}
+    print("json", json.dumps({"name": name, "unit": "tokens/s", "ran": ran, **record}), flush=True)
+
+
+def time_draws(tokens: int, draw: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Draw once to warm up, then in rounds."""
 
     def seconds_of_draw() -> float:
         start = time.perf_counter()
@@ -47,16 +56,12 @@ def measure(name: str, tokens: int, draw: Callable[[], object], device: torch.de
     while len(rounds) < ROUNDS and sum(rounds) < SECONDS:
         rounds.append(seconds_of_draw())
     peak = peak_memory_mb(device)
-    record = {
-        "name": name,
+    return {
         "value": tokens / statistics.median(rounds),
-        "unit": "tokens/s",
-        "ran": ran,
         "windows": [tokens / second for second in rounds],
         "warm_up_s": round(warm_up, 2),
         "peak_memory_mb": peak and round(peak),
     }
-    print("json", json.dumps(record), flush=True)
 
 
 def build_ours(options: dict[str, Any], device: torch.device) -> nn.Module:

@@ -1,6 +1,5 @@
 """bench.py: its arithmetic against closed forms; its sections with tiny shapes and a stand-in for nanoGPT."""
 
-import dataclasses
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from bench import parse
 from benchmarks import gpu, prepare_gpu
 from benchmarks.bench_race import held_out_loss, typical_first
 from benchmarks.common import CASES, SCRIPTS, ProcessResult, compare, run_process, take_turns
-from benchmarks.gpu_rows import ROWS, windows_of
+from benchmarks.gpu_rows import ROWS, Row, RowFailedError, windows_of
 from benchmarks.session import Session, median_step_ms, read_nanogpt_step_ms
 from configurator import Rules
 from model import GPT, GPTConfig
@@ -350,12 +349,54 @@ def test_all_of_the_gpus_measurements_are_rehearsed(peer, tmp_path: Path):
     assert "==" not in run_process(command).output.replace("== data", ""), "nothing is measured again"
 
 
-def test_what_has_no_time_is_not_begun(tmp_path: Path, peer):
-    """A row that takes longer than what is left of --seconds waits for the next run."""
-    args = configurator.parse(gpu.GpuArgs, ["--seconds=20", f"--peer={peer}", f"--out={tmp_path}"], "", Rules())
-    bench = gpu.Bench(dataclasses.replace(args, rehearse=True), gpu.TINY)
-    assert 10 < bench.seconds_left <= 12
-    assert [row.name for row in ROWS if row.minutes * 60 > bench.seconds_left] == [row.name for row in ROWS]
+def open_gpu_bench(peer: Path, out: Path, seconds: float) -> gpu.Bench:
+    flags = ["--rehearse", f"--seconds={seconds}", f"--peer={peer}", f"--out={out}"]
+    return gpu.Bench(configurator.parse(gpu.GpuArgs, flags, "", Rules()), gpu.TINY)
+
+
+def test_a_process_ends_with_the_seconds(peer, tmp_path: Path):
+    """What it printed was read; with it ends the process that it started. A failure is another thing."""
+    bench = open_gpu_bench(peer, tmp_path, gpu.MARGIN + 0.5)
+    code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print('started', flush=True); child.wait()"
+    lines = []
+    with pytest.raises(gpu.OutOfTimeError):
+        for line in bench.run("-c", code):
+            lines.append(line.text)
+    assert lines == ["started"]
+    assert bench.seconds_left > -20, "the pipe closes when both have ended"
+    with pytest.raises(RowFailedError, match="ZeroDivisionError"):
+        list(open_gpu_bench(peer, tmp_path, 60).run("-c", "1 / 0"))
+
+
+def test_a_figure_that_failed_is_tried_again(peer, tmp_path: Path):
+    bench = open_gpu_bench(peer, tmp_path, 60)
+    bench.gpu["about"] = {"commit": ""}
+    records = [{"value": None, "unit": "ms", "error": "no memory"}, {"value": 1.0, "unit": "ms"}]
+
+    def measure_once(bench, row):
+        if not bench.has("X a"):
+            yield "X a", records.pop(0)
+        if not bench.has("X b"):
+            yield "X b", {"value": 2.0, "unit": "ms"}
+
+    row = Row("X", 0.0, "two figures", measure_once)
+    gpu.measure(bench, row)
+    assert bench.done("X") == ["b"]
+    assert "no memory" in gpu_figures(tmp_path)["failed"]["X"]
+    gpu.measure(bench, row)
+    results = gpu_figures(tmp_path)
+    assert not results["failed"] and "X" in results["rows"]
+    assert not records
+
+
+def test_the_plan_is_in_order_and_fits(capsys: pytest.CaptureFixture[str]):
+    """Each stage is one command of ten minutes; A comes first."""
+    gpu.main(configurator.parse(gpu.GpuArgs, ["--dry_run"], "", Rules()))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [row.name for row in ROWS]
+    for stage in "ABC":
+        seconds = 60 * sum(row.minutes for row in ROWS if row.name.startswith((stage, "data")))
+        assert seconds <= 540 - gpu.MARGIN + 30, stage
 
 
 def test_windows_leave_the_first_out():
