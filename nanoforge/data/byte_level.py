@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoforge.data.word_cache import WORD_SEPARATOR, Split, WordCache
+from nanoforge.data.word_cache import NO_TOKEN, WORD_SEPARATOR, Split, WordCache
 
 # GPT-2's split of a text, as it was published, and as versions of tiktoken write it.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -78,9 +78,9 @@ def ranks_of_spec(spec: Mapping[str, Any]) -> dict[bytes, int] | None:
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merged = ["".join(pair) for pair in pairs]
     ids = [vocab[token] for token in merged]
-    tokens = {char: vocab.get(char, -1) for char in chars} | dict(zip(merged, ids, strict=True))
+    tokens = {char: vocab[char] for char in chars if char in vocab} | dict(zip(merged, ids, strict=True))
     looks_up_others = bool(model.get("ignore_merges")) and len(tokens) < len(vocab)
-    if -1 in tokens.values() or ids != sorted(ids) or looks_up_others:
+    if ids != sorted(ids) or looks_up_others:
         return None
     byte_of = {char: byte for byte, char in enumerate(chars)}
     ranks = {bytes(map(byte_of.__getitem__, token)): i for token, i in tokens.items()}
@@ -101,10 +101,11 @@ def merge_into_themselves(spec: Mapping[str, Any], ranks: Mapping[bytes, int]) -
     return encoding.ids == list(ranks.values())
 
 
-def make_word_cache(split: Split, ranks: dict[bytes, int]) -> WordCache:
+def make_word_cache(split: Split, ranks: Mapping[bytes, int]) -> WordCache:
     """The cache of a tokenizer with this split and these ranks, in which tiktoken merges new words."""
     import tiktoken
 
     pattern = f"[^{WORD_SEPARATOR}]+|{WORD_SEPARATOR}"
-    encoding = tiktoken.Encoding("words", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    all_bytes = {bytes([byte]): NO_TOKEN + byte for byte in range(256)}
+    encoding = tiktoken.Encoding("words", pat_str=pattern, mergeable_ranks={**all_bytes, **ranks}, special_tokens={})
     return WordCache(split, ranks, lambda text: np.array(encoding.encode_ordinary(text), dtype=np.int32))

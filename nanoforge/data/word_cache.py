@@ -37,6 +37,7 @@ LOW_MASK = np.array([2 ** (8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)], dt
 HIGH_MASK = np.array([2 ** (8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)], dtype=np.uint64)
 
 SEPARATOR = "\n"  # between texts; its place is known, so texts may hold it
+NO_TOKEN = 2**30  # ids from here on are no tokens
 WORD_SEPARATOR = "\0"  # between words that the library encodes; a text that holds it is left to the caller
 
 EncodeWords = Callable[[str], np.ndarray]  # of words separated by WORD_SEPARATOR, which is a token of its own
@@ -221,11 +222,12 @@ class WordCache:
     """Texts to ids by the ids of their words. Threads share one."""
 
     def __init__(self, split: Split, ranks: Mapping[bytes, int], encode_words: EncodeWords) -> None:
-        """ranks: the tokens, each of which is the only id of its own text."""
+        """ranks: the tokens, each of which is the only id of its own text; encode_words gives NO_TOKEN and more for
+        what they have no id for."""
         self.split = split
         self.ranks = ranks
         self.encode_words = encode_words
-        self.separator_id = ranks[WORD_SEPARATOR.encode()]
+        self.separator_id = int(encode_words(WORD_SEPARATOR)[0])
         self.table = self.new_table()
         self.lock = threading.Lock()
 
@@ -240,7 +242,7 @@ class WordCache:
         return table
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray] | None:
-        """The ids of each text; None where a character is UNKNOWN, so that the library has to decide."""
+        """The ids of each text; None where a character is UNKNOWN or has no token, so that the library decides."""
         joined = SEPARATOR.join(texts)
         if not joined:
             return [np.array([], dtype=np.int32) for _ in texts]
@@ -265,12 +267,15 @@ class WordCache:
             starts = byte_offsets[starts]
 
         # 2. Look the words up, and cut their ids at the separators, which have none.
-        ids, counts = self.look_up(Words.of(data, starts), separators)
+        found = self.look_up(Words.of(data, starts), separators)
+        if found is None:
+            return None
+        ids, counts = found
         stops = [0, *np.cumsum(counts)[separators].tolist(), len(ids)]
         return [ids[start:stop] for start, stop in itertools.pairwise(stops)]
 
-    def look_up(self, words: Words, separators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all words, and how many each has: none for the separators."""
+    def look_up(self, words: Words, separators: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The ids of all words, and how many each has: none for the separators. None if a word has no ids."""
         table = self.table
         entries, missing = table.find(words)
         first, counts = table.first.take(entries), table.counts.take(entries)
@@ -278,6 +283,8 @@ class WordCache:
             counts[separators] = 0
             return table.ids.take(ranges(first, counts)), counts
         new = self.encode_missing(words, missing)
+        if new is None:
+            return None
         first[missing] = 0
         counts[missing] = new.counts
         counts[separators] = 0
@@ -286,14 +293,17 @@ class WordCache:
         ids[ranges(stops - counts_missing, counts_missing)] = new.ids.take(ranges(new.first, counts_missing))
         return ids, counts
 
-    def encode_missing(self, words: Words, missing: np.ndarray) -> "NewWords":
-        """The ids of words that are not in the table, which gets them."""
+    def encode_missing(self, words: Words, missing: np.ndarray) -> "NewWords | None":
+        """The ids of words that are not in the table, which gets them. None if one has none."""
         texts = words.text(missing)
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         which = np.fromiter(map(numbers.__getitem__, texts), dtype=np.int64, count=len(texts))
         separator = WORD_SEPARATOR.encode()
         ids = self.encode_words((separator.join(numbers) + separator).decode())
-        ends = np.flatnonzero(ids == self.separator_id)
+        is_end = ids == self.separator_id
+        if (ids[~is_end] >= NO_TOKEN).any():
+            return None
+        ends = np.flatnonzero(is_end)
         assert len(ends) == len(numbers)
         first = np.concatenate(([0], ends[:-1] + 1))
         counts = ends - first

@@ -202,6 +202,16 @@ def test_a_bpe_without_ranks_stays_with_its_library(spec: dict, *, are_ranks: bo
     assert tokenizer.encode(text).tolist() == library.encode(text).ids
 
 
+@pytest.mark.parametrize("lacking", ["\0", "\x04", "a", "é", "日"])
+def test_bytes_that_are_no_tokens_are_the_librarys(lacking: str):
+    """As in SmolLM2's vocabulary; the library leaves them out."""
+    spec = spec_of(["b c"])
+    del spec["model"]["vocab"][byte_level.byte_chars()[lacking.encode()[-1]]]
+    tokenizer = tokenization.BPETokenizer(spec)
+    assert_same_ids(tokenizer, ["bc bcb", f"b{lacking}c", "bc", lacking])
+    assert tokenizer.word_cache.encode([f"b{lacking}c"]) is None and tokenizer.word_cache.encode(["bc"]) is not None
+
+
 def test_whole_words_of_the_vocabulary_that_no_merge_makes(trained: tokenization.BPETokenizer):
     spec = spec_of(["a b"], abc=257)
     spec["model"]["ignore_merges"] = True
