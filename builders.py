@@ -47,6 +47,7 @@ from nanoforge.posttraining.examples import (
     Examples,
     ExampleSource,
     KTOCollator,
+    PreferenceCollator,
     encode_rows,
     extend_tokenizer,
     pack,
@@ -756,7 +757,8 @@ def build_dpo(args: TrainArgs, context: BuildContext) -> RunData:
         label_smoothing=args.label_smoothing,
         reference=context.reference,
     )
-    return example_data(args, context, objective, build_collator(args, context))
+    collator = build_collator(args, context)
+    return example_data(args, context, objective, PreferenceCollator(collator.pad_to, collator.world_size))
 
 
 def build_kto(args: TrainArgs, context: BuildContext) -> RunData:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
@@ -303,34 +303,65 @@ POSITIONS = {"learned": LearnedPosition, "rope": RotaryPosition, "none": Positio
 Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 
 
-def visible_keys(positions: Positions, span: int, device: torch.device, *, cached: bool) -> tuple[Tensor, Tensor]:
-    """The first key that each query sees, which may be below 0, and the last: (T,), or (B, T) if sequences differ."""
-    if isinstance(positions, slice):
-        last = torch.arange(positions.start, positions.stop, device=device)
-    elif cached:
-        last = positions
-    else:
-        # Packed documents: positions restart at 0 in every one, and a token sees its own document only.
-        last = torch.arange(positions.size(-1), device=device)
-        return last - positions.clamp(max=span - 1), last
-    return last - (span - 1), last
+class VisibleKeys(NamedTuple):
+    """The keys that each query sees: those from `first`, which may be below 0, to `last`, and of packed documents those
+    from `prefix_start` to before `prefix_end`. All are (T,), or (B, T) if sequences differ."""
+
+    first: Tensor
+    last: Tensor
+    prefix_start: Tensor | None = None
+    prefix_end: Tensor | None = None
+
+    def mask(self, queries: slice, keys: Tensor) -> Tensor:
+        """True where a query sees one of these keys, (S,): (T, S), or (B, 1, T, S) if sequences differ."""
+        first, last, prefix_start, prefix_end = (None if x is None else x[..., queries, None] for x in self)
+        mask = (keys >= first) & (keys <= last)
+        if prefix_start is not None:
+            mask |= (keys >= prefix_start) & (keys < prefix_end)
+        return mask[:, None] if mask.dim() == 3 else mask
 
 
-def attention_mask(first: Tensor, last: Tensor, keys: Tensor) -> Tensor:
-    """True where a query sees one of these keys, (S,): (T, S), or (B, 1, T, S) if sequences differ."""
-    mask = (keys >= first[..., None]) & (keys <= last[..., None])
-    return mask[:, None] if mask.dim() == 3 else mask
+def visible_keys(positions: Positions, span: int, device: torch.device, *, cached: bool) -> VisibleKeys:
+    """The keys, among the last `span` positions up to their own, that queries at these positions see.
+
+    Without a cache, positions (B, T) are those of packed documents: a token sees its own document only.
+    """
+    if isinstance(positions, Tensor) and not cached:
+        return visible_in_document(positions, span)
+    if isinstance(positions, Tensor):
+        return VisibleKeys(positions - (span - 1), positions)
+    last = torch.arange(positions.start, positions.stop, device=device)
+    return VisibleKeys(last - (span - 1), last)
+
+
+def visible_in_document(positions: Tensor, span: int) -> VisibleKeys:
+    """Of packed documents, whose positions (B, T) restart: at 0 for the next document, higher for a branch of the same.
+
+    A branch goes on from the document's first tokens, up to where it restarts, as if nothing stood between.
+    """
+    index = torch.arange(positions.size(-1), device=positions.device)
+    starts = positions != F.pad(positions[:, :-1] + 1, (1, 0), value=-1)
+    run_start = (index * starts).cummax(-1).values  # of the document, or of its branch
+    document_start = (index * (positions == 0)).cummax(-1).values
+    branch = positions.gather(-1, run_start)  # position at which the run starts; 0 but for branches
+    return VisibleKeys(
+        first=index - (positions - branch).clamp(max=span - 1),
+        last=index.expand_as(positions),
+        prefix_start=document_start + (positions - (span - 1)).clamp(min=0),
+        prefix_end=document_start + branch,
+    )
 
 
 FLEX_BLOCK = 128  # queries, and keys, of a block of flex_attention
 
 
-def flex_block_mask(first: Tensor) -> BlockMask:
-    """The mask of flex_attention for as many keys as queries, which see the keys from `first`, (T,) or (B, T), to
-    their own. `first` never falls along a sequence.
+def flex_block_mask(visible: VisibleKeys) -> BlockMask:
+    """The mask of flex_attention for as many keys as queries, which see none behind their own. `visible.first` never
+    falls along a sequence.
 
-    It is made of the ends of the blocks alone: torch's create_block_mask would make a mask of all T x T pairs.
+    It is made of the blocks' ends, and of prefixes: torch's create_block_mask would make a mask of all T x T pairs.
     """
+    first, prefix_start, prefix_end = visible.first, visible.prefix_start, visible.prefix_end
     T = first.size(-1)
     starts = torch.arange(0, T, FLEX_BLOCK, device=first.device)  # of blocks of keys
     query_starts = starts[:, None]
@@ -338,6 +369,11 @@ def flex_block_mask(first: Tensor) -> BlockMask:
     # 1. A block's first query reaches back furthest. Its last one shows what all of them see.
     reaches = first[..., query_starts] < starts + FLEX_BLOCK  # ([B,] blocks, blocks)
     covers = first[..., query_ends] <= starts
+    if prefix_start is not None and prefix_end is not None:
+        meets = (prefix_start[..., None] < starts + FLEX_BLOCK) & (prefix_end[..., None] > starts)
+        meets &= (prefix_start < prefix_end)[..., None]  # (B, T, blocks)
+        meets = F.pad(meets, (0, 0, 0, len(starts) * FLEX_BLOCK - T))
+        reaches |= meets.unflatten(1, (len(starts), FLEX_BLOCK)).any(2)
     # 2. Blocks in which some pairs are visible, and blocks in which all are: below the diagonal, of FLEX_BLOCK queries.
     is_below = starts < query_starts
     full = is_below & covers & (query_starts + FLEX_BLOCK <= T)
@@ -348,11 +384,13 @@ def flex_block_mask(first: Tensor) -> BlockMask:
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int().unbind()
 
     # 4. The pairs themselves. The numbers are tensors, so that others need no new kernel.
-    def sees_in_all(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees_in_window(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= first[query]) & (key <= query)
 
-    def sees_in_each(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= first[b, query]) & (key <= query)
+    def sees_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert prefix_start is not None and prefix_end is not None
+        in_run = (key >= first[b, query]) & (key <= query)
+        return in_run | ((key >= prefix_start[b, query]) & (key < prefix_end[b, query]))
 
     return BlockMask(
         seq_lengths=(T, T),
@@ -365,7 +403,7 @@ def flex_block_mask(first: Tensor) -> BlockMask:
         full_q_num_blocks=counts[3],
         full_q_indices=indices[3],
         BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
-        mask_mod=sees_in_each if first.dim() == 2 else sees_in_all,
+        mask_mod=sees_in_window if prefix_start is None else sees_in_document,
     )
 
 
@@ -373,8 +411,7 @@ def flex_block_mask(first: Tensor) -> BlockMask:
 def window_block_mask(T: int, span: int, device: torch.device) -> BlockMask:
     """The mask of flex_attention for a sliding window, the same for all sequences."""
     with torch.inference_mode(False):  # noqa: FBT003  Training saves it for backward, whoever asked first.
-        first, _ = visible_keys(slice(0, T), span, device, cached=False)
-        return flex_block_mask(first)
+        return flex_block_mask(visible_keys(slice(0, T), span, device, cached=False))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
@@ -403,26 +440,26 @@ MAX_CHUNKED_SCORES = 2**20  # T x span up to which chunked_attention is the fast
 CHUNK = 128  # queries
 
 
-def chunked_attention(span: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """As many queries as keys, each of which sees the last `span` of those up to its own.
+def chunked_attention(
+    visible: VisibleKeys, reach: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """As many queries as keys, each of which sees none but the last `reach` of those up to its own.
 
-    It takes a chunk of queries at a time. Memory grows with T x span: the probabilities are kept for backward.
+    It takes a chunk of queries at a time. Memory grows with T x reach: the probabilities are kept for backward.
     """
     # 1. Scale the queries; give each head of them its own keys and values.
     q = q * scale
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
     T = q.size(2)
-    last = torch.arange(T, device=q.device)
-    first = last - (span - 1)
+    keys = torch.arange(T, device=q.device)
 
     outputs = []
     for start in range(0, T, CHUNK):
         # 2. The queries [start, end) reach the keys [first_key, end).
         end = min(T, start + CHUNK)
-        first_key = max(0, start - span + 1)
-        # 3. Of these keys, hide the future and what the window has passed.
-        visible = attention_mask(first[start:end], last[start:end], last[first_key:end])
-        bias = q.new_zeros(()).where(visible, -math.inf)
+        first_key = max(0, start - reach + 1)
+        # 3. Of these keys, hide those that a query doesn't see.
+        bias = q.new_zeros(()).where(visible.mask(slice(start, end), keys[first_key:end]), -math.inf)
         # 4. Attend.
         scores = q[:, :, start:end] @ k[:, :, first_key:end].mT + bias  # (B, H, queries, keys)
         probs = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
@@ -1032,8 +1069,9 @@ class GPT(nn.Module):
 
         # 1. bfloat16 on a CPU: the backward of scaled_dot_product_attention takes 2 to 4 times as long there.
         is_cpu_bfloat16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        if is_cpu_bfloat16 and in_order and 1 < T == S and T * span <= MAX_CHUNKED_SCORES:
-            return partial(chunked_attention, span)
+        reach = span if in_order else S
+        if is_cpu_bfloat16 and (in_order or cache is None) and 1 < T == S and T * reach <= MAX_CHUNKED_SCORES:
+            return partial(chunked_attention, visible_keys(positions, span, x.device, cached=False), reach)
 
         # 2. No mask: a whole square is causal, and a single new token sees every key.
         if in_order and T in (1, S) and span >= S:
@@ -1044,12 +1082,12 @@ class GPT(nn.Module):
             if in_order:
                 block_mask = window_block_mask(T, span, x.device)
             else:
-                block_mask = flex_block_mask(visible_keys(positions, span, x.device, cached=False)[0])
+                block_mask = flex_block_mask(visible_keys(positions, span, x.device, cached=False))
             return partial(sparse_attention, partial(self.flex_attention, block_mask=block_mask))
 
         # 4. The same without flex_attention, and caches that are read in part or whose sequences differ.
-        first, last = visible_keys(positions, span, x.device, cached=cache is not None)
-        return partial(masked_attention, attention_mask(first, last, torch.arange(S, device=x.device)))
+        visible = visible_keys(positions, span, x.device, cached=cache is not None)
+        return partial(masked_attention, visible.mask(slice(None), torch.arange(S, device=x.device)))
 
     @classmethod
     def from_weights(

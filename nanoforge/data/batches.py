@@ -43,8 +43,9 @@ class Batch:
     tokens: int64, but in pinned memory as narrow as the bins' ids. extras: what an objective needs besides:
 
         loss_mask             (B, T) bool, the targets that count in the loss: in all batches of examples
-        position_ids          (B, T), of packed examples
-        ref_logps             (B,) of the completions or (B, T) of the tokens, by the reference model
+        position_ids          (B, T), of packed examples and of pairs
+        is_rejected           (B, T) bool, the targets from a pair's rejected completion on
+        ref_logps             (B,) of completions, (B, 2) of pairs or (B, T) of tokens, by the reference model
         old_logps             (B, T), by the policy that sampled
         advantages            (B,)
         desirable             (B,) bool

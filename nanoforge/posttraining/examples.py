@@ -11,7 +11,6 @@ Knows of the model only the number of its embedding's rows, of ranks only which 
 import bisect
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -355,6 +354,24 @@ def join(sequences: Sequence[TokenSequence]) -> TokenSequence:
     )
 
 
+def share_prompt(chosen: TokenSequence, rejected: TokenSequence) -> TokenSequence:
+    """A pair as one sequence, in which the tokens before both completions stand once: (prompt, chosen, rejected).
+
+    The rejected completion is a branch: its positions restart where the two sequences part, at the last token that they
+    share, which stands twice so that each completion has the input of its first target.
+
+        chosen 5 6 | 1 2, rejected 5 6 | 3:     ids 5 6 1 2 6 3, positions 0 1 2 3 1 2
+    """
+    n_before_loss = min(int(sequence.loss_mask.argmax()) for sequence in (chosen, rejected))
+    n_shared = common_prefix_length(chosen.ids[:n_before_loss].tolist(), rejected.ids[:n_before_loss].tolist())
+    branch = max(0, n_shared - 1)
+    return TokenSequence(
+        ids=np.concatenate((chosen.ids, rejected.ids[branch:])),
+        loss_mask=np.concatenate((chosen.loss_mask, rejected.loss_mask[branch:])),
+        position_ids=np.concatenate((np.arange(len(chosen.ids)), np.arange(branch, len(rejected.ids)))),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # examples to batches
 
@@ -402,19 +419,36 @@ class Collator:
         )
 
     def collate(self, examples: Sequence[Example], rows: range) -> Batch:
-        """Some rows of examples, as a batch of their own. All chosen sequences precede all rejected ones."""
-        by_kind = zip(*(example.sequences for example in examples[rows.start : rows.stop]), strict=True)
-        batch = pad(list(itertools.chain.from_iterable(by_kind)), self.pad_to)
-        batch = batch.with_tensors(**self.extra_tensors(examples, rows))
+        """Some rows of examples, as a batch of their own."""
+        batch = pad([self.one_sequence(example) for example in examples[rows.start : rows.stop]], self.pad_to)
+        batch = batch.with_tensors(**self.extra_tensors(examples, rows, batch.tokens.size(1) - 1))
         return dataclasses.replace(batch, num_loss_tokens=float(batch.extras["loss_mask"].sum()))
 
-    def extra_tensors(self, examples: Sequence[Example], rows: range) -> dict[str, Tensor]:
-        """Further tensors of these rows: the cached log-probabilities of the reference model, if there are any."""
+    def one_sequence(self, example: Example) -> TokenSequence:
+        """An example as one row of a batch."""
+        (sequence,) = example.sequences
+        return sequence
+
+    def extra_tensors(self, examples: Sequence[Example], rows: range, width: int) -> dict[str, Tensor]:
+        """Further tensors of these rows, which have so many targets."""
+        return {}
+
+
+@dataclass(frozen=True)
+class PreferenceCollator(Collator):
+    """A pair is one row, as `share_prompt` makes it, with the targets of its rejected completion, (B, T), and the
+    reference model's log-probabilities of both, (B, 2), where they are cached."""
+
+    def one_sequence(self, example: Example) -> TokenSequence:
+        return share_prompt(*example.sequences)
+
+    def extra_tensors(self, examples: Sequence[Example], rows: range, width: int) -> dict[str, Tensor]:
         micro_batch = examples[rows.start : rows.stop]
-        if not micro_batch[0].ref_logps:
-            return {}
-        by_kind = zip(*(example.ref_logps for example in micro_batch), strict=True)
-        return {"ref_logps": torch.tensor(list(itertools.chain.from_iterable(by_kind)))}
+        n_chosen = torch.tensor([len(example.sequences[0].ids) for example in micro_batch])
+        tensors = {"is_rejected": torch.arange(width) >= n_chosen[:, None]}
+        if micro_batch[0].ref_logps:
+            tensors["ref_logps"] = torch.tensor([example.ref_logps for example in micro_batch])
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -425,7 +459,7 @@ class KTOCollator(Collator):
     max_tokens: int = 0
     min_rows: ClassVar[int] = 2
 
-    def extra_tensors(self, examples: Sequence[Example], rows: range) -> dict[str, Tensor]:
+    def extra_tensors(self, examples: Sequence[Example], rows: range, width: int) -> dict[str, Tensor]:
         kl_batch = pad([self.mismatched(examples[row], examples[row - 1]) for row in rows], self.pad_to)
         return {
             "desirable": torch.tensor([bool(examples[row].row["label"]) for row in rows]),

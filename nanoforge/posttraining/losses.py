@@ -17,16 +17,28 @@ from torch import Tensor, nn
 # log-probabilities
 
 
-def per_token_logps(model: nn.Module, tokens: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
+def per_token_logps(
+    model: nn.Module,
+    tokens: Tensor,
+    loss_mask: Tensor,
+    temperature: float = 1.0,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """Log-probabilities of the loss tokens, 0 elsewhere: (B, T) float32.
 
     Args:
-        model: `model(idx, targets, temperature=...)` returns cross-entropies (B, T).
+        model: `model(idx, targets, position_ids=..., temperature=...)` returns cross-entropies (B, T).
         tokens: (B, T + 1) ids.
         loss_mask: (B, T) bool, the targets that count in the loss.
+        position_ids: (B, T) of the inputs, if they don't just count from 0.
     """
     targets = tokens[:, 1:] * loss_mask  # masked targets may be ids that the head lacks: rows of a soft prompt
-    return -model(tokens[:, :-1], targets, temperature=temperature) * loss_mask
+    return -model(tokens[:, :-1], targets, position_ids=position_ids, temperature=temperature) * loss_mask
+
+
+def pair_sums(values: Tensor, is_rejected: Tensor) -> Tensor:
+    """Sums over the chosen and over the rejected completion of each row: (B, 2) from values (B, T)."""
+    return torch.stack(((values * ~is_rejected).sum(1), (values * is_rejected).sum(1)), dim=1)
 
 
 def entropy(logits: Tensor) -> Tensor:

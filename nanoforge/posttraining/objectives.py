@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nanoforge.data.batches import Batch, Metrics
 from nanoforge.distributed import Ranks
 from nanoforge.posttraining import losses
-from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, Normalizer, per_token_logps
+from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, Normalizer, pair_sums, per_token_logps
 from nanoforge.posttraining.reference import ReferenceModel
 
 
@@ -105,7 +105,7 @@ class SFT(ReferenceFree):
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    """DPO and its relatives. The first half of a batch are chosen completions, the second half their rejected ones."""
+    """DPO and its relatives. A row of a batch is a pair: a prompt, its chosen completion and its rejected one."""
 
     loss: str  # one of DPO_LOSSES
     beta: float
@@ -115,26 +115,25 @@ class DPO:
     def prepare(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         if self.reference is None:
             return batches
-        return [
-            batch.with_tensors(ref_logps=self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"]))
-            for batch in batches
-        ]
+        return [batch.with_tensors(ref_logps=self.reference.pair_logps(batch)) for batch in batches]
 
     def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
         loss_mask = batch.extras["loss_mask"]
-        policy_logps = per_token_logps(model, batch.tokens, loss_mask).sum(1)  # (B,)
+        is_rejected = batch.extras["is_rejected"]
+        logps = per_token_logps(model, batch.tokens, loss_mask, **position_kwargs(batch))  # (B, T)
+        policy_logps = pair_sums(logps, is_rejected)  # (B, 2)
         logratios = policy_logps - batch.extras["ref_logps"]
 
         dpo_loss = DPO_LOSSES[self.loss]
-        scaled = logratios / loss_mask.sum(1) if dpo_loss.per_token else logratios
-        chosen_logratios, rejected_logratios = scaled.chunk(2)  # (B / 2,) each
+        scaled = logratios / pair_sums(loss_mask, is_rejected) if dpo_loss.per_token else logratios
+        chosen_logratios, rejected_logratios = scaled.unbind(1)  # (B,) each
         pair_losses = dpo_loss.function(chosen_logratios, rejected_logratios, self.beta, self.label_smoothing)
         loss = pair_losses.mean() / batch.n_micro_batches
         if not with_metrics:
             return loss, {}
 
-        chosen_rewards, rejected_rewards = (self.beta * logratios).chunk(2)
-        chosen_logps, rejected_logps = policy_logps.chunk(2)
+        chosen_rewards, rejected_rewards = (self.beta * logratios).unbind(1)
+        chosen_logps, rejected_logps = policy_logps.unbind(1)
         metrics = {
             "loss": sum_and_count(pair_losses),
             "rewards/chosen": sum_and_count(chosen_rewards),
@@ -175,7 +174,7 @@ class KTO:
         return [
             batch.with_tensors(
                 kl=kl,
-                ref_logps=self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"]),
+                ref_logps=self.reference.per_token_logps(batch.tokens, batch.extras["loss_mask"]).sum(1),
             )
             for batch in batches
         ]

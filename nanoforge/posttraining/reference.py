@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nanoforge.console import ProgressBar
+from nanoforge.data.batches import Batch
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.posttraining.examples import Collator, Examples
-from nanoforge.posttraining.losses import per_token_logps
+from nanoforge.posttraining.examples import Examples, PreferenceCollator
+from nanoforge.posttraining.losses import pair_sums, per_token_logps
 from nanoforge.training import checkpoint
 from nanoforge.training.evaluation import evaluation_mode
 
@@ -30,14 +31,18 @@ class ReferenceModel:
     reference_mode: Callable[[], AbstractContextManager[None]]
 
     @torch.no_grad()
-    def per_token_logps(self, tokens: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
+    def per_token_logps(
+        self, tokens: Tensor, loss_mask: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None
+    ) -> Tensor:
         """As losses.per_token_logps: (B, T)."""
         with self.reference_mode(), evaluation_mode(self.model):
-            return per_token_logps(self.model, tokens, loss_mask, temperature)
+            return per_token_logps(self.model, tokens, loss_mask, temperature, position_ids)
 
-    def sequence_logps(self, tokens: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log-probabilities of completions: (B,)."""
-        return self.per_token_logps(tokens, loss_mask).sum(1)
+    def pair_logps(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the chosen and the rejected completion of each row: (B, 2)."""
+        extras = batch.extras
+        logps = self.per_token_logps(batch.tokens, extras["loss_mask"], position_ids=extras["position_ids"])
+        return pair_sums(logps, extras["is_rejected"])
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,10 @@ class ReferenceCache:
             own_start = start + ranks.rank * batch_size
             own_rows = range(own_start, min(own_start + batch_size, len(rows)))
             # a rank without rows reads one all the same: all ranks have to call a sharded model as often
-            batch = Collator()(rows, own_rows or range(1)).to(ranks.device)
-            batch_logps = self.reference.sequence_logps(batch.tokens, batch.extras["loss_mask"])
+            batch = PreferenceCollator()(rows, own_rows or range(1)).to(ranks.device)
+            batch_logps = self.reference.pair_logps(batch)
             if own_rows:
-                logps[own_rows.start : own_rows.stop] = batch_logps.view(2, -1).T.cpu()
+                logps[own_rows.start : own_rows.stop] = batch_logps.cpu()
         progress.close()
         return ranks.all_reduce_(logps)
 

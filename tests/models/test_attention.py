@@ -108,11 +108,13 @@ def test_windows_on_cuda_go_through_flex_attention_or_a_note_says_why_not(
 
 T = 270
 DOCUMENTS = ((100, 28, 142), (1, 127, 130, 12))  # lengths, by sequence
+BRANCHES = (((0, 140), (90, 220)), ((0, 3), (0, 60), (10, 40), (10, 130), (0, 57)))  # (first, end) of positions
+RUNS = (*(tuple((0, length) for length in lengths) for lengths in DOCUMENTS), *BRANCHES)
 
 
 def packed_positions(T: int) -> torch.Tensor:
-    """Positions that restart in every document: (2, T)."""
-    return torch.stack([torch.cat([torch.arange(length) for length in lengths])[:T] for lengths in DOCUMENTS])
+    """Positions that restart in every document, and in two sequences in branches of documents: (4, T)."""
+    return torch.stack([torch.cat([torch.arange(*run) for run in runs])[:T] for runs in RUNS])
 
 
 @pytest.fixture
@@ -126,11 +128,18 @@ def eager_flex(monkeypatch: pytest.MonkeyPatch):
 
 
 def dense_mask(positions: torch.Tensor, span: int) -> torch.Tensor:
-    """Who sees whom, from the definition: not the future, the same document, within the window. (B, T, T)"""
-    T = positions.size(-1)
-    document = (positions == 0).cumsum(-1)
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    return (document[:, :, None] == document[:, None]) & (distance >= 0) & (distance < span)
+    """Who sees whom, token by token: itself and what the token before it in its text sees, within the window. (B, T, T)"""
+    masks = torch.eye(positions.size(-1), dtype=torch.bool).repeat(len(positions), 1, 1)
+    for mask, row in zip(masks, positions.tolist(), strict=True):
+        document = 0
+        for i, position in enumerate(row):
+            if position == 0:
+                document = i
+            elif row[i - 1] == position - 1:
+                mask[i] |= mask[i - 1]
+            else:
+                mask[i] |= mask[document + position - 1]
+    return masks & (positions[:, :, None] - positions[:, None] < span)
 
 
 @pytest.mark.parametrize("span", [1, 128, 129, 1000])
@@ -141,7 +150,7 @@ def test_block_masks_equal_those_that_torch_makes_of_all_pairs(T: int, span: int
         (slice(0, T), dense_mask(torch.arange(T)[None], span)),
         (packed, dense_mask(packed, span)),
     ):
-        ours = flex_block_mask(visible_keys(positions, span, CPU, cached=False)[0])
+        ours = flex_block_mask(visible_keys(positions, span, CPU, cached=False))
         theirs = flex.create_block_mask(lambda b, h, q, k, dense=dense: dense[b, q, k], len(dense), 1, T, T, "cpu")
         assert ours.shape == theirs.shape
         for prefix in ("kv", "full_kv", "q", "full_q"):
@@ -161,7 +170,7 @@ def test_block_masks_equal_those_that_torch_makes_of_all_pairs(T: int, span: int
 def test_flex_attention_equals_the_mask(changes: dict, eager_flex: Callable[..., torch.Tensor]):
     """Losses and gradients: windows, packed documents and both, grouped heads, an own scale, a base of the windows'."""
     model = GPT(dataclasses.replace(TINY_MODEL, block_size=T, **changes))
-    idx = torch.randint(31, (2, T), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(31, (4, T), generator=torch.Generator().manual_seed(0))
     attended = []
 
     def counted(*args, **kwargs):
@@ -188,10 +197,13 @@ def test_documents_of_a_row_equal_each_by_itself(eager_flex: Callable[..., torch
     config = dataclasses.replace(TINY_MODEL, block_size=T, window="SL", window_size=20, position="rope")
     model = GPT(config).eval().requires_grad_(requires_grad=False)
     model.flex_attention = eager_flex
-    idx = torch.randint(31, (2, T), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(31, (4, T), generator=torch.Generator().manual_seed(0))
     packed = model(idx, position_ids=packed_positions(T))
     alone = [model(document[None])[0] for document in idx[0].split(DOCUMENTS[0])]
     torch.testing.assert_close(packed[0], torch.cat(alone), atol=1e-5, rtol=1e-5)
+    trunk, branch = idx[2].split([140, 130])
+    alone = [model(text[None])[0] for text in (trunk, torch.cat((trunk[:90], branch)))]
+    torch.testing.assert_close(packed[2], torch.cat((alone[0], alone[1][90:])), atol=1e-5, rtol=1e-5)
 
 
 def test_flex_attention_reads_nothing_on_the_host(eager_flex: Callable[..., torch.Tensor]):
@@ -219,7 +231,7 @@ def test_compiled_blocks_hold_flex_attention_and_are_not_compiled_again_for_othe
 
     for block in model.blocks:
         block.compile(backend=count, dynamic=False, fullgraph=True)
-    idx = torch.zeros(2, T, dtype=torch.long)
+    idx = torch.zeros(4, T, dtype=torch.long)
     packed = packed_positions(T)
     for positions, n_graphs in ((None, 2), (None, 2), (packed, 4), (packed.flip(0), 4)):
         model(idx, position_ids=positions)
