@@ -309,15 +309,15 @@ class VisibleKeys(NamedTuple):
 
     first: Tensor
     last: Tensor
+    reach: int  # no query sees more than these tokens up to its own
     prefix_start: Tensor | None = None
     prefix_end: Tensor | None = None
 
     def mask(self, queries: slice, keys: Tensor) -> Tensor:
         """True where a query sees one of these keys, (S,): (T, S), or (B, 1, T, S) if sequences differ."""
-        first, last, prefix_start, prefix_end = (None if x is None else x[..., queries, None] for x in self)
-        mask = (keys >= first) & (keys <= last)
-        if prefix_start is not None:
-            mask |= (keys >= prefix_start) & (keys < prefix_end)
+        mask = (keys >= self.first[..., queries, None]) & (keys <= self.last[..., queries, None])
+        if self.prefix_start is not None and self.prefix_end is not None:
+            mask |= (keys >= self.prefix_start[..., queries, None]) & (keys < self.prefix_end[..., queries, None])
         return mask[:, None] if mask.dim() == 3 else mask
 
 
@@ -329,9 +329,9 @@ def visible_keys(positions: Positions, span: int, device: torch.device, *, cache
     if isinstance(positions, Tensor) and not cached:
         return visible_in_document(positions, span)
     if isinstance(positions, Tensor):
-        return VisibleKeys(positions - (span - 1), positions)
+        return VisibleKeys(positions - (span - 1), positions, span)
     last = torch.arange(positions.start, positions.stop, device=device)
-    return VisibleKeys(last - (span - 1), last)
+    return VisibleKeys(last - (span - 1), last, span)
 
 
 def visible_in_document(positions: Tensor, span: int) -> VisibleKeys:
@@ -347,6 +347,7 @@ def visible_in_document(positions: Tensor, span: int) -> VisibleKeys:
     return VisibleKeys(
         first=index - (positions - branch).clamp(max=span - 1),
         last=index.expand_as(positions),
+        reach=positions.size(-1),
         prefix_start=document_start + (positions - (span - 1)).clamp(min=0),
         prefix_end=document_start + branch,
     )
@@ -440,12 +441,9 @@ MAX_CHUNKED_SCORES = 2**20  # T x span up to which chunked_attention is the fast
 CHUNK = 128  # queries
 
 
-def chunked_attention(
-    visible: VisibleKeys, reach: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
-) -> Tensor:
-    """As many queries as keys, each of which sees none but the last `reach` of those up to its own.
-
-    It takes a chunk of queries at a time. Memory grows with T x reach: the probabilities are kept for backward.
+def chunked_attention(visible: VisibleKeys, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """As many queries as keys, a chunk of queries at a time. Memory grows with T x reach: the probabilities are kept
+    for backward.
     """
     # 1. Scale the queries; give each head of them its own keys and values.
     q = q * scale
@@ -457,7 +455,7 @@ def chunked_attention(
     for start in range(0, T, CHUNK):
         # 2. The queries [start, end) reach the keys [first_key, end).
         end = min(T, start + CHUNK)
-        first_key = max(0, start - reach + 1)
+        first_key = max(0, start - visible.reach + 1)
         # 3. Of these keys, hide those that a query doesn't see.
         bias = q.new_zeros(()).where(visible.mask(slice(start, end), keys[first_key:end]), -math.inf)
         # 4. Attend.
@@ -1069,9 +1067,10 @@ class GPT(nn.Module):
 
         # 1. bfloat16 on a CPU: the backward of scaled_dot_product_attention takes 2 to 4 times as long there.
         is_cpu_bfloat16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        reach = span if in_order else S
-        if is_cpu_bfloat16 and (in_order or cache is None) and 1 < T == S and T * reach <= MAX_CHUNKED_SCORES:
-            return partial(chunked_attention, visible_keys(positions, span, x.device, cached=False), reach)
+        if is_cpu_bfloat16 and (in_order or cache is None) and 1 < T == S:
+            visible = visible_keys(positions, span, x.device, cached=False)
+            if T * visible.reach <= MAX_CHUNKED_SCORES:
+                return partial(chunked_attention, visible)
 
         # 2. No mask: a whole square is causal, and a single new token sees every key.
         if in_order and T in (1, S) and span >= S:

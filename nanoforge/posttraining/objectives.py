@@ -120,7 +120,7 @@ class DPO:
     def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
         loss_mask = batch.extras["loss_mask"]
         is_rejected = batch.extras["is_rejected"]
-        logps = per_token_logps(model, batch.tokens, loss_mask, **position_kwargs(batch))  # (B, T)
+        logps = per_token_logps(model, batch.tokens, loss_mask, position_ids=batch.extras["position_ids"])  # (B, T)
         policy_logps = pair_sums(logps, is_rejected)  # (B, 2)
         logratios = policy_logps - batch.extras["ref_logps"]
 

@@ -128,7 +128,7 @@ def eager_flex(monkeypatch: pytest.MonkeyPatch):
 
 
 def dense_mask(positions: torch.Tensor, span: int) -> torch.Tensor:
-    """Who sees whom, token by token: itself and what the token before it in its text sees, within the window. (B, T, T)"""
+    """Who sees whom: itself and what the token before it in its text sees, within the window. (B, T, T)"""
     masks = torch.eye(positions.size(-1), dtype=torch.bool).repeat(len(positions), 1, 1)
     for mask, row in zip(masks, positions.tolist(), strict=True):
         document = 0

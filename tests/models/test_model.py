@@ -34,6 +34,7 @@ from model import (
     chunked_attention,
     chunked_loss,
     get_activation,
+    visible_keys,
 )
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError
@@ -428,7 +429,8 @@ def test_chunked_attention_equals_torchs_own(T, span, chunk, kv, monkeypatch: py
     theirs = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < span), enable_gqa=True)
     upstream = torch.randn_like(theirs)
     expected = torch.autograd.grad(theirs, (q, k, v), upstream)
-    ours = chunked_attention(span, q, k, v, 8**-0.5, 0.0)
+    visible = visible_keys(slice(0, T), span, q.device, cached=False)
+    ours = chunked_attention(visible, q, k, v, 8**-0.5, 0.0)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), expected)
 
@@ -440,10 +442,14 @@ def test_attention_in_bfloat16_on_cpu_goes_by_chunks(monkeypatch: pytest.MonkeyP
     calls = []
     monkeypatch.setattr(module, "chunked_attention", lambda *args: calls.append(args) or chunked_attention(*args))
     model = tiny_model(position="rope", window="SL", window_size=4, n_kv_head=2)
-    exact = model(ids(2, 12))
+    branches = torch.tensor([[*range(6), *range(3, 9)], [*range(4), *range(8)]])
+    exact = [model(ids(2, 12), position_ids=positions) for positions in (None, branches)]
     assert not calls
     model.compute_dtype = torch.bfloat16
-    assert (model(ids(2, 12)).float() - exact).norm() / exact.norm() < 0.02 and len(calls) == 2
+    for positions, expected in zip((None, branches), exact, strict=True):
+        rough = model(ids(2, 12), position_ids=positions).float()
+        assert (rough - expected).norm() / expected.norm() < 0.02 and len(calls) == 2
+        calls.clear()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from nanoforge.posttraining.examples import (
     Examples,
     ExampleSource,
     KTOCollator,
+    PreferenceCollator,
     TokenSequence,
     encode_rows,
     extend_tokenizer,
@@ -318,7 +319,8 @@ def test_a_step_is_a_pure_function_of_its_number(n_datasets):
 def collator_of(objective: str, world_size: int) -> Collator:
     if objective == "kto":
         return KTOCollator(world_size=world_size, max_tokens=32)
-    return Collator(world_size=world_size)
+    kind = PreferenceCollator if objective == "dpo" else Collator
+    return kind(world_size=world_size)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
@@ -411,7 +413,7 @@ def test_an_evaluation_depends_on_no_batch_size_and_no_ranks(objective: str, n_r
     other = tiny_model(seed=5, vocab_sizes=(13,), block_size=32).eval()
     one_rank = Ranks(0, 1, torch.device("cpu"))
     learned = build_objective(objective, other, one_rank)
-    collate = KTOCollator(max_tokens=32) if objective == "kto" else Collator()
+    collate = collator_of(objective, world_size=1)
     (step,) = learned.prepare(model, [collate(data.rows, range(n_rows))])
     expected, _ = learned(model, step, with_metrics=False)
 

@@ -23,9 +23,23 @@ from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 from nanoforge.posttraining import reference
-from nanoforge.posttraining.examples import Collator, ExampleEncoder, encode_rows, pack
-from nanoforge.posttraining.losses import AGGREGATIONS, DPO_LOSSES, group_advantages, kto_loss, per_token_logps
-from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, token_metrics
+from nanoforge.posttraining.examples import (
+    Collator,
+    Example,
+    ExampleEncoder,
+    PreferenceCollator,
+    encode_rows,
+    pack,
+)
+from nanoforge.posttraining.losses import (
+    AGGREGATIONS,
+    DPO_LOSSES,
+    group_advantages,
+    kto_loss,
+    pair_sums,
+    per_token_logps,
+)
+from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, position_kwargs, token_metrics
 from nanoforge.posttraining.reference import ReferenceModel
 from nanoforge.training import checkpoint
 
@@ -85,8 +99,22 @@ def batch_of(lengths, first_id: int = 1) -> Batch:
     return Batch(tokens, {"loss_mask": loss_mask}, 1, float(sum(lengths)))
 
 
+def pairs_of(batch: Batch) -> Batch:
+    """Each row of the first half and one of the second, which is its rejected one, as a pair."""
+    n_pairs, width = len(batch.tokens) // 2, batch.tokens.size(1)
+    chosen, rejected = batch.tokens.split(n_pairs)
+    chosen_mask, rejected_mask = batch.extras["loss_mask"].split(n_pairs)
+    between = torch.zeros(n_pairs, 1, dtype=torch.bool)
+    extras = {
+        "loss_mask": torch.cat((chosen_mask, between, rejected_mask), 1),
+        "position_ids": torch.arange(2 * width - 1).remainder(width).expand(n_pairs, -1),
+        "is_rejected": (torch.arange(2 * width - 1) >= width).expand(n_pairs, -1),
+    }
+    return Batch(torch.cat((chosen, rejected), 1), extras, 1, batch.num_loss_tokens)
+
+
 def every_nth_row(batch: Batch, n: int) -> list[Batch]:
-    """The batch as n micro-batches; a preference's rows, which are half the batch apart, stay together."""
+    """The batch as n micro-batches."""
     return [
         Batch(
             batch.tokens[i::n], {name: tensor[i::n] for name, tensor in batch.extras.items()}, n, batch.num_loss_tokens
@@ -141,7 +169,7 @@ def test_dpo_from_a_models_log_probabilities(name, label_smoothing, expected_los
     model = TableModel(spread(CHOSEN + REJECTED, LENGTHS))
     reference = reference_of(spread(REF_CHOSEN + REF_REJECTED, LENGTHS))
     objective = DPO(loss=name, beta=0.1, label_smoothing=label_smoothing, reference=reference)
-    loss, metrics = run_objective(objective, model, every_nth_row(batch_of(LENGTHS), cut))
+    loss, metrics = run_objective(objective, model, every_nth_row(pairs_of(batch_of(LENGTHS)), cut))
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     expected = {
         "loss": expected_loss,
@@ -359,9 +387,9 @@ def test_gradients_of_preferences_by_finite_differences(name):
 
 
 def dpo_case():
-    ref_logps = torch.tensor(REF_CHOSEN + REF_REJECTED)
+    ref_logps = torch.tensor([REF_CHOSEN, REF_REJECTED]).T
     objective = DPO(loss="ipo", beta=0.1, label_smoothing=0.0, reference=None)
-    return objective, batch_of(LENGTHS).with_tensors(ref_logps=ref_logps), spread(CHOSEN + REJECTED, LENGTHS)
+    return objective, pairs_of(batch_of(LENGTHS)).with_tensors(ref_logps=ref_logps), spread(CHOSEN + REJECTED, LENGTHS)
 
 
 def kto_case():
@@ -386,7 +414,7 @@ def test_gradients_through_the_objectives_by_finite_differences(case):
     model = TableModel(values)
 
     def loss_of(logps):
-        return objective(lambda idx, targets, temperature: -logps[targets], batch, with_metrics=False)[0]
+        return objective(lambda idx, targets, **options: -logps[targets], batch, with_metrics=False)[0]
 
     assert torch.autograd.gradcheck(loss_of, (model.logps,))
 
@@ -479,7 +507,8 @@ def test_dpo_equals_trls(name, label_smoothing, seed):
     ref_logps = -10 * torch.rand(8, dtype=torch.double)
     batch = batch_of(lengths)
     objective = DPO(loss=name, beta=0.3, label_smoothing=label_smoothing, reference=None)
-    loss, metrics = objective(model, batch.with_tensors(ref_logps=ref_logps), with_metrics=True)
+    pairs = pairs_of(batch).with_tensors(ref_logps=ref_logps.view(2, 4).T)
+    loss, metrics = objective(model, pairs, with_metrics=True)
 
     trainer = trl_trainer(
         ld_alpha=None,
@@ -838,6 +867,34 @@ def test_packed_examples_have_the_loss_and_gradient_of_padded_ones(variant):
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"position": "rope", "window": "SL", "window_size": 5, "n_kv_head": 2}, {"activation_checkpointing": True}],
+)
+def test_a_shared_prompt_changes_no_log_probability(variant):
+    """Nor a gradient: pairs in one row, of every kind of prompt, and each completion in a row of its own."""
+    encoder = ExampleEncoder(CharTokenizer("0123456789+=", has_eos=True), 24)
+    prompts = [("12+34=", "12+34="), ("1", "1"), ("", ""), ("12+", "12="), ("5", "6")]
+    rows = [
+        {"chosen": encoder.prompt_completion({"prompt": first, "completion": "46"[:i]}, "completion")}
+        | {"rejected": encoder.prompt_completion({"prompt": second, "completion": "4567"}, "completion")}
+        for i, (first, second) in enumerate(prompts)
+    ]
+    pairs = PreferenceCollator()([Example((row["chosen"], row["rejected"]), {}) for row in rows], range(len(rows)))
+    singles = Collator()([Example((row[kind],), {}) for kind in rows[0] for row in rows], range(2 * len(rows)))
+    model = tiny_model(block_size=24, vocab_sizes=(13,), **variant)
+    sums, gradients = [], []
+    for batch in (pairs, singles):
+        logps = per_token_logps(model, batch.tokens, batch.extras["loss_mask"], **position_kwargs(batch))
+        logps = pair_sums(logps, pairs.extras["is_rejected"]) if batch is pairs else logps.sum(1).view(2, -1).T
+        sums.append(logps)
+        gradients.append(torch.autograd.grad((logps * torch.tensor([1.0, -2.0])).sum(), list(model.parameters())))
+    torch.testing.assert_close(sums[0], sums[1])
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-5)
+    n_shared = sum(max(0, len(first) - 1) for first, second in prompts if first == second)
+    assert (pairs.tokens != 0).sum() <= sum(len(sequence.ids) for row in rows for sequence in row.values()) - n_shared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
