@@ -1137,9 +1137,14 @@ def attention_kernel_errors(args: TrainArgs) -> Iterator[str]:
     """Errors of kernels that can't do what other arguments need."""
     if args.attention_kernel == "cudnn" and args.deterministic:
         yield "--attention_kernel=cudnn: is not deterministic; with --deterministic use auto or flash"
-    masked = [flag for flag, is_set in (("--window", "S" in args.window), ("--packing", args.packing)) if is_set]
-    if args.attention_kernel == "flash" and masked:
-        yield f"--attention_kernel=flash: has no masks, which {' and '.join(masked)} need; use auto, efficient or cudnn"
+    masked = {
+        "--window": "S" in args.window,
+        "--packing": args.packing,
+        f"--objective={args.objective}": OBJECTIVES[args.objective].is_online,
+    }
+    flags = [flag for flag, needs_mask in masked.items() if needs_mask]
+    if args.attention_kernel == "flash" and flags:
+        yield f"--attention_kernel=flash: has no masks, needed by {' and '.join(flags)}; use auto, efficient or cudnn"
 
 
 def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:

@@ -427,8 +427,11 @@ def to_loss_on(value: Any, experiment: Experiment) -> Arguments:
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 
+# --attention_kernel=flash has no masks, which the packages of these names have: auto takes flash where it can.
 ATTENTION_KERNELS: dict[str, Arguments] = {
-    "flash_attention_2": {"attention_kernel": "flash"},
+    "flash_attention_2": {"attention_kernel": "auto"},
+    "flash_attention_3": {"attention_kernel": "auto"},
+    "flex_attention": {"attention_kernel": "auto"},
     "sdpa": {"attention_kernel": "auto"},
     "eager": {"attention_kernel": "math"},
 }
@@ -472,7 +475,8 @@ KEYS: dict[str, Key] = {
     "torch_dtype": ignored("dtype, unless bf16 or fp16 is true; weights stay float32"),
     "dtype": ignored("as torch_dtype"),
     "attn_implementation": Key(
-        "attention_kernel: flash_attention_2 is flash, sdpa is auto, eager is math", one_of(ATTENTION_KERNELS)
+        "attention_kernel: eager is math, flash_attention_2 and 3, sdpa and flex_attention are auto",
+        one_of(ATTENTION_KERNELS),
     ),
     "use_peft": switch("adapter=lora", {"adapter": "lora"}),
     "lora_r": lora("lora_rank"),

@@ -66,6 +66,7 @@ def test_a_kernel_that_cannot_attend_is_named(allowed):
     [
         (["--deterministic", "--attention_kernel=cudnn"], "--deterministic"),
         (["--window=SL", "--attention_kernel=flash"], "--window"),
+        (["--init_from=x", "--objective=grpo", "--attention_kernel=flash"], "--objective=grpo"),
         (["--window=SL", "--attention_kernel=efficient"], ""),
         (["--deterministic", "--attention_kernel=flash"], ""),
     ],

@@ -1010,7 +1010,7 @@ def guide_arguments(tmp_path: Path, steps: int) -> dict:
         "wandb_project": "salamandra_alignment",
         "wandb_run_name": "test_alignment",
         "activation_checkpointing": True,
-        "attention_kernel": "flash",
+        "attention_kernel": "auto",
         "parallel": "fsdp",
         "fsdp_offload": True,
         "lr_scheduler": "linear",
