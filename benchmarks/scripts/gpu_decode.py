@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,28 @@ def build_ours(options: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def decode_ours(options: dict[str, Any], device: torch.device) -> None:
-    """As sample.py does: prompts of one length, weights cast once."""
-    from nanoforge.models.generation import SamplingParams, generate
+    """As sample.py does: prompts of one length without an end, weights cast once."""
+    from nanoforge.models import generation
 
     model = build_ours(options, device)
     model.to(model.compute_dtype)  # type: ignore[arg-type]
-    new = options["new"]
-    sampling = SamplingParams(max_new_tokens=new, temperature=TEMPERATURE, top_k=TOP_K)
+    prompt, new = options["prompt"], options["new"]
     for batch_size in options["batch_sizes"]:
-        for decode in ("cached", "compiled"):
-            name = f"B{batch_size} {'compiled' if decode == 'compiled' else 'eager'}"
+        for compiled in (False, True):
+            name = f"B{batch_size} {'compiled' if compiled else 'eager'}"
             if name in options["done"]:
                 continue
-            idx = torch.zeros(batch_size, options["prompt"], dtype=torch.long, device=device)
-
-            def draw(idx: torch.Tensor = idx, decode: str = decode) -> object:
-                return generate(model, idx, sampling, torch.Generator(device).manual_seed(0), decode=decode)
-
-            ran = f"generate, {batch_size} x ({options['prompt']} + {new}) tokens, top_k {TOP_K}, decode={decode}"
+            sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": TEMPERATURE, "top_k": TOP_K}
+            draw: Callable[[], object]
+            if "compiled" in generation.SamplingParams.__dataclass_fields__:
+                params = generation.SamplingParams(**sampling | {"compiled": compiled})
+                draw = partial(generation.generate_batch, model, [[0] * prompt] * batch_size, params)
+            else:
+                idx = torch.zeros(batch_size, prompt, dtype=torch.long, device=device)
+                params = generation.SamplingParams(**sampling)
+                decode = "compiled" if compiled else "cached"
+                draw = partial(generation.generate, model, idx, params, torch.Generator(device), decode=decode)
+            ran = f"{batch_size} x ({prompt} + {new}) tokens, top_k {TOP_K}, compiled: {compiled}"
             measure(name, batch_size * new, draw, device, ran)
 
 
@@ -100,26 +105,21 @@ def decode_batches(options: dict[str, Any], device: torch.device) -> None:
     """As rollouts and evaluations do: prompts of several lengths, weights as they are trained, or cast."""
     from nanoforge.models.generation import SamplingParams, generate_batch
 
-    new = options["new"]
+    prompt, new = options["prompt"], options["new"]
     sampling = SamplingParams(max_new_tokens=new)
     for dtype in (torch.float32, torch.bfloat16):
         model = build_ours(options, device).to(dtype)
-        for cudnn in (True, False):
-            torch.backends.cuda.enable_cudnn_sdp(enabled=cudnn)
+        weights = str(dtype).removeprefix("torch.")
+        for with_cudnn in (False, True):
+            if device.type == "cuda":  # device.varying_shapes leaves cuDNN on where the plain kernel is not allowed
+                torch.backends.cuda.enable_math_sdp(enabled=not with_cudnn)
+                torch.backends.cuda.enable_cudnn_sdp(enabled=with_cudnn)
             for batch_size in options["batch_sizes"]:
-                weights = str(dtype).removeprefix("torch.")
-                name = f"B{batch_size} {weights} weights{'' if cudnn else ' without cuDNN'}"
-                if name in options["done"]:
-                    continue
-                prompts = [[0] * (options["prompt"] + row % 8) for row in range(batch_size)]
-
-                def draw(prompts: list[list[int]] = prompts, model: nn.Module = model) -> object:
-                    torch.manual_seed(0)
-                    return generate_batch(model, prompts, sampling)
-
-                ran = f"generate_batch, {batch_size} x {new} new tokens, {weights} weights, cuDNN {cudnn}"
-                measure(name, batch_size * new, draw, device, ran)
-        del model
+                name = f"B{batch_size} {weights} weights{' with cuDNN' if with_cudnn else ''}"
+                if name not in options["done"]:
+                    prompts = [[0] * (prompt + row % 8) for row in range(batch_size)]
+                    ran = f"generate_batch, {batch_size} x {new} new tokens, {weights} weights, cuDNN: {with_cudnn}"
+                    measure(name, batch_size * new, partial(generate_batch, model, prompts, sampling), device, ran)
 
 
 def decode_nanogpt(options: dict[str, Any], device: torch.device) -> None:

@@ -2,9 +2,9 @@
 
     python stopwatch.py FOLDER MODULE FUNCTION SCRIPT [ARGUMENT ...]
 
-FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). It returns a tensor, whose last column is
-read: that waits for the device. Before its first call it is called once outside the time, which compiles what it
-compiles.
+FOLDER holds SCRIPT and MODULE. FUNCTION may be a method (GPT.generate). Of a tensor that it returns the last column is
+read: that waits for the device. Whatever else it returns has waited. Before its first call it is called once outside
+the time, which compiles what it compiles.
 """
 
 import functools
@@ -24,13 +24,19 @@ function = getattr(owner, function_name)
 spent: list[float] = []
 
 
+def call(*args: Any, **kwargs: Any) -> Any:
+    result = function(*args, **kwargs)
+    if hasattr(result, "sum"):
+        result[..., -1].sum().item()
+    return result
+
+
 @functools.wraps(function)
 def timed(*args: Any, **kwargs: Any) -> Any:
     if not spent:
-        function(*args, **kwargs)[..., -1].sum().item()
+        call(*args, **kwargs)
     start = time.perf_counter()
-    result = function(*args, **kwargs)
-    result[..., -1].sum().item()
+    result = call(*args, **kwargs)
     spent.append(time.perf_counter() - start)
     return result
 
