@@ -33,7 +33,7 @@ from nanoforge.device import (
     get_device,
     missing_compiler,
 )
-from nanoforge.distributed import Ranks, apply_fsdp, has_process_group
+from nanoforge.distributed import Ranks, apply_fsdp, has_process_group, is_sharded
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained, quantized
 from nanoforge.models.generation import SamplingParams
@@ -908,6 +908,8 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
         n=args.num_generations,
         end_ids=completion_end_ids(context.tokenizer),
         vocab_size=context.tokenizer.vocab_size,
+        logps=True,
+        compiled=args.compile and context.ranks.device.type == "cuda" and not is_sharded(context.model),
     )
     return Sampler(context.model, context.tokenizer, sampling, context.ranks)
 

@@ -13,7 +13,7 @@ results of every call.
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,14 +133,14 @@ import numpy as np
 import torch
 
 from builders import LoadedModel, build_run, example_sources, load_model, prepare_data, with_template
-from nanoforge import files, rng
+from nanoforge import files
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data import batches, hub_datasets, tables, token_bins, tokenization
 from nanoforge.data.tables import Row
 from nanoforge.device import explain_out_of_memory, varying_shapes
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.models.generation import SamplingParams, generate_batch
+from nanoforge.models.generation import SamplingParams, generate_batch, uniform_draws
 from nanoforge.models.likelihood import Pair, score_continuations
 from nanoforge.posttraining import lm_eval_model, multiple_choice, prompt_format, row_shapes
 from nanoforge.posttraining.accuracy import majority_at_k, pass_at_k, wilson_interval
@@ -614,7 +614,7 @@ def answer_problems(evaluation: Evaluation, problems: Sequence[Row], title: str)
             model,
             prompts=prompts[batch.start : batch.stop],
             sampling=sampling,
-            uniform=uniform_of(args.seed, first_completion=batch.start * args.num_passes),
+            uniform=uniform_draws(args.seed, first=batch.start * args.num_passes),
         )
         for number, completion in enumerate(completions):
             ids = completion.ids[:-1] if completion.ended else completion.ids
@@ -632,11 +632,6 @@ def encode_prompts(encoder: ExampleEncoder, problems: Sequence[Row], source: str
         except (UserError, UnicodeError) as error:
             raise UserError(f"--tasks={source}: row {number}: {error}") from None
     return prompts
-
-
-def uniform_of(seed: int, first_completion: int) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Random numbers of (completion of a batch, token) that are the same in batches of any size."""
-    return lambda completion, token: rng.uniform(seed, first_completion + completion, token)
 
 
 def score_problem(reference: str, completions: Sequence[str], num_passes: int) -> ProblemScore:

@@ -189,6 +189,8 @@ class RMSNorm(PlainRMSNorm):
 class OffsetRMSNorm(PlainRMSNorm):
     """RMSNorm whose gain is 1 + a learned offset, which weight decay would pull to 0 (Gemma)."""
 
+    needs_exact_weights = True  # they are not cast before they are used
+
     def __init__(self, config: GPTConfig, width: int):
         super().__init__(config, width)
         self.offset = nn.Parameter(torch.zeros(width))
@@ -424,7 +426,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: flo
 
 
 def masked_attention(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """mask: as `attention_mask` makes it."""
+    """mask: 0 where a query sees a key, -inf elsewhere: (T, S), or (B, 1, T, S) if sequences differ."""
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped)
 
@@ -1086,7 +1088,8 @@ class GPT(nn.Module):
 
         # 4. The same without flex_attention, and caches that are read in part or whose sequences differ.
         visible = visible_keys(positions, span, x.device, cached=cache is not None)
-        return partial(masked_attention, visible.mask(slice(None), torch.arange(S, device=x.device)))
+        mask = visible.mask(slice(None), torch.arange(S, device=x.device))
+        return partial(masked_attention, x.new_zeros(()).where(mask, -math.inf))  # once, and not in each layer
 
     @classmethod
     def from_weights(

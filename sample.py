@@ -12,6 +12,7 @@ prompts, also of several runs, are added to the base model that they were traine
 """
 
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,6 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from builders import LoadedModel, load_model, load_soft_prompts, with_template
 from nanoforge import files
@@ -137,12 +137,13 @@ from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
-from nanoforge.models.generation import SamplingParams, generate, generate_batch
+from nanoforge.models.generation import SamplingParams, cast_weights, generate_batch, uniform_draws
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.chat_template import completion_end_ids
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.posttraining.rollouts import decode_completion
+from nanoforge.rng import SAMPLE
 from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 
@@ -170,6 +171,14 @@ def sample(args: SampleArgs) -> None:
         sample_endlessly(args, loaded)
 
 
+def prepare_model(args: SampleArgs, loaded: LoadedModel) -> None:
+    """Put the model on its device, with its weights cast once, not at every token. Raises UserError."""
+    device = loaded.to(args.device, args.dtype)
+    if args.compile:
+        check_compiler(device)
+    cast_weights(loaded.model)
+
+
 def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
     """The sampling arguments, and further fields of SamplingParams."""
     return SamplingParams(
@@ -178,6 +187,7 @@ def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
+        compiled=args.compile,
         **options,
     )
 
@@ -283,16 +293,19 @@ def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
 
 def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, chat: list[dict[str, str]]) -> None:
     """Reply to each line of standard input, as the user's next message, until it ends. Raises UserError."""
-    loaded.to(args.device, args.dtype)
+    prepare_model(args, loaded)
     tokenizer = loaded.tokenizer
     sampling = sampling_params(args, end_ids=completion_end_ids(tokenizer), vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(args.seed)
-    while (message := read_message()) is not None:
+    for turn in itertools.count():
+        message = read_message()
+        if message is None:
+            return
         chat.append({"role": "user", "content": tables.check_text(message, "standard input")})
         prompt = encoder.encode_prompt({"prompt": chat})
         remark_long_prompt(len(prompt), loaded)
         printer = TokenPrinter(tokenizer)
-        (completion,) = generate_batch(loaded.model, [prompt], sampling, on_token=printer.put)
+        draws = uniform_draws(args.seed, SAMPLE, turn)
+        (completion,) = generate_batch(loaded.model, [prompt], sampling, draws, on_token=printer.put)
         printer.flush()
         print()
         chat.append({"role": "assistant", "content": decode_completion(completion, tokenizer)})
@@ -320,13 +333,13 @@ def print_completions(
     args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefixes: Sequence[str] = ()
 ) -> None:
     """Draw and print num_samples completions of each prompt, each after its prefix, if there are prefixes."""
-    loaded.to(args.device, args.dtype)
+    prepare_model(args, loaded)
     remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
     end_ids = completion_end_ids(tokenizer)
     sampling = sampling_params(args, n=args.num_samples, end_ids=end_ids, vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(args.seed)
-    for number, completion in enumerate(generate_batch(loaded.model, prompts, sampling)):
+    completions = generate_batch(loaded.model, prompts, sampling, uniform_draws(args.seed, SAMPLE))
+    for number, completion in enumerate(completions):
         prefix = prefixes[number // args.num_samples] if prefixes else ""
         print(f"{prefix}{decode_completion(completion, tokenizer, continues_text=bool(prefixes))}\n{SEPARATOR}")
 
@@ -344,7 +357,7 @@ class TextStream:
     offset: int  # of its vocabulary in the model
     prompt: np.ndarray  # (T,)
 
-    def local_ids(self, ids: torch.Tensor) -> list[int]:
+    def local_ids(self, ids: np.ndarray) -> list[int]:
         """The tokenizer's ids from the model's, (T,), without the one that begins a text."""
         return without_start(self.tokenizer, (ids - self.offset).tolist())
 
@@ -367,9 +380,9 @@ class TokenPrinter:
         if is_whole or len(self.waiting) > self.MAX_WAITING:
             self.flush()
 
-    def put_first_sample(self, ids: torch.Tensor) -> None:
-        """The first of the samples' new ids, (B,)."""
-        self.put(int(ids[0]) - self.offset)
+    def put_model_id(self, token: int) -> None:
+        """A token by its id in the model."""
+        self.put(token - self.offset)
 
     def flush(self) -> None:
         """Print what is waiting, whole or not."""
@@ -381,44 +394,37 @@ class TokenPrinter:
 
 def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     """Continue a text, or all contexts together, by max_new_tokens tokens. Raises UserError."""
-    # 1. The model on its device; its weights are cast once, not at every token.
-    model = loaded.model
-    device = loaded.to(args.device, args.dtype)
-    if args.compile:
-        check_compiler(device)
-    model.to(model.compute_dtype)
-
-    # 2. One batch of num_samples copies of the prompt.
-    has_contexts = model.config.vocabulary == "contexts"
+    # 1. The prompt.
+    prepare_model(args, loaded)
+    config = loaded.model.config
+    has_contexts = config.vocabulary == "contexts"
     streams = open_contexts(args, loaded) if has_contexts else [open_stream(args, loaded)]
-    rows = np.stack([stream.prompt + stream.offset for stream in streams])  # (K, T)
-    idx = torch.from_numpy(rows if has_contexts else rows[0]).to(device)
-    idx = idx.expand(args.num_samples, *idx.shape)  # (B, T) or (B, K, T)
-    vocab_size = streams[0].tokenizer.vocab_size if model.config.vocabulary == "one" else None
-    remark_long_prompt(idx.size(-1), loaded)
+    prompt = np.stack([stream.prompt + stream.offset for stream in streams])  # (K, T)
+    vocab_size = streams[0].tokenizer.vocab_size if config.vocabulary == "one" else None
+    remark_long_prompt(prompt.shape[1], loaded)
 
-    # 3. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
+    # 2. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
     printer = None
     if args.stream and not has_contexts:
         printer = TokenPrinter(streams[0].tokenizer, streams[0].offset)
         for token in without_start(streams[0].tokenizer, streams[0].prompt.tolist()):
             printer.put(token)
-    samples = generate(
-        model,
-        idx,
-        sampling_params(args, vocab_size=vocab_size),
-        torch.Generator(device).manual_seed(args.seed),
-        on_token=printer.put_first_sample if printer else None,
-        decode="compiled" if args.compile else "cached",
-    ).cpu()
+    completions = generate_batch(
+        loaded.model,
+        [prompt],
+        sampling_params(args, n=args.num_samples, vocab_size=vocab_size),
+        uniform_draws(args.seed, SAMPLE),
+        on_token=printer.put_model_id if printer else None,
+    )
 
-    # 4. The rest.
+    # 3. The rest.
     if printer:
         printer.flush()
         print(f"\n{SEPARATOR}")
-        samples = samples[1:]
-    for sample in samples:
-        print(format_sample(streams, sample.view(len(streams), -1)), end=f"\n{SEPARATOR}\n")
+        completions = completions[1:]
+    for completion in completions:
+        drawn = np.array(completion.ids).reshape(-1, len(streams)).T  # (K, new)
+        print(format_sample(streams, np.concatenate((prompt, drawn), axis=1)), end=f"\n{SEPARATOR}\n")
 
 
 def open_stream(args: SampleArgs, loaded: LoadedModel) -> TextStream:
@@ -459,7 +465,7 @@ def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
     return streams
 
 
-def format_sample(streams: list[TextStream], sample: torch.Tensor) -> str:
+def format_sample(streams: list[TextStream], sample: np.ndarray) -> str:
     """A sample as text; sample: (K, T)."""
     if len(streams) == 1:
         return streams[0].tokenizer.decode(streams[0].local_ids(sample[0]))

@@ -17,6 +17,7 @@ OFFSET = 3  # the offset of an epoch's grid of windows
 EVALUATION = 4  # the windows of evaluations
 DROPOUT = 5
 ROLLOUT = 6  # the tokens of sampled completions
+SAMPLE = 7  # the tokens that sample.py draws
 
 
 def splitmix64(state: np.ndarray, value: int | np.ndarray) -> np.ndarray:

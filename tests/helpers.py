@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
@@ -33,6 +34,7 @@ from nanoforge import files
 from nanoforge.data import corpus, tokenization
 from nanoforge.data.documents import TextChunk
 from nanoforge.data.tokenization import CharTokenizer
+from nanoforge.models import generation
 from nanoforge.training import checkpoint
 
 TINY = [
@@ -312,6 +314,28 @@ def tiny_model(seed: int = 0, **changes) -> GPT:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@torch.no_grad()
+def draw_uncached(model: GPT, idx: torch.Tensor, n: int, draws: Any = None, **sampling: Any) -> torch.Tensor:
+    """idx, (B, T) or (B, K, T), and n tokens more, which `draws` decides: the whole context is read for each of them.
+
+    Past block_size, the context is cut to its last half.
+    """
+    params = generation.SamplingParams(max_new_tokens=n, **sampling)
+    draws = draws or generation.uniform_draws(0)
+    rows, n_contexts = np.arange(len(idx)), idx[0, ..., 0].numel()
+    start = max(0, idx.size(-1) - model.config.block_size)
+    for token in range(n):
+        if idx.size(-1) - start > model.config.block_size:
+            start = idx.size(-1) - max(1, model.config.block_size // 2)
+        choices = model.vocabulary.next_token_logits(model(idx[..., start:])[:, -1].float(), idx[..., -1])
+        new = []
+        for k, (offset, logits) in enumerate(choices):
+            u = torch.from_numpy(draws(rows * n_contexts + k, np.array(token))).float()
+            new.append(offset + generation.sample(logits, u, params))
+        idx = torch.cat((idx, torch.stack(new, -1).view(*idx.shape[:-1], 1)), dim=-1)
+    return idx
 
 
 def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:

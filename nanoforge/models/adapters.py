@@ -220,6 +220,8 @@ def add_token_rows(model: nn.Module, first: int, count: int) -> None:
 class TensorProvider(nn.Module):
     """Virtual tokens (P, C) as plain parameters."""
 
+    needs_exact_weights = True  # they are not cast before they are used
+
     def __init__(self, initial: Tensor):
         super().__init__()
         self.rows = nn.Parameter(initial.clone())
@@ -233,6 +235,8 @@ class LSTMProvider(nn.Module):
 
     The MLP's output starts at 0.
     """
+
+    needs_exact_weights = True
 
     def __init__(self, initial: Tensor):
         super().__init__()

@@ -1,23 +1,34 @@
-"""Generation: sampling parameters, a KV cache, and the decoding of one text or of many.
+"""Generation: sampling parameters, a KV cache, and the decoding of completions of many prompts together.
 
 Knows nothing of tokenizers, prompts as text, or rewards.
 
-`generate` continues prompts of one length without end and hands over each token as it is drawn. Past block_size the
-context is cut to its last half and read again. Every token is thus drawn from the model's exact output for at least
-half a block of context, at the cost of one prefill every half block.
+`generate_batch` is the one way to draw: for sample.py, evaluations and rollouts. It completes prompts of different
+lengths, each `n` times, to a token that ends them or to max_new_tokens. Its `Decoder` works as gpt-fast does: `prefill`
+reads the prompts, `decode_one_token` reads the last token of every sequence and draws the next.
 
-`generate_batch` completes prompts of different lengths, each `n` times, until a token that ends them. Its
-`BatchDecoder` prefills once, then decodes a token of every sequence at a time, and retires finished sequences. Past
-block_size it cuts each sequence's context in the same way; virtual tokens of a soft prompt always stay.
+On CUDA the host looks at what was drawn every LOOK_EVERY tokens only. Between two looks a step reads and writes tensors
+at fixed addresses, so it is captured as a CUDA graph and replayed.
+
+Past block_size a context is cut to its last half and read again. Every token is thus drawn with at least half a block
+of context, at the cost of one prefill every half block. Virtual tokens of a soft prompt always stay.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanoforge import rng
+from nanoforge.device import varying_shapes
+from nanoforge.distributed import is_sharded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
@@ -41,6 +52,17 @@ class SamplingParams:
     end_ids: tuple[int, ...] = ()  # each ends a completion
     vocab_size: int | None = None  # ids that may be drawn are below it: padding rows are not; None: all
     is_complete: Callable[[list[int]], bool] | None = None  # whether the ids of a completion are enough, without an end
+    logps: bool = False  # whether completions have log-probabilities
+    compiled: bool = False  # whether decode_one_token is compiled
+
+
+# (numbers of completions, numbers of tokens), which broadcast, -> numbers in [0, 1) that alone decide the draws
+UniformDraws = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def uniform_draws(*key: int, first: int = 0) -> UniformDraws:
+    """Random numbers that are a function of (key, completion, token). first: number of the first completion."""
+    return lambda completions, tokens: rng.uniform(*key, completions + first, tokens)
 
 
 def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -62,13 +84,6 @@ def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return probs
 
 
-def sample_next_token(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> Tensor:
-    """One id a row, (B,), from logits (B, V)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(logits_to_probs(logits, sampling), 1, generator=generator)[:, 0]
-
-
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """The ids, (B,), at which the cumulative probs, (B, V), pass u, (B,) in [0, 1): u alone decides the draw.
 
@@ -80,37 +95,83 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True)[:, 0]
 
 
+def sample(logits: Tensor, u: Tensor, sampling: SamplingParams) -> Tensor:
+    """An id of each row, (B,), from logits (B, V) and u, (B,) in [0, 1)."""
+    logits = logits[:, : sampling.vocab_size]
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return inverse_cdf(logits_to_probs(logits, sampling), u)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# KV cache
+# weights
 
 
 def device_of(model: nn.Module) -> torch.device:
     return model.get_parameter("wte.weight").device
 
 
+def castable_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that are not in the compute dtype, and that a forward casts to it before it computes with them."""
+    exact = [module for module in model.modules() if getattr(module, "needs_exact_weights", False)]
+    kept = {id(parameter) for module in exact for parameter in module.parameters()}
+    dtype: Any = model.compute_dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype and id(parameter) not in kept:
+            yield parameter
+
+
+def cast_weights(model: nn.Module) -> None:
+    """Cast the weights to the compute dtype, in place, for a model that is only sampled from."""
+    dtype: Any = model.compute_dtype
+    for parameter in castable_weights(model):
+        parameter.data = parameter.data.to(dtype)
+
+
+def decoding_copy(model: nn.Module) -> nn.Module:
+    """A model that computes the same, with weights that are cast already, and whose blocks are not compiled: their
+    graphs are for training's shapes. All else is shared; without a difference it is the model itself."""
+    dtype: Any = model.compute_dtype
+    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in castable_weights(model)}
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if not (cast or is_compiled):
+        return model
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared | cast)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+def round_up(length: int) -> int:
+    """Tokens to 64, 128, 256, 512 and on by 512: shapes that graphs are made for, so there are few."""
+    return -(-length // 512) * 512 if length > 256 else max(64, 1 << (length - 1).bit_length())
+
+
 class KVCache:
-    """Keys and values of all layers, allocated once for `size` tokens of each sequence.
+    """Keys and values of each layer, allocated once for `size` tokens of each sequence.
 
     The caller asks `advance` for the positions of the next tokens and passes positions to the model's forward:
 
         logits = model(tokens, cache=cache, position_ids=cache.advance(tokens.size(1)))
 
-    Positions are a slice, the same of all sequences: attention then reads the tokens so far. Or they are `static_pos`,
-    a tensor (1,) at a fixed address: attention reads all `size` slots behind a mask, in shapes that never change, as a
-    compiled step needs. Or they are a tensor (B, T): each sequence has its own.
+    Positions are a slice, the same of all sequences, or a tensor (B, T): each sequence has its own.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, size: int):
         config: Any = model.config
         dtype: Any = model.compute_dtype
+        shape = (batch_size, 2 * config.n_kv_head, size, config.head_dim)
         device = device_of(model)
-        n_kv_head, head_dim = config.n_kv_head, config.head_dim
-        shape = (config.n_layer, batch_size, n_kv_head, size, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.static_pos = torch.zeros(1, device=device, dtype=torch.long)
-        self.size = size
-        self.length = 0  # tokens read so far, by the longest sequence
+        # Of each layer (B, 2 H_kv, size, D), keys first: one kernel writes both.
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.rows = torch.arange(batch_size, device=device)[:, None]
+        self.length = 0  # tokens that attention reads at positions (B, T)
+
+    @property
+    def size(self) -> int:
+        return self.layers[0].size(2)
 
     def advance(self, num_tokens: int) -> slice:
         """Count the next tokens as read; their positions."""
@@ -118,337 +179,422 @@ class KVCache:
         self.length = min(start + num_tokens, self.size)
         return slice(start, self.length)
 
-    def advance_static(self) -> Tensor:
-        """Count the next token as read; its position, as `static_pos`."""
-        return self.static_pos.fill_(self.advance(1).start)
-
-    def reset(self) -> None:
-        """Forget all tokens. Old keys need no zeros: they lie behind the positions that attention reads."""
-        self.length = 0
-
     def select(self, rows: Tensor) -> None:
         """Keep the sequences of these rows, (rows,), in this order; a row may be repeated."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
+        self.layers = [layer[rows] for layer in self.layers]
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
 
     def replace(self, rows: Tensor, other: "KVCache") -> None:
         """Put the sequences of another cache in the place of these rows, (rows,)."""
-        self.keys[:, rows, :, : other.size] = other.keys
-        self.values[:, rows, :, : other.size] = other.values
+        for layer, other_layer in zip(self.layers, other.layers, strict=True):
+            layer[rows, :, : other.size] = other_layer
+
+    def grow(self, size: int) -> None:
+        """Make room for `size` tokens."""
+        self.layers = [F.pad(layer, (0, 0, 0, size - self.size)) for layer in self.layers]
 
     def num_keys(self, positions: slice | Tensor) -> int:
         """How many keys attention reads for these positions."""
-        if isinstance(positions, slice):
-            return positions.stop
-        return self.length if positions.dim() == 2 else self.size
+        return positions.stop if isinstance(positions, slice) else self.length
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's k and v, (B, H_kv, T, D), at `positions`; its keys and values to read, (B, H_kv, S, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(positions, Tensor) and positions.dim() == 2:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, H_kv, D)
-            values[rows, :, positions] = v.transpose(1, 2)
+        kept, new = self.layers[layer], torch.cat((k, v), dim=1)
+        if isinstance(positions, slice):
+            kept[:, :, positions] = new
         else:
-            keys[:, :, positions] = k
-            values[:, :, positions] = v
-        end = self.num_keys(positions)
-        return keys[:, :, :end], values[:, :, :end]
+            kept[self.rows, :, positions] = new.transpose(1, 2)  # (B, T, 2 H_kv, D); compiled, it is made in place
+        keys, values = kept[:, :, : self.num_keys(positions)].chunk(2, dim=1)
+        return keys, values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one length of prompt, without end
+# one step
 
 
-LAST = (slice(None), slice(-1, None))  # the last position of each text, as logits_at
+LOOK_EVERY = 16  # tokens
+MAX_GRAPHS = 64  # of a compiled step; beyond them it fails
 
 
-class UncachedReader:
-    """Reads the whole context at every token: what the cache is checked against. size: of the longest context."""
+@dataclass
+class DecodeState:
+    """What a step reads and writes beside the cache. R sequences draw K ids each, one for each context.
 
-    def __init__(self, model: nn.Module, batch_size: int, size: int):
-        self.model = model
-
-    def reset(self) -> None:
-        """The context was cut."""
-
-    def next_logits(self, context: Tensor) -> Tensor:
-        """Logits (B, V) of the token after the context, (B, T) or (B, K, T)."""
-        return self.model(context, logits_at=LAST)[:, -1]
-
-
-class CachedReader(UncachedReader):
-    """Reads only the tokens that are not in the cache yet: prefill, then one at a time."""
-
-    def __init__(self, model: nn.Module, batch_size: int, size: int):
-        super().__init__(model, batch_size, size)
-        self.cache = KVCache(model, batch_size, size)
-
-    def reset(self) -> None:
-        self.cache.reset()
-
-    def next_logits(self, context: Tensor) -> Tensor:
-        unread = context[..., self.cache.length :]
-        positions = self.cache.advance(unread.size(-1))
-        return self.model(unread, cache=self.cache, position_ids=positions, logits_at=LAST)[:, -1]
-
-
-class CompiledReader(CachedReader):
-    """Compiles the step that reads one token; on a GPU it is replayed as a CUDA graph."""
-
-    def __init__(self, model: nn.Module, batch_size: int, size: int):
-        super().__init__(model, batch_size, -(-size // 256) * 256)  # each size is compiled, so there are few
-        for tensor in (self.cache.keys, self.cache.values, self.cache.static_pos):
-            torch._dynamo.mark_static_address(tensor)
-        mode = "reduce-overhead" if self.cache.keys.is_cuda else None
-        self.compiled_model = torch.compile(model, dynamic=False, mode=mode)
-
-    def next_logits(self, context: Tensor) -> Tensor:
-        if context.size(-1) != self.cache.length + 1:
-            return super().next_logits(context)
-        token = context[..., -1:].clone(memory_format=torch.contiguous_format)  # other strides would recompile
-        return self.compiled_model(token, cache=self.cache, position_ids=self.cache.advance_static())[:, -1]
-
-
-READERS = {"uncached": UncachedReader, "cached": CachedReader, "compiled": CompiledReader}
-
-
-@torch.inference_mode()
-def generate(
-    model: nn.Module,
-    idx: Tensor,
-    sampling: SamplingParams,
-    generator: torch.Generator,
-    on_token: Callable[[Tensor], None] | None = None,
-    decode: str = "cached",
-) -> Tensor:
-    """Continue idx, (B, T) or (B, K, T) of K contexts, by exactly max_new_tokens ids: (B, T + new) or (B, K, T + new).
-
-    on_token is called with the new ids of each step, (B,) or (B, K). decode is a key of READERS.
+    Where shapes are static, `positions` and `at` are tensors: a step then needs nothing of the host.
     """
-    config: Any = model.config
+
+    ids: Tensor  # (R, K) drawn, but not read yet
+    uniform: Tensor  # (LOOK_EVERY, R, K) numbers in [0, 1) that decide the draws of a block of tokens
+    drawn: Tensor  # (LOOK_EVERY, R, K) the block's ids
+    logps: Tensor  # (LOOK_EVERY, R) their log-probabilities
+    positions: Any  # of `ids`: a slice or (R, 1)
+    at: Any  # which token of the block is drawn next: a slice or (1,)
+
+    def advance(self) -> None:
+        """To the next token."""
+        for name in ("positions", "at"):
+            index = getattr(self, name)
+            if isinstance(index, Tensor):
+                index.add_(1)
+            else:
+                setattr(self, name, slice(index.start + 1, index.stop + 1))
+
+
+def draw(model: nn.Module, logits: Tensor, state: DecodeState, sampling: SamplingParams) -> None:
+    """Draw the ids of every row from logits (R, V), into the state."""
+    logits = logits.float()
     vocabulary: Any = model.vocabulary
-    prompt_length, block_size = idx.size(-1), config.block_size
-    tokens = torch.cat((idx, idx.new_zeros(*idx.shape[:-1], sampling.max_new_tokens)), dim=-1)
-    reader = READERS[decode](model, idx.size(0), min(block_size, tokens.size(-1)))
-    start = max(0, prompt_length - block_size)  # of the context
-    for end in range(prompt_length, tokens.size(-1)):
-        # 1. Past block_size, the context is cut to its last half and read again.
-        if end - start > block_size:
-            start = end - max(1, block_size // 2)
-            reader.reset()
-        # 2. Read what is new in the context.
-        logits = reader.next_logits(tokens[..., start:end])  # (B, V)
-        # 3. Draw a token, of several contexts one each.
-        drawn = []
-        for offset, choices in vocabulary.next_token_logits(logits, tokens[..., end - 1]):
-            drawn.append(offset + sample_next_token(choices[:, : sampling.vocab_size], sampling, generator))
-        tokens[..., end] = torch.stack(drawn, dim=-1).view(idx.shape[:-1])  # (B,) or (B, K)
-        if on_token is not None:
-            on_token(tokens[..., end])
-    return tokens
+    last_ids = state.ids if state.ids.size(1) > 1 else state.ids[:, 0]
+    u = state.uniform[state.at][0]
+    for k, (offset, choices) in enumerate(vocabulary.next_token_logits(logits, last_ids)):
+        torch.add(sample(choices, u[:, k], sampling), offset, out=state.ids[:, k])
+    state.drawn[state.at] = state.ids[None]
+    if sampling.logps:
+        logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        state.logps[state.at] = logps.gather(1, state.ids).T
+
+
+def decode_one_token(model: nn.Module, cache: KVCache, state: DecodeState, sampling: SamplingParams) -> None:
+    """Read the last ids of every row and draw the next. It changes the cache and the state, and reads no host."""
+    tokens = state.ids[..., None] if state.ids.size(1) > 1 else state.ids  # (R, K, 1) or (R, 1)
+    logits = model(tokens, cache=cache, position_ids=state.positions)[:, -1]
+    draw(model, logits, state, sampling)
+    state.advance()
+
+
+@functools.cache
+def compiled_step(device_type: str) -> Callable[..., None]:
+    """decode_one_token, compiled: one graph for each size of the cache, which batches greater than 1 share."""
+    options: Any = {"coordinate_descent_tuning": True} if device_type == "cuda" else None
+    return torch.compile(decode_one_token, fullgraph=True, dynamic=False, options=options)
+
+
+def allow_graphs(*, compiled: bool) -> AbstractContextManager[None]:
+    """Sizes of the cache times sampling parameters are more graphs than torch makes of a function by default."""
+    return torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS) if compiled else nullcontext()
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph whose `replay` does what the step does, to the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+class ReplayedStep:
+    """A step of which CUDA launches all kernels at once: the first call runs it, the second one captures it."""
+
+    def __init__(self, step: Callable[[], None]):
+        self.step = step
+        self.has_run = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self.has_run:
+            self.has_run = True
+            self.step()
+            return
+        self.graph = self.graph or capture(self.step)
+        self.graph.replay()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts of different lengths, until the end-of-sequence token
+# completions of many prompts
 
 
 class Completion(NamedTuple):
-    ids: list[int]  # the token that ends it included
+    ids: list[Any]  # the token that ends it included; of K contexts, K ids each
     logps: list[float]  # of each id among all rows of the head, at the temperature, before any filter: as in training
     ended: bool  # by one of end_ids, not by max_new_tokens
 
 
-def cut_context(ids: Sequence[int], block_size: int, vocab_rows: int, *, halve: bool) -> list[int]:
-    """The end of a text that fits the context, or with `halve` half of it.
+def cut_context(ids: np.ndarray, block_size: int, vocab_rows: int, *, halve: bool) -> np.ndarray:
+    """The end of a text, (..., T), that fits the context, or with `halve` half of it.
 
     Virtual tokens of a soft prompt, ids of vocab_rows and above, always stay, in their places; the text has the rest.
     """
-    tokens = np.array(ids)
-    kept = tokens >= vocab_rows
+    kept = np.asarray((ids >= vocab_rows).reshape(-1, ids.shape[-1]).any(axis=0))
     room = block_size - int(kept.sum())
     if halve:
         room //= 2
     kept[np.flatnonzero(~kept)[-max(1, room) :]] = True
-    return tokens[kept].tolist()
+    return ids[..., kept]
 
 
 MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of the batch is active
 
 
-class BatchDecoder:
-    """Decodes completions of many prompts together: `prefill`, then `step` and `retire` in turn.
+class Decoder:
+    """Decodes completions of many prompts together: `prefill`, then `retire`, `slide`, `decode` and `look` in turn.
 
-    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. What the next
-    forward reads of a row is on the device; what was drawn is kept on the host, by completion.
-
-    uniform: (completions, token index) -> numbers in [0, 1) that alone decide the draws; None: torch's generator.
-    any_rank: whether something holds on this rank -> whether it holds on any, for sharded models.
+    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. All rows draw a
+    token at each step, so the host knows their positions without a look at the device. What was drawn is known to it
+    by completion, up to the last look.
     """
 
     cache: KVCache
-    completion_of_row: np.ndarray  # (R,)
-    last_tokens: Tensor  # (R,) drawn, but not read yet
-    positions: Tensor  # (R,) of the last tokens
+    state: DecodeState
+    lengths: np.ndarray  # (R,) tokens of each row's context, its last ids included
 
     def __init__(
         self,
         model: nn.Module,
+        prompts: Sequence[Any],
         sampling: SamplingParams,
-        uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        uniform: UniformDraws,
         any_rank: Callable[[bool], bool] = bool,
     ):
-        self.model, self.sampling, self.uniform, self.any_rank = model, sampling, uniform, any_rank
+        self.model = model if is_sharded(model) else decoding_copy(model)
+        self.sampling, self.uniform, self.any_rank = sampling, uniform, any_rank
         self.device = device_of(model)
+        self.is_static = self.device.type == "cuda" or sampling.compiled
+        self.is_replayed = self.device.type == "cuda" and not is_sharded(model)  # no graph has collectives
         config: Any = model.config
         self.block_size: int = config.block_size
         self.vocab_rows = model.get_parameter("wte.weight").size(0)  # ids from here on are virtual tokens
+        self.n_contexts = len(config.vocab_sizes) if config.vocabulary == "contexts" else 1
+        self.prompts = [np.asarray(prompt, dtype=np.int64).reshape(self.n_contexts, -1) for prompt in prompts]
         self.end_ids = np.array(sampling.end_ids, dtype=np.int64)
+
+        # What is drawn, by completion.
+        count = len(prompts) * sampling.n
+        self.ids = np.zeros((count, sampling.max_new_tokens, self.n_contexts), dtype=np.int64)
+        self.logps = np.zeros((count, sampling.max_new_tokens))
+        self.num_tokens = np.zeros(count, dtype=np.int64)
+        self.ended = np.zeros(count, dtype=bool)
+        self.finished = np.zeros(count, dtype=bool)
         self.num_drawn = 0  # tokens of each active completion
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts and draw the first token of every completion."""
-        # 1. Read the end of each prompt that fits the context; keep the logits at its last token.
-        sampling = self.sampling
-        contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in prompts]
-        lengths = torch.tensor([len(context) for context in contexts])
-        size = min(self.block_size, int(lengths.max()) + sampling.max_new_tokens)
-        self.cache, logits = self._read(contexts, size)  # logits: (P, V)
-
-        # 2. A row for each of the n completions of a prompt.
-        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(sampling.n)
-        self.cache.select(prompt_of_row.to(self.device))
-        lengths = lengths[prompt_of_row]
-        self.positions = lengths.to(self.device)
-        self.completion_of_row = np.arange(len(lengths))
-
-        # 3. What is drawn, by completion.
-        self.prompts = [prompts[i] for i in prompt_of_row]
-        self.context_lengths = lengths.numpy().copy()  # tokens in the context, the last one included
-        self.ids = np.zeros((len(lengths), sampling.max_new_tokens), dtype=np.int64)
-        self.logps = np.zeros((len(lengths), sampling.max_new_tokens))
-        self.num_tokens = np.zeros(len(lengths), dtype=np.int64)
-        self.ended = np.zeros(len(lengths), dtype=bool)
-        self.finished = np.zeros(len(lengths), dtype=bool)
-        self._draw(logits[prompt_of_row.to(logits.device)])
-
-    def step(self) -> None:
-        """Read the last token of every row, at its own position, and draw the next."""
-        rows = self.completion_of_row
-        full = np.flatnonzero(~self.finished[rows] & (self.context_lengths[rows] > self.block_size))
-        if self.any_rank(len(full) > 0):
-            self._slide(full)
-        self.cache.advance(1)
-        self.positions = self.positions.clamp(max=self.cache.size - 1)  # finished rows stay within the cache
-        position_ids = self.positions[:, None]  # (R, 1)
-        logits = self.model(self.last_tokens[:, None], cache=self.cache, position_ids=position_ids)[:, -1]
-        self.positions = self.positions + 1
-        self._draw(logits)
-
-    def retire(self) -> None:
-        """Drop the finished rows from the batch once they are more than a quarter of it."""
-        active = np.flatnonzero(~self.finished[self.completion_of_row])
-        if len(active) >= MIN_ACTIVE * len(self.completion_of_row):
-            return
-        kept = active if len(active) else np.zeros(1, dtype=np.int64)  # one at least: other ranks may go on
-        rows = torch.from_numpy(kept).to(self.device)
-        self.cache.select(rows)
-        self.last_tokens, self.positions = self.last_tokens[rows], self.positions[rows]
-        self.completion_of_row = self.completion_of_row[kept]
+        self.num_looked = 0  # of these, before the last look
+        self.completion_of_row = np.arange(count)  # (R,)
 
     @property
     def any_active(self) -> bool:
         return not self.finished[self.completion_of_row].all()
 
-    def completions(self) -> list[Completion]:
-        """What was drawn, in the prompts' order, the n completions of a prompt one after the other."""
-        drawn = zip(self.ids.tolist(), self.logps.tolist(), self.num_tokens.tolist(), self.ended.tolist(), strict=True)
-        return [Completion(ids[:count], logps[:count], ended) for ids, logps, count, ended in drawn]
+    def prefill(self) -> None:
+        """Read the prompts and draw the first token of every completion."""
+        # 1. Read the end of each prompt that fits the context; keep the logits at its last token.
+        contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in self.prompts]
+        lengths = np.array([context.shape[-1] for context in contexts])
+        self.cache, logits = self._read(contexts, int(lengths.max()) + self.sampling.max_new_tokens)  # logits: (P, V)
 
-    def _read(self, contexts: Sequence[Sequence[int]], size: int = 0) -> tuple[KVCache, Tensor]:
-        """Read contexts into a new cache of at least `size` tokens: the cache, and the logits at their ends, (P, V).
+        # 2. A row for each of the n completions of a prompt.
+        n, rows = self.sampling.n, self.completion_of_row
+        last_ids = torch.from_numpy(np.stack([context[:, -1] for context in contexts])).to(self.device)
+        if n > 1:
+            prompt_of_row = torch.from_numpy(rows // n).to(self.device)
+            self.cache.select(prompt_of_row)
+            logits, last_ids = logits[prompt_of_row], last_ids[prompt_of_row]
+        self.lengths = lengths.repeat(n)
 
-        They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
-        """
-        width = max(1, *map(len, contexts))
-        idx = torch.zeros(len(contexts), width, dtype=torch.long)
-        for row, context in enumerate(contexts):
-            idx[row, : len(context)] = torch.tensor(context)
-        cache = KVCache(self.model, len(contexts), max(size, width))
-        rows, ends = torch.arange(len(contexts)), torch.tensor([max(1, len(context)) - 1 for context in contexts])
-        at_ends = (rows.to(self.device), ends.to(self.device))
-        positions = cache.advance(width)
-        return cache, self.model(idx.to(self.device), cache=cache, position_ids=positions, logits_at=at_ends)
+        # 3. Draw.
+        block = (LOOK_EVERY, len(rows))
+        self.state = DecodeState(
+            ids=last_ids,
+            uniform=torch.zeros(*block, self.n_contexts, device=self.device),
+            drawn=torch.zeros(*block, self.n_contexts, device=self.device, dtype=torch.long),
+            logps=torch.zeros(block, device=self.device),
+            positions=slice(0),
+            at=slice(0, 1),
+        )
+        self._begin_block()
+        draw(self.model, logits, self.state, self.sampling)
+        self._count(1)
+        self._make_step()
 
-    def _slide(self, full: np.ndarray) -> None:
-        """Cut the contexts of these rows, (rows,), to a half, as `generate` does; read all but their last tokens."""
-        completions = self.completion_of_row[full]
+    def retire(self) -> None:
+        """Drop finished rows from the batch once they are more than a quarter of it. In static shapes the batch is
+        halved, so there are few."""
+        finished = self.finished[self.completion_of_row]
+        n_kept = len(finished)
+        n_active = max(1, n_kept - int(finished.sum()))  # one at least: other ranks may go on
+        if self.is_static:
+            while n_active <= n_kept // 2:
+                n_kept //= 2
+        elif n_active < MIN_ACTIVE * n_kept:
+            n_kept = n_active
+        if n_kept == len(finished):
+            return
+        kept = np.sort(finished.argsort(kind="stable")[:n_kept])
+        rows = torch.from_numpy(kept).to(self.device)
+        self.cache.select(rows)
+        state = self.state
+        state.ids = state.ids[rows]
+        state.uniform, state.drawn, state.logps = state.uniform[:, rows], state.drawn[:, rows], state.logps[:, rows]
+        self.completion_of_row, self.lengths = self.completion_of_row[kept], self.lengths[kept]
+        self._make_step()
+
+    def slide(self) -> None:
+        """Cut the contexts that are full to their last half, and read all but their last ids."""
+        is_full = self.lengths > self.block_size
+        finished = self.finished[self.completion_of_row]
+        self.lengths[is_full & finished] = 1  # what they draw is not kept
+        full = np.flatnonzero(is_full & ~finished)
+        if not self.any_rank(len(full) > 0):
+            return
         contexts = []
-        for completion in completions:
-            text = [*self.prompts[completion], *self.ids[completion, : self.num_drawn].tolist()]
+        for completion in self.completion_of_row[full]:
+            prompt, drawn = self.prompts[completion // self.sampling.n], self.ids[completion, : self.num_drawn].T
+            text = np.concatenate((prompt, drawn), axis=1)
             contexts.append(cut_context(text, self.block_size, self.vocab_rows, halve=True))
-        lengths = np.array([len(context) for context in contexts], dtype=np.int64)
-        unread = [context[:-1] for context in contexts] or [[]]  # one at least: other ranks read theirs
+        unread = [context[:, :-1] for context in contexts] or [self.prompts[0][:, :0]]  # other ranks read theirs
         cache, _ = self._read(unread)
         if len(full):
-            rows = torch.from_numpy(full).to(self.device)
-            self.cache.replace(rows, cache)
-            self.positions[rows] = torch.from_numpy(lengths - 1).to(self.device)
-            self.context_lengths[completions] = lengths
+            self.cache.replace(torch.from_numpy(full).to(self.device), cache)
+            self.lengths[full] = [context.shape[-1] for context in contexts]
 
-    def _draw(self, logits: Tensor) -> None:
-        """Draw a token of every row from logits (R, V), and keep those of unfinished completions."""
-        sampling, rows = self.sampling, self.completion_of_row
-        logits = logits.float()
-        logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-        logits = logits[:, : sampling.vocab_size]
-        if sampling.temperature == 0:
-            drawn = logits.argmax(-1)
+    def decode(self, most: int) -> None:
+        """Read the last ids of every row and draw the next, at most so many times without a look."""
+        at = self.num_drawn % LOOK_EVERY
+        if at == 0:
+            self._begin_block()
+        n_left = self.sampling.max_new_tokens - self.num_drawn
+        longest = int(self.lengths.max())
+        n_steps = min(most, LOOK_EVERY - at, n_left, self.block_size - longest + 1)
+
+        positions = torch.from_numpy(self.lengths[:, None] - 1)
+        if self.is_static:
+            if longest + n_steps - 1 > self.cache.size:
+                self.cache.grow(round_up(longest + n_steps - 1))
+                self._make_step()
+            self.state.at.fill_(at)
+            self.state.positions.copy_(positions)
+            self.cache.length = self.cache.size
         else:
-            u = torch.rand(len(rows)) if self.uniform is None else torch.from_numpy(self.uniform(rows, self.num_drawn))
-            drawn = inverse_cdf(logits_to_probs(logits, sampling), u.float().to(self.device))
-        self.last_tokens = drawn
-        drawn_logps = logps.gather(1, drawn[:, None])[:, 0]
+            self.state.at = slice(at, at + 1)
+            is_even = (self.lengths == longest).all()
+            self.state.positions = slice(longest - 1, longest) if is_even else positions
+        for step in range(n_steps):
+            if not self.is_static:
+                self.cache.length = longest + step
+            self.step()
+        self._count(n_steps)
 
-        active = ~self.finished[rows]
-        kept, kept_ids = rows[active], drawn.cpu().numpy()[active]
-        self.ids[kept, self.num_drawn] = kept_ids
-        self.logps[kept, self.num_drawn] = drawn_logps.cpu().numpy()[active]
-        self.num_tokens[kept] += 1
-        self.ended[kept] = (kept_ids[:, None] == self.end_ids).any(1)
-        self.finished[kept] = self.ended[kept]
-        self.num_drawn += 1
-        if sampling.is_complete is not None:
-            for completion in kept[~self.ended[kept]]:
-                self.finished[completion] = sampling.is_complete(self.ids[completion, : self.num_drawn].tolist())
-        self.context_lengths += 1
+    def look(self) -> None:
+        """Wait for the device; keep what was drawn since the last look, of every completion to its end."""
+        if self.num_looked == self.num_drawn:
+            return
+        # 1. Read it. What finished rows went on to draw lies behind their ends.
+        rows, start = self.completion_of_row, self.num_looked
+        count = self.num_drawn - start
+        at = start % LOOK_EVERY
+        drawn = self.state.drawn[at : at + count].transpose(0, 1).cpu().numpy()  # (R, count, K)
+        self.ids[rows, start : start + count] = drawn
+        if self.sampling.logps:
+            self.logps[rows, start : start + count] = self.state.logps[at : at + count].T.cpu().numpy()
+        self.num_looked = self.num_drawn
+
+        # 2. Where completions end.
+        is_end = (drawn == self.end_ids[:, None, None, None]).any((0, 3))  # (R, count)
+        ended = is_end.any(1)
+        n_kept = np.where(ended, is_end.argmax(1) + 1, count)
+        finished = ended.copy()
+        active = np.flatnonzero(~self.finished[rows])
+        if self.sampling.is_complete is not None:
+            for row in active:
+                for kept in range(1, n_kept[row] + 1 - ended[row]):
+                    if self.sampling.is_complete(self.ids[rows[row], : start + kept, 0].tolist()):
+                        n_kept[row], ended[row], finished[row] = kept, False, True
+                        break
+        completions = rows[active]
+        self.num_tokens[completions] += n_kept[active]
+        self.ended[completions], self.finished[completions] = ended[active], finished[active]
+
+    def completions(self) -> list[Completion]:
+        """What was drawn, in the prompts' order, the n completions of a prompt one after the other."""
+        ids = self.ids[..., 0] if self.n_contexts == 1 else self.ids
+        drawn = zip(ids.tolist(), self.logps.tolist(), self.num_tokens.tolist(), self.ended.tolist(), strict=True)
+        return [Completion(ids[:n], logps[:n] if self.sampling.logps else [], ended) for ids, logps, n, ended in drawn]
+
+    def _read(self, contexts: Sequence[np.ndarray], length: int = 0) -> tuple[KVCache, Tensor]:
+        """Read contexts, (K, T), into a new cache: the cache, and the logits at their ends, (P, V).
+
+        They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
+        length: that contexts will reach.
+        """
+        width = max(1, *(context.shape[1] for context in contexts))
+        padded = np.zeros((len(contexts), self.n_contexts, width), dtype=np.int64)
+        for row, context in enumerate(contexts):
+            padded[row, :, : context.shape[1]] = context
+        idx = torch.from_numpy(padded).to(self.device)
+        size = round_up(width + 1) if self.is_static else max(width, min(self.block_size, length))
+        cache = KVCache(self.model, len(contexts), size)
+        ends = torch.tensor([max(1, context.shape[1]) - 1 for context in contexts])
+        at_ends = (torch.arange(len(contexts), device=self.device), ends.to(self.device))
+        idx = idx if self.n_contexts > 1 else idx[:, 0]
+        return cache, self.model(idx, cache=cache, position_ids=cache.advance(width), logits_at=at_ends)
+
+    def _begin_block(self) -> None:
+        """The random numbers that decide the next LOOK_EVERY tokens."""
+        if self.sampling.temperature:
+            tokens = np.arange(self.num_drawn, self.num_drawn + LOOK_EVERY)[:, None]
+            numbers = self.completion_of_row[:, None] * self.n_contexts + np.arange(self.n_contexts)
+            u = torch.from_numpy(self.uniform(numbers.reshape(1, -1), tokens)).float()
+            self.state.uniform.copy_(u.view_as(self.state.uniform))
+
+    def _count(self, n_tokens: int) -> None:
+        """Every row has drawn so many tokens."""
+        self.num_drawn += n_tokens
+        self.lengths += n_tokens
+
+    def _make_step(self) -> None:
+        """The next step, whose tensors stay where they are until the batch or the cache changes."""
+        decode, state = decode_one_token, self.state
+        if self.is_static:
+            state.positions = torch.zeros(len(self.lengths), 1, device=self.device, dtype=torch.long)
+            state.at = torch.zeros(1, device=self.device, dtype=torch.long)
+        if self.sampling.compiled:
+            decode = compiled_step(self.device.type)
+            mark_dynamic_rows(self.cache, state)
+        step = partial(decode, self.model, self.cache, state, self.sampling)
+        self.step = ReplayedStep(step) if self.is_replayed else step
 
 
-@torch.no_grad()
+def mark_dynamic_rows(cache: KVCache, state: DecodeState) -> None:
+    """Let batches of any size but 1 share a compiled step."""
+    if len(state.ids) > 1:
+        for tensor in (state.ids, state.positions, cache.rows, *cache.layers):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in (state.uniform, state.drawn, state.logps):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
 def generate_batch(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     sampling: SamplingParams,
-    uniform: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    uniform: UniformDraws | None = None,
     any_rank: Callable[[bool], bool] = bool,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[Any], None] | None = None,
 ) -> list[Completion]:
     """Completions of prompts of any lengths, the `n` of a prompt one after the other.
 
-    Each ends with one of end_ids, or after max_new_tokens. uniform, any_rank: see BatchDecoder. on_token is called with
-    each id of the first completion, but not with one that ends it.
+    Each ends with one of end_ids, or after max_new_tokens. prompts: ids, (T,), or (K, T) of K contexts.
+    any_rank: whether something holds on this rank -> whether it holds on any, for sharded models. on_token is called
+    with each id of the first completion, or its K ids, but not with one that ends it.
     """
-    decoder = BatchDecoder(model, sampling, uniform, any_rank)
-    decoder.prefill(prompts)
-    report_token(decoder, on_token)
-    while decoder.num_drawn < sampling.max_new_tokens and any_rank(decoder.any_active):
-        decoder.retire()
-        decoder.step()
-        report_token(decoder, on_token)
-    return decoder.completions()
+    n_shown = 0
+    no_autograd = torch.no_grad() if is_sharded(model) else torch.inference_mode()
+    with no_autograd, varying_shapes(), allow_graphs(compiled=sampling.compiled):
+        decoder = Decoder(model, prompts, sampling, uniform or uniform_draws(0), any_rank)
+        can_stop = bool(sampling.end_ids or sampling.is_complete or on_token)
+        most = LOOK_EVERY if decoder.is_replayed or not can_stop else 1
+        decoder.prefill()
+        while True:
+            decoder.look()
+            if on_token is not None:
+                n_shown = report_tokens(decoder, on_token, n_shown)
+            if decoder.num_drawn == sampling.max_new_tokens or not any_rank(decoder.any_active):
+                return decoder.completions()
+            decoder.retire()
+            decoder.slide()
+            decoder.decode(most)
 
 
-def report_token(decoder: BatchDecoder, on_token: Callable[[int], None] | None) -> None:
-    """Call on_token with the id that was just drawn for the first completion."""
-    if on_token is not None and not decoder.ended[0] and decoder.num_tokens[0] == decoder.num_drawn:
-        on_token(int(decoder.ids[0, decoder.num_drawn - 1]))
+def report_tokens(decoder: Decoder, on_token: Callable[[Any], None], start: int) -> int:
+    """Call on_token with the first completion's ids from `start` on; how many there are by now."""
+    n_tokens = int(decoder.num_tokens[0])
+    for ids in decoder.ids[0, start : n_tokens - bool(decoder.ended[0])].tolist():
+        on_token(ids if len(ids) > 1 else ids[0])
+    return n_tokens

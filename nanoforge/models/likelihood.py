@@ -133,7 +133,8 @@ def make_rows(model: nn.Module, pairs: Sequence[Pair]) -> list[Row]:
     for number, (context, continuation) in enumerate(pairs):
         if not 0 < len(continuation) <= config.block_size:
             raise UserError(f"a continuation has {len(continuation)} tokens; it may have 1 to {config.block_size}")
-        read = cut_context([*context, *continuation][:-1], config.block_size, vocab_rows, halve=False)
+        text = np.array([*context, *continuation][:-1])
+        read = cut_context(text, config.block_size, vocab_rows, halve=False).tolist()
         numbers_of.setdefault(tuple(read), []).append(number)
 
     rows_of: dict[tuple[int, ...], list[Row]] = {}  # of each beginning

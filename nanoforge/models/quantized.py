@@ -58,6 +58,8 @@ FORMATS = {
 class QuantizedWeight(nn.Module):
     """What stands in the place of a linear layer's weight, (out, in)."""
 
+    needs_exact_weights = True  # its scales
+
     def __init__(self, weight: Tensor, name: str):
         super().__init__()
         self.format = FORMATS[name]

@@ -20,7 +20,7 @@ from nanoforge import rng
 from nanoforge.console import ProgressBar, plural, print_to_stderr
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.errors import UserError, did_you_mean
-from nanoforge.models.generation import SamplingParams, generate_batch
+from nanoforge.models.generation import SamplingParams, UniformDraws, generate_batch
 from nanoforge.models.likelihood import (
     Pair,
     Score,
@@ -162,7 +162,7 @@ class HarnessModel:
             print_to_stderr(f"--lm_eval: {requests} longer than {most} tokens: the model reads the end, as in lm-eval")
 
 
-def uniform_of(seed: int, numbers: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
+def uniform_of(seed: int, numbers: np.ndarray) -> UniformDraws:
     """Random numbers of (completion of a batch, token) that depend on the request's number, not on its batch."""
     return lambda completion, token: rng.uniform(seed, numbers[completion], token)
 

@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from nanoforge.data.batches import Batch, Metrics, Mixture, Step, row_hash
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.distributed import Ranks, RankSlice, is_sharded
-from nanoforge.models.generation import Completion, SamplingParams, generate_batch
+from nanoforge.models.generation import Completion, SamplingParams, UniformDraws, generate_batch, uniform_draws
 from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, TokenSequence, pad
 from nanoforge.posttraining.losses import group_advantages
 from nanoforge.posttraining.rewards import Reward, RewardError, Sample, shorten, total_reward
-from nanoforge.rng import ROLLOUT, uniform
+from nanoforge.rng import ROLLOUT
 from nanoforge.training.evaluation import evaluation_mode
-
-UniformDraws = Callable[[np.ndarray, int], np.ndarray]  # (indices of completions, index of a token) -> in [0, 1)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample
@@ -53,11 +51,7 @@ class Sampler:
         The seed, a completion's index in the rollout batch of all ranks and a token's index alone decide the draws.
         first_index: that of the first completion here.
         """
-
-        def draws(completions: np.ndarray, token: int) -> np.ndarray:
-            return uniform(*seed, completions + first_index, token)
-
-        return self.complete(prompts, self.sampling, draws)
+        return self.complete(prompts, self.sampling, uniform_draws(*seed, first=first_index))
 
     def generate_greedy(self, prompts: Sequence[Example]) -> list[Completion]:
         """One completion of each prompt, made of the likeliest tokens."""

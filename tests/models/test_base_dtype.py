@@ -162,7 +162,7 @@ class CastCounter(TorchDispatchMode):
 
 
 def test_a_base_in_the_dtype_of_activations_is_never_cast():
-    """Neither in training nor at each token of a rollout; a float32 base is."""
+    """Neither in training nor in a rollout; a float32 base is, in a rollout once for all tokens."""
     counts = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)
@@ -170,7 +170,7 @@ def test_a_base_in_the_dtype_of_activations_is_never_cast():
         adapt(model, "lora").eval()
         sampling = generation.SamplingParams(max_new_tokens=4, temperature=0.0)
         with CastCounter() as casts:
-            generation.generate(model, ids(1, 3), sampling, torch.Generator())
+            generation.generate_batch(model, [[1, 2, 3]], sampling)
             model(ids(1, 8), ids(1, 8)).mean().backward()
         base_shapes = {p.shape for p in model.parameters() if not p.requires_grad}
         counts[dtype] = sum(count for shape, count in casts.sizes.items() if shape in base_shapes)

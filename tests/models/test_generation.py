@@ -4,24 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ids, tiny_model
+from helpers import draw_uncached, ids, tiny_model
 
+from model import GPT, GPTConfig
 from nanoforge.models import adapters
 from nanoforge.models.generation import (
-    BatchDecoder,
+    Decoder,
     KVCache,
     SamplingParams,
-    generate,
     generate_batch,
     inverse_cdf,
     logits_to_probs,
-    sample_next_token,
+    sample,
+    uniform_draws,
 )
 
 
-def draw(model, idx, n, seed=0, on_token=None, decode="cached", **sampling):
-    sampling = SamplingParams(max_new_tokens=n, **sampling)
-    return generate(model.eval(), idx, sampling, torch.Generator().manual_seed(seed), on_token, decode)
+def draw(model, idx, n, seed=0, on_token=None, **sampling):
+    """idx, (B, T) or (B, K, T), and n tokens more."""
+    params = SamplingParams(max_new_tokens=n, **sampling)
+    completions = generate_batch(model.eval(), idx.numpy(), params, uniform_draws(seed), on_token=on_token)
+    new = torch.tensor([completion.ids for completion in completions])
+    return torch.cat((idx, new if idx.dim() == 2 else new.transpose(1, 2)), dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def test_cached_equals_uncached(variant, prompt):
     model = tiny_model(**variant)
     for temperature in (0.0, 1.0):
         cached = draw(model, ids(3, prompt), 40, temperature=temperature)
-        assert torch.equal(cached, draw(model, ids(3, prompt), 40, temperature=temperature, decode="uncached"))
+        assert torch.equal(cached, draw_uncached(model, ids(3, prompt), 40, temperature=temperature))
         assert cached.shape == (3, prompt + 40)
 
 
@@ -51,7 +55,7 @@ def test_caches_hold_what_is_read_not_the_whole_context(monkeypatch: pytest.Monk
     model = tiny_model(block_size=4096, position="rope")
     draw(model, ids(2, 5), 7)
     generate_batch(model, [[1, 2, 3], [4]], SamplingParams(max_new_tokens=6))
-    assert sizes == [12, 9]
+    assert sizes == [12, 9]  # of the longest text
     draw(tiny_model(block_size=8, position="rope"), ids(2, 5), 7)
     assert sizes[2] == 8
 
@@ -61,30 +65,14 @@ def test_cached_logits_equal_uncached_logits():
     idx = ids(2, 12)
     cache = KVCache(model, batch_size=2, size=12)
     rows = []
-    for part, static in (
-        (idx[:, :4], False),
-        (idx[:, 4:5], False),
-        (idx[:, 5:9], False),
-        (idx[:, 9:10], True),
-        (idx[:, 10:], False),
-    ):  # prefill, a token, chunks
-        positions = cache.advance_static() if static else cache.advance(part.size(1))
-        rows.append(model(part, cache=cache, position_ids=positions))
+    for part in idx.split([4, 1, 4, 3], dim=1):  # prefill, a token, chunks
+        rows.append(model(part, cache=cache, position_ids=cache.advance(part.size(1))))
     torch.testing.assert_close(torch.cat(rows, 1), model(idx), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_compiled_steps_draw_what_eager_ones_draw(position):
-    """Through the end of the block, where the context is cut and read again."""
-    model = tiny_model(position=position, window="SL", window_size=5, value_residual=True)
-    assert torch.equal(draw(model, ids(3, 5), 20, decode="compiled"), draw(model, ids(3, 5), 20))
 
 
 @pytest.mark.slow
 def test_greedy_equals_transformers(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
-    from model import GPT, GPTConfig
     from nanoforge.models import pretrained
 
     torch.manual_seed(3)
@@ -102,8 +90,8 @@ def test_greedy_equals_transformers(tmp_path: Path):
 
 
 def frequencies(logits, n=20000, **filters):
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample_next_token(logits.expand(n, -1), SamplingParams(max_new_tokens=1, **filters), generator)
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits.expand(n, -1), u, SamplingParams(max_new_tokens=1, **filters))
     return torch.bincount(drawn, minlength=logits.numel()) / n
 
 
@@ -159,7 +147,7 @@ def test_contexts_go_on_together_in_their_own_rows():
     assert (
         out.shape == (2, 2, 34)
         and out[:, 0].max() < 31 <= out[:, 1].min()
-        and torch.equal(out, draw(model, idx, 30, temperature=3.0, decode="uncached"))
+        and torch.equal(out, draw_uncached(model, idx, 30, temperature=3.0))
     )
 
 
@@ -174,8 +162,8 @@ def test_a_dataset_with_its_own_vocabulary_stays_in_it():
 
 def test_every_token_is_streamed_as_it_is_drawn():
     streamed = []
-    out = draw(tiny_model(), ids(2, 4), 20, on_token=lambda new: streamed.append(new))
-    assert torch.equal(torch.stack(streamed, 1), out[:, 4:])
+    out = draw(tiny_model(), ids(2, 4), 20, on_token=streamed.append)
+    assert streamed == out[0, 4:].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,20 +199,21 @@ def test_rows_at_their_own_positions_equal_unpadded_decoding(variant):
 
 @pytest.mark.parametrize("variant", RAGGED, ids=str)
 @torch.no_grad()
-def test_batch_decoder_draws_what_generate_draws_for_each_prompt(variant):
-    """Greedy, while rows retire: each completion is that of `generate`, up to its end-of-sequence token."""
+def test_a_batch_draws_what_each_prompt_draws_alone(variant):
+    """Greedy, while rows retire: each completion is that of its prompt alone, up to its end-of-sequence token."""
     model = tiny_model(block_size=40, **variant).eval()
     prompts = [ids(length, seed=length) for length in LENGTHS]
     alone = [draw(model, prompt[None], 20, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_id = alone[0][2]  # ends the first completion at its third token at the latest
-    decoder = BatchDecoder(
-        model, SamplingParams(max_new_tokens=20, temperature=0.0, n=2, end_ids=() if eos_id is None else (eos_id,))
-    )
-    decoder.prefill([prompt.tolist() for prompt in prompts])
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.0, n=2, end_ids=(eos_id,))
+    decoder = Decoder(model, prompts, sampling, uniform_draws(0))
+    decoder.prefill()
+    decoder.look()
     num_rows = [len(decoder.completion_of_row)]
     while decoder.num_drawn < 20 and decoder.any_active:
         decoder.retire()
-        decoder.step()
+        decoder.decode(1)
+        decoder.look()
         num_rows.append(len(decoder.completion_of_row))
     assert num_rows[0] == 2 * len(prompts)
     assert num_rows == sorted(num_rows, reverse=True)
@@ -242,8 +231,7 @@ def test_a_batch_past_the_context_equals_reading_each_text_again(variant: dict) 
     """Prompts inside, at and beyond the context; sequences slide at their own times, some after others have retired."""
     model = tiny_model(block_size=12, **variant).eval()
     prompts = [ids(length, seed=length) for length in (3, 11, 12, 13, 30)]
-    sampling = {"temperature": 0.0, "decode": "uncached"}
-    alone = [draw(model, prompt[None], 40, **sampling)[0, len(prompt) :].tolist() for prompt in prompts]
+    alone = [draw_uncached(model, prompt[None], 40, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_ids = [i for i in range(31) if 0 < sum(i in text for text in alone) < len(alone)]
     for eos_id, any_rank in ((None, bool), (eos_ids[0], bool), (eos_ids[0], lambda _: True)):
         options = SamplingParams(max_new_tokens=40, temperature=0.0, n=2, end_ids=() if eos_id is None else (eos_id,))

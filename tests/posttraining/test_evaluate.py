@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIGITS, TINY, RunFiles, run_script
+from helpers import DIGITS, TINY, RunFiles, draw_uncached, run_script
 
 import configurator
 import evaluate
@@ -20,7 +20,6 @@ from model import GPT
 from nanoforge.data import corpus, token_bins
 from nanoforge.data.tokenization import CharTokenizer, ControlTokens
 from nanoforge.errors import UserError
-from nanoforge.models import generation
 from nanoforge.posttraining.accuracy import wilson_interval
 
 SMALL_STEPS = ["--learning_rate=1e-2", "--weight_decay=0", "--warmup_iters=0"]
@@ -178,8 +177,7 @@ def test_the_loss_of_examples_is_that_of_the_completions(base: Path, data_dir: P
 def greedy_answer(model, prompt: str) -> str:
     """The greedy completion of a prompt, made without a cache, up to the end token."""
     ids = torch.tensor(DIGITS.encode(prompt).tolist())
-    greedy = generation.SamplingParams(max_new_tokens=8, temperature=0)
-    sequence = generation.generate(model, ids[None], greedy, torch.Generator(), decode="uncached")[0].tolist()
+    sequence = draw_uncached(model, ids[None], 8, temperature=0)[0].tolist()
     completion = sequence[len(ids) :]
     if DIGITS.eos_id in completion:
         completion = completion[: completion.index(DIGITS.eos_id)]

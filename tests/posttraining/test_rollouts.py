@@ -15,6 +15,7 @@ import torch
 from helpers import (
     TINY_WITHOUT_SHAPE,
     RunFiles,
+    draw_uncached,
     equal_tensors,
     ids,
     metric,
@@ -29,7 +30,7 @@ from model import GPT
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.models.generation import Completion, SamplingParams, generate, generate_batch, logits_to_probs
+from nanoforge.models.generation import Completion, SamplingParams, generate_batch, logits_to_probs
 from nanoforge.posttraining import objectives, rollouts
 from nanoforge.posttraining.examples import Example, ExampleEncoder, Examples, encode_rows
 from nanoforge.posttraining.rewards import RewardError, Sample, correct_reward, length_reward, parse_rewards
@@ -57,10 +58,8 @@ PROMPTS = [ids(n, seed=n).tolist() for n in LENGTHS]
 
 def greedy_ids(model: GPT, prompt: list[int], n: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """The n likeliest next tokens one after the other, without a cache."""
-    greedy = SamplingParams(max_new_tokens=n, temperature=0.0, vocab_size=vocab_size)
-    return generate(model, torch.tensor([prompt]), greedy, torch.Generator(), decode="uncached")[
-        0, len(prompt) :
-    ].tolist()
+    text = draw_uncached(model, torch.tensor([prompt]), n, temperature=0.0, vocab_size=vocab_size)
+    return text[0, len(prompt) :].tolist()
 
 
 def cut_at(tokens: list[int], end_ids: tuple[int, ...]) -> tuple[list[int], bool]:
@@ -84,6 +83,7 @@ def complete(
         "max_new_tokens": max_new_tokens,
         "end_ids": end_ids,
         "vocab_size": VOCAB_SIZE,
+        "logps": True,
     }
     return generate_batch(model, prompts, SamplingParams(**settings | sampling), uniform)
 
