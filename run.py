@@ -14,7 +14,7 @@ import builders
 import configurator
 import pilot
 from model import GPT
-from nanoforge import distributed, restarts, run_dir
+from nanoforge import distributed, restarts, rng, run_dir
 from nanoforge.console import plural
 from nanoforge.data import tokenization
 from nanoforge.data.batches import SampleCounter
@@ -27,6 +27,7 @@ from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
 from nanoforge.training.pace import Pace, TimedPace
+from nanoforge.training.train_step import CapturedStep, TrainStep, check_capture
 from train_args import TrainArgs, load_args
 
 DRAWING_ARGS = (
@@ -237,6 +238,23 @@ class Run:
         progress.pace = self.pace.state(logger.seconds)
         self.checkpoints.save(progress, logger)
 
+    @cached_property
+    def draws_in_steps(self) -> bool:
+        """Whether a step draws random numbers: dropout does, and what other people's code does is not known."""
+        args = self.args
+        has_dropout = not args.without_dropout and (args.dropout > 0 or args.lora_dropout > 0)
+        return has_dropout or ":" in args.optimizer or OBJECTIVES[args.objective].is_online
+
+    def seed_step(self, step: int) -> None:
+        """Seed what a step draws; that takes longer than a small model's update, so only where something is drawn."""
+        if self.draws_in_steps:
+            torch.manual_seed(int(rng.hash_u64(self.args.seed, rng.DROPOUT, step, self.ranks.rank)) >> 1)
+
+    def train_step(self) -> TrainStep | CapturedStep:
+        """What makes a training step: with --cuda_graph a graph of it, new after each rollback."""
+        step = TrainStep(self.ddp_model, self.data.objective, self.state, self.args.grad_clip)
+        return CapturedStep(step, self.ranks.device) if self.args.cuda_graph else step
+
     def step_logger(self, logger: RunLogger) -> StepLogger:
         """The logger of this run's training steps; it measures their speed from now on."""
         step_logger = StepLogger(
@@ -317,6 +335,8 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
         guard=GradGuard(args.spike_skip, ranks.device),
     )
+    if args.cuda_graph:
+        check_capture(ranks.device, state)
     model = compile_model(raw_model, state.optimizer) if args.compile else raw_model
 
     # 3. The run.

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from nanoforge import console, device, distributed, rng, run_dir
+from nanoforge import console, device, distributed, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
@@ -54,9 +54,9 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
     """Train until the run is finished; False where too many steps in a row were skipped. Raises SystemExit after a
     signal."""
     args, progress, ranks = run.args, run.progress, run.ranks
-    source, objective = run.data.source, run.data.objective
-    optimizer, scaler, guard = run.state.optimizer, run.state.scaler, run.state.guard
-    model = run.ddp_model.train()
+    source, objective, optimizer = run.data.source, run.data.objective, run.state.optimizer
+    run.ddp_model.train()
+    train_step = run.train_step()
     steps = source.stream(progress.step, run.rank_slice, ranks.device, hashed=args.log_data_hash)
     step_logger = run.step_logger(logger)
     while True:
@@ -65,39 +65,30 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
         if progress.step % source.steps_per_rollout == 0 and evaluate_save_stop(run, logger, step_logger, signals):
             return True
 
-        # 2. Forward, backward, update. The last micro-batch averages the gradients over the ranks.
+        # 2. Forward, backward, update.
         scale = run.lr_scale(progress.step)
         optimizer.set_lr_scale(scale)
-        torch.manual_seed(int(rng.hash_u64(args.seed, rng.DROPOUT, progress.step, ranks.rank)) >> 1)
+        run.seed_step(progress.step)
         step = next(steps)
-        should_log = step_logger.is_due(progress.step + 1)
-        metrics = dict(step.metrics)
         if step.note:
             logger.note(progress.step, step.note)
-        micro_batches = objective.prepare(run.model, step.batches)
-        for i, batch in enumerate(micro_batches):
-            distributed.set_gradient_sync(model, sync=i == len(micro_batches) - 1)
-            loss, batch_metrics = objective(model, batch, with_metrics=should_log)
-            scaler.scale(loss).backward()
-            for name, metric in batch_metrics.items():
-                metrics[name] = metrics.get(name, 0) + metric
-        grad_norm = optimizer.clip_grad_norm(scaler, args.grad_clip)
-        optimizer.update(scaler, skip=guard.should_skip(grad_norm))
+        should_log = step_logger.is_due(progress.step + 1)
+        result = train_step(objective.prepare(run.model, step.batches), with_metrics=should_log)
         progress.step += 1
         progress.tokens += step.tokens
         logger.advance()
 
         # 3. Log.
         if should_log:
-            step_logger.log_step(
+            max_consecutive_skips = step_logger.log_step(
                 step=progress.step,
                 tokens=progress.tokens,
-                metrics=metrics,
+                metrics={**step.metrics, **result.metrics},
                 lr=args.learning_rate * scale,
-                grad_norm=grad_norm,
+                grad_norm=result.grad_norm,
                 data_hash=step.data_hash,
             )
-            if int(guard.max_consecutive) >= args.skip_patience:
+            if max_consecutive_skips >= args.skip_patience:
                 steps.close()
                 return False
 

@@ -26,6 +26,7 @@ from nanoforge.training import budget, depth
 from nanoforge.training.schedules import SCHEDULES, other_names
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "muon")
+ON_DEVICE_OPTIMIZERS = ("adamw", "adam", "lion", "muon")  # whose steps need nothing of the host
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero")
 SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")  # DPO losses with label smoothing
 ROPE_SCALING_NUMBERS = {  # rope_type -> the numbers that --rope_scaling has for it
@@ -509,6 +510,8 @@ class SystemArgs(DeviceArgs):
     rank_timeout: int = arg(600, "seconds a rank waits for the others before it ends the run",
         low=1, alias=("ddp_timeout",))
     compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
+    cuda_graph: bool = arg(False, "train by a CUDA graph of a whole step: faster on one GPU where a small model's "
+        "kernels take less time than launching them")
     attention_kernel: str = arg("auto", "attention on CUDA. auto: flex_attention for windows and packed examples, "
         "else the kernel that PyTorch prefers, but none of cuDNN where lengths vary. "
         "Others: that kernel of scaled_dot_product_attention alone",
@@ -1126,11 +1129,31 @@ def system_errors(args: TrainArgs) -> Iterator[str]:
         yield f"--quantize_base={args.quantize_base}: cannot be sharded by --parallel=fsdp; use ddp, or --base_dtype"
     if args.parallel == "fsdp" and args.dtype == "float16":
         yield "--dtype=float16: its loss scaling does not work with --parallel=fsdp; use bfloat16"
+    yield from cuda_graph_errors(args)
     yield from attention_kernel_errors(args)
     yield from device_errors(args)
     environment_error = launcher.environment_error()
     if environment_error:
         yield environment_error
+
+
+def cuda_graph_errors(args: TrainArgs) -> Iterator[str]:
+    """What a CUDA graph of a step can't hold: other ranks, what the host decides, and shapes that change."""
+    if not args.cuda_graph:
+        return
+    if args.device.partition(":")[0] in ("cpu", "mps"):
+        yield f"--cuda_graph: needs a CUDA GPU, not --device={args.device}; leave it out"
+    if launcher.world_size() > 1 or args.parallel == "fsdp":
+        yield "--cuda_graph: is for one GPU; leave it out with several ranks and with --parallel=fsdp"
+    if args.objective != "lm":
+        yield f"--cuda_graph: needs batches of one shape, as --objective=lm has, not --objective={args.objective}"
+    if args.optimizer not in ON_DEVICE_OPTIMIZERS:
+        names = ", ".join(ON_DEVICE_OPTIMIZERS)
+        yield f"--cuda_graph: a step of --optimizer={args.optimizer} needs the host; choose one of {names}"
+    if args.dtype == "float16":
+        yield "--cuda_graph: the loss scaling of --dtype=float16 needs the host; use bfloat16"
+    if args.activation_checkpointing:
+        yield "--cuda_graph: --activation_checkpointing saves random states on the host; leave one of them out"
 
 
 def attention_kernel_errors(args: TrainArgs) -> Iterator[str]:

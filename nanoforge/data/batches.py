@@ -72,6 +72,11 @@ class Batch:
         extras = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in self.extras.items()}
         return replace(self, tokens=tokens, extras=extras)
 
+    def clone(self) -> "Batch":
+        """The batch in memory of its own."""
+        extras = {name: tensor.clone() for name, tensor in self.extras.items()}
+        return replace(self, tokens=self.tokens.clone(), extras=extras)
+
     def with_tensors(self, **tensors: Tensor) -> "Batch":
         """The batch with further (or replaced) extras."""
         return replace(self, extras=self.extras | tensors)

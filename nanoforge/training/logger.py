@@ -16,7 +16,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -280,24 +280,26 @@ class StepLogger:
 
     def log_step(
         self, step: int, tokens: int, metrics: Mapping[str, Tensor], *, lr: float, grad_norm: Tensor, data_hash: int
-    ) -> None:
-        """Log the step just made: a collective, which waits for the device.
+    ) -> int:
+        """Log the step just made: a collective, which waits for the device once. Returns how many steps in a row were
+        skipped at most.
 
         tokens: seen so far. metrics: (sum, count) over this rank's micro-batches. grad_norm: a scalar on the device.
         data_hash: of this rank's rows.
         """
-        means = mean_over_ranks(metrics, self.ranks)
-        n_skipped = int(self.guard.skipped)
+        guard = self.guard
+        scalars = (grad_norm, guard.skipped, guard.max_consecutive)
+        means, (norm, n_skipped, max_consecutive) = read_step(metrics, scalars, self.ranks)
         seconds_per_step = (time.perf_counter() - self.start_time) / (step - self.start_step)
         tokens_per_second = (tokens - self.start_tokens) / (step - self.start_step) / seconds_per_step
         line: dict[str, Any] = {
             "loss": means.pop("loss"),
             "lr": lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": norm,
             "tokens": tokens,
             "step_ms": seconds_per_step * 1e3,
             "tokens_per_second": tokens_per_second,
-            "skipped": n_skipped,
+            "skipped": int(n_skipped),
             **means,
         }
         peak_memory = peak_memory_mb(self.ranks.device)
@@ -317,13 +319,21 @@ class StepLogger:
             duration = format_duration(n_left * seconds_per_step)
             self.logger.print(f"estimated time: {duration} for {n_left:,} more steps, without evaluations")
         self.restart(step, tokens)
+        return int(max_consecutive)
 
 
-def mean_over_ranks(metrics: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """Metrics, (2, ...) sums and counts of each rank, as means over all ranks; nan where the count is 0."""
+def read_step(
+    metrics: Mapping[str, Tensor], scalars: Sequence[Tensor], ranks: Ranks
+) -> tuple[dict[str, float], list[float]]:
+    """(means over all ranks, nan where nothing was counted; the scalars), copied from the device together.
+
+    metrics: (2, ...) sums and counts of each rank. scalars: the same on all ranks.
+    """
     pairs = [metric.reshape(2, -1).sum(1).to(ranks.device, torch.float32) for metric in metrics.values()]
     sums, counts = ranks.all_reduce_(torch.stack(pairs)).T
-    return dict(zip(metrics, (sums / counts).tolist(), strict=True))
+    values = torch.cat((sums / counts, torch.stack([scalar.to(ranks.device, torch.float32) for scalar in scalars])))
+    numbers = values.tolist()
+    return dict(zip(metrics, numbers[: len(metrics)], strict=True)), numbers[len(metrics) :]
 
 
 def sum_hashes(data_hash: int, ranks: Ranks) -> str:

@@ -360,6 +360,19 @@ class Optimizer:
                 lr = next(numbers)
                 group["lr"] = lr if runs_on_device(optimizer) else group["peak_lr"]
 
+    @contextmanager
+    def capturable(self) -> Iterator[None]:
+        """While a CUDA graph is captured: torch's classes ask for this entry of their groups, which changes nothing of
+        what fused ones do."""
+        groups = [group for group in self.param_groups if "capturable" in group]
+        for group in groups:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in groups:
+                group["capturable"] = False
+
     # A step, in the order of the calls.
 
     def set_lr_scale(self, scale: float) -> None:

@@ -1,6 +1,7 @@
 """Trackers and pictures that fail end no run: each is reported once, in the metrics too."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import RunFiles, file_size_limit
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanoforge.distributed import Ranks
 from nanoforge.training import logger as logging
+from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, Tracker
 
 
@@ -110,3 +115,42 @@ def test_a_picture_that_cant_be_drawn_is_reported_once(
     done = run("--plot_loss", "--max_iters=4", "--eval_interval=2")
     assert done.steps[-1] == 4
     assert sum("--plot_loss" in note for note in notes(tmp_path / "run")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training steps
+
+
+def test_a_logged_step_reads_the_device_once(logger: RunLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All its metrics, the norm of the gradient and the counts of skipped steps in one copy, and 0 / 0 as null."""
+
+    class NumbersRead(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    copies = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tensor) or to_list(tensor))
+    cpu = torch.device("cpu")
+    guard = GradGuard(0.0, cpu)
+    for norm in (1.0, math.nan, math.inf, 2.0):
+        guard.should_skip(torch.tensor(norm))
+    step_logger = logging.StepLogger(
+        logger=logger,
+        ranks=Ranks(0, 1, cpu),
+        guard=guard,
+        log_interval=1,
+        total_steps=4,
+        peak_tokens_per_second=None,
+        log_data_hash=False,
+    )
+    step_logger.restart(3, 30)
+    metrics = {"loss": torch.tensor([[6.0, 3.0], [2.0, 1.0]]), "kl": torch.tensor([0.0, 0.0])}
+    with NumbersRead() as numbers:
+        max_consecutive = step_logger.log_step(4, 40, metrics, lr=0.5, grad_norm=torch.tensor(2.0), data_hash=0)
+    assert (len(copies), numbers.count, max_consecutive) == (1, 0, 2)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert [line[name] for name in ("loss", "kl", "grad_norm", "skipped", "tokens")] == [3.0, None, 2.0, 2, 40]
