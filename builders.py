@@ -179,9 +179,10 @@ def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
 
 
 def add_flex_attention(args: TrainArgs, model: GPT, device: torch.device, log: Log) -> None:
-    """Give a model on CUDA flex_attention for its windows and packed examples; say where that can't be."""
+    """Give a model on CUDA flex_attention for what it attends to in part; say where that can't be."""
     has_windows = min(model.spans.values()) < model.config.block_size
-    if device.type != "cuda" or not (has_windows or args.packing):
+    has_several_texts = args.packing or OBJECTIVES[args.objective].is_paired  # in a sequence
+    if device.type != "cuda" or not (has_windows or has_several_texts):
         return
     obstacle = flex_attention_obstacle(args, model, device)
     if not obstacle:
@@ -189,8 +190,8 @@ def add_flex_attention(args: TrainArgs, model: GPT, device: torch.device, log: L
         return
     if has_windows:
         log(f"no flex_attention, since {obstacle}: sliding windows are slower than --window=L")
-    if args.packing:
-        log(f"no flex_attention, since {obstacle}: packed examples attend behind a mask of all pairs")
+    if has_several_texts:
+        log(f"no flex_attention, since {obstacle}: packed examples and pairs attend behind a mask, which is slower")
 
 
 def flex_attention_obstacle(args: TrainArgs, model: GPT, device: torch.device) -> str:

@@ -512,7 +512,8 @@ class SystemArgs(DeviceArgs):
     compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
     cuda_graph: bool = arg(False, "train by a CUDA graph of a whole step: faster on one GPU where a small model's "
         "kernels take less time than launching them")
-    attention_kernel: str = arg("auto", "attention on CUDA. auto: flex_attention for windows and packed examples, "
+    attention_kernel: str = arg("auto", "attention on CUDA. "
+        "auto: flex_attention for windows, packed examples and pairs, "
         "else the kernel that PyTorch prefers, but none of cuDNN where lengths vary. "
         "Others: that kernel of scaled_dot_product_attention alone",
         choices=("auto", "flash", "cudnn", "efficient", "math"))
@@ -1163,7 +1164,7 @@ def attention_kernel_errors(args: TrainArgs) -> Iterator[str]:
     masked = {
         "--window": "S" in args.window,
         "--packing": args.packing,
-        f"--objective={args.objective}": OBJECTIVES[args.objective].is_online,
+        f"--objective={args.objective}": OBJECTIVES[args.objective].is_online or OBJECTIVES[args.objective].is_paired,
     }
     flags = [flag for flag, needs_mask in masked.items() if needs_mask]
     if args.attention_kernel == "flash" and flags:

@@ -58,6 +58,11 @@ class ObjectiveSpec:
         """Whether the model generates the completions that it learns from."""
         return self.example_type == "prompt_only"
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether a sequence holds a prompt and two completions, which don't see each other."""
+        return self.example_type == "preference"
+
     def load_builder(self) -> Callable[..., Any]:
         """The function that `build` names; its module imports torch."""
         module, _, function = self.build.partition(":")

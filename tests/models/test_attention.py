@@ -52,7 +52,7 @@ def test_varying_shapes_are_attended_without_cudnn_unless_it_was_asked_for(allow
         assert allowed() == {name}
 
 
-def test_a_kernel_that_cannot_attend_is_named(allowed):
+def test_a_kernel_that_cannot_attend_is_named(allowed: Callable[[], set[str]]):
     """On a CPU torch has two kernels, here neither of them allowed."""
     args = train_args.parse(["--attention_kernel=cudnn"])
     q = torch.zeros(1, 2, 4, 8)
@@ -67,6 +67,7 @@ def test_a_kernel_that_cannot_attend_is_named(allowed):
         (["--deterministic", "--attention_kernel=cudnn"], "--deterministic"),
         (["--window=SL", "--attention_kernel=flash"], "--window"),
         (["--init_from=x", "--objective=grpo", "--attention_kernel=flash"], "--objective=grpo"),
+        (["--init_from=x", "--objective=dpo", "--attention_kernel=flash"], "--objective=dpo"),
         (["--window=SL", "--attention_kernel=efficient"], ""),
         (["--deterministic", "--attention_kernel=flash"], ""),
     ],
@@ -83,6 +84,8 @@ def test_kernels_that_cannot_do_it_are_refused(flags: list[str], error: str, cap
     [
         ([], {"window": "SL"}, None),
         ([], {}, None),
+        (["--objective=dpo", "--init_from=x"], {}, None),
+        (["--objective=dpo", "--init_from=x"], {"dropout": 0.1}, "--dropout=0.1"),
         ([], {"window": "SL", "dropout": 0.1}, "--dropout=0.1"),
         ([], {"window": "SL", "head_dim": 8}, "16"),
         (["--attention_kernel=efficient"], {"window": "SL"}, "--attention_kernel=efficient"),
@@ -97,7 +100,7 @@ def test_windows_on_cuda_go_through_flex_attention_or_a_note_says_why_not(
     builders.add_flex_attention(train_args.parse(flags), model, CPU, notes.append)
     assert model.flex_attention is None and not notes, "on a CPU the mask stays"
     builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
-    assert (model.flex_attention is not None) == (note is None and "window" in changes)
+    assert (model.flex_attention is not None) == (note is None and ("window" in changes or "--objective=dpo" in flags))
     assert len(notes) == bool(note) and all(note in line for line in notes)
     monkeypatch.setattr("builders.missing_compiler", lambda device: "triton")
     builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
@@ -178,7 +181,7 @@ def test_flex_attention_equals_the_mask(changes: dict, eager_flex: Callable[...,
         attended.append(kwargs["block_mask"])
         return eager_flex(*args, **kwargs)
 
-    def loss_and_gradients(kernel, positions):
+    def loss_and_gradients(kernel: Callable[..., torch.Tensor] | None, positions: torch.Tensor | None):
         model.flex_attention = kernel
         losses = model(idx, idx, position_ids=positions)
         return losses, torch.autograd.grad(losses.mean(), list(model.parameters()))
