@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -341,6 +343,31 @@ def draw_uncached(model: GPT, idx: torch.Tensor, n: int, draws: Any = None, **sa
 def ids(*shape: int, high: int = 31, seed: int = 1) -> torch.Tensor:
     """Random token ids below `high`."""
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+VIEWS = ("view", "transpose", "slice", "split", "select", "expand", "detach", "unbind", "alias", "record_function")
+
+
+class OperatorCounts(TorchDispatchMode):
+    """How often each operator is called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kernels(self) -> int:
+        """How many kernels that launches on a GPU: views launch none."""
+        return sum(n for name, n in self.counts.items() if not any(view in name for view in VIEWS))
+
+    @property
+    def numbers_read(self) -> int:
+        """How many numbers the host asks for."""
+        return sum(n for name, n in self.counts.items() if "_local_scalar_dense" in name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RunFiles, file_size_limit
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import OperatorCounts, RunFiles, file_size_limit
 
 from nanoforge.distributed import Ranks
 from nanoforge.training import logger as logging
@@ -123,14 +122,6 @@ def test_a_picture_that_cant_be_drawn_is_reported_once(
 
 def test_a_logged_step_reads_the_device_once(logger: RunLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All its metrics, the norm of the gradient and the counts of skipped steps in one copy, and 0 / 0 as null."""
-
-    class NumbersRead(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += "_local_scalar_dense" in func.name()
-            return func(*args, **(kwargs or {}))
-
     copies = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tensor) or to_list(tensor))
@@ -149,8 +140,8 @@ def test_a_logged_step_reads_the_device_once(logger: RunLogger, tmp_path: Path, 
     )
     step_logger.restart(3, 30)
     metrics = {"loss": torch.tensor([[6.0, 3.0], [2.0, 1.0]]), "kl": torch.tensor([0.0, 0.0])}
-    with NumbersRead() as numbers:
+    with OperatorCounts() as operators:
         max_consecutive = step_logger.log_step(4, 40, metrics, lr=0.5, grad_norm=torch.tensor(2.0), data_hash=0)
-    assert (len(copies), numbers.count, max_consecutive) == (1, 0, 2)
+    assert (len(copies), operators.numbers_read, max_consecutive) == (1, 0, 2)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert [line[name] for name in ("loss", "kl", "grad_norm", "skipped", "tokens")] == [3.0, None, 2.0, 2, 40]

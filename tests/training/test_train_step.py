@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict, Any]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if "_local_scalar_dense" in func.name():
             raise AssertionError("the host reads a number")
         out = func(*args, **(kwargs or {}))
@@ -132,7 +132,7 @@ def assert_equal_runs(a: TrainStep, b: TrainStep) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_captured_step_is_the_ordinary_one(optimizer: str, recorded):
+def test_a_captured_step_is_the_ordinary_one(optimizer: str, recorded: Callable[[TrainStep], CapturedStep]):
     """Bit for bit, with two micro-batches and dropout, as learning rates change and one step is skipped; and all
     tensors stay where they were."""
     plain, step = make_step(optimizer, dropout=0.1), make_step(optimizer, dropout=0.1)
