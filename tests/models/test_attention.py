@@ -80,30 +80,31 @@ def test_kernels_that_cannot_do_it_are_refused(flags: list[str], error: str, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "changes", "note"),
+    ("given", "changes", "note"),
     [
-        ([], {"window": "SL"}, None),
-        ([], {}, None),
-        (["--objective=dpo", "--init_from=x"], {}, None),
-        (["--objective=dpo", "--init_from=x"], {"dropout": 0.1}, "--dropout=0.1"),
-        ([], {"window": "SL", "dropout": 0.1}, "--dropout=0.1"),
-        ([], {"window": "SL", "head_dim": 8}, "16"),
-        (["--attention_kernel=efficient"], {"window": "SL"}, "--attention_kernel=efficient"),
+        ({}, {"window": "SL"}, None),
+        ({}, {}, None),
+        ({"objective": "dpo"}, {}, None),
+        ({"objective": "dpo"}, {"dropout": 0.1}, "--dropout=0.1"),
+        ({}, {"window": "SL", "dropout": 0.1}, "--dropout=0.1"),
+        ({}, {"window": "SL", "head_dim": 8}, "16"),
+        ({"attention_kernel": "efficient"}, {"window": "SL"}, "--attention_kernel=efficient"),
     ],
 )
 def test_windows_on_cuda_go_through_flex_attention_or_a_note_says_why_not(
-    flags: list[str], changes: dict, note: str | None, monkeypatch: pytest.MonkeyPatch
+    given: dict, changes: dict, note: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("builders.missing_compiler", lambda device: "")
     monkeypatch.setattr("builders.compile_flex_attention", lambda: flex.flex_attention)
+    args = train_args.TrainArgs(**given)
     model, notes = GPT(dataclasses.replace(TINY_MODEL, **{"head_dim": 16} | changes)), []
-    builders.add_flex_attention(train_args.parse(flags), model, CPU, notes.append)
+    builders.add_flex_attention(args, model, CPU, notes.append)
     assert model.flex_attention is None and not notes, "on a CPU the mask stays"
-    builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
-    assert (model.flex_attention is not None) == (note is None and ("window" in changes or "--objective=dpo" in flags))
+    builders.add_flex_attention(args, model, CUDA, notes.append)
+    assert (model.flex_attention is not None) == (note is None and ("window" in changes or "objective" in given))
     assert len(notes) == bool(note) and all(note in line for line in notes)
     monkeypatch.setattr("builders.missing_compiler", lambda device: "triton")
-    builders.add_flex_attention(train_args.parse(flags), model, CUDA, notes.append)
+    builders.add_flex_attention(args, model, CUDA, notes.append)
     assert len(notes) == 2 * bool(note) + ("triton" in "".join(notes))
 
 
