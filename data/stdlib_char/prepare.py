@@ -36,14 +36,21 @@ class PrepareArgs:
 
 
 def read_module(path: Path) -> str | None:
-    """The source of a module; None if it is not ASCII, or no Python that `tokenize` reads."""
+    """The source of a module; None if it is not ASCII."""
     try:
-        source = path.read_bytes().decode("ascii").replace("\r\n", "\n")
+        return path.read_bytes().decode("ascii").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return None
+
+
+def is_python(source: str) -> bool:
+    """Whether `tokenize` reads it."""
+    try:
         for _ in tokenize.generate_tokens(io.StringIO(source).readline):
             pass
-    except (UnicodeDecodeError, tokenize.TokenError, SyntaxError):
-        return None
-    return source
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    return True
 
 
 def iter_modules(*, packages: bool = False, max_bytes: int = MAX_BYTES) -> Iterator[str]:
@@ -54,7 +61,7 @@ def iter_modules(*, packages: bool = False, max_bytes: int = MAX_BYTES) -> Itera
         if "site-packages" in path.parts:
             continue
         source = read_module(path)
-        if source and size + len(source) <= max_bytes:
+        if source and size + len(source) <= max_bytes and is_python(source):
             size += len(source)
             yield source
     if size == 0:

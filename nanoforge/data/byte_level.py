@@ -1,6 +1,5 @@
 """What byte-level BPEs have in common, whatever file they come from: bytes as characters, the split, and ranks."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,44 +60,30 @@ def is_plain_split(step: Mapping[str, Any]) -> bool:
 # ranks
 
 
-def ranks_of_spec(spec: Mapping[str, Any]) -> dict[bytes, int] | None:
+def ranks_of_bpe(spec: Mapping[str, Any], model: Any) -> dict[bytes, int] | None:
     """The ranks with which tiktoken merges as a BPE of the `tokenizers` library; None if no ranks do.
+
+    spec, model: the JSON of the library's tokenizer, and its model.
 
     The library merges the pairs in its list, in that order; tiktoken any two tokens that are a token together, the one
     of the lowest rank first. These are the same if (1) the list makes tokens in the order of their ids, and (2) the
     bytes of each token merge into that token. For the first merge of tiktoken's that is not in the list would join x
     and y into a token whose own bytes come to x and y as well, and could then not become the token.
     """
-    model = spec["model"]
+    settings = spec["model"]
     options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if model.get("type") != "BPE" or any(model.get(name) for name in options):
+    if settings.get("type") != "BPE" or any(settings.get(name) for name in (*options, "ignore_merges")):
         return None
-    vocab: dict[str, int] = model["vocab"]
+    vocab: dict[str, int] = settings["vocab"]
     chars = byte_chars()
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    merged = ["".join(pair) for pair in pairs]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in settings["merges"])
+    merged = list(dict.fromkeys("".join(pair) for pair in pairs))
     ids = [vocab[token] for token in merged]
-    tokens = {char: vocab[char] for char in chars if char in vocab} | dict(zip(merged, ids, strict=True))
-    looks_up_others = bool(model.get("ignore_merges")) and len(tokens) < len(vocab)
-    if ids != sorted(ids) or looks_up_others:
+    if ids != sorted(ids) or any([piece.id for piece in model.tokenize(token)] != [vocab[token]] for token in merged):
         return None
     byte_of = {char: byte for byte, char in enumerate(chars)}
-    ranks = {bytes(map(byte_of.__getitem__, token)): i for token, i in tokens.items()}
-    return ranks if merge_into_themselves(spec, ranks) else None
-
-
-def merge_into_themselves(spec: Mapping[str, Any], ranks: Mapping[bytes, int]) -> bool:
-    """Whether the library's merges make each token of its own bytes."""
-    import tokenizers
-
-    chars = byte_chars()
-    words = ["".join(chars[byte] for byte in token) for token in ranks]
-    split = {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Removed", "invert": False}
-    only_merges = {"pre_tokenizer": split, "model": {**spec["model"], "ignore_merges": False}}
-    others = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    library = tokenizers.Tokenizer.from_str(json.dumps({**spec, **others, **only_merges, "added_tokens": []}))
-    encoding = library.encode_batch_fast(["\n".join(words)], add_special_tokens=False)[0]
-    return encoding.ids == list(ranks.values())
+    tokens = [*(char for char in chars if char in vocab), *merged]
+    return {bytes(map(byte_of.__getitem__, token)): vocab[token] for token in tokens}
 
 
 def make_word_cache(split: Split, ranks: Mapping[bytes, int]) -> WordCache:

@@ -39,7 +39,6 @@ PROBE = (
 
 
 MIN_CACHED_CHARS = 2**12  # of texts that arrays encode sooner than a library
-MIN_CHARS_OF_CACHE = 2**16  # that a tokenizer encodes before its cache of words is made
 
 
 class Encoding(NamedTuple):
@@ -259,7 +258,8 @@ class LibraryTokenizer(Tokenizer):
     That takes some preparation, so a library encodes the first texts, and short ones.
     """
 
-    n_encoded = 0  # characters
+    min_encoded: ClassVar[int]  # characters, before the cache is made: about what the library encodes in that time
+    n_encoded = 0
 
     @abstractmethod
     def encode_by_library(self, text: str) -> np.ndarray:
@@ -281,7 +281,7 @@ class LibraryTokenizer(Tokenizer):
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         n_chars = sum(map(len, texts))
         self.n_encoded += n_chars
-        if n_chars >= MIN_CACHED_CHARS and self.n_encoded >= MIN_CHARS_OF_CACHE and self.word_cache is not None:
+        if n_chars >= MIN_CACHED_CHARS and self.n_encoded >= self.min_encoded and self.word_cache is not None:
             ids = self.word_cache.encode(texts)
             if ids is not None:
                 return ids
@@ -294,6 +294,7 @@ class TiktokenTokenizer(LibraryTokenizer):
     """Any encoding of tiktoken, GPT-2's among them."""
 
     kind = "tiktoken"
+    min_encoded = 2**21
 
     def __init__(self, encoding: Any) -> None:
         """encoding: a tiktoken.Encoding."""
@@ -370,6 +371,7 @@ class BPETokenizer(LibraryTokenizer):
     """
 
     kind = "bpe"
+    min_encoded = 2**16
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         """spec: the JSON of the library's tokenizer."""
@@ -417,7 +419,7 @@ class BPETokenizer(LibraryTokenizer):
     def make_word_cache(self) -> WordCache | None:
         spec = json.loads(self.tokenizer.to_str())
         split = byte_level.split_of_spec(spec)
-        ranks = None if split is None else byte_level.ranks_of_spec(spec)
+        ranks = None if split is None else byte_level.ranks_of_bpe(spec, self.tokenizer.model)
         if split is None or ranks is None or not set(self.control_ids.tolist()).isdisjoint(ranks.values()):
             return None
         return byte_level.make_word_cache(split, ranks)

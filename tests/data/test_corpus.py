@@ -436,13 +436,21 @@ def test_an_old_dataset_survives_a_failed_preparation(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_standard_library_and_its_classes_are_aligned(tmp_path: Path):
+def test_standard_library_and_its_classes_are_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from data.stdlib_class import prepare as stdlib_class
+
+    max_bytes = 300_000
+    flags = [f"--out_dir={tmp_path / 'stdlib_char'}", f"--max_bytes={max_bytes}"]
+    assert "tokens" in run_script(*flags, script="data/stdlib_char/prepare.py").stdout
+    modules = list(stdlib_class.iter_modules(max_bytes=max_bytes))
+    monkeypatch.setattr(stdlib_class, "iter_modules", lambda: modules)
+    stdlib_class.main(stdlib_class.PrepareArgs(out_dir=str(tmp_path / "stdlib_class")))
     texts = []
     for name in ("stdlib_char", "stdlib_class"):
         folder = tmp_path / name
-        assert "tokens" in run_script(f"--out_dir={folder}", script=f"data/{name}/prepare.py").stdout
         texts.append(token_bins.read_meta(folder).tokenizer.decode(tokens(folder, "val")[:20000]))
-    assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > 1_000_000
+    assert len(tokens(tmp_path / "stdlib_char")) == len(tokens(tmp_path / "stdlib_class")) > max_bytes / 2
     chars, classes = texts
     assert [char == "\n" for char in chars] == [char == "\n" for char in classes]
     keywords = [match.span() for match in re.finditer(r"^def (?=\w+\()", chars, re.M)]

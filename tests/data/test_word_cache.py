@@ -27,7 +27,8 @@ UNKNOWN_SIGNS = "\0\u180e\U0003134a\u0378"
 @pytest.fixture(autouse=True)
 def encodes_all_texts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenization, "MIN_CACHED_CHARS", 0)
-    monkeypatch.setattr(tokenization, "MIN_CHARS_OF_CACHE", 0)
+    monkeypatch.setattr(tokenization.BPETokenizer, "min_encoded", 0)
+    monkeypatch.setattr(tokenization.TiktokenTokenizer, "min_encoded", 0)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +63,18 @@ def dense_spec() -> dict:
     return spec_of(list(dict.fromkeys(merges)))
 
 
+def ranks_of(spec: dict) -> dict[bytes, int]:
+    ranks = byte_level.ranks_of_bpe(spec, tokenization.BPETokenizer(spec).tokenizer.model)
+    assert ranks is not None
+    return ranks
+
+
 @pytest.fixture(scope="module", params=["byte_level", "digits", 0, -1])
 def tokenizer(request: pytest.FixtureRequest) -> tokenization.LibraryTokenizer:
     """The same merges behind each of the splits that are known."""
     spec = dense_spec()
     if isinstance(request.param, int):
-        ranks = byte_level.ranks_of_spec(spec)
+        ranks = ranks_of(spec)
         pattern = byte_level.GPT2_PATTERNS[request.param]
         encoding = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return tokenization.TiktokenTokenizer(encoding)
@@ -108,7 +115,7 @@ def test_any_text(tokenizer: tokenization.LibraryTokenizer, texts: list[str]):
 
 
 def test_halves_of_surrogate_pairs_are_the_librarys(trained: tokenization.BPETokenizer):
-    ranks = byte_level.ranks_of_spec(trained.to_json()["tokenizer"])
+    ranks = ranks_of(trained.to_json()["tokenizer"])
     encoding = tiktoken.Encoding("own", pat_str=byte_level.GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
     assert_same_ids(tokenization.TiktokenTokenizer(encoding), ["a \ud83d b", "c"])
 
