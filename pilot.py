@@ -8,7 +8,7 @@ nanoforge/training/budget.py, and is in the run's record.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +16,18 @@ import torch
 import builders
 from nanoforge import distributed
 from nanoforge.data.token_bins import SPLITS, read_meta, read_shard, shard_paths
+from nanoforge.device import measure_matmul_flops
 from nanoforge.errors import UserError
 from nanoforge.training import budget, evaluation
-from nanoforge.training.budget import Budget, Plan, Shape, Speed, StepTime, Text
+from nanoforge.training.budget import Budget, Pilot, Plan, Shape, Speed, StepTime, Text
 from nanoforge.training.optimizers import Optimizer
 from nanoforge.training.signals import Signals
 from train_args import BUDGETS, TrainArgs
 
-PILOT_SHAPE = Shape(n_layer=2, n_embd=64, n_head=2)
-PILOT_SHARE = 0.025  # of the budget
-MIN_PILOT_TOKENS = 5e4  # with fewer it says nothing of the text
+PILOT_LAYERS = 2
+FIRST_STEP_TOKENS = (2048, 256)
+PILOT_SHARES = (0.006, 0.024)  # of the budget
+MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
 PILOT_EVAL_TOKENS = 32768
 SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
@@ -115,7 +117,9 @@ class Bench:
         self.text = read_text(args)
         fixed = [name for name in (*budget.CHOSEN, "n_kv_head") if name not in args.budget_chooses]
         self.fixed = {name: getattr(args, name) for name in fixed if name != "n_kv_head" or args.n_kv_head}
-        self.step_times: dict[Shape, StepTime] = {}
+        self.step_times: list[StepTime] = []
+        self.measured: set[Shape] = set()
+        self.peak_flops = 0.0  # of this rank's device
 
     @property
     def seconds(self) -> float:
@@ -131,12 +135,25 @@ class Bench:
     @property
     def speed(self) -> Speed:
         """What the step times so far say."""
-        return Speed.fit(list(self.step_times.values()))
+        return Speed.fit(self.step_times, self.peak_flops * self.ranks.world_size)
 
     def plan(self, shape: Shape, amount: Budget) -> Plan | None:
         """The run of this size that spends so much."""
         speed = self.speed if amount.seconds else None
         return budget.plan_run(shape, amount, speed, self.text, self.fixed, self.ranks.world_size)
+
+    def plan_step(self, shape: Shape, step_tokens: int) -> Plan:
+        """A step of about so many tokens."""
+        block_size = budget.nearest(budget.contexts(self.text, self.fixed), 64)
+        rows = budget.nearest(budget.batches(self.fixed, self.ranks.world_size, step_tokens), step_tokens / block_size)
+        step = Budget(tokens=rows * block_size)
+        return require_plan(budget.spend(shape, step, None, self.text, block_size=block_size, rows=rows), self.args)
+
+    def measure_peak(self) -> None:
+        """Measure matrix products, the slowest rank's."""
+        dtype, _ = builders.agree_on_dtype(self.args.dtype, self.ranks)
+        flops = measure_matmul_flops(self.ranks.device, dtype)
+        self.peak_flops = 1e12 / max(1, self.ranks.all_reduce_max(round(1e12 / flops * 1e6))) * 1e6
 
     @contextlib.contextmanager
     def trial(self, plan: Plan) -> Iterator[Trial]:
@@ -164,10 +181,12 @@ class Bench:
 
     def note_step_time(self, plan: Plan, seconds: float) -> None:
         """Take up the time of a step of a plan."""
-        flops = plan.shape.step_flops(plan.rows, plan.block_size, self.text.vocab_size)
-        self.step_times[plan.shape] = StepTime(plan.shape.n_layer, flops, seconds)
+        self.measured.add(plan.shape)
+        self.step_times.append(
+            StepTime(plan.shape.step_work(plan.rows, plan.block_size, self.text.vocab_size), seconds)
+        )
 
-    def train_pilot(self, plan: Plan) -> dict[str, float]:
+    def train_pilot(self, plan: Plan) -> Pilot:
         """Train a whole small run, with its schedule: what it reaches, and what the law foretells of it."""
         with self.trial(plan) as trial:
             warm_up = min(WARM_UP_STEPS, plan.steps - 1)
@@ -175,7 +194,7 @@ class Bench:
             seconds = trial.train(range(warm_up, plan.steps))
             val_loss = trial.val_loss()
         self.note_step_time(plan, seconds / (plan.steps - warm_up))
-        return {"tokens": plan.tokens, "val_loss": val_loss, "law": plan.loss}
+        return Pilot(plan.tokens, plan.loss, val_loss)
 
 
 def read_text(args: TrainArgs) -> Text:
@@ -196,33 +215,38 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
     amount = args.budget
     assert amount is not None
 
-    # 1. The pilot: a small run says how hard the text is, and gives the first speed.
-    smallest = min(budget.ladder(bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_SHAPE.n_layer))
+    # 1. The first speeds, of a small model: steps of two sizes tell what starting operations takes.
+    small = min(budget.ladder(bench.text, bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_LAYERS))
     if amount.seconds:
-        bench.measure_step(require_plan(bench.plan(smallest, Budget(tokens=MIN_PILOT_TOKENS)), args))
-    pilot_plan = bench.plan(smallest, Budget(*(PILOT_SHARE * value for value in dataclasses.astuple(amount))))
-    if pilot_plan is not None and pilot_plan.tokens > MAX_PILOT_TOKENS:
-        pilot_plan = bench.plan(smallest, Budget(tokens=MAX_PILOT_TOKENS))
-    pilot = {}
-    if pilot_plan is not None and pilot_plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
-        pilot = bench.train_pilot(pilot_plan)
+        bench.measure_peak()
+        for step_tokens in FIRST_STEP_TOKENS:
+            bench.measure_step(bench.plan_step(small, step_tokens))
 
-    # 2. The speed of the sizes that look best.
+    # 2. The pilots: small runs say how hard the text is, and how much more tokens help.
+    pilots = []
+    for share in PILOT_SHARES:
+        plan = bench.plan(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
+        if plan is not None and plan.tokens > MAX_PILOT_TOKENS:
+            plan = bench.plan(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
+        if plan is not None and plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
+            pilots.append(bench.train_pilot(plan))
+
+    # 3. The speed of the sizes that look best.
     for _ in range(N_SIZES if amount.seconds else 0):
         plan = choose(bench, amount)
-        if plan.shape in bench.step_times or bench.is_out_of_time:
+        if plan.shape in bench.measured or bench.is_out_of_time:
             break
         bench.measure_step(plan)
 
-    # 3. The choice.
-    return describe_decision(bench, choose(bench, amount), pilot)
+    # 4. The choice.
+    return describe_decision(bench, choose(bench, amount), pilots)
 
 
 def choose(bench: Bench, amount: Budget) -> Plan:
     """The best plan by what is known so far. Raises UserError when the budget is too small for one step."""
     if amount.seconds:
         amount = Budget(seconds=max(0.01 * amount.seconds, amount.seconds - bench.seconds))
-    plans = [bench.plan(shape, amount) for shape in budget.ladder(bench.fixed)]
+    plans = [bench.plan(shape, amount) for shape in budget.ladder(bench.text, bench.fixed)]
     possible = [plan for plan in plans if plan is not None]
     return require_plan(budget.best_plan(possible, amount, bench.text) if possible else None, bench.args)
 
@@ -242,24 +266,23 @@ def planned_seconds(bench: Bench, plan: Plan) -> float:
     return min(bench.args.time_budget, bench.seconds + plan.steps * plan.step_seconds / (1 - budget.EVAL_SHARE))
 
 
-def describe_decision(bench: Bench, plan: Plan, pilot: Mapping[str, float]) -> Decision:
+def describe_decision(bench: Bench, plan: Plan, pilots: list[Pilot]) -> Decision:
     """The decision, for the run and for its record."""
     values = budget.derive_args(plan, bench.text, bench.fixed)
-    difficulty = pilot["val_loss"] / pilot["law"] if pilot else None
-    foretold = plan.loss * difficulty if difficulty else None
+    calibration = budget.calibrate(pilots) if pilots else None
     speed = bench.speed if bench.step_times else None
     seconds = bench.seconds
     record = {
         "chosen": values,
         "text": dataclasses.asdict(bench.text),
-        "step_times": [step_time._asdict() for step_time in bench.step_times.values()],
+        "step_times": [{**step.work._asdict(), "seconds": step.seconds} for step in bench.step_times],
         "speed": dataclasses.asdict(speed) if speed else {},
-        "pilot": dict(pilot),
+        "pilots": [pilot._asdict() for pilot in pilots],
         "law_loss": plan.loss,
-        "foretold_val_loss": foretold,
+        "foretold_val_loss": calibration.loss(plan.loss) if calibration else None,
         "step_seconds": plan.step_seconds,
         "seconds": planned_seconds(bench, plan),
         "measuring_seconds": seconds,
     }
-    notes = budget.explain(plan, bench.text, speed, difficulty, seconds)
+    notes = budget.explain(plan, bench.text, speed, calibration, seconds)
     return Decision(dataclasses.replace(bench.args, **values), record, notes)

@@ -1,20 +1,23 @@
 """The best model for a budget: its size, batch, steps and rates, by a measured speed and a law. Imports no torch.
 
 The law foretells the validation loss, in nats per token, of a model with N weights in its blocks after D tokens of a
-text of U tokens (Hoffmann et al. 2022, equation 2):
+text of U tokens in steps of B tokens (Hoffmann et al. 2022, equation 2):
 
-    L(N, D) = E + A (N' / 1e6)^-alpha + B (D' / 1e6)^-beta
+    L = A (N / 1e6)^-alpha + B (D0 + D' / 1e6)^-beta
 
-Repeated tokens are worth less than fresh ones, and so are weights beyond those that U fresh tokens suit best
-(Muennighoff et al. 2023, equations 5 and 6): D' = U + U R (1 - exp(-(D / U - 1) / R)) for D > U, and N' likewise.
+D0 is what a model learns at once. D' are the fresh tokens in small steps that D are worth. Repeated ones are worth less
+(Muennighoff et al. 2023, equation 5): U + U R (1 - exp(-(D / U - 1) / R)) for D > U. Large steps make less of them
+(McCandlish et al. 2018; Kaplan et al. 2020, section 5.1): D / (1 + B / Bc), and Bc grows as the loss falls.
 
-Its constants were measured with configs/depth.py on a CPU (docs/budget.md). A budget buys fewer tokens for a larger
-model. `choose` tries the sizes of a ladder, and takes the one whose foretold loss is lowest.
+Another text has another floor and another scale, e + k L, which `calibrate` finds by pilots. The best size and batch
+are the same for all e and k. The constants were measured with configs/depth.py on a CPU (docs/budget.md). A budget buys
+fewer tokens for a larger model, and more in larger steps: `plan_run` finds the batch for a size, `best_plan` the size.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any, NamedTuple
 
 from nanoforge.console import format_duration, plural
@@ -23,37 +26,77 @@ from nanoforge.training import depth
 # ---------------------------------------------------------------------------------------------------------------------
 # the law
 
-FLOOR = 0.2  # E
-SIZE_SCALE, SIZE_EXPONENT = 0.209, 0.30  # A, alpha
-DATA_SCALE, DATA_EXPONENT = 0.845, 0.194  # B, beta
-EPOCHS_WORTH = 15.0  # R of tokens: so many fresh epochs are endless repetitions of a text worth
-WEIGHTS_WORTH = 5.3  # R of weights
+SIZE_SCALE, SIZE_EXPONENT = 0.386, 0.162  # A, alpha
+DATA_SCALE, DATA_EXPONENT, DATA_START = 0.905, 0.204, 0.0091  # B, beta, D0
+CRITICAL_BATCH, CRITICAL_BATCH_LOSS, CRITICAL_BATCH_EXPONENT = 14_000, 1.46, 5.2
+MEASURED_SCALES = 0.67, 1.0  # k of Tiny Shakespeare, and of Python's standard library, for which the law is written
+TELLING_TOKENS = 4e5  # of a pilot that shows the scale of its text
+EPOCHS_WORTH = 5.0  # R: so many fresh epochs are endless repetitions of a text worth
 
 
 def effective_tokens(tokens: float, unique: float) -> float:
     """The fresh tokens that so many tokens of a text of `unique` tokens are worth."""
-    return saturate(tokens, unique, EPOCHS_WORTH)
+    if tokens <= unique:
+        return tokens
+    return unique * (1 - EPOCHS_WORTH * math.expm1(-(tokens / unique - 1) / EPOCHS_WORTH))
 
 
-def saturate(amount: float, unit: float, limit: float) -> float:
-    """The amount up to `unit`; beyond, it rises ever more slowly, to unit x (1 + limit)."""
-    if amount <= unit:
-        return amount
-    return unit * (1 - limit * math.expm1(-(amount / unit - 1) / limit))
-
-
-def foretold_loss(weights: float, tokens: float, unique: float) -> float:
-    """The law's validation loss. weights: of the blocks; tokens: of the run; unique: of the text."""
-    weights = saturate(weights, optimal_weights(unique, unique), WEIGHTS_WORTH)
+def foretold_loss(weights: float, tokens: float, unique: float, step_tokens: float = 0.0) -> float:
+    """The law's validation loss. weights: of the blocks; tokens: of the run; unique: of the text; step_tokens: of a
+    step."""
     size_part = SIZE_SCALE * (weights / 1e6) ** -SIZE_EXPONENT
-    data_part = DATA_SCALE * (effective_tokens(tokens, unique) / 1e6) ** -DATA_EXPONENT
-    return FLOOR + size_part + data_part
+    worth = effective_tokens(tokens, unique)
+    loss = size_part + data_part(worth)
+    return size_part + data_part(worth / (1 + step_tokens / critical_batch(loss)))
+
+
+def data_part(tokens: float) -> float:
+    """The part of the law that falls with the tokens."""
+    return DATA_SCALE * (DATA_START + tokens / 1e6) ** -DATA_EXPONENT
+
+
+def critical_batch(loss: float) -> float:
+    """Tokens of a step that need twice as many tokens in all as small steps do, at a loss of the law."""
+    return CRITICAL_BATCH * (loss / CRITICAL_BATCH_LOSS) ** -CRITICAL_BATCH_EXPONENT
 
 
 def optimal_weights(tokens: float, unique: float) -> float:
     """The weights for which so many tokens are the best use of compute: there both parts of the law fall alike."""
-    data_part = DATA_SCALE * (effective_tokens(tokens, unique) / 1e6) ** -DATA_EXPONENT
-    return 1e6 * (DATA_EXPONENT * data_part / (SIZE_EXPONENT * SIZE_SCALE)) ** (-1 / SIZE_EXPONENT)
+    worth = effective_tokens(tokens, unique)
+    data_slope = DATA_EXPONENT * data_part(worth) * worth / (worth + 1e6 * DATA_START)
+    return 1e6 * (data_slope / (SIZE_EXPONENT * SIZE_SCALE)) ** (-1 / SIZE_EXPONENT)
+
+
+class Pilot(NamedTuple):
+    """A small run of the text at hand."""
+
+    tokens: int
+    law: float  # the loss that the law foretells
+    val_loss: float
+
+
+class Calibration(NamedTuple):
+    """The losses of a text: offset + scale x the law's."""
+
+    offset: float
+    scale: float
+
+    def loss(self, law: float) -> float:
+        return self.offset + self.scale * law
+
+
+def calibrate(pilots: Sequence[Pilot]) -> Calibration:
+    """From two pilots, the longer one last: through it, with the scale that both have, as far as they are long enough.
+
+    Short ones learn what all texts have in common. What they leave open is taken from the texts of the law.
+    """
+    scale = sum(MEASURED_SCALES) / len(MEASURED_SCALES)
+    first, last = pilots[0], pilots[-1]
+    if first.law > last.law:
+        measured = (first.val_loss - last.val_loss) / (first.law - last.law)
+        weight = min(1.0, last.tokens / TELLING_TOKENS)
+        scale += weight * (measured - scale)
+    return Calibration(last.val_loss - scale * last.law, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,41 +119,56 @@ class Shape(NamedTuple):
         """FLOPs of a training token, as GPT.flops_per_token has them."""
         return 6 * (self.weights + vocab_size * self.n_embd) + 12 * self.n_layer * self.n_embd * block_size
 
-    def step_flops(self, rows: int, block_size: int, vocab_size: int) -> float:
-        """FLOPs of a step's tokens, and of Muon's 5 Newton-Schulz iterations on all matrices."""
-        return self.token_flops(block_size, vocab_size) * rows * block_size + 300 * self.n_layer * self.n_embd**3
+    def step_work(self, rows: int, block_size: int, vocab_size: int) -> "Work":
+        """What a step does: its tokens, and Muon's 5 Newton-Schulz iterations on all matrices."""
+        tokens = rows * block_size
+        flops = self.token_flops(block_size, vocab_size) * tokens + 300 * self.n_layer * self.n_embd**3
+        numbers = (16 * self.n_layer * self.n_embd + 4 * vocab_size) * tokens
+        return Work(self.n_layer + 1, numbers, flops)
+
+
+class Work(NamedTuple):
+    """What a step does. Each takes its time: starting operations, moving numbers through memory, multiplying."""
+
+    layers: float  # the head and the rest count as one
+    numbers: float  # activations, which other operations than matrix products read and write
+    flops: float
 
 
 class StepTime(NamedTuple):
     """A measured step."""
 
-    n_layer: int
-    flops: float
+    work: Work
     seconds: float
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step: a time for each layer (and one for the head and the rest), and a time for each FLOP."""
+    """Seconds for each unit of a step's work."""
 
     layer_seconds: float
+    number_seconds: float
     flop_seconds: float
 
     @classmethod
-    def fit(cls, measured: list[StepTime]) -> "Speed":
-        """By least squares of the relative error, none of the two below 0. One step alone is all FLOPs."""
-        rows = [((step.n_layer + 1) / step.seconds, step.flops / step.seconds) for step in measured]
-        aa, ab, bb = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-        a, b = (sum(row[i] for row in rows) for i in (0, 1))
-        determinant = aa * bb - ab * ab
-        if len(rows) > 1 and determinant > 1e-9 * aa * bb:
-            layer_seconds, flop_seconds = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
-            if layer_seconds >= 0 and flop_seconds > 0:
-                return cls(layer_seconds, flop_seconds)
-        return cls(0.0, b / bb)
+    def fit(cls, measured: Sequence[StepTime], peak_flops: float) -> "Speed":
+        """By least squares of the relative error, none below 0. peak_flops: of large matrix products, a second; what
+        few steps leave open is decided for products at half this speed."""
+        rows = [[amount / step.seconds for amount in step.work] for step in measured]
+        targets = [1.0] * len(rows)
+        rows.append([0.0, 0.0, PRIOR_WEIGHT * peak_flops / 2])
+        targets.append(PRIOR_WEIGHT)
+        rates = [0.0, 0.0, 2 / peak_flops]
+        for _ in range(FIT_ROUNDS):  # one unknown after the other
+            for i in range(3):
+                squares = sum(row[i] ** 2 for row in rows)
+                rest = [target - sum(map(mul, row, rates)) for row, target in zip(rows, targets, strict=True)]
+                if squares:
+                    rates[i] = max(0.0, rates[i] + sum(row[i] * r for row, r in zip(rows, rest, strict=True)) / squares)
+        return cls(*rates)
 
-    def step_seconds(self, n_layer: int, flops: float) -> float:
-        return (n_layer + 1) * self.layer_seconds + flops * self.flop_seconds
+    def step_seconds(self, work: Work) -> float:
+        return sum(map(mul, work, (self.layer_seconds, self.number_seconds, self.flop_seconds)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,10 +193,16 @@ CHOSEN = (
     "log_interval",
 )
 MAX_DEPTH = 64
-MAX_EPOCHS = 40.0  # beyond, a text has nothing more to give
+MAX_STEP_TOKENS = 2**22
+SMALL_STEP = 32  # a step of this part of the critical batch is small
+PRIOR_WEIGHT = 0.1  # of the assumed speed of matrix products, beside a measured step
+FIT_ROUNDS = 300
+MAX_EPOCHS = 30.0  # beyond, a text has nothing more to give
+WEIGHTS_PER_TOKEN = 10  # of the text, at most: nanoGPT's model of Tiny Shakespeare, which overfits without dropout
 NEARLY = 0.002  # by so much of the lowest foretold loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
-N_EVALUATIONS = 10
+N_EVALUATIONS = 10  # at most; twice as many where early stopping counts them
+MIN_EVAL_TOKENS = 16384  # of an evaluation, unless that leaves no second one
 
 
 @dataclass(frozen=True)
@@ -173,12 +237,22 @@ class Plan:
     spends_all: bool  # of the budget; else the text has nothing more to give
 
     @property
+    def step_tokens(self) -> int:
+        return self.rows * self.block_size
+
+    @property
     def tokens(self) -> int:
-        return self.steps * self.rows * self.block_size
+        return self.steps * self.step_tokens
 
     @property
     def epochs(self) -> float:
         return self.tokens / self.unique
+
+    @property
+    def overfitting(self) -> float:
+        """How much of the text the model may learn by heart: its epochs, less where it has fewer weights than the text
+        has tokens."""
+        return self.epochs * min(1.0, self.shape.weights / self.unique)
 
     def describe(self) -> str:
         return f"{self.shape.n_layer} layers x {self.shape.n_embd}"
@@ -195,53 +269,78 @@ def block_tokens(tokens: float) -> float:
     return 128 * (tokens / depth.MEASURED_TOKENS) ** 0.353
 
 
-def ladder(fixed: Mapping[str, Any]) -> list[Shape]:
-    """The sizes to try, the smallest first; what is fixed is the same in all."""
+def ladder(text: Text, fixed: Mapping[str, Any]) -> list[Shape]:
+    """The sizes to try, the smallest first; what is fixed is the same in all. Of a small text none that it overfits."""
     depths = [fixed["n_layer"]] if "n_layer" in fixed else range(1, MAX_DEPTH + 1)
     shapes = []
     for n_layer in depths:
         width, heads = depth.shape(n_layer, aspect(n_layer), fixed)
         shapes.append(Shape(n_layer, width, fixed.get("n_head", heads)))
-    return sorted(shapes, key=lambda shape: shape.weights)
+    shapes.sort(key=lambda shape: shape.weights)
+    most_weights = max(shapes[0].weights, WEIGHTS_PER_TOKEN * text.tokens)
+    return [shape for shape in shapes if shape.weights <= most_weights]
 
 
 def plan_run(
     shape: Shape, budget: Budget, speed: Speed | None, text: Text, fixed: Mapping[str, Any], ranks: int = 1
 ) -> Plan | None:
-    """The run of this size that spends the budget, with the batch and the context of the rules; None without a step.
+    """The run of this size that spends the budget, with the batch of the lowest loss; None without a step.
 
+    The context follows from the run's tokens, which follow from the context: found by going round.
     ranks: their number divides the sequences of a step.
     """
-    best: tuple[float, Plan] | None = None
-    max_block = max(1, min(text.tokens, text.val_tokens) - 1)
-    blocks = [fixed["block_size"]] if "block_size" in fixed else [2**i for i in range(4, 14) if 2**i <= max_block]
-    for block_size in blocks or [max_block]:
-        for rows in batches(fixed, ranks):
-            plan = spend(shape, budget, speed, text, block_size=block_size, rows=rows)
-            if plan is None:
-                continue
-            distance = abs(math.log2(block_size / block_tokens(plan.tokens)))
-            distance += abs(math.log2(rows * block_size / depth.batch_tokens(plan.tokens)))
-            if best is None or distance < best[0]:
-                best = (distance, plan)
-    return best[1] if best else None
+    tokens = depth.MEASURED_TOKENS
+    best: dict[int, Plan | None] = {}  # by context
+    while True:
+        block_size = nearest(contexts(text, fixed), block_tokens(tokens))
+        if block_size in best:
+            break
+        plans = [
+            spend(shape, budget, speed, text, block_size=block_size, rows=rows)
+            for rows in batches(fixed, ranks, max(1, MAX_STEP_TOKENS // block_size))
+        ]
+        best[block_size] = best_batch(list(filter(None, plans)))
+        plan = best[block_size]
+        tokens = plan.tokens if plan else tokens / 8
+    return min(filter(None, best.values()), key=lambda plan: abs(log_ratio(plan)), default=None)
 
 
-def batches(fixed: Mapping[str, Any], ranks: int) -> list[int]:
-    """Sequences of a step to try: what is fixed, else powers of two that the ranks share evenly."""
-    if "batch_size" in fixed and "gradient_accumulation_steps" in fixed:
-        return [fixed["batch_size"] * fixed["gradient_accumulation_steps"]]
+def best_batch(plans: list[Plan]) -> Plan | None:
+    """The plan with the lowest loss, but no steps so small that larger ones would hardly need more tokens."""
+    large = [plan for plan in plans if plan.step_tokens >= critical_batch(plan.loss) / SMALL_STEP] or plans[-1:]
+    return min(large, key=lambda plan: plan.loss, default=None)
+
+
+def log_ratio(plan: Plan) -> float:
+    """How far a plan's context is from the rule's."""
+    return math.log(plan.block_size / block_tokens(plan.tokens))
+
+
+def nearest(values: Sequence[int], ideal: float) -> int:
+    """The value whose ratio to the ideal one is nearest to 1."""
+    return min(values, key=lambda value: abs(math.log(value / ideal)))
+
+
+def contexts(text: Text, fixed: Mapping[str, Any]) -> list[int]:
+    """Context lengths to try: what is fixed, else powers of two that leave room for a few windows in both splits."""
+    longest = max(1, min(text.tokens, text.val_tokens) // 4)
+    return [fixed["block_size"]] if "block_size" in fixed else [2**i for i in range(14) if 2**i <= longest]
+
+
+def batches(fixed: Mapping[str, Any], ranks: int, most: int) -> list[int]:
+    """Sequences of a step to try: what is fixed, else powers of two that the ranks share evenly, to about `most`."""
     unit = fixed.get("batch_size", 1) * fixed.get("gradient_accumulation_steps", 1)
+    if "batch_size" in fixed and "gradient_accumulation_steps" in fixed:
+        return [unit]
     unit *= ranks // math.gcd(unit, ranks)
     if "batch_size" in fixed:
         return [unit]  # one micro-batch a step, unless the ranks need more
-    return [unit * 2**i for i in range(16)]
+    return [unit * 2**i for i in range(1 + max(0, int(math.log2(most / unit))))] if unit < most else [unit]
 
 
 def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, block_size: int, rows: int) -> Plan | None:
     """The run with this batch that spends the budget, or as much of it as the text is good for."""
-    flops = shape.step_flops(rows, block_size, text.vocab_size)
-    step_seconds = speed.step_seconds(shape.n_layer, flops) if speed else 0.0
+    step_seconds = speed.step_seconds(shape.step_work(rows, block_size, text.vocab_size)) if speed else 0.0
     if budget.seconds:
         n_steps = budget.seconds * (1 - EVAL_SHARE) / step_seconds
     elif budget.flops:
@@ -252,7 +351,7 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
     steps = min(int(n_steps), most_steps)
     if steps < 1:
         return None
-    loss = foretold_loss(shape.weights, steps * rows * block_size, text.tokens)
+    loss = foretold_loss(shape.weights, steps * rows * block_size, text.tokens, rows * block_size)
     return Plan(
         shape=shape,
         block_size=block_size,
@@ -279,16 +378,16 @@ def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
 # what follows from the plan
 
 
-def dropout(epochs: float) -> float:
-    """Dropout for a text that is read so many times."""
-    if epochs <= 2:
+def dropout(plan: Plan) -> float:
+    """Dropout for a plan that overfits its text."""
+    if plan.overfitting <= 2:
         return 0.0
-    return 0.1 if epochs <= 6 else 0.2
+    return 0.1 if plan.overfitting <= 8 else 0.2
 
 
 def derive_args(plan: Plan, text: Text, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of train.py that carry out a plan; those that are fixed are left out."""
-    # 1. Batch and rates, by the rules of the dial.
+    # 1. Batch and rates, by the rules of the dial; Muon's update has the same size for any batch.
     batch = {"max_tokens": plan.tokens, "max_iters": plan.steps, "n_embd": plan.shape.n_embd}
     fixed_batch = {name: fixed[name] for name in ("batch_size", "gradient_accumulation_steps") if name in fixed}
     micro_batches = fixed_batch.get("gradient_accumulation_steps")
@@ -301,15 +400,18 @@ def derive_args(plan: Plan, text: Text, fixed: Mapping[str, Any]) -> dict[str, A
         depth=plan.shape.n_layer, aspect=1, tokens_per_weight=1, block_size=plan.block_size, fixed=batch
     )
 
+    values["muon_learning_rate"] = depth.round_to_digits(depth.muon_lr(plan.tokens))
+
     # 2. Against overfitting; evaluations.
-    overfits = plan.epochs > 4
-    n_evaluations = 2 * N_EVALUATIONS if overfits else N_EVALUATIONS
-    eval_tokens = EVAL_SHARE * plan.tokens / (n_evaluations + 1) * 3 / 2  # forward alone, of both splits
-    eval_tokens = min(eval_tokens, text.val_tokens)
+    overfits = plan.overfitting > 8
+    all_eval_tokens = EVAL_SHARE * plan.tokens * 3 / 2  # of a split: forward alone, of both splits
+    n_evaluations = int(all_eval_tokens / MIN_EVAL_TOKENS) - 1  # besides the first one, of the initial weights
+    n_evaluations = max(1, min(n_evaluations, 2 * N_EVALUATIONS if overfits else N_EVALUATIONS))
+    eval_tokens = min(all_eval_tokens / (n_evaluations + 1), text.val_tokens)
     values |= {
         "n_head": plan.shape.n_head,
         "block_size": plan.block_size,
-        "dropout": dropout(plan.epochs),
+        "dropout": dropout(plan),
         "early_stop_patience": 5 if overfits else 0,
         "eval_interval": max(1, math.ceil(plan.steps / n_evaluations)),
         "eval_iters": max(1, round(eval_tokens / (values["batch_size"] * plan.block_size))),
@@ -318,14 +420,15 @@ def derive_args(plan: Plan, text: Text, fixed: Mapping[str, Any]) -> dict[str, A
     return {name: values[name] for name in CHOSEN if name not in fixed}
 
 
-def explain(plan: Plan, text: Text, speed: Speed | None, difficulty: float | None, seconds: float) -> list[str]:
-    """What was chosen, and why, in sentences. difficulty: the pilot's loss over the law's; seconds: of measuring."""
+def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibration | None, seconds: float) -> list[str]:
+    """What was chosen, and why, in sentences. seconds: of measuring."""
     sentences = []
     if speed:
-        overhead, rate = speed.layer_seconds * (plan.shape.n_layer + 1), 1 / speed.flop_seconds
+        work = plan.shape.step_work(plan.rows, plan.block_size, text.vocab_size)
         sentences.append(
             f"measured in {format_duration(seconds)}: a step takes {plan.step_seconds * 1e3:.3g} ms, of which "
-            f"{overhead * 1e3:.2g} ms are for any batch, the rest at {rate / 1e9:,.3g} GFLOPs a second"
+            f"{work.layers * speed.layer_seconds * 1e3:.2g} ms for any batch; "
+            f"{work.flops / plan.step_seconds / 1e9:,.3g} GFLOPs a second"
         )
     sentences.append(
         f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: it has the lowest foretold "
@@ -335,11 +438,12 @@ def explain(plan: Plan, text: Text, speed: Speed | None, difficulty: float | Non
         worth = effective_tokens(plan.tokens, plan.unique) / 1e6
         sentences.append(
             f"the text is read {plan.epochs:.1f} times, which is worth {worth:.3g} M fresh tokens; "
-            f"dropout {dropout(plan.epochs):g}"
+            f"dropout {dropout(plan):g}"
         )
-    if difficulty:
+    if calibration:
         sentences.append(
-            f"foretold val_loss: {plan.loss * difficulty:.3f}; the law's, x {difficulty:.2f} as in the pilot"
+            f"foretold val_loss {calibration.loss(plan.loss):.3f}, by a pilot on this text: "
+            f"{calibration.offset:.2f} + {calibration.scale:.2f} x the law's {plan.loss:.3f}"
         )
     else:
         sentences.append("foretold val_loss: none, since the budget is too small for a pilot")

@@ -1,0 +1,152 @@
+"""What --time_budget is worth: its run against 12 configurations chosen by hand, each given the same time.
+
+    python -m benchmarks.budget --data_dir=data --datasets=stdlib_char,shakespeare_char --minutes=1,5,20
+
+One run after the other, so the machine has to be quiet: 13 runs for each dataset and time, 11 hours for three datasets
+of 1, 5 and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
+those of evaluate.py on the same validation text. A configuration by hand fixes size, batch, context and dropout;
+steps, rates and the end of the schedule are those that the budget gives it, so it is given every chance.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import configurator
+from benchmarks.common import Figures, run_process, to_flags
+from configurator import arg, arg_group, arg_table
+from nanoforge.files import write_json, write_text
+
+SIZES = {"2x64": (2, 2, 64), "4x128": (4, 4, 128), "6x192": (6, 6, 192), "6x384": (6, 6, 384)}  # layers, heads, width
+BATCHES = {  # batch size, context, dropout
+    "16x64": (16, 64, 0.0),
+    "32x128": (32, 128, 0.0),
+    "32x128, dropout": (32, 128, 0.2),
+}
+COLUMNS = (
+    "dataset",
+    "minutes",
+    "chosen",
+    "val_loss",
+    "best by hand",
+    "its val_loss",
+    "difference",
+    "foretold",
+    "off by",
+    "seconds",
+)
+CHOICE = "--time_budget"  # the run to which the others are compared
+
+
+@arg_group
+class BudgetBenchArgs:
+    """comparison"""
+
+    datasets: tuple[str, ...] = arg(("stdlib_char", "shakespeare_char"), "datasets, prepared in data_dir")
+    data_dir: str = arg("data", "folder of the dataset folders", path=True)
+    minutes: tuple[float, ...] = arg((1.0, 5.0, 20.0), "times that each run is given", above=0)
+    device: str = arg("cpu", "device of all runs; names the file of results")
+    dtype: str = arg("auto", "precision of all runs")
+    eval_tokens: int = arg(200_000, "validation tokens on which losses are taken", low=1)
+    out: str = arg("benchmarks", "folder of the results", path=True)
+
+
+@arg_table
+class Args(BudgetBenchArgs):
+    """The arguments."""
+
+
+def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, arguments) of each run: the budget's own first."""
+    yield CHOICE, {}
+    for size, (n_layer, n_head, n_embd) in SIZES.items():
+        for batch, (batch_size, block_size, dropout) in BATCHES.items():
+            yield (
+                f"{size}, {batch}",
+                {
+                    "n_layer": n_layer,
+                    "n_head": n_head,
+                    "n_embd": n_embd,
+                    "batch_size": batch_size,
+                    "gradient_accumulation_steps": 1,
+                    "block_size": block_size,
+                    "dropout": dropout,
+                },
+            )
+
+
+def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) -> dict[str, Any]:
+    """Train one run to the end of its time, and evaluate its best checkpoint."""
+    out_dir = Path(tempfile.mkdtemp()) / "run"
+    device = {"device": args.device, "dtype": args.dtype}
+    flags = {"data_dir": args.data_dir, "dataset": dataset, "time_budget": 60 * minutes, "out_dir": out_dir}
+    try:
+        run_process([sys.executable, "train.py", *to_flags(**flags, **device, **values)])
+        config = json.loads((out_dir / "train_config.json").read_text())
+        flags = {"out_dir": out_dir, "max_windows": max(1, args.eval_tokens // config["block_size"])}
+        run_process([sys.executable, "evaluate.py", *to_flags(**flags, **device)])
+        lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+        losses = json.loads((out_dir / "evaluation.json").read_text())["losses"][dataset]
+    finally:
+        shutil.rmtree(out_dir.parent)
+    return {
+        "val_loss": losses["val_loss"],
+        "foretold": config["_budget"]["foretold_val_loss"],
+        "seconds": lines[-1]["seconds"],
+        "steps": lines[-1]["step"],
+        "shape": [config[name] for name in ("n_layer", "n_embd", "batch_size", "block_size", "dropout")],
+    }
+
+
+def describe(results: Figures) -> str:
+    """A table: for each dataset and time, what the budget reached beside the best of the others, and foretold."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for case, runs in results.items():
+        dataset, _, minutes = case.rpartition(", ")
+        if CHOICE not in runs or len(runs) < 2:
+            continue
+        mine = runs[CHOICE]
+        name, best = min(
+            ((name, run) for name, run in runs.items() if name != CHOICE), key=lambda pair: pair[1]["val_loss"]
+        )
+        n_layer, n_embd, batch_size, block_size, dropout = mine["shape"]
+        foretold = mine["foretold"]
+        cells = [
+            dataset,
+            minutes,
+            f"{n_layer} x {n_embd}, {batch_size} x {block_size}, dropout {dropout:g}",
+            f"{mine['val_loss']:.4f}",
+            f"{name} (of {len(runs) - 1})",
+            f"{best['val_loss']:.4f}",
+            f"{mine['val_loss'] / best['val_loss'] - 1:+.1%}",
+            f"{foretold:.4f}" if foretold else "",
+            f"{foretold / mine['val_loss'] - 1:+.1%}" if foretold else "",
+            f"{mine['seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> None:
+    """Run what is missing, and write the results after each run."""
+    path = Path(args.out) / f"budget_{args.device}.json"
+    results: Figures = json.loads(path.read_text()) if path.exists() else {}
+    for minutes in args.minutes:
+        for dataset in args.datasets:
+            runs = results.setdefault(f"{dataset}, {minutes:g}", {})
+            for name, values in configurations():
+                if name in runs:
+                    continue
+                runs[name] = measure(args, dataset, minutes, values)
+                print(f"{dataset}, {minutes:g} minutes, {name}: {runs[name]['val_loss']:.4f}", flush=True)
+                write_json(path, results)
+                write_text(path.with_suffix(".md"), describe(results))
+    print(describe(results))
+
+
+if __name__ == "__main__":
+    configurator.run(main, configurator.parse(Args, sys.argv[1:], __doc__ or ""))
