@@ -68,6 +68,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
         # 2. Forward, backward, update.
         scale = run.lr_scale(progress.step)
         optimizer.set_lr_scale(scale)
+        optimizer.set_step(progress.step)
         run.seed_step(progress.step)
         step = next(steps)
         if step.note:

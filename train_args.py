@@ -436,6 +436,12 @@ class OptimizerArgs:
     muon_learning_rate: float = arg(0.02, "peak learning rate of the matrices that Muon trains", low=0, needs=MUON)
     muon_weight_decay: float = arg(0.0, "weight decay of the matrices that Muon trains", low=0, needs=MUON)
     muon_momentum: float = arg(0.95, "Nesterov momentum of Muon", low=0, high=0.9999, needs=MUON)
+    muon_momentum_warmup: int = arg(0, "steps in which Muon's momentum rises from 0.85 to muon_momentum (0: none)",
+        low=0, needs=MUON)
+    cautious_weight_decay: bool = arg(False, "muon_weight_decay only where the update makes a weight smaller too",
+        needs=OnlyWith("--optimizer=muon with --muon_weight_decay",
+            lambda args: args.optimizer == "muon" and args.muon_weight_decay > 0))
+    aux_eps: float = arg(1e-8, "epsilon of AdamW, which trains what Muon does not", above=0, needs=MUON)
     optimizer_kwargs: dict[str, Any] = arg({}, "further optimizer arguments as JSON, such as "
         '{"eps": 1e-10}; with muon they go to Muon')
     spike_skip: float = arg(0.0, "skip steps whose grad norm exceeds median + k robust standard deviations "

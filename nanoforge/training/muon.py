@@ -137,6 +137,15 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
     return x
 
 
+def momentum_at(step: int, momentum: float, warmup: int) -> float:
+    """The momentum of a step: from 0.85, or less where it is to be less, on a straight line for `warmup` steps.
+
+    As in modded-nanogpt: while gradients still change fast, older ones are worth less.
+    """
+    start = min(0.85, momentum)
+    return momentum if step >= warmup else start + (momentum - start) * step / warmup
+
+
 Orthogonalize = Callable[[Sequence[Tensor], Sequence[Kind], Sequence[Stack], Settings, Tensor], list[Tensor]]
 
 
@@ -171,21 +180,32 @@ def orthogonalize(
 def compute_steps(
     layout: Layout, grads: Tensor, settings: Settings, rates: Rates, orthogonalize: Orthogonalize = orthogonalize
 ) -> tuple[list[Tensor], Tensor]:
-    """(what to subtract from the weights of each kind, what to multiply all of them with before).
+    """(what to subtract from the weights of each kind, which part of all weights decays before).
 
     Of sharded weights every rank gathers the whole matrices, and iterates on all of them.
     """
     updates = average_gradients(layout.momentum, grads, rates, nesterov=settings.nesterov)
     lr = rates.lr * (1 - rates.found_inf)
     steps = orthogonalize(layout.by_kind(updates), layout.kinds, layout.stacks, settings, lr)
-    return steps, 1 - lr * rates.weight_decay
+    return steps, lr * rates.weight_decay
+
+
+def decay_cautiously(weights: list[Tensor], steps: list[Tensor], part: Tensor) -> None:
+    """Decay weights only where the step, which is subtracted, makes them smaller too (Chen et al. 2025)."""
+    decays = torch._foreach_mul(weights, steps)
+    torch._foreach_sign_(decays)
+    torch._foreach_clamp_min_(decays, 0.0)  # 1 where both have the same sign
+    torch._foreach_mul_(decays, weights)
+    torch._foreach_mul_(decays, part)
+    torch._foreach_sub_(weights, decays)
 
 
 class Muon(SkippableOptimizer, torch.optim.Muon):
     """torch.optim.Muon, batched over matrices.
 
     splits: of a weight that stacks several matrices, the rows of each. dtype: the precision of the iteration; bfloat16
-    is torch's, float32 is far faster on a CPU that only emulates it.
+    is torch's, float32 is far faster on a CPU that only emulates it. cautious: see `decay_cautiously`. momentum_warmup:
+    steps until the momentum is reached, for which `set_step` is to be called before each step.
     """
 
     def __init__(
@@ -193,11 +213,17 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
         params: Iterable[Any],
         splits: Mapping[Tensor, list[int]] | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        *,
+        cautious: bool = False,
+        momentum_warmup: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
         self.splits = splits or {}
         self.dtype = dtype
+        self.cautious = cautious
+        self.momentum_warmup = momentum_warmup
+        self.step_number = momentum_warmup  # of a step after the warm-up, unless it is set
         self.layouts: dict[Tensor, Layout] = {}  # of a group, by its first weight
         self.scalars: dict[str, tuple[float, Tensor]] = {}
         self.compute_steps = compute_steps
@@ -226,14 +252,17 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
         rates = Rates(
             lr=self.scalar("lr", group["lr"], layout.momentum),
             weight_decay=self.scalar("weight_decay", group["weight_decay"], layout.momentum),
-            momentum=self.scalar("momentum", group["momentum"], layout.momentum),
+            momentum=self.scalar("momentum", self.momentum_of(group), layout.momentum),
             found_inf=self.scalar("found_inf", 0.0 if self.found_inf is None else self.found_inf, layout.momentum),
         )
         grads = torch.cat([local_shard(p.grad).flatten() for p in layout.params if p.grad is not None])
-        steps, decay = self.compute_steps(layout, grads, settings, rates, self.orthogonalize)
-        weights = [local_shard(p) for p in layout.params]
-        torch._foreach_mul_(weights, decay)
-        torch._foreach_sub_(weights, layout.local_steps(steps))
+        steps_by_kind, decay = self.compute_steps(layout, grads, settings, rates, self.orthogonalize)
+        weights, steps = [local_shard(p) for p in layout.params], layout.local_steps(steps_by_kind)
+        if self.cautious:
+            decay_cautiously(weights, steps, decay)
+        else:
+            torch._foreach_mul_(weights, 1 - decay)
+        torch._foreach_sub_(weights, steps)
 
     def layout(self, params: list[Tensor], adjust_lr_fn: str | None) -> Layout:
         """The layout of the weights: a new one at the first step, after a state was loaded, or for other weights."""
@@ -254,6 +283,17 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
         stacks = make_stacks(kinds, adjust_lr_fn, momentum.device)
         self.layouts[first] = Layout(params, momentum, momenta, kinds, stacks)
         return self.layouts[first]
+
+    def momentum_of(self, group: dict[str, Any]) -> float:
+        """A group's momentum at this step."""
+        return momentum_at(self.step_number, group["momentum"], self.momentum_warmup)
+
+    def set_step(self, step: int) -> None:
+        """Set the momentum of a step, also in the tensors that a captured step reads."""
+        self.step_number = step
+        for group in self.param_groups:
+            if "momentum" in self.scalars:
+                self.scalar("momentum", self.momentum_of(group), self.scalars["momentum"][1])
 
     def scalar(self, name: str, value: Tensor | float, like: Tensor) -> Tensor:
         """A number as a tensor on the device, always the same one; a tensor is there already."""

@@ -72,6 +72,9 @@ class OptimConfig:
     muon_weight_decay: float = 0.0
     muon_momentum: float = 0.95
     muon_dtype: torch.dtype = torch.bfloat16  # of its Newton-Schulz iteration
+    muon_momentum_warmup: int = 0  # steps
+    cautious_weight_decay: bool = False  # of Muon
+    aux_eps: float = 1e-8  # of AdamW, which trains what Muon does not
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer's class
     embedding_lr: float = 0.0  # of the token embedding; 0: lr
     head_lr: float = 0.0  # of an untied head; 0: lr
@@ -174,7 +177,7 @@ def refuse_set_options(name: str, options: Mapping[str, Any], config: OptimConfi
     """Raise UserError where --optimizer_kwargs names what an argument of its own sets."""
     set_elsewhere = {"lr", "params", "weight_decay", *options} - {"fused"}
     if name == "muon":
-        set_elsewhere = {"lr", "params", "weight_decay", "momentum"}
+        set_elsewhere = {"lr", "params", "weight_decay", "momentum", "momentum_warmup", "cautious", "splits", "dtype"}
     repeated = sorted(set_elsewhere & config.kwargs.keys())
     if repeated:
         raise UserError(f"--optimizer_kwargs: {', '.join(repeated)} follow from arguments of their own")
@@ -311,7 +314,9 @@ class Optimizer:
         spec = find_optimizer("adamw" if use_muon else name)
         options = spec.options(config)
         refuse_set_options(name, options, config)
-        if not use_muon:
+        if use_muon:
+            options["eps"] = config.aux_eps
+        else:
             options |= config.kwargs
             if not spec.elementwise:
                 groups = self.with_full_parameters(groups)
@@ -323,6 +328,7 @@ class Optimizer:
         if muon_parameters:
             splits = {muon_parameters[n]: rows for n, rows in (muon_splits or {}).items() if n in muon_parameters}
             options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits, "dtype": config.muon_dtype}
+            options |= {"cautious": config.cautious_weight_decay, "momentum_warmup": config.muon_momentum_warmup}
             self.optimizers.append(build_optimizer(name, Muon, [muon_group], config.muon_lr, options))
 
         peaks = [group["lr"] for group in self.param_groups]
@@ -382,6 +388,12 @@ class Optimizer:
             if not runs_on_device(optimizer):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * scale
+
+    def set_step(self, step: int) -> None:
+        """Set what else follows from the number of the step: Muon's momentum."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.set_step(step)
 
     def clip_grad_norm(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
         """Unscale the gradients and clip their norm to max_norm (0: don't clip); the norm before, on the device."""

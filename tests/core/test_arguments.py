@@ -777,6 +777,34 @@ def muon_momentum(run):
 
 
 @effect
+def muon_momentum_warmup(run: Callable):
+    """As with that momentum, as long as it lasts: at step 2 of 4 it is in the middle of 0.85 and 0.95."""
+    start = run("--optimizer=muon", "--muon_momentum=0.85", name="85")
+    flags = ["--optimizer=muon", "--muon_momentum_warmup=4"]
+    warm = run(*flags, name="warm")
+    assert warm.losses[:2] == start.losses[:2] and warm.losses[2:] != start.losses[2:]
+    assert run("--optimizer=muon", "--muon_momentum_warmup=0", name="0").losses != warm.losses
+
+
+@effect
+def cautious_weight_decay(run: Callable):
+    flags = ["--optimizer=muon", "--muon_weight_decay=10"]
+    norms = []
+    for flag in ("--no-cautious_weight_decay", "--cautious_weight_decay"):
+        norms.append(run(*flags, flag, name=flag).last.weights["blocks.0.mlp.up.weight"].norm())
+    assert norms[0] < norms[1] < run("--optimizer=muon", name="none").last.weights["blocks.0.mlp.up.weight"].norm()
+
+
+@effect
+def aux_eps(run: Callable):
+    """AdamW's, which stands still with a large one; Muon has its own."""
+    before = run("--max_iters=0", "--optimizer=muon", name="start").last.weights
+    after = run("--optimizer=muon", "--aux_eps=1e12", "--weight_decay=0", name="eps").last.weights
+    assert torch.equal(before["wte.weight"], after["wte.weight"])
+    assert not torch.equal(before["blocks.0.mlp.up.weight"], after["blocks.0.mlp.up.weight"])
+
+
+@effect
 def optimizer_kwargs(run):
     assert run('--optimizer_kwargs={"eps": 10}', name="eps").losses != run(name="none").losses
 

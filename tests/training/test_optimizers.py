@@ -218,6 +218,62 @@ def test_muon_is_torchs_as_settings_change_and_steps_are_skipped(adjust_lr_fn: s
             torch.testing.assert_close(p.detach(), w, atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("torch_muon_in_float32")
+def test_muons_momentum_rises_on_a_line_and_is_that_of_the_step():
+    """From 0.85 in four steps; a run resumed at step 2 goes on as if never stopped."""
+    values = [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
+    assert [muon.momentum_at(step, 0.95, 4) for step in range(6)] == pytest.approx(values)
+    assert [muon.momentum_at(step, 0.8, 4) for step in range(6)] == pytest.approx([0.8] * 6)
+    assert muon.momentum_at(0, 0.95, 0) == 0.95
+
+    weights = [torch.randn(8, 6, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
+    ours, resumed, theirs = map(nn.Parameter, weights)
+    optimizer = Muon([ours], dtype=torch.float32, momentum_warmup=4)
+    reference = torch.optim.Muon([theirs])
+    for step, momentum in enumerate(values):
+        if step == 2:
+            state, resumed.data = copy.deepcopy(optimizer.state_dict()), ours.detach().clone()
+            other = Muon([resumed], dtype=torch.float32, momentum_warmup=4)
+            other.load_state_dict(state)
+        for p, one in ((ours, optimizer), (resumed, other if step > 1 else None), (theirs, reference)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            if one is reference:
+                one.param_groups[0]["momentum"] = momentum
+            elif one is not None:
+                one.set_step(step)
+            if one is not None:
+                one.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert torch.equal(ours, resumed)
+
+
+def test_cautious_decay_shrinks_what_the_update_makes_smaller():
+    """w - lr (u + decay x w where u and w have the same sign); u is known from a step without decay. A step that is
+    skipped decays nothing."""
+    start = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    lr, decay = 0.1, 0.5
+
+    def step(skip: float = 0.0, **options: float) -> Tensor:
+        p = nn.Parameter(start.clone())
+        optimizer = Muon([p], lr=lr, dtype=torch.float32, **options)
+        p.grad, optimizer.found_inf = start.flip(0).clone(), torch.tensor(skip)
+        optimizer.step()
+        return p.detach()
+
+    update = (start - step(weight_decay=0.0)) / lr
+    same_sign = update.sign() == start.sign()
+    assert 5 < same_sign.sum() < 43
+    expected = start - lr * (update + decay * torch.where(same_sign, start, 0.0))
+    torch.testing.assert_close(step(weight_decay=decay, cautious=True), expected, atol=1e-6, rtol=0)
+    assert torch.equal(step(skip=1.0, weight_decay=decay, cautious=True), start)
+
+
+def test_muon_and_its_adamw_have_their_own_epsilon_and_betas():
+    groups = build("muon", tiny_model(), aux_eps=1e-10, betas=(0.7, 0.9), kwargs={"eps": 1e-5}).param_groups
+    assert [group["eps"] for group in groups] == [1e-10, 1e-10, 1e-10, 1e-5]
+    assert [group.get("betas") for group in groups] == [(0.7, 0.9)] * 3 + [None]
+
+
 def count_launches(name: str, n_layer: int) -> int:
     """Of a step's clipping, guard and update."""
     model = tiny_model(n_layer=n_layer)
@@ -327,7 +383,12 @@ def test_further_options_are_checked():
         build("adamw", model, kwargs={"no_such": 1})
     with pytest.raises(UserError, match="fused"):
         build("adamw", model, kwargs={"foreach": True})
-    for name, kwargs in (("adamw", {"weight_decay": 1}), ("sgd", {"momentum": 0.5}), ("muon", {"momentum": 0.5})):
+    for name, kwargs in (
+        ("adamw", {"weight_decay": 1}),
+        ("sgd", {"momentum": 0.5}),
+        ("muon", {"momentum": 0.5}),
+        ("muon", {"cautious": True}),
+    ):
         with pytest.raises(UserError, match=r"--optimizer_kwargs.*arguments of their own"):
             build(name, model, kwargs=kwargs)
     assert build("adamw", model, kwargs={"eps": 1e-3}).param_groups[0]["eps"] == 1e-3

@@ -30,7 +30,14 @@ def make_step(optimizer: str, device: str = "cpu", sigma: float = 0.0, **changes
     model = tiny_model(n_layer=1, **changes).train()
     if device != "cpu":
         model.to(device)
-    config = OptimConfig(lr=1e-2, weight_decay=0.1, muon_dtype=torch.float32)
+    config = OptimConfig(
+        lr=1e-2,
+        weight_decay=0.1,
+        muon_weight_decay=0.1,
+        muon_momentum_warmup=WARMUP_STEPS + 4,
+        cautious_weight_decay=True,
+        muon_dtype=torch.float32,
+    )
     state = TrainState(
         model=model,
         optimizer=Optimizer(optimizer, model, config, model.muon_splits()),
@@ -111,6 +118,7 @@ def train(make: TrainStep | CapturedStep, step: TrainStep, numbers: Sequence[int
     losses = []
     for number in numbers:
         step.state.optimizer.set_lr_scale(1 - number / 20)
+        step.state.optimizer.set_step(number)
         torch.manual_seed(number)
         tokens = ids(4, 13, seed=number).to(device)
         batches = [Batch(rows, n_micro_batches=2) for rows in tokens.split(2)]
