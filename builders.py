@@ -42,12 +42,14 @@ from nanoforge.posttraining import prompt_format, rollouts, row_shapes
 from nanoforge.posttraining.chat_template import completion_end_ids, with_chat_template, with_fixed_date
 from nanoforge.posttraining.example_rows import RowFormat, RowSource, read_example_rows
 from nanoforge.posttraining.examples import (
+    ANY_WIDTH,
     Collator,
     ExampleEncoder,
     Examples,
     ExampleSource,
     KTOCollator,
     PreferenceCollator,
+    Widths,
     encode_rows,
     extend_tokenizer,
     pack,
@@ -59,7 +61,7 @@ from nanoforge.posttraining.reference import ReferenceCache, ReferenceModel
 from nanoforge.posttraining.rewards import parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
-from nanoforge.training import checkpoint, schedules
+from nanoforge.training import checkpoint, compilation, schedules
 from nanoforge.training.optimizers import OptimConfig
 from train_args import TrainArgs, load_args
 
@@ -105,6 +107,7 @@ class RunParts(NamedTuple):
     args: TrainArgs  # with what the loaded weights and this machine decided
     tokenizers: dict[str, Tokenizer]  # one for each vocabulary of the model
     model: GPT  # on the device, perhaps sharded
+    models: Sequence[GPT]  # this one, and a reference model apart from it
     data: RunData
     base: dict[str, str]  # source and sha256 of the weights that the run needs to resume
     dtype_reason: str
@@ -148,7 +151,7 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
     add_adapter(start, model, next(iter(inputs.tokenizers.values())), base)
     reference = build_reference(args, model)
     identity = reference_identity(args, model)
-    place_models(args, model, reference, ranks, log)
+    place_models(args, apart(model, reference), ranks, log)
 
     # 4. The source and the objective.
     examples = {}
@@ -156,7 +159,8 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
         examples = encode_examples(args, inputs, model, log)
     if identity:
         assert reference is not None
-        cache = ReferenceCache(reference, identity, args.batch_size, ranks, log)
+        collate = PreferenceCollator(batch_widths(args, ranks.device))
+        cache = ReferenceCache(reference, identity, args.batch_size, ranks, log, collate)
         examples, reference = cache.add(examples, example_folders(args)), None
     context = BuildContext(
         model=model,
@@ -168,7 +172,15 @@ def build_run(args: TrainArgs, record: RunRecord | None, ranks: Ranks, log: Log)
         examples=examples,
     )
     data = OBJECTIVES[args.objective].load_builder()(args, context)
-    return RunParts(args, inputs.tokenizers, model, data, base_record, dtype_reason)
+    return RunParts(
+        args=args,
+        tokenizers=inputs.tokenizers,
+        model=model,
+        models=apart(model, reference),
+        data=data,
+        base=base_record,
+        dtype_reason=dtype_reason,
+    )
 
 
 def agree_on_dtype(dtype_name: str, ranks: Ranks) -> tuple[torch.dtype, str]:
@@ -610,16 +622,21 @@ def build_reference(args: TrainArgs, model: GPT) -> ReferenceModel | None:
     kind = reference_kind(args)
     if kind == "none":
         return None
-    reference = copy.deepcopy(model).requires_grad_(requires_grad=False) if kind == "copy" else model
+    # A copy is called without gradients. Frozen parameters would be other graphs of a compiled model than the model's.
+    reference = copy.deepcopy(model) if kind == "copy" else model
     return ReferenceModel(reference, partial(adapters.disable_adapter, reference))
 
 
-def place_models(args: TrainArgs, model: GPT, reference: ReferenceModel | None, ranks: Ranks, log: Log) -> None:
-    """Move the model, and a reference model apart from it, to the device; shard them under FSDP."""
-    models = [model]
-    if reference is not None and reference.model is not model:
-        assert isinstance(reference.model, GPT)
-        models.append(reference.model)
+def apart(model: GPT, reference: ReferenceModel | None) -> list[GPT]:
+    """The model, and the reference model if it is another."""
+    if reference is None or reference.model is model:
+        return [model]
+    assert isinstance(reference.model, GPT)
+    return [model, reference.model]
+
+
+def place_models(args: TrainArgs, models: Sequence[GPT], ranks: Ranks, log: Log) -> None:
+    """Move the models to the device; shard them under FSDP."""
     for module in models:
         module.to(ranks.device)
     if args.parallel != "fsdp":
@@ -759,7 +776,7 @@ def build_dpo(args: TrainArgs, context: BuildContext) -> RunData:
         reference=context.reference,
     )
     collator = build_collator(args, context)
-    return example_data(args, context, objective, PreferenceCollator(collator.pad_to, collator.world_size))
+    return example_data(args, context, objective, PreferenceCollator(collator.widths, collator.world_size))
 
 
 def build_kto(args: TrainArgs, context: BuildContext) -> RunData:
@@ -784,7 +801,7 @@ def build_kto(args: TrainArgs, context: BuildContext) -> RunData:
         ranks=context.ranks,
     )
     collator = build_collator(args, context)
-    collate = KTOCollator(collator.pad_to, collator.world_size, max_tokens=max_example_tokens(args))
+    collate = KTOCollator(collator.widths, collator.world_size, max_tokens=max_example_tokens(args))
     return example_data(args, context, objective, collate, at_once=True)
 
 
@@ -821,6 +838,7 @@ def build_grpo(args: TrainArgs, context: BuildContext) -> RunData:
         scale_rewards=args.scale_rewards,
         mask_truncated=args.mask_truncated,
         steps_per_rollout=args.num_iterations,
+        widths=batch_widths(args, context.ranks.device),
     )
     source = RolloutSource(
         context.examples["train"], context.mixture, args.global_batch_size, args.seed, rollout=rollout
@@ -895,12 +913,24 @@ def evaluate_objective(
 
 
 def build_collator(args: TrainArgs, context: BuildContext) -> Collator:
-    """Batches are padded to one width if the model is compiled."""
-    return Collator(pad_to=args.block_size if args.compile else 0, world_size=context.ranks.world_size)
+    """Batches of examples."""
+    return Collator(batch_widths(args, context.ranks.device), context.ranks.world_size)
+
+
+def batch_widths(args: TrainArgs, device: torch.device) -> Widths:
+    """The widths of batches. Compiled models, and some kernels of GPUs, are made anew for each: there they are few."""
+    if not OBJECTIVES[args.objective].reads_examples:
+        return Widths(step=args.block_size, largest=args.block_size)
+    if device.type != "cuda" and args.compile != "true":
+        return ANY_WIDTH
+    is_paired = OBJECTIVES[args.objective].example_type == "preference"  # a pair is one row
+    return Widths.up_to(args.block_size * (2 if is_paired else 1))
 
 
 def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
     """The model's own completions of prompts."""
+    device = context.ranks.device
+    is_compiled = compilation.decide(args.compile, device, args.max_iters).is_on
     sampling = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -910,7 +940,7 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
         end_ids=completion_end_ids(context.tokenizer),
         vocab_size=context.tokenizer.vocab_size,
         logps=True,
-        compiled=args.compile and context.ranks.device.type == "cuda" and not is_sharded(context.model),
+        compiled=is_compiled and device.type == "cuda" and not is_sharded(context.model),
     )
     return Sampler(context.model, context.tokenizer, sampling, context.ranks)
 

@@ -92,6 +92,11 @@ class ArgSpec:
     inherit: bool = True  # a resumed run takes the value of the run before
     alias: tuple[str, ...] = ()  # further names, on the command line and in config files
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether a bare --flag, --no-flag and all spellings of true and false are values."""
+        return self.kind is bool or {"true", "false"} <= {*self.choices}
+
 
 class ArgOptions(typing.TypedDict, total=False):
     """The fields of ArgSpec that a table may set."""
@@ -251,9 +256,11 @@ def convert_tuple(spec: ArgSpec, value: Any) -> tuple:
 
 def convert_text(spec: ArgSpec, value: Any) -> str:
     """Text, one of the argument's choices if it has any. Raises UserError."""
+    text = str(value)
+    if spec.is_switch and text.lower() in TRUE + FALSE:
+        return str(convert_bool(text)).lower()
     if isinstance(value, list | tuple | dict | bool) or value is None:
         raise UserError("must be text")
-    text = str(value)
     if spec.choices and text not in spec.choices:
         hint = (spec.value_hints or {}).get(text)
         suggestion = f"; {hint}" if hint else did_you_mean(text, spec.choices)
@@ -333,12 +340,12 @@ def add_argument(group: argparse._ArgumentGroup, spec: ArgSpec) -> None:
     """Add an argument and, hidden, its aliases and --no- forms to argparse; values stay text."""
     options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "metavar": metavar_of(spec)}
     options["nargs"] = "*" if spec.kind is tuple else "?"
-    if spec.kind is bool:
+    if spec.is_switch:
         options["const"] = "true"
     group.add_argument(f"--{spec.name}", help=help_of(spec), **options)
     if spec.alias:
         group.add_argument(*(f"--{name}" for name in spec.alias), help=argparse.SUPPRESS, **options)
-    if spec.kind is bool:
+    if spec.is_switch:
         group.add_argument(
             *(f"--no-{name}" for name in (spec.name, *spec.alias)),
             dest=spec.name,
@@ -377,11 +384,14 @@ def build_parser(groups: dict[str, list[ArgSpec]], description: str) -> Parser:
     return parser
 
 
-def join_bare_flags(argv: list[str], flags: set[str]) -> list[str]:
-    """argv with a bare `--flag` as `--flag=true`, so that the file in `--compile c.py` is not taken for its value."""
+def join_bare_flags(argv: list[str], switches: Mapping[str, Collection[str]]) -> list[str]:
+    """argv with a bare `--flag` as `--flag=true`, so that the file in `--compile c.py` is not taken for its value.
+
+    switches: flag -> values that it has besides true and false.
+    """
     joined = []
     for text, following in itertools.pairwise([*argv, ""]):
-        is_bare = text in flags and following.lower() not in TRUE + FALSE
+        is_bare = text in switches and following.lower() not in (*TRUE, *FALSE, *switches[text])
         joined.append(f"{text}=true" if is_bare else text)
     return joined
 
@@ -454,8 +464,8 @@ def read_command_line(
 ) -> CommandLine:
     """Read a command line with argparse. Raises UserError where argparse can't."""
     names = {name: spec for spec in specs.values() for name in (spec.name, *spec.alias)}
-    flags = {f"--{name}" for name, spec in names.items() if spec.kind is bool}
-    namespace, rest = parser.parse_known_args(join_bare_flags(argv, flags))
+    switches = {f"--{name}": spec.choices for name, spec in names.items() if spec.is_switch}
+    namespace, rest = parser.parse_known_args(join_bare_flags(argv, switches))
     values = vars(namespace)
     print_config = values.pop("print_config")
     files = values.pop("config_path", [])

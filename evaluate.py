@@ -295,7 +295,7 @@ def objective_metrics(evaluation: Evaluation, run: TrainArgs) -> Losses:
         beta=0.0 if OBJECTIVES[run.objective].is_online else run.beta,  # rewards need no reference model
         dtype=str(loaded.model.compute_dtype).removeprefix("torch."),
         parallel="ddp",
-        compile=False,
+        compile="false",
     )
     prepare_data(run_args)
     ranks = Ranks(0, 1, evaluation.device)

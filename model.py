@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -118,6 +119,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def apply_dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
+    """x with values set to 0 with probability p; without any, a graph serves training and evaluation."""
+    return F.dropout(x, p, training) if p else x
 
 
 class LayerNorm(nn.Module):
@@ -512,16 +518,18 @@ class Attention(nn.Module):
         self.proj = Linear(q_size, config.n_embd, bias=config.bias)
         self.q_norm = QKNorm(config, q_size) if config.qk_norm else nn.Identity()
         self.k_norm = QKNorm(config, kv_size) if config.qk_norm else nn.Identity()
-        has_value_residual = config.value_residual and layer > 0
-        self.first_values = nn.Parameter(torch.empty(1)) if has_value_residual else None  # share of v1 in the values
+        mixes_values = config.value_residual and layer > 0
+        self.first_values = nn.Parameter(torch.empty(1)) if mixes_values else None  # share of v1 in the values
+        self.gives_values = config.value_residual and layer == 0
 
         self.is_windowed = config.window[layer % len(config.window)] == "S"
         self.span = config.block_size  # tokens that a query sees, its own included
         if self.is_windowed:
             self.span = min(config.block_size, config.window_size)
 
-    def forward(self, x: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor]:
-        """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D); that layer gets None."""
+    def forward(self, x: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor | None]:
+        """The output, (B, T, C), and v1, the values of the first layer, (B, H_kv, T, D): None without value residual,
+        and for that layer."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
         parts = (self.q_norm(q), self.k_norm(k), v)
@@ -531,13 +539,13 @@ class Attention(nn.Module):
         if self.first_values is not None:  # value residual (Zhou et al. 2024)
             assert v1 is not None
             v = torch.lerp(v, v1, self.first_values.to(v.dtype))
-        if v1 is None:
+        if self.gives_values:
             v1 = v
         if reading.cache is not None:
             k, v = reading.cache.update(self.layer, k, v, reading.positions)
-        y = reading.attend(q, k, v, self.scale, self.dropout if self.training else 0.0)
+        y = reading.attend(q, k, v, self.scale, self.dropout if self.dropout and self.training else 0.0)
         y = self.proj(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, self.dropout, self.training), v1
+        return apply_dropout(y, self.dropout, training=self.training), v1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,7 +598,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.proj(self.activation(self.up(x)))
-        return F.dropout(y, self.dropout, self.training)
+        return apply_dropout(y, self.dropout, training=self.training)
 
 
 class GatedMLP(MLP):
@@ -605,13 +613,28 @@ class GatedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.proj(self.activation(self.gate(x)) * self.up(x))
-        return F.dropout(y, self.dropout, self.training)
+        return apply_dropout(y, self.dropout, training=self.training)
 
 
 MLPS = {"plain": MLP, "gated": GatedMLP}
 
 
-class Block(nn.Module):
+class HasParts(nn.Module):
+    """A module whose forward calls parts of its own, which can be compiled in place."""
+
+    compiled_parts: Mapping[str, Callable[..., Any]] = MappingProxyType({})  # name of the method -> compiled
+
+    def compile_parts(self, *names: str) -> None:
+        """Compile these methods, a graph for each shape. Hooks of the module, as FSDP2's, stay outside the graphs."""
+        self.compiled_parts = {name: torch.compile(getattr(self, name), dynamic=False) for name in names}
+
+    def part(self, name: str, cache: Cache | None) -> Callable[..., Any]:
+        """A method, compiled if it is; with a cache, whose shapes change from token to token, eager."""
+        eager = getattr(self, name)
+        return self.compiled_parts.get(name, eager) if cache is None else eager
+
+
+class Block(HasParts):
     """Residual block: attention, then the MLP. Each one's input is normalized, or its output, or both."""
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -628,8 +651,12 @@ class Block(nn.Module):
             nn.Parameter(torch.empty(2)) if config.residual_scalars else None
         )  # of the stream, of the embedding
 
-    def forward(self, x: Tensor, x0: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor | None]:
         """The residual stream x, (B, T, C), and the first layer's values v1; x0 is the embedding."""
+        return self.part("add_layers", reading.cache)(x, x0, v1, reading)
+
+    def add_layers(self, x: Tensor, x0: Tensor, v1: Tensor | None, reading: Reading) -> tuple[Tensor, Tensor | None]:
+        """As `forward`."""
         if self.scales is not None:
             x = self.scales[0].to(x.dtype) * x + self.scales[1].to(x.dtype) * x0
         y, v1 = self.attn(self.norm_1(x), v1, reading)
@@ -651,8 +678,8 @@ class ParallelBlock(Block):
 class Checkpointed:
     """Keeps only a block's input and recomputes the rest in backward (Chen et al. 2016)."""
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return checkpoint(super().forward, *inputs, use_reentrant=False)  # type: ignore[misc]
+    def add_layers(self, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        return checkpoint(super().add_layers, *inputs, use_reentrant=False)  # type: ignore[misc]
 
 
 class CheckpointedBlock(Checkpointed, Block):
@@ -928,7 +955,8 @@ def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def chunked_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: Softcap, chunk: int) -> Tensor:
     """`ChunkedLoss`, differentiable in x and the head. In a compiled model a GPU's chunks are compiled too."""
     is_compiled = torch.compiler.is_compiling() and x.device.type == "cuda"
-    return torch.ops.nanoforge.chunked_loss(x, head, targets, softcap.kind, softcap.bound, chunk, is_compiled)
+    settings = (softcap.kind, softcap.bound, chunk, is_compiled)
+    return torch.ops.nanoforge.chunked_loss(x, head, targets, *settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -957,7 +985,7 @@ class NoInitialWeights(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class GPT(nn.Module):
+class GPT(HasParts):
     compute_dtype = torch.float32  # of activations and matrix products
     flex_attention: Callable[..., Tensor] | None = None  # torch's, for windows and packed documents; None: masks
 
@@ -1035,15 +1063,22 @@ class GPT(nn.Module):
         logits_at: index of the positions, (B, T), whose logits are needed, which then are (N, V); without targets.
         """
         positions = slice(0, idx.size(-1)) if position_ids is None else position_ids
-        x = self.embedding_scale(self.vocabulary.embed(self.wte(idx).to(self.compute_dtype)))  # (B, T, C)
-        x = self.embedding_norm(self.position.embed(x, positions))
-        x = x0 = F.dropout(x, self.config.dropout, self.training)
+        x = x0 = self.part("embed", cache)(idx, positions)
         v1 = None
         readings = self.read(x, positions, cache)
         for block, is_windowed in zip(self.blocks, self.is_windowed, strict=True):
             x, v1 = block(x, x0, v1, readings[is_windowed])
-        x = self.norm(x)[logits_at]
+        return self.part("finish", cache)(x, targets, temperature, logits_at)
 
+    def embed(self, idx: Tensor, positions: Positions) -> Tensor:
+        """The residual stream before the first block: (B, T, C)."""
+        x = self.embedding_scale(self.vocabulary.embed(self.wte(idx).to(self.compute_dtype)))
+        x = self.embedding_norm(self.position.embed(x, positions))
+        return apply_dropout(x, self.config.dropout, training=self.training)
+
+    def finish(self, x: Tensor, targets: Tensor | None, temperature: float, logits_at: Any) -> Tensor:
+        """Logits or losses, as `forward` has them, from the stream x, (B, T, C), after the last block."""
+        x = self.norm(x)[logits_at]
         if targets is not None and self.config.loss_chunk:
             return chunked_loss(x, self.head.weight, targets, self.softcap, self.config.loss_chunk)
         logits = self.softcap(self.head(x))
@@ -1052,6 +1087,13 @@ class GPT(nn.Module):
         if temperature != 1:
             logits = logits.float() / temperature  # in float32, as a rollout divides them
         return self.vocabulary.losses(logits, targets)
+
+    def compile_forward(self) -> None:
+        """Compile what forward calls: the embedding; each block, all by the same graphs; the head with the loss."""
+        self.compile_parts("embed", "finish")
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_parts("add_layers")
 
     def read(self, x: Tensor, positions: Positions, cache: Cache | None) -> dict[bool, Reading]:
         """Whether a layer is windowed -> what its attention needs to know of the tokens in x, (B, T, C)."""

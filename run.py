@@ -2,11 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,8 +21,9 @@ from nanoforge.data.batches import SampleCounter
 from nanoforge.device import check_compiler, peak_flops, set_attention_kernel
 from nanoforge.errors import UserError
 from nanoforge.posttraining.objective_specs import OBJECTIVES
-from nanoforge.training import checkpoint, evaluation, memory, schedules, summary
+from nanoforge.training import checkpoint, compilation, evaluation, memory, schedules, summary
 from nanoforge.training.checkpoint import Progress
+from nanoforge.training.compilation import EAGER, Decision
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
@@ -56,12 +57,12 @@ class Run:
     tokenizers: dict[str, tokenization.Tokenizer]  # one for each vocabulary of the model
     data: builders.RunData
     sample_counter: SampleCounter
-    raw_model: GPT  # holds the parameters
-    model: torch.nn.Module  # raw_model, perhaps compiled
-    ddp_model: torch.nn.Module  # model, under DDP with several ranks
+    raw_model: GPT  # holds the parameters; perhaps compiled, in place
+    ddp_model: torch.nn.Module  # raw_model, under DDP with several ranks
     state: checkpoint.TrainState  # optimizer, scaler and guard, with raw_model
     checkpoints: checkpoint.Manager
     dtype_reason: str
+    compiled: Decision = EAGER
     began: float = 0.0  # when the time of --time_budget began, by time.perf_counter; 0: with the first step
     progress: Progress = field(default_factory=Progress)
 
@@ -158,7 +159,7 @@ class Run:
         n_epochs = epochs_before + n_left * source.epochs_per_step
         flops_left = n_left * source.tokens_per_step * model.flops_per_token()
         batch = summary.describe_batch(source, args.block_size, args.objective, self.rank_slice, ranks.world_size)
-        device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, is_compiled=args.compile)
+        device = summary.describe_device(ranks.device, args.dtype, self.dtype_reason, self.compiled.describe())
         lines = [
             ("run", f"{args.out_dir} (from {args.init_from})"),
             ("model", describe_model(model, args)),
@@ -306,11 +307,9 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     if args.begins_run and not (args.overwrite or args.eval_only):
         restarts.refuse_existing_run(Path(args.out_dir), args.asked)
     identity = identify(args, resumed_from)
-    if args.compile:
+    if args.compile == "true":
         check_compiler(ranks.device)
-    # Examples differ in width. A compiled model has a graph for each width; an eager one meets new widths all the time.
-    fixed_shapes = args.compile or not OBJECTIVES[args.objective].reads_examples
-    set_attention_kernel(args.attention_kernel, ranks.device, fixed_shapes=fixed_shapes)
+    set_attention_kernel(args.attention_kernel, ranks.device)
 
     # 1. Data.
     with ranks.main_first():
@@ -337,7 +336,6 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     )
     if args.cuda_graph:
         check_capture(ranks.device, state)
-    model = compile_model(raw_model, state.optimizer) if args.compile else raw_model
 
     # 3. The run.
     run = Run(
@@ -351,8 +349,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         data=parts.data,
         sample_counter=parts.data.source.sample_counter(),
         raw_model=raw_model,
-        model=model,
-        ddp_model=model if distributed.is_sharded(raw_model) else distributed.wrap_ddp(model, ranks),
+        ddp_model=raw_model if distributed.is_sharded(raw_model) else distributed.wrap_ddp(raw_model, ranks),
         state=state,
         checkpoints=checkpoint.Manager(
             Path(args.out_dir), state, ranks, keep_last=args.keep_last, keep_every=args.keep_every
@@ -362,6 +359,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     )
     if resumed_from is not None:
         run = resume(run, find_resumed(run, log), log)
+    run = compile_run(run, parts.models)
     for remark in run.remarks():
         log(remark)
     return run
@@ -385,13 +383,16 @@ def find_resumed(run: Run, log: Callable[[str], None]) -> Path:
     return folder
 
 
-def compile_model(raw_model: GPT, optimizer: Optimizer) -> torch.nn.Module:
-    """Compile the model, and what the optimizer can compile."""
-    optimizer.compile()
-    if distributed.is_sharded(raw_model):
-        raw_model.compile(dynamic=False)  # in place: it stays the module that FSDP2 knows
-        return raw_model
-    return cast(torch.nn.Module, torch.compile(raw_model, dynamic=False))
+def compile_run(run: Run, models: Sequence[GPT]) -> Run:
+    """Compile the run's models and what its optimizer can compile, if --compile says so."""
+    args, device = run.args, run.ranks.device
+    decision = compilation.decide(args.compile, device, 0 if args.eval_only else run.total_steps)
+    if decision.is_on:
+        compilation.allow_graphs(builders.batch_widths(args, device).number)
+        run.state.optimizer.compile()
+        for model in models:
+            model.compile_forward()
+    return dataclasses.replace(run, compiled=decision)
 
 
 def make_record(

@@ -99,8 +99,8 @@ def explain_failures(args: TrainArgs, ranks: distributed.Ranks) -> Iterator[None
 
 def compile_advice(args: TrainArgs, reason: str) -> str:
     """What to run without: an eager model compiles only its flex_attention."""
-    if args.compile:
-        return f"--compile: failed ({reason}); run without --compile"
+    if args.compile != "false":
+        return f"--compile: failed ({reason}); run with --no-compile"
     return f"--attention_kernel=auto: flex_attention failed ({reason}); use --attention_kernel=efficient, which masks"
 
 

@@ -35,7 +35,7 @@ from nanoforge import console, device, distributed, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
 from nanoforge.posttraining.rewards import RewardError
-from nanoforge.training import checkpoint, evaluation
+from nanoforge.training import checkpoint, compilation, evaluation
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.logger import RunLogger, StepLogger, draw_loss
 from nanoforge.training.signals import Signals
@@ -74,7 +74,7 @@ def train(run: Run, logger: RunLogger, signals: Signals) -> bool:
         if step.note:
             logger.note(progress.step, step.note)
         should_log = step_logger.is_due(progress.step + 1)
-        result = train_step(objective.prepare(run.model, step.batches), with_metrics=should_log)
+        result = train_step(objective.prepare(run.raw_model, step.batches), with_metrics=should_log)
         progress.step += 1
         progress.tokens += step.tokens
         logger.advance()
@@ -139,7 +139,7 @@ def evaluate_and_save(run: Run, logger: RunLogger, signals: Signals, *, is_last:
 
     # 1. Evaluate.
     with run.state.optimizer.evaluation_weights():
-        results = evaluation.evaluate(run.model, run.data.eval_datasets, run.ranks, signals)
+        results = evaluation.evaluate(run.raw_model, run.data.eval_datasets, run.ranks, signals)
         if results is None:
             return
         samples = sample_completions(run)
@@ -249,7 +249,7 @@ def build_and_train(args: TrainArgs, ranks: distributed.Ranks, lock: run_dir.Run
         console.print_line("\n".join([*notes, run.summary()]))
     if args.eval_only:
         with run.state.optimizer.evaluation_weights():
-            results = evaluation.evaluate(run.model, run.data.eval_datasets, ranks, Signals())
+            results = evaluation.evaluate(run.raw_model, run.data.eval_datasets, ranks, Signals())
         assert results is not None, "no signal is handled here"
         if ranks.is_main:
             console.print_line(format_metrics(evaluation.summarize(results, run.data.eval_weights)))
@@ -274,13 +274,22 @@ def train_to_end(run: Run, notes: list[str], signals: Signals) -> Progress:
             logger.event("note", run.progress.step, "", text=note, **mark)
         notes.clear()
         try:
-            with note_failure(run.progress, logger), save_after_failed_reward(run, logger):
+            with (
+                note_failure(run.progress, logger),
+                save_after_failed_reward(run, logger),
+                compilation.reported_limits(partial(note_limit, run.progress, logger)),
+            ):
                 if train(run, logger, signals):
                     return run.progress
                 run = rollback(run, logger)
         finally:
             run.checkpoints.close()
             logger.close()
+
+
+def note_limit(progress: Progress, logger: RunLogger, text: str) -> None:
+    """Log a limit that was reached in a step."""
+    logger.note(progress.step, text)
 
 
 @contextlib.contextmanager

@@ -515,7 +515,8 @@ class SystemArgs(DeviceArgs):
         needs=FSDP, alias=("fsdp_cpu_offload",))
     rank_timeout: int = arg(600, "seconds a rank waits for the others before it ends the run",
         low=1, alias=("ddp_timeout",))
-    compile: bool = arg(False, "torch.compile the model, with static shapes", alias=("torch_compile",))
+    compile: str = arg("auto", "torch.compile the model, with static shapes (auto: on CUDA, for more than 200 steps)",
+        choices=("auto", "true", "false"), alias=("torch_compile",))
     cuda_graph: bool = arg(False, "train by a CUDA graph of a whole step: faster on one GPU where a small model's "
         "kernels take less time than launching them")
     attention_kernel: str = arg("auto", "attention on CUDA. "
@@ -1208,7 +1209,7 @@ def spell_out_resume(argv: list[str]) -> tuple[list[str], list[str]]:
     """--resume, --resume=VALUE, --resume VALUE and --no-resume as --init_from, and the errors of their values."""
     spelled_out: list[str] = []
     errors: list[str] = []
-    rest = iter(configurator.join_bare_flags(argv, {"--resume"}))
+    rest = iter(configurator.join_bare_flags(argv, {"--resume": ()}))
     for text in rest:
         flag, _, value = text.partition("=")
         if text == "--no-resume":

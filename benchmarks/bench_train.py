@@ -118,7 +118,7 @@ def parts_of_a_step(session: Session, case: Case) -> dict[str, float]:
                 batch = next(stream).batches[0]
                 synchronize()
             with record_function("part: forward"):
-                loss = run.model(batch.idx, batch.targets).mean()
+                loss = run.raw_model(batch.idx, batch.targets).mean()
                 synchronize()
             with record_function("part: backward"):
                 loss.backward()

@@ -190,15 +190,15 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
-def set_attention_kernel(name: str, device: torch.device, *, fixed_shapes: bool = True) -> None:
+def set_attention_kernel(name: str, device: torch.device) -> None:
     """Allow scaled_dot_product_attention only this one of its CUDA kernels. Raises UserError off CUDA.
 
-    auto: all of them, in PyTorch's order; without fixed shapes none of cuDNN's, as in `varying_shapes`.
+    auto: all of them, in PyTorch's order.
     """
     if name != "auto" and device.type != "cuda":
         raise UserError(f"--attention_kernel={name}: only a CUDA GPU has a choice, not {device.type}")
     for kernel, enable in ATTENTION_KERNELS.items():
-        enable(name == kernel or (name == "auto" and (fixed_shapes or kernel != "cudnn")))
+        enable(name in ("auto", kernel))
 
 
 @contextmanager

@@ -265,14 +265,14 @@ def rank_slice(global_batch_size: int, batch_size: int, ranks: Ranks, group_size
 def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
     """The model under DDP, which averages gradients over the ranks; with one process the model itself.
 
-    Its buffers are constants, so DDP need not send them.
+    Its buffers are constants, so DDP need not send them. Gradients are views of what DDP sends, not copies.
     """
     if ranks.world_size == 1:
         return model
     # The argument's name before and since torch 2.13.
     parameters = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    options: dict[str, Any] = {sync_buffers: False}
+    options: dict[str, Any] = {sync_buffers: False, "gradient_as_bucket_view": True}
     if ranks.device.type == "cuda":
         options["device_ids"] = [ranks.device.index]
     return DistributedDataParallel(model, **options)

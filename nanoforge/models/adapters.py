@@ -77,10 +77,9 @@ class LoraLinear(FrozenLinear):
     B starts at 0, A as in the paper's code.
     """
 
-    enabled = True
-
     def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float):
         super().__init__(linear)
+        self.enabled = True
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -91,7 +90,8 @@ class LoraLinear(FrozenLinear):
         y = super().forward(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
+        if self.dropout:  # without any, a graph serves training and evaluation
+            x = F.dropout(x, self.dropout, self.training)
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return y + update * self.scale
 
@@ -152,11 +152,11 @@ class TokenRows(nn.Module):
     """A frozen table (V, C) in which the rows of new tokens, (R, C) from row `first` on, are trained (peft's trainable
     tokens)."""
 
-    enabled = True
     initial_rows: Tensor  # (R, C), before training
 
     def __init__(self, weight: Tensor, first: int, count: int):
         super().__init__()
+        self.enabled = True
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
         self.first = first
@@ -260,11 +260,11 @@ PROVIDERS = {"tensor": TensorProvider, "lstm": LSTMProvider}
 class PromptedEmbedding(nn.Module):
     """A token embedding (V, C) followed by the virtual tokens of a prompt (P, C)."""
 
-    enabled = True
     initial_prompt: Tensor  # (P, C), before training
 
     def __init__(self, embedding: nn.Embedding, prompt: nn.Module):
         super().__init__()
+        self.enabled = True
         self.weight = embedding.weight
         self.prompt = prompt
         self.vocab_size = embedding.num_embeddings

@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -376,9 +377,37 @@ def share_prompt(chosen: TokenSequence, rejected: TokenSequence) -> TokenSequenc
 # examples to batches
 
 
-def pad(sequences: Sequence[TokenSequence], pad_to: int = 0) -> Batch:
-    """One sequence a row, padded at the end with id 0 to the longest one, or to `pad_to` tokens."""
-    width = max(pad_to, 2, *(len(sequence.ids) for sequence in sequences))
+MAX_WIDTHS = 16  # that a run's batches may have, where they are counted
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that a batch may have, in tokens that the model reads: multiples of `step`, at most `largest`."""
+
+    step: int = 1
+    largest: int = sys.maxsize
+
+    @classmethod
+    def up_to(cls, block_size: int) -> "Widths":
+        """Multiples of 64, or of more where these would be more than MAX_WIDTHS."""
+        return cls(step=64 * -(-block_size // (64 * MAX_WIDTHS)), largest=block_size)
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return -(-self.largest // self.step)
+
+    def fit(self, n_tokens: int) -> int:
+        """The smallest of them for n_tokens."""
+        return max(n_tokens, min(-(-n_tokens // self.step) * self.step, self.largest))
+
+
+ANY_WIDTH = Widths()
+
+
+def pad(sequences: Sequence[TokenSequence], widths: Widths = ANY_WIDTH) -> Batch:
+    """One sequence a row, padded at the end with id 0. The model reads all tokens of a row but the last."""
+    width = 1 + widths.fit(max(1, *(len(sequence.ids) - 1 for sequence in sequences)))
     tokens = np.zeros((len(sequences), width), dtype=np.int64)
     loss_mask = np.zeros((len(sequences), width), dtype=bool)
     for row, sequence in enumerate(sequences):
@@ -392,20 +421,20 @@ def pad(sequences: Sequence[TokenSequence], pad_to: int = 0) -> Batch:
 
 
 def pad_positions(sequences: Sequence[TokenSequence], width: int) -> np.ndarray:
-    """(B, width) positions of the inputs of packed sequences; the padding is a document of its own."""
+    """(B, width) positions of the inputs of packed sequences; each token of the padding is a document of its own."""
     position_ids = np.zeros((len(sequences), width), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         assert sequence.position_ids is not None
         positions = sequence.position_ids[:width]
-        position_ids[row] = np.concatenate((positions, np.arange(width - len(positions))))
+        position_ids[row, : len(positions)] = positions
     return position_ids
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to a batch. pad_to: tokens of every sequence (0: as many as the longest of the batch has)."""
+    """Examples to a batch, of the smallest width that holds them."""
 
-    pad_to: int = 0
+    widths: Widths = ANY_WIDTH
     world_size: int = 1
     min_rows: ClassVar[int] = 1  # smallest number of examples in a step or an evaluation
 
@@ -420,7 +449,7 @@ class Collator:
 
     def collate(self, examples: Sequence[Example], rows: range) -> Batch:
         """Some rows of examples, as a batch of their own."""
-        batch = pad([self.one_sequence(example) for example in examples[rows.start : rows.stop]], self.pad_to)
+        batch = pad([self.one_sequence(example) for example in examples[rows.start : rows.stop]], self.widths)
         batch = batch.with_tensors(**self.extra_tensors(examples, rows, batch.tokens.size(1) - 1))
         return dataclasses.replace(batch, num_loss_tokens=float(batch.extras["loss_mask"].sum()))
 
@@ -460,7 +489,7 @@ class KTOCollator(Collator):
     min_rows: ClassVar[int] = 2
 
     def extra_tensors(self, examples: Sequence[Example], rows: range, width: int) -> dict[str, Tensor]:
-        kl_batch = pad([self.mismatched(examples[row], examples[row - 1]) for row in rows], self.pad_to)
+        kl_batch = pad([self.mismatched(examples[row], examples[row - 1]) for row in rows], self.widths)
         return {
             "desirable": torch.tensor([bool(examples[row].row["label"]) for row in rows]),
             "kl_completion": kl_batch.tokens,

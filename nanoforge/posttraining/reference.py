@@ -55,6 +55,7 @@ class ReferenceCache:
     batch_size: int
     ranks: Ranks
     log: Callable[[str], None]
+    collate: PreferenceCollator
 
     def add(self, examples: dict[str, list[Examples]], folders: dict[str, Path]) -> dict[str, list[Examples]]:
         """The examples with their log-probabilities. folders: dataset -> where they are kept."""
@@ -100,7 +101,7 @@ class ReferenceCache:
             own_start = start + ranks.rank * batch_size
             own_rows = range(own_start, min(own_start + batch_size, len(rows)))
             # a rank without rows reads one all the same: all ranks have to call a sharded model as often
-            batch = PreferenceCollator()(rows, own_rows or range(1)).to(ranks.device)
+            batch = self.collate(rows, own_rows or range(1)).to(ranks.device)
             batch_logps = self.reference.pair_logps(batch)
             if own_rows:
                 logps[own_rows.start : own_rows.stop] = batch_logps.cpu()

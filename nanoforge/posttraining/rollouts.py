@@ -26,7 +26,7 @@ from nanoforge.data.batches import Batch, Metrics, Mixture, Step, row_hash
 from nanoforge.data.tokenization import Tokenizer
 from nanoforge.distributed import Ranks, RankSlice, is_sharded
 from nanoforge.models.generation import Completion, SamplingParams, UniformDraws, generate_batch, uniform_draws
-from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, TokenSequence, pad
+from nanoforge.posttraining.examples import Collator, Example, Examples, ExampleSource, TokenSequence, Widths, pad
 from nanoforge.posttraining.losses import group_advantages
 from nanoforge.posttraining.rewards import Reward, RewardError, Sample, shorten, total_reward
 from nanoforge.rng import ROLLOUT
@@ -154,6 +154,7 @@ class RolloutConfig:
     scale_rewards: str  # as group_advantages' scale
     mask_truncated: bool  # completions cut at max_new_tokens don't count in the loss
     steps_per_rollout: int  # optimizer steps on a rollout batch (GRPO's mu)
+    widths: Widths  # of its micro-batches
 
 
 PATIENCE = 3  # rollouts in a row without anything to learn before the run says so
@@ -263,7 +264,7 @@ class RolloutSource(ExampleSource):
         batches = []
         for start in starts:
             micro_batch = slice(start, start + rows.micro_batch_size)
-            batch = pad(sequences[micro_batch])
+            batch = pad(sequences[micro_batch], self.rollout.widths)
             extras = {
                 "old_logps": align_logps(completions[micro_batch], sequences[micro_batch], batch.tokens.size(1) - 1),
                 "advantages": advantages[micro_batch],

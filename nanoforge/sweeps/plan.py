@@ -131,11 +131,15 @@ def recorded_defaults(out_dir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in effective.items() if name not in config} for config, effective in configs]
 
 
+SAME_RUN = ("compile",)  # arguments that change how fast a run is, and not what it is
+
+
 def conflicting_run(run: PlannedRun) -> str | None:
     """An error if the run's folder holds a run with other arguments, after a default has changed for example."""
     _, existing = read_config(run.folder / run_state.CONFIG_FILE)
     planned = json.loads(json.dumps(run.effective))  # with tuples as lists
     names = [name for name in planned if name in existing and planned[name] != existing[name]]
+    names = [name for name in names if name not in SAME_RUN]
     if not names:
         return None
     return f"{run.folder}: holds a run with another {', '.join(names)}; move it away"

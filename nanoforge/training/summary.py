@@ -39,12 +39,12 @@ def describe_batch(source: Source, block_size: int, objective: str, rank_slice: 
     return text if objective == "lm" else f"objective {objective}; {text}"
 
 
-def describe_device(device: torch.device, dtype: str, dtype_reason: str, *, is_compiled: bool) -> str:
-    """The device and the precision."""
+def describe_device(device: torch.device, dtype: str, dtype_reason: str, compilation: str) -> str:
+    """The device, the precision, and whether the run is compiled, if that is to be said."""
     is_cuda = device.type == "cuda"
     chip = torch.cuda.get_device_name(device) if is_cuda else plural(torch.get_num_threads(), "thread")
     text = f"{device} ({chip}), {dtype} ({dtype_reason})"
-    return f"{text}, compiled" if is_compiled else text
+    return f"{text}, {compilation}" if compilation else text
 
 
 def describe_memory(plan: MemoryPlan, *, has_adapter: bool) -> str:

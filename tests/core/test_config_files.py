@@ -75,7 +75,7 @@ def test_configs_and_grids_read_yaml_alike(tmp_path: Path):
     expected = {"seed": 10, "learning_rate": 1e-3, "wandb_run_name": "2:00:00", "compile": "no", "task_name": "no"}
     assert config_files.read_file(str(path)) == grid_file.read_file(str(path))[0] == expected
     args = train_args.parse([str(path)])
-    assert args.seed == 10 and args.compile is False and args.task_name == "no"
+    assert args.seed == 10 and args.compile == "false" and args.task_name == "no"
 
 
 @pytest.mark.parametrize(

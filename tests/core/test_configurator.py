@@ -61,9 +61,11 @@ def test_booleans_in_every_spelling():
         ["--compile=1"],
         ["--no-compile", "--compile"],
     ):
-        assert parse(*yes).compile is True
-    for no in ([], ["--no-compile"], ["--compile=false"], ["--compile", "False"], ["--compile", "--no-compile"]):
-        assert parse(*no).compile is False
+        assert parse(*yes).compile == "true" and parse(*(text.replace("compile", "bias") for text in yes)).bias is True
+    for no in (["--no-compile"], ["--compile=false"], ["--compile", "False"], ["--compile", "--no-compile"]):
+        assert parse(*no).compile == "false" and parse(*(text.replace("compile", "bias") for text in no)).bias is False
+    for auto in ([], ["--compile=auto"], ["--compile", "auto"]):
+        assert parse(*auto).compile == "auto"
 
 
 def test_numbers_in_every_spelling(tmp_path: Path):
@@ -80,7 +82,7 @@ def test_precedence_is_default_files_left_to_right_command_line(tmp_path: Path):
         args = parse(*(str(tmp_path / {"a": "a.py", "b": "b.json"}[w]) if w in "ab" else w for w in argv))
         assert (args.n_layer, args.n_embd, args.batch_size, args.n_head) == (3, 96, 5, 6)
     args = parse("--compile", str(tmp_path / "a.py"))
-    assert args.compile is True and args.n_layer == 3, "a bare flag does not swallow a file"
+    assert args.compile == "true" and args.n_layer == 3, "a bare flag does not swallow a file"
     args = parse("--training_mode=multidataset", "--dataset_list", "x", "y", str(tmp_path / "a.py"))
     assert args.dataset_list == ("x", "y") and args.n_layer == 3, "nor does a list"
 
@@ -197,7 +199,7 @@ def test_all_errors_are_reported_at_once(capsys: pytest.CaptureFixture[str], tmp
         "--n_head=0: must be at least 1",
         "--dropout=2: must be at most 0.999",
         "did you mean cosine?",
-        "--compile=maybe: must be true or false",
+        "--compile=maybe: must be one of auto, true, false",
         "--seed: needs a value",
         "--max_iters=2.5: must be a whole number",
         "nowhere.json: can't be read",
@@ -305,8 +307,8 @@ def other_value(name: str) -> str:
     spec = SPECS[name]
     if name in VALUES:
         return VALUES[name]
-    if spec.kind is bool:
-        return str(not spec.default)
+    if spec.is_switch:
+        return str(spec.default in (False, "auto")).lower()
     if spec.kind is str:
         return "other"
     return f"{spec.default * 2 or 2:g}"
@@ -321,8 +323,8 @@ def test_an_alias_is_its_argument(tmp_path: Path, alias, name):
     assert parse(f"--{alias}={value}", *related) == parse(f"--{alias}", value, *related) == expected
     (tmp_path / "c.json").write_text(json.dumps({alias: value}))
     assert parse(str(tmp_path / "c.json"), *related) == expected
-    if SPECS[name].kind is bool:
-        assert getattr(parse(f"--no-{alias}", *related), name) is False
+    if SPECS[name].is_switch:
+        assert getattr(parse(f"--no-{alias}", *related), name) in (False, "false")
 
 
 @pytest.mark.parametrize(

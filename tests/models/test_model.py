@@ -496,7 +496,7 @@ class HeadGradients(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trains_head", [True, False], ids=["trained", "frozen"])
-def test_chunked_loss_keeps_no_logits_for_backward_eager_and_compiled(trains_head: bool):
+def test_chunked_loss_keeps_no_logits_for_backward_eager_and_compiled(trains_head):
     """Traced into, forward and backward would share the logits, 8 MB here. A frozen head gets no gradient."""
     compiled = torch.compile(chunked_loss, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
     targets = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))

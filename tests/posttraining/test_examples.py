@@ -24,6 +24,7 @@ from nanoforge.models import pretrained
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.example_rows import RowFormat, read_example_rows
 from nanoforge.posttraining.examples import (
+    ANY_WIDTH,
     Collator,
     Example,
     ExampleEncoder,
@@ -32,6 +33,7 @@ from nanoforge.posttraining.examples import (
     KTOCollator,
     PreferenceCollator,
     TokenSequence,
+    Widths,
     encode_rows,
     extend_tokenizer,
     pack,
@@ -456,13 +458,26 @@ def test_padding_changes_no_loss(position):
         return -per_token_logps(model, batch.tokens, batch.extras["loss_mask"]).sum(1)
 
     alone = torch.cat([losses(pad([sequence])) for sequence in sequences])
-    for width in (0, 20, 32):
-        batch = pad(sequences, width)
-        assert batch.tokens.size(1) == (width or max(len(sequence.ids) for sequence in sequences))
+    longest = max(len(sequence.ids) for sequence in sequences)
+    for widths, n_read in ((ANY_WIDTH, longest - 1), (Widths(20, 32), 20), (Widths(64, 32), 32)):
+        batch = pad(sequences, widths)
+        assert batch.idx.size(1) == n_read
         torch.testing.assert_close(losses(batch), alone, atol=1e-5, rtol=1e-5)
-    batch = Collator(pad_to=32)(examples, range(2, 5), 3)
-    assert batch.tokens.shape == (3, 32) and batch.n_micro_batches == 3
+    batch = Collator(Widths(20, 32))(examples, range(2, 5), 3)
+    assert batch.idx.shape == (3, 20) and batch.n_micro_batches == 3
     assert batch.num_loss_tokens == sum(int(sequence.loss_mask.sum()) for sequence in sequences)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "expected"),
+    [(1024, {1: 64, 64: 64, 65: 128, 1000: 1024}), (100, {64: 64, 65: 100}), (2048, {1: 128, 129: 256, 2047: 2048})],
+)
+def test_widths_are_few_and_hold_every_length(block_size: int, expected: dict[int, int]):
+    widths = Widths.up_to(block_size)
+    fitted = [widths.fit(n_tokens) for n_tokens in range(1, block_size + 1)]
+    assert all(n_tokens <= width <= block_size for n_tokens, width in enumerate(fitted, start=1))
+    assert len(set(fitted)) == widths.number <= 16
+    assert {n_tokens: widths.fit(n_tokens) for n_tokens in expected} == expected
 
 
 @settings(deadline=None, max_examples=60)
@@ -499,14 +514,14 @@ def test_packed_examples_come_once_an_epoch():
     assert tokens.count(12) == 23, "as many end-of-sequence tokens"
 
 
-def test_the_padding_of_a_pack_is_a_document_of_its_own():
+def test_the_padding_of_a_pack_is_documents_of_one_token():
     """Its positions begin again, so that it attends to nothing else; those of the pack's width stay within it."""
-    batch = pad([example.sequences[0] for example in pack(encode(SUMS), 32)], 32)
+    batch = pad([example.sequences[0] for example in pack(encode(SUMS), 32)], Widths(31, 31))
     rows = zip(batch.tokens, batch.extras["position_ids"], batch.extras["loss_mask"], strict=True)
     for tokens, positions, loss_mask in rows:
         end = 1 + int((tokens == 12).nonzero().max())
         if end < 31:
-            assert positions[end:].tolist() == list(range(31 - end)) and not loss_mask[end - 1 :].any()
+            assert positions[end:].tolist() == [0] * (31 - end) and not loss_mask[end - 1 :].any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
