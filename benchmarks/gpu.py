@@ -97,6 +97,10 @@ class Bench:
         """Whether a figure is there; one that could not be measured is tried again."""
         return "error" not in self.gpu["figures"].get(name, {"error": ""})
 
+    def unfinished(self, rows: list[Row]) -> list[Row]:
+        """The rows that are not whole; the data are made anew where a machine has kept none."""
+        return [row for row in rows if row.name == DATA_ROW or row.name not in self.gpu["rows"]]
+
     def done(self, row: str) -> list[str]:
         """The figures of a row that are there, without the row's name."""
         start = f"{row} "
@@ -217,9 +221,7 @@ def main(args: GpuArgs) -> None:
     bench.gpu["about"] = common.describe_setup("benchmarks/gpu.py")
     bench.out.mkdir(parents=True, exist_ok=True)
     with (bench.out / f"{bench.name}.log").open("a") as bench.log:
-        for row in rows:
-            if row.name in bench.gpu["rows"] and row.name != DATA_ROW:
-                continue
+        for row in bench.unfinished(rows):
             needed = 0.0 if args.rehearse else row.minutes * 60
             if bench.seconds_left < needed:
                 bench.print(f"== {row.name}: not begun; it takes about {needed:.0f} s of {bench.seconds_left:.0f} left")

@@ -338,7 +338,7 @@ def test_all_of_the_gpus_measurements_are_rehearsed(peer, tmp_path: Path):
         assert record["peak_memory_mb"] > 0
         assert record["first_step_s"] > 0
     for name in ("A2", "A4", "B1 nanoGPT, turn 1"):
-        assert 20 <= figures[name]["value"] < 2000, "the time on the wall, not the printed one"
+        assert 0 < figures[name]["value"] < 4000, "the time on the wall, not the printed one"
     assert "37 figures" in output
     assert figures["B6 GRPO"]["recompiles"] == 0
     assert figures["B3"]["kernels"][0]["ms"] > 0
@@ -346,7 +346,7 @@ def test_all_of_the_gpus_measurements_are_rehearsed(peer, tmp_path: Path):
     assert [point["step"] for point in figures["C1"]["curve"]] == [0, 2, 4]
     assert figures["C2"]["value"] < figures["C2"]["curve"][0]["val_loss"]
 
-    assert "==" not in run_process(command).output.replace("== data", ""), "nothing is measured again"
+    assert [row.name for row in open_gpu_bench(peer, out, 60).unfinished(list(ROWS))] == ["data"]
 
 
 def open_gpu_bench(peer: Path, out: Path, seconds: float) -> gpu.Bench:
