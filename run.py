@@ -307,9 +307,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     if args.begins_run and not (args.overwrite or args.eval_only):
         restarts.refuse_existing_run(Path(args.out_dir), args.asked)
     identity = identify(args, resumed_from)
-    if args.compile == "true":
-        check_compiler(ranks.device)
-    set_attention_kernel(args.attention_kernel, ranks.device)
+    prepare_device(args, ranks.device)
 
     # 1. Data.
     with ranks.main_first():
@@ -363,6 +361,13 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     for remark in run.remarks():
         log(remark)
     return run
+
+
+def prepare_device(args: TrainArgs, device: torch.device) -> None:
+    """Set what is the process's own. Raises UserError where the device can't do it."""
+    if args.compile == "true":
+        check_compiler(device)
+    set_attention_kernel(args.attention_kernel, device)
 
 
 def identify(args: TrainArgs, resumed_from: run_dir.RunRecord | None) -> dict[str, Any]:

@@ -3,14 +3,29 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
 
 import pytest
+import torch
 from helpers import TEXT, TINY, TINY_WITHOUT_SHAPE, RunFiles, read_run, write_char_dataset, write_sum_datasets
 
 import train
 import train_args
+
+plain_compile = torch.compile
+
+
+def compile_all(*args: Any, **options: Any) -> Any:
+    """torch.compile, which raises an error where it would go on uncompiled after too many graphs."""
+    import torch._dynamo.config  # in seconds, which tests that compile nothing need not wait
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return plain_compile(*args, **options)
+
+
+torch.compile = compile_all
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -569,12 +570,22 @@ def test_embedding_norm_forgets_the_embeddings_size():
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
-    model = tiny_model()
-    compiled = torch.compile(model, dynamic=False)
-    torch.testing.assert_close(
-        compiled(ids(2, 12), ids(2, 12, seed=3)), model(ids(2, 12), ids(2, 12, seed=3)), atol=1e-5, rtol=1e-5
-    )
+def test_compiled_parts_are_the_eager_model_and_keep_logits_once(monkeypatch: pytest.MonkeyPatch):
+    """Eager, backward gets the head's products, the softcap's results and log-probabilities; compiled, one of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    shape = {"vocab_sizes": (2000,), "block_size": 64, "logit_softcap": 5.0, "value_residual": True}
+    eager, compiled = tiny_model(**shape), tiny_model(**shape)
+    compiled.compile_forward()
+    idx, targets = ids(2, 64), ids(2, 64, seed=3, high=2000)
+    results = []
+    for model in (eager, compiled):
+        losses = model(idx, targets)
+        n_bytes = bytes_for_backward(losses.mean())
+        losses.mean().backward()
+        results.append((n_bytes, losses, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1][1:], results[0][1:], atol=1e-5, rtol=1e-5)
+    logits = 2 * 64 * 2000 * 4
+    assert results[0][0] - results[1][0] > 2.5 * logits
 
 
 def test_weights_that_dont_fit_are_named():

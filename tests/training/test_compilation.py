@@ -1,6 +1,7 @@
 """Compiled runs: when they are, how many graphs they make, and what a run says when these become too many."""
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIGITS, TINY, RunFiles, write_examples
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from helpers import DIGITS, TINY, RunFiles, read_run, start_ranks, wait_for_exit, write_examples
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
 import train_args
+from nanoforge import distributed
 from nanoforge.training import compilation
 
 Graph = tuple[str, int, bool]  # part of the model, width of the batch, for training
@@ -104,3 +110,57 @@ def test_a_run_says_that_it_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch):
         double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
         assert [double(torch.ones(n)).tolist() for n in (1, 2, 3)] == [[2.0] * n for n in (1, 2, 3)]
     assert len(messages) == 1 and "--compile" in messages[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several ranks
+
+
+def log_backward(log: Path) -> None:
+    """What a rank prepares: it logs each backward graph that runs, and each bucket of gradients that is sent."""
+    path = log.with_suffix(f".{os.environ['RANK']}")
+
+    def record(event: str) -> None:
+        with path.open("a") as file:
+            file.write(event + "\n")
+
+    def backward_compiler(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run_graph(*args: Any) -> Any:
+            record("backward")
+            return module(*args)
+
+        return make_boxed_func(run_graph)
+
+    class LoggedDDP(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module: torch.nn.Module, **options: Any):
+            super().__init__(module, bucket_cap_mb=0.001, **options)
+            self.register_comm_hook(None, send)
+
+    def send(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        record("bucket")
+        return allreduce_hook(None, bucket)
+
+    backend = aot_autograd(fw_compiler=lambda module, inputs: make_boxed_func(module), bw_compiler=backward_compiler)
+    torch.compile = functools.partial(torch.compile, backend=backend)
+    distributed.DistributedDataParallel = LoggedDDP
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_ranks_are_the_eager_run(run: Callable[..., RunFiles], data_dir: Path, tmp_path: Path, parallel: str):
+    """Under DDP the first bucket leaves before the backward of the first block, and of the embedding."""
+    flags = ["--n_layer=3", "--position=rope", "--logit_softcap=5"]
+    expected = run(*flags, name="plain")
+    own = [*TINY, *flags, f"--data_dir={data_dir}", "--dataset=a", f"--parallel={parallel}", "--compile=true"]
+    log = tmp_path / "log"
+    prepare = functools.partial(log_backward, tmp_path / "events")
+    processes = start_ranks([*own, f"--out_dir={tmp_path / parallel}"], 2, log, prepare)
+    assert [wait_for_exit(process, 200) for process in processes] == [0, 0], log.read_text()
+    assert read_run(tmp_path / parallel).losses == pytest.approx(expected.losses, rel=1e-4)
+    events = (tmp_path / "events.0").read_text().split()
+    graphs = [i for i, event in enumerate(events) if event == "backward"]
+    assert len(graphs) == 4 * 5, "of each step: the head, three blocks, the embedding"
+    if parallel == "ddp":
+        head, _, _, first_block, _ = graphs[-5:]
+        assert "bucket" in events[head:first_block], events[head:]
