@@ -7,6 +7,7 @@ OPTIONS is JSON: device, shape, prompt and new (tokens), batch_sizes, done (name
 its folder. Prints each figure as a line of JSON.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -77,8 +78,7 @@ def build_ours(options: dict[str, Any], device: torch.device) -> nn.Module:
 
 def decode_ours(options: dict[str, Any], device: torch.device) -> None:
     """As sample.py does: prompts of one length without an end, weights cast once."""
-    from nanoforge.models import generation
-
+    generation: Any = importlib.import_module("nanoforge.models.generation")
     model = build_ours(options, device)
     model.to(model.compute_dtype)  # type: ignore[arg-type]
     prompt, new = options["prompt"], options["new"]
