@@ -578,8 +578,8 @@ def generate_batch(
     no_autograd = torch.no_grad() if is_sharded(model) else torch.inference_mode()
     with no_autograd, varying_shapes(), allow_graphs(compiled=sampling.compiled):
         decoder = Decoder(model, prompts, sampling, uniform or uniform_draws(0), any_rank)
-        can_stop = bool(sampling.end_ids or sampling.is_complete or on_token)
-        most = LOOK_EVERY if decoder.is_replayed or not can_stop else 1
+        needs_looks = sampling.end_ids or sampling.is_complete or on_token or is_sharded(model)  # ranks go in step
+        most = LOOK_EVERY if decoder.is_replayed or not needs_looks else 1
         decoder.prefill()
         while True:
             decoder.look()

@@ -1,14 +1,24 @@
 """Generation: cached equals uncached, a batch equals its prompts alone, and filters keep what their definitions say."""
 
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import draw_uncached, ids, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
-from nanoforge.models import adapters
+from nanoforge.models import adapters, generation
 from nanoforge.models.generation import (
+    LOOK_EVERY,
     Decoder,
     KVCache,
     SamplingParams,
@@ -261,3 +271,185 @@ def test_past_the_context_the_virtual_tokens_stay() -> None:
             text.append(expected[-1])
     (completion,) = generate_batch(model, [prompt], SamplingParams(max_new_tokens=30, temperature=0.0))
     assert completion.ids == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a GPU runs, shown on a CPU: static shapes, no look of the host, few kernels, a replay
+
+
+VIEWS = {
+    *("view", "_unsafe_view", "transpose", "t", "permute", "unsqueeze", "squeeze", "slice", "split", "select"),
+    *("detach", "split_with_sizes", "expand", "alias", "as_strided", "unbind", "_reshape_alias", "lift_fresh"),
+    *("empty", "chunk"),
+}
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts operations that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket.__name__ not in VIEWS:
+            self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: replays recorded operations on the same tensors, and runs no Python of the step."""
+
+    def __init__(self, step: Callable[[], None]):
+        self.step, self.operations = step, []
+        before = [tensor.clone() for tensor in tensors_of(step)]
+        with Recorder(self.operations):
+            step()
+        for tensor, value in zip(tensors_of(step), before, strict=True):  # a capture runs nothing
+            tensor.copy_(value)
+        self.addresses = [tensor.data_ptr() for tensor in tensors_of(step)]
+
+    def replay(self) -> None:
+        assert [tensor.data_ptr() for tensor in tensors_of(self.step)] == self.addresses
+        for func, args, kwargs, results in self.operations:
+            new = func(*args, **kwargs)
+            for result, value in zip(tree_leaves(results), tree_leaves(new), strict=True):
+                if torch.is_tensor(result) and result.data_ptr() != value.data_ptr():
+                    result.copy_(value)
+
+
+def tensors_of(step: Any) -> list[torch.Tensor]:
+    """All that a step reads and writes beside the weights."""
+    _, cache, state, _ = step.args
+    return [*cache.layers, state.ids, state.uniform, state.drawn, state.logps, state.positions, state.at]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps each operation with its arguments and results."""
+
+    def __init__(self, operations: list[tuple]):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+
+class CUDADecoder(Decoder):
+    """Takes CUDA's branches."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.is_static = self.is_replayed = True
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"position": "rope", "n_kv_head": 2, "window": "SL", "window_size": 5}], ids=str
+)
+@pytest.mark.parametrize(
+    "options", [{"end_ids": (5,), "n": 2, "logps": True}, {"is_complete": lambda new: sum(new[-2:]) > 55, "top_k": 9}]
+)
+def test_replayed_steps_draw_what_eager_ones_draw(variant: dict, options: dict, monkeypatch) -> None:
+    """Prompts of any lengths, past the block, rows that end, and a callback that says when it is enough."""
+    model = tiny_model(block_size=70, **variant).eval()
+    prompts = [ids(length, seed=length).tolist() for length in (3, 11, 70, 71, 60)]
+    sampling = SamplingParams(max_new_tokens=80, **options)
+    expected = generate_batch(model, prompts, sampling)
+    graphs: list[FakeGraph] = []
+    monkeypatch.setattr(generation, "capture", lambda step: graphs.append(FakeGraph(step)) or graphs[-1])
+    monkeypatch.setattr(generation, "Decoder", CUDADecoder)
+    replayed = generate_batch(model, prompts, sampling)
+    for one, other in zip(replayed, expected, strict=True):
+        assert (one.ids, one.ended) == (other.ids, other.ended)
+        assert one.logps == pytest.approx(other.logps, abs=1e-4)
+    assert 1 <= len(graphs) <= 6, "one for each size of the cache and of the batch"
+
+
+def gpt2_shape(n_layer: int) -> GPT:
+    """12 heads, bfloat16 products of float32 weights."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_sizes=(256,), n_layer=n_layer, n_head=12, n_embd=96, block_size=64, bias=False)).eval()
+    model.compute_dtype = torch.bfloat16
+    return model
+
+
+def test_a_step_launches_few_kernels_and_never_asks_the_host() -> None:
+    """Of GPT-2's 12 layers 181, with sampling: 12 a layer. It was 351 with weights that are cast at each token."""
+    sampling = SamplingParams(max_new_tokens=32, temperature=0.8, top_k=50, logps=True)
+    counts = {}
+    for n_layer in (1, 3):
+        decoder = CUDADecoder(gpt2_shape(n_layer), [[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0))
+        with torch.no_grad():
+            decoder.prefill()
+            with KernelCounter() as counter:
+                decoder.step.step()
+        assert not {"multinomial", "_local_scalar_dense", "nonzero"} & counter.counts.keys()
+        counts[n_layer] = counter.counts.total()
+    a_layer = (counts[3] - counts[1]) / 2
+    assert a_layer <= 12 and counts[1] - a_layer <= 37, counts
+
+
+def test_sixteen_steps_run_without_a_device() -> None:
+    """With tensors that have no values: a read by the host would raise."""
+    sampling = SamplingParams(max_new_tokens=32, top_p=0.9, min_p=0.1, top_k=50, logps=True, compiled=True)
+    with FakeTensorMode(), torch.no_grad():
+        decoder = Decoder(gpt2_shape(1), [[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0))
+        decoder.prefill()
+        step = functools.partial(generation.decode_one_token, *decoder.step.args)  # type: ignore[attr-defined]
+        for _ in range(LOOK_EVERY):
+            step()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that compiled steps make; nothing makes kernels of them."""
+    made: list[Any] = []
+    compiled = torch.compile(
+        generation.decode_one_token,
+        fullgraph=True,
+        dynamic=False,
+        backend=lambda graph, inputs: made.append(graph) or graph.forward,
+    )
+    monkeypatch.setattr(generation, "compiled_step", lambda device_type: compiled)
+    return made
+
+
+@pytest.mark.slow
+def test_a_compiled_step_has_one_graph_for_each_size_of_the_cache(graphs: list[Any]) -> None:
+    """Batches of 2 and more share it, also after the weights have changed and while rows end."""
+    model = tiny_model(block_size=130, position="rope").eval()
+    for n in (2, 4, 2):
+        prompts = ids(n, 5, seed=n).tolist()
+        options = {"max_new_tokens": 100, "end_ids": (5,), "logps": True}
+        completions = generate_batch(model, prompts, SamplingParams(compiled=True, **options))
+        expected = generate_batch(model, prompts, SamplingParams(**options))
+        assert [one.ids for one in completions] == [one.ids for one in expected]
+        with torch.no_grad():
+            model.wte.weight.add_(0.01)
+    assert len(graphs) == 2, "64 and 128 tokens"
+    generate_batch(model, [[1]], SamplingParams(max_new_tokens=20, compiled=True))
+    assert len(graphs) == 3, "a batch of 1 has its own"
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_the_cache_in_place() -> None:
+    """Of GPT-2's 12 layers 115 kernels, with sampling: 9 a layer, none of which copies a cache."""
+    from torch._inductor.utils import run_and_get_code
+
+    drawn = {}
+    for compiled in (False, True):
+        sampling = SamplingParams(max_new_tokens=32, logps=True, compiled=compiled)
+        decoder = CUDADecoder(gpt2_shape(1), [[1] * n for n in (5, 7)], sampling, uniform_draws(0))
+        decoder.is_replayed = False
+        with torch.no_grad():
+            decoder.prefill()
+            _, codes = run_and_get_code(lambda: decoder.decode(8))  # noqa: B023
+            decoder.look()
+        drawn[compiled] = decoder.ids[:, :9]
+    assert np.array_equal(drawn[True], drawn[False])
+    (code,) = codes
+    calls = code[code.index("def call(") :]
+    kernels = re.findall(r"^ +(?:cpp_fused\w*\(|extern_kernels\.|\w+ = torch\.ops\.aten)", calls, flags=re.MULTILINE)
+    assert len(kernels) <= 9 + 7, kernels
