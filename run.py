@@ -28,7 +28,7 @@ from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
 from nanoforge.training.optimizers import Optimizer
 from nanoforge.training.pace import Pace, TimedPace
-from nanoforge.training.train_step import CapturedStep, TrainStep, check_capture
+from nanoforge.training.train_step import CapturedStep, TrainStep
 from train_args import TrainArgs, load_args
 
 DRAWING_ARGS = (
@@ -252,7 +252,7 @@ class Run:
             torch.manual_seed(int(rng.hash_u64(self.args.seed, rng.DROPOUT, step, self.ranks.rank)) >> 1)
 
     def train_step(self) -> TrainStep | CapturedStep:
-        """What makes a training step: with --cuda_graph a graph of it, new after each rollback."""
+        """What makes a training step: with --cuda_graph a graph of it, new after each rollback. Raises UserError."""
         step = TrainStep(self.ddp_model, self.data.objective, self.state, self.args.grad_clip)
         return CapturedStep(step, self.ranks.device) if self.args.cuda_graph else step
 
@@ -332,8 +332,6 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
         guard=GradGuard(args.spike_skip, ranks.device),
     )
-    if args.cuda_graph:
-        check_capture(ranks.device, state)
 
     # 3. The run.
     run = Run(
@@ -355,6 +353,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         dtype_reason=parts.dtype_reason,
         began=began,
     )
+    run.train_step()  # or what is in its way
     if resumed_from is not None:
         run = resume(run, find_resumed(run, log), log)
     run = compile_run(run, parts.models)

@@ -96,6 +96,15 @@ def momentum(config: OptimConfig) -> dict[str, Any]:
     return {"momentum": config.momentum}
 
 
+def muon_options(config: OptimConfig) -> dict[str, Any]:
+    return config.kwargs | {
+        "momentum": config.muon_momentum,
+        "momentum_warmup": config.muon_momentum_warmup,
+        "cautious": config.cautious_weight_decay,
+        "dtype": config.muon_dtype,
+    }
+
+
 class OptimizerSpec(NamedTuple):
     cls: type[torch.optim.Optimizer]
     options: Callable[[OptimConfig], dict[str, Any]] = no_options  # of the class, besides lr and weight_decay
@@ -314,12 +323,9 @@ class Optimizer:
         spec = find_optimizer("adamw" if use_muon else name)
         options = spec.options(config)
         refuse_set_options(name, options, config)
-        if use_muon:
-            options["eps"] = config.aux_eps
-        else:
-            options |= config.kwargs
-            if not spec.elementwise:
-                groups = self.with_full_parameters(groups)
+        options |= {"eps": config.aux_eps} if use_muon else config.kwargs
+        if not spec.elementwise:
+            groups = self.with_full_parameters(groups)
         if groups:
             self.optimizers.append(build_optimizer(name, spec.cls, groups, config.lr, options))
         self.free_full_parameters()
@@ -327,17 +333,12 @@ class Optimizer:
         # 3. Muon.
         if muon_parameters:
             splits = {muon_parameters[n]: rows for n, rows in (muon_splits or {}).items() if n in muon_parameters}
-            options = {"momentum": config.muon_momentum, **config.kwargs, "splits": splits, "dtype": config.muon_dtype}
-            options |= {"cautious": config.cautious_weight_decay, "momentum_warmup": config.muon_momentum_warmup}
+            options = muon_options(config) | {"splits": splits}
             self.optimizers.append(build_optimizer(name, Muon, [muon_group], config.muon_lr, options))
 
-        peaks = [group["lr"] for group in self.param_groups]
-        for group, peak in zip(self.param_groups, peaks, strict=True):
-            group["peak_lr"] = peak
-        # A CPU reads the tensor back as a number, which is to be the one that was set; a GPU's kernels take float32.
-        device = self.parameters[0].device
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.peak_lrs = torch.tensor(peaks, dtype=dtype, device=device)
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
+        self.peak_lrs = self.make_peak_lrs()
         self.lrs = self.peak_lrs.clone()
         self.share_lrs()
         self.averaging = [optimizer for optimizer in self.optimizers if has_modes(optimizer)]
@@ -357,6 +358,13 @@ class Optimizer:
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 optimizer.compile()
+
+    def make_peak_lrs(self) -> Tensor:
+        """The groups' peak learning rates. A CPU reads a tensor back as a number, which is to be the one that was set;
+        a GPU's kernels take float32."""
+        device = self.parameters[0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        return torch.tensor([group["peak_lr"] for group in self.param_groups], dtype=dtype, device=device)
 
     def share_lrs(self) -> None:
         """Make the learning rates of groups that take tensors views of `lrs`: one kernel changes them all."""

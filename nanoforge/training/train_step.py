@@ -52,14 +52,6 @@ class TrainStep:
         return StepResult(metrics, grad_norm)
 
 
-def check_capture(device: torch.device, state: TrainState) -> None:
-    """Raises UserError where a step can't be captured. The arguments were checked before."""
-    if device.type != "cuda":
-        raise UserError(f"--cuda_graph: needs a CUDA GPU, and this run is on {device.type}; leave it out")
-    if state.scaler.is_enabled():
-        raise UserError("--cuda_graph: the loss scaling of --dtype=float16 needs the host; use bfloat16 or float32")
-
-
 class CapturedStep:
     """A step replayed as one CUDA graph, in which every tensor stays where it is in memory.
 
@@ -69,6 +61,11 @@ class CapturedStep:
     """
 
     def __init__(self, step: TrainStep, device: torch.device) -> None:
+        """Raises UserError where it can't be captured, whatever the arguments said."""
+        if device.type != "cuda":
+            raise UserError(f"--cuda_graph: needs a CUDA GPU, and this run is on {device.type}; leave it out")
+        if step.state.scaler.is_enabled():
+            raise UserError("--cuda_graph: the loss scaling of --dtype=float16 needs the host; use bfloat16 or float32")
         self.step = step
         self.stream = torch.cuda.Stream(device)
         self.n_warmup_steps = 0

@@ -1084,10 +1084,9 @@ def compile(run, monkeypatch):
 def cuda_graph(run, monkeypatch):
     """What a captured step computes is in test_train_step.py."""
     captured = []
-    monkeypatch.setattr("run.check_capture", lambda *_: None)
     monkeypatch.setattr("run.CapturedStep", lambda step, device: (captured.append(step), step)[1])
     assert run("--cuda_graph", "--device=auto", "--dropout=0").losses == run(name="plain").losses
-    assert len(captured) == 1
+    assert captured
 
 
 @effect

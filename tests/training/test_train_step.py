@@ -1,6 +1,7 @@
 """A training step: captured as ordinary, without the host. A recorder stands for a GPU's graphs where there is none."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from nanoforge.posttraining.objectives import LanguageModel
 from nanoforge.training.checkpoint import TrainState
 from nanoforge.training.grad_guard import WINDOW, GradGuard
 from nanoforge.training.optimizers import OptimConfig, Optimizer
-from nanoforge.training.train_step import WARMUP_STEPS, CapturedStep, TrainStep, check_capture
+from nanoforge.training.train_step import WARMUP_STEPS, CapturedStep, TrainStep
 
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
 OPTIMIZERS = ("adamw", "lion", "muon")
@@ -104,7 +105,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainStep], CapturedS
                     tensor.copy_(before[name])
 
         monkeypatch.setattr(torch.cuda, "graph", capture)
-        return CapturedStep(step, torch.device("cpu"))
+        return CapturedStep(step, torch.device("cuda"))
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
@@ -230,9 +231,9 @@ def test_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_a_device_or_a_precision_that_turns_out_otherwise_is_refused():
-    state = make_step("adamw").state
+    step = make_step("adamw")
     with pytest.raises(UserError, match=r"--cuda_graph.*cpu"):
-        check_capture(torch.device("cpu"), state)
-    check_capture(torch.device("cuda"), state)
+        CapturedStep(step, torch.device("cpu"))
+    state = step.state._replace(scaler=torch.amp.GradScaler("cpu", enabled=True))
     with pytest.raises(UserError, match=r"--cuda_graph.*float16"):
-        check_capture(torch.device("cuda"), state._replace(scaler=torch.amp.GradScaler("cpu", enabled=True)))
+        CapturedStep(dataclasses.replace(step, state=state), torch.device("cuda"))
