@@ -326,12 +326,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     # 2. Model and optimizer.
     parts = builders.build_run(args, resumed_from, ranks, log)
     args, raw_model = parts.args, parts.model
-    state = checkpoint.TrainState(
-        model=raw_model,
-        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args, ranks), raw_model.muon_splits()),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
-        guard=GradGuard(args.spike_skip, ranks.device),
-    )
+    state = make_state(args, raw_model, ranks)
 
     # 3. The run.
     run = Run(
@@ -367,6 +362,16 @@ def prepare_device(args: TrainArgs, device: torch.device) -> None:
     if args.compile == "true":
         check_compiler(device)
     set_attention_kernel(args.attention_kernel, device)
+
+
+def make_state(args: TrainArgs, raw_model: GPT, ranks: distributed.Ranks) -> checkpoint.TrainState:
+    """What training changes: the model, and what changes it."""
+    return checkpoint.TrainState(
+        model=raw_model,
+        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args, ranks), raw_model.muon_splits()),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
+        guard=GradGuard(args.spike_skip, ranks.device),
+    )
 
 
 def identify(args: TrainArgs, resumed_from: run_dir.RunRecord | None) -> dict[str, Any]:

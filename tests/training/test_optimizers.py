@@ -64,7 +64,7 @@ def decayed_apart(parameters: Sequence[nn.Parameter], weight_decay: float) -> li
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "torch.optim:Adamax"])
-def test_each_optimizer_is_the_class_it_names(name):
+def test_each_optimizer_is_the_class_it_names(name: str):
     """Same updates as that class, built by hand with decay on matrices alone."""
     ours, theirs = tiny_model(bias=True), tiny_model(bias=True)
     train(ours, build(name, ours, lr=2e-3, weight_decay=0.1, betas=(0.8, 0.95), momentum=0.7))
@@ -91,7 +91,7 @@ def test_weight_decay_reaches_the_default_optimizer_and_matrices_only():
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "muon"])
-def test_every_parameter_is_in_exactly_one_group(name):
+def test_every_parameter_is_in_exactly_one_group(name: str):
     model = tiny_model(bias=True, tie_weights=False)
     grouped = [p for group in build(name, model).param_groups for p in group["params"]]
     assert sum(p.numel() for p in grouped) == model.count_parameters()
@@ -170,7 +170,7 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_iterates_in_the_precision_that_it_is_given(dtype, monkeypatch: pytest.MonkeyPatch):
+def test_muon_iterates_in_the_precision_that_it_is_given(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
     def record(matrices: Tensor, *settings: object) -> Tensor:
@@ -317,7 +317,7 @@ def test_no_change_of_a_rate_compiles_muon_again(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_clipping_is_torchs_and_reaches_all_groups(name):
+def test_clipping_is_torchs_and_reaches_all_groups(name: str):
     ours, theirs = tiny_model(), tiny_model()
     optimizer = build(name, ours)
     for model in (ours, theirs):
@@ -329,7 +329,7 @@ def test_clipping_is_torchs_and_reaches_all_groups(name):
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "muon"])
-def test_a_resumed_optimizer_goes_on_as_if_never_stopped(name):
+def test_a_resumed_optimizer_goes_on_as_if_never_stopped(name: str):
     never_stopped, resumed = tiny_model(), tiny_model()
     train(never_stopped, build(name, never_stopped, lr=1e-2), range(4))
 
@@ -351,7 +351,7 @@ def test_a_resumed_optimizer_goes_on_as_if_never_stopped(name):
         ("torch.nn:Linear", "not a torch.optim.Optimizer"),
     ],
 )
-def test_a_class_by_name_must_be_an_optimizer(name, message):
+def test_a_class_by_name_must_be_an_optimizer(name: str, message: str):
     with pytest.raises(UserError, match=message):
         build(name, tiny_model())
 
@@ -416,7 +416,7 @@ VALUES = {"warmup": 10, "steps": 110, "floor": 0.1, "step_size": 30, "gamma": 0.
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_warmup_works_with_every_schedule(name):
+def test_warmup_works_with_every_schedule(name: str):
     """nanoGPT's: (step + 1) / (warmup + 1) of the peak."""
     schedule = make_schedule(name, **VALUES)
     scales = [schedule(step) for step in range(11)]
@@ -436,7 +436,7 @@ def test_warmup_works_with_every_schedule(name):
         ("wsd", {66: 1.0, 88: 0.55, 110: 0.1, 200: 0.1}),
     ],
 )
-def test_schedules_by_their_closed_forms(name, scales):
+def test_schedules_by_their_closed_forms(name: str, scales: dict[int, float]):
     schedule = make_schedule(name, **VALUES)
     assert {step: schedule(step) for step in scales} == pytest.approx(scales)
 
