@@ -87,7 +87,7 @@ def test_figures_and_ratios():
 def test_sides_take_turns():
     order = []
 
-    def side(name):
+    def side(name: str):
         order.append(name)
         return {}
 
@@ -201,7 +201,7 @@ def test_held_out_loss_reads_every_token_once(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
+def test_training_in_turn_with_a_peer(peer: Path, tmp_path: Path):
     results_path = tmp_path / "results" / "cpu.json"
     out = f"--out={tmp_path}/results"
     flags = [f"--peer={peer}", "--cases=tiny", "--pairs=2", "--steps=8", "--device=cpu", out]
@@ -227,7 +227,7 @@ def test_training_in_turn_with_a_peer(peer, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_sampling_in_turn_with_transformers(peer, tmp_path: Path):
+def test_sampling_in_turn_with_transformers(peer: Path, tmp_path: Path):
     pytest.importorskip("transformers")
     flags = ["--cases=tiny", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
     rehearse_bench("sample", "--peer_kind=hf", *flags)
@@ -237,7 +237,7 @@ def test_sampling_in_turn_with_transformers(peer, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_race_to_a_peer_that_learns_nothing(peer, tmp_path: Path):
+def test_the_race_to_a_peer_that_learns_nothing(peer: Path, tmp_path: Path):
     """Its weights are zeros, so its loss is log V; ours gets below that."""
     vocab_size = json.loads((peer / "data" / "shakespeare_char" / "meta.json").read_text())["vocab_size"]
     config = tmp_path / "tiny.py"
@@ -306,7 +306,7 @@ def gpu_figures(out: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a rehearsal forks")
-def test_all_of_the_gpus_measurements_are_rehearsed(peer, tmp_path: Path):
+def test_all_of_the_gpus_measurements_are_rehearsed(peer: Path, tmp_path: Path):
     """Every row with tiny shapes. The first run is killed after A1; the next one keeps its figures and goes on."""
     (peer / "train.py").rename(peer / "race.py")
     (peer / "train.py").write_text(SLOW_PEER)
@@ -354,7 +354,7 @@ def open_gpu_bench(peer: Path, out: Path, seconds: float) -> gpu.Bench:
     return gpu.Bench(configurator.parse(gpu.GpuArgs, flags, "", Rules()), gpu.TINY)
 
 
-def test_a_process_ends_with_the_seconds(peer, tmp_path: Path):
+def test_a_process_ends_with_the_seconds(peer: Path, tmp_path: Path):
     """What it printed was read; with it ends the process that it started. A failure is another thing."""
     bench = open_gpu_bench(peer, tmp_path, gpu.MARGIN + 0.5)
     code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print('started', flush=True); child.wait()"
@@ -368,12 +368,12 @@ def test_a_process_ends_with_the_seconds(peer, tmp_path: Path):
         list(open_gpu_bench(peer, tmp_path, 60).run("-c", "1 / 0"))
 
 
-def test_a_figure_that_failed_is_tried_again(peer, tmp_path: Path):
+def test_a_figure_that_failed_is_tried_again(peer: Path, tmp_path: Path):
     bench = open_gpu_bench(peer, tmp_path, 60)
     bench.gpu["about"] = {"commit": ""}
     records = [{"value": None, "unit": "ms", "error": "no memory"}, {"value": 1.0, "unit": "ms"}]
 
-    def measure_once(bench, row):
+    def measure_once(bench: gpu.Bench, row: Row):
         if not bench.has("X a"):
             yield "X a", records.pop(0)
         if not bench.has("X b"):
@@ -412,7 +412,7 @@ def test_windows_leave_the_first_out(first_step: int):
     assert windows == pytest.approx([10, 10])
 
 
-def test_the_tokenizer_and_the_peer_are_gathered(peer, tmp_path: Path):
+def test_the_tokenizer_and_the_peer_are_gathered(peer: Path, tmp_path: Path):
     """prepare_gpu copies nanoGPT's scripts and GPT-2's tokens; the dataset there has every tenth package apart."""
     packages = []
     for number in range(10):
