@@ -273,6 +273,46 @@ def test_past_the_context_the_virtual_tokens_stay() -> None:
     assert completion.ids == expected
 
 
+def test_draws_are_those_of_earlier_versions() -> None:
+    """A seed keeps its meaning: ids that an earlier engine drew, past a context of 12, and their log-probabilities."""
+    model = tiny_model(block_size=12, position="rope", n_kv_head=2).eval()
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.7, top_k=5, end_ids=(5,), n=2, logps=True)
+    prompts = [ids(length, seed=length).tolist() for length in (3, 1, 11)]
+    completions = generate_batch(model, prompts, sampling, uniform_draws(3, 6))
+    assert completions[0].ids == [27, 27, 13, 27, 27, 25, 14, 14, 14, 15, 23, 23, 24, 24, 20, 4, 25, 26, 26, 6]
+    assert completions[5].ids == [27, 27, 26, 26, 26, 27, 27, 27, 10, 6, 14, 14, 14, 15, 15, 13, 29, 27, 27, 27]
+    assert completions[0].logps[:4] == pytest.approx([-1.8254, -1.0399, -2.6283, -1.8246], abs=1e-3)
+
+
+def add_adapter(model: GPT, adapter: str) -> None:
+    if adapter == "lora":
+        adapters.add_lora(model, [], rank=2, alpha=4.0, dropout=0.0)
+        adapters.add_token_rows(model, 28, 3)
+        adapters.freeze_base(model)
+    elif adapter:
+        adapters.add_soft_prompt(model, torch.randn(3, 32, generator=torch.Generator().manual_seed(3)), adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.mark.parametrize("adapter", ["", "lora", "tensor", "lstm"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm_offset"])
+@torch.no_grad()
+def test_weights_that_are_cast_once_compute_the_same(adapter: str, norm: str) -> None:
+    """Bit for bit, in bfloat16; of an offset of gains and a prompt's LSTM the model computes with float32."""
+    model = tiny_model(norm=norm, position="rope", qk_norm=True, residual_scalars=True, value_residual=True).eval()
+    add_adapter(model, adapter)
+    model.compute_dtype = torch.bfloat16
+    idx = ids(2, 8, high=34 if adapter in ("tensor", "lstm") else 31)
+    expected = model(idx)
+    copied = generation.decoding_copy(model)
+    assert copied is not model and torch.equal(copied(idx), expected)
+    assert copied.blocks[0].attn.qkv.weight.dtype == torch.bfloat16 != model.blocks[0].attn.qkv.weight.dtype
+    generation.cast_weights(model)
+    assert torch.equal(model(idx), expected) and generation.decoding_copy(model) is model
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a GPU runs, shown on a CPU: static shapes, no look of the host, few kernels, a replay
 
