@@ -138,6 +138,7 @@ from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, cast_weights, generate_batch, uniform_draws
+from nanoforge.models.streamed_linear import stream_linears
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.chat_template import completion_end_ids
 from nanoforge.posttraining.example_rows import ROLES
@@ -177,6 +178,8 @@ def prepare_model(args: SampleArgs, loaded: LoadedModel) -> None:
     if args.compile:
         check_compiler(device)
     cast_weights(loaded.model)
+    if device.type == "cpu" and not args.compile:
+        stream_linears(loaded.model)
 
 
 def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:

@@ -1,0 +1,132 @@
+"""Linear layers for decoding a few sequences on a CPU: they read their weights as fast as the memory gives them.
+
+A decoding step reads every weight once, so the bytes of the weights over the memory's bandwidth are the least time that
+it can take. PyTorch's product of one row reaches a part of that. Here it is a few lines of C, streamed_linear.c, which
+the machine's own compiler builds at the first use and a cache folder keeps. Without a compiler all stays PyTorch's.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_ROWS = 4  # of x; more are PyTorch's, whose products of many rows compute faster
+MAX_VALUES = 2**16  # of x, which each thread keeps on its stack
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-funroll-loops", "-fopenmp", "-shared", "-fPIC")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the library
+
+
+def describe_processor() -> str:
+    """What a library that is built for this processor depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def library_path() -> Path:
+    """Where the library is kept: in the user's cache folder, by a hash of all that it is made of."""
+    made_of = "\0".join((SOURCE.read_text(), *FLAGS, describe_processor()))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoforge"
+    return folder / f"streamed_linear_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+
+
+def build_library(path: Path) -> None:
+    """Compile the library into this file, whole or not at all. Raises OSError, CalledProcessError."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True)
+        built.replace(path)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The library, built where it isn't yet; None where it can't be built."""
+    path = library_path()
+    try:
+        if not path.exists():
+            build_library(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def find_function(weight_dtype: torch.dtype, dtype: torch.dtype) -> Callable[..., None]:
+    """The library's function for these dtypes of the weight and of x."""
+    library = load_library()
+    assert library is not None
+    function = getattr(library, f"linear_{NAMES[weight_dtype]}_{NAMES[dtype]}")
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+    function.restype = None
+    return function
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the layer
+
+
+class StreamedLinear(nn.Module):
+    """A linear layer, (..., in) -> (..., out), without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.rows, self.cols = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.numel() // self.cols
+        if batch > MAX_ROWS or batch * self.cols > MAX_VALUES:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.rows)
+        function = find_function(self.weight.dtype, x.dtype)
+        function(self.weight.data_ptr(), x.data_ptr(), y.data_ptr(), self.rows, self.cols, batch)
+        return y if self.bias is None else y + self.bias
+
+
+def is_exact_in_bfloat16(weight: Tensor) -> bool:
+    """Whether bfloat16 has all of its values, as of a model that was published in it."""
+    return weight.dtype == torch.bfloat16 or torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+
+
+def stream_linears(model: nn.Module) -> None:
+    """Replace the model's linear layers, where a library can be built: for a model that is only sampled from, on a CPU.
+
+    Weights whose values bfloat16 has are kept in it, which changes no product and halves their bytes.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    dtype: Any = model.compute_dtype
+    if dtype not in NAMES or load_library() is None:
+        return
+    for name, linear in linears.items():
+        weight = linear.weight.detach()
+        if is_exact_in_bfloat16(weight):
+            weight = weight.to(torch.bfloat16)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, StreamedLinear(weight, linear.bias))

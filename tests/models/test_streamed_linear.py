@@ -1,0 +1,79 @@
+"""Linear layers that stream their weights: PyTorch's own products are the witness."""
+
+import copy
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_model
+
+from nanoforge.models import streamed_linear
+from nanoforge.models.generation import SamplingParams, generate_batch, uniform_draws
+from nanoforge.models.streamed_linear import MAX_ROWS, StreamedLinear, stream_linears
+
+needs_compiler = pytest.mark.skipif(streamed_linear.load_library() is None, reason="no C compiler with OpenMP here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(64, 32), (7, 33), (1, 1), (50, 8)])
+def test_products_are_pytorchs(weight_dtype: torch.dtype, dtype: torch.dtype, rows: int, cols: int):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, cols, generator=generator).to(weight_dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype)
+    layer = StreamedLinear(weight, bias)
+    for batch in (1, 2, MAX_ROWS, MAX_ROWS + 1):
+        x = torch.randn(cols, batch, generator=generator).to(dtype).T[:, None]  # not contiguous
+        exact = F.linear(x.double(), weight.double()).to(dtype) + bias
+        torch.testing.assert_close(layer(x), exact, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1.6e-2)
+    if dtype == weight_dtype:
+        torch.testing.assert_close(layer(x[:2]), F.linear(x[:2], weight, bias), atol=1e-5, rtol=1.6e-2)
+
+
+@needs_compiler
+def test_a_model_samples_as_before(monkeypatch: pytest.MonkeyPatch):
+    """Weights that bfloat16 has are kept in it, tied or not; others stay float32. Many rows are PyTorch's."""
+    sampling = SamplingParams(max_new_tokens=12, top_k=5, logps=True)
+    for tied in (False, True):
+        model = tiny_model(tie_weights=tied).eval()
+        with torch.no_grad():
+            model.blocks[0].mlp.up.weight.copy_(model.blocks[0].mlp.up.weight.to(torch.bfloat16))
+        streamed = copy.deepcopy(model)
+        stream_linears(streamed)
+        assert streamed.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+        assert streamed.head.weight.dtype == streamed.wte.weight.dtype == torch.float32
+        for prompts in ([[1, 2, 3]], [[1, 2], [3, 4, 5]] * 4):
+            ours = generate_batch(streamed, prompts, sampling, uniform_draws(1))
+            expected = generate_batch(model, prompts, sampling, uniform_draws(1))
+            assert [completion.ids for completion in ours] == [completion.ids for completion in expected]
+            for completion, other in zip(ours, expected, strict=True):
+                assert completion.logps == pytest.approx(other.logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("failure", [OSError("no compiler"), subprocess.CalledProcessError(1, "cc")])
+def test_without_a_library_a_model_stays_as_it_is(failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail(path: Path) -> None:
+        raise failure
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(streamed_linear, "build_library", fail)
+    monkeypatch.setattr(streamed_linear, "load_library", streamed_linear.load_library.__wrapped__)
+    model = tiny_model()
+    stream_linears(model)
+    assert not any(isinstance(module, StreamedLinear) for module in model.modules())
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+def test_the_library_is_built_once_for_a_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load = streamed_linear.load_library.__wrapped__
+    assert load() is not None
+    (path,) = tmp_path.rglob("*.so")
+    modified = path.stat().st_mtime_ns
+    assert load() is not None and path.stat().st_mtime_ns == modified
+    monkeypatch.setattr(streamed_linear, "describe_processor", lambda: "another")
+    assert streamed_linear.library_path() != path
