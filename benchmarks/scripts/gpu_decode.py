@@ -7,7 +7,6 @@ OPTIONS is JSON: device, shape, prompt and new (tokens), batch_sizes, done (name
 its folder. Prints each figure as a line of JSON.
 """
 
-import importlib
 import json
 import os
 import statistics
@@ -78,7 +77,8 @@ def build_ours(options: dict[str, Any], device: torch.device) -> nn.Module:
 
 def decode_ours(options: dict[str, Any], device: torch.device) -> None:
     """As sample.py does: prompts of one length without an end, weights cast once."""
-    generation: Any = importlib.import_module("nanoforge.models.generation")
+    from nanoforge.models.generation import SamplingParams, generate_batch
+
     model = build_ours(options, device)
     model.to(model.compute_dtype)  # type: ignore[arg-type]
     prompt, new = options["prompt"], options["new"]
@@ -87,16 +87,8 @@ def decode_ours(options: dict[str, Any], device: torch.device) -> None:
             name = f"B{batch_size} {'compiled' if compiled else 'eager'}"
             if name in options["done"]:
                 continue
-            sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": TEMPERATURE, "top_k": TOP_K}
-            draw: Callable[[], object]
-            if "compiled" in generation.SamplingParams.__dataclass_fields__:
-                params = generation.SamplingParams(**sampling | {"compiled": compiled})
-                draw = partial(generation.generate_batch, model, [[0] * prompt] * batch_size, params)
-            else:
-                idx = torch.zeros(batch_size, prompt, dtype=torch.long, device=device)
-                params = generation.SamplingParams(**sampling)
-                decode = "compiled" if compiled else "cached"
-                draw = partial(generation.generate, model, idx, params, torch.Generator(device), decode=decode)
+            sampling = SamplingParams(max_new_tokens=new, temperature=TEMPERATURE, top_k=TOP_K, compiled=compiled)
+            draw = partial(generate_batch, model, [[0] * prompt] * batch_size, sampling)
             ran = f"{batch_size} x ({prompt} + {new}) tokens, top_k {TOP_K}, compiled: {compiled}"
             measure(name, batch_size * new, draw, device, ran)
 
