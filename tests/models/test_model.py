@@ -570,6 +570,15 @@ def test_embedding_norm_forgets_the_embeddings_size():
 
 
 @pytest.mark.slow
+def test_inductors_kernels_are_the_eager_model():
+    eager, compiled = tiny_model(n_layer=1), tiny_model(n_layer=1)
+    compiled.compile_forward()
+    with torch.no_grad():
+        inputs = (ids(2, 12), ids(2, 12, seed=3))
+        torch.testing.assert_close(compiled(*inputs), eager(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_compiled_parts_are_the_eager_model_and_keep_logits_once(monkeypatch: pytest.MonkeyPatch):
     """Eager, backward gets the head's products, the softcap's results and log-probabilities; compiled, one of them."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))

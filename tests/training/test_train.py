@@ -1,5 +1,6 @@
 """The run as a whole: resumed equals uninterrupted, two ranks equal one, and nothing is lost or overwritten."""
 
+import functools
 import json
 import math
 import os
@@ -162,8 +163,10 @@ def test_float16_keeps_its_scaler(run):
     ],
     ids=["eager", "compiled", "adamw", "lion", "bfloat16"],
 )
-def test_resumed_run_is_bit_identical(run, flags):
+def test_resumed_run_is_bit_identical(run, flags, monkeypatch):
     """N steps = N/2 steps, resume, N/2 steps: weights, optimizer state, losses and data hashes."""
+    graphs = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # inductor's, run as they are
+    monkeypatch.setattr(torch, "compile", graphs)
     whole = run(*HARD, *flags, name="whole")
     run(*HARD, *flags, "--max_iters=4", "--lr_decay_iters=8", name="resumed")
     resumed = run("--init_from=resume", "--max_iters=8", name="resumed")
