@@ -967,6 +967,7 @@ def optim_config(args: TrainArgs, ranks: Ranks) -> OptimConfig:
         kwargs=args.optimizer_kwargs,
         embedding_lr=args.embedding_learning_rate,
         head_lr=args.head_learning_rate,
+        ema_decay=args.ema_decay,
     )
 
 

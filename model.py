@@ -75,6 +75,7 @@ class GPTConfig:
     value_residual: bool = TrainArgs.value_residual
     residual_scalars: bool = TrainArgs.residual_scalars
     tie_weights: bool = TrainArgs.tie_weights
+    embedding_init_std: float = TrainArgs.embedding_init_std
     zero_init: bool = TrainArgs.zero_init
     dropout: float = TrainArgs.dropout
     activation_checkpointing: bool = TrainArgs.activation_checkpointing
@@ -1020,7 +1021,8 @@ class GPT(HasParts):
 
         | what                                     | drawn from                                        |
         |------------------------------------------|---------------------------------------------------|
-        | linear layers, token embedding           | N(0, 0.02)                                        |
+        | linear layers                            | N(0, 0.02)                                        |
+        | token embedding                          | N(0, embedding_init_std)                          |
         | learned positions                        | N(0, 0.02)                                        |
         | output projections of attention and MLP  | N(0, 0.02 / sqrt(2 n_layer)), or 0 with zero_init |
         | untied head                              | N(0, 0.02), or 0 with zero_init                   |
@@ -1042,6 +1044,8 @@ class GPT(HasParts):
                 parameter.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer)).mul_(zero_or_one)
             elif name == "head.weight":
                 parameter.normal_(0, 0.02).mul_(zero_or_one)
+            elif name == "wte.weight":
+                parameter.normal_(0, self.config.embedding_init_std)
             else:
                 parameter.normal_(0, 0.02)
 

@@ -181,7 +181,10 @@ class Run:
         lora_rank = args.lora_rank if args.adapter == "lora" else 0
         plan = memory.plan_memory(self.raw_model, rows * args.block_size, args.optimizer, lora_rank)
         has_copy = builders.reference_kind(args) == "copy"
-        return plan._replace(reference=plan.frozen + plan.trainable if has_copy else 0)
+        return plan._replace(
+            reference=plan.frozen + plan.trainable if has_copy else 0,
+            optimizer=plan.optimizer + (plan.trainable if args.ema_decay else 0),
+        )
 
     def describe_schedule(self) -> str:
         """The schedule, and the learning rate of the run's last step."""

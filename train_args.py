@@ -293,6 +293,8 @@ class ModelArgs:
         "learned r and a", model_shape=True, needs=FROM_SCRATCH)
     tie_weights: bool = arg(True, "share weights of token embedding and head",
         model_shape=True, needs=FROM_SCRATCH, alias=("tie_word_embeddings",))
+    embedding_init_std: float = arg(0.02, "standard deviation of the token embedding's initial weights",
+        low=0, needs=with_value("init_from", "scratch"))
     zero_init: bool = arg(False, "zero-initialize output projections of attention and MLP, and an untied head",
         needs=with_value("init_from", "scratch"))
     dropout: float = arg(0.0, "dropout probability", low=0, high=0.999)
@@ -444,6 +446,8 @@ class OptimizerArgs:
     aux_eps: float = arg(1e-8, "epsilon of AdamW, which trains what Muon does not", above=0, needs=MUON)
     optimizer_kwargs: dict[str, Any] = arg({}, "further optimizer arguments as JSON, such as "
         '{"eps": 1e-10}; with muon they go to Muon')
+    ema_decay: float = arg(0.0, "EMA of weights: decay of their moving average, which is evaluated and saved, and from "
+        "which the run is sampled and exported (0: the last weights)", low=0, high=0.999999)
     spike_skip: float = arg(0.0, "skip steps whose grad norm exceeds median + k robust standard deviations "
         "of the last 128 steps (0: off)", low=0)
     skip_patience: int = arg(10, "skipped steps in a row (grad norm spikes or non-finite gradients) before the run "

@@ -1,26 +1,38 @@
 """What each choice of configs/shakespeare_cpu.py is worth: the recipe with one thing changed, several seeds each.
 
-    python -m benchmarks.ablation [SEEDS]                3 by default; about 20 seconds a run on two cores
+    python -m benchmarks.ablation --seeds=5                     about 20 seconds a run on two cores
+    python -m benchmarks.ablation --seeds=5 --processes=2       two runs at a time; the losses are the same
 
 Evaluated on the last 100,000 characters of the *training* text, on which no variant trains; the validation text is not
-used. Writes benchmarks/ablation.md.
+used. Each loss goes to benchmarks/ablation.json at once: the same command goes on where it was ended, and runs only
+what is new in VARIANTS; all of it where the recipe has changed. At last writes benchmarks/ablation.md.
 """
 
+import argparse
 import json
 import math
-import shutil
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.common import ROOT, run_process, to_flags
-from nanoforge.files import write_text
+from nanoforge.config_files import read_layers
+from nanoforge.files import write_json, write_text
+
+Changes = Mapping[str, object]  # argument -> value, where it is not the recipe's
+Losses = dict[str, dict[str, float]]  # changes as JSON -> seed -> loss
+
+RECIPE = "configs/shakespeare_cpu.py"
 
 BASE = "the recipe"
-VARIANTS: dict[str, dict[str, object]] = {
+VARIANTS: dict[str, Changes] = {
     BASE: {},
     "GELU": {"activation": "gelu"},
     "LayerNorm": {"norm": "layernorm"},
@@ -38,6 +50,17 @@ VARIANTS: dict[str, dict[str, object]] = {
     "windows at random": {"sampling_method": "random"},
 }
 HELD_OUT_CHARS = 100_000
+ROWS = 32  # of an evaluation batch; a variant may train with others
+
+
+class Study(NamedTuple):
+    """What the runs of all variants share."""
+
+    folder: Path  # holds the data, and the runs' own folders
+    results: Path
+    seeds: range
+    processes: int
+    dtype: str
 
 
 def write_dataset(folder: Path) -> None:
@@ -53,25 +76,53 @@ def write_dataset(folder: Path) -> None:
     (target / "meta.json").write_text(json.dumps(meta | {"files": {}}))
 
 
-def final_val_loss(folder: Path, seed: int, changes: dict[str, object]) -> float:
+def final_val_loss(study: Study, seed: int, changes: Changes) -> float:
     """Train a variant; the validation loss at the end."""
-    out_dir = folder / "run"
-    shutil.rmtree(out_dir, ignore_errors=True)
-    flags = {
-        "data_dir": folder,
-        "dataset": "slice",
-        "out_dir": out_dir,
-        "seed": seed,
-        "eval_interval": 10**6,
-        "eval_iters": HELD_OUT_CHARS // (32 * 64),
-        "device": "cpu",
-    }
-    run_process([sys.executable, "train.py", "configs/shakespeare_cpu.py", *to_flags(**flags, **changes)])
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory(dir=study.folder) as out_dir:
+        flags: dict[str, object] = {
+            "data_dir": study.folder,
+            "dataset": "slice",
+            "out_dir": Path(out_dir) / "run",
+            "seed": seed,
+            "eval_interval": 10**6,
+            "eval_iters": HELD_OUT_CHARS // (int(str(changes.get("batch_size", ROWS))) * 64),
+            "device": "cpu",
+            "dtype": study.dtype,
+            **changes,
+        }
+        run_process([sys.executable, "train.py", RECIPE, *to_flags(**flags)])
+        lines = [json.loads(line) for line in (Path(out_dir) / "run" / "metrics.jsonl").read_text().splitlines()]
     return [line["val_loss"] for line in lines if line["event"] == "eval"][-1]
 
 
-def table_row(name: str, losses: list[float], base_losses: list[float]) -> str:
+def run_missing(study: Study) -> Losses:
+    """All losses: those of the results file, and of the runs that it lacks, each written as soon as it is known."""
+    recipe = {name: value for _, values in read_layers(str(ROOT / RECIPE)) for name, value in values.items()}
+    saved = json.loads(study.results.read_text()) if study.results.exists() else {}
+    losses: Losses = saved["losses"] if saved.get("recipe") == recipe else {}
+
+    def run(name: str, seed: int) -> tuple[str, int, float]:
+        return name, seed, final_val_loss(study, seed, VARIANTS[name])
+
+    pool = ThreadPoolExecutor(study.processes)
+    try:
+        runs = [
+            pool.submit(run, name, seed)
+            for seed in study.seeds
+            for name, changes in VARIANTS.items()
+            if str(seed) not in losses.get(json.dumps(changes), {})
+        ]
+        for done in as_completed(runs):
+            name, seed, loss = done.result()
+            losses.setdefault(json.dumps(VARIANTS[name]), {})[str(seed)] = loss
+            write_json(study.results, {"recipe": recipe, "losses": losses})
+            print(f"seed {seed}, {name}: {loss:.4f}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return losses
+
+
+def table_row(name: str, losses: Sequence[float], base_losses: Sequence[float]) -> str:
     difference = ""
     if name != BASE:
         differences = [loss - base for loss, base in zip(losses, base_losses, strict=True)]
@@ -81,34 +132,39 @@ def table_row(name: str, losses: list[float], base_losses: list[float]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def format_table(losses: dict[str, list[float]], seeds: int) -> str:
-    columns = ["the recipe, but", "mean loss", "difference", *(f"seed {seed}" for seed in range(seeds))]
+def format_table(losses: Losses, seeds: range) -> str:
+    columns = ["the recipe, but", "mean loss", "difference", *(f"seed {seed}" for seed in seeds)]
     lines = [
         "# What each choice of configs/shakespeare_cpu.py is worth",
         "",
         f"Loss after the recipe's 200 steps on the last {HELD_OUT_CHARS:,} characters of the training text, on which "
-        f"no run trained; {seeds} seeds, the same ones for each row.",
+        f"no run trained; {len(seeds)} seeds, the same ones for each row.",
         "Difference: from the recipe, seed by seed, with its standard error; above 0 the recipe is better.",
-        "Made by `python -m benchmarks.ablation`.",
+        f"Made by `python -m benchmarks.ablation --seeds={len(seeds)}`.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    lines += [table_row(name, values, losses[BASE]) for name, values in losses.items()]
+    rows = {name: [losses[json.dumps(changes)][str(seed)] for seed in seeds] for name, changes in VARIANTS.items()}
+    lines += [table_row(name, values, rows[BASE]) for name, values in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def main(seeds: int) -> None:
-    losses: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    with tempfile.TemporaryDirectory(prefix="ablation") as name:
-        folder = Path(name)
-        write_dataset(folder)
-        for seed in range(seeds):
-            for variant, changes in VARIANTS.items():
-                losses[variant].append(final_val_loss(folder, seed, changes))
-                print(f"seed {seed}, {variant}: {losses[variant][-1]:.4f}", flush=True)
-    write_text(ROOT / "benchmarks" / "ablation.md", format_table(losses, seeds))
+def main() -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--dtype", default="auto", help="as train.py has it")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
+    folder = ROOT / "benchmarks"
+    with tempfile.TemporaryDirectory(prefix="ablation") as data_dir:
+        study = Study(Path(data_dir), folder / "ablation.json", range(args.seeds), args.processes, args.dtype)
+        write_dataset(study.folder)
+        losses = run_missing(study)
+    write_text(folder / "ablation.md", format_table(losses, study.seeds))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main()

@@ -328,6 +328,13 @@ def set_gradient_sync(model: nn.Module, *, sync: bool) -> None:
         model.require_backward_grad_sync = sync
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that a forward has gathered and kept, so that the next one sees changes of shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sharded tensors
 

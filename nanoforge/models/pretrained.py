@@ -25,7 +25,8 @@ from nanoforge.run_dir import RECORD_FILE, RunRecord, run_of_checkpoint
 from nanoforge.training import checkpoint
 
 NO_BASE_NEEDED = "--base_model: {} holds whole weights, which need no base"
-TRAINING_FIELDS = ("dropout", "zero_init", "activation_checkpointing", "loss_chunk")  # of GPTConfig; they are no shape
+# Of GPTConfig; they are no shape.
+TRAINING_FIELDS = ("dropout", "embedding_init_std", "zero_init", "activation_checkpointing", "loss_chunk")
 
 
 class Pretrained(NamedTuple):

@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanoforge.distributed import full_tensor, shard_like
+from nanoforge.distributed import full_tensor, reshard, shard_like
 from nanoforge.errors import UserError
 from nanoforge.training.muon import Muon
 from nanoforge.training.skippable import SkippableOptimizer
+from nanoforge.training.weight_average import N_UPDATES, WeightAverage
 
 Parameters = dict[str, nn.Parameter]
 Group = dict[Any, Any]  # a parameter group of torch.optim, or the state of a parameter
@@ -78,6 +79,7 @@ class OptimConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer's class
     embedding_lr: float = 0.0  # of the token embedding; 0: lr
     head_lr: float = 0.0  # of an untied head; 0: lr
+    ema_decay: float = 0.0  # of the average of the weights that is evaluated; 0: none
 
 
 def no_options(config: OptimConfig) -> dict[str, Any]:
@@ -274,6 +276,18 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
+def start_averaging(
+    name: str, optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that average the weights themselves, in the mode of training. Raises UserError."""
+    averaging = [optimizer for optimizer in optimizers if has_modes(optimizer)]
+    if averaging and config.ema_decay:
+        raise UserError(f"--ema_decay: --optimizer={name} averages the weights itself; leave one of them out")
+    for optimizer in averaging:
+        optimizer.train()  # type: ignore[attr-defined]
+    return averaging
+
+
 def runs_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step needs nothing of the host: it takes learning rates as tensors, and changes nothing where the
     tensor found_inf is 1. Torch's fused optimizers are like that, and ours."""
@@ -305,6 +319,7 @@ class Optimizer:
         """muon_splits: names of weights that stack several matrices -> the rows of each. Raises UserError, also for a
         package's class that could not be resumed, which is tried out unless this is such a trial."""
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.model = model
         self.parameters = list(parameters.values())
         self.names = {id(p): n for n, p in parameters.items()}
         self.skip: Tensor | None = None
@@ -341,9 +356,8 @@ class Optimizer:
         self.peak_lrs = self.make_peak_lrs()
         self.lrs = self.peak_lrs.clone()
         self.share_lrs()
-        self.averaging = [optimizer for optimizer in self.optimizers if has_modes(optimizer)]
-        for optimizer in self.averaging:
-            optimizer.train()  # type: ignore[attr-defined]
+        self.averaging = start_averaging(name, self.optimizers, config)
+        self.average = WeightAverage(self.parameters, config.ema_decay) if config.ema_decay else None
         self.initial_values = copy.deepcopy(self.other_values())
         if is_trial or not groups or use_muon or name in OPTIMIZERS:
             return
@@ -434,6 +448,8 @@ class Optimizer:
                 self.gather_full_parameters()
                 optimizer.step()
                 self.scatter_full_parameters()
+        if self.average is not None:
+            self.average.update(self.skip)
 
     # Full copies of sharded parameters, for optimizers that are not elementwise. They have memory only during a step.
 
@@ -462,14 +478,23 @@ class Optimizer:
             full.data = full.data.new_empty(0)
             full.grad = None
 
-    # Weights to evaluate, of optimizers that train others (schedule-free ones).
+    # Weights to evaluate: an average of those that are trained.
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """The parameters as the optimizers want them evaluated and saved; afterwards as they were, bit for bit."""
-        if not self.averaging:
+        """The parameters as they are evaluated and saved; afterwards those that are trained again, bit for bit."""
+        if self.average is None and not self.averaging:
             yield
             return
+        with ExitStack() as stack:
+            stack.callback(reshard, self.model)  # at last, as the next step would use what the evaluation has gathered
+            stack.enter_context(self.evaluation_mode() if self.average is None else self.average.swapped())
+            reshard(self.model)
+            yield
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Within it the parameters are those of the optimizers' own eval(), as of schedule-free ones."""
         trained = [p.detach().clone() for p in self.parameters]
         self.set_mode("eval")
         try:
@@ -506,12 +531,17 @@ class Optimizer:
         for key, value in self.other_values().items():
             if key not in self.initial_values or not equal_values(value, self.initial_values[key]):
                 values[key] = pack(value, key, tensors)
-        if self.averaging:
+        if self.average is not None:
+            tensors[N_UPDATES] = self.average.n_updates
+        if self.average is not None or self.averaging:
             tensors |= {f"trained/{self.names[id(p)]}": p.detach() for p in self.parameters}
         return tensors, values
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take up a saved state; rates, betas and decay stay the arguments'. Raises UserError if it doesn't fit."""
+        """Take up a saved state; rates, betas and decay stay the arguments'. Raises UserError if it doesn't fit.
+
+        The parameters are those that were evaluated; they become those that are trained.
+        """
         # 1. The same optimizers, and the same kind of state.
         saved_classes, classes = values["classes"], self.class_names()
         if saved_classes != classes:
@@ -543,11 +573,14 @@ class Optimizer:
             group.update(below(other, f"groups/{number}/") | arguments)
         self.share_lrs()
 
-        # 4. The weights that they train.
-        if self.averaging:
-            with torch.no_grad():
-                for p in self.parameters:
-                    p.copy_(shard_like(tensors[f"trained/{self.names[id(p)]}"], p))
+        # 4. The average, in whose place the weights that are trained come.
+        if self.average is not None:
+            self.average.restart(tensors.get(N_UPDATES))
+        with torch.no_grad():
+            for p in self.parameters:
+                trained = tensors.get(f"trained/{self.names[id(p)]}")
+                if trained is not None:
+                    p.copy_(shard_like(trained, p))
 
     def other_values(self) -> dict[str, Any]:
         """What the optimizers hold in their groups, and what they add to torch's state_dict, as heavyball does."""

@@ -626,6 +626,16 @@ def tie_weights(run):
 
 
 @effect
+def embedding_init_std(run):
+    """The same draws, of another scale; of the embedding alone."""
+    small, large = (
+        run("--max_iters=0", f"--embedding_init_std={std}", name=str(std)).last.weights for std in (0.02, 1.0)
+    )
+    assert {name for name in small if not torch.equal(small[name], large[name])} == {"wte.weight"}
+    torch.testing.assert_close(large["wte.weight"], small["wte.weight"] * 50)
+
+
+@effect
 def zero_init(run):
     done = run("--zero_init", "--max_iters=0", "--no-tie_weights")
     assert (
@@ -807,6 +817,15 @@ def aux_eps(run: Callable):
 @effect
 def optimizer_kwargs(run):
     assert run('--optimizer_kwargs={"eps": 10}', name="eps").losses != run(name="none").losses
+
+
+@effect
+def ema_decay(run):
+    """Another model is evaluated and saved, and the same one trained."""
+    average, last = run("--ema_decay=0.9", name="average"), run(name="last")
+    assert average.losses == last.losses and average.evals[-1]["val_loss"] != last.evals[-1]["val_loss"]
+    trained = {name: average.last.optimizer[f"trained/{name}"] for name in last.last.weights}
+    assert equal_tensors(trained, last.last.weights) and not equal_tensors(average.last.weights, trained)
 
 
 @effect

@@ -369,7 +369,7 @@ def poison_gradients(monkeypatch, steps: Collection[int], factor: float = math.n
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", train_args.OPTIMIZERS)
 def test_a_skipped_step_leaves_every_optimizer_as_it_was(run, monkeypatch: pytest.MonkeyPatch, optimizer):
-    flags = [f"--optimizer={optimizer}", "--weight_decay=0.1"]
+    flags = [f"--optimizer={optimizer}", "--weight_decay=0.1", "--ema_decay=0.9"]
     clean = run(*flags, "--max_iters=2", name="clean")
     poison_gradients(monkeypatch, [3])
     poisoned = run(*flags, "--max_iters=3", name="poisoned")
@@ -388,7 +388,7 @@ def test_a_poisoned_first_step_is_skipped_too(run, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_too_many_skipped_steps_roll_back_once(run, monkeypatch: pytest.MonkeyPatch):
     """Three in a row exhaust the patience: the run continues from the checkpoint of step 4, as if they had not been."""
-    flags = ["--max_iters=10", "--eval_interval=4", "--skip_patience=3", "--dropout=0.1"]
+    flags = ["--max_iters=10", "--eval_interval=4", "--skip_patience=3", "--dropout=0.1", "--ema_decay=0.9"]
     undisturbed = run(*flags, name="undisturbed")
     poison_gradients(monkeypatch, [6, 7, 8])
     poisoned = run(*flags, name="poisoned")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import OperatorCounts, ids, tiny_model
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from nanoforge.errors import UserError
 from nanoforge.training import muon, optimizers
@@ -326,6 +327,33 @@ def test_clipping_is_torchs_and_reaches_all_groups(name: str):
     assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(theirs.parameters(), 0.01).item(), rel=1e-6)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     assert math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_average_is_torchs_with_the_decay_of_a_short_run():
+    """Averages of any decay, as torch.optim.swa_utils makes them; a step that is skipped is none."""
+    model = tiny_model()
+    optimizer = build("adamw", model, lr=1e-2, ema_decay=0.4)
+
+    def average(averaged: Tensor, p: Tensor, n_averaged: Tensor) -> Tensor:  # n_averaged counts from 1
+        return averaged + (1 - min(0.4, n_averaged / (9 + n_averaged))) * (p - averaged)
+
+    reference = AveragedModel(model, avg_fn=average)
+    reference.n_averaged.fill_(1)
+    for step in range(12):
+        backward(model, step)
+        optimizer.update(DISABLED, skip=torch.tensor(float(step == 5)))
+        if step != 5:
+            reference.update_parameters(model)
+    trained = copy.deepcopy(model)
+    with optimizer.evaluation_weights():
+        assert_same_parameters(model, reference.module, atol=1e-7, rtol=1e-6)
+        assert not torch.allclose(model.wte.weight, trained.wte.weight)
+    assert_same_parameters(model, trained, atol=0, rtol=0)
+
+
+def test_two_averages_are_one_too_many():
+    with pytest.raises(UserError, match="--ema_decay"):
+        build("package_optimizers:ScheduleFreeSGD", tiny_model(), ema_decay=0.9)
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "muon"])

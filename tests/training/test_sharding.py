@@ -67,7 +67,7 @@ VARIANTS = [
         "--position=rope",
         "--bias",
     ],
-    ["--no-fsdp_reshard", "--loss_chunk=16"],
+    ["--no-fsdp_reshard", "--loss_chunk=16", "--ema_decay=0.9", "--eval_interval=2", "--learning_rate=0.1"],
     ["--fsdp_offload"],
     ["--activation_checkpointing"],
     ["--dtype=bfloat16"],

@@ -157,7 +157,7 @@ def test_float16_keeps_its_scaler(run):
     [
         [],
         ["--compile", "--deterministic", "--n_layer=1"],
-        ["--optimizer=adamw"],
+        ["--optimizer=adamw", "--ema_decay=0.5"],
         ["--optimizer=lion"],
         ["--dtype=bfloat16"],
     ],

@@ -38,6 +38,7 @@ def make_step(optimizer: str, device: str = "cpu", sigma: float = 0.0, **changes
         muon_momentum_warmup=WARMUP_STEPS + 4,
         cautious_weight_decay=True,
         muon_dtype=torch.float32,
+        ema_decay=0.7 if optimizer == "adamw" else 0.0,
     )
     state = TrainState(
         model=model,
@@ -52,7 +53,10 @@ def tensors_of(step: TrainStep) -> dict[str, Tensor]:
     """All that a step changes, gradients apart, which live within it."""
     model, optimizer, _, guard = step.state
     counts = {name: value for name, value in vars(guard).items() if isinstance(value, Tensor)}
-    return dict(model.named_parameters()) | optimizer.state_dict()[0] | counts | {"lrs": optimizer.lrs}
+    averages = (
+        {} if optimizer.average is None else {f"average/{i}": t for i, t in enumerate(optimizer.average.averages)}
+    )
+    return dict(model.named_parameters()) | optimizer.state_dict()[0] | counts | averages | {"lrs": optimizer.lrs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
