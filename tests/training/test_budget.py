@@ -303,6 +303,14 @@ def test_a_resumed_run_keeps_its_choice_and_its_end(timed: tuple[RunFiles, float
     assert again.last.progress["pace"]["knots"][: len(kept)] == kept
 
 
+@pytest.mark.slow
+def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunFiles, float]):
+    done, _ = timed
+    args = train_args.parse([str(done.out_dir / "train_config.json"), f"--out_dir={done.out_dir}_2"])
+    assert args.budget_chooses == () and args.time_budget == 2
+    assert done.config is not None and args.max_iters == done.config["max_iters"]
+
+
 def errors_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     with pytest.raises(SystemExit) as end:
         train_args.parse(list(flags))
