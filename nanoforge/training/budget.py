@@ -29,7 +29,7 @@ from nanoforge.training import depth
 SIZE_SCALE, SIZE_EXPONENT = 0.386, 0.162  # A, alpha
 DATA_SCALE, DATA_EXPONENT, DATA_START = 0.905, 0.204, 0.0091  # B, beta, D0
 CRITICAL_BATCH, CRITICAL_BATCH_LOSS, CRITICAL_BATCH_EXPONENT = 14_000, 1.46, 5.2
-MEASURED_SCALES = 0.67, 1.0  # k of Tiny Shakespeare, and of Python's standard library, for which the law is written
+MEASURED_SCALES = 0.68, 1.0  # k of Tiny Shakespeare, and of Python's standard library, for which the law is written
 TELLING_TOKENS = 4e5  # of a pilot that shows the scale of its text
 EPOCHS_WORTH = 5.0  # R: so many fresh epochs are endless repetitions of a text worth
 

@@ -377,24 +377,24 @@ def train_budget(data_dir: Path, out_dir: Path, *flags: str):
 
 
 @effect
-def time_budget(data_dir, tmp_path):
+def time_budget(data_dir: Path, tmp_path: Path) -> None:
     done = train_budget(data_dir, tmp_path / "run", "--time_budget=1s", "--n_embd=16")
     assert done.progress.pace["knots"][-1][1] == done.progress.step != done.config["max_iters"]
 
 
 @effect
-def flops_budget(data_dir, tmp_path):
+def flops_budget(data_dir: Path, tmp_path: Path) -> None:
     done = train_budget(data_dir, tmp_path / "run", "--flops_budget=20M", "--n_embd=16")
     assert done.progress.tokens * done.config["_counts"]["flops_per_token"] == pytest.approx(20e6, rel=0.05)
 
 
 @effect
-def token_budget(data_dir, tmp_path):
+def token_budget(data_dir: Path, tmp_path: Path) -> None:
     assert train_budget(data_dir, tmp_path / "run", "--token_budget=0.64K").progress.tokens == 640
 
 
 @effect
-def budget_chooses(data_dir, tmp_path):
+def budget_chooses(data_dir: Path, tmp_path: Path) -> None:
     flags = ["--token_budget=640", "--budget_chooses=n_embd,n_head,max_iters,eval_interval,eval_iters"]
     done = train_budget(data_dir, tmp_path / "run", *flags)
     assert done.progress.tokens == 640 and done.config["learning_rate"] == train_args.TrainArgs.learning_rate

@@ -225,6 +225,14 @@ def test_the_schedule_ends_when_the_time_ends(machine: str, eval_seconds: float)
     assert len(pace.knots) < 150
 
 
+@pytest.mark.parametrize("machine", list(MACHINES)[:3])
+def test_the_position_goes_with_the_time(machine: str):
+    """It lags behind by what a knot comes too late to know of a slower machine."""
+    pace, clock = timed_pace(), Machine(MACHINES[machine], 0.2)
+    for _, position in clock.run(pace):
+        assert position / pace.length == pytest.approx(clock.seconds / 60, abs=0.06)
+
+
 @pytest.mark.parametrize("stop_at", [100, 400])
 def test_a_resumed_run_has_the_pace_of_one_that_never_stopped(stop_at: int):
     machine = Machine(MACHINES["three times as slow in the middle"], 0.5)
