@@ -461,8 +461,8 @@ def test_a_compiled_step_has_one_graph_for_each_size_of_the_cache(graphs: list[A
     """Batches of 2 and more share it, also after the weights have changed and while rows end."""
     model = tiny_model(block_size=130, position="rope").eval()
     for n in (2, 4, 2):
-        prompts = ids(n, 5, seed=n).tolist()
-        options = {"max_new_tokens": 100, "end_ids": (5,), "logps": True}
+        prompts = ids(n, 55, seed=n).tolist()
+        options = {"max_new_tokens": 20, "end_ids": (5,), "logps": True}
         completions = generate_batch(model, prompts, SamplingParams(compiled=True, **options))
         expected = generate_batch(model, prompts, SamplingParams(**options))
         assert [one.ids for one in completions] == [one.ids for one in expected]
