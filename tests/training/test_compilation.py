@@ -103,11 +103,9 @@ def test_auto_compiles_long_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 def test_a_run_says_that_it_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch):
     """A run that meets more shapes than it may compile is slow and right: it names --compile, and does not end."""
     messages: list[str] = []
-    with (
-        compilation.reported_limits(messages.append),
-        torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=False),
-    ):
-        double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    few_graphs = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=False)
+    with compilation.reported_limits(messages.append), few_graphs:
         assert [double(torch.ones(n)).tolist() for n in (1, 2, 3)] == [[2.0] * n for n in (1, 2, 3)]
     assert len(messages) == 1 and "--compile" in messages[0]
 
