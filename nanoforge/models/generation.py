@@ -410,7 +410,7 @@ class Decoder:
         n_kept = len(finished)
         n_active = max(1, n_kept - int(finished.sum()))  # one at least: other ranks may go on
         if self.is_static:
-            while n_active <= n_kept // 2:
+            while n_active <= n_kept // 2 > 1:  # a batch of 1 would be compiled by itself
                 n_kept //= 2
         elif n_active < MIN_ACTIVE * n_kept:
             n_kept = n_active
