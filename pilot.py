@@ -33,6 +33,7 @@ PILOT_EVAL_TOKENS = 32768
 SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
+LEAST_SHARE = 0.1  # of a time budget, for which a run is planned, however long measuring took
 MEASURING_SHARE = 0.05  # of a time budget: no further trial begins after it
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
@@ -245,7 +246,7 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
 def choose(bench: Bench, amount: Budget) -> Plan:
     """The best plan by what is known so far. Raises UserError when the budget is too small for one step."""
     if amount.seconds:
-        amount = Budget(seconds=max(0.01 * amount.seconds, amount.seconds - bench.seconds))
+        amount = Budget(seconds=max(LEAST_SHARE * amount.seconds, amount.seconds - bench.seconds))
     plans = [bench.plan(shape, amount) for shape in budget.ladder(bench.text, bench.fixed)]
     possible = [plan for plan in plans if plan is not None]
     return require_plan(budget.best_plan(possible, amount, bench.text) if possible else None, bench.args)
