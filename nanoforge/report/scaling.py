@@ -15,7 +15,6 @@ import numpy as np
 MIN_SIZES = 3  # fewer points lie on too many laws
 MIN_SIZES_FOR_FLOOR = 5  # with fewer, a floor can't be distinguished from the exponent
 FLOOR_GRID = np.linspace(0.05, 0.99, 40)  # starts of the fit, in units of the lowest loss
-N_REFINED = 3  # the best starts, which are refined
 FLOOR_LEVEL = 0.05  # a floor is fitted where a test at this level rejects that there is none
 ROUNDING = 1e-9  # errors of log L below it are those of floating point
 
@@ -128,29 +127,29 @@ def fit_given_floor(x: np.ndarray, losses: np.ndarray, floor: float) -> PowerLaw
 
 
 def fit_floor(x: np.ndarray, losses: np.ndarray) -> PowerLaw:
-    """The law with any floor between 0 and the lowest loss: the best of several starts, refined."""
+    """The law with any floor between 0 and the lowest loss: the best of a grid of floors, refined."""
     from scipy.optimize import least_squares
+
+    start = min(
+        (fit_given_floor(x, losses, floor) for floor in losses.min() * FLOOR_GRID),
+        key=lambda law: law.squared_error(x, losses),
+    )
 
     def law_at(unknowns: np.ndarray) -> PowerLaw:
         height, exponent, floor = map(float, unknowns)
-        return replace(starts[0], height=height, exponent=exponent, floor=floor)
+        return replace(start, height=height, exponent=exponent, floor=floor)
 
-    starts = [fit_given_floor(x, losses, floor) for floor in losses.min() * FLOOR_GRID]
-    starts.sort(key=lambda law: law.squared_error(x, losses))
-    laws = []
-    for start in starts[:N_REFINED]:
-        result = least_squares(
-            lambda unknowns: law_at(unknowns).residuals(x, losses),
-            (start.height, start.exponent, start.floor),
-            jac=lambda unknowns: law_at(unknowns).gradient(x),
-            bounds=([-np.inf, -np.inf, 0.0], [np.inf, np.inf, losses.min()]),
-            x_scale="jac",
-            ftol=1e-12,
-            xtol=1e-12,
-            gtol=1e-12,
-        )
-        laws.append(law_at(result.x))
-    return min(laws, key=lambda law: law.squared_error(x, losses))
+    result = least_squares(
+        lambda unknowns: law_at(unknowns).residuals(x, losses),
+        (start.height, start.exponent, start.floor),
+        jac=lambda unknowns: law_at(unknowns).gradient(x),
+        bounds=([-np.inf, -np.inf, 0.0], [np.inf, np.inf, losses.min()]),
+        x_scale="jac",
+        ftol=1e-12,
+        xtol=1e-12,
+        gtol=1e-12,
+    )
+    return law_at(result.x)
 
 
 def with_uncertainty(law: PowerLaw, x: np.ndarray, losses: np.ndarray) -> PowerLaw:
