@@ -218,7 +218,7 @@ NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
 
 
 class Position(nn.Module):
-    """No positions. The others override `embed` or `rotate`."""
+    """No positions. The others override `embed`, or `angles` and `rotate`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -226,7 +226,11 @@ class Position(nn.Module):
     def embed(self, x: Tensor, positions: Positions) -> Tensor:  # x: (B, T, C)
         return x
 
-    def rotate(self, q: Tensor, positions: Positions) -> Tensor:  # q: (B, heads, T, D)
+    def angles(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `rotate` needs at these positions: once a forward, for queries and keys of all layers."""
+        return ()
+
+    def rotate(self, q: Tensor, *angles: Tensor) -> Tensor:  # q: (B, heads, T, D)
         return q
 
 
@@ -295,9 +299,13 @@ class RotaryPosition(Position):
         self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
 
-    def rotate(self, q: Tensor, positions: Positions) -> Tensor:
-        cos = self.cos[positions].to(q.dtype).unsqueeze(-3)  # (1, T, D) or (B, 1, T, D)
-        sin = self.sin[positions].to(q.dtype).unsqueeze(-3)
+    def angles(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        cos = self.cos[positions].to(dtype).unsqueeze(-3)  # (1, T, D) or (B, 1, T, D)
+        sin = self.sin[positions].to(dtype).unsqueeze(-3)
+        return cos, sin
+
+    def rotate(self, q: Tensor, *angles: Tensor) -> Tensor:
+        cos, sin = angles
         rotated = q * cos  # before the roll: its gradient then comes first, and keeps the layout of q
         return torch.addcmul(rotated, q.roll(q.size(-1) // 2, dims=-1), sin)
 
@@ -493,12 +501,13 @@ class Reading:
 
     positions: Positions
     position: Position
+    angles: tuple[Tensor, ...]  # of the position, at these positions
     attend: Attend
     cache: Cache | None
 
     def rotate(self, q: Tensor) -> Tensor:
         """Queries or keys, (B, heads, T, D), turned by their positions."""
-        return self.position.rotate(q, self.positions)
+        return self.position.rotate(q, *self.angles)
 
 
 class Attention(nn.Module):
@@ -1064,7 +1073,8 @@ class GPT(HasParts):
         cache: keys and values of the tokens before; those of idx are added to it.
         position_ids: below block_size; None: from 0 on. Without a cache, (B, T) positions that restart at 0 are packed
         documents.
-        logits_at: index of the positions, (B, T), whose logits are needed, which then are (N, V); without targets.
+        logits_at: index of the positions, (B, T), whose logits are needed, which then are (N, V). With targets it is a
+        mask, (B, T), of those whose losses are needed; the others are 0.
         """
         positions = slice(0, idx.size(-1)) if position_ids is None else position_ids
         x = x0 = self.part("embed", cache)(idx, positions)
@@ -1072,6 +1082,8 @@ class GPT(HasParts):
         readings = self.read(x, positions, cache)
         for block, is_windowed in zip(self.blocks, self.is_windowed, strict=True):
             x, v1 = block(x, x0, v1, readings[is_windowed])
+        if targets is not None and logits_at is not ...:
+            return self.masked_losses(x, targets, temperature, logits_at)
         return self.part("finish", cache)(x, targets, temperature, logits_at)
 
     def embed(self, idx: Tensor, positions: Positions) -> Tensor:
@@ -1092,6 +1104,17 @@ class GPT(HasParts):
             logits = logits.float() / temperature  # in float32, as a rollout divides them
         return self.vocabulary.losses(logits, targets)
 
+    def masked_losses(self, x: Tensor, targets: Tensor, temperature: float, mask: Tensor) -> Tensor:
+        """As `finish`: the losses of targets in the mask, (B, T), and 0 elsewhere.
+
+        On a CPU the head reads these tokens alone. Elsewhere the host would have to wait for their number, and a graph
+        needs a fixed one.
+        """
+        if x.device.type != "cpu" or self.compiled_parts:
+            return self.part("finish", None)(x, targets, temperature, ...) * mask
+        losses = self.finish(x[mask][None], targets[mask][None], temperature, ...)
+        return losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+
     def compile_forward(self) -> None:
         """Compile what forward calls: the embedding; each block, all by the same graphs; the head with the loss."""
         self.compile_parts("embed", "finish")
@@ -1104,7 +1127,8 @@ class GPT(HasParts):
         readings = {}
         for is_windowed, span in self.spans.items():
             attend = self.choose_attention(x, positions, cache, span)
-            readings[is_windowed] = Reading(positions, self.positions[is_windowed], attend, cache)
+            position = self.positions[is_windowed]
+            readings[is_windowed] = Reading(positions, position, position.angles(positions, x.dtype), attend, cache)
         return readings
 
     def choose_attention(self, x: Tensor, positions: Positions, cache: Cache | None, span: int) -> Attend:

@@ -27,13 +27,14 @@ def per_token_logps(
     """Log-probabilities of the loss tokens, 0 elsewhere: (B, T) float32.
 
     Args:
-        model: `model(idx, targets, position_ids=..., temperature=...)` returns cross-entropies (B, T).
+        model: `model(idx, targets, position_ids=..., temperature=..., logits_at=loss_mask)` returns cross-entropies,
+            (B, T), which are 0 outside the loss mask.
         tokens: (B, T + 1) ids.
         loss_mask: (B, T) bool, the targets that count in the loss.
         position_ids: (B, T) of the inputs, if they don't just count from 0.
     """
     targets = tokens[:, 1:] * loss_mask  # masked targets may be ids that the head lacks: rows of a soft prompt
-    return -model(tokens[:, :-1], targets, position_ids=position_ids, temperature=temperature) * loss_mask
+    return -model(tokens[:, :-1], targets, position_ids=position_ids, temperature=temperature, logits_at=loss_mask)
 
 
 def pair_sums(values: Tensor, is_rejected: Tensor) -> Tensor:

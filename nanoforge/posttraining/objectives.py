@@ -92,7 +92,8 @@ class SFT(ReferenceFree):
 
     def __call__(self, model: nn.Module, batch: Batch, *, with_metrics: bool) -> tuple[Tensor, Metrics]:
         loss_mask = batch.extras["loss_mask"]
-        token_losses = model(batch.idx, batch.targets * loss_mask, **position_kwargs(batch)) * loss_mask  # (B, T)
+        targets = batch.targets * loss_mask
+        token_losses = model(batch.idx, targets, logits_at=loss_mask, **position_kwargs(batch))  # (B, T)
         loss = token_losses.sum() / batch.num_loss_tokens
         if not with_metrics:
             return loss, {}

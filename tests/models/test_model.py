@@ -294,16 +294,45 @@ def test_rms_norm_in_bfloat16_is_as_exact_as_torchs():
     assert error(ours) <= 1.01 * error(F.rms_norm(x, (96,), eps=1e-5)) < 0.002
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"logit_softcap": 5.0, "loss_chunk": 3},
+        {"vocabulary": "separate", "vocab_sizes": (20, 11), "tie_weights": False},
+    ],
+)
+@pytest.mark.parametrize("part", [0.5, 0.0])
+def test_masked_losses_are_those_of_all_tokens(variant: dict, part: float):
+    """On a CPU the head reads the tokens in the mask alone; without any, there is no loss and no gradient."""
+    model = tiny_model(**variant)
+    idx, mask = ids(2, 12) % 11, torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) < part
+    for temperature in (1.0, 0.7):
+        if model.config.loss_chunk and temperature != 1:
+            continue
+        losses = model(idx, idx, logits_at=mask, temperature=temperature)
+        expected = model(idx, idx, temperature=temperature) * mask
+        torch.testing.assert_close(losses, expected)
+        gradients, expected_gradients = (
+            torch.autograd.grad(values.sum(), list(model.parameters())) for values in (losses, expected)
+        )
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     rotary = RotaryPosition(dataclasses.replace(TINY_MODEL, block_size=64))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    score = lambda i, j: (rotary.rotate(q, slice(i, i + 1)) * rotary.rotate(k, torch.tensor([j]))).sum().item()  # noqa: E731
+
+    def turned(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        return rotary.rotate(x, *rotary.angles(positions, x.dtype))
+
+    def score(i: int, j: int) -> float:
+        return (turned(q, slice(i, i + 1)) * turned(k, torch.tensor([j]))).sum().item()
+
     assert score(5, 2) == pytest.approx(score(43, 40), abs=1e-5) and score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
-    assert rotary.rotate(q, slice(17, 18)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
-    angle = rotary.rotate(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]).view(1, 1, 1, 8), slice(1, 2))
-    assert angle[0, 0, 0, 0].item() == pytest.approx(math.cos(1)) and angle[0, 0, 0, 4].item() == pytest.approx(
-        math.sin(1)
-    )
+    assert turned(q, slice(17, 18)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    first = turned(torch.eye(8)[:1].view(1, 1, 1, 8), slice(1, 2)).flatten().tolist()
+    assert (first[0], first[4]) == pytest.approx((math.cos(1), math.sin(1)))
 
 
 def test_window_sees_its_last_tokens_alone():

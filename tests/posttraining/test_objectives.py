@@ -67,10 +67,10 @@ class TableModel(nn.Module):
         values = torch.as_tensor(values)
         self.logps = nn.Parameter(torch.cat((values.new_full((1,), 7.0), values)))
 
-    def forward(self, idx, targets=None, position_ids=None, temperature=1.0):
+    def forward(self, idx, targets=None, position_ids=None, temperature=1.0, logits_at=...):
         if targets is None:
             return torch.zeros(*idx.shape, len(self.logps))
-        return -self.logps[targets]
+        return -self.logps[targets] * logits_at
 
 
 def reference_of(values) -> ReferenceModel:
@@ -414,7 +414,7 @@ def test_gradients_through_the_objectives_by_finite_differences(case):
     model = TableModel(values)
 
     def loss_of(logps):
-        return objective(lambda idx, targets, **options: -logps[targets], batch, with_metrics=False)[0]
+        return objective(lambda idx, targets, logits_at, **_: -logps[targets] * logits_at, batch, with_metrics=False)[0]
 
     assert torch.autograd.gradcheck(loss_of, (model.logps,))
 
