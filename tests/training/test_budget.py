@@ -87,7 +87,7 @@ def test_flops_are_those_of_the_model():
 
 @pytest.mark.parametrize("text", [BOOK, LIBRARY])
 def test_more_time_buys_no_smaller_model(text: Text):
-    plans = [best(Budget(seconds=10 * 2**i), text) for i in range(0, 12, 2)]
+    plans = [best(Budget(seconds=10 * 2**i), text) for i in range(0, 12, 3)]
     weights = [plan.shape.weights for plan in plans]
     assert weights == sorted(weights) and weights[0] < weights[-1]
     losses = [plan.loss for plan in plans]
@@ -276,7 +276,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFiles, float]:
     processes make no difference."""
     folder = tmp_path_factory.mktemp("timed")
     write_char_dataset(folder / "text", TEXT * 100)
-    flags = ("--time_budget=2s", "--dropout=0.125", "--eval_interval=10", "--eval_iters=1", "--block_size=16")
+    flags = ("--time_budget=1.5s", "--dropout=0.125", "--eval_interval=10", "--eval_iters=1", "--block_size=16")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(time, "perf_counter", time.process_time)
         start = time.perf_counter()
@@ -287,7 +287,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFiles, float]:
 def test_a_time_budget_chooses_a_size_and_ends_in_time(timed: tuple[RunFiles, float]):
     done, seconds = timed
     assert done.progress is not None and done.config is not None and done.last is not None
-    assert 1.9 < seconds < 3  # with what precedes and follows the clock of the run
+    assert 1.4 < seconds < 2.5  # with what precedes and follows the clock of the run
     decision, knots = done.config["_budget"], done.progress.pace["knots"]
     assert {**done.config, **decision["chosen"]} == done.config
     assert "dropout" not in decision["chosen"] and done.config["dropout"] == 0.125
@@ -306,7 +306,7 @@ def test_a_resumed_run_keeps_its_choice_and_its_end(timed: tuple[RunFiles, float
     again = read_run(done.out_dir, train.main(train_args.parse(flags)))
     assert again.config is not None and again.last is not None and done.progress is not None
     assert again.config["_budget"] == done.config["_budget"]
-    assert again.last.progress["seconds"] == pytest.approx(2, abs=0.3)
+    assert again.last.progress["seconds"] == pytest.approx(1.5, abs=0.3)
     kept = [knot for knot in done.progress.pace["knots"] if knot[0] <= done.steps[-2]]
     assert again.last.progress["pace"]["knots"][: len(kept)] == kept
 
@@ -315,7 +315,7 @@ def test_a_resumed_run_keeps_its_choice_and_its_end(timed: tuple[RunFiles, float
 def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunFiles, float]):
     done, _ = timed
     args = train_args.parse([str(done.out_dir / "train_config.json"), f"--out_dir={done.out_dir}_2"])
-    assert args.budget_chooses == () and args.time_budget == 2
+    assert args.budget_chooses == () and args.time_budget == 1.5
     assert done.config is not None and args.max_iters == done.config["max_iters"]
 
 
