@@ -19,6 +19,7 @@ from typing import Any
 import configurator
 from benchmarks.common import Figures, run_process, to_flags
 from configurator import arg, arg_group, arg_table
+from nanoforge.errors import UserError
 from nanoforge.files import write_json, write_text
 
 SIZES = {"2x64": (2, 2, 64), "4x128": (4, 4, 128), "6x192": (6, 6, 192), "6x384": (6, 6, 384)}  # layers, heads, width
@@ -141,7 +142,11 @@ def main(args: Args) -> None:
             for name, values in configurations():
                 if name in runs:
                     continue
-                runs[name] = measure(args, dataset, minutes, values)
+                try:
+                    runs[name] = measure(args, dataset, minutes, values)
+                except UserError as error:  # a size of which the time allows no step
+                    print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
+                    continue
                 print(f"{dataset}, {minutes:g} minutes, {name}: {runs[name]['val_loss']:.4f}", flush=True)
                 write_json(path, results)
                 write_text(path.with_suffix(".md"), describe(results))

@@ -324,7 +324,9 @@ def nearest(values: Sequence[int], ideal: float) -> int:
 def contexts(text: Text, fixed: Mapping[str, Any]) -> list[int]:
     """Context lengths to try: what is fixed, else powers of two that leave room for a few windows in both splits."""
     longest = max(1, min(text.tokens, text.val_tokens) // 4)
-    return [fixed["block_size"]] if "block_size" in fixed else [2**i for i in range(14) if 2**i <= longest]
+    if "block_size" in fixed:
+        return [fixed["block_size"]]
+    return [2**i for i in range(4, 14) if 2**i <= longest] or [longest]
 
 
 def batches(fixed: Mapping[str, Any], ranks: int, most: int) -> list[int]:
