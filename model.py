@@ -75,6 +75,7 @@ class GPTConfig:
     value_residual: bool = TrainArgs.value_residual
     residual_scalars: bool = TrainArgs.residual_scalars
     tie_weights: bool = TrainArgs.tie_weights
+    init_std: float = TrainArgs.init_std
     embedding_init_std: float = TrainArgs.embedding_init_std
     zero_init: bool = TrainArgs.zero_init
     dropout: float = TrainArgs.dropout
@@ -1028,18 +1029,17 @@ class GPT(HasParts):
     def init_weights(self) -> None:
         """Initial weights.
 
-        | what                                     | drawn from                                        |
-        |------------------------------------------|---------------------------------------------------|
-        | linear layers                            | N(0, 0.02)                                        |
-        | token embedding                          | N(0, embedding_init_std)                          |
-        | learned positions                        | N(0, 0.02)                                        |
-        | output projections of attention and MLP  | N(0, 0.02 / sqrt(2 n_layer)), or 0 with zero_init |
-        | untied head                              | N(0, 0.02), or 0 with zero_init                   |
-        | biases, offsets of gains; gains of norms | 0; 1                                              |
-        | scales of the stream; of the embedding   | 1; 0                                              |
-        | share of the first layer's values        | 1/2                                               |
+        | what                                     | drawn from                                            |
+        |------------------------------------------|-------------------------------------------------------|
+        | linear layers, learned positions         | N(0, init_std)                                        |
+        | token embedding                          | N(0, embedding_init_std)                              |
+        | output projections of attention and MLP  | N(0, init_std / sqrt(2 n_layer)), or 0 with zero_init |
+        | untied head                              | N(0, init_std), or 0 with zero_init                   |
+        | biases, offsets of gains; gains of norms | 0; 1                                                  |
+        | scales of the stream; of the embedding   | 1; 0                                                  |
+        | share of the first layer's values        | 1/2                                                   |
         """
-        zero_or_one = 0.0 if self.config.zero_init else 1.0
+        std, zero_or_one = self.config.init_std, 0.0 if self.config.zero_init else 1.0
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "offset")):
                 parameter.zero_()
@@ -1050,13 +1050,13 @@ class GPT(HasParts):
             elif parameter.dim() < 2:
                 parameter.fill_(1.0)
             elif name.endswith("proj.weight"):
-                parameter.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer)).mul_(zero_or_one)
+                parameter.normal_(0, std / math.sqrt(2 * self.config.n_layer)).mul_(zero_or_one)
             elif name == "head.weight":
-                parameter.normal_(0, 0.02).mul_(zero_or_one)
+                parameter.normal_(0, std).mul_(zero_or_one)
             elif name == "wte.weight":
                 parameter.normal_(0, self.config.embedding_init_std)
             else:
-                parameter.normal_(0, 0.02)
+                parameter.normal_(0, std)
 
     def forward(
         self,

@@ -293,6 +293,8 @@ class ModelArgs:
         "learned r and a", model_shape=True, needs=FROM_SCRATCH)
     tie_weights: bool = arg(True, "share weights of token embedding and head",
         model_shape=True, needs=FROM_SCRATCH, alias=("tie_word_embeddings",))
+    init_std: float = arg(0.02, "standard deviation of the initial weights of linear layers",
+        low=0, needs=with_value("init_from", "scratch"), alias=("initializer_range",))
     embedding_init_std: float = arg(0.02, "standard deviation of the token embedding's initial weights",
         low=0, needs=with_value("init_from", "scratch"))
     zero_init: bool = arg(False, "zero-initialize output projections of attention and MLP, and an untied head",

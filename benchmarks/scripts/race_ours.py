@@ -21,7 +21,8 @@ def main() -> None:
     curve = []
 
     def measure_and_evaluate(run: Run, logger: RunLogger, signals: Signals, *, is_last: bool) -> None:
-        loss = held_out_loss(run.raw_model, Path(val_path), int(block_size))
+        with run.state.optimizer.evaluation_weights():
+            loss = held_out_loss(run.raw_model, Path(val_path), int(block_size))
         curve.append((run.progress.step, loss))
         evaluate_and_save(run, logger, signals, is_last=is_last)
 

@@ -26,7 +26,7 @@ from nanoforge.training import checkpoint
 
 NO_BASE_NEEDED = "--base_model: {} holds whole weights, which need no base"
 # Of GPTConfig; they are no shape.
-TRAINING_FIELDS = ("dropout", "embedding_init_std", "zero_init", "activation_checkpointing", "loss_chunk")
+TRAINING_FIELDS = ("dropout", "init_std", "embedding_init_std", "zero_init", "activation_checkpointing", "loss_chunk")
 
 
 class Pretrained(NamedTuple):

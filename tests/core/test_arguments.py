@@ -627,6 +627,15 @@ def tie_weights(run):
 
 
 @effect
+def init_std(run):
+    """The same draws, of another scale; of all but the embedding."""
+    flags = ["--max_iters=0", "--no-tie_weights", "--norm=rmsnorm_nogain"]
+    small, large = (run(*flags, f"--init_std={std}", name=str(std)).last.weights for std in (0.02, 0.08))
+    for name, weight in large.items():
+        torch.testing.assert_close(weight, small[name] * (1 if name == "wte.weight" else 4))
+
+
+@effect
 def embedding_init_std(run):
     """The same draws, of another scale; of the embedding alone."""
     small, large = (
