@@ -342,7 +342,8 @@ class VisibleKeys(NamedTuple):
 def visible_keys(positions: Positions, span: int, device: torch.device, *, cached: bool) -> VisibleKeys:
     """The keys, among the last `span` positions up to their own, that queries at these positions see.
 
-    Without a cache, positions (B, T) are those of packed documents: a token sees its own document only.
+    cached: there are keys of tokens before. Without them, positions (B, T) are those of packed documents: a token sees
+    its own document only.
     """
     if isinstance(positions, Tensor) and not cached:
         return visible_in_document(positions, span)
@@ -1157,7 +1158,7 @@ class GPT(HasParts):
             return partial(sparse_attention, partial(self.flex_attention, block_mask=block_mask))
 
         # 4. The same without flex_attention, and caches that are read in part or whose sequences differ.
-        visible = visible_keys(positions, span, x.device, cached=cache is not None)
+        visible = visible_keys(positions, span, x.device, cached=T != S)
         mask = visible.mask(slice(None), torch.arange(S, device=x.device))
         return partial(masked_attention, x.new_zeros(()).where(mask, -math.inf))  # once, and not in each layer
 

@@ -70,6 +70,7 @@ class HFModel(NamedTuple):
 # the copy of model.py
 
 PROGRAM_MODULES = ("nanoforge.distributed", "nanoforge.errors", "train_args")  # that model.py imports
+REGISTRATION = {"LIBRARY", "operator"}  # what makes operators of torch, which a process has once
 LOADERS = ("from_args", "from_weights", "load_weights", "fit_weights")  # methods that transformers replaces
 STANDALONE = '''
 
@@ -95,7 +96,12 @@ def self_contained(program: Program) -> str:
         for node in owner.body
         if isinstance(node, ast.FunctionDef) and node.name in LOADERS
     ]
-    for node in sorted([*dropped, *methods], key=lambda node: -node.lineno):
+    operators = [
+        node
+        for node in tree.body
+        if any(isinstance(part, ast.Name) and part.id in REGISTRATION for part in ast.walk(node))
+    ]
+    for node in sorted([*dropped, *methods, *operators], key=lambda node: -node.lineno):
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
         end = node.end_lineno or first
         del lines[first - 1 : end]

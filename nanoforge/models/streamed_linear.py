@@ -25,7 +25,8 @@ MAX_ROWS = 4  # of x; more are PyTorch's, whose products of many rows compute fa
 MAX_VALUES = 2**16  # of x, which each thread keeps on its stack
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-funroll-loops", "-fopenmp", "-shared", "-fPIC")
+# not -ffast-math: loading such a library makes the whole process flush small numbers to zero
+FLAGS = ("-O3", "-march=native", "-funroll-loops", "-fopenmp", "-shared", "-fPIC")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the library

@@ -166,7 +166,14 @@ def test_a_lora_learns_chats_from_a_base_without_roles(run: Callable, base: Path
     pair |= {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "2"), ("rejected", "3"))}
     path = whole.out_dir.parent / "pairs.jsonl"
     path.write_text(json.dumps(pair) + "\n")
-    flags = ["--objective=dpo", f"--train_file={path}", f"--validation_file={path}", *lora[2:], "--max_iters=1"]
+    flags = [
+        "--objective=dpo",
+        f"--train_file={path}",
+        f"--validation_file={path}",
+        *lora[2:-1],
+        "--max_iters=1",
+        "--learning_rate=0.001",
+    ]
     for reference in ("adapter", "copy", "cache"):
         dpo = run(*flags, f"--init_from={base}", f"--reference={reference}", "--eval_interval=1", name=reference)
         assert dpo.losses == pytest.approx([math.log(2)]) and dpo.evals[-1]["val_loss"] < dpo.losses[0]

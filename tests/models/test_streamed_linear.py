@@ -68,6 +68,12 @@ def test_without_a_library_a_model_stays_as_it_is(failure: Exception, monkeypatc
 
 
 @needs_compiler
+def test_small_numbers_stay_what_they_are():
+    """-ffast-math would flush them to zero in the whole process."""
+    assert float(torch.tensor(1e-40) * 1) == pytest.approx(1e-40, rel=1e-4)
+
+
+@needs_compiler
 def test_the_library_is_built_once_for_a_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load = streamed_linear.load_library.__wrapped__

@@ -67,8 +67,9 @@ class SavedBytes(saved_tensors_hooks):
 def test_a_layer_keeps_what_the_formula_says(name: str, kind: str):
     model, rank = adapted(kind, **SHAPES[name])
     x = torch.randn(2, 64, 128, requires_grad=True)
+    reading = model.read(x, slice(0, 64), None)[False]
     with SavedBytes(model) as saved:
-        model.blocks[1](x, x, None, model.position, slice(0, 64), None)
+        model.blocks[1](x, x, None, reading)
     values = memory.layer_values(model.config, rank, frozen_linears=kind == "soft")
     assert sum(saved.sizes.values()) / (2 * 64 * 4) == pytest.approx(values, rel=0.03)
 
@@ -147,7 +148,7 @@ def test_a_reference_with_an_adapter_costs_nothing(
     tensors |= {tensor.data_ptr(): tensor.nbytes for tensor in (*other.parameters(), *other.buffers())}
     assert sum(tensors.values()) == (own if reference == "adapter" else 2 * own)
     with SavedBytes(model) as saved:
-        objective.reference.sequence_logps(ids(2, 8, high=13), torch.ones(2, 7, dtype=torch.bool))
+        objective.reference.per_token_logps(ids(2, 8, high=13), torch.ones(2, 7, dtype=torch.bool))
     assert not saved.sizes
     numbers = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) MB", done.console)}
     weights = checkpoint.read_tensors(done.out_dir / "checkpoints/000001/model.safetensors")
