@@ -277,6 +277,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFiles, float]:
     folder = tmp_path_factory.mktemp("timed")
     write_char_dataset(folder / "text", TEXT * 100)
     flags = ("--time_budget=1.5s", "--dropout=0.125", "--eval_interval=10", "--eval_iters=1", "--block_size=16")
+    flags += ("--early_stop_patience=0",)  # a fast machine would overfit before the time ends
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(time, "perf_counter", time.process_time)
         start = time.perf_counter()
