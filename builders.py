@@ -62,7 +62,8 @@ from nanoforge.posttraining.rewards import parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
 from nanoforge.training import checkpoint, compilation, schedules
-from nanoforge.training.optimizers import OptimConfig
+from nanoforge.training.grad_guard import GradGuard
+from nanoforge.training.optimizers import OptimConfig, Optimizer
 from train_args import TrainArgs, load_args
 
 T = TypeVar("T")
@@ -923,8 +924,7 @@ def batch_widths(args: TrainArgs, device: torch.device) -> Widths:
         return Widths(step=args.block_size, largest=args.block_size)
     if device.type != "cuda" and args.compile != "true":
         return ANY_WIDTH
-    is_paired = OBJECTIVES[args.objective].example_type == "preference"  # a pair is one row
-    return Widths.up_to(args.block_size * (2 if is_paired else 1))
+    return Widths.up_to(args.block_size * (2 if OBJECTIVES[args.objective].is_paired else 1))  # a pair is one row
 
 
 def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
@@ -968,6 +968,16 @@ def optim_config(args: TrainArgs, ranks: Ranks) -> OptimConfig:
         embedding_lr=args.embedding_learning_rate,
         head_lr=args.head_learning_rate,
         ema_decay=args.ema_decay,
+    )
+
+
+def build_state(args: TrainArgs, model: GPT, ranks: Ranks) -> checkpoint.TrainState:
+    """What training changes: the model, and what changes it."""
+    return checkpoint.TrainState(
+        model=model,
+        optimizer=Optimizer(args.optimizer, model, optim_config(args, ranks), model.muon_splits()),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16),
+        guard=GradGuard(args.spike_skip, ranks.device),
     )
 
 

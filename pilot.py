@@ -20,8 +20,8 @@ from nanoforge.device import measure_matmul_flops
 from nanoforge.errors import UserError
 from nanoforge.training import budget, evaluation
 from nanoforge.training.budget import Budget, Pilot, Plan, Shape, Speed, StepTime, Text
-from nanoforge.training.optimizers import Optimizer
 from nanoforge.training.signals import Signals
+from nanoforge.training.train_step import TrainStep
 from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
@@ -70,26 +70,20 @@ class Trial:
         self.args, self.ranks, self.data = args, ranks, parts.data
         self.raw_model = model
         self.model = model if distributed.is_sharded(model) else distributed.wrap_ddp(model, ranks)
-        self.optimizer = Optimizer(args.optimizer, model, builders.optim_config(args, ranks), model.muon_splits())
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16)
+        self.state = builders.build_state(args, model, ranks)
         rows = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks)
         self.steps = self.data.source.stream(0, rows, ranks.device, hashed=False)
 
     def train(self, steps: range) -> float:
         """The seconds that these steps take, the slowest rank's."""
         lr_scale = builders.lr_scale(self.args)
+        train_step = TrainStep(self.model, self.data.objective, self.state, self.args.grad_clip)
         self.model.train()
         wait_for_device(self.ranks.device)
         start = time.perf_counter()
         for step in steps:
-            self.optimizer.set_lr_scale(lr_scale(step))
-            micro_batches = self.data.objective.prepare(self.raw_model, next(self.steps).batches)
-            for i, batch in enumerate(micro_batches):
-                distributed.set_gradient_sync(self.model, sync=i == len(micro_batches) - 1)
-                loss, _ = self.data.objective(self.model, batch, with_metrics=False)
-                self.scaler.scale(loss).backward()
-            self.optimizer.clip_grad_norm(self.scaler, self.args.grad_clip)
-            self.optimizer.update(self.scaler)
+            self.state.optimizer.set_lr_scale(lr_scale(step))
+            train_step(self.data.objective.prepare(self.raw_model, next(self.steps).batches), with_metrics=False)
         wait_for_device(self.ranks.device)
         return agreed_seconds(time.perf_counter() - start, self.ranks)
 

@@ -24,9 +24,7 @@ from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.training import checkpoint, compilation, evaluation, memory, schedules, summary
 from nanoforge.training.checkpoint import Progress
 from nanoforge.training.compilation import EAGER, Decision
-from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.logger import RunLogger, StepLogger
-from nanoforge.training.optimizers import Optimizer
 from nanoforge.training.pace import Pace, TimedPace
 from nanoforge.training.train_step import CapturedStep, TrainStep
 from train_args import TrainArgs, load_args
@@ -176,8 +174,7 @@ class Run:
     def plan_memory(self) -> memory.MemoryPlan:
         """What a step needs on this rank, with sequences of full length."""
         args = self.args
-        is_paired = OBJECTIVES[args.objective].example_type == "preference"
-        rows = self.rank_slice.micro_batch_size * (2 if is_paired else 1)
+        rows = self.rank_slice.micro_batch_size * (2 if OBJECTIVES[args.objective].is_paired else 1)
         lora_rank = args.lora_rank if args.adapter == "lora" else 0
         plan = memory.plan_memory(self.raw_model, rows * args.block_size, args.optimizer, lora_rank)
         has_copy = builders.reference_kind(args) == "copy"
@@ -329,7 +326,7 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     # 2. Model and optimizer.
     parts = builders.build_run(args, resumed_from, ranks, log)
     args, raw_model = parts.args, parts.model
-    state = make_state(args, raw_model, ranks)
+    state = builders.build_state(args, raw_model, ranks)
 
     # 3. The run.
     run = Run(
@@ -365,16 +362,6 @@ def prepare_device(args: TrainArgs, device: torch.device) -> None:
     if args.compile == "true":
         check_compiler(device)
     set_attention_kernel(args.attention_kernel, device)
-
-
-def make_state(args: TrainArgs, raw_model: GPT, ranks: distributed.Ranks) -> checkpoint.TrainState:
-    """What training changes: the model, and what changes it."""
-    return checkpoint.TrainState(
-        model=raw_model,
-        optimizer=Optimizer(args.optimizer, raw_model, builders.optim_config(args, ranks), raw_model.muon_splits()),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=raw_model.compute_dtype == torch.float16),
-        guard=GradGuard(args.spike_skip, ranks.device),
-    )
 
 
 def identify(args: TrainArgs, resumed_from: run_dir.RunRecord | None) -> dict[str, Any]:
