@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from finish import print_closing
 from nanoforge import console, device, distributed, run_dir
 from nanoforge.errors import DivergedError
 from nanoforge.posttraining import rollouts
@@ -119,6 +120,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         duration = console.format_duration(logger.seconds)
         results = describe_peak_memory(ranks) + run.describe_foretold()
         logger.note(progress.step, f"finished: {finished} in {duration}{results}")
+        print_closing(run, logger, "finished", finished)
         return True
     signal_number = ranks.all_reduce_max(signals.number)
     if signal_number:
@@ -126,6 +128,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
         run.checkpoints.finish(logger, progress.step)
         name = signal.Signals(signal_number).name
         logger.note(progress.step, f"stopped by {name}; continue with --init_from=resume --out_dir={args.out_dir}")
+        print_closing(run, logger, "stopped", name)
         raise SystemExit(128 + signal_number)
     return False
 
