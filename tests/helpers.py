@@ -37,7 +37,7 @@ from nanoforge.data import corpus, tokenization
 from nanoforge.data.documents import TextChunk
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.models import generation
-from nanoforge.training import checkpoint
+from nanoforge.training import checkpoint, metrics
 
 TINY = [
     "--n_layer=2",
@@ -180,6 +180,8 @@ def read_run(out_dir: Path, progress: checkpoint.Progress | None = None, console
     lines = []
     if metrics_path.exists():
         lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    unknown = {key for line in lines for key in metrics.undocumented(line["event"], line)}
+    assert not unknown, f"{unknown}: add them to nanoforge/training/metrics.py, then run python docs/generate.py"
     steps = checkpoint.list_steps(out_dir / "checkpoints")
     return RunFiles(
         out_dir=out_dir,

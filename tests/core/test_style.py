@@ -12,7 +12,14 @@ from helpers import ROOT
 
 PRODUCT = sorted(
     path
-    for pattern in ("*.py", "nanoforge/**/*.py", "benchmarks/**/*.py", "configs/*.py", "data/**/prepare.py")
+    for pattern in (
+        "*.py",
+        "nanoforge/**/*.py",
+        "benchmarks/**/*.py",
+        "configs/*.py",
+        "data/**/prepare.py",
+        "docs/*.py",
+    )
     for path in ROOT.glob(pattern)
 )
 # Findings of ruff's ANN001, FBT, PLR0913, PLR0915 and C901 in tests: a ratchet, which may only fall.

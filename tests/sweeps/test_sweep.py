@@ -1242,12 +1242,6 @@ def test_a_model_of_the_hub_is_named_with_its_revision(guide: str, tmp_path: Pat
         translated(guide, **{name: str(tmp_path), revision: "v2"})
 
 
-def test_the_page_documents_every_key():
-    rows = (ROOT / "docs/trl_arguments.md").read_text().splitlines()
-    for key, row in hf_keys.KEYS.items():
-        assert sum(line.startswith(f"| `{key}` |") and row.becomes in line for line in rows) == 1, key
-
-
 def test_the_table_has_every_key_of_trl():
     """The sources of TRL's and transformers' configs are the witness, read without the seconds of importing them."""
     if not all(importlib.util.find_spec(name) for name in ("trl", "transformers")):

@@ -1,0 +1,68 @@
+"""The pages of docs/: what is generated is up to date, and every link leads somewhere."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from helpers import ROOT
+
+from nanoforge.training import metrics
+
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/README.md"))
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load_generator()
+
+
+@pytest.mark.parametrize("name", list(generate.PARTS))
+def test_generated_pages_are_up_to_date(name: str):
+    page = (ROOT / "docs" / name).read_text()
+    assert page == generate.generate(name), f"docs/{name} is out of date: run python docs/generate.py"
+
+
+def test_every_metric_is_in_the_source():
+    """That no other one is logged is checked of every run of the tests, in helpers.read_run."""
+    paths = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("nanoforge/**/*.py") if path.name != "metrics.py")]
+    source = "\n".join(path.read_text() for path in paths)
+    keys = {key for event in metrics.EVENTS for key in metrics.documented_keys(event)}
+    keys = {key.removeprefix("val_") for key in keys} - {"loss/<dataset>"}
+    missing = [key for key in keys if not re.search(rf"""["' (]{re.sub("<.*", "{", key)}["'=(\w]""", source)]
+    assert not missing
+
+
+def text_of(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```|^    .*?$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    return {generate.slug(heading) for heading in re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    for link in LINK.findall(text_of(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link} has no such heading"
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    names = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert not {name for name in names if f"]({name})" not in index}
