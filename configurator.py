@@ -403,7 +403,15 @@ def unknown_argument(name: str, known: Iterable[str], hints: dict[str, str]) -> 
         return f"{name}: not an argument here; {HYDRA_FLAGS[name]}"
     if bare in hints:
         return f"{name}: not an argument here; {hints[bare]}"
-    return f"{name}: no such argument{did_you_mean(name, known)}"
+    return f"{name}: no such argument{similar_argument(name, known)}"
+
+
+def similar_argument(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the argument that a name stands for in other programs, or that is most similar."""
+    from nanoforge import other_names  # here, since few command lines need them
+    from nanoforge.sweeps import hf_keys
+
+    return other_names.similar_argument(name, known, hf_keys.argument_of_key(name.removeprefix("--")))
 
 
 HYDRA_FLAGS = {
@@ -447,7 +455,7 @@ def hydra_override(text: str, names: Mapping[str, ArgSpec], hints: Mapping[str, 
         return f"{text}: write --{spec.name}=VALUE, one of {', '.join(spec.choices)}"
     if name in hints:
         return f"{text}: not an argument here; {hints[name]}"
-    suggestion = did_you_mean(name, names)
+    suggestion = similar_argument(name, names)
     return f"{text}: not an argument and not a config file; write --key=value, or the file's path{suggestion}"
 
 

@@ -22,6 +22,7 @@ from nanoforge.data import hub, hub_datasets
 from nanoforge.errors import UserError, did_you_mean
 from nanoforge.posttraining import row_shapes
 from nanoforge.posttraining.objective_specs import OBJECTIVES
+from nanoforge.sweeps import hf_other_keys
 from nanoforge.training import budget, depth
 from nanoforge.training.schedules import SCHEDULES, other_names
 
@@ -761,6 +762,10 @@ HINTS = {
     "load_in_8bit": "use --quantize_base=int8",
     "use_peft": "use --adapter=lora",
 }
+KEY_HINTS = {  # keys of trainers' configs that become no argument
+    **{key: f"leave it out: {reason}" for key, reason in hf_other_keys.WITHOUT_EFFECT.items()},
+    **{key: f"not supported: {reason}" for key, (reason, *_) in hf_other_keys.NOT_SUPPORTED.items()},
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1208,7 +1213,7 @@ def check(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # reading arguments
 
-RULES = Rules(locate=locate_layers, resumed_config=resumed_config, derive=derive, check=check, hints=HINTS)
+RULES = Rules(locate=locate_layers, resumed_config=resumed_config, derive=derive, check=check, hints=KEY_HINTS | HINTS)
 
 
 def spell_out_resume(argv: list[str]) -> tuple[list[str], list[str]]:

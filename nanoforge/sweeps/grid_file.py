@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanoforge import config_files, files
-from nanoforge.errors import did_you_mean
+from nanoforge.other_names import similar_argument
 from nanoforge.sweeps import hf_keys
 from nanoforge.sweeps.grid import SECTIONS, as_mappings
 
@@ -51,7 +51,8 @@ def read_grid_file(path: str, arguments: Iterable[str], aliases: dict[str, str])
         if name in known:
             spec[aliases.get(name, name)] = value
         else:
-            suggestion = did_you_mean(name, [*known, *hf_keys.JOB_SECTIONS, "venv", "setup"])
+            names = [*known, *hf_keys.JOB_SECTIONS, "venv", "setup"]
+            suggestion = similar_argument(name, names, hf_keys.argument_of_key(name))
             errors.append(f"{path}: {name}: no such argument{suggestion}")
     base_configs = [str(item) for item in (base if isinstance(base, list) else [base])]
     return GridFile(spec, base_configs, is_experiment=False, errors=errors)

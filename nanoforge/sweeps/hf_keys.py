@@ -625,6 +625,11 @@ def keys_of_argument(name: str) -> list[str]:
     return [f"{section}.{key}" for key, row in KEYS.items() if row.becomes == name for section in KEY_SECTIONS]
 
 
+def argument_of_key(key: str) -> str:
+    """The argument that a key becomes, first of all; "nothing", "not" or another word where it becomes none."""
+    return re.split(r"\W", KEYS[key].becomes, maxsplit=1)[0] if key in KEYS else ""
+
+
 def column(name: str) -> str:
     """The column of a name that varies: of "section.key" the argument that the key becomes, or else the key."""
     if "." not in name:

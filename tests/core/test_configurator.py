@@ -10,9 +10,16 @@ import pytest
 from helpers import ROOT
 
 import configurator
+import evaluate
+import export
+import report
+import sample
+import sweep
 import train_args
+from nanoforge import other_names
 from nanoforge.errors import UserError
 from nanoforge.posttraining.objective_specs import OBJECTIVES
+from nanoforge.sweeps import hf_keys
 from nanoforge.training import schedules
 
 SPECS = configurator.arg_specs(train_args.TrainArgs)
@@ -453,6 +460,50 @@ def test_a_name_that_means_something_else_is_answered_with_ours(
     assert f"c.json: {name}: not an argument here; {hint}" in errors_of(capsys, str(tmp_path / "c.json"))
     flags = re.findall(r"--(?:no-)?(\w+)", hint)
     assert flags and set(flags) <= {*SPECS, "field"}  # --field is data/prepare.py's
+
+
+TYPED = {
+    "train": {
+        "wd": "weight_decay", "bs": "batch_size", "ctx": "block_size", "seq_len": "block_size", "n_layers": "n_layer",
+        "layers": "n_layer", "d_model": "n_embd", "epochs": "max_epochs", "num_steps": "max_iters",
+        "gradient_accumulation": "gradient_accumulation_steps", "grad_accum_steps": "gradient_accumulation_steps",
+        "device_map": "device", "precision": "dtype", "warmup": "warmup_iters", "num_warmup_steps": "warmup_iters",
+        "clip_grad": "grad_clip", "save_every": "checkpoint_interval", "eval_every": "eval_interval",
+        "wandb": "wandb_log", "lora": "adapter", "rank": "lora_rank", "num_tokens": "max_tokens",
+        "batch-size": "batch_size", "LR_scheduler": "lr_scheduler", "ddp_timeout_": "ddp_timeout",
+    },
+    "sample": {"temp": "temperature", "n": "num_samples", "max_length": "max_new_tokens", "prompt": "start",
+        "max_tokens": "max_new_tokens", "model": "init_from", "model_name_or_path": "init_from", "bf16": "dtype"},
+    "evaluate": {"bs": "batch_size", "shots": "num_fewshot", "checkpoint_path": "init_from"},
+    "export": {"output": "to", "outtype": "type"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_what_people_type_is_answered_with_our_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = {"sample": sample.SampleArgs, "evaluate": evaluate.EvaluateArgs, "export": export.ExportArgs}
+    table: type = tables.get(command, train_args.TrainArgs)
+    with pytest.raises(SystemExit):
+        configurator.parse(table, [f"--{name}=1" for name in TYPED[command]], "")
+    errors = capsys.readouterr().err
+    for name, ours in TYPED[command].items():
+        assert f"--{name}: no such argument; did you mean --{ours}?" in errors, name
+    assert set(TYPED[command].values()) <= {*configurator.arg_specs(table), "ddp_timeout"}
+
+
+def test_the_names_that_people_type_stand_in_one_place() -> None:
+    """Each for an argument that some command has; none is a key of Hugging Face's table that says the same."""
+    tables = (train_args.TrainArgs, sample.SampleArgs, evaluate.EvaluateArgs, export.ExportArgs, sweep.SweepArgs)
+    ours = {name for table in (*tables, report.ReportArgs) for name in configurator.arg_specs(table)} | {"name"}
+    for arguments, names in other_names.NAMES.items():
+        assert set(arguments.split()) <= ours, arguments
+        assert not [name for name in names.split() if hf_keys.argument_of_key(name) in arguments.split()], arguments
+
+
+def test_a_key_of_trl_that_becomes_no_argument_is_answered_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = errors_of(capsys, "--dataloader_num_workers=4", "--neftune_noise_alpha=5")
+    assert "--dataloader_num_workers: not an argument here; leave it out" in errors
+    assert "--neftune_noise_alpha: not an argument here; not supported" in errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------

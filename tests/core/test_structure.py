@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def wing_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def imported(path: Path) -> set[str]:
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
     """The dotted names that a file imports anywhere, `from a import b` as a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -59,7 +61,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def imported_modules(path: Path) -> set[str]:
