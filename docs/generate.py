@@ -77,15 +77,10 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def table_of(module: ModuleType) -> type:
-    """The table of arguments that a command's module defines."""
-    tables = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and value.__module__ == module.__name__ and is_table(value)
-    ]
-    assert len(tables) == 1, f"{module.__name__} has the tables {tables}"
-    return tables[0]
+def tables_of(module: ModuleType) -> list[type]:
+    """The tables of arguments that a module defines: one for a command, none for most."""
+    values = [value for value in vars(module).values() if isinstance(value, type) and is_table(value)]
+    return [value for value in values if value.__module__ == module.__name__]
 
 
 def is_table(cls: type) -> bool:
@@ -123,7 +118,7 @@ def arguments() -> str:
         about = (module.__doc__ or "").strip().partition("\n")[0].rstrip(":.")
         text += f"## {name}\n\n" + ("" if name == "train.py" else f"{about}.\n\n")
         links = []
-        for title, specs in arg_groups(table_of(module)).items():
+        for title, specs in arg_groups(tables_of(module)[0]).items():
             heading = f"{name}: {title}"
             links.append(f"[{title}](#{slug(heading)})")
             rows = [argument_row(spec) for spec in specs]
