@@ -23,7 +23,7 @@ import sweep
 import train_args
 from configurator import Rules
 
-READERS_FILES = re.compile(r"no such file|no run in|no such checkpoint|can't be read|has none|has no (train|sample)\.py")
+READERS_FILES = re.compile(r"no such (file|checkpoint)|no run in|can't be read|has no (train|sample)\.py")
 LEFT_OUT = re.compile(r"require[ds]|is needed|needs a value|usage: ")  # where ... stands for more, or within a line
 ELLIPSIS = "..."
 # Commands of other programs: what they do is not this program's.
