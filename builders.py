@@ -663,7 +663,7 @@ def place_models(args: TrainArgs, models: Sequence[GPT], ranks: Ranks, log: Log)
 def encode_examples(args: TrainArgs, inputs: Inputs, model: GPT, log: Log) -> dict[str, list[Examples]]:
     """split -> datasets of examples as token sequences. Raises UserError."""
     spec = OBJECTIVES[args.objective]
-    encoder = build_encoder(args, next(iter(inputs.tokenizers.values())), model)
+    encoder = build_encoder(args, next(iter(inputs.tokenizers.values())), model.wte.weight.size(0))
     examples: dict[str, list[Examples]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for index, (name, splits) in enumerate(inputs.rows.items()):
@@ -696,8 +696,8 @@ def max_example_tokens(args: TrainArgs) -> int:
     return args.block_size
 
 
-def build_encoder(args: TrainArgs, tokenizer: Tokenizer, model: GPT) -> ExampleEncoder:
-    """How the arguments turn rows into token sequences."""
+def build_encoder(args: TrainArgs, tokenizer: Tokenizer, prompt_offset: int) -> ExampleEncoder:
+    """How the arguments turn rows into token sequences. prompt_offset: id of the first virtual token."""
     spec = OBJECTIVES[args.objective]
     target_field = args.target_field
     if not target_field and spec.example_type == "prompt_completion":
@@ -709,7 +709,7 @@ def build_encoder(args: TrainArgs, tokenizer: Tokenizer, model: GPT) -> ExampleE
         train_on_prompt=args.loss_on == "all",
         max_completion_tokens=args.max_new_tokens if spec.is_online else 0,
         template=parse_template(args),
-        prompt_offset=model.wte.weight.size(0),
+        prompt_offset=prompt_offset,
         target_field=target_field,
         truncation_field=args.truncation_field,
     )

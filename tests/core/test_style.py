@@ -17,7 +17,7 @@ PRODUCT = sorted(
         "nanoforge/**/*.py",
         "benchmarks/**/*.py",
         "configs/*.py",
-        "data/**/prepare.py",
+        "data/**/*.py",
         "docs/*.py",
     )
     for path in ROOT.glob(pattern)
