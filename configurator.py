@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -306,8 +306,38 @@ def format_arg(value: Any) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors."""
 
+    specs: Sequence[ArgSpec] = ()  # of its arguments
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+class PrintHelp(argparse.Action):
+    """--help, all of it, or --help TOPIC; a config file is no topic."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, topic: Any, option_string: Any = None) -> None:
+        from nanoforge import help_pages  # here, since most command lines ask for no help
+
+        whole = not topic or topic.endswith(config_files.SUFFIXES)
+        print(parser.format_help() if whole else help_pages.topic_help(parser, topic), end="")
+        raise SystemExit(0)
+
+
+class PrintCompletion(argparse.Action):
+    """--completion=SHELL."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option_string: Any = None) -> None:
+        from nanoforge.completion import SHELLS, Flag, script
+
+        assert isinstance(parser, Parser)
+        if shell not in SHELLS:
+            raise UserError(f"{option_string}: must be one of {', '.join(SHELLS)}")
+        flags = [
+            Flag(spec.name, spec.help, tuple(spec.choices), is_switch=spec.is_switch, is_path=spec.path)
+            for spec in parser.specs
+        ]
+        print(script(shell, sys.argv[0], flags), end="")
+        raise SystemExit(0)
 
 
 class CommandLine(NamedTuple):
@@ -363,8 +393,26 @@ def build_parser(groups: dict[str, list[ArgSpec]], description: str) -> Parser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.specs = [spec for specs in groups.values() for spec in specs]
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)  # also -1e-4
+    parser.add_argument(
+        "--help",
+        "-h",
+        action=PrintHelp,
+        nargs="?",
+        metavar="TOPIC",
+        default=argparse.SUPPRESS,
+        help="print all arguments, or those of a group or a word: --help optimizer, --help lr",
+    )
+    parser.add_argument(
+        "--completion",
+        action=PrintCompletion,
+        metavar="SHELL",
+        default=argparse.SUPPRESS,
+        help="print a script for bash, zsh or fish, then exit",
+    )
     parser.add_argument(
         "--config_path",
         action="append",
@@ -381,6 +429,7 @@ def build_parser(groups: dict[str, list[ArgSpec]], description: str) -> Parser:
         group = parser.add_argument_group(title)
         for spec in specs:
             add_argument(group, spec)
+    parser.epilog = f"groups: {', '.join(title.partition(' (')[0] for title in groups)}"
     return parser
 
 

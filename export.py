@@ -51,7 +51,7 @@ class Request(NamedTuple):
 
 def parse(argv: list[str]) -> Request:
     """ACTION FOLDER and flags; exits with status 2 on errors."""
-    if argv == ["--help"]:
+    if argv and argv[0].startswith(("--help", "-h", "--completion")):
         configurator.parse(ExportArgs, argv, __doc__)
     if len(argv) < 2 or argv[0] not in ACTIONS or argv[1].startswith("-"):
         configurator.exit_with_errors([f"usage: export.py ACTION FOLDER; actions: {', '.join(ACTIONS)}; see --help"])

@@ -46,7 +46,7 @@ class ReportArgs(OutputArgs, WatchArgs):
 
 def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
     """The run folders on the command line, and the rest of it."""
-    parser = configurator.build_parser(configurator.arg_groups(ReportArgs), "")
+    parser = configurator.build_parser(configurator.arg_groups(ReportArgs), __doc__ or "")
     try:
         paths = configurator.read_command_line(parser, configurator.arg_specs(ReportArgs), argv).files
     except UserError:

@@ -90,13 +90,18 @@ NAMES: dict[str, str] = {  # argument, or several of different commands -> names
     "min_p": "minp",
     "system": "sys system_prompt system_message",
     "chat": "interactive conversation instruct",
-    "lm_eval": "task eval_tasks benchmark benchmarks",
+    "lm_eval": "eval_tasks benchmark benchmarks",
     "num_passes": "k_passes n_passes pass_k",
     "num_fewshot": "fewshot few_shot n_shot shots",
     # sweeps, reports, exports
     "jobs": "n_jobs workers num_workers max_workers max_parallel",
     "type": "outtype out_type quant ftype",
 }
+
+
+def arguments_called(name: str) -> list[str]:
+    """The arguments, of any command, that a name stands for."""
+    return [argument for ours, names in NAMES.items() if name in names.split() for argument in ours.split()]
 
 
 def similar_argument(name: str, known: Iterable[str], translated: str = "") -> str:
@@ -106,8 +111,7 @@ def similar_argument(name: str, known: Iterable[str], translated: str = "") -> s
     """
     known = list(known)
     plain = name.removeprefix("--").lower().replace("-", "_")
-    stands_for = " ".join(ours for ours, names in NAMES.items() if plain in names.split())
-    for candidate in (translated, plain, *stands_for.split()):
+    for candidate in (translated, plain, *arguments_called(plain)):
         for text in (f"--{candidate}", candidate):
             if text in known:
                 return f"; did you mean {text}?"
