@@ -1,13 +1,26 @@
-"""Generation: sampling parameters, a KV cache, and the decoding of completions of many prompts together.
+"""Generation: sampling parameters, a KV cache, and the decoding of many requests together.
 
 Knows nothing of tokenizers, prompts as text, or rewards.
 
-`generate_batch` is the one way to draw: for sample.py, evaluations and rollouts. It completes prompts of different
-lengths, each `n` times, to a token that ends them or to max_new_tokens. Its `Decoder` works as gpt-fast does: `prefill`
-reads the prompts, `decode_one_token` reads the last token of every sequence and draws the next.
+`generate_batch` completes prompts of different lengths, each `n` times, to a token that ends them or to
+max_new_tokens: for evaluations and rollouts. `complete` does so for requests, each with its own sampling parameters.
+Under both is a `Decoder`, which requests may join and leave at any time (continuous batching, Yu et al. 2022):
 
-On CUDA the host looks at what was drawn every LOOK_EVERY tokens only. Between two looks a step reads and writes tensors
-at fixed addresses, so it is captured as a CUDA graph and replayed.
+    with decoding(model):
+        decoder = Decoder(model)
+        request = Request(prompt_ids, SamplingParams(max_new_tokens=64, logprobs=3), uniform_draws(seed))
+        decoder.join([request])                 # read its prompt; other requests may be in the batch
+        while decoder.any_active:
+            decoder.advance()                   # draw a token of each request, on a GPU up to LOOK_EVERY tokens
+            ...                                 # read request.ids, .logprobs, .top_logprobs; call request.cancel()
+        request.finish_reason                   # "end", "stop", "length" or "cancelled"; "": it goes on
+
+What a request draws follows from its prompt, its parameters and its random numbers, `uniform(number, token)`; who
+shares the batch changes it by rounding alone. Text, and strings that stop it, are text_stream.py's.
+
+The Decoder works as gpt-fast does: the prompts are read together but for their last tokens; `decode_one_token` reads
+the last token of every row and draws the next. On CUDA the host looks at what was drawn every LOOK_EVERY tokens only.
+Between two looks a step reads and writes tensors at fixed addresses, so it is captured as a CUDA graph and replayed.
 
 Past block_size a context is cut to its last half and read again. Every token is thus drawn with at least half a block
 of context, at the cost of one prefill every half block. Virtual tokens of a soft prompt always stay.
@@ -16,8 +29,8 @@ of context, at the cost of one prefill every half block. Virtual tokens of a sof
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,9 +51,10 @@ from nanoforge.distributed import is_sharded
 class SamplingParams:
     """How completions are drawn. The defaults keep every id and never stop early.
 
-    The filters act on the tempered distribution in this order: top_k; top_p, the smallest set of likeliest ids whose
-    probabilities reach p (Holtzman et al. 2020); min_p, ids at least p times as likely as the likeliest one (Nguyen et
-    al. 2024).
+    The penalty acts on the logits, as transformers' does: of ids in the prompt or the completion, positive ones are
+    divided by it and negative ones multiplied (CTRL, Keskar et al. 2019). The filters act on the tempered distribution
+    in this order: top_k; top_p, the smallest set of likeliest ids whose probabilities reach p (Holtzman et al. 2020);
+    min_p, ids at least p times as likely as the likeliest one (Nguyen et al. 2024).
     """
 
     max_new_tokens: int
@@ -48,11 +62,13 @@ class SamplingParams:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     n: int = 1  # completions of each prompt
     end_ids: tuple[int, ...] = ()  # each ends a completion
     vocab_size: int | None = None  # ids that may be drawn are below it: padding rows are not; None: all
     is_complete: Callable[[list[int]], bool] | None = None  # whether the ids of a completion are enough, without an end
-    logps: bool = False  # whether completions have log-probabilities
+    logps: bool = False  # whether completions have log-probabilities, as training computes them
+    logprobs: int | None = None  # how many alternatives to report, beside the log-probability of each id; None: neither
     compiled: bool = False  # whether decode_one_token is compiled
 
 
@@ -63,6 +79,11 @@ UniformDraws = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def uniform_draws(*key: int, first: int = 0) -> UniformDraws:
     """Random numbers that are a function of (key, completion, token). first: number of the first completion."""
     return lambda completions, tokens: rng.uniform(*key, completions + first, tokens)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """The logits (B, V) with those of seen ids, (B, V) of bool, made less likely by a repetition penalty above 1."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -189,9 +210,18 @@ class KVCache:
         for layer, other_layer in zip(self.layers, other.layers, strict=True):
             layer[rows, :, : other.size] = other_layer
 
+    def append(self, other: "KVCache") -> None:
+        """Put the sequences of another cache behind these."""
+        size = max(self.size, other.size)
+        self.grow(size)
+        other.grow(size)
+        self.layers = [torch.cat(layers) for layers in zip(self.layers, other.layers, strict=True)]
+        self.rows = torch.arange(len(self.layers[0]), device=self.rows.device)[:, None]
+
     def grow(self, size: int) -> None:
         """Make room for `size` tokens."""
-        self.layers = [F.pad(layer, (0, 0, 0, size - self.size)) for layer in self.layers]
+        if size > self.size:
+            self.layers = [F.pad(layer, (0, 0, 0, size - self.size)) for layer in self.layers]
 
     def num_keys(self, positions: slice | Tensor) -> int:
         """How many keys attention reads for these positions."""
@@ -209,11 +239,112 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# requests
+
+
+class Completion(NamedTuple):
+    ids: list[Any]  # the token that ends it included; of K contexts, K ids each
+    logps: list[float]  # of each id among all rows of the head, at the temperature, before any filter: as in training
+    ended: bool  # by one of end_ids, not by max_new_tokens
+    logprobs: list[Any] = []  # of each id, as the model gives it: temperature 1, before any filter  # noqa: RUF012
+    top_logprobs: list[Any] = []  # of each id, the likeliest instead: [(id, log-probability), ...]  # noqa: RUF012
+
+
+def no_draws(completions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The random numbers of a greedy completion, which reads none."""
+    return np.zeros(np.broadcast_shapes(completions.shape, tokens.shape))
+
+
+@dataclass(eq=False)
+class Request:
+    """A completion that is asked for, and what of it is known to the host: what was drawn up to the last look."""
+
+    prompt: Any  # ids: (T,), or (K, T) of K contexts
+    sampling: SamplingParams
+    uniform: UniformDraws = no_draws
+    number: int = 0  # which completion it is for `uniform`
+
+    ids: list[Any] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    top_logprobs: list[Any] = field(default_factory=list)
+    finish_reason: str = ""  # "end": one of end_ids; "stop": is_complete; "length": max_new_tokens; "cancelled"
+
+    def __post_init__(self) -> None:
+        self.prompt = np.atleast_2d(np.asarray(self.prompt, dtype=np.int64))  # (K, T)
+
+    @property
+    def is_active(self) -> bool:
+        return not self.finish_reason
+
+    @property
+    def needs_looks(self) -> bool:
+        """Whether something but its length may end it."""
+        return bool(self.sampling.end_ids) or self.sampling.is_complete is not None
+
+    def cancel(self) -> None:
+        """Let it end here, unless it has."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    def text_ids(self) -> list[Any]:
+        """Its ids without the token that ends it."""
+        return self.ids[:-1] if self.finish_reason == "end" else self.ids
+
+    def add(self, tokens: "LookedAt", row: int) -> None:
+        """Take what was drawn in this row, up to where the completion ends."""
+        sampling = self.sampling
+        for at, ids in enumerate(tokens.ids[row]):
+            if self.finish_reason:
+                return
+            self.ids.append(ids if len(ids) > 1 else ids[0])
+            if sampling.logps:
+                self.logps.append(tokens.logps[row][at])
+            if sampling.logprobs is not None:
+                self._add_logprobs(tokens, row, at)
+            if not sampling.end_ids and sampling.is_complete is None and len(self.ids) < sampling.max_new_tokens:
+                continue
+            if any(token_id in sampling.end_ids for token_id in ids):
+                self.finish_reason = "end"
+            elif sampling.is_complete is not None and sampling.is_complete(self.ids):
+                self.finish_reason = "stop"
+            elif len(self.ids) == sampling.max_new_tokens:
+                self.finish_reason = "length"
+
+    def _add_logprobs(self, tokens: "LookedAt", row: int, at: int) -> None:
+        by_context = []
+        for top_ids, top_logprobs in zip(tokens.top_ids[row][at], tokens.top_logprobs[row][at], strict=True):
+            by_context.append(list(zip(top_ids, top_logprobs, strict=True))[: self.sampling.logprobs])
+        logprobs = tokens.logprobs[row][at]
+        self.logprobs.append(logprobs if len(logprobs) > 1 else logprobs[0])
+        self.top_logprobs.append(by_context if len(by_context) > 1 else by_context[0])
+
+    def completion(self) -> Completion:
+        return Completion(self.ids, self.logps, self.finish_reason == "end", self.logprobs, self.top_logprobs)
+
+
+class LookedAt(NamedTuple):
+    """What rows have drawn since the last look, by row and token."""
+
+    ids: list[list[list[int]]]  # (R, count, K)
+    logps: list[list[float]]  # (R, count)
+    logprobs: list[list[list[float]]]  # (R, count, K)
+    top_ids: list[list[list[list[int]]]]  # (R, count, K, k)
+    top_logprobs: list[list[list[list[float]]]]  # (R, count, K, k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # one step
 
 
 LOOK_EVERY = 16  # tokens
 MAX_GRAPHS = 64  # of a compiled step; beyond them it fails
+
+
+class RowGroup(NamedTuple):
+    """Rows that draw with the same sampling parameters."""
+
+    rows: Any  # their numbers, a tensor; all of them: a slice
+    sampling: SamplingParams
 
 
 @dataclass
@@ -226,9 +357,13 @@ class DecodeState:
     ids: Tensor  # (R, K) drawn, but not read yet
     uniform: Tensor  # (LOOK_EVERY, R, K) numbers in [0, 1) that decide the draws of a block of tokens
     drawn: Tensor  # (LOOK_EVERY, R, K) the block's ids
-    logps: Tensor  # (LOOK_EVERY, R) their log-probabilities
+    logps: Tensor  # (LOOK_EVERY, R) their log-probabilities, as in training
     positions: Any  # of `ids`: a slice or (R, 1)
     at: Any  # which token of the block is drawn next: a slice or (1,)
+    logprobs: Tensor | None  # (LOOK_EVERY, R, K) the model's log-probabilities of the block's ids, if asked for
+    top_ids: Tensor | None  # (LOOK_EVERY, R, K, k) the likeliest ids instead
+    top_logprobs: Tensor | None  # (LOOK_EVERY, R, K, k)
+    seen: Tensor | None  # (R, V) ids that the row has read or drawn, if a repetition penalty needs them
 
     def advance(self) -> None:
         """To the next token."""
@@ -240,25 +375,59 @@ class DecodeState:
                 setattr(self, name, slice(index.start + 1, index.stop + 1))
 
 
-def draw(model: nn.Module, logits: Tensor, state: DecodeState, sampling: SamplingParams) -> None:
+def draw(model: nn.Module, logits: Tensor, state: DecodeState, groups: Sequence[RowGroup]) -> None:
     """Draw the ids of every row from logits (R, V), into the state."""
     logits = logits.float()
     vocabulary: Any = model.vocabulary
     last_ids = state.ids if state.ids.size(1) > 1 else state.ids[:, 0]
     u = state.uniform[state.at][0]
     for k, (offset, choices) in enumerate(vocabulary.next_token_logits(logits, last_ids)):
-        torch.add(sample(choices, u[:, k], sampling), offset, out=state.ids[:, k])
+        seen = None if state.seen is None else state.seen[:, offset : offset + choices.size(1)]
+        drawn = sample_rows(choices, u[:, k], seen, groups)
+        torch.add(drawn, offset, out=state.ids[:, k])
+        if state.logprobs is not None:
+            report_logprobs(choices[:, : groups[0].sampling.vocab_size], drawn, offset, k, state)
     state.drawn[state.at] = state.ids[None]
+    if state.seen is not None:
+        state.seen.scatter_(1, state.ids, value=True)
+    sampling = groups[0].sampling
     if sampling.logps:
         logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
         state.logps[state.at] = logps.gather(1, state.ids).T
 
 
-def decode_one_token(model: nn.Module, cache: KVCache, state: DecodeState, sampling: SamplingParams) -> None:
+def sample_rows(logits: Tensor, u: Tensor, seen: Tensor | None, groups: Sequence[RowGroup]) -> Tensor:
+    """An id of each row, (R,), from logits (R, V), u (R,) and seen (R, V), by the parameters of its group."""
+    drawn = []
+    for rows, sampling in groups:
+        choices = logits[rows]
+        if seen is not None and sampling.repetition_penalty != 1:
+            choices = penalize(choices, seen[rows], sampling.repetition_penalty)
+        drawn.append(sample(choices, u[rows], sampling))
+    if len(groups) == 1:
+        return drawn[0]
+    ids = torch.empty_like(u, dtype=torch.long)
+    for (rows, _), group_ids in zip(groups, drawn, strict=True):
+        ids[rows] = group_ids
+    return ids
+
+
+def report_logprobs(choices: Tensor, drawn: Tensor, offset: int, k: int, state: DecodeState) -> None:
+    """Write the log-probabilities of the ids drawn for context k, (R,), and of the likeliest ones, into the state."""
+    assert state.logprobs is not None and state.top_ids is not None and state.top_logprobs is not None
+    logprobs = choices.log_softmax(-1)  # (R, V)
+    state.logprobs[state.at, :, k] = logprobs.gather(1, drawn[:, None]).T
+    if state.top_ids.size(-1):
+        top = logprobs.topk(state.top_ids.size(-1), dim=-1)
+        state.top_ids[state.at, :, k] = top.indices[None] + offset
+        state.top_logprobs[state.at, :, k] = top.values[None]
+
+
+def decode_one_token(model: nn.Module, cache: KVCache, state: DecodeState, groups: Sequence[RowGroup]) -> None:
     """Read the last ids of every row and draw the next. It changes the cache and the state, and reads no host."""
     tokens = state.ids[..., None] if state.ids.size(1) > 1 else state.ids  # (R, K, 1) or (R, 1)
     logits = model(tokens, cache=cache, position_ids=state.positions)[:, -1]
-    draw(model, logits, state, sampling)
+    draw(model, logits, state, groups)
     state.advance()
 
 
@@ -269,9 +438,17 @@ def compiled_step(device_type: str) -> Callable[..., None]:
     return torch.compile(decode_one_token, fullgraph=True, dynamic=False, options=options)
 
 
-def allow_graphs(*, compiled: bool) -> AbstractContextManager[None]:
-    """Sizes of the cache times sampling parameters are more graphs than torch makes of a function by default."""
-    return torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS) if compiled else nullcontext()
+@contextmanager
+def decoding(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
+    """Where a Decoder works: without autograd, with kernels for shapes that vary, and room for compiled graphs: sizes
+    of the cache times sampling parameters are more than torch makes of a function by default."""
+    no_autograd = torch.no_grad() if is_sharded(model) else torch.inference_mode()
+    with no_autograd, varying_shapes():
+        if not compiled:
+            yield
+            return
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            yield
 
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -303,12 +480,6 @@ class ReplayedStep:
 # completions of many prompts
 
 
-class Completion(NamedTuple):
-    ids: list[Any]  # the token that ends it included; of K contexts, K ids each
-    logps: list[float]  # of each id among all rows of the head, at the temperature, before any filter: as in training
-    ended: bool  # by one of end_ids, not by max_new_tokens
-
-
 def cut_context(ids: np.ndarray, block_size: int, vocab_rows: int, *, halve: bool) -> np.ndarray:
     """The end of a text, (..., T), that fits the context, or with `halve` half of it.
 
@@ -326,132 +497,122 @@ MIN_ACTIVE = 0.75  # finished rows are dropped when less than this fraction of t
 
 
 class Decoder:
-    """Decodes completions of many prompts together: `prefill`, then `retire`, `slide`, `decode` and `look` in turn.
+    """Decodes many requests together: `join` takes new ones, `advance` draws the next tokens of all.
 
-    Completion i belongs to prompt i // n. A row of the batch is a completion that has not retired. All rows draw a
-    token at each step, so the host knows their positions without a look at the device. What was drawn is known to it
-    by completion, up to the last look.
+    A row of the batch is a request; one that has finished stays until enough have. All rows draw a token at each step,
+    so the host knows their positions without a look at the device. All requests have the same vocab_size and logps.
     """
 
     cache: KVCache
     state: DecodeState
-    lengths: np.ndarray  # (R,) tokens of each row's context, its last ids included
+    step: Callable[[], None]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Any],
-        sampling: SamplingParams,
-        uniform: UniformDraws,
-        any_rank: Callable[[bool], bool] = bool,
-    ):
+    def __init__(self, model: nn.Module, any_rank: Callable[[bool], bool] = bool, *, compiled: bool = False):
+        """any_rank: whether something holds on this rank -> whether it holds on any, for sharded models."""
         self.model = model if is_sharded(model) else decoding_copy(model)
-        self.sampling, self.uniform, self.any_rank = sampling, uniform, any_rank
+        self.any_rank, self.compiled = any_rank, compiled
         self.device = device_of(model)
-        self.is_static = self.device.type == "cuda" or sampling.compiled
+        self.is_static = self.device.type == "cuda" or compiled
         self.is_replayed = self.device.type == "cuda" and not is_sharded(model)  # no graph has collectives
         config: Any = model.config
         self.block_size: int = config.block_size
         self.vocab_rows = model.get_parameter("wte.weight").size(0)  # ids from here on are virtual tokens
         self.n_contexts = len(config.vocab_sizes) if config.vocabulary == "contexts" else 1
-        self.prompts = [np.asarray(prompt, dtype=np.int64).reshape(self.n_contexts, -1) for prompt in prompts]
-        self.end_ids = np.array(sampling.end_ids, dtype=np.int64)
 
-        # What is drawn, by completion.
-        count = len(prompts) * sampling.n
-        self.ids = np.zeros((count, sampling.max_new_tokens, self.n_contexts), dtype=np.int64)
-        self.logps = np.zeros((count, sampling.max_new_tokens))
-        self.num_tokens = np.zeros(count, dtype=np.int64)
-        self.ended = np.zeros(count, dtype=bool)
-        self.finished = np.zeros(count, dtype=bool)
-        self.num_drawn = 0  # tokens of each active completion
+        self.requests: list[Request] = []  # of each row
+        self.lengths = np.zeros(0, dtype=np.int64)  # (R,) tokens of each row's context, its last ids included
+        self.num_drawn = 0  # tokens of the block, of each row
         self.num_looked = 0  # of these, before the last look
-        self.completion_of_row = np.arange(count)  # (R,)
 
     @property
     def any_active(self) -> bool:
-        return not self.finished[self.completion_of_row].all()
+        return any(request.is_active for request in self.requests)
 
-    def prefill(self) -> None:
-        """Read the prompts and draw the first token of every completion."""
-        # 1. Read the end of each prompt that fits the context; keep the logits at its last token.
-        contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in self.prompts]
-        lengths = np.array([context.shape[-1] for context in contexts])
-        self.cache, logits = self._read(contexts, int(lengths.max()) + self.sampling.max_new_tokens)  # logits: (P, V)
+    def active_rows(self) -> np.ndarray:
+        """(R,) of bool."""
+        return np.array([request.is_active for request in self.requests], dtype=bool)
 
-        # 2. A row for each of the n completions of a prompt.
-        n, rows = self.sampling.n, self.completion_of_row
-        last_ids = torch.from_numpy(np.stack([context[:, -1] for context in contexts])).to(self.device)
-        if n > 1:
-            prompt_of_row = torch.from_numpy(rows // n).to(self.device)
-            self.cache.select(prompt_of_row)
-            logits, last_ids = logits[prompt_of_row], last_ids[prompt_of_row]
-        self.lengths = lengths.repeat(n)
+    def join(self, requests: Sequence[Request]) -> None:
+        """Read the prompts of requests but for their last tokens, and put them into the batch. A prompt that several
+        share, as one array, is read once."""
+        self.look()
+        # 1. Read the end of each prompt that fits the context.
+        prompts = {id(request.prompt): request.prompt for request in requests}
+        row_of_prompt = {key: row for row, key in enumerate(prompts)}
+        prompt_of_row = [row_of_prompt[id(request.prompt)] for request in requests]
+        contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in prompts.values()]
+        lengths = np.array([context.shape[-1] for context in contexts])[prompt_of_row]
+        most = max(int(n) + request.sampling.max_new_tokens for n, request in zip(lengths, requests, strict=True))
+        cache = self._read([context[:, :-1] for context in contexts], most)
+        ids = torch.from_numpy(np.stack([context[:, -1] for context in contexts])).to(self.device)  # (P, K)
+        if prompt_of_row != list(range(len(prompts))):
+            rows = torch.tensor(prompt_of_row, device=self.device)
+            cache.select(rows)
+            ids = ids[rows]
 
-        # 3. Draw.
-        block = (LOOK_EVERY, len(rows))
-        self.state = DecodeState(
-            ids=last_ids,
-            uniform=torch.zeros(*block, self.n_contexts, device=self.device),
-            drawn=torch.zeros(*block, self.n_contexts, device=self.device, dtype=torch.long),
-            logps=torch.zeros(block, device=self.device),
-            positions=slice(0),
-            at=slice(0, 1),
-        )
-        self._begin_block()
-        draw(self.model, logits, self.state, self.sampling)
-        self._count(1)
-        self._make_step()
+        # 2. The new rows take the places of those that have finished.
+        if self.any_active:
+            self._keep(np.flatnonzero(self.active_rows()))
+            self.cache.append(cache)
+            self._set_rows(
+                [*self.requests, *requests], np.concatenate((self.lengths, lengths)), torch.cat((self.state.ids, ids))
+            )
+        else:
+            self.cache = cache
+            self._set_rows(list(requests), lengths, ids)
+
+    def advance(self, *, look_often: bool = False) -> None:
+        """Draw the next tokens of every request, and look at them: as many as can be drawn before a look is due.
+
+        look_often: one, unless a look waits for a device.
+        """
+        self.retire()
+        self.slide()
+        look_often = look_often or is_sharded(self.model) or any(request.needs_looks for request in self.requests)
+        self.decode(LOOK_EVERY if self.is_replayed or not look_often else 1)
+        self.look()
 
     def retire(self) -> None:
         """Drop finished rows from the batch once they are more than a quarter of it. In static shapes the batch is
         halved, so there are few."""
-        finished = self.finished[self.completion_of_row]
-        n_kept = len(finished)
-        n_active = max(1, n_kept - int(finished.sum()))  # one at least: other ranks may go on
+        active = self.active_rows()
+        n_kept = len(active)
+        n_active = max(1, int(active.sum()))  # one at least: other ranks may go on
         if self.is_static:
             while n_active <= n_kept // 2 > 1:  # a batch of 1 would be compiled by itself
                 n_kept //= 2
         elif n_active < MIN_ACTIVE * n_kept:
             n_kept = n_active
-        if n_kept == len(finished):
-            return
-        kept = np.sort(finished.argsort(kind="stable")[:n_kept])
-        rows = torch.from_numpy(kept).to(self.device)
-        self.cache.select(rows)
-        state = self.state
-        state.ids = state.ids[rows]
-        state.uniform, state.drawn, state.logps = state.uniform[:, rows], state.drawn[:, rows], state.logps[:, rows]
-        self.completion_of_row, self.lengths = self.completion_of_row[kept], self.lengths[kept]
-        self._make_step()
+        if n_kept < len(active):
+            self._keep(np.sort((~active).argsort(kind="stable")[:n_kept]))
+            self._set_rows(self.requests, self.lengths, self.state.ids)
 
     def slide(self) -> None:
         """Cut the contexts that are full to their last half, and read all but their last ids."""
-        is_full = self.lengths > self.block_size
-        finished = self.finished[self.completion_of_row]
-        self.lengths[is_full & finished] = 1  # what they draw is not kept
-        full = np.flatnonzero(is_full & ~finished)
-        if not self.any_rank(len(full) > 0):
-            return
-        contexts = []
-        for completion in self.completion_of_row[full]:
-            prompt, drawn = self.prompts[completion // self.sampling.n], self.ids[completion, : self.num_drawn].T
-            text = np.concatenate((prompt, drawn), axis=1)
-            contexts.append(cut_context(text, self.block_size, self.vocab_rows, halve=True))
-        unread = [context[:, :-1] for context in contexts] or [self.prompts[0][:, :0]]  # other ranks read theirs
-        cache, _ = self._read(unread)
-        if len(full):
-            self.cache.replace(torch.from_numpy(full).to(self.device), cache)
-            self.lengths[full] = [context.shape[-1] for context in contexts]
+        active = self.active_rows()
+        full = np.flatnonzero((self.lengths > self.block_size) & active)
+        if self.any_rank(len(full) > 0):
+            contexts = []
+            for row in full:
+                request = self.requests[row]
+                text = np.concatenate((request.prompt, np.array(request.ids).reshape(-1, self.n_contexts).T), axis=1)
+                contexts.append(cut_context(text, self.block_size, self.vocab_rows, halve=True))
+            none = np.zeros((self.n_contexts, 0), dtype=np.int64)  # other ranks read theirs
+            cache = self._read([context[:, :-1] for context in contexts] or [none])
+            if len(full):
+                self.cache.replace(torch.from_numpy(full).to(self.device), cache)
+                self.lengths[full] = [context.shape[-1] for context in contexts]
+        # What finished rows draw is not kept: they go no further than the others.
+        self.lengths[~active] = np.minimum(self.lengths[~active], max(self.lengths[active], default=1))
 
     def decode(self, most: int) -> None:
         """Read the last ids of every row and draw the next, at most so many times without a look."""
-        at = self.num_drawn % LOOK_EVERY
-        if at == 0:
+        if self.num_drawn == LOOK_EVERY:
             self._begin_block()
-        n_left = self.sampling.max_new_tokens - self.num_drawn
+        at = self.num_drawn
+        n_left = [r.sampling.max_new_tokens - len(r.ids) for r in self.requests if r.is_active]
         longest = int(self.lengths.max())
-        n_steps = min(most, LOOK_EVERY - at, n_left, self.block_size - longest + 1)
+        n_steps = min(most, LOOK_EVERY - at, max(n_left, default=1), self.block_size - longest + 1)
 
         positions = torch.from_numpy(self.lengths[:, None] - 1)
         if self.is_static:
@@ -469,49 +630,25 @@ class Decoder:
             if not self.is_static:
                 self.cache.length = longest + step
             self.step()
-        self._count(n_steps)
+        self.num_drawn += n_steps
+        self.lengths += n_steps
 
     def look(self) -> None:
-        """Wait for the device; keep what was drawn since the last look, of every completion to its end."""
+        """Wait for the device, and give every request what it has drawn since the last look, to its end."""
         if self.num_looked == self.num_drawn:
             return
-        # 1. Read it. What finished rows went on to draw lies behind their ends.
-        rows, start = self.completion_of_row, self.num_looked
-        count = self.num_drawn - start
-        at = start % LOOK_EVERY
-        drawn = self.state.drawn[at : at + count].transpose(0, 1).cpu().numpy()  # (R, count, K)
-        self.ids[rows, start : start + count] = drawn
-        if self.sampling.logps:
-            self.logps[rows, start : start + count] = self.state.logps[at : at + count].T.cpu().numpy()
+        new = slice(self.num_looked, self.num_drawn)
         self.num_looked = self.num_drawn
+        state = self.state
+        kept = (state.drawn, state.logps, state.logprobs, state.top_ids, state.top_logprobs)
+        tokens = LookedAt(*([] if tensor is None else tensor[new].transpose(0, 1).tolist() for tensor in kept))
+        for row, request in enumerate(self.requests):
+            request.add(tokens, row)
 
-        # 2. Where completions end.
-        is_end = (drawn == self.end_ids[:, None, None, None]).any((0, 3))  # (R, count)
-        ended = is_end.any(1)
-        n_kept = np.where(ended, is_end.argmax(1) + 1, count)
-        finished = ended.copy()
-        active = np.flatnonzero(~self.finished[rows])
-        if self.sampling.is_complete is not None:
-            for row in active:
-                for kept in range(1, n_kept[row] + 1 - ended[row]):
-                    if self.sampling.is_complete(self.ids[rows[row], : start + kept, 0].tolist()):
-                        n_kept[row], ended[row], finished[row] = kept, False, True
-                        break
-        completions = rows[active]
-        self.num_tokens[completions] += n_kept[active]
-        self.ended[completions], self.finished[completions] = ended[active], finished[active]
-
-    def completions(self) -> list[Completion]:
-        """What was drawn, in the prompts' order, the n completions of a prompt one after the other."""
-        ids = self.ids[..., 0] if self.n_contexts == 1 else self.ids
-        drawn = zip(ids.tolist(), self.logps.tolist(), self.num_tokens.tolist(), self.ended.tolist(), strict=True)
-        return [Completion(ids[:n], logps[:n] if self.sampling.logps else [], ended) for ids, logps, n, ended in drawn]
-
-    def _read(self, contexts: Sequence[np.ndarray], length: int = 0) -> tuple[KVCache, Tensor]:
-        """Read contexts, (K, T), into a new cache: the cache, and the logits at their ends, (P, V).
+    def _read(self, contexts: Sequence[np.ndarray], length: int = 0) -> KVCache:
+        """Read contexts, (K, T), into a new cache. length: that contexts will reach.
 
         They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
-        length: that contexts will reach.
         """
         width = max(1, *(context.shape[1] for context in contexts))
         padded = np.zeros((len(contexts), self.n_contexts, width), dtype=np.int64)
@@ -520,23 +657,69 @@ class Decoder:
         idx = torch.from_numpy(padded).to(self.device)
         size = round_up(width + 1) if self.is_static else max(width, min(self.block_size, length))
         cache = KVCache(self.model, len(contexts), size)
-        ends = torch.tensor([max(1, context.shape[1]) - 1 for context in contexts])
-        at_ends = (torch.arange(len(contexts), device=self.device), ends.to(self.device))
         idx = idx if self.n_contexts > 1 else idx[:, 0]
-        return cache, self.model(idx, cache=cache, position_ids=cache.advance(width), logits_at=at_ends)
+        self.model(idx, cache=cache, position_ids=cache.advance(width), logits_at=slice(0))  # no logits are needed
+        return cache
+
+    def _keep(self, kept: np.ndarray) -> None:
+        """Keep these rows of the batch."""
+        if len(kept) == len(self.requests):
+            return
+        rows = torch.from_numpy(kept).to(self.device)
+        self.cache.select(rows)
+        self.state.ids = self.state.ids[rows]
+        self.requests = [self.requests[row] for row in kept]
+        self.lengths = self.lengths[kept]
+
+    def _set_rows(self, requests: list[Request], lengths: np.ndarray, ids: Tensor) -> None:
+        """Begin a block of tokens with these rows, of which all that was drawn is known."""
+        self.requests, self.lengths = requests, lengths
+        self.groups = group_rows(requests, self.device)
+        block = (LOOK_EVERY, len(requests))
+        asked = [request.sampling.logprobs for request in requests if request.sampling.logprobs is not None]
+        zeros = partial(torch.zeros, device=self.device)
+        contexts = (*block, self.n_contexts)
+        top = (*contexts, max(asked, default=0))
+        self.state = DecodeState(
+            ids=ids,
+            uniform=zeros(contexts),
+            drawn=zeros(contexts, dtype=torch.long),
+            logps=zeros(block),
+            positions=slice(0),
+            at=slice(0, 1),
+            logprobs=zeros(contexts) if asked else None,
+            top_ids=zeros(top, dtype=torch.long) if asked else None,
+            top_logprobs=zeros(top) if asked else None,
+            seen=self._seen(),
+        )
+        self._begin_block()
+        self._make_step()
+
+    def _seen(self) -> Tensor | None:
+        """(R, V): which ids each row has read or drawn, if a repetition penalty needs them."""
+        if all(request.sampling.repetition_penalty == 1 for request in self.requests):
+            return None
+        seen = np.zeros((len(self.requests), self.vocab_rows), dtype=bool)
+        for row, request in enumerate(self.requests):
+            ids = np.concatenate((request.prompt.ravel(), np.array(request.ids, dtype=np.int64).ravel()))
+            seen[row, ids[ids < self.vocab_rows]] = True
+        return torch.from_numpy(seen).to(self.device)
 
     def _begin_block(self) -> None:
-        """The random numbers that decide the next LOOK_EVERY tokens."""
-        if self.sampling.temperature:
-            tokens = np.arange(self.num_drawn, self.num_drawn + LOOK_EVERY)[:, None]
-            numbers = self.completion_of_row[:, None] * self.n_contexts + np.arange(self.n_contexts)
-            u = torch.from_numpy(self.uniform(numbers.reshape(1, -1), tokens)).float()
-            self.state.uniform.copy_(u.view_as(self.state.uniform))
-
-    def _count(self, n_tokens: int) -> None:
-        """Every row has drawn so many tokens."""
-        self.num_drawn += n_tokens
-        self.lengths += n_tokens
+        """The random numbers that decide the next LOOK_EVERY tokens of each row."""
+        self.num_drawn = self.num_looked = 0
+        rows_of: dict[UniformDraws, list[int]] = {}  # many rows share their numbers' function
+        for row, request in enumerate(self.requests):
+            if request.sampling.temperature:
+                rows_of.setdefault(request.uniform, []).append(row)
+        if not rows_of:
+            return
+        u = np.zeros((LOOK_EVERY, len(self.requests), self.n_contexts))
+        for uniform, rows in rows_of.items():
+            numbers = np.array([self.requests[row].number for row in rows])[:, None] * self.n_contexts
+            tokens = np.arange(LOOK_EVERY)[:, None] + [len(self.requests[row].ids) for row in rows]  # (LOOK_EVERY, r)
+            u[:, rows] = uniform(numbers + np.arange(self.n_contexts), tokens[..., None])
+        self.state.uniform.copy_(torch.from_numpy(u))
 
     def _make_step(self) -> None:
         """The next step, whose tensors stay where they are until the batch or the cache changes."""
@@ -544,20 +727,57 @@ class Decoder:
         if self.is_static:
             state.positions = torch.zeros(len(self.lengths), 1, device=self.device, dtype=torch.long)
             state.at = torch.zeros(1, device=self.device, dtype=torch.long)
-        if self.sampling.compiled:
+        if self.compiled:
             decode = compiled_step(self.device.type)
             mark_dynamic_rows(self.cache, state)
-        step = partial(decode, self.model, self.cache, state, self.sampling)
+        step = partial(decode, self.model, self.cache, state, self.groups)
         self.step = ReplayedStep(step) if self.is_replayed else step
+
+
+def group_rows(requests: Sequence[Request], device: torch.device) -> tuple[RowGroup, ...]:
+    """The rows by the sampling parameters that decide a draw."""
+    rows_of: dict[tuple[Any, ...], list[int]] = {}
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        key = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+        rows_of.setdefault(key, []).append(row)
+    if len(rows_of) == 1:
+        return (RowGroup(slice(None), requests[0].sampling),)
+    return tuple(RowGroup(torch.tensor(rows, device=device), requests[rows[0]].sampling) for rows in rows_of.values())
 
 
 def mark_dynamic_rows(cache: KVCache, state: DecodeState) -> None:
     """Let batches of any size but 1 share a compiled step."""
-    if len(state.ids) > 1:
-        for tensor in (state.ids, state.positions, cache.rows, *cache.layers):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        for tensor in (state.uniform, state.drawn, state.logps):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    by_row = (state.ids, state.positions, cache.rows, *cache.layers, state.seen)
+    by_token = (state.uniform, state.drawn, state.logps, state.logprobs, state.top_ids, state.top_logprobs)
+    if len(state.ids) == 1:
+        return
+    for dimension, tensors in enumerate((by_row, by_token)):
+        for tensor in tensors:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def complete(
+    model: nn.Module,
+    requests: Sequence[Request],
+    any_rank: Callable[[bool], bool] = bool,
+    on_token: Callable[[Any], None] | None = None,
+    *,
+    compiled: bool = False,
+) -> None:
+    """Draw requests to their ends. on_token is called with each id of the first one, but not with one that ends it."""
+    n_shown = 0
+    with decoding(model, compiled=compiled):
+        decoder = Decoder(model, any_rank, compiled=compiled)
+        decoder.join(requests)
+        while any_rank(decoder.any_active):
+            decoder.advance(look_often=on_token is not None)
+            if on_token is not None:
+                shown = requests[0].text_ids()
+                for ids in shown[n_shown:]:
+                    on_token(ids)
+                n_shown = len(shown)
 
 
 def generate_batch(
@@ -568,33 +788,20 @@ def generate_batch(
     any_rank: Callable[[bool], bool] = bool,
     on_token: Callable[[Any], None] | None = None,
 ) -> list[Completion]:
-    """Completions of prompts of any lengths, the `n` of a prompt one after the other.
+    """Completions of prompts of any lengths, the `n` of a prompt one after the other, as `complete` draws them.
 
-    Each ends with one of end_ids, or after max_new_tokens. prompts: ids, (T,), or (K, T) of K contexts.
-    any_rank: whether something holds on this rank -> whether it holds on any, for sharded models. on_token is called
-    with each id of the first completion, or its K ids, but not with one that ends it.
+    prompts: ids, (T,), or (K, T) of K contexts.
     """
-    n_shown = 0
-    no_autograd = torch.no_grad() if is_sharded(model) else torch.inference_mode()
-    with no_autograd, varying_shapes(), allow_graphs(compiled=sampling.compiled):
-        decoder = Decoder(model, prompts, sampling, uniform or uniform_draws(0), any_rank)
-        needs_looks = sampling.end_ids or sampling.is_complete or on_token or is_sharded(model)  # ranks go in step
-        most = LOOK_EVERY if decoder.is_replayed or not needs_looks else 1
-        decoder.prefill()
-        while True:
-            decoder.look()
-            if on_token is not None:
-                n_shown = report_tokens(decoder, on_token, n_shown)
-            if decoder.num_drawn == sampling.max_new_tokens or not any_rank(decoder.any_active):
-                return decoder.completions()
-            decoder.retire()
-            decoder.slide()
-            decoder.decode(most)
+    requests = make_requests(prompts, sampling, uniform or uniform_draws(0))
+    complete(model, requests, any_rank, on_token, compiled=sampling.compiled)
+    return [request.completion() for request in requests]
 
 
-def report_tokens(decoder: Decoder, on_token: Callable[[Any], None], start: int) -> int:
-    """Call on_token with the first completion's ids from `start` on; how many there are by now."""
-    n_tokens = int(decoder.num_tokens[0])
-    for ids in decoder.ids[0, start : n_tokens - bool(decoder.ended[0])].tolist():
-        on_token(ids if len(ids) > 1 else ids[0])
-    return n_tokens
+def make_requests(prompts: Sequence[Any], sampling: SamplingParams, uniform: UniformDraws) -> list[Request]:
+    """`n` requests of each prompt, which share it, numbered in turn."""
+    requests: list[Request] = []
+    for prompt in prompts:
+        ids = np.atleast_2d(np.asarray(prompt, dtype=np.int64))
+        for _ in range(sampling.n):
+            requests.append(Request(ids, sampling, uniform, number=len(requests)))
+    return requests

@@ -101,7 +101,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.numel() // self.cols
-        if batch > MAX_ROWS or batch * self.cols > MAX_VALUES:
+        if not 0 < batch <= MAX_ROWS or batch * self.cols > MAX_VALUES:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
         x = x.contiguous()

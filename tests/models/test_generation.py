@@ -1,13 +1,13 @@
 """Generation: cached equals uncached, a batch equals its prompts alone, and filters keep what their definitions say."""
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import draw_uncached, ids, tiny_model
@@ -21,10 +21,15 @@ from nanoforge.models.generation import (
     LOOK_EVERY,
     Decoder,
     KVCache,
+    Request,
     SamplingParams,
+    complete,
+    decoding,
     generate_batch,
     inverse_cdf,
     logits_to_probs,
+    make_requests,
+    penalize,
     sample,
     uniform_draws,
 )
@@ -95,8 +100,20 @@ def test_greedy_equals_transformers(tmp_path: Path):
     loaded = pretrained.load(str(tmp_path))
     ours = GPT(GPTConfig(**loaded.shape))
     ours.load_weights(loaded.weights, "")
-    reference = theirs.generate(ids(2, 4), max_new_tokens=40, do_sample=False, pad_token_id=0)
-    assert torch.equal(draw(ours, ids(2, 4), 40, temperature=0.0), reference)
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    for penalty in (1.0, 1.3, 0.8):
+        sampling = SamplingParams(max_new_tokens=40, temperature=0.0, repetition_penalty=penalty, logprobs=3)
+        completions = generate_batch(ours.eval(), ids(2, 4).numpy(), sampling)
+        reference = theirs.generate(ids(2, 4), repetition_penalty=penalty, output_logits=True, **options)
+        assert [completion.ids for completion in completions] == reference.sequences[:, 4:].tolist()
+        logprobs = torch.stack(reference.logits, dim=1).log_softmax(-1)  # (2, 40, V), before the penalty
+        drawn = logprobs.gather(2, reference.sequences[:, 4:, None])[..., 0]
+        top = logprobs.topk(3)
+        for row, completion in enumerate(completions):
+            assert completion.logprobs == pytest.approx(drawn[row].tolist(), abs=1e-5)
+            pairs = torch.tensor(completion.top_logprobs)  # (40, 3, 2)
+            assert torch.equal(pairs[..., 0].long(), top.indices[row])
+            torch.testing.assert_close(pairs[..., 1], top.values[row], atol=1e-5, rtol=0)
 
 
 def frequencies(logits, n=20000, **filters):
@@ -123,6 +140,15 @@ def test_filters_keep_what_their_definition_says():
     assert kept(min_p=0.25) == [True, True, False, True]
     assert kept(min_p=0.7) == [False, True, False, False]
     torch.testing.assert_close(frequencies(logits, top_k=2)[[1, 3]], torch.tensor([0.625, 0.375]), atol=0.012, rtol=0)
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(3, 31, generator=torch.Generator().manual_seed(0))
+    seen = torch.zeros(3, 31, dtype=torch.bool).scatter_(1, ids(3, 9), value=True)
+    for penalty in (1.0, 1.7, 0.6):
+        expected = processors.RepetitionPenaltyLogitsProcessor(penalty)(ids(3, 9), logits)
+        assert torch.equal(penalize(logits, seen, penalty), expected)
 
 
 def test_an_id_of_probability_zero_is_never_drawn():
@@ -216,18 +242,16 @@ def test_a_batch_draws_what_each_prompt_draws_alone(variant):
     alone = [draw(model, prompt[None], 20, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_id = alone[0][2]  # ends the first completion at its third token at the latest
     sampling = SamplingParams(max_new_tokens=20, temperature=0.0, n=2, end_ids=(eos_id,))
-    decoder = Decoder(model, prompts, sampling, uniform_draws(0))
-    decoder.prefill()
-    decoder.look()
-    num_rows = [len(decoder.completion_of_row)]
-    while decoder.num_drawn < 20 and decoder.any_active:
-        decoder.retire()
-        decoder.decode(1)
-        decoder.look()
-        num_rows.append(len(decoder.completion_of_row))
+    decoder = Decoder(model)
+    requests = make_requests(prompts, sampling, uniform_draws(0))
+    decoder.join(requests)
+    num_rows = [len(decoder.requests)]
+    while decoder.any_active:
+        decoder.advance()
+        num_rows.append(len(decoder.requests))
     assert num_rows[0] == 2 * len(prompts)
     assert num_rows == sorted(num_rows, reverse=True)
-    for i, completion in enumerate(decoder.completions()):
+    for i, completion in enumerate(request.completion() for request in requests):
         expected = alone[i // 2]
         if eos_id in expected:
             expected = expected[: expected.index(eos_id) + 1]
@@ -243,12 +267,65 @@ def test_a_batch_past_the_context_equals_reading_each_text_again(variant: dict) 
     prompts = [ids(length, seed=length) for length in (3, 11, 12, 13, 30)]
     alone = [draw_uncached(model, prompt[None], 40, temperature=0.0)[0, len(prompt) :].tolist() for prompt in prompts]
     eos_ids = [i for i in range(31) if 0 < sum(i in text for text in alone) < len(alone)]
-    for eos_id, any_rank in ((None, bool), (eos_ids[0], bool), (eos_ids[0], lambda _: True)):
+    calls = itertools.count()
+    other_rank_goes_on = lambda holds: holds or next(calls) < 80  # noqa: E731
+    for eos_id, any_rank in ((None, bool), (eos_ids[0], bool), (eos_ids[0], other_rank_goes_on)):
         options = SamplingParams(max_new_tokens=40, temperature=0.0, n=2, end_ids=() if eos_id is None else (eos_id,))
         completions = generate_batch(model, [prompt.tolist() for prompt in prompts], options, any_rank=any_rank)
         for completion, text in zip(completions, [text for text in alone for _ in range(2)], strict=True):
             assert completion.ended == (eos_id in text)
             assert completion.ids == (text[: text.index(eos_id) + 1] if completion.ended else text)
+
+
+REQUESTS = [  # (length of the prompt, parameters)
+    (3, {"temperature": 0.0, "max_new_tokens": 9}),
+    (11, {"temperature": 0.7, "top_k": 5, "max_new_tokens": 30, "logprobs": 2}),
+    (1, {"temperature": 1.0, "top_p": 0.8, "max_new_tokens": 9, "end_ids": tuple(range(25))}),
+    (7, {"temperature": 1.5, "min_p": 0.1, "repetition_penalty": 1.4, "max_new_tokens": 30}),
+    (5, {"temperature": 0.0, "repetition_penalty": 1.2, "max_new_tokens": 20, "logprobs": 0}),
+    (20, {"temperature": 1.0, "max_new_tokens": 12, "is_complete": lambda new: sum(new[-2:]) > 40}),
+]
+
+
+def make_request(number: int) -> Request:
+    length, options = REQUESTS[number]
+    return Request(ids(length, seed=length).tolist(), SamplingParams(**options), uniform_draws(number, 7))
+
+
+def results(request: Request) -> tuple:
+    rounded = [round(logprob, 4) for logprob in request.logprobs]
+    tops = [[(token, round(logprob, 4)) for token, logprob in top] for top in request.top_logprobs]
+    return request.ids, request.finish_reason, rounded, tops
+
+
+@pytest.mark.parametrize("variant", [{}, {"position": "rope", "window": "SL", "window_size": 3}], ids=str)
+@pytest.mark.parametrize("decoder_class", ["Decoder", "CUDADecoder"])
+def test_a_request_draws_the_same_alone_and_among_others(variant: dict, decoder_class: str, monkeypatch) -> None:
+    """Requests with parameters and seeds of their own join a batch that is running, past a context of 12, and leave."""
+    model = tiny_model(block_size=12, **variant).eval()
+    alone = [make_request(number) for number in range(len(REQUESTS))]
+    for request in alone:
+        complete(model, [request])
+    assert {request.finish_reason for request in alone} == {"end", "stop", "length"}
+
+    monkeypatch.setattr(generation, "capture", FakeGraph)
+    together = [make_request(number) for number in range(len(REQUESTS))]
+    gone = make_request(1)
+    with decoding(model):
+        decoder = globals()[decoder_class](model)
+        decoder.join([together[0], gone])
+        decoder.advance()
+        decoder.join(together[1:4])
+        n_drawn = len(gone.ids)
+        gone.cancel()
+        for request in together[4:]:
+            decoder.advance()
+            decoder.join([request])
+        while decoder.any_active:
+            decoder.advance()
+    assert [results(request) for request in together] == [results(request) for request in alone]
+    assert gone.finish_reason == "cancelled" and gone.ids == alone[1].ids[:n_drawn]
+    assert len(decoder.requests) < len(REQUESTS), "rows that have finished leave"
 
 
 def test_past_the_context_the_virtual_tokens_stay() -> None:
@@ -361,7 +438,9 @@ class FakeGraph:
 def tensors_of(step: Any) -> list[torch.Tensor]:
     """All that a step reads and writes beside the weights."""
     _, cache, state, _ = step.args
-    return [*cache.layers, state.ids, state.uniform, state.drawn, state.logps, state.positions, state.at]
+    reported = [state.logprobs, state.top_ids, state.top_logprobs, state.seen]
+    tensors = [*cache.layers, state.ids, state.uniform, state.drawn, state.logps, state.positions, state.at, *reported]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 class Recorder(TorchDispatchMode):
@@ -380,8 +459,8 @@ class Recorder(TorchDispatchMode):
 class CUDADecoder(Decoder):
     """Takes CUDA's branches."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.is_static = self.is_replayed = True
 
 
@@ -420,9 +499,9 @@ def test_a_step_launches_few_kernels_and_never_asks_the_host() -> None:
     sampling = SamplingParams(max_new_tokens=32, temperature=0.8, top_k=50, logps=True)
     counts = {}
     for n_layer in (1, 3):
-        decoder = CUDADecoder(gpt2_shape(n_layer), [[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0))
+        decoder = CUDADecoder(gpt2_shape(n_layer))
         with torch.no_grad():
-            decoder.prefill()
+            decoder.join(make_requests([[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0)))
             with KernelCounter() as counter:
                 decoder.step.step()
         assert not {"multinomial", "_local_scalar_dense", "nonzero"} & counter.counts.keys()
@@ -433,10 +512,12 @@ def test_a_step_launches_few_kernels_and_never_asks_the_host() -> None:
 
 def test_sixteen_steps_run_without_a_device() -> None:
     """With tensors that have no values: a read by the host would raise."""
-    sampling = SamplingParams(max_new_tokens=32, top_p=0.9, min_p=0.1, top_k=50, logps=True, compiled=True)
+    sampling = SamplingParams(max_new_tokens=32, top_p=0.9, min_p=0.1, top_k=50, logps=True)
+    other = SamplingParams(max_new_tokens=9, repetition_penalty=1.2, logprobs=4)
     with FakeTensorMode(), torch.no_grad():
-        decoder = Decoder(gpt2_shape(1), [[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0))
-        decoder.prefill()
+        decoder = Decoder(gpt2_shape(1), compiled=True)
+        requests = make_requests([[1] * n for n in (5, 7, 9, 9)], sampling, uniform_draws(0))
+        decoder.join([*requests, Request([1, 2], other)])
         step = functools.partial(generation.decode_one_token, *decoder.step.args)  # type: ignore[attr-defined]
         for _ in range(LOOK_EVERY):
             step()
@@ -481,14 +562,14 @@ def test_a_compiled_step_writes_the_cache_in_place() -> None:
     drawn = {}
     for compiled in (False, True):
         sampling = SamplingParams(max_new_tokens=32, logps=True, compiled=compiled)
-        decoder = CUDADecoder(gpt2_shape(1), [[1] * n for n in (5, 7)], sampling, uniform_draws(0))
+        decoder = CUDADecoder(gpt2_shape(1), compiled=compiled)
         decoder.is_replayed = False
         with torch.no_grad():
-            decoder.prefill()
+            decoder.join(make_requests([[1] * n for n in (5, 7)], sampling, uniform_draws(0)))
             _, codes = run_and_get_code(lambda: decoder.decode(8))  # noqa: B023
             decoder.look()
-        drawn[compiled] = decoder.ids[:, :9]
-    assert np.array_equal(drawn[True], drawn[False])
+        drawn[compiled] = [request.ids for request in decoder.requests]
+    assert len(drawn[True][0]) == 8 and drawn[True] == drawn[False]
     (code,) = codes
     calls = code[code.index("def call(") :]
     kernels = re.findall(r"^ +(?:cpp_fused\w*\(|extern_kernels\.|\w+ = torch\.ops\.aten)", calls, flags=re.MULTILINE)
