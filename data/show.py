@@ -592,10 +592,15 @@ def main(args: ShowArgs) -> None:
             show_bins(args, training)
 
 
+def parse(argv: list[str]) -> ShowArgs:
+    """NAMES and flags; exits with status 2 on errors."""
+    names = list(takewhile(lambda text: not text.startswith("-"), argv))
+    flags = [*(["--name", *names] if names else []), *argv[len(names) :]]
+    return configurator.parse(ShowArgs, flags, __doc__ or "", Rules(locate=add_run, check=check))
+
+
 if __name__ == "__main__":
-    names = list(takewhile(lambda text: not text.startswith("-"), sys.argv[1:]))
-    argv = [*(["--name", *names] if names else []), *sys.argv[1 + len(names) :]]
-    ARGS = configurator.parse(ShowArgs, argv, __doc__, Rules(locate=add_run, check=check))
+    ARGS = parse(sys.argv[1:])
     configurator.exit_on_interrupt()
 
 import numpy as np

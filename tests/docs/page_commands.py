@@ -68,7 +68,12 @@ def of_page(page: Path) -> list[Command]:
 
 
 def inline(page: Path) -> list[Command]:
-    """The commands within a page's lines: `train.py --dataset=...`, with or without python before them."""
+    """The commands within a page's lines: `train.py --dataset=...`, with or without python before them.
+
+    Those of other programs, in the first column of coming_from.md, are left out.
+    """
     plain = INDENTED.sub("", FENCE.sub("", page.read_text()))
+    if page.name == "coming_from.md":
+        plain = re.sub(r"^\| .*? \|", "", plain, flags=re.MULTILINE)
     commands = [Command(str(page.relative_to(ROOT)), text) for text in re.findall(r"`([^`\n]+)`", plain)]
     return [command for command in commands if " --" in command.text and command.script]

@@ -57,6 +57,9 @@ def parse_report(argv: list[str]) -> None:
 def parse_other(script: str, argv: list[str]) -> None:
     """A script with a table of its own; a prepare.py without one has data/prepare.py's with other defaults."""
     module, defaults = load(script), []
+    if hasattr(module, "parse"):
+        module.parse(argv)
+        return
     if script.endswith("prepare.py") and not generate.tables_of(module):
         module, defaults = load("data/prepare.py"), ["--input=x", "--name=x"]
     tables = generate.tables_of(module)

@@ -7,8 +7,10 @@ import pytest
 from generated_pages import generate
 from helpers import ROOT
 
+import configurator
 from nanoforge.training import metrics
 
+TORCHRUN_FLAGS = {"standalone", "nproc_per_node"}
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/README.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -53,3 +55,18 @@ def test_the_index_has_every_page():
     index = (ROOT / "docs/README.md").read_text()
     names = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
     assert not {name for name in names if f"]({name})" not in index}
+
+
+def test_what_stands_beside_other_programs_names_is_there():
+    """In coming_from.md: the flags of the right column are arguments, its files exist."""
+    modules = [generate.load_script(name) for name in generate.commands()]
+    specs = [spec for module in modules for spec in configurator.arg_specs(generate.tables_of(module)[0]).values()]
+    names = {name for spec in specs for name in (spec.name, *spec.alias)}
+    rows = re.findall(r"^\| .*? \| (.*) \|$", (ROOT / "docs/coming_from.md").read_text(), flags=re.MULTILINE)
+    ours = [code for row in rows for code in re.findall(r"`([^`]+)`", row.partition(" | ")[0])]
+    assert len(ours) > 150
+    for code in ours:
+        for flag in re.findall(r"--(?:no-)?(\w[\w-]*)", code):
+            assert flag in names | TORCHRUN_FLAGS, code
+        for path in re.findall(r"(?:[\w-]+/)*[\w-]+\.py\b", code):
+            assert (ROOT / path).is_file(), code
