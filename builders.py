@@ -1008,6 +1008,7 @@ class LoadedModel:
     source: str  # what it was loaded from: a path (of a run: its checkpoint's), or a name on the hub
     folder: Path | None = None  # the checkpoint, if this program wrote it
     prompt_offsets: tuple[int, ...] = ()  # id of the first virtual token of each soft prompt
+    unread: Pretrained | None = None  # the weights, where the model has none of its own: it is on the meta device
 
     @cached_property
     def args(self) -> TrainArgs | None:
@@ -1035,10 +1036,13 @@ def load_model(
     checkpoint_name: str = "best",
     base_model: str = "",
     log: Callable[[str], None] = print_line,
+    *,
+    reads_weights: bool = True,
 ) -> LoadedModel:
     """The model that --init_from names: weights as train.py takes them, or with `resume` the run in out_dir.
 
-    checkpoint_name: of the run: best, last, or a step. base_model: of an adapter, where its base is. Raises UserError.
+    checkpoint_name: of the run: best, last, or a step. base_model: of an adapter, where its base is. reads_weights:
+    False for a model of which only the shape and the tokenizers are needed. Raises UserError.
     """
     source = init_from
     if init_from == "resume":
@@ -1046,10 +1050,12 @@ def load_model(
         if RunRecord.load(Path(source)).args.get("adapter") == "soft_prompt":
             return load_soft_prompts([Path(source)], base_model, log)
     loaded = pretrained.load(source, log, base_model)
-    model = GPT.from_weights(GPTConfig(**known_fields(loaded.shape, source)), loaded.weights, source)
+    config = GPTConfig(**known_fields(loaded.shape, source))
+    model = GPT.from_weights(config, loaded.weights, source) if reads_weights else GPT.without_weights(config)
     tokenizers = loaded.tokenizers or {"tokens": tokenization.NumberTokenizer(sum(model.config.vocab_sizes))}
     is_ours = (Path(loaded.source) / RECORD_FILE).exists()
-    return LoadedModel(model.eval(), tokenizers, source, Path(loaded.source) if is_ours else None)
+    folder = Path(loaded.source) if is_ours else None
+    return LoadedModel(model.eval(), tokenizers, source, folder, unread=None if reads_weights else loaded)
 
 
 def with_template(loaded: LoadedModel, chat_template: str, variables: Mapping[str, Any]) -> LoadedModel:

@@ -1163,6 +1163,12 @@ class GPT(HasParts):
         return partial(masked_attention, x.new_zeros(()).where(mask, -math.inf))  # once, and not in each layer
 
     @classmethod
+    def without_weights(cls, config: GPTConfig) -> "GPT":
+        """A model on the meta device: its parameters have shapes, but no values."""
+        with torch.device("meta"), NoInitialWeights():
+            return cls(config)
+
+    @classmethod
     def from_weights(
         cls,
         config: GPTConfig,
@@ -1177,8 +1183,7 @@ class GPT(HasParts):
         keep: from a weight's name and its values to what the model holds; None: float32. Weights are read one at a
         time, and no others are drawn: memory peaks at the model and one weight.
         """
-        with torch.device("meta"), NoInitialWeights():
-            model = cls(config)
+        model = cls.without_weights(config)
         fitted = model.fit_weights(weights, source_name, grow=grow)
         for name, tensor in fitted:
             owner, _, attribute = name.rpartition(".")

@@ -11,11 +11,12 @@ A run folder is all it needs. All samples are drawn in one batch, and the first 
 prompts, also of several runs, are added to the base model that they were trained on.
 """
 
+import dataclasses
 import gc
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from common_args import DeviceArgs, LoadArgs, device_errors, load_errors
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 
 DEFAULT_START = ("\n",)
+LLAMA_CPP = "llama.cpp"
 WITHOUT_PROMPT_DIR = OnlyWith(
     "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
 )
@@ -87,6 +89,12 @@ class SamplingArgs:
 class SystemArgs(DeviceArgs):
     """system"""
 
+    engine: str = arg(
+        "torch",
+        "what computes: torch, or llama.cpp (pip install xllamacpp), faster on a CPU for the models that it has; "
+        "its random numbers are its own, so a --seed gives other samples",
+        choices=("torch", LLAMA_CPP),
+    )
     compile: bool = arg(
         False, "compile the decoding step (on a GPU with CUDA graphs): slower to start, faster for long samples"
     )
@@ -98,7 +106,7 @@ class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
 
 
 def check(args: SampleArgs, source: dict[str, str]) -> list[str]:
-    return [*load_errors(args), *device_errors(args), *prompt_errors(args, source)]
+    return [*load_errors(args), *device_errors(args), *prompt_errors(args, source), *llama_cpp_errors(args)]
 
 
 def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
@@ -121,6 +129,18 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
             yield f"--compile: has no effect with --{name}"
 
 
+def llama_cpp_errors(args: SampleArgs) -> Iterator[str]:
+    """Errors of what --engine=llama.cpp has not."""
+    if args.engine != LLAMA_CPP:
+        return
+    if args.prompt_dir:
+        yield "--prompt_dir: llama.cpp has no soft prompts; use --engine=torch"
+    if args.compile:
+        yield "--compile: has no effect with --engine=llama.cpp"
+    if args.device not in ("auto", "cpu"):
+        yield f"--device={args.device}: --engine=llama.cpp computes on the CPU; use --engine=torch"
+
+
 if __name__ == "__main__":
     configurator.exit_on_interrupt()
     ARGS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
@@ -129,6 +149,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from builders import LoadedModel, load_model, load_soft_prompts, with_template
 from nanoforge import files
@@ -137,7 +158,8 @@ from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
-from nanoforge.models.generation import SamplingParams, cast_weights, generate_batch, uniform_draws
+from nanoforge.models import llama_cpp
+from nanoforge.models.generation import Completion, SamplingParams, cast_weights, generate_batch, uniform_draws
 from nanoforge.models.streamed_linear import stream_linears
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.chat_template import completion_end_ids
@@ -149,6 +171,7 @@ from nanoforge.run_dir import RunRecord
 from nanoforge.training import checkpoint
 
 SEPARATOR = "---------------"
+LLAMA_CPP_TYPES = {"auto": "f16", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # of matrices, by --dtype
 
 
 def main(args: SampleArgs) -> None:
@@ -160,7 +183,14 @@ def sample(args: SampleArgs) -> None:
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
-    loaded = load_model(args.init_from, args.out_dir, args.checkpoint, args.base_model, print_to_stderr)
+    loaded = load_model(
+        args.init_from,
+        args.out_dir,
+        args.checkpoint,
+        args.base_model,
+        print_to_stderr,
+        reads_weights=args.engine == "torch",
+    )
     if loaded.prompt_offsets:
         raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
     loaded = with_template(loaded, args.chat_template, args.chat_template_kwargs)
@@ -170,6 +200,36 @@ def sample(args: SampleArgs) -> None:
         sample_until_end(args, loaded)
     else:
         sample_endlessly(args, loaded)
+
+
+# (prompts, sampling, the key of the random numbers, what is called with each id of the first completion)
+Generate = Callable[
+    [Sequence[Any], SamplingParams, tuple[int, ...], Callable[[Any], None] | None], Sequence[Completion]
+]
+
+
+def open_engine(args: SampleArgs, loaded: LoadedModel) -> Generate:
+    """What draws completions, as generate_batch does. Raises UserError."""
+    if args.engine == LLAMA_CPP:
+        return open_llama_cpp(args, loaded)
+    prepare_model(args, loaded)
+    return lambda prompts, sampling, key, on_token: generate_batch(
+        loaded.model, prompts, sampling, uniform_draws(*key), on_token=on_token
+    )
+
+
+def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> Generate:
+    """llama.cpp with the model, written as a file for it once. Raises UserError."""
+    assert loaded.unread is not None
+    config = loaded.model.config
+    path = llama_cpp.path_of(loaded.unread, dataclasses.asdict(config), LLAMA_CPP_TYPES[args.dtype])
+    return llama_cpp.LlamaCpp(
+        path=path,
+        block_size=config.block_size,
+        vocab_rows=sum(config.vocab_sizes),
+        n_threads=torch.get_num_threads(),
+        exact_cache=args.dtype == "float32",
+    ).generate
 
 
 def prepare_model(args: SampleArgs, loaded: LoadedModel) -> None:
@@ -296,7 +356,7 @@ def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
 
 def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, chat: list[dict[str, str]]) -> None:
     """Reply to each line of standard input, as the user's next message, until it ends. Raises UserError."""
-    prepare_model(args, loaded)
+    generate = open_engine(args, loaded)
     tokenizer = loaded.tokenizer
     sampling = sampling_params(args, end_ids=completion_end_ids(tokenizer), vocab_size=tokenizer.vocab_size)
     for turn in itertools.count():
@@ -307,8 +367,7 @@ def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, cha
         prompt = encoder.encode_prompt({"prompt": chat})
         remark_long_prompt(len(prompt), loaded)
         printer = TokenPrinter(tokenizer)
-        draws = uniform_draws(args.seed, SAMPLE, turn)
-        (completion,) = generate_batch(loaded.model, [prompt], sampling, draws, on_token=printer.put)
+        (completion,) = generate([prompt], sampling, (args.seed, SAMPLE, turn), printer.put)
         printer.flush()
         print()
         chat.append({"role": "assistant", "content": decode_completion(completion, tokenizer)})
@@ -336,12 +395,12 @@ def print_completions(
     args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefixes: Sequence[str] = ()
 ) -> None:
     """Draw and print num_samples completions of each prompt, each after its prefix, if there are prefixes."""
-    prepare_model(args, loaded)
+    generate = open_engine(args, loaded)
     remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
     end_ids = completion_end_ids(tokenizer)
     sampling = sampling_params(args, n=args.num_samples, end_ids=end_ids, vocab_size=tokenizer.vocab_size)
-    completions = generate_batch(loaded.model, prompts, sampling, uniform_draws(args.seed, SAMPLE))
+    completions = generate(prompts, sampling, (args.seed, SAMPLE), None)
     for number, completion in enumerate(completions):
         prefix = prefixes[number // args.num_samples] if prefixes else ""
         print(f"{prefix}{decode_completion(completion, tokenizer, continues_text=bool(prefixes))}\n{SEPARATOR}")
@@ -398,7 +457,7 @@ class TokenPrinter:
 def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     """Continue a text, or all contexts together, by max_new_tokens tokens. Raises UserError."""
     # 1. The prompt.
-    prepare_model(args, loaded)
+    generate = open_engine(args, loaded)
     config = loaded.model.config
     has_contexts = config.vocabulary == "contexts"
     streams = open_contexts(args, loaded) if has_contexts else [open_stream(args, loaded)]
@@ -412,13 +471,8 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
         printer = TokenPrinter(streams[0].tokenizer, streams[0].offset)
         for token in without_start(streams[0].tokenizer, streams[0].prompt.tolist()):
             printer.put(token)
-    completions = generate_batch(
-        loaded.model,
-        [prompt],
-        sampling_params(args, n=args.num_samples, vocab_size=vocab_size),
-        uniform_draws(args.seed, SAMPLE),
-        on_token=printer.put_model_id if printer else None,
-    )
+    sampling = sampling_params(args, n=args.num_samples, vocab_size=vocab_size)
+    completions = generate([prompt], sampling, (args.seed, SAMPLE), printer.put_model_id if printer else None)
 
     # 3. The rest.
     if printer:

@@ -179,6 +179,9 @@ class FamilyWeights(Mapping[str, Tensor]):
         tensor_map = self.maps[name]
         return tensor_map.join([self.reader.read(theirs) for theirs in tensor_map.theirs])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.maps  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.maps)
 

@@ -4,7 +4,7 @@ export(model, Path("run.gguf"), "q8_0", chat_template)
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,16 @@ def export(model: hf_export.HFModel, path: Path, kind: str, chat_template: str) 
 
     kind: an entry of TYPES, for matrices. Memory holds a tensor at a time. Raises UserError.
     """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError("the model's tokenizer is not known, and llama.cpp needs one; export.py hf takes it without")
+    return write(model, path, kind, lambda size: gguf_tokenizers.to_gguf(tokenizer, size, chat_template))
+
+
+def write(model: hf_export.HFModel, path: Path, kind: str, vocabulary: Callable[[int], dict[str, Any]]) -> str:
+    """As `export`. vocabulary: from a number of tokens to the keys and values of the file that describe them."""
     gguf = gguf_files.import_gguf()
     model, family = fit(model)
-    assert model.tokenizer is not None
     config = {key: value for key, value in family.write_config(model.shape).items() if key not in NOT_OF_GGUF}
     factors = config.pop(gguf_files.ROPE_FACTORS, None)
     metadata = {
@@ -39,7 +46,7 @@ def export(model: hf_export.HFModel, path: Path, kind: str, chat_template: str) 
         "general.file_type": TYPES[kind],
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{family.model_type}.{key}": value for key, value in config.items()},
-        **gguf_tokenizers.to_gguf(model.tokenizer, config["vocab_size"], chat_template),
+        **vocabulary(config["vocab_size"]),
     }
     with atomic_write(path) as tmp_path:
         writer = gguf.GGUFWriter(tmp_path, family.model_type, use_temp_file=True)
@@ -47,17 +54,20 @@ def export(model: hf_export.HFModel, path: Path, kind: str, chat_template: str) 
             add_key(writer, key, value)
         for name, tensor in tensors_of(model, family, factors):
             add_tensor(writer, name, tensor, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
     return family.model_type
+
+
+def finish(writer: Any) -> None:
+    """Write the file of a GGUFWriter that has all keys and tensors."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def fit(model: hf_export.HFModel) -> tuple[hf_export.HFModel, Family]:
     """The model as llama.cpp can have it, and the architecture. Raises UserError that names what is in the way."""
-    if model.tokenizer is None:
-        raise UserError("the model's tokenizer is not known, and llama.cpp needs one; export.py hf takes it without")
     model, family, reasons = hf_export.in_a_family(hf_export.fit_rows(model), gguf_files.gguf_families())
     if family is None:
         nearest, reason = next(iter(reasons.items()))

@@ -41,20 +41,24 @@ class GGUFReader:
 
     def read(self, name: str) -> Tensor:
         """float32. Raises KeyError, and UserError for a tensor that is cut off or of an unknown type."""
-        gguf = import_gguf()
         path, info = self.places[name]
         try:
-            kind = gguf.GGMLQuantizationType(info.kind)
-            n_per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-            *rows, width = info.shape
-            n_row_bytes = width // n_per_block * n_bytes
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                data = np.fromfile(file, dtype=np.uint8, count=math.prod(rows) * n_row_bytes)
-            values = gguf.quants.dequantize(data.reshape(*rows, n_row_bytes), kind)
+            values = import_gguf().quants.dequantize(self.read_bytes(name), info.kind)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UserError(f"{path}: {name} can't be read ({type(error).__name__}: {error})") from None
         return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """As the file has it: (..., bytes of a row). Raises KeyError, and ValueError for one that is cut off."""
+        gguf = import_gguf()
+        path, info = self.places[name]
+        n_per_block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
+        *rows, width = info.shape
+        n_row_bytes = width // n_per_block * n_bytes
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=math.prod(rows) * n_row_bytes)
+        return data.reshape(*rows, n_row_bytes)
 
 
 def import_gguf() -> Any:

@@ -71,7 +71,8 @@ class HFModel(NamedTuple):
 
 PROGRAM_MODULES = ("nanoforge.distributed", "nanoforge.errors", "train_args")  # that model.py imports
 REGISTRATION = {"LIBRARY", "operator"}  # what makes operators of torch, which a process has once
-LOADERS = ("from_args", "from_weights", "load_weights", "fit_weights")  # methods that transformers replaces
+# Methods that transformers replaces.
+LOADERS = ("from_args", "without_weights", "from_weights", "load_weights", "fit_weights")
 STANDALONE = '''
 
 class UserError(ValueError):
@@ -172,6 +173,9 @@ class CutWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name][: self.rows] if name in TABLES else self.weights[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
@@ -238,6 +242,9 @@ class NeutralWeights(Mapping[str, Tensor]):
             return self.weights[name]
         fill = torch.zeros if name.endswith("bias") else torch.ones
         return fill(self.shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights or name in self.shapes  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         yield from self.weights
