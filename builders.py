@@ -58,7 +58,7 @@ from nanoforge.posttraining.objective_specs import OBJECTIVES
 from nanoforge.posttraining.objectives import DPO, GRPO, KTO, SFT, LanguageModel, Objective
 from nanoforge.posttraining.prompt_format import PromptTemplate
 from nanoforge.posttraining.reference import ReferenceCache, ReferenceModel
-from nanoforge.posttraining.rewards import parse_rewards
+from nanoforge.posttraining.rewards import NEED_ANSWER, parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
 from nanoforge.training import checkpoint, compilation, schedules
@@ -329,7 +329,7 @@ def row_format(args: TrainArgs, *, has_chat_template: bool) -> RowFormat:
             completion_fields = [args.target_field]
         fields = [[*template.fields, *completion_fields]]
     rewards = [item.strip().partition(":")[0] for item in args.reward.split(",")]
-    if spec.is_online and "correct" not in rewards:  # the other rewards need no answer
+    if spec.is_online and not {*NEED_ANSWER} & {*rewards}:
         fields = [*fields, *([name for name in names if name != "answer"] for names in fields)]
     return RowFormat(
         fields=fields,

@@ -356,8 +356,9 @@ class PreferenceArgs:
 class GRPOArgs:
     """GRPO"""
 
-    reward: str = arg("correct:1", "reward functions with weights: correct, format, length or module:function, "
-        "as in correct:1,format:0.5,module:function:0.2", needs=GRPO, val_loss=ALWAYS, alias=("reward_funcs",))
+    reward: str = arg("correct:1", "reward functions with weights: correct, format, length, math_verify, "
+        "reasoning_gym or module:function, as in correct:1,format:0.5,module:function:0.2",
+        needs=GRPO, val_loss=ALWAYS, alias=("reward_funcs",))
     num_generations: int = arg(8, "completions sampled per prompt (group size); must divide the global batch size, "
         "which counts completions", low=2, needs=GRPO, alias=("group_size",))
     temperature: float = arg(1.0, "sampling temperature for rollouts", above=0, needs=GRPO)

@@ -13,6 +13,7 @@ Knows nothing of models or tokenizers.
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from nanoforge.data.tables import Row
 from nanoforge.errors import UserError, did_you_mean
+from nanoforge.posttraining import package_rewards
 from nanoforge.posttraining.answers import is_correct
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +78,25 @@ def length_reward(sample: Sample) -> float:
     return max(0.0, 1 - sample.n_tokens / sample.max_tokens) if sample.ended else 0.0
 
 
-REWARDS: dict[str, RewardFunction] = {"correct": correct_reward, "format": format_reward, "length": length_reward}
+def reasoning_gym_reward(sample: Sample) -> float:
+    """The score that reasoning-gym gives to <answer>..</answer>, or without these tags to the whole completion."""
+    return package_rewards.score_reasoning_gym(sample.completion, sample.problem)
+
+
+def math_verify_reward(sample: Sample) -> float:
+    r"""1 where math-verify finds the answer in <answer>..</answer>, or in \boxed{..}, $..$ or the text; else 0."""
+    return package_rewards.score_math(sample.completion, sample.problem["answer"])
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "correct": correct_reward,
+    "format": format_reward,
+    "length": length_reward,
+    "reasoning_gym": reasoning_gym_reward,
+    "math_verify": math_verify_reward,
+}
+NEED_ANSWER = ("correct", "math_verify")  # in the row's field `answer`
+GRADERS = (*NEED_ANSWER, "reasoning_gym")  # say whether an answer is right, not how it is written
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --reward
@@ -157,6 +177,9 @@ def load_reward(name: str, flag: str) -> RewardFunction:
     if name not in REWARDS:
         suggestion = did_you_mean(name, REWARDS)
         raise UserError(f"{flag}: no such reward{suggestion}; there is {', '.join(REWARDS)}, and my_module:my_function")
+    package = package_rewards.PACKAGES.get(name)
+    if package and importlib.util.find_spec(name) is None:
+        raise UserError(f"{flag}: needs a package: pip install {package}")
     return REWARDS[name]
 
 
@@ -196,17 +219,19 @@ def check_signature(function: Callable[..., Any], flag: str) -> None:
 def check_weights(rewards: Iterable[Reward]) -> None:
     """Raise UserError unless a wrong answer always gets less than a right one.
 
-    Values lie in [0, 1], so the weight of `correct` must exceed the sum of the other weights, each taken positive.
+    Values lie in [0, 1], so the weight of the first of GRADERS must exceed the sum of the other weights, each taken
+    positive.
     """
     weights = {reward.name: reward.weight for reward in rewards}
-    if "correct" not in weights:
+    grader = next((name for name in GRADERS if name in weights), None)
+    if grader is None:
         return
-    correct = weights.pop("correct")
+    correct = weights.pop(grader)
     others = math.fsum(map(abs, weights.values()))
     if correct <= others:
         raise UserError(
             "--reward: a wrong answer could get more than a right one; "
-            f"the weight of correct, {correct:g}, must exceed the sum of the others, {others:g}"
+            f"the weight of {grader}, {correct:g}, must exceed the sum of the others, {others:g}"
         )
 
 
