@@ -6,6 +6,7 @@
     python sample.py --out_dir=out/chat --start="Who are you?" --chat --system="Be brief."
     python sample.py --out_dir=out/chat --chat                        a conversation, line by line
     python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
+    python sample.py --serve --out_dir out/run out/other              a page to try them, and an OpenAI-compatible API
 
 A run folder is all it needs. All samples are drawn in one batch, and the first one is printed while it is drawn. Soft
 prompts, also of several runs, are added to the base model that they were trained on.
@@ -15,6 +16,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,11 @@ WITHOUT_PROMPT_DIR = OnlyWith(
     "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
 )
 CHAT = with_set("chat")
+SERVE = with_set("serve")
+NOT_SERVED = dict.fromkeys(  # argument -> what to do instead
+    ("start", "chat", "system", "stop_at_end", "fields", "num_samples", "stream", "seed"), "each request says it"
+)
+NOT_SERVED |= {"prompt_dir": "serve the run of its base model", "compile": "leave it out"}
 NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0)
 
 
@@ -37,7 +44,9 @@ NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0
 class ModelArgs(LoadArgs):
     """model"""
 
-    out_dir: str = arg("out", "run folder", needs=WITHOUT_PROMPT_DIR, path=True)
+    out_dir: tuple[str, ...] = arg(  # type: ignore[assignment]  # other commands take one
+        ("out",), "run folder; several with --serve", needs=WITHOUT_PROMPT_DIR, split=False, path=True
+    )
     prompt_dir: tuple[str, ...] = arg(
         (), "run folders of soft prompts: one for all --fields, or one for each of them", split=False, path=True
     )
@@ -100,13 +109,38 @@ class SystemArgs(DeviceArgs):
     )
 
 
+@arg_group
+class ServeArgs:
+    """serve"""
+
+    serve: bool = arg(False, "serve a page and an OpenAI-compatible API; the sampling arguments are its defaults")
+    host: str = arg("127.0.0.1", "address to listen on; all but this machine's own need a token", needs=SERVE)
+    port: int = arg(8000, "port (0: any free one)", low=0, high=65535, needs=SERVE)
+    token: str = arg("", "token that clients send (none: made, where one is needed)", needs=SERVE, alias=("api_key",))
+    open: bool = arg(False, "open the page in the browser", needs=SERVE)
+    max_batch: int = arg(16, "completions that a model draws together", low=1, needs=SERVE)
+    max_queue: int = arg(64, "requests that may wait; further ones are refused (status 429)", low=1, needs=SERVE)
+    max_body: int = arg(1_000_000, "largest request in bytes", low=1000, needs=SERVE)
+
+
 @arg_table
-class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs):
+class SampleArgs(ModelArgs, PromptArgs, SamplingArgs, SystemArgs, ServeArgs):
     """The arguments of sample.py."""
 
 
 def check(args: SampleArgs, source: dict[str, str]) -> list[str]:
-    return [*load_errors(args), *device_errors(args), *prompt_errors(args, source), *llama_cpp_errors(args)]
+    own_errors = (serve_errors(args, source), prompt_errors(args, source), llama_cpp_errors(args))
+    return [*itertools.chain(load_errors(args), device_errors(args), *own_errors)]
+
+
+def serve_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
+    """Errors of --serve: what each request says itself has no effect."""
+    if args.serve:
+        for name in NOT_SERVED:
+            if source[name] != "default":
+                yield f"--{name}: has no effect with --serve; {NOT_SERVED[name]}"
+    elif len(args.out_dir) > 1:
+        yield f"--out_dir: got {len(args.out_dir)} runs; pass one, or --serve them"
 
 
 def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
@@ -118,8 +152,8 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
     if args.chat and not start_is_set and source["num_samples"] != "default":
         yield "--num_samples: has no effect on a conversation; give the user's message as --start"
     for name in ("chat_template", "chat_template_kwargs"):
-        if getattr(args, name) and not args.chat:
-            yield f"--{name}: has an effect only with --chat"
+        if getattr(args, name) and not (args.chat or args.serve):
+            yield f"--{name}: has an effect only with --chat or --serve"
     if args.prompt_dir and args.chat:
         yield "--chat: has no effect with --prompt_dir; use --fields"
     if not args.start or "" in args.start:
@@ -141,9 +175,18 @@ def llama_cpp_errors(args: SampleArgs) -> Iterator[str]:
         yield f"--device={args.device}: --engine=llama.cpp computes on the CPU; use --engine=torch"
 
 
+def spread_out_dir(argv: list[str]) -> list[str]:
+    """argv with `--out_dir=RUN RUN2` as `--out_dir RUN RUN2`, which argparse reads as one list."""
+    spread: list[str] = []
+    for text, following in itertools.pairwise([*argv, ""]):
+        is_list = text.startswith("--out_dir=") and os.path.isdir(following)
+        spread += text.split("=", 1) if is_list else [text]
+    return spread
+
+
 if __name__ == "__main__":
     configurator.exit_on_interrupt()
-    ARGS = configurator.parse(SampleArgs, sys.argv[1:], __doc__, Rules(check=check))
+    ARGS = configurator.parse(SampleArgs, spread_out_dir(sys.argv[1:]), __doc__, Rules(check=check))
     gc.disable()  # a sixth of torch's import time; nothing here leaves cycles behind
 
 from pathlib import Path
@@ -168,6 +211,9 @@ from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.posttraining.rollouts import decode_completion
 from nanoforge.rng import SAMPLE
 from nanoforge.run_dir import RunRecord
+from nanoforge.serving.requests import Defaults
+from nanoforge.serving.served_model import Lane, ServedModel
+from nanoforge.serving.server import ServerOptions, serve
 from nanoforge.training import checkpoint
 
 SEPARATOR = "---------------"
@@ -180,26 +226,34 @@ def main(args: SampleArgs) -> None:
 
 
 def sample(args: SampleArgs) -> None:
+    if args.serve:
+        serve_models(args)
+        return
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
-    loaded = load_model(
-        args.init_from,
-        args.out_dir,
-        args.checkpoint,
-        args.base_model,
-        print_to_stderr,
-        reads_weights=args.engine == "torch",
-    )
-    if loaded.prompt_offsets:
-        raise UserError(f"--out_dir={args.out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
-    loaded = with_template(loaded, args.chat_template, args.chat_template_kwargs)
+    loaded = load(args, args.out_dir[0])
     if args.chat:
         sample_replies(args, loaded)
     elif args.stop_at_end:
         sample_until_end(args, loaded)
     else:
         sample_endlessly(args, loaded)
+
+
+def load(args: SampleArgs, out_dir: str) -> LoadedModel:
+    """The model of --init_from, or of a run. Raises UserError."""
+    loaded = load_model(
+        args.init_from,
+        out_dir,
+        args.checkpoint,
+        args.base_model,
+        print_to_stderr,
+        reads_weights=args.engine == "torch",
+    )
+    if loaded.prompt_offsets:
+        raise UserError(f"--out_dir={out_dir}: holds a soft prompt; sample.py takes it as --prompt_dir")
+    return with_template(loaded, args.chat_template, args.chat_template_kwargs)
 
 
 # (prompts, sampling, the key of the random numbers, what is called with each id of the first completion)
@@ -487,14 +541,20 @@ def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
 def open_stream(args: SampleArgs, loaded: LoadedModel) -> TextStream:
     """The text of the vocabulary that --dataset names, or of the first one. Raises UserError."""
     names = list(loaded.tokenizers)
-    if args.dataset and args.dataset not in names:
-        raise UserError(f"--dataset={args.dataset}: the model has the vocabularies of {', '.join(names)}")
+    number = vocabulary_number(args, names)
     if len(args.start) != 1:
         raise UserError(f"--start: got {len(args.start)}, the model takes one")
-    name = args.dataset or names[0]
+    name = names[number]
     tokenizer = loaded.tokenizers[name]
-    offset = loaded.model.vocabulary.vocab_offsets[names.index(name)]
+    offset = loaded.model.vocabulary.vocab_offsets[number]
     return TextStream(name, tokenizer, offset, encode_text(tokenizer, read_start(args.start[0])))
+
+
+def vocabulary_number(args: SampleArgs, names: list[str]) -> int:
+    """Which of a model's vocabularies --dataset names; without it the first. Raises UserError."""
+    if args.dataset and args.dataset not in names:
+        raise UserError(f"--dataset={args.dataset}: the model has the vocabularies of {', '.join(names)}")
+    return names.index(args.dataset) if args.dataset else 0
 
 
 def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
@@ -547,6 +607,42 @@ def align_contexts(names: list[str], tokens: list[list[str]]) -> str:
     lines.append(line)
     name_width = max(map(len, names))
     return "\n".join(f"{name:{name_width}} | {text}" for line in lines for name, text in zip(names, line, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a server
+
+
+def name_models(sources: Sequence[str]) -> list[str]:
+    """What clients call the models: the last part of a path, or where several share it, the whole; a hub's name."""
+    last_parts = [Path(source).name if Path(source).exists() else source for source in sources]
+    is_clear = len(set(last_parts)) == len(sources) and all(last_parts)
+    return last_parts if is_clear else list(sources)
+
+
+def serve_models(args: SampleArgs) -> None:
+    """Serve the runs, or the model of --init_from, until Ctrl-C. Raises UserError."""
+    sources = args.out_dir if args.init_from == "resume" else (args.init_from,)
+    models = []
+    for name, source in zip(name_models(sources), sources, strict=True):
+        loaded = load(args, source)
+        prepare_model(args, loaded)
+        names = list(loaded.tokenizers)
+        lanes = list(map(Lane, names, loaded.tokenizers.values(), loaded.model.vocabulary.vocab_offsets))
+        if loaded.model.config.vocabulary != "contexts":
+            lanes = [lanes[vocabulary_number(args, names)]]
+        elif args.dataset:
+            raise UserError(f"--dataset={args.dataset}: the contexts are continued together")
+        models.append(ServedModel(name, loaded.model, lanes, loaded.source))
+    defaults = Defaults(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        max_tokens=args.max_new_tokens,
+    )
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
+    serve(models, defaults, ServerOptions(**options))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # wing -> the wings that it may import, itself included; "" is t
     "training": {"", "data", "training"},
     "models": {"", "data", "training", "models"},
     "posttraining": {"", "data", "training", "models", "posttraining"},
+    "serving": {"", "data", "training", "models", "posttraining", "serving"},
     "sweeps": {"", "sweeps"},
     "report": {"", "report"},
 }
@@ -41,6 +42,7 @@ TORCH_FREE = (
     "posttraining.example_rows",
     "posttraining.prompt_format",
     "posttraining.objective_specs",
+    "serving.requests",
     "sweeps",
     "report",
 )
