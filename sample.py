@@ -33,10 +33,13 @@ WITHOUT_PROMPT_DIR = OnlyWith(
 )
 CHAT = with_set("chat")
 SERVE = with_set("serve")
-NOT_SERVED = dict.fromkeys(  # argument -> what to do instead
-    ("start", "chat", "system", "stop_at_end", "fields", "num_samples", "stream", "seed"), "each request says it"
-)
-NOT_SERVED |= {"prompt_dir": "serve the run of its base model", "compile": "leave it out"}
+NOT_SERVED = {  # argument -> what to do instead
+    **dict.fromkeys(
+        ("start", "chat", "system", "stop_at_end", "fields", "num_samples", "stream", "seed"), "each request says it"
+    ),
+    "prompt_dir": "serve the run of its base model",
+    "compile": "leave it out",
+}
 NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0)
 
 

@@ -71,13 +71,13 @@ def is_idle(server: ModelServer) -> bool:
 # answers
 
 
-def test_models(client):
+def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "other", "pair"]
     assert client.models.retrieve("other").meta["chat"] is True
     assert client.models.retrieve("pair").meta["contexts"] == ["letters", "cases"]
 
 
-def test_a_completion_is_what_generate_batch_draws(server, client):
+def test_a_completion_is_what_generate_batch_draws(server: ModelServer, client: Any) -> None:
     reply = complete(client, temperature=0, max_tokens=30)
     assert reply.choices[0].text == expected_text(server, ids_of(PROMPT), 30, temperature=0)
     assert reply.object == "text_completion" and reply.model == "tiny"
@@ -90,7 +90,7 @@ def test_a_completion_is_what_generate_batch_draws(server, client):
     )
 
 
-def test_a_chat_is_what_generate_batch_draws(server, client):
+def test_a_chat_is_what_generate_batch_draws(server: ModelServer, client: Any) -> None:
     prompt = ExampleEncoder(TOKENIZER, 256).encode_prompt({"prompt": CHAT})
     reply = client.chat.completions.create(model="tiny", messages=CHAT, temperature=0, max_completion_tokens=25)
     assert reply.choices[0].message.content == expected_text(server, prompt, 25, temperature=0)
@@ -102,7 +102,7 @@ def test_a_chat_is_what_generate_batch_draws(server, client):
     ).choices[0].message.content == (reply.choices[0].message.content)
 
 
-def test_alone_is_among_others(client):
+def test_alone_is_among_others(client: Any) -> None:
     """A request with a seed draws the same, whoever shares the batch, and joins or leaves it meanwhile."""
     asked = [{"seed": seed, "max_tokens": 10 + 7 * seed, "temperature": 0.5 + 0.1 * seed} for seed in range(8)]
     alone = [complete(client, **options).choices[0].text for options in asked]
@@ -112,7 +112,7 @@ def test_alone_is_among_others(client):
     assert len(set(alone)) == 8
 
 
-def test_n_choices_and_several_prompts(client):
+def test_n_choices_and_several_prompts(client: Any) -> None:
     reply = complete(client, prompt=["ab", "cd"], n=3, seed=2, extra_body={"ignore_eos": True})
     assert [choice.index for choice in reply.choices] == list(range(6))
     texts = [choice.text for choice in reply.choices]
@@ -120,7 +120,7 @@ def test_n_choices_and_several_prompts(client):
     assert reply.usage.prompt_tokens == 4 and reply.usage.completion_tokens == 6 * 12
 
 
-def test_streams_are_the_whole_in_parts(client):
+def test_streams_are_the_whole_in_parts(client: Any) -> None:
     options = {"seed": 3, "max_tokens": 40, "temperature": 1.0, "extra_body": {"ignore_eos": True}}
     whole = complete(client, n=2, **options)
     chunks = list(complete(client, n=2, stream=True, stream_options={"include_usage": True}, **options))
@@ -140,7 +140,7 @@ def test_streams_are_the_whole_in_parts(client):
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_streams_end_with_done(server):
+def test_streams_end_with_done(server: ModelServer) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
         body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 2, "stream": True})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -149,7 +149,7 @@ def test_streams_end_with_done(server):
         assert response.read().endswith(b"data: [DONE]\n\n")
 
 
-def test_log_probabilities_are_the_models(server, client):
+def test_log_probabilities_are_the_models(server: ModelServer, client: Any) -> None:
     prompt = ids_of(PROMPT)
     for sampling in ({"temperature": 0}, {"temperature": 1.5, "seed": 1, "top_p": 0.8}):
         choice = complete(client, logprobs=3, **sampling).choices[0]
@@ -170,7 +170,7 @@ def test_log_probabilities_are_the_models(server, client):
     assert bytes(content[0].bytes).decode() == content[0].token
 
 
-def test_echo_scores_the_prompt(server, client):
+def test_echo_scores_the_prompt(server: ModelServer, client: Any) -> None:
     """As lm-eval asks for it."""
     text = "a longer text to score, " * 10
     choice = complete(client, prompt=ids_of(text), echo=True, max_tokens=1, logprobs=1, temperature=0).choices[0]
@@ -183,7 +183,7 @@ def test_echo_scores_the_prompt(server, client):
     assert complete(client, echo=True, max_tokens=2).choices[0].text.startswith(PROMPT)
 
 
-def test_stop_strings_end_the_text_before_them(client):
+def test_stop_strings_end_the_text_before_them(client: Any) -> None:
     text = complete(client, max_tokens=60, seed=4).choices[0].text
     stop = text[20:23]
     cut = text[: text.index(stop)]
@@ -194,7 +194,7 @@ def test_stop_strings_end_the_text_before_them(client):
     assert "".join(token for chunk in chunks for token in chunk.choices[0].logprobs.tokens) == cut
 
 
-def test_contexts_are_drawn_together(server, client):
+def test_contexts_are_drawn_together(server: ModelServer, client: Any) -> None:
     prompt = {"letters": "abc", "cases": "UL."}
     reply = client.completions.create(
         model="pair",
@@ -269,7 +269,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, status, param", BAD, ids=lambda value: str(value)[:40])
-def test_bad_fields_are_named(server, change, status, param):
+def test_bad_fields_are_named(server: ModelServer, change: dict[str, Any], status: int, param: str) -> None:
     path = "/v1/completions"
     body = {"model": "tiny", "prompt": "a", **change}
     if "messages" in change:
@@ -281,14 +281,14 @@ def test_bad_fields_are_named(server, change, status, param):
     assert param in answer["error"]["message"] or "prompt has" in answer["error"]["message"]
 
 
-def test_what_asks_for_nothing_is_no_error(client):
+def test_what_asks_for_nothing_is_no_error(client: Any) -> None:
     neutral = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "best_of": 1, "suffix": None}
     assert complete(client, **neutral).choices[0].text
     chat = {"tools": [], "response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}}
     assert client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=3, **chat).choices
 
 
-def test_the_client_raises_its_own_errors(client):
+def test_the_client_raises_its_own_errors(client: Any) -> None:
     import openai
 
     with pytest.raises(openai.NotFoundError) as error:
@@ -303,12 +303,12 @@ def test_the_client_raises_its_own_errors(client):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"a":' * 100_000, b'{"prompt": 1' + b"0" * 5000 + b"}"])
-def test_bodies_that_are_no_json(server, body):
+def test_bodies_that_are_no_json(server: ModelServer, body: bytes) -> None:
     status, answer = send(server, body)
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
 
 
-def test_ten_megabytes_are_refused(server, client):
+def test_ten_megabytes_are_refused(server: ModelServer, client: Any) -> None:
     """With their length known, and unknown; without that much memory ever being held."""
     status, answer = send(server, b'{"prompt": "' + b"a" * 10_000_000 + b'"}')
     assert status == 413 and "1,000,000" in answer["error"]["message"]
@@ -319,7 +319,7 @@ def test_ten_megabytes_are_refused(server, client):
     assert complete(client).choices[0].text
 
 
-def test_only_this_machines_pages_may_ask(server):
+def test_only_this_machines_pages_may_ask(server: ModelServer) -> None:
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
     assert send(server, body, {"Host": "evil.example"})[0] == 403
     assert send(server, body, {"Host": "localhost.evil.example:8000"})[0] == 403
@@ -334,7 +334,7 @@ def test_only_this_machines_pages_may_ask(server):
         assert response.status == 405 and "Access-Control-Allow-Origin" not in response.headers
 
 
-def test_the_page_and_paths_that_are_not(server):
+def test_the_page_and_paths_that_are_not(server: ModelServer) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", server.port)) as connection:
         for path, status in (("/", 200), ("/page.js", 200), ("/health", 200), ("/nothing", 404), ("/../page.js", 404)):
             connection.request("GET", path)
@@ -350,7 +350,7 @@ def test_the_page_and_paths_that_are_not(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_closed_connection_ends_its_request(server, client, stream):
+def test_a_closed_connection_ends_its_request(server: ModelServer, client: Any, stream: bool) -> None:
     body = json.dumps({"model": "tiny", "prompt": "a", **ENDLESS, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -362,7 +362,7 @@ def test_a_closed_connection_ends_its_request(server, client, stream):
     assert complete(client).choices[0].text
 
 
-def test_half_a_body_and_a_closed_connection(server, client):
+def test_half_a_body_and_a_closed_connection(server: ModelServer, client: Any) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
     assert complete(client).choices[0].text
@@ -375,7 +375,7 @@ def narrow() -> Iterator[ModelServer]:
         yield server
 
 
-def test_a_full_queue_refuses_and_a_token_is_needed(narrow):
+def test_a_full_queue_refuses_and_a_token_is_needed(narrow: ModelServer) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{narrow.url.partition('#')[0]}v1", api_key="secret", max_retries=0)
@@ -410,7 +410,9 @@ def test_a_full_queue_refuses_and_a_token_is_needed(narrow):
             assert response.status == status and response.read()
 
 
-def test_an_error_in_the_model_ends_its_requests_alone(narrow, monkeypatch, capfd):
+def test_an_error_in_the_model_ends_its_requests_alone(
+    narrow: ModelServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{narrow.url.partition('#')[0]}v1", api_key="secret", max_retries=0)
@@ -429,7 +431,7 @@ def test_an_error_in_the_model_ends_its_requests_alone(narrow, monkeypatch, capf
     assert complete(client).choices[0].text
 
 
-def test_other_addresses_get_a_token():
+def test_other_addresses_get_a_token() -> None:
     from nanoforge.serving.requests import Defaults
 
     server = ModelServer([], Defaults(), ServerOptions(host="0.0.0.0", port=0))
@@ -437,7 +439,7 @@ def test_other_addresses_get_a_token():
     assert len(server.token) >= 32 and server.url.endswith(f"/#token={server.token}")
 
 
-def test_a_port_in_use_is_named(server):
+def test_a_port_in_use_is_named(server: ModelServer) -> None:
     with pytest.raises(UserError, match=f"--port={server.port}"):
         listen("127.0.0.1", server.port)
     with pytest.raises(UserError, match="--host"):
