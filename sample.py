@@ -39,6 +39,7 @@ NOT_SERVED = {  # argument -> what to do instead
     ),
     "prompt_dir": "serve the run of its base model",
     "compile": "leave it out",
+    "engine": "leave it out",
 }
 NOT_GREEDY = OnlyWith("--temperature above 0", lambda args: args.temperature > 0)
 

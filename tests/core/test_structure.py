@@ -111,7 +111,8 @@ def test_no_room_holds_more_than_a_quarter_of_the_house():
 def test_files_have_a_docstring_and_do_nothing_at_import(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree) or path.name == "__init__.py"
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    allowed = (ast.Import, ast.ImportFrom, *functions, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
     for node in tree.body[1:]:
         assert isinstance(node, allowed), f"{path.name}:{node.lineno}"
         assert not isinstance(node, ast.If) or "__name__" in ast.unparse(node.test)
