@@ -206,7 +206,14 @@ from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
 from nanoforge.models import llama_cpp
-from nanoforge.models.generation import Completion, SamplingParams, cast_weights, generate_batch, uniform_draws
+from nanoforge.models.generation import (
+    Completion,
+    SamplingParams,
+    cast_weights,
+    generate_batch,
+    make_requests,
+    uniform_draws,
+)
 from nanoforge.models.streamed_linear import stream_linears
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.chat_template import completion_end_ids
@@ -269,14 +276,21 @@ Generate = Callable[
 def open_engine(args: SampleArgs, loaded: LoadedModel) -> Generate:
     """What draws completions, as generate_batch does. Raises UserError."""
     if args.engine == LLAMA_CPP:
-        return open_llama_cpp(args, loaded)
+        engine = open_llama_cpp(args, loaded)
+
+        def generate(prompts: Any, sampling: SamplingParams, key: tuple[int, ...], on_token: Any) -> list[Completion]:
+            requests = make_requests(prompts, sampling, uniform_draws(*key))
+            engine.complete(requests, on_token)
+            return [request.completion() for request in requests]
+
+        return generate
     prepare_model(args, loaded)
     return lambda prompts, sampling, key, on_token: generate_batch(
         loaded.model, prompts, sampling, uniform_draws(*key), on_token=on_token
     )
 
 
-def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> Generate:
+def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> llama_cpp.LlamaCpp:
     """llama.cpp with the model, written as a file for it once. Raises UserError."""
     assert loaded.unread is not None
     config = loaded.model.config
@@ -286,8 +300,8 @@ def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> Generate:
         block_size=config.block_size,
         vocab_rows=sum(config.vocab_sizes),
         n_threads=torch.get_num_threads(),
-        exact_cache=args.dtype == "float32",
-    ).generate
+        exact=args.dtype == "float32",
+    )
 
 
 def prepare_model(args: SampleArgs, loaded: LoadedModel) -> None:

@@ -1,13 +1,13 @@
 """Decoding by llama.cpp in this process, through the package xllamacpp: ids go in, and ids come out.
 
     engine = LlamaCpp(path_of(pretrained, shape, "f16"), block_size, vocab_rows, n_threads=4)
-    engine.generate([prompt_ids], SamplingParams(max_new_tokens=64), seed=1)
+    engine.complete([Request(prompt_ids, SamplingParams(max_new_tokens=64), uniform_draws(seed))])
 
 llama.cpp's server gives text. So the model is written as a .gguf file whose tokens are the numbers of its ids, "<17>"
 for 17: nothing is lost of a token that is a part of a character, none ends a text of itself, and the only tokenizer is
 this program's. Any tokenizer will do. The files are kept in the user's cache folder.
 
-It draws as generation.generate_batch does: the same filters in the same order, and past block_size a context is cut to
+It draws as generation.complete does: the same filters in the same order, and past block_size a context is cut to
 its last half and read again. Only the random numbers are its own.
 """
 
@@ -18,7 +18,6 @@ import secrets
 import signal
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoforge import rng
 from nanoforge.errors import UserError
 from nanoforge.files import atomic_write
 from nanoforge.models import gguf_export, gguf_files, hf_export
-from nanoforge.models.generation import Completion, SamplingParams, cut_context
+from nanoforge.models.generation import LookedAt, Request, SamplingParams, cut_context
 from nanoforge.models.pretrained import Pretrained
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,114 +122,98 @@ MIN_CONTEXT = 512  # tokens of a sequence for which the server makes room
 SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # in generation.logits_to_probs' order
 
 
-@dataclass
-class Drawn:
-    """A completion in the making."""
-
-    prompt: list[int]
-    ids: list[int] = field(default_factory=list)
-    ended: bool = False
-    finished: bool = False
-
-    def add(self, token: int, sampling: SamplingParams) -> None:
-        """The next id, which may be the last one."""
-        self.ids.append(token)
-        self.ended = token in sampling.end_ids
-        is_enough = sampling.is_complete is not None and sampling.is_complete(self.ids)
-        self.finished = self.ended or is_enough or len(self.ids) == sampling.max_new_tokens
-
-
 class LlamaCpp:
     """llama.cpp with a model of `path_of`. Its server starts with the first completion, and anew for longer ones."""
 
-    def __init__(self, path: Path, block_size: int, vocab_rows: int, n_threads: int, *, exact_cache: bool = False):
-        """vocab_rows: of the model's head. exact_cache: keys and values in float32, not in llama.cpp's float16.
+    def __init__(self, path: Path, block_size: int, vocab_rows: int, n_threads: int, *, exact: bool = False):
+        """vocab_rows: of the model's head. exact: attention in float32, not in llama.cpp's float16.
 
         Raises UserError.
         """
         self.library = import_xllamacpp()
         self.path, self.block_size, self.vocab_rows = path, block_size, vocab_rows
-        self.n_threads, self.exact_cache = n_threads, exact_cache
+        self.n_threads, self.exact = n_threads, exact
         self.server: Any = None
         self.n_slots = self.length = 0  # sequences at a time, and tokens of each
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        seed: tuple[int, ...],
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[Completion]:
-        """As generation.generate_batch, with random numbers of llama.cpp's own from the seed, a key of rng.
+    def complete(self, requests: Sequence[Request], on_token: Callable[[Any], None] | None = None) -> None:
+        """As generation.complete, with llama.cpp's own random numbers: the first of a request's own is their seed.
 
-        The completions of a prompt are drawn together. Raises UserError.
+        Requests that follow each other with one prompt are drawn together. Raises UserError.
         """
-        contexts = [self._cut(prompt, halve=False) for prompt in prompts]
-        self._make_room(sampling.n, max(map(len, contexts)) + sampling.max_new_tokens)
-        drawn: list[Drawn] = []
-        for number, context in enumerate(contexts):
-            group = [Drawn(context) for _ in range(sampling.n)]
-            drawn += group
-            shown = on_token if number == 0 else None
-            self._draw(group, context, sampling, int(rng.hash_u64(*seed, number, 0)), shown)
-            for i, completion in enumerate(group):
-                while not completion.finished:
-                    context = self._cut([*completion.prompt, *completion.ids], halve=True)
-                    part_seed = int(rng.hash_u64(*seed, number * sampling.n + i, len(completion.ids)))
-                    self._draw([completion], context, sampling, part_seed, shown if i == 0 else None)
-        return [Completion(completion.ids, [], completion.ended) for completion in drawn]
+        groups: list[list[Request]] = []
+        for request in requests:
+            is_alike = bool(groups) and request.prompt is groups[-1][0].prompt
+            if is_alike:
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        longest = max(len(self._context(request)) + request.sampling.max_new_tokens for request in requests)
+        self._make_room(max(map(len, groups)), longest)
+        for group in groups:
+            shown = on_token if group[0] is requests[0] else None
+            self._draw(group, shown)
+            for request in group:
+                while request.is_active:  # its context is full
+                    self._draw([request], shown if request is requests[0] else None)
 
-    def _cut(self, ids: Sequence[int], *, halve: bool) -> list[int]:
-        return cut_context(np.array(ids).ravel(), self.block_size, self.vocab_rows, halve=halve).tolist()
+    def _context(self, request: Request) -> list[int]:
+        """What is read before the next id."""
+        text = np.concatenate((request.prompt[0], np.array(request.ids, dtype=np.int64)))
+        return cut_context(text, self.block_size, self.vocab_rows, halve=bool(request.ids)).tolist()
 
-    def _draw(
-        self,
-        group: list[Drawn],
-        context: list[int],
-        sampling: SamplingParams,
-        seed: int,
-        on_token: Callable[[int], None] | None,
-    ) -> None:
-        """Continue a context, as each completion of the group, until all are finished or the context is full."""
-        n_left = min(sampling.max_new_tokens - len(group[0].ids), self.block_size + 1 - len(context))
-        banned = range(sampling.vocab_size or self.vocab_rows, self.vocab_rows)
-        request = {
+    def _draw(self, group: list[Request], on_token: Callable[[Any], None] | None) -> None:
+        """Continue requests with one context until all are done or it is full."""
+        first = group[0]
+        context = self._context(first)
+        n_left = min(first.sampling.max_new_tokens - len(first.ids), self.block_size + 1 - len(context))
+        start = float(first.uniform(np.array(first.number), np.array(len(first.ids))))
+        body = {
             "prompt": context,
             "n": len(group),
             "n_predict": n_left,
-            "seed": seed % 2**32,
+            "seed": int(start * 2**32),
+            "stream": True,
+            **self._sampling(first.sampling),
+        }
+        errors: list[BaseException] = []
+
+        def take(reply: dict[str, Any]) -> bool:
+            """Take what was drawn; whether that is enough. The library would swallow what this raises."""
+            try:
+                if "choices" not in reply:
+                    raise UserError(f"llama.cpp: {reply['error']['message']}")
+                (choice,) = reply["choices"]
+                request = group[choice["index"]]
+                n_shown = len(request.text_ids())
+                request.add(read_choice(choice, request.sampling.logprobs), 0)
+                if on_token is not None and request is first:
+                    for token in request.text_ids()[n_shown:]:
+                        on_token(token)
+            except BaseException as error:  # also the user's interrupt
+                errors.append(error)
+                return True
+            return not any(request.is_active for request in group)
+
+        self.server.handle_completions(body, take)
+        if errors:
+            raise errors[0]
+
+    def _sampling(self, sampling: SamplingParams) -> dict[str, Any]:
+        """By the names of the server's requests."""
+        banned = range(sampling.vocab_size or self.vocab_rows, self.vocab_rows)
+        n_probs = {} if sampling.logprobs is None else {"n_probs": max(1, sampling.logprobs)}
+        return {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
+            "repeat_penalty": sampling.repetition_penalty,
+            "repeat_last_n": self.block_size + 1,
             "samplers": SAMPLERS,
             "logit_bias": [[i, False] for i in banned],
-            "stream": True,
+            **n_probs,
         }
-        errors: list[Any] = []
-
-        def take(reply: dict[str, Any]) -> bool:
-            """Take what was drawn; whether that is enough. What this raises, the library would swallow."""
-            try:
-                if "choices" not in reply:
-                    errors.append(UserError(f"llama.cpp: {reply['error']['message']}"))
-                    return True
-                (choice,) = reply["choices"]
-                completion = group[choice["index"]]
-                for token in map(int, re.findall(r"<(\d+)>", choice["text"])):
-                    if completion.finished:
-                        break
-                    completion.add(token, sampling)
-                    if on_token is not None and completion is group[0] and not completion.ended:
-                        on_token(token)
-                return all(completion.finished for completion in group)
-            except BaseException as error:  # also the user's interrupt
-                errors.append(error)
-                return True
-
-        self.server.handle_completions(request, take)
-        if errors:
-            raise errors[0]
 
     def _make_room(self, n_slots: int, length: int) -> None:
         """Start the server, unless it runs with room for so many sequences of this length."""
@@ -248,8 +230,9 @@ class LlamaCpp:
         params.model.path = str(self.path)
         params.n_parallel, params.n_ctx = self.n_slots, self.n_slots * self.length
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.n_threads
-        if self.exact_cache:
+        if self.exact:
             params.cache_type_k = params.cache_type_v = self.library.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = self.library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.fit_params = params.warmup = False
         params.verbosity = -1
         params.api_keys = [secrets.token_hex()]  # nobody else is to use its address on this machine
@@ -261,6 +244,18 @@ class LlamaCpp:
         finally:
             for number, handler in handlers.items():  # it has put its own in their places
                 signal.signal(number, handler)
+
+
+def read_choice(choice: dict[str, Any], n_alternatives: int | None) -> LookedAt:
+    """What a reply of the server says was drawn."""
+    ids = [[[int(token)] for token in re.findall(r"<(\d+)>", choice["text"])]]
+    if n_alternatives is None or not ids[0]:
+        return LookedAt(ids, [], [], [], [])
+    steps = choice["logprobs"]["content"]
+    logprobs = [[[step["logprob"]] for step in steps]]
+    tops = [step["top_logprobs"][:n_alternatives] for step in steps]
+    top_ids = [[[[top["id"] for top in step]] for step in tops]]
+    return LookedAt(ids, [], logprobs, top_ids, [[[[top["logprob"] for top in step]] for step in tops]])
 
 
 def import_xllamacpp() -> Any:

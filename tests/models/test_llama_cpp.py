@@ -16,7 +16,7 @@ from builders import load_model
 from model import GPT
 from nanoforge.errors import UserError
 from nanoforge.models import gguf_files, llama_cpp
-from nanoforge.models.generation import SamplingParams
+from nanoforge.models.generation import Completion, SamplingParams, generate_batch, make_requests, uniform_draws
 from nanoforge.models.llama_cpp import LlamaCpp
 from nanoforge.models.pretrained import Pretrained
 
@@ -43,7 +43,19 @@ def open_engine(model: GPT, source: str = "org/tiny@1") -> LlamaCpp:
     loaded = pretrained_of(model, source)
     path = llama_cpp.path_of(loaded, loaded.shape, "f32")
     rows = sum(model.config.vocab_sizes)
-    return LlamaCpp(path, model.config.block_size, rows, n_threads=1, exact_cache=True)
+    return LlamaCpp(path, model.config.block_size, rows, n_threads=1, exact=True)
+
+
+def draw(
+    engine: LlamaCpp,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    key: tuple[int, ...] = (1,),
+    on_token: Any = None,
+) -> list[Completion]:
+    requests = make_requests(prompts, sampling, uniform_draws(*key))
+    engine.complete(requests, on_token)
+    return [request.completion() for request in requests]
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +72,52 @@ def test_greedy_ids_are_ours_also_past_the_context(changes: dict[str, Any]):
     engine = open_engine(model)
     for prompt in ([1, 2, 3], list(range(12)), list(range(20))):
         shown: list[int] = []
-        completion, other = engine.generate([prompt, [7]], GREEDY, (1,), shown.append)
+        completion, other = draw(engine, [prompt, [7]], GREEDY, (1,), shown.append)
         expected = draw_uncached(model, torch.tensor([prompt]), 30, temperature=0)
         assert completion.ids == shown == expected[0, len(prompt) :].tolist()
         assert other.ids == draw_uncached(model, torch.tensor([[7]]), 30, temperature=0)[0, 1:].tolist()
 
 
 def test_completions_end_as_ours(engine: LlamaCpp):
-    (whole,) = engine.generate([[1, 2]], GREEDY, (1,))
+    (whole,) = draw(engine, [[1, 2]], GREEDY)
     end = whole.ids[4]
     at = whole.ids.index(end)
     shown: list[int] = []
-    (ended,) = engine.generate([[1, 2]], dataclasses.replace(GREEDY, end_ids=(30, end)), (1,), shown.append)
+    (ended,) = draw(engine, [[1, 2]], dataclasses.replace(GREEDY, end_ids=(30, end)), (1,), shown.append)
     assert ended.ended and ended.ids == whole.ids[: at + 1] and shown == whole.ids[:at]
     stops = dataclasses.replace(GREEDY, is_complete=lambda ids: len(ids) == 3)
-    (stopped,) = engine.generate([[1, 2]], stops, (1,))
+    (stopped,) = draw(engine, [[1, 2]], stops, (1,))
     assert not stopped.ended and stopped.ids == whole.ids[:3]
 
 
 def test_filters_and_seeds(engine: LlamaCpp):
     """What each filter leaves is known where it leaves one id, and the ids above vocab_size are never drawn."""
     free = SamplingParams(max_new_tokens=40, n=3, temperature=3.0, vocab_size=9)
-    drawn = engine.generate([[1, 2]], free, (1, 2))
+    drawn = draw(engine, [[1, 2]], free, (1, 2))
     assert len({tuple(completion.ids) for completion in drawn}) == 3
     assert {token for completion in drawn for token in completion.ids} == set(range(9))
-    assert engine.generate([[1, 2]], free, (1, 2)) == drawn != engine.generate([[1, 2]], free, (1, 3))
-    greedy = engine.generate([[1, 2]], dataclasses.replace(free, n=1, temperature=0), (1,))
+    assert draw(engine, [[1, 2]], free, (1, 2)) == drawn != draw(engine, [[1, 2]], free, (1, 3))
+    greedy = draw(engine, [[1, 2]], dataclasses.replace(free, n=1, temperature=0), (1,))
     for only in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        filtered = engine.generate([[1, 2]], dataclasses.replace(free, n=1, **only), (5,))
+        filtered = draw(engine, [[1, 2]], dataclasses.replace(free, n=1, **only), (5,))
         assert filtered == greedy
+
+
+def test_penalties_and_log_probabilities_are_ours():
+    """Greedy, with a penalty that changes the text; the model's log-probabilities, and the likeliest ids instead."""
+    model = tiny_model(**LLAMA, block_size=64).eval()
+    engine = open_engine(model)
+    prompts = [[1, 2, 3], list(range(12))]
+    plain = dataclasses.replace(GREEDY, logprobs=3)
+    for sampling in (plain, dataclasses.replace(plain, logprobs=0), dataclasses.replace(plain, repetition_penalty=1.5)):
+        expected = generate_batch(model, prompts, sampling)
+        for ours, theirs in zip(draw(engine, prompts, sampling), expected, strict=True):
+            assert ours.ids == theirs.ids
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+            for tops, their_tops in zip(ours.top_logprobs, theirs.top_logprobs, strict=True):
+                assert [i for i, _ in tops] == [i for i, _ in their_tops] and len(tops) == sampling.logprobs
+                assert [p for _, p in tops] == pytest.approx([p for _, p in their_tops], abs=1e-4)
+    assert draw(engine, prompts, sampling)[0].ids != draw(engine, prompts, plain)[0].ids
 
 
 def test_an_interrupt_and_an_error_reach_the_caller(engine: LlamaCpp):
@@ -100,10 +129,10 @@ def test_an_interrupt_and_an_error_reach_the_caller(engine: LlamaCpp):
             raise error
 
         with pytest.raises(type(error)):
-            engine.generate([[1, 2]], GREEDY, (1,), fail)
+            draw(engine, [[1, 2]], GREEDY, (1,), fail)
     with pytest.raises(KeyboardInterrupt):
-        engine.generate([[1]], GREEDY, (1,), lambda token: os.kill(os.getpid(), signal.SIGINT))
-    assert engine.generate([[1, 2]], GREEDY, (1,))[0].ids  # and it goes on
+        draw(engine, [[1]], GREEDY, (1,), lambda token: os.kill(os.getpid(), signal.SIGINT))
+    assert draw(engine, [[1, 2]], GREEDY)[0].ids  # and it goes on
 
 
 def test_a_file_is_written_once_for_a_model_and_a_type(cache_folder: Path, tmp_path: Path):
@@ -160,7 +189,8 @@ def test_a_gguf_keeps_its_tensors_and_gives_what_llama_cpp_gives():
 
     engine = LlamaCpp(path, config.block_size, sum(config.vocab_sizes), n_threads=1)
     prompt = "The capital of France is"
-    (ours,) = engine.generate([tokenizer.encode(prompt).tolist()], SamplingParams(max_new_tokens=12, temperature=0), ())
+    greedy = SamplingParams(max_new_tokens=12, temperature=0)
+    (ours,) = draw(engine, [tokenizer.encode(prompt).tolist()], greedy)
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(SMOLLM2), 512, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
