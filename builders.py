@@ -61,7 +61,7 @@ from nanoforge.posttraining.reference import ReferenceCache, ReferenceModel
 from nanoforge.posttraining.rewards import NEED_ANSWER, parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
-from nanoforge.training import checkpoint, compilation, schedules
+from nanoforge.training import checkpoint, compilation, memory, schedules
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.optimizers import OptimConfig, Optimizer
 from train_args import TrainArgs, load_args
@@ -978,6 +978,18 @@ def build_state(args: TrainArgs, model: GPT, ranks: Ranks) -> checkpoint.TrainSt
         optimizer=Optimizer(args.optimizer, model, optim_config(args, ranks), model.muon_splits()),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=model.compute_dtype == torch.float16),
         guard=GradGuard(args.spike_skip, ranks.device),
+    )
+
+
+def plan_memory(args: TrainArgs, model: GPT, rows: int) -> memory.MemoryPlan:
+    """What a step needs on one rank, with micro-batches of so many rows of full length."""
+    rows *= 2 if OBJECTIVES[args.objective].is_paired else 1
+    lora_rank = args.lora_rank if args.adapter == "lora" else 0
+    plan = memory.plan_memory(model, rows * args.block_size, args.optimizer, lora_rank)
+    has_copy = reference_kind(args) == "copy"
+    return plan._replace(
+        reference=plan.frozen + plan.trainable if has_copy else 0,
+        optimizer=plan.optimizer + (plan.trainable if args.ema_decay else 0),
     )
 
 

@@ -18,6 +18,7 @@ from nanoforge import distributed
 from nanoforge.data.token_bins import SPLITS, read_meta, read_shard, shard_paths
 from nanoforge.device import measure_matmul_flops
 from nanoforge.errors import UserError
+from nanoforge.run_dir import RunRecord
 from nanoforge.training import budget, evaluation
 from nanoforge.training.budget import Budget, Pilot, Plan, Shape, Speed, StepTime, Text
 from nanoforge.training.signals import Signals
@@ -64,15 +65,19 @@ def wait_for_device(device: torch.device) -> None:
 class Trial:
     """A model of some size that trains for a few steps, on all ranks together."""
 
-    def __init__(self, args: TrainArgs, ranks: distributed.Ranks) -> None:
-        parts = builders.build_run(args, record=None, ranks=ranks, log=lambda text: None)
-        model = parts.model
+    def __init__(self, args: TrainArgs, ranks: distributed.Ranks, record: RunRecord | None = None) -> None:
+        """record: of the run that is resumed."""
+        parts = builders.build_run(args, record=record, ranks=ranks, log=lambda text: None)
+        args, model = parts.args, parts.model
         self.args, self.ranks, self.data = args, ranks, parts.data
-        self.raw_model = model
+        self.raw_model, self.dtype_reason = model, parts.dtype_reason
         self.model = model if distributed.is_sharded(model) else distributed.wrap_ddp(model, ranks)
         self.state = builders.build_state(args, model, ranks)
-        rows = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks)
-        self.steps = self.data.source.stream(0, rows, ranks.device, hashed=False)
+        self.read(distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size))
+
+    def read(self, rows: distributed.RankSlice) -> None:
+        """Read these rows of each step, from the first one on."""
+        self.steps = self.data.source.stream(0, rows, self.ranks.device, hashed=False)
 
     def train(self, steps: range) -> float:
         """The seconds that these steps take, the slowest rank's."""
@@ -83,6 +88,7 @@ class Trial:
         start = time.perf_counter()
         for step in steps:
             self.state.optimizer.set_lr_scale(lr_scale(step))
+            self.state.optimizer.set_step(step)
             train_step(self.data.objective.prepare(self.raw_model, next(self.steps).batches), with_metrics=False)
         wait_for_device(self.ranks.device)
         return agreed_seconds(time.perf_counter() - start, self.ranks)

@@ -173,15 +173,7 @@ class Run:
 
     def plan_memory(self) -> memory.MemoryPlan:
         """What a step needs on this rank, with sequences of full length."""
-        args = self.args
-        rows = self.rank_slice.micro_batch_size * (2 if OBJECTIVES[args.objective].is_paired else 1)
-        lora_rank = args.lora_rank if args.adapter == "lora" else 0
-        plan = memory.plan_memory(self.raw_model, rows * args.block_size, args.optimizer, lora_rank)
-        has_copy = builders.reference_kind(args) == "copy"
-        return plan._replace(
-            reference=plan.frozen + plan.trainable if has_copy else 0,
-            optimizer=plan.optimizer + (plan.trainable if args.ema_decay else 0),
-        )
+        return builders.plan_memory(self.args, self.raw_model, self.rank_slice.micro_batch_size)
 
     def describe_schedule(self) -> str:
         """The schedule, and the learning rate of the run's last step."""

@@ -18,6 +18,11 @@ import train_args
 if __name__ == "__main__":  # errors and --help come before the seconds that importing torch takes
     configurator.exit_on_interrupt()
     ARGS = train_args.parse()
+    if ARGS.doctor:  # it works where torch does not
+        import doctor
+
+        configurator.run(doctor.main, ARGS, output_is_required=True)
+        raise SystemExit(0)
     gc.disable()  # the collector takes a sixth of these seconds; the first logged step enables it
 
 import contextlib

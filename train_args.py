@@ -135,6 +135,8 @@ class RunArgs:
     base_model: str = arg("", BASE_MODEL_HELP, inherit=False, alias=("base_model_name_or_path",), path=True)
     allow_data_change: bool = arg(False, "resume even if the dataset's token bins have changed since the run started",
         inherit=False, needs=RESUME)
+    doctor: bool = arg(False, "check this machine and these arguments, time a step, and exit; writes nothing",
+        inherit=False)
     eval_only: bool = arg(False, "evaluate once and exit; writes no checkpoint", inherit=False)
     seed: int = arg(1337, "random seed of weights, data order, dropout and sampling",
         low=0, high=2**32 - 1, val_loss=LM)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from nanoforge import launcher
+from nanoforge import environment, launcher
 from nanoforge.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +157,14 @@ def peak_memory_mb(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a device; None where it isn't known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return environment.available_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

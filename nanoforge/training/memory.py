@@ -3,7 +3,7 @@
 A formula takes the model's shape, `config`, by the names of GPTConfig's fields.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,18 @@ def plan_memory(model: nn.Module, tokens: int, optimizer: str, lora_rank: int) -
         recomputed=layer + 2 * tokens * hidden_size(config) * dtype.itemsize if config.activation_checkpointing else 0,
         logits=logits_bytes(config, tokens),
     )
+
+
+def largest_rows(peak: Callable[[int], int], available: int, most: int) -> int:
+    """The most rows, up to `most`, of which a step needs no more bytes than are available; 0 where not even one fits.
+
+    peak(rows): bytes of a step, which grow with the rows.
+    """
+    fits, too_many = 0, most + 1
+    while too_many - fits > 1:
+        rows = (fits + too_many) // 2
+        fits, too_many = (rows, too_many) if peak(rows) <= available else (fits, rows)
+    return fits
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:

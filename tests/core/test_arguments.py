@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import struct
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from helpers import (
     COMMIT,
+    ROOT,
     TEXT,
     TINY,
     RunFiles,
@@ -120,6 +122,17 @@ def gpt2_type(run, tmp_path, monkeypatch):
         resumed = run("--init_from=resume", "--max_iters=2")
     assert resumed.config["bias"] is True and len(resumed.train) == 2
     assert resumed.config["_base"]["source"] == f"openai-community/gpt2-large@{COMMIT}"
+
+
+@effect
+def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/core/test_doctor.py has what it finds."""
+    calls: list[train_args.TrainArgs] = []
+    monkeypatch.setattr("doctor.main", calls.append)
+    monkeypatch.setattr("sys.argv", ["train.py", "--doctor", "--n_layer=3"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert (end.value.code, [args.n_layer for args in calls]) == (0, [3])
 
 
 @effect

@@ -35,6 +35,7 @@ TORCH_FREE = (
     "other_names",
     "help_pages",
     "completion",
+    "environment",
     "run_dir",
     "run_state",
     "restarts",
