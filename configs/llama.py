@@ -14,3 +14,6 @@ mlp_ratio = 8 / 3
 n_head = 6
 n_kv_head = 3
 tie_weights = False
+qk_norm = False  # this and the next two: llama.cpp's Llama has none of them, and --time_budget would set them
+embedding_norm = False
+residual_scalars = False

@@ -1,6 +1,8 @@
 """The pages of docs/: what is generated is up to date, and every link leads somewhere."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import ROOT
 import configurator
 from nanoforge.training import metrics
 
-TORCHRUN_FLAGS = {"standalone", "nproc_per_node"}
+OTHER_FLAGS = {"print_config", "config_path", "help", "standalone", "nproc_per_node"}  # of all commands; torchrun
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/README.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -67,6 +69,25 @@ def test_what_stands_beside_other_programs_names_is_there():
     assert len(ours) > 150
     for code in ours:
         for flag in re.findall(r"--(?:no-)?(\w[\w-]*)", code):
-            assert flag in names | TORCHRUN_FLAGS, code
+            assert flag in names | OTHER_FLAGS, code
         for path in re.findall(r"(?:[\w-]+/)*[\w-]+\.py\b", code):
             assert (ROOT / path).is_file(), code
+
+
+def literals(tree: ast.AST) -> Iterator[str]:
+    """The texts of a module, with ... for what is filled in; those that are added to each other as one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+
+
+def test_every_error_that_is_explained_exists():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("nanoforge/**/*.py"), *ROOT.glob("data/**/*.py")]
+    texts = "\n".join(text for path in paths for text in literals(ast.parse(path.read_text())))
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
+    assert len(messages) > 30
+    for message in messages:
+        parts = [re.escape(part) for part in re.split(r"\.\.\.", message)]
+        assert re.search(".*".join(parts), texts), message
