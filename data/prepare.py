@@ -26,6 +26,7 @@ import configurator
 from configurator import Rules, arg, arg_table
 from nanoforge.console import plural
 from nanoforge.data import corpus, documents, token_bins
+from nanoforge.data.duplicates import Deduplicator
 from nanoforge.data.tables import BAD_ROWS
 from nanoforge.errors import UserError
 from nanoforge.files import download, download_name
@@ -54,6 +55,11 @@ class PrepareArgs:
     field: str = arg("text", "field or column that holds the text")
     bad_rows: str = arg(
         "error", "rows and files that hold no text, such as null: an error, or skipped and counted", choices=BAD_ROWS
+    )
+    dedup: bool = arg(
+        False,
+        "keep one of documents with the same text; what is in --input and in --val_input is validated on, not "
+        "trained on",
     )
     val_fraction: float = arg(
         0.1,
@@ -92,12 +98,14 @@ def main(args: PrepareArgs) -> None:
     folder = Path(args.data_dir) / args.name
     token_bins.refuse_existing(folder, "*.bin", overwrite=args.overwrite)
     skipped = Skipped()
+    deduplicator = Deduplicator()
     inputs = documents.CorpusInputs(
         train=tuple(fetch(name, folder) for name in args.input),
         val=tuple(fetch(name, folder) for name in args.val_input),
         field=args.field,
         val_fraction=args.val_fraction,
         on_bad_row=skipped.add if args.bad_rows == "skip" else None,
+        keep_first=deduplicator.keep_first if args.dedup else None,
     )
     for flag in ("--input", "--val_input"):
         found = inputs.find(flag)
@@ -106,6 +114,7 @@ def main(args: PrepareArgs) -> None:
 
     def read() -> Iterator[documents.TextChunk]:
         skipped.count = 0
+        deduplicator.restart()
         return inputs.open()
 
     try:
@@ -113,6 +122,8 @@ def main(args: PrepareArgs) -> None:
     finally:
         if skipped.count:
             print(f"--bad_rows=skip skipped {plural(skipped.count, 'document')}, the first: {skipped.first}")
+    if args.dedup:
+        print(deduplicator.describe())
     if not n_documents and not args.val_input:
         print("1 document, so split by position, and without an end token")
 

@@ -35,6 +35,7 @@ SOURCE_SUFFIXES = tuple(f".{name}" for name in SOURCE_NAMES.split())
 KINDS = "a text (.txt, .md, ..., source code) or a table (.jsonl, .json, .csv, .tsv, .parquet), perhaps .gz or .zst"
 
 OnBadRow = Callable[[str], None]
+KeepFirst = Callable[[Iterable["Document"], str], Iterator["Document"]]  # of documents, and the flag that names them
 
 
 class TextChunk(NamedTuple):
@@ -384,6 +385,7 @@ class CorpusInputs:
     field: str = "text"  # of a row, that holds the text
     val_fraction: float = 0.1
     on_bad_row: OnBadRow | None = None
+    keep_first: KeepFirst | None = None  # drops documents that were there before
 
     def find(self, flag: str) -> FoundFiles | None:
         """The files behind --input or --val_input; None for a dataset of the hub. Raises UserError."""
@@ -398,6 +400,8 @@ class CorpusInputs:
         """All text, split. Raises UserError, for missing files at once."""
         found = self.find("--input")
         documents = self.documents(found, self.train, "train")
+        if self.keep_first:
+            documents = self.keep_first(documents, "--input")
         if not self.val:
             return split_documents(documents, self.val_fraction)
         found_val = self.find("--val_input")
@@ -405,7 +409,10 @@ class CorpusInputs:
         if found and found_val:
             check_apart(found.paths, found_val.paths)
             ends = not (is_lone_text(found.paths) and is_lone_text(found_val.paths))
-        sides = [("train", documents), ("val", self.documents(found_val, self.val, "validation"))]
+        val_documents = self.documents(found_val, self.val, "validation")
+        if self.keep_first:
+            val_documents = self.keep_first(val_documents, "--val_input")
+        sides = [("val", val_documents), ("train", documents)]  # what is in both is kept in validation alone
         return chain.from_iterable(whole_document(item, split, ends=ends) for split, items in sides for item in items)
 
     def documents(self, found: FoundFiles | None, inputs: Sequence[str], hub_split: str) -> Iterator[Document]:
