@@ -13,6 +13,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
 STARTS = ("python", ".venv/bin/", "torchrun", "bash ", "pip ", "git ", "M=", "echo ", "cat ", "curl ", "docker ", "uv ")
 COMMENT = re.compile(r"(^|\s+)#\s.*$")
+PLACEHOLDER = re.compile(r"\[[A-Z]+\]")  # [CONFIG] may be left out
 SCRIPT = re.compile(
     r"\(?(?:\S+=\S+ )*(?:\S*python3? |torchrun .*?)?"
     r"(?P<script>(?:[\w-]+/)*[\w-]+\.py|-m benchmarks\.\w+)(?P<rest>$|[\s)].*)"
@@ -43,7 +44,7 @@ class Command:
         """The script's arguments; those in [brackets], which may be left out, are in."""
         match = SCRIPT.fullmatch(self.text)
         assert match is not None
-        words = shlex.split(match["rest"].rstrip(")"))
+        words = [word for word in shlex.split(match["rest"].rstrip(")")) if not PLACEHOLDER.fullmatch(word)]
         return [word[1:-1] if word.startswith("[--") and word.endswith("]") else word for word in words]
 
 

@@ -29,6 +29,7 @@ ELLIPSIS = "..."
 # Commands of other programs: what they do is not this program's.
 OTHER_PROGRAMS = (
     r"python3 -m venv \.venv",
+    r"source \.venv/bin/activate",
     r"(\.venv/bin/)?pip install .*",
     r"\.venv/bin/(ruff|mypy|pre-commit) ?.*",
     r"\.venv/bin/python -m pytest( .*)?",

@@ -1,6 +1,7 @@
 """The pages of docs/: what is generated is up to date, and every link leads somewhere."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,14 @@ import pytest
 from generated_pages import generate
 from helpers import ROOT
 
+import builders
 import configurator
+import train_args
+from nanoforge.posttraining import rewards
 from nanoforge.training import metrics
 
 OTHER_FLAGS = {"print_config", "config_path", "help", "standalone", "nproc_per_node"}  # of all commands; torchrun
+COMPLETIONS = ("completion", "messages", "text", "chosen", "answer")
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/README.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -89,5 +94,30 @@ def test_every_error_that_is_explained_exists():
     messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
     assert len(messages) > 30
     for message in messages:
-        parts = [re.escape(part) for part in re.split(r"\.\.\.", message)]
+        parts = [re.escape(part) for part in message.strip(".").split("...")]
         assert re.search(".*".join(parts), texts), message
+
+
+def fenced(page: str, language: str) -> list[tuple[str, str]]:
+    """(what stands behind the language, text) of the fenced blocks of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(rf"^```{language} ?(.*?)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_row_that_is_shown_is_read():
+    for objective, lines in (*fenced("examples.md", "jsonl"), *fenced("first_hour.md", "jsonl")):
+        args = train_args.resolve([("test", {"objective": objective, "init_from": "gpt2"})]).args
+        row_format = builders.row_format(args, has_chat_template=True)
+        for line in lines.splitlines():
+            parsed = row_format.parse(row_format.shape(json.loads(line)).row)
+            assert parsed and all(any(name in row for name in COMPLETIONS) for row in parsed), line
+
+
+def test_the_reward_that_is_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ((_, code),) = fenced("rewards.md", "python")
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    total = rewards.parse_rewards("correct:1,my_rewards:is_short:0.3")
+    sample = rewards.Sample(completion="4", problem={"answer": "4"}, n_tokens=2, max_tokens=10, ended=True)
+    assert rewards.total_reward(total, sample)[0] == pytest.approx(1 + 0.3 * 0.8)
