@@ -28,6 +28,7 @@ of context, at the cost of one prefill every half block. Virtual tokens of a sof
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -313,7 +314,8 @@ class Request:
     def _add_logprobs(self, tokens: "LookedAt", row: int, at: int) -> None:
         by_context = []
         for top_ids, top_logprobs in zip(tokens.top_ids[row][at], tokens.top_logprobs[row][at], strict=True):
-            by_context.append(list(zip(top_ids, top_logprobs, strict=True))[: self.sampling.logprobs])
+            top = list(zip(top_ids, top_logprobs, strict=True))[: self.sampling.logprobs]
+            by_context.append([(token_id, logprob) for token_id, logprob in top if logprob > -math.inf])
         logprobs = tokens.logprobs[row][at]
         self.logprobs.append(logprobs if len(logprobs) > 1 else logprobs[0])
         self.top_logprobs.append(by_context if len(by_context) > 1 else by_context[0])
@@ -417,10 +419,11 @@ def report_logprobs(choices: Tensor, drawn: Tensor, offset: int, k: int, state: 
     assert state.logprobs is not None and state.top_ids is not None and state.top_logprobs is not None
     logprobs = choices.log_softmax(-1)  # (R, V)
     state.logprobs[state.at, :, k] = logprobs.gather(1, drawn[:, None]).T
-    if state.top_ids.size(-1):
-        top = logprobs.topk(state.top_ids.size(-1), dim=-1)
-        state.top_ids[state.at, :, k] = top.indices[None] + offset
-        state.top_logprobs[state.at, :, k] = top.values[None]
+    count = min(state.top_ids.size(-1), logprobs.size(-1))  # a vocabulary may have fewer than are asked for
+    if count:
+        top = logprobs.topk(count, dim=-1)
+        state.top_ids[state.at, :, k, :count] = top.indices[None] + offset
+        state.top_logprobs[state.at, :, k, :count] = top.values[None]
 
 
 def decode_one_token(model: nn.Module, cache: KVCache, state: DecodeState, groups: Sequence[RowGroup]) -> None:
@@ -689,7 +692,7 @@ class Decoder:
             at=slice(0, 1),
             logprobs=zeros(contexts) if asked else None,
             top_ids=zeros(top, dtype=torch.long) if asked else None,
-            top_logprobs=zeros(top) if asked else None,
+            top_logprobs=zeros(top) - math.inf if asked else None,
             seen=self._seen(),
         )
         self._begin_block()

@@ -166,7 +166,7 @@ def score_prompt(served: ServedModel, prompt: np.ndarray, top: int) -> list[Draw
         ((_, choices),) = model.vocabulary.next_token_logits(logits, read)
         logprobs = choices[:, : served.vocab_size].log_softmax(-1)
         drawn = ids[start + 1 : start + 1 + len(read), None]
-        likeliest = logprobs.topk(top, dim=-1)
+        likeliest = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
         columns = (drawn[:, 0], logprobs.gather(1, drawn)[:, 0], likeliest.indices, likeliest.values)
         for token, logprob, top_ids, top_logprobs in zip(*(column.tolist() for column in columns), strict=True):
             tokens.append(Drawn(token, logprob, list(zip(top_ids, top_logprobs, strict=True))))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from nanoforge.serving.text import Drawn, Piece
 
+LEAST_LOGPROB = -9999.0  # OpenAI's, of what is impossible: JSON has no infinity
 NOT_WHOLE = "\ufffd"  # what the text of a part of a character has
 
 Spell = Callable[[int], str]  # the text of a token's id
@@ -114,7 +115,7 @@ class Replies:
             lane.length += len(spell(token.id))
         return {
             "tokens": [spell(token.id) for token in piece.tokens],
-            "token_logprobs": [token.logprob for token in piece.tokens],
+            "token_logprobs": [finite(token.logprob) for token in piece.tokens],
             "top_logprobs": [top_by_text(token, spell) for token in piece.tokens],
             "text_offset": offsets,
         }
@@ -171,14 +172,18 @@ def chat_logprob(token: Drawn, spell: Spell) -> dict[str, Any]:
 
 def describe(text: str, logprob: float | None) -> dict[str, Any]:
     """A token's text; its bytes are unknown where it is a part of a character."""
-    return {"token": text, "logprob": logprob, "bytes": None if NOT_WHOLE in text else list(text.encode())}
+    return {"token": text, "logprob": finite(logprob), "bytes": None if NOT_WHOLE in text else list(text.encode())}
+
+
+def finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def top_by_text(token: Drawn, spell: Spell) -> Mapping[str, float] | None:
     """The log-probability of each alternative and of the token itself; the likelier of two that have one text."""
     if token.logprob is None:
         return None
-    top: dict[str, float] = {}
+    top: dict[str, Any] = {}
     for token_id, logprob in (*token.top, (token.id, token.logprob)):
-        top.setdefault(spell(token_id), logprob)
+        top.setdefault(spell(token_id), finite(logprob))
     return top

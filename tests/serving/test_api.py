@@ -21,6 +21,7 @@ from nanoforge.rng import SAMPLE
 from nanoforge.serving.server import ModelServer, ServerOptions, listen
 
 PROMPT = "to be or not"
+ON = {"ignore_eos": True}
 ENDLESS = {"max_tokens": 100_000, "ignore_eos": True}
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
 
@@ -113,7 +114,7 @@ def test_alone_is_among_others(client: Any) -> None:
 
 
 def test_n_choices_and_several_prompts(client: Any) -> None:
-    reply = complete(client, prompt=["ab", "cd"], n=3, seed=2, extra_body={"ignore_eos": True})
+    reply = complete(client, prompt=["ab", "cd"], n=3, seed=2, extra_body=ON)
     assert [choice.index for choice in reply.choices] == list(range(6))
     texts = [choice.text for choice in reply.choices]
     assert len(set(texts)) == 6 and complete(client, prompt="ab", seed=2).choices[0].text == texts[0]
@@ -121,7 +122,7 @@ def test_n_choices_and_several_prompts(client: Any) -> None:
 
 
 def test_streams_are_the_whole_in_parts(client: Any) -> None:
-    options = {"seed": 3, "max_tokens": 40, "temperature": 1.0, "extra_body": {"ignore_eos": True}}
+    options = {"seed": 3, "max_tokens": 40, "temperature": 1.0, "extra_body": ON}
     whole = complete(client, n=2, **options)
     chunks = list(complete(client, n=2, stream=True, stream_options={"include_usage": True}, **options))
     for index in range(2):
@@ -184,12 +185,12 @@ def test_echo_scores_the_prompt(server: ModelServer, client: Any) -> None:
 
 
 def test_stop_strings_end_the_text_before_them(client: Any) -> None:
-    text = complete(client, max_tokens=60, seed=4).choices[0].text
+    text = complete(client, max_tokens=60, seed=4, extra_body=ON).choices[0].text
     stop = text[20:23]
     cut = text[: text.index(stop)]
-    reply = complete(client, max_tokens=60, seed=4, stop=[stop, "unlikely"])
+    reply = complete(client, max_tokens=60, seed=4, extra_body=ON, stop=[stop, "unlikely"])
     assert (reply.choices[0].text, reply.choices[0].finish_reason) == (cut, "stop")
-    chunks = list(complete(client, max_tokens=60, seed=4, stop=stop, stream=True, logprobs=0))
+    chunks = list(complete(client, max_tokens=60, seed=4, extra_body=ON, stop=stop, stream=True, logprobs=0))
     assert "".join(chunk.choices[0].text for chunk in chunks) == cut
     assert "".join(token for chunk in chunks for token in chunk.choices[0].logprobs.tokens) == cut
 
@@ -201,7 +202,7 @@ def test_contexts_are_drawn_together(server: ModelServer, client: Any) -> None:
         prompt="",
         max_tokens=9,
         seed=6,
-        logprobs=1,
+        logprobs=5,
         temperature=1,
         extra_body={"prompt": prompt, "top_k": 0},
     )
@@ -213,6 +214,7 @@ def test_contexts_are_drawn_together(server: ModelServer, client: Any) -> None:
     assert contexts["letters"]["text"] == reply.choices[0].text == LETTERS.decode(letters)
     assert contexts["cases"]["text"] == CASES.decode([token - LETTERS.vocab_size for token in cases])
     assert len(contexts["cases"]["logprobs"]["tokens"]) == 9
+    assert all(top.keys() == set("UL.") for top in contexts["cases"]["logprobs"]["top_logprobs"])  # 3 of 5, there are 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
