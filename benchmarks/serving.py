@@ -4,8 +4,8 @@
     python benchmarks/serving.py --clients 1 8 --seconds=20 --turns=3
     python benchmarks/serving.py --clients 8 --seconds=300 --pid=PID        and the server's memory
 
-Each client sends a request as soon as its last one is answered. The numbers of clients take turns, so that what else the
-machine does slows all of them. It exits with status 1 if a request was lost.
+Each client sends a request as soon as its last one is answered. The numbers of clients take turns, so that what else
+the machine does slows all of them. It exits with status 1 if a request was lost.
 """
 
 import argparse
@@ -81,11 +81,10 @@ def run_turn(args: argparse.Namespace, n_clients: int) -> tuple[Load, float]:
     load = Load()
     began = time.monotonic()
     until = began + args.seconds
-    threads = [
-        threading.Thread(target=run_client, args=(args, number, until, load), daemon=True) for number in range(n_clients)
-    ]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for number in range(n_clients):
+        threads.append(threading.Thread(target=run_client, args=(args, number, until, load), daemon=True))
+        threads[-1].start()
     for tenth in range(10):
         if args.pid:
             print(f"  {tenth * args.seconds / 10:5.0f} s: {resident_mb(args.pid):,.0f} MB", flush=True)
