@@ -80,18 +80,22 @@ class Trial:
         self.steps = self.data.source.stream(0, rows, self.ranks.device, hashed=False)
 
     def train(self, steps: range) -> float:
-        """The seconds that these steps take, the slowest rank's."""
+        """The seconds that these steps take, the slowest rank's: a collective."""
+        wait_for_device(self.ranks.device)
+        start = time.perf_counter()
+        self.run(steps)
+        return agreed_seconds(time.perf_counter() - start, self.ranks)
+
+    def run(self, steps: range) -> None:
+        """Make these steps, and wait for the device."""
         lr_scale = builders.lr_scale(self.args)
         train_step = TrainStep(self.model, self.data.objective, self.state, self.args.grad_clip)
         self.model.train()
-        wait_for_device(self.ranks.device)
-        start = time.perf_counter()
         for step in steps:
             self.state.optimizer.set_lr_scale(lr_scale(step))
             self.state.optimizer.set_step(step)
             train_step(self.data.objective.prepare(self.raw_model, next(self.steps).batches), with_metrics=False)
         wait_for_device(self.ranks.device)
-        return agreed_seconds(time.perf_counter() - start, self.ranks)
 
     def val_loss(self) -> float:
         """The validation loss on eval_iters batches."""

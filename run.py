@@ -12,6 +12,7 @@ import torch
 
 import builders
 import configurator
+import micro_batch
 import pilot
 from model import GPT
 from nanoforge import distributed, restarts, rng, run_dir
@@ -313,6 +314,9 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
         args, decision, reasons = pilot.decide(args, ranks)
         for reason in reasons:
             log(reason)
+    if args.auto_find_batch_size and not args.eval_only:
+        args, reason = micro_batch.decide(args, ranks, resumed_from)
+        log(reason)
     rank_slice = distributed.rank_slice(args.global_batch_size, args.batch_size, ranks, group_size=args.group_size)
 
     # 2. Model and optimizer.

@@ -39,7 +39,16 @@ DECAYS_TO_MIN_LR = ("linear", "cosine", "exponential", "wsd")  # schedules that 
 ROLLOUT_INTERVALS = ("max_iters", "eval_interval", "checkpoint_interval")
 BUDGETS = ("time_budget", "flops_budget", "token_budget")
 BUDGET_CONFIG = Path(__file__).parent / "configs/depth.py"  # the architecture that its law was measured with
-NOT_WITH_BUDGET = ("depth", "max_iters", "lr_decay_iters", "max_tokens", "max_epochs", "max_seconds", "warmup_ratio")
+NOT_WITH_BUDGET = (
+    "depth",
+    "max_iters",
+    "lr_decay_iters",
+    "max_tokens",
+    "max_epochs",
+    "max_seconds",
+    "warmup_ratio",
+    "auto_find_batch_size",
+)
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 COUNTS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
@@ -222,6 +231,8 @@ class BatchArgs:
 
     batch_size: int = arg(64, "micro-batch size, in sequences; batch_size x gradient_accumulation_steps "
         "is the global (effective) batch size for any number of ranks", low=1, alias=("micro_batch_size",))
+    auto_find_batch_size: bool = arg(False, "choose the micro-batch by memory and speed and keep the global batch of "
+        "batch_size x gradient_accumulation_steps; --batch_size=auto says the same", inherit=False)
     gradient_accumulation_steps: int = arg(1, "gradient accumulation: micro-batches per optimizer step", low=1)
     block_size: int = arg(256, "context length in tokens; loaded weights with a longer context are cropped to it",
         low=1, model_shape=True)
@@ -785,6 +796,7 @@ def locate_layers(layers: list[Layer]) -> list[Layer]:
     """
     from nanoforge import run_dir
 
+    layers = spell_out_auto(layers)
     is_resumed = [values["init_from"] for _, values in layers if "init_from" in values][-1:] == ["resume"]
     has_out_dir = any(name in values for _, values in layers for name in ("out_dir", "output_dir"))
     located = []
@@ -803,6 +815,21 @@ def locate_layers(layers: list[Layer]) -> list[Layer]:
             is_path = not has_out_dir and run_dir.holds_checkpoint(checkpoint)
             located.append((source, values | out_dir_around(checkpoint) if is_path else values))
     return located
+
+
+def spell_out_auto(layers: list[Layer]) -> list[Layer]:
+    """The layers with --batch_size=auto as what it means: the batch_size beneath it stands. A later number ends it."""
+    spelled_out = []
+    is_auto = False
+    for source, values in layers:
+        names = [name for name in ("batch_size", "micro_batch_size") if name in values]
+        if any(values[name] == "auto" for name in names):
+            values = {name: value for name, value in values.items() if name not in names}
+            values["auto_find_batch_size"] = is_auto = True
+        elif names and is_auto and "auto_find_batch_size" not in values:
+            values = values | {"auto_find_batch_size": False}
+        spelled_out.append((source, values))
+    return spelled_out
 
 
 def out_dir_around(folder: Path) -> dict[str, str]:
@@ -881,7 +908,7 @@ def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
     if args.task_name and args.task_name != Path(args.task_name).name:
         yield f"--task_name={args.task_name}: must be a plain name, not a path"
     if args.eval_only:
-        for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log"):
+        for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log", "auto_find_batch_size"):
             if source[flag] == configurator.COMMAND_LINE and getattr(args, flag):
                 yield f"--{flag}: has no effect with --eval_only, which writes nothing"
 

@@ -22,6 +22,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
+def local_world_size() -> int:
+    """The processes on this machine that were started together."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
 def environment_error() -> str | None:
     """What is wrong with the variables that a launcher sets, and how to correct it."""
     if world_size() == 1:

@@ -323,6 +323,14 @@ def batch_size(run):
 
 
 @effect
+def auto_find_batch_size(run: Callable[..., RunFiles]) -> None:
+    """tests/training/test_micro_batch.py has what it chooses."""
+    done = run("--auto_find_batch_size", "--max_iters=1", "--eval_iters=2")
+    assert done.config["batch_size"] * done.config["gradient_accumulation_steps"] == 4
+    assert f"--batch_size={done.config['batch_size']}" in done.console
+
+
+@effect
 def gradient_accumulation_steps(run):
     done = run("--gradient_accumulation_steps=3")
     assert done.progress.tokens == 4 * 3 * 4 * 8 and "3 x 4 on each" in done.console
