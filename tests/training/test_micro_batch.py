@@ -1,4 +1,7 @@
-"""--batch_size=auto: which micro-batch it chooses, and that the run is the one of the numbers that are chosen."""
+"""--batch_size=auto: which micro-batch it chooses, and that the run is the one of the numbers that are chosen.
+
+On several ranks test_sharding.py has it.
+"""
 
 import json
 from collections.abc import Callable
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, RunFiles, equal_tensors, run_on_ranks
+from helpers import TINY, RunFiles, equal_tensors
 
 import micro_batch
 import train_args
@@ -25,6 +28,7 @@ def parse(*flags: str) -> train_args.TrainArgs:
     return train_args.parse([*TINY, *GLOBAL, *flags])
 
 
+@pytest.mark.slow
 def test_a_run_that_chooses_is_the_run_of_what_it_chose(
     run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,10 +119,3 @@ def test_on_a_cpu_the_fastest_of_those_that_are_tried(monkeypatch: pytest.Monkey
     trial.data = type("Data", (), {"source": source})
     assert micro_batch.fastest(trial, [1, 2, 3, 4, 6, 12, 24])[0] == 12
     assert rows_of == {12: 12, 6: 18, 4: 20, 2: 20, 1: 20}  # of 24, which would take 2.4 s, 20 rows are tried
-
-
-@pytest.mark.distributed
-def test_two_ranks_choose_alike(data_dir: Path, tmp_path: Path) -> None:
-    flags = [*TINY, *GLOBAL, f"--data_dir={data_dir}", "--dataset=a", "--eval_iters=6", "--max_iters=1"]
-    done = run_on_ranks(tmp_path / "run", 2, *flags, "--auto_find_batch_size")
-    assert done.config["batch_size"] in (1, 2, 3, 4, 6, 12) and len(done.losses) == 1
