@@ -275,7 +275,7 @@ def describe_decision(bench: Bench, plan: Plan, pilots: list[Pilot]) -> Decision
     """The decision, for the run and for its record."""
     values = budget.derive_args(plan, bench.text, bench.fixed)
     calibration = budget.calibrate(pilots) if pilots else None
-    speed = bench.speed if bench.step_times else None
+    speed = bench.speed if bench.args.time_budget else None
     seconds = bench.seconds
     record = {
         "chosen": values,

@@ -12,6 +12,7 @@ from helpers import TEXT, RunFiles, read_run, write_char_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pilot
 import train
 import train_args
 from nanoforge.training import budget
@@ -318,6 +319,15 @@ def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunF
     args = train_args.parse([str(done.out_dir / "train_config.json"), f"--out_dir={done.out_dir}_2"])
     assert args.budget_chooses == () and args.time_budget == 1.5
     assert done.config is not None and args.max_iters == done.config["max_iters"]
+
+
+def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pilot, "MIN_PILOT_TOKENS", 10)
+    write_char_dataset(tmp_path / "text", TEXT * 100)
+    done = train_budget(tmp_path, "--token_budget=4k", "--n_layer=1", "--n_embd=16", "--block_size=16")
+    assert done.config is not None and done.last is not None
+    decision = done.config["_budget"]
+    assert len(decision["pilots"]) == 2 and decision["foretold_val_loss"] > 0 and decision["speed"] == {}
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
