@@ -512,6 +512,7 @@ KEYS: dict[str, Key] = {
     # precision and memory
     "bf16": Key("dtype=bfloat16", to_dtype),
     "fp16": ignored("dtype=float16"),
+    "auto_find_batch_size": renamed("auto_find_batch_size"),
     "gradient_checkpointing": renamed("activation_checkpointing"),
     "activation_checkpointing": renamed("activation_checkpointing"),
     "full_determinism": renamed("deterministic"),

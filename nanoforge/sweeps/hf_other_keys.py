@@ -151,7 +151,6 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "label_smoothing_factor": ("there is label smoothing in DPO only (label_smoothing)", 0),
     "neftune_noise_alpha": ("no noise is added to embeddings", 0),
     "average_tokens_across_devices": ("a step's loss is the mean over the tokens of all ranks", True),
-    "auto_find_batch_size": ("the batch is part of what the run is; set per_device_train_batch_size", False),
     "router_aux_loss_coef": ("there are no mixtures of experts", 0),
     # precision
     "bf16_full_eval": ("evaluation has the precision of training", False),
