@@ -1,6 +1,7 @@
 """The device of this process: which one, in which precision, and how fast it multiplies matrices."""
 
 import ctypes
+import functools
 import importlib
 import os
 import shutil
@@ -105,8 +106,11 @@ def find_bfloat16_units(device: torch.device) -> str:
 # how fast
 
 
+@functools.cache
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """FLOP/s of an n x n matrix product here (0: a large one), the best of ten: no training step is faster."""
+    """FLOP/s of an n x n matrix product here (0: a large one), the best of ten: no training step is faster.
+
+    A process measures once."""
     n = n or (4096 if device.type == "cuda" else 512)
     generator = torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers stay as they are
     square = torch.randn(n, n, generator=generator, device=device, dtype=dtype)  # GPUs multiply ones and zeros faster

@@ -1,31 +1,35 @@
 """Ranks: this process among torchrun's, what the ranks agree on, and how a model is spread over them (DDP, FSDP2).
 
 Collectives on CPU tensors go through gloo, on GPU tensors through NCCL. With one process all of them are the identity.
+torch's modules of sharding take a second to load, so they are imported where something is sharded.
 """
 
 import contextlib
 import functools
 import inspect
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor, init_device_mesh
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoforge import launcher
 from nanoforge.device import get_device
 from nanoforge.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 MIN_RENDEZVOUS_SECONDS = 300.0
 SLOW_TIMEOUT = timedelta(days=7)
@@ -293,6 +297,9 @@ def apply_fsdp(
     reshard_after_forward: free a block's gathered parameters after its forward (ZeRO-3; else ZeRO-2).
     cpu_offload: keep the shards, gradients and optimizer state in host memory.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     # The warning is about writing to a view; nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
@@ -317,12 +324,18 @@ def has_process_group() -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `apply_fsdp` was called on it."""
-    return isinstance(model, FSDPModule)
+    return is_fsdp_module(model)
+
+
+def is_fsdp_module(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Whether it has a group of sharded parameters. As long as nobody has imported the class there is none."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def set_gradient_sync(model: nn.Module, *, sync: bool) -> None:
     """Whether the next backward averages the gradients over the ranks, or each rank only adds up its own."""
-    if isinstance(model, FSDPModule):
+    if is_fsdp_module(model):
         model.set_requires_gradient_sync(sync)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync
@@ -331,7 +344,7 @@ def set_gradient_sync(model: nn.Module, *, sync: bool) -> None:
 def reshard(model: nn.Module) -> None:
     """Free the whole parameters that a forward has gathered and kept, so that the next one sees changes of shards."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp_module(module):
             module.reshard()
 
 
@@ -339,27 +352,37 @@ def reshard(model: nn.Module) -> None:
 # sharded tensors
 
 
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is sharded. As long as nobody has imported the class there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor, gathered if it is sharded: a collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's rows of the tensor; all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A full tensor, the same on all ranks, sharded as `other` is; no communication."""
-    if not isinstance(other, DTensor):
+    if not is_dtensor(other):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def with_local_shard(tensor: Tensor, shard: Tensor) -> Tensor:
     """A tensor sharded as another, of which this rank has these rows; the rows themselves if that is not sharded."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return shard
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         shard, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -367,16 +390,20 @@ def with_local_shard(tensor: Tensor, shard: Tensor) -> Tensor:
 
 def first_row(tensor: Tensor) -> int:
     """The number of the first of this rank's rows; 0 if the tensor is not sharded."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
 def cpu_snapshot(tensor: Tensor) -> Tensor:
     """A copy in host memory that training does not touch, sharded if the tensor is."""
     copy = local_shard(tensor).detach().to("cpu", copy=True).contiguous()
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return copy
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         copy,
         host_mesh(tensor.device_mesh.size()),
@@ -388,6 +415,8 @@ def cpu_snapshot(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def host_mesh(world_size: int) -> DeviceMesh:
+def host_mesh(world_size: int) -> "DeviceMesh":
     """A mesh of all ranks' CPUs, for the shards of snapshots."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh("cpu", (world_size,))

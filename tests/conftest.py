@@ -1,5 +1,6 @@
 """Fixtures: the tiny datasets, a pretrained tiny model, and a run in this process."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,3 +91,8 @@ def run(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The test of a real Slurm spends most of its time waiting, so it starts first."""
     items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of every collection of garbage."""
+    gc.freeze()

@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test runs on each core
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+os.fsync = lambda fd: None  # of a tiny run, half of its seconds; tests kill processes and fill disks, but cut no power
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -252,18 +256,17 @@ def run_script(
     script: str = "train.py",
     cwd: Path = ROOT,
     env: dict[str, str] | None = None,
-    **options: Any,
+    input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end."""
-    done = subprocess.run(
-        [*script_command(script, ranks), *map(str, argv)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        timeout=300,
-        **options,
-    )
+    """Run a script to its end: those of the root in a forked process, others and several ranks in new ones."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [*script_command(script, ranks), *map(str, argv)]
+    if ranks == 1 and Path(script).parent == Path("."):
+        done = fork_script(command[1:], cwd=cwd, env=environment, text=input)
+    else:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, input=input
+        )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -376,7 +379,41 @@ class OperatorCounts(TorchDispatchMode):
 # runs in forked processes, which start fast because torch is loaded already
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train", "torch._dynamo"])
+FORKSERVER.set_forkserver_preload(["preload"])
+
+
+def start_fork(target: Callable[..., None], *args: object) -> Any:
+    """Start a process that calls a function: a fork of a server that has imported preload.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 starts the server without sys.path
+        process = FORKSERVER.Process(target=target, args=args)
+        process.start()
+    return process
+
+
+def script_in_fork(command: Sequence[str], cwd: Path, env: dict[str, str], streams: Path) -> None:
+    """What a forked process does: run a script as `python SCRIPT ...` does, its streams being files of a folder."""
+    os.environ.clear()
+    os.environ |= env
+    os.chdir(cwd)
+    for handle, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        with (streams / name).open(mode) as file:
+            os.dup2(file.fileno(), handle)
+        setattr(sys, name, os.fdopen(handle, mode, closefd=False))
+    sys.argv = list(command)
+    torch.set_num_threads(1)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def fork_script(command: Sequence[str], *, cwd: Path, env: dict[str, str], text: str) -> subprocess.CompletedProcess:
+    """Run [script, argument, ...] in a process with torch loaded: its exit status and output. It reads `text`."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder)
+        for name in ("stdin", "stdout", "stderr"):
+            (streams / name).write_text(text if name == "stdin" else "")
+        status = wait_for_exit(start_fork(script_in_fork, command, cwd, env, streams), 300)
+        output, errors = ((streams / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([sys.executable, *command], status, output, errors)
 
 
 def train_in_fork(flags: list[str], log: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
@@ -415,9 +452,7 @@ def start_ranks(flags: list[str], ranks: int, log: Path, prepare: Callable[[], N
         if ranks > 1:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        process = FORKSERVER.Process(target=train_in_fork, args=(flags, log, env, prepare))
-        process.start()
-        processes.append(process)
+        processes.append(start_fork(train_in_fork, flags, log, env, prepare))
     return processes
 
 

@@ -24,11 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from nanoforge.distributed import Ranks, cpu_snapshot, is_sharded, local_shard
 from nanoforge.errors import DivergedError, UserError
@@ -77,6 +75,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
     A collective of the group: when it returns on one rank, all files are complete. Raises OSError on all ranks if it
     fails on one.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from nanoforge.distributed import first_row, full_tensor, local_shard, with_local_shard
+from nanoforge.distributed import first_row, full_tensor, is_dtensor, local_shard, with_local_shard
 from nanoforge.training.skippable import SkippableOptimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +49,7 @@ class Layout(NamedTuple):
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self.params[0], DTensor)
+        return is_dtensor(self.params[0])
 
     def by_kind(self, updates: Tensor) -> list[Tensor]:
         """Whole matrices, (n_weights, rows, cols) of each kind, from a flat tensor like the momentum."""
@@ -232,7 +231,7 @@ class Muon(SkippableOptimizer, torch.optim.Muon):
     def compile(self) -> None:
         """Compile the step as one function, apart from what is one kernel for all weights already; of sharded weights
         what follows the collectives."""
-        if isinstance(self.param_groups[0]["params"][0], DTensor):
+        if is_dtensor(self.param_groups[0]["params"][0]):
             self.orthogonalize = torch.compile(orthogonalize, dynamic=False)
         else:
             self.compute_steps = torch.compile(compute_steps, dynamic=False)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from nanoforge.distributed import full_tensor, reshard, shard_like
+from nanoforge.distributed import full_tensor, is_dtensor, reshard, shard_like
 from nanoforge.errors import UserError
 from nanoforge.training.muon import Muon
 from nanoforge.training.skippable import SkippableOptimizer
@@ -208,7 +207,8 @@ def pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, DTensor) and value.layout == torch.strided:
+    is_plain = type(value) in (Tensor, nn.Parameter) or is_dtensor(value)
+    if is_plain and value.layout == torch.strided:
         tensors[key] = value.detach()
         return {"tensor": key}
     if type(value) in (list, tuple, set):
@@ -455,7 +455,7 @@ class Optimizer:
 
     def with_full_parameters(self, groups: list[Group]) -> list[Group]:
         """The groups with full copies in the place of sharded parameters, if there are any."""
-        if not any(isinstance(p, DTensor) for p in self.parameters):
+        if not any(is_dtensor(p) for p in self.parameters):
             return groups
         self.full_parameters = {p: nn.Parameter(torch.zeros(p.shape, device=p.device)) for p in self.parameters}
         for p, full in self.full_parameters.items():
