@@ -15,21 +15,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoforge import launcher
 from nanoforge.device import get_device
 from nanoforge.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 MIN_RENDEZVOUS_SECONDS = 300.0
 SLOW_TIMEOUT = timedelta(days=7)
@@ -297,7 +293,6 @@ def apply_fsdp(
     reshard_after_forward: free a block's gathered parameters after its forward (ZeRO-3; else ZeRO-2).
     cpu_offload: keep the shards, gradients and optimizer state in host memory.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     # The warning is about writing to a view; nothing here does.
@@ -327,8 +322,8 @@ def is_sharded(model: nn.Module) -> bool:
     return is_fsdp_module(model)
 
 
-def is_fsdp_module(module: nn.Module) -> "TypeGuard[FSDPModule]":
-    """Whether it has a group of sharded parameters. As long as nobody has imported the class there is none."""
+def is_fsdp_module(module: nn.Module) -> TypeGuard[Any]:
+    """Whether it is an FSDPModule. As long as nobody has imported that class there is none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -352,8 +347,8 @@ def reshard(model: nn.Module) -> None:
 # sharded tensors
 
 
-def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether it is sharded. As long as nobody has imported the class there is none."""
+def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether it is sharded, a DTensor. As long as nobody has imported that class there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -415,8 +410,6 @@ def cpu_snapshot(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def host_mesh(world_size: int) -> "DeviceMesh":
+def host_mesh(world_size: int) -> DeviceMesh:
     """A mesh of all ranks' CPUs, for the shards of snapshots."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     return init_device_mesh("cpu", (world_size,))

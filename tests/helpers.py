@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
+import configurator
 import train
 import train_args
 from model import GPT, GPTConfig
@@ -242,55 +243,35 @@ def bytes_for_backward(loss: torch.Tensor) -> int:
 
 
 def script_command(script: str | Path = "train.py", ranks: int = 1, torchrun_options: Sequence[str] = ()) -> list[str]:
-    """What starts a script, with several ranks by torchrun."""
+    """Python's arguments that start a script, with several ranks by torchrun."""
     if ranks == 1:
-        return [sys.executable, str(ROOT / script)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return [str(ROOT / script)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*torchrun, *torchrun_options, str(ROOT / script)]
 
 
 def run_script(
     *argv: object,
     check: bool = True,
-    ranks: int = 1,
     script: str = "train.py",
     cwd: Path = ROOT,
     env: dict[str, str] | None = None,
     input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end: those of the root in a forked process, others and several ranks in new ones."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [*script_command(script, ranks), *map(str, argv)]
-    if ranks == 1 and Path(script).parent == Path("."):
-        done = fork_script(command[1:], cwd=cwd, env=environment, text=input)
+    """Run a script to its end: one of the root in a forked process, any other in a new one."""
+    command = [*script_command(script), *map(str, argv)]
+    environment = os.environ | (env or {})
+    if Path(script).parent == Path("."):
+        done = fork_to_end(run_python, command, cwd=cwd, env=environment, text=input)
     else:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, input=input
-        )
+        command = [sys.executable, *command]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=input)
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-def start_script(
-    *argv: object,
-    ranks: int = 1,
-    script: str | Path = "train.py",
-    torchrun_options: Sequence[str] = (),
-    stderr: int | None = None,
-) -> subprocess.Popen:
-    """Start a script, whose output can be read line by line."""
-    return subprocess.Popen(
-        [*script_command(script, ranks, torchrun_options), *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_line(process: subprocess.Popen, text: str) -> None:
+def wait_for_line(process: "ScriptProcess", text: str) -> None:
     """Read the output of a process up to a line that contains a text."""
-    assert process.stdout is not None
     for line in process.stdout:
         if text in line:
             return
@@ -391,29 +372,74 @@ def start_fork(target: Callable[..., None], *args: object) -> Any:
     return process
 
 
-def script_in_fork(command: Sequence[str], cwd: Path, env: dict[str, str], streams: Path) -> None:
-    """What a forked process does: run a script as `python SCRIPT ...` does, its streams being files of a folder."""
+STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def call_in_fork(function: Callable[..., None], argument: Any, cwd: Path, env: dict[str, str], streams: Path) -> None:
+    """What a forked process does: call a function, its standard streams being files of a folder."""
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)
-    for handle, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    for handle, (name, mode) in enumerate(STREAMS):
         with (streams / name).open(mode) as file:
             os.dup2(file.fileno(), handle)
         setattr(sys, name, os.fdopen(handle, mode, closefd=False))
-    sys.argv = list(command)
     torch.set_num_threads(1)
-    runpy.run_path(command[0], run_name="__main__")
+    function(argument)
 
 
-def fork_script(command: Sequence[str], *, cwd: Path, env: dict[str, str], text: str) -> subprocess.CompletedProcess:
-    """Run [script, argument, ...] in a process with torch loaded: its exit status and output. It reads `text`."""
+def run_python(argv: Sequence[str]) -> None:
+    """Do what `python SCRIPT ...` and `python -m MODULE ...` do."""
+    is_module = argv[0] == "-m"
+    sys.argv = list(argv[is_module:])
+    if is_module:
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+def fork_to_end(
+    function: Callable[..., None], argument: Any, *, cwd: Path = ROOT, env: dict[str, str] | None = None, text: str = ""
+) -> subprocess.CompletedProcess:
+    """Call a function in a forked process that reads `text`: the exit status and the output."""
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder)
-        for name in ("stdin", "stdout", "stderr"):
+        for name, _ in STREAMS:
             (streams / name).write_text(text if name == "stdin" else "")
-        status = wait_for_exit(start_fork(script_in_fork, command, cwd, env, streams), 300)
+        process = start_fork(call_in_fork, function, argument, cwd, env or dict(os.environ), streams)
+        status = wait_for_exit(process, 300)
         output, errors = ((streams / name).read_text() for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess([sys.executable, *command], status, output, errors)
+    return subprocess.CompletedProcess(argument, status, output, errors)
+
+
+class ScriptProcess:
+    """A script started in a forked process, several ranks by a torchrun there. Its output can be read line by line."""
+
+    def __init__(
+        self,
+        *argv: object,
+        script: str | Path = "train.py",
+        ranks: int = 1,
+        torchrun_options: Sequence[str] = (),
+    ) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        streams = Path(self.folder.name)
+        (streams / "stdin").touch()
+        for name in ("stdout", "stderr"):
+            os.mkfifo(streams / name)
+        command = [*script_command(script, ranks, torchrun_options), *map(str, argv)]
+        self.process = start_fork(call_in_fork, run_python, command, ROOT, dict(os.environ), streams)
+        self.pid = self.process.pid
+        self.stdout, self.stderr = ((streams / name).open() for name in ("stdout", "stderr"))
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, seconds: float = 60) -> int:
+        return wait_for_exit(self.process, seconds)
 
 
 def train_in_fork(flags: list[str], log: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
@@ -423,8 +449,7 @@ def train_in_fork(flags: list[str], log: Path, env: dict[str, str], prepare: Cal
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    train.main(train_args.parse(flags))
-    sys.stdout.flush()
+    configurator.run(train.main, train_args.parse(flags))
 
 
 PORTS = itertools.count(10_000 + 97 * os.getpid() % 20_000)
@@ -463,9 +488,9 @@ def wait_for_exit(process: Any, seconds: float = 60) -> int:
     return process.exitcode
 
 
-def run_on_ranks(out_dir: Path, ranks: int, *flags: str) -> RunFiles:
+def run_on_ranks(out_dir: Path, ranks: int, *flags: str, prepare: Callable[[], None] | None = None) -> RunFiles:
     """Train on a number of ranks, in forked processes, and read the run's folder."""
     log = out_dir.with_suffix(".log")
-    processes = start_ranks([*flags, f"--out_dir={out_dir}"], ranks, log)
+    processes = start_ranks([*flags, f"--out_dir={out_dir}"], ranks, log, prepare)
     assert [wait_for_exit(process, 120) for process in processes] == [0] * ranks, log.read_text()[-3000:]
-    return read_run(out_dir)
+    return read_run(out_dir, console=log.read_text())

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, gpt2_tokenizer_env
+from helpers import ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_script, wait_for_line
 
 import bench
 import configurator
@@ -52,14 +52,15 @@ for i in range(int(options["max_iters"]) + 1):
 """
 
 
-def rehearse_bench(section: str, *flags: str) -> subprocess.CompletedProcess:
+def rehearse_bench(*argv: str) -> subprocess.CompletedProcess:
     """bench.py, whose processes are forks: each saves the import of torch."""
     code = (
-        "import sys, configurator, bench; from benchmarks import rehearsal; rehearsal.start();"
-        "configurator.run(bench.main, bench.parse(sys.argv[1:]))"
+        "import configurator, bench; from benchmarks import rehearsal; rehearsal.start();"
+        f"configurator.run(bench.main, bench.parse({list(argv)}))"
     )
-    command = [sys.executable, "-c", code, section, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = fork_to_end(exec, code)
+    assert not done.returncode, done.stderr
+    return done
 
 
 @pytest.fixture
@@ -313,17 +314,15 @@ def test_all_of_the_gpus_measurements_are_rehearsed(peer: Path, tmp_path: Path):
     (peer / "model.py").write_text(PEER_MODEL)
     out = tmp_path / "out"
     flags = ["--rehearse", f"--peer={peer}", f"--data_dir={tmp_path}/data", f"--out={out}"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("   A1:"):
-                process.kill()
-                break
+    script = "benchmarks/gpu.py"
+    process = ScriptProcess(*flags, script=script)
+    wait_for_line(process, "   A1:")
+    process.kill()
     killed = gpu_figures(out)["figures"]
     assert {"data", "A0 copy", "A0 launch", "A1"} <= killed.keys()
     assert "A7 B1 eager" not in killed
 
-    output = run_process(command).output
+    done = run_script(*flags, script=script)
     results = gpu_figures(out)
     figures = results["figures"]
     assert not results["failed"]
@@ -339,7 +338,7 @@ def test_all_of_the_gpus_measurements_are_rehearsed(peer: Path, tmp_path: Path):
         assert record["first_step_s"] > 0
     for name in ("A2", "A4", "B1 nanoGPT, turn 1"):
         assert 0 < figures[name]["value"] < 4000, "the time on the wall, not the printed one"
-    assert "37 figures" in output
+    assert "37 figures" in done.stdout
     assert figures["B6 GRPO"]["recompiles"] == 0
     assert figures["B3"]["kernels"][0]["ms"] > 0
     assert (out / "cpu_trace.json.gz").exists()

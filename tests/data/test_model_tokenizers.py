@@ -233,7 +233,9 @@ def llama_cpp_server(path: Path) -> Any:
     params.n_ctx = 256
     params.cpuparams.n_threads = 1
     params.warmup = False
-    return xllamacpp.Server(params)
+    server = xllamacpp.Server(params)
+    server.handle_completions({"prompt": [1], "n_predict": 1})  # one that ends before its loop has begun hangs
+    return server
 
 
 def llama_cpp_ids(server: Any, text: str) -> list[int]:

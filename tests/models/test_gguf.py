@@ -260,7 +260,9 @@ def serve(path: Path) -> Any:
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = params.fit_params = False
     params.verbosity = -1
-    return llama.Server(params)
+    server = llama.Server(params)
+    server.handle_completions({"prompt": [1], "n_predict": 1})  # one that ends before its loop has begun hangs
+    return server
 
 
 def complete(server: Any, prompt: str, banned: Sequence[int]) -> tuple[int, list[tuple[int, torch.Tensor]]]:

@@ -27,13 +27,14 @@ from helpers import (
     ROOT,
     TINY,
     RunFiles,
+    ScriptProcess,
     equal_tensors,
     file_size_limit,
     metric,
     read_run,
+    run_on_ranks,
     run_script,
     start_ranks,
-    start_script,
     wait_for_exit,
     wait_for_line,
 )
@@ -44,7 +45,7 @@ from safetensors import SafetensorError
 import configurator
 import train
 import train_args
-from nanoforge import files, run_dir, run_state
+from nanoforge import distributed, files, run_dir, run_state
 from nanoforge.errors import UserError
 from nanoforge.sweeps import local
 from nanoforge.training import checkpoint
@@ -259,7 +260,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(run, da
 # 4. a rank that is killed
 
 
-def worker_pids(torchrun: subprocess.Popen) -> list[int]:
+def worker_pids(torchrun: ScriptProcess) -> list[int]:
     """Process ids of torchrun's ranks, in order."""
     ps = ["ps", "-o", "pid=", "--ppid", str(torchrun.pid), "--sort=pid"]
     return [int(pid) for pid in subprocess.run(ps, capture_output=True, text=True).stdout.split()]
@@ -276,14 +277,10 @@ def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir: Path, tmp_path: Pat
         "--eval_interval=100000",
         "--checkpoint_interval=20",
         "--rank_timeout=20",
-        "--max_iters=600",
+        f"--max_iters={300 if restarts else 100000}",
     ]
-    process = start_script(
-        *flags,
-        f"--out_dir={tmp_path / 'run'}",
-        ranks=2,
-        torchrun_options=[f"--max-restarts={restarts}"],
-        stderr=subprocess.STDOUT,
+    process = ScriptProcess(
+        *flags, f"--out_dir={tmp_path / 'run'}", ranks=2, torchrun_options=[f"--max-restarts={restarts}"]
     )
     wait_for_line(process, "step 60:")
     os.kill(worker_pids(process)[1], signal.SIGKILL)
@@ -292,7 +289,7 @@ def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir: Path, tmp_path: Pat
     assert (process.wait(60) == 0) == bool(restarts), output
     assert time.monotonic() - killed_at < 60
     if restarts:
-        run_script(*flags, f"--out_dir={tmp_path / 'undisturbed'}", ranks=2)
+        run_on_ranks(tmp_path / "undisturbed", 2, *flags)
         assert "resuming" in output
         assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
@@ -300,53 +297,36 @@ def test_a_killed_rank_ends_the_run_or_restarts_it(data_dir: Path, tmp_path: Pat
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. numbers that are not finite
 
-POISONED = """
-import math, os, sys
-sys.path.insert(0, {root!r})
-import torch, train, train_args
-from nanoforge import distributed
 
-original = distributed.wrap_ddp
-n_backwards = 0
+def poison_rank_1() -> None:
+    """Its second backward has a gradient that is not finite."""
+    original = distributed.wrap_ddp
+    n_backwards = 0
 
-def poison(grad):
-    global n_backwards
-    n_backwards += 1
-    return grad * math.nan if n_backwards == 2 else grad
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        nonlocal n_backwards
+        n_backwards += 1
+        return grad * math.nan if n_backwards == 2 else grad
 
-def wrap_ddp(model, ranks):
-    if ranks.rank == 1:
-        next(model.parameters()).register_hook(poison)
-    return original(model, ranks)
+    def wrap_ddp(model: torch.nn.Module, ranks: distributed.Ranks) -> torch.nn.Module:
+        if ranks.rank == 1:
+            next(model.parameters()).register_hook(poison)
+        return original(model, ranks)
 
-distributed.wrap_ddp = wrap_ddp
-train.main(train_args.parse(sys.argv[1:]))
-"""
+    distributed.wrap_ddp = wrap_ddp
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(data_dir: Path, tmp_path: Path):
     """Two steps, the second with a bad gradient on rank 1, leave what one good step leaves."""
-    script = tmp_path / "poisoned.py"
-    script.write_text(POISONED.format(root=str(ROOT)))
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--eval_interval=100", "--optimizer=muon", "--dropout=0.1"]
-    process = start_script(
-        *flags,
-        "--max_iters=2",
-        f"--out_dir={tmp_path / 'poisoned'}",
-        ranks=2,
-        script=script,
-        stderr=subprocess.STDOUT,
-    )
-    output = process.stdout.read()
-    assert process.wait(60) == 0, output
-    run_script(*flags, "--max_iters=1", f"--out_dir={tmp_path / 'clean'}", ranks=2)
-    poisoned, clean = read_run(tmp_path / "poisoned"), read_run(tmp_path / "clean")
+    poisoned = run_on_ranks(tmp_path / "poisoned", 2, *flags, "--max_iters=2", prepare=poison_rank_1)
+    clean = run_on_ranks(tmp_path / "clean", 2, *flags, "--max_iters=1")
     assert equal_tensors(poisoned.last.weights, clean.last.weights)
     assert equal_tensors(poisoned.last.optimizer, clean.last.optimizer)
     assert metric(poisoned, "skipped") == [0, 1]
-    assert "1 skipped" in output
+    assert "1 skipped" in poisoned.console
     assert poisoned.train[1]["grad_norm"] is None
 
 
@@ -530,13 +510,12 @@ def test_an_evaluation_longer_than_the_timeout_hangs_nothing(data_dir: Path, tmp
         "--dataset=a",
         "--max_iters=2",
         "--eval_interval=2",
-        "--eval_iters=1500",
+        "--eval_iters=800",
         "--rank_timeout=1",
         "--early_stop_patience=1",
     ]
     started_at = time.monotonic()
-    run_script(*flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
-    assert read_run(tmp_path / "run").steps[-1] == 2
+    assert run_on_ranks(tmp_path / "run", 2, *flags).steps[-1] == 2
     assert time.monotonic() - started_at > 2
 
 

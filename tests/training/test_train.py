@@ -20,11 +20,16 @@ from helpers import (
     ROOT,
     TINY,
     RunFiles,
+    ScriptProcess,
     equal_tensors,
+    fork_to_end,
     metric,
     read_run,
+    run_on_ranks,
+    run_python,
     run_script,
-    start_script,
+    start_ranks,
+    wait_for_exit,
     wait_for_line,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -234,9 +239,7 @@ def test_evaluating_and_logging_change_nothing_learned(run):
 def test_two_ranks_train_the_same_run(data_dir: Path, tmp_path: Path, batch):
     """The same global batches, and losses within 1e-5: averaged gradients are those of the whole batch."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--log_data_hash", "--max_iters=6", *batch]
-    run_script(*flags, f"--out_dir={tmp_path / 'one'}")
-    run_script(*flags, f"--out_dir={tmp_path / 'two'}", ranks=2)
-    one, two = read_run(tmp_path / "one"), read_run(tmp_path / "two")
+    one, two = (run_on_ranks(tmp_path / name, ranks, *flags) for name, ranks in (("one", 1), ("two", 2)))
     assert metric(one, "data_hash") == metric(two, "data_hash")
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert [line["val_loss"] for line in two.evals] == pytest.approx([line["val_loss"] for line in one.evals], rel=1e-5)
@@ -248,9 +251,10 @@ def test_two_ranks_train_the_same_run(data_dir: Path, tmp_path: Path, batch):
 @pytest.mark.distributed
 def test_ranks_that_dont_divide_the_batch_are_refused_with_those_that_do(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--batch_size=9", f"--out_dir={tmp_path / 'x'}"]
-    done = run_script(*flags, ranks=2, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("2 ranks don't divide the 9 sequences") == 1 and "1, 3, 9" in done.stderr
+    processes = start_ranks(flags, ranks=2, log=tmp_path / "log")
+    assert all(wait_for_exit(process) for process in processes)
+    text = (tmp_path / "log").read_text()
+    assert text.count("2 ranks don't divide the 9 sequences") == 1 and "1, 3, 9" in text
     assert not (tmp_path / "x").exists()
 
 
@@ -530,7 +534,7 @@ def test_resume_restores_a_lost_tokenizer_and_best_json(run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_with_a_checkpoint(data_dir: Path, tmp_path: Path, number):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
-    process = start_script(*flags, "--max_iters=100000", "--eval_interval=100000", "--log_interval=10")
+    process = ScriptProcess(*flags, "--max_iters=100000", "--eval_interval=100000", "--log_interval=10")
     wait_for_line(process, "step 20:")
     process.send_signal(number)
     process.stdout.read()
@@ -592,7 +596,7 @@ def test_a_signal_during_evaluation_is_obeyed_at_once(data_dir: Path, tmp_path: 
     """An evaluation of minutes is left at once, and the resumed run makes it: as if nothing had happened."""
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=20", "--eval_interval=20"]
     out_dir = f"--out_dir={tmp_path / 'x'}"
-    process = start_script(*flags, "--eval_iters=200000", "--log_interval=20", out_dir)
+    process = ScriptProcess(*flags, "--eval_iters=200000", "--log_interval=20", out_dir)
     process.stdout.readline()
     time.sleep(6)  # the evaluation before the first step has started
     signaled_at = time.monotonic()
@@ -624,8 +628,9 @@ with Signals() as signals:
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once():
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def test_a_second_signal_ends_at_once(tmp_path: Path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    process = ScriptProcess(script=tmp_path / "sleeper.py")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     time.sleep(1.3)
@@ -638,7 +643,7 @@ def test_a_second_signal_ends_at_once():
 def test_two_ranks_save_together_on_a_signal(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path / 'x'}"]
     flags += ["--max_iters=100000", "--eval_interval=100000", "--log_interval=10"]
-    process = start_script(*flags, ranks=2, stderr=subprocess.DEVNULL)
+    process = ScriptProcess(*flags, ranks=2)
     wait_for_line(process, "step 20:")
     process.send_signal(signal.SIGTERM)
     process.stdout.read()
@@ -864,8 +869,8 @@ print([name for name in ("wandb", "tensorboard", "matplotlib") if name in sys.mo
 @pytest.mark.slow
 def test_an_untracked_run_never_imports_wandb(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", f"--out_dir={tmp_path}/x"]
-    command = [sys.executable, "-c", TRAIN_AND_LIST_MODULES, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    (tmp_path / "script.py").write_text(TRAIN_AND_LIST_MODULES)
+    done = fork_to_end(run_python, [str(tmp_path / "script.py"), *flags])
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
 
 
@@ -885,7 +890,7 @@ def test_help_is_quick_and_imports_no_torch():
 @pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_run(data_dir: Path, tmp_path: Path):
     flags = [*TINY, f"--data_dir={data_dir}", "--dataset=a", "--max_iters=40", f"--out_dir={tmp_path / 'x'}"]
-    process = start_script(*flags, stderr=subprocess.PIPE)
+    process = ScriptProcess(*flags)
     process.stdout.readline()
     process.stdout.close()
     stderr = process.stderr.read()
