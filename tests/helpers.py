@@ -383,7 +383,9 @@ def call_in_fork(function: Callable[..., None], argument: Any, cwd: Path, env: d
     for handle, (name, mode) in enumerate(STREAMS):
         with (streams / name).open(mode) as file:
             os.dup2(file.fileno(), handle)
-        setattr(sys, name, os.fdopen(handle, mode, closefd=False))
+        stream = os.fdopen(handle, mode, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     torch.set_num_threads(1)
     function(argument)
 
