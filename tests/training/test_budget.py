@@ -322,9 +322,11 @@ def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunF
 
 
 def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pilot, "MIN_PILOT_TOKENS", 10)
+    monkeypatch.setattr(pilot, "MIN_PILOT_TOKENS", 100)
+    monkeypatch.setattr(pilot, "PILOT_EVAL_TOKENS", 256)
     write_char_dataset(tmp_path / "text", TEXT * 100)
-    done = train_budget(tmp_path, "--token_budget=4k", "--n_layer=1", "--n_embd=16", "--block_size=16")
+    flags = ["--n_layer=1", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=1"]
+    done = train_budget(tmp_path, "--token_budget=30k", *flags)
     assert done.config is not None and done.last is not None
     decision = done.config["_budget"]
     assert len(decision["pilots"]) == 2 and decision["foretold_val_loss"] > 0 and decision["speed"] == {}
