@@ -19,7 +19,7 @@ from nanoforge.serving.served_model import Lane, ServedModel
 from nanoforge.serving.server import ModelServer, ServerOptions
 
 TOKENIZER = add_tokens(
-    CharTokenizer(string.ascii_letters + string.digits + " .,:;?!'\n<>&/=|_"), [END_OF_TEXT, *ROLES.values()]
+    CharTokenizer(string.ascii_letters + string.digits + " .,:;?!'\n()<>&/=|_"), [END_OF_TEXT, *ROLES.values()]
 )
 LETTERS, CASES = CharTokenizer("abcdefgh\n"), CharTokenizer("UL.")
 

@@ -154,14 +154,16 @@ def test_log_probabilities_are_the_models(server: ModelServer, client: Any) -> N
     prompt = ids_of(PROMPT)
     for sampling in ({"temperature": 0}, {"temperature": 1.5, "seed": 1, "top_p": 0.8}):
         choice = complete(client, logprobs=3, **sampling).choices[0]
-        drawn = ids_of("".join(choice.logprobs.tokens))
+        names = TOKENIZER.control_tokens
+        drawn = [names[token] if token in names else ids_of(token)[0] for token in choice.logprobs.tokens]
         expected = logprobs_of(server, [*prompt, *drawn])[len(prompt) - 1 :]
         got = torch.tensor(choice.logprobs.token_logprobs)
         torch.testing.assert_close(got, expected[range(len(drawn)), drawn], atol=1e-4, rtol=1e-4)
         for row, top in zip(expected, choice.logprobs.top_logprobs, strict=True):
             best = sorted(top.values(), reverse=True)[:3]
             torch.testing.assert_close(torch.tensor(best), row.topk(3).values, atol=1e-4, rtol=1e-4)
-        assert choice.logprobs.text_offset == list(range(len(drawn)))
+        lengths = [len(token) for token in choice.logprobs.tokens]
+        assert choice.logprobs.text_offset == [sum(lengths[:at]) for at in range(len(drawn))]
     reply = client.chat.completions.create(
         model="tiny", messages=CHAT, max_tokens=9, logprobs=True, top_logprobs=2, temperature=0
     )

@@ -29,8 +29,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture
-def page(browser: Page, server: ModelServer) -> Iterator[Page]:
-    """The page as it is opened for the first time; it must end without an error."""
+def page(browser: Page, server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    """The page as it is opened for the first time; it must end without an error. No reply ends by itself."""
+    for name in ("tiny", "other"):
+        monkeypatch.setitem(server.engine.models[name].__dict__, "end_ids", ())
     browser.resize(1280, 800)
     browser.open(f"{server.url}health")
     browser.evaluate("sessionStorage.clear(); localStorage.clear()")
@@ -113,8 +115,7 @@ def test_tokens_show_their_alternatives(page: Page) -> None:
     page.wait_for("document.querySelector('#tip').hidden")
 
 
-def test_stopping_ends_the_request(page: Page, server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(server.engine.models["tiny"].__dict__, "end_ids", ())  # it goes on until it is stopped
+def test_stopping_ends_the_request(page: Page, server: ModelServer) -> None:
     set_value(page, "#max_tokens", 90000)
     page.click("#modes label:nth-child(3)")  # a chat of such replies would not fit the context
     for stop in (lambda: page.click("#stop"), lambda: page.press("Escape")):
