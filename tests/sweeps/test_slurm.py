@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TINY, equal_tensors, free_port, read_run, run_script
+from helpers import ROOT, TINY, equal_tensors, free_port, read_run, run_on_ranks, run_script
 
 import sweep
 from nanoforge import run_state
@@ -531,10 +531,10 @@ def test_a_job_array_and_a_preempted_two_node_job_end_as_if_undisturbed(
         run_script(path / "run.json", f"--out_dir={tmp_path / 'alone' / path.name}")
         assert read_run(path).losses == read_run(tmp_path / "alone" / path.name).losses
 
-    run_script(run / "run.json", f"--out_dir={tmp_path / 'whole'}", ranks=2)
+    b = run_on_ranks(tmp_path / "whole", 2, str(run / "run.json"))
     wait_for(lambda: not queue(cluster), 120)
     assert "start 1" in log() and "resuming" in log() and "done" in run_sweep(two, "--status")
-    a, b = read_run(run), read_run(tmp_path / "whole")
+    a = read_run(run)
     assert [(line["step"], line["loss"]) for line in a.train] == [(line["step"], line["loss"]) for line in b.train]
     assert [line["val_loss"] for line in a.evals] == [line["val_loss"] for line in b.evals] and equal_tensors(
         a.last.weights, b.last.weights
