@@ -80,7 +80,8 @@ def explain(error: Exception) -> str:
         return "the hub has no such model, or it is private; check the name, or log in: hf auth login"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the hub has no such revision of it; name a branch, a tag or a commit"
-    part = "only a part of it is" if isinstance(error, errors.IncompleteSnapshotError) else "not"
+    # Older versions of the library don't say.
+    part = "only a part of it is" if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())) else "not"
     kind = type(error.__cause__ or error).__name__
     return (
         f"{part} in the local cache, and the hub can't be reached ({kind}); give a local folder, "
