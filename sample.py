@@ -4,7 +4,8 @@
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
     echo "Once" | python sample.py --out_dir=out/run --start=-
     python sample.py --out_dir=out/chat --start="Who are you?" --chat --system="Be brief."
-    python sample.py --out_dir=out/chat --chat                        a conversation, line by line
+    python sample.py --out_dir=out/chat --chat                        a conversation; /help lists its commands
+    python sample.py --out_dir=out/run --start="To be" --logprobs=3   each token's probability, and the likeliest ones
     python sample.py --prompt_dir=outputs/detox/20260101_120000 --fields '{"toxic": "..."}'
     python sample.py --serve --out_dir out/run out/other              a page to try them, and an OpenAI-compatible API
 
@@ -18,8 +19,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import configurator
@@ -32,10 +32,12 @@ WITHOUT_PROMPT_DIR = OnlyWith(
     "--init_from=resume and without --prompt_dir", lambda args: args.init_from == "resume" and not args.prompt_dir
 )
 CHAT = with_set("chat")
+EMPTY = {"start": "a model needs at least one token to continue", "stop": "leave it out"}
 SERVE = with_set("serve")
 NOT_SERVED = {  # argument -> what to do instead
     **dict.fromkeys(
-        ("start", "chat", "system", "stop_at_end", "fields", "num_samples", "stream", "seed"), "each request says it"
+        ("start", "chat", "system", "stop", "stop_at_end", "fields", "num_samples", "stream", "logprobs", "seed"),
+        "each request says it",
     ),
     "prompt_dir": "serve the run of its base model",
     "compile": "leave it out",
@@ -70,6 +72,7 @@ class PromptArgs:
         False, "the prompt is a user's message, by the model's chat template; without --start: a conversation"
     )
     system: str = arg("", "the system message of a chat (none: the template's own, if it has one)", needs=CHAT)
+    stop: tuple[str, ...] = arg((), "texts that end a completion, which is printed without them", split=False)
     stop_at_end: bool = arg(False, "stop at the end-of-sequence token; --chat and --prompt_dir always do")
     fields: tuple[str, ...] = arg(
         (),
@@ -94,6 +97,12 @@ class SamplingArgs:
     )
     min_p: float = arg(
         0.0, "keep tokens at least p times as likely as the likeliest (0: all)", low=0, high=1, needs=NOT_GREEDY
+    )
+    repetition_penalty: float = arg(
+        1.0, "above 1: tokens of the prompt and the completion are repeated less (CTRL; 1: off)", above=0
+    )
+    logprobs: int = arg(
+        0, "print each token with its probability, before filters, and those of the k likeliest (0: no)", low=0
     )
     seed: int = arg(1337, "random seed; greedy samples are the same with any", low=0, high=2**32 - 1)
 
@@ -160,8 +169,8 @@ def prompt_errors(args: SampleArgs, source: dict[str, str]) -> Iterator[str]:
             yield f"--{name}: has an effect only with --chat or --serve"
     if args.prompt_dir and args.chat:
         yield "--chat: has no effect with --prompt_dir; use --fields"
-    if not args.start or "" in args.start:
-        yield "--start: is empty; a model needs at least one token to continue"
+    texts = {"start": args.start or ("",), "stop": args.stop}
+    yield from (f"--{name}: is empty; {EMPTY[name]}" for name in EMPTY if "" in texts[name])
     for name in ("prompt_dir", "chat", "stop_at_end"):
         if args.compile and getattr(args, name):
             yield f"--compile: has no effect with --{name}"
@@ -206,17 +215,23 @@ from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
 from nanoforge.device import check_compiler, explain_out_of_memory
 from nanoforge.errors import UserError
 from nanoforge.models import llama_cpp
+from nanoforge.models.context_text import ContextText, format_sample
 from nanoforge.models.generation import (
-    Completion,
+    Engine,
+    Request,
     SamplingParams,
+    TorchEngine,
     cast_weights,
-    generate_batch,
     make_requests,
     uniform_draws,
 )
 from nanoforge.models.streamed_linear import stream_linears
+from nanoforge.models.text_stream import TextStream
+from nanoforge.models.token_table import format_tokens
 from nanoforge.posttraining import prompt_format
 from nanoforge.posttraining.chat_template import completion_end_ids
+from nanoforge.posttraining.chat_terminal import ChatTerminal
+from nanoforge.posttraining.conversation import Conversation
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.posttraining.rollouts import decode_completion
@@ -267,27 +282,12 @@ def load(args: SampleArgs, out_dir: str) -> LoadedModel:
     return with_template(loaded, args.chat_template, args.chat_template_kwargs)
 
 
-# (prompts, sampling, the key of the random numbers, what is called with each id of the first completion)
-Generate = Callable[
-    [Sequence[Any], SamplingParams, tuple[int, ...], Callable[[Any], None] | None], Sequence[Completion]
-]
-
-
-def open_engine(args: SampleArgs, loaded: LoadedModel) -> Generate:
-    """What draws completions, as generate_batch does. Raises UserError."""
+def open_engine(args: SampleArgs, loaded: LoadedModel) -> Engine:
+    """What draws completions. Raises UserError."""
     if args.engine == LLAMA_CPP:
-        engine = open_llama_cpp(args, loaded)
-
-        def generate(prompts: Any, sampling: SamplingParams, key: tuple[int, ...], on_token: Any) -> list[Completion]:
-            requests = make_requests(prompts, sampling, uniform_draws(*key))
-            engine.complete(requests, on_token)
-            return [request.completion() for request in requests]
-
-        return generate
+        return open_llama_cpp(args, loaded)
     prepare_model(args, loaded)
-    return lambda prompts, sampling, key, on_token: generate_batch(
-        loaded.model, prompts, sampling, uniform_draws(*key), on_token=on_token
-    )
+    return TorchEngine(loaded.model, compiled=args.compile)
 
 
 def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> llama_cpp.LlamaCpp:
@@ -322,6 +322,8 @@ def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        logprobs=args.logprobs or None,
         compiled=args.compile,
         **options,
     )
@@ -356,12 +358,6 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
     if not ids:
         raise UserError("--start: is empty; a model needs at least one token to continue")
     return np.array(ids, dtype=np.int64)
-
-
-def without_start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The ids without the token that begins a text."""
-    begins = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
-    return ids[1:] if begins else ids
 
 
 def read_fields(fields: str) -> list[dict[str, Any]]:
@@ -416,7 +412,10 @@ def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
     """Reply to each user's message, or without any hold a conversation. Raises UserError."""
     tokenizer = loaded.tokenizer
     if not tokenizer.chat_template and ROLES["assistant"] not in tokenizer.added_ids:
-        raise UserError("--chat: this model was not trained on messages; if it was, name its template: --chat_template")
+        raise UserError(
+            "--chat: this model was not trained on messages; if it was, name its template: --chat_template; "
+            "to continue a text, pass it as --start without --chat"
+        )
     encoder = ExampleEncoder(tokenizer, loaded.model.config.block_size)
     system = [{"role": "system", "content": tables.check_text(args.system, "--system")}] if args.system else []
     if args.start == DEFAULT_START:
@@ -426,34 +425,20 @@ def sample_replies(args: SampleArgs, loaded: LoadedModel) -> None:
     print_completions(args, loaded, [encoder.encode_prompt({"prompt": chat}) for chat in chats])
 
 
-def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, chat: list[dict[str, str]]) -> None:
-    """Reply to each line of standard input, as the user's next message, until it ends. Raises UserError."""
-    generate = open_engine(args, loaded)
+def converse(args: SampleArgs, loaded: LoadedModel, encoder: ExampleEncoder, messages: list[dict[str, str]]) -> None:
+    """Hold a conversation in the terminal, or reply to each line of standard input. Raises UserError."""
+    engine = open_engine(args, loaded)
     tokenizer = loaded.tokenizer
-    sampling = sampling_params(args, end_ids=completion_end_ids(tokenizer), vocab_size=tokenizer.vocab_size)
-    for turn in itertools.count():
-        message = read_message()
-        if message is None:
-            return
-        chat.append({"role": "user", "content": tables.check_text(message, "standard input")})
-        prompt = encoder.encode_prompt({"prompt": chat})
-        remark_long_prompt(len(prompt), loaded)
-        printer = TokenPrinter(tokenizer)
-        (completion,) = generate([prompt], sampling, (args.seed, SAMPLE, turn), printer.put)
-        printer.flush()
-        print()
-        chat.append({"role": "assistant", "content": decode_completion(completion, tokenizer)})
-
-
-def read_message() -> str | None:
-    """The next line that says something; None at the end of standard input. A terminal shows a prompt."""
-    message = ""
-    while not message.strip():
-        try:
-            message = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return None
-    return message
+    conversation = Conversation(
+        engine=engine,
+        encoder=encoder,
+        sampling=sampling_params(args, end_ids=completion_end_ids(tokenizer), vocab_size=tokenizer.vocab_size),
+        seed=args.seed,
+        stop=args.stop,
+        messages=messages,
+        report=print_to_stderr,
+    )
+    ChatTerminal(conversation, stream=args.stream).run()
 
 
 def sample_until_end(args: SampleArgs, loaded: LoadedModel) -> None:
@@ -467,96 +452,83 @@ def print_completions(
     args: SampleArgs, loaded: LoadedModel, prompts: list[list[int]], prefixes: Sequence[str] = ()
 ) -> None:
     """Draw and print num_samples completions of each prompt, each after its prefix, if there are prefixes."""
-    generate = open_engine(args, loaded)
+    engine = open_engine(args, loaded)
     remark_long_prompt(max(map(len, prompts)), loaded)
     tokenizer = loaded.tokenizer
     end_ids = completion_end_ids(tokenizer)
     sampling = sampling_params(args, n=args.num_samples, end_ids=end_ids, vocab_size=tokenizer.vocab_size)
-    completions = generate(prompts, sampling, (args.seed, SAMPLE), None)
-    for number, completion in enumerate(completions):
+    requests = make_requests(prompts, sampling, uniform_draws(args.seed, SAMPLE))
+    stream = ContextText("", tokenizer, offset=0, prompt=np.zeros(0, dtype=np.int64))
+    continues_text = bool(prefixes)
+    texts = read_texts(args, requests, stream, continues_text=continues_text) if args.stop else []
+    engine.complete(requests)
+    for number, request in enumerate(requests):
         prefix = prefixes[number // args.num_samples] if prefixes else ""
-        print(f"{prefix}{decode_completion(completion, tokenizer, continues_text=bool(prefixes))}\n{SEPARATOR}")
+        text = decode_completion(request.completion(), tokenizer, continues_text=continues_text)
+        print(prefix + (texts[number].text if texts else text))
+        print_tokens(request, [stream])
+
+
+def read_texts(
+    args: SampleArgs, requests: Sequence[Request], stream: ContextText, *, continues_text: bool
+) -> list[TextStream]:
+    """The text of each request while it is drawn, which --stop may end."""
+    texts = []
+    for request in requests:
+        text = TextStream(stream.tokenizer, args.stop, continues_text=continues_text, offset=stream.offset)
+        request.sampling = dataclasses.replace(request.sampling, is_complete=text.read)
+        texts.append(text)
+    return texts
+
+
+def print_tokens(request: Request, streams: Sequence[ContextText]) -> None:
+    """What follows a sample: its tokens, if --logprobs asks for them, and a line."""
+    if request.sampling.logprobs is not None:
+        contexts = {stream.name: stream.spell for stream in streams}
+        print(format_tokens(request.ids, request.logprobs, request.top_logprobs, contexts))
+    print(SEPARATOR)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # texts without end
 
 
-@dataclass(frozen=True)
-class TextStream:
-    """A text to continue: the only one, or that of a context."""
-
-    name: str  # of its vocabulary
-    tokenizer: Tokenizer
-    offset: int  # of its vocabulary in the model
-    prompt: np.ndarray  # (T,)
-
-    def local_ids(self, ids: np.ndarray) -> list[int]:
-        """The tokenizer's ids from the model's, (T,), without the one that begins a text."""
-        return without_start(self.tokenizer, (ids - self.offset).tolist())
-
-
-class TokenPrinter:
-    """Prints tokens as soon as they make whole characters."""
-
-    MAX_WAITING = 8  # tokens; a character has fewer, so these make none
-
-    def __init__(self, tokenizer: Tokenizer, offset: int = 0):
-        """offset: of the tokenizer's vocabulary in the model."""
-        self.tokenizer = tokenizer
-        self.offset = offset
-        self.waiting: list[int] = []
-        self.decode = tokenizer.decode
-
-    def put(self, token: int) -> None:
-        self.waiting.append(token)
-        is_whole = not self.decode(self.waiting).endswith("\ufffd")
-        if is_whole or len(self.waiting) > self.MAX_WAITING:
-            self.flush()
-
-    def put_model_id(self, token: int) -> None:
-        """A token by its id in the model."""
-        self.put(token - self.offset)
-
-    def flush(self) -> None:
-        """Print what is waiting, whole or not."""
-        print(self.decode(self.waiting), end="", flush=True)
-        if self.waiting:
-            self.decode = self.tokenizer.decode_continuation
-        self.waiting = []
-
-
 def sample_endlessly(args: SampleArgs, loaded: LoadedModel) -> None:
     """Continue a text, or all contexts together, by max_new_tokens tokens. Raises UserError."""
     # 1. The prompt.
-    generate = open_engine(args, loaded)
-    config = loaded.model.config
-    has_contexts = config.vocabulary == "contexts"
+    has_contexts = loaded.model.config.vocabulary == "contexts"
+    if has_contexts and args.stop:
+        raise UserError("--stop: has no effect on a model of several contexts, whose tokens are drawn together")
+    engine = open_engine(args, loaded)
     streams = open_contexts(args, loaded) if has_contexts else [open_stream(args, loaded)]
     prompt = np.stack([stream.prompt + stream.offset for stream in streams])  # (K, T)
-    vocab_size = streams[0].tokenizer.vocab_size if config.vocabulary == "one" else None
+    vocab_size = streams[0].tokenizer.vocab_size if loaded.model.config.vocabulary == "one" else None
     remark_long_prompt(prompt.shape[1], loaded)
 
     # 2. Draw; the first sample is printed meanwhile, unless contexts are to be aligned.
-    printer = None
-    if args.stream and not has_contexts:
-        printer = TokenPrinter(streams[0].tokenizer, streams[0].offset)
-        for token in without_start(streams[0].tokenizer, streams[0].prompt.tolist()):
-            printer.put(token)
     sampling = sampling_params(args, n=args.num_samples, vocab_size=vocab_size)
-    completions = generate([prompt], sampling, (args.seed, SAMPLE), printer.put_model_id if printer else None)
+    requests = make_requests([prompt], sampling, uniform_draws(args.seed, SAMPLE))
+    texts = read_texts(args, requests, streams[0], continues_text=True) if args.stop else []
+    is_streamed = args.stream and not has_contexts
+    if is_streamed:
+        print(format_sample(streams, prompt), end="", flush=True)
+        texts = texts or read_texts(args, requests[:1], streams[0], continues_text=True)
+    engine.complete(requests, (lambda _: print(texts[0].take(), end="", flush=True)) if is_streamed else None)
 
     # 3. The rest.
-    if printer:
-        printer.flush()
-        print(f"\n{SEPARATOR}")
-        completions = completions[1:]
-    for completion in completions:
-        drawn = np.array(completion.ids).reshape(-1, len(streams)).T  # (K, new)
-        print(format_sample(streams, np.concatenate((prompt, drawn), axis=1)), end=f"\n{SEPARATOR}\n")
+    for number, request in enumerate(requests):
+        if number == 0 and is_streamed:
+            texts[0].finish()
+            print(texts[0].take())
+        elif args.stop:
+            print(format_sample(streams, prompt) + texts[number].text)
+        else:
+            drawn = np.array(request.ids).reshape(-1, len(streams)).T  # (K, new)
+            print(format_sample(streams, np.concatenate((prompt, drawn), axis=1)))
+        print_tokens(request, streams)
 
 
-def open_stream(args: SampleArgs, loaded: LoadedModel) -> TextStream:
+def open_stream(args: SampleArgs, loaded: LoadedModel) -> ContextText:
     """The text of the vocabulary that --dataset names, or of the first one. Raises UserError."""
     names = list(loaded.tokenizers)
     number = vocabulary_number(args, names)
@@ -565,7 +537,7 @@ def open_stream(args: SampleArgs, loaded: LoadedModel) -> TextStream:
     name = names[number]
     tokenizer = loaded.tokenizers[name]
     offset = loaded.model.vocabulary.vocab_offsets[number]
-    return TextStream(name, tokenizer, offset, encode_text(tokenizer, read_start(args.start[0])))
+    return ContextText(name, tokenizer, offset, encode_text(tokenizer, read_start(args.start[0])))
 
 
 def vocabulary_number(args: SampleArgs, names: list[str]) -> int:
@@ -575,7 +547,7 @@ def vocabulary_number(args: SampleArgs, names: list[str]) -> int:
     return names.index(args.dataset) if args.dataset else 0
 
 
-def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
+def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[ContextText]:
     """The texts of all contexts; the default --start serves each of them. Raises UserError."""
     names = list(loaded.tokenizers)
     if args.dataset:
@@ -591,40 +563,13 @@ def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[TextStream]:
     for (name, tokenizer), offset, start in zip(
         loaded.tokenizers.items(), loaded.model.vocabulary.vocab_offsets, starts, strict=True
     ):
-        streams.append(TextStream(name, tokenizer, offset, encode_text(tokenizer, read_start(start))))
+        streams.append(ContextText(name, tokenizer, offset, encode_text(tokenizer, read_start(start))))
     lengths = [len(stream.prompt) for stream in streams]
     if len(set(lengths)) > 1:
         raise UserError(
             f"--start: prompts of {', '.join(map(str, lengths))} tokens; the contexts' prompts need equal lengths"
         )
     return streams
-
-
-def format_sample(streams: list[TextStream], sample: np.ndarray) -> str:
-    """A sample as text; sample: (K, T)."""
-    if len(streams) == 1:
-        return streams[0].tokenizer.decode(streams[0].local_ids(sample[0]))
-    tokens = []
-    for stream, ids in zip(streams, sample, strict=True):
-        first, *rest = stream.local_ids(ids)
-        decode = stream.tokenizer.decode_continuation
-        tokens.append([stream.tokenizer.decode([first]), *(decode([token]) for token in rest)])
-    return align_contexts([stream.name for stream in streams], tokens)
-
-
-def align_contexts(names: list[str], tokens: list[list[str]]) -> str:
-    """The contexts' tokens, (K, T), below each other. A line ends where a token of the first context ends one."""
-    lines: list[list[str]] = []
-    line = [""] * len(names)  # of each context
-    for column in zip(*tokens, strict=True):
-        width = max(len(token.strip("\n")) for token in column)
-        line = [text + token.replace("\n", "").ljust(width) for text, token in zip(line, column, strict=True)]
-        if "\n" in column[0]:
-            lines.append(line)
-            line = [""] * len(names)
-    lines.append(line)
-    name_width = max(map(len, names))
-    return "\n".join(f"{name:{name_width}} | {text}" for line in lines for name, text in zip(names, line, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -657,6 +602,7 @@ def serve_models(args: SampleArgs) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         max_tokens=args.max_new_tokens,
     )
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BEFORE_BAR = 1.0  # what is over sooner has no bar
@@ -82,6 +82,12 @@ def print_line(message: str) -> None:
 def print_to_stderr(message: str) -> None:
     """Print a line on stderr, apart from the output of a command."""
     print(message, file=sys.stderr, flush=True)
+
+
+def paint(text: str, code: int, stream: TextIO | None = None) -> str:
+    """The text in a terminal's colour or style, by its ANSI code; as it is where the stream, stdout, is none."""
+    is_plain = not (stream or sys.stdout).isatty() or "NO_COLOR" in os.environ
+    return text if is_plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ProgressBar:

@@ -14,6 +14,7 @@ Under both is a `Decoder`, which requests may join and leave at any time (contin
             decoder.advance()                   # draw a token of each request, on a GPU up to LOOK_EVERY tokens
             ...                                 # read request.ids, .logprobs, .top_logprobs; call request.cancel()
         request.finish_reason                   # "end", "stop", "length" or "cancelled"; "": it goes on
+        decoder.context_of(request)             # keys and values, for the read_before of a request that begins alike
 
 What a request draws follows from its prompt, its parameters and its random numbers, `uniform(number, token)`; who
 shares the batch changes it by rounding alone. Text, and strings that stop it, are text_stream.py's.
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -264,6 +265,7 @@ class Request:
     sampling: SamplingParams
     uniform: UniformDraws = no_draws
     number: int = 0  # which completion it is for `uniform`
+    read_before: "ReadContext | None" = None  # of a request whose prompt may begin alike: that much isn't read again
 
     ids: list[Any] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -322,6 +324,19 @@ class Request:
 
     def completion(self) -> Completion:
         return Completion(self.ids, self.logps, self.finish_reason == "end", self.logprobs, self.top_logprobs)
+
+
+class ReadContext(NamedTuple):
+    """What was read of a request, kept for a later one."""
+
+    ids: np.ndarray  # (K, T)
+    layers: list[Tensor]  # keys and values, (1, 2 H_kv, T, D) of each layer
+
+    def common_length(self, ids: np.ndarray) -> int:
+        """How many tokens of other ids, (K, T), are the same from the start."""
+        n = min(self.ids.shape[1], ids.shape[1])
+        differs = (self.ids[:, :n] != ids[:, :n]).any(axis=0)
+        return int(differs.argmax()) if differs.any() else n
 
 
 class LookedAt(NamedTuple):
@@ -537,8 +552,13 @@ class Decoder:
 
     def join(self, requests: Sequence[Request]) -> None:
         """Read the prompts of requests but for their last tokens, and put them into the batch. A prompt that several
-        share, as one array, is read once."""
+        share, as one array, is read once; one whose beginning was read before goes in by itself."""
         self.look()
+        new = [request for request in requests if request.read_before is None]
+        for group in ([new] if new else []) + [[request] for request in requests if request.read_before is not None]:
+            self._join(group)
+
+    def _join(self, requests: Sequence[Request]) -> None:
         # 1. Read the end of each prompt that fits the context.
         prompts = {id(request.prompt): request.prompt for request in requests}
         row_of_prompt = {key: row for row, key in enumerate(prompts)}
@@ -546,7 +566,7 @@ class Decoder:
         contexts = [cut_context(prompt, self.block_size, self.vocab_rows, halve=False) for prompt in prompts.values()]
         lengths = np.array([context.shape[-1] for context in contexts])[prompt_of_row]
         most = max(int(n) + request.sampling.max_new_tokens for n, request in zip(lengths, requests, strict=True))
-        cache = self._read([context[:, :-1] for context in contexts], most)
+        cache = self._read([context[:, :-1] for context in contexts], most, requests[0].read_before)
         ids = torch.from_numpy(np.stack([context[:, -1] for context in contexts])).to(self.device)  # (P, K)
         if prompt_of_row != list(range(len(prompts))):
             rows = torch.tensor(prompt_of_row, device=self.device)
@@ -598,7 +618,9 @@ class Decoder:
             contexts = []
             for row in full:
                 request = self.requests[row]
-                text = np.concatenate((request.prompt, np.array(request.ids).reshape(-1, self.n_contexts).T), axis=1)
+                text = np.concatenate(
+                    (request.prompt, np.array(request.ids, dtype=np.int64).reshape(-1, self.n_contexts).T), axis=1
+                )
                 contexts.append(cut_context(text, self.block_size, self.vocab_rows, halve=True))
             none = np.zeros((self.n_contexts, 0), dtype=np.int64)  # other ranks read theirs
             cache = self._read([context[:, :-1] for context in contexts] or [none])
@@ -648,8 +670,19 @@ class Decoder:
         for row, request in enumerate(self.requests):
             request.add(tokens, row)
 
-    def _read(self, contexts: Sequence[np.ndarray], length: int = 0) -> KVCache:
-        """Read contexts, (K, T), into a new cache. length: that contexts will reach.
+    def context_of(self, request: Request) -> ReadContext | None:
+        """What has been read of a request, for the `read_before` of later ones: to be asked for before the batch
+        advances again. None: its context was cut."""
+        ids = np.concatenate(
+            (request.prompt, np.array(request.ids, dtype=np.int64).reshape(-1, self.n_contexts).T), axis=1
+        )[:, :-1]
+        if ids.shape[1] > self.block_size or request not in self.requests:
+            return None
+        row = self.requests.index(request)
+        return ReadContext(ids, [layer[row : row + 1, :, : ids.shape[1]].clone() for layer in self.cache.layers])
+
+    def _read(self, contexts: Sequence[np.ndarray], length: int = 0, read_before: ReadContext | None = None) -> KVCache:
+        """Read contexts, (K, T), into a new cache. length: that contexts will reach; read_before: of the only one.
 
         They are one batch, padded on the right: causal attention never reads the padding, and later tokens replace it.
         """
@@ -661,7 +694,15 @@ class Decoder:
         size = round_up(width + 1) if self.is_static else max(width, min(self.block_size, length))
         cache = KVCache(self.model, len(contexts), size)
         idx = idx if self.n_contexts > 1 else idx[:, 0]
-        self.model(idx, cache=cache, position_ids=cache.advance(width), logits_at=slice(0))  # no logits are needed
+        n_known = read_before.common_length(contexts[0]) if read_before is not None else 0
+        if read_before is not None and n_known:
+            for layer, known in zip(cache.layers, read_before.layers, strict=True):
+                layer[:, :, :n_known] = known[:, :, :n_known]
+            cache.advance(n_known)
+        if n_known < width:
+            unread = idx[..., n_known:]
+            positions = cache.advance(width - n_known)
+            self.model(unread, cache=cache, position_ids=positions, logits_at=slice(0))  # no logits are needed
         return cache
 
     def _keep(self, kept: np.ndarray) -> None:
@@ -770,17 +811,50 @@ def complete(
     compiled: bool = False,
 ) -> None:
     """Draw requests to their ends. on_token is called with each id of the first one, but not with one that ends it."""
-    n_shown = 0
     with decoding(model, compiled=compiled):
-        decoder = Decoder(model, any_rank, compiled=compiled)
-        decoder.join(requests)
-        while any_rank(decoder.any_active):
-            decoder.advance(look_often=on_token is not None)
-            if on_token is not None:
-                shown = requests[0].text_ids()
-                for ids in shown[n_shown:]:
-                    on_token(ids)
-                n_shown = len(shown)
+        run(Decoder(model, any_rank, compiled=compiled), requests, on_token)
+
+
+def run(decoder: Decoder, requests: Sequence[Request], on_token: Callable[[Any], None] | None) -> None:
+    """As `complete`, with a decoder that has no other requests."""
+    n_shown = 0
+    decoder.join(requests)
+    while decoder.any_rank(decoder.any_active):
+        decoder.advance(look_often=on_token is not None)
+        if on_token is not None:
+            shown = requests[0].text_ids()
+            for ids in shown[n_shown:]:
+                on_token(ids)
+            n_shown = len(shown)
+
+
+class Engine(Protocol):
+    """What completes requests: this module, or llama.cpp."""
+
+    def complete(self, requests: Sequence[Request], on_token: Callable[[Any], None] | None = None) -> None:
+        """Draw requests to their ends, as the function of this name."""
+
+
+class TorchEngine:
+    """Completes requests again and again. A single one is read from where it differs from the single one before."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool = False):
+        self.decoder = Decoder(model, compiled=compiled)
+        self.read_before: ReadContext | None = None
+
+    def complete(self, requests: Sequence[Request], on_token: Callable[[Any], None] | None = None) -> None:
+        """As the function of this name. What was read for a single one is kept, also when on_token raises."""
+        with decoding(self.decoder.model, compiled=self.decoder.compiled):
+            if len(requests) > 1:
+                run(self.decoder, requests, on_token)
+                return
+            (request,) = requests
+            request.read_before = self.read_before
+            try:
+                run(self.decoder, requests, on_token)
+            finally:
+                request.cancel()  # if it did not end
+                self.read_before = self.decoder.context_of(request) or self.read_before
 
 
 def generate_batch(

@@ -13,7 +13,7 @@ from helpers import SHARED, needs_shared
 
 from nanoforge.data import corpus, documents, gguf_metadata, model_tokenizers, token_bins, tokenization
 from nanoforge.errors import UserError
-from sample import TokenPrinter
+from nanoforge.models.text_stream import TextStream
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -309,19 +309,18 @@ def test_sentencepiece_models_are_the_librarys(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(
-    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-):
+def test_a_text_in_parts_has_the_ids_and_the_spelling_of_the_whole(tmp_path: Path, kind: str):
     tokenizer = model_tokenizers.load(str(train_sentencepiece(tmp_path, **KINDS[kind])))
     parts = ["low lower", " newest\n", "\n def f(x):", "\n    return x", " the", " café 日🤖本"]
     ids = [tokenizer.encode(parts[0]), *map(tokenizer.encode_continuation, parts[1:])]
     whole = tokenizer.encode("".join(parts)).tolist()
     assert np.concatenate(ids).tolist() == whole
-    printer = TokenPrinter(tokenizer)
+    stream, taken = TextStream(tokenizer), ""
     for i in whole:
-        printer.put(i)
-    printer.flush()
-    assert capsys.readouterr().out == tokenizer.decode(whole)
+        stream.put(i)
+        taken += stream.take()
+    stream.finish()
+    assert taken + stream.take() == tokenizer.decode(whole)
     extended = tokenization.add_tokens(tokenizer, ["<|user|>"])
     user = extended.added_ids["<|user|>"]
     assert extended.decode([user, *whole]) == "<|user|>" + tokenizer.decode(whole)

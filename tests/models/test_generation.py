@@ -300,7 +300,9 @@ def results(request: Request) -> tuple:
 
 @pytest.mark.parametrize("variant", [{}, {"position": "rope", "window": "SL", "window_size": 3}], ids=str)
 @pytest.mark.parametrize("decoder_class", ["Decoder", "CUDADecoder"])
-def test_a_request_draws_the_same_alone_and_among_others(variant: dict, decoder_class: str, monkeypatch) -> None:
+def test_a_request_draws_the_same_alone_and_among_others(
+    variant: dict, decoder_class: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests with parameters and seeds of their own join a batch that is running, past a context of 12, and leave."""
     model = tiny_model(block_size=12, **variant).eval()
     alone = [make_request(number) for number in range(len(REQUESTS))]
@@ -326,6 +328,33 @@ def test_a_request_draws_the_same_alone_and_among_others(variant: dict, decoder_
     assert [results(request) for request in together] == [results(request) for request in alone]
     assert gone.finish_reason == "cancelled" and gone.ids == alone[1].ids[:n_drawn]
     assert len(decoder.requests) < len(REQUESTS), "rows that have finished leave"
+
+
+@pytest.mark.parametrize("variant", RAGGED[1:3], ids=str)
+def test_a_prompt_that_begins_as_one_before_is_read_from_there(variant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of a conversation: tokens are those of reading all, and each token is read once while turns go on."""
+    model = tiny_model(block_size=64, **variant).eval()
+    widths: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, **more: (widths.append(idx.size(-1)), forward(idx, **more))[1])
+    text, known, n_read = [1, 2, 3, 4, 5], None, []
+    for turn in range(4):
+        sampling = SamplingParams(max_new_tokens=6, temperature=0.8)
+        fresh = Request(text, sampling, uniform_draws(turn))
+        complete(model, [fresh])
+        request = Request(text, sampling, uniform_draws(turn), read_before=known)
+        with decoding(model):
+            decoder = Decoder(model)
+            widths.clear()
+            decoder.join([request])
+            n_read.append(sum(widths))
+            while decoder.any_active:
+                decoder.advance()
+            known = decoder.context_of(request)
+        assert request.ids == fresh.ids
+        text = text[:-1] if turn == 2 else text  # the user takes back what was said
+        text = [*text, *request.ids, 7 + turn, 8]
+    assert n_read == [4, 2, 2, 7]
 
 
 def test_past_the_context_the_virtual_tokens_stay() -> None:
