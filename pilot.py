@@ -224,8 +224,8 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
     small = min(budget.ladder(bench.text, bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_LAYERS))
     if amount.seconds:
         bench.measure_peak()
-        for plan in dict.fromkeys(bench.plan_step(small, step_tokens) for step_tokens in FIRST_STEP_TOKENS):
-            bench.measure_step(plan)
+        for first in dict.fromkeys(bench.plan_step(small, step_tokens) for step_tokens in FIRST_STEP_TOKENS):
+            bench.measure_step(first)
 
     # 2. The pilots: small runs say how hard the text is, and how much more tokens help.
     pilots = []

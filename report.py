@@ -2,6 +2,7 @@
 
     python report.py out/*                    writes report/report.html and report/*.png
     python report.py out --watch              serves the page on http://127.0.0.1:8765 and follows running runs
+    python report.py out/run --send=trackio   sends the metrics of finished runs to a tracker (wandb or trackio)
 
 The arguments are run folders, or folders that hold some. With --watch, runs that start there later appear too. The
 page needs no network. Runs are read by nanoforge/report/read_runs.py, the page is made by page.py there, the figures
@@ -12,12 +13,12 @@ import os
 import sys
 
 import configurator
-from configurator import OnlyWith, arg, arg_group, arg_table
+from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 from nanoforge import config_files
 from nanoforge.errors import UserError
 
 WATCH = OnlyWith("--watch", lambda args: args.watch)
-WRITTEN = OnlyWith("a report that is written (not --watch)", lambda args: not args.watch)
+WRITTEN = OnlyWith("a report that is written (not --watch, not --send)", lambda args: not (args.watch or args.send))
 
 
 @arg_group
@@ -39,9 +40,25 @@ class WatchArgs:
     refresh: int = arg(5, "seconds between two updates", low=1, needs=WATCH)
 
 
+@arg_group
+class SendArgs:
+    """send"""
+
+    send: str = arg(
+        "", "send the metrics of each run to wandb or trackio, as they were logged", choices=("wandb", "trackio")
+    )
+    project: str = arg(
+        "", "project there (none: the run's own wandb_project or trackio_project)", needs=with_set("send")
+    )
+
+
 @arg_table
-class ReportArgs(OutputArgs, WatchArgs):
+class ReportArgs(OutputArgs, WatchArgs, SendArgs):
     """The arguments of report.py."""
+
+
+def check(args: ReportArgs, source: dict[str, str]) -> list[str]:
+    return ["--send: needs no --watch; send first, or without it"] if args.send and args.watch else []
 
 
 def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -62,17 +79,19 @@ def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
 if __name__ == "__main__":
     configurator.exit_on_interrupt()
     FOLDERS, FLAGS = split_folders(sys.argv[1:])
-    ARGS = configurator.parse(ReportArgs, FLAGS, __doc__)
+    ARGS = configurator.parse(ReportArgs, FLAGS, __doc__ or "", Rules(check=check))
     if not FOLDERS:
         configurator.exit_with_errors(["no runs; pass run folders: python report.py out/*"])
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from nanoforge import files
+from nanoforge import files, run_state
 from nanoforge.console import plural
 from nanoforge.report import page
-from nanoforge.report.read_runs import RunReader
+from nanoforge.report.read_runs import RunReader, find_runs
 from nanoforge.report.server import HOST, PageServer
+from nanoforge.run_dir import RunRecord
 
 
 def default_title(paths: list[str]) -> str:
@@ -112,8 +131,35 @@ def serve_report(args: ReportArgs, reader: RunReader, title: str) -> None:
         server.serve_forever()
 
 
+def send_runs(args: ReportArgs, paths: list[str]) -> None:
+    """Send the metrics of each run to --send. Raises UserError before anything is sent."""
+    from nanoforge.training import trackers  # it knows wandb and trackio; most reports need neither
+
+    if find_spec(args.send) is None:
+        raise UserError(f"--send={args.send}: requires a package: pip install {args.send}")
+    if args.send == "wandb":
+        trackers.check_wandb("--send=wandb")
+    trackers.check_import(args.send, f"--send={args.send}")
+    folders, _ = find_runs(paths)
+    for folder in folders:
+        if run_state.is_running(folder):
+            raise UserError(f"--send={args.send}: {folder} is still running; it sends by itself with --{args.send}_log")
+        id_path = folder / trackers.ID_FILES[args.send]
+        if id_path.exists():
+            raise UserError(f"--send={args.send}: {folder} is there already; delete {id_path} to send it once more")
+    for folder in folders:
+        record = RunRecord.load(folder).args
+        project = args.project or record.get(f"{args.send}_project", "nanoforge")
+        name = record.get(f"{args.send}_run_name", "")
+        n_sent = trackers.send(args.send, folder, project=project, name=name, config=record)
+        print(f"{folder}: {plural(n_sent, 'line')} sent to {args.send}, project {project}")
+
+
 def main(request: tuple[list[str], ReportArgs]) -> None:
     paths, args = request
+    if args.send:
+        send_runs(args, paths)
+        return
     reader = RunReader(paths, args.points)
     title = args.title or default_title(paths)
     if args.watch:

@@ -15,7 +15,8 @@ from nanoforge.console import plural
 from nanoforge.data import tokenization
 from nanoforge.errors import UserError
 from nanoforge.training import checkpoint
-from nanoforge.training.logger import RunLogger, check_import, check_wandb, start_tensorboard, start_wandb
+from nanoforge.training.logger import RunLogger
+from nanoforge.training.trackers import check_import, check_wandb, start_tensorboard, start_trackio, start_wandb
 from run import Run
 from train_args import TrainArgs
 
@@ -74,6 +75,8 @@ def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
         return
     if args.wandb_log:
         check_wandb()
+    if args.trackio_log:
+        check_import("trackio", "--trackio_log")
     if args.tensorboard_log:
         check_import("torch.utils.tensorboard", "--tensorboard_log")
     if args.plot_loss:
@@ -181,6 +184,9 @@ def open_logger(run: Run) -> RunLogger:
     if args.wandb_log:
         name = args.wandb_run_name or run.out_dir.name
         logger.track("wandb", lambda: start_wandb(run.out_dir, args.wandb_project, name, dataclasses.asdict(args)))
+    if args.trackio_log:
+        config = dataclasses.asdict(args)
+        logger.track("trackio", lambda: start_trackio(run.out_dir, args.trackio_project, args.trackio_run_name, config))
     if args.tensorboard_log:
         logger.track("tensorboard", lambda: start_tensorboard(run.out_dir / "tensorboard", progress.step))
     return logger

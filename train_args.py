@@ -521,6 +521,11 @@ class LoggingArgs:
     wandb_log: bool = arg(False, "log to Weights & Biases; a resumed run continues there")
     wandb_project: str = arg("nanoforge", "Weights & Biases project", needs=with_set("wandb_log"))
     wandb_run_name: str = arg("", "Weights & Biases run name (none: the name of out_dir)", needs=with_set("wandb_log"))
+    trackio_log: bool = arg(False, "log to trackio on this machine, or to TRACKIO_SPACE_ID (needs trackio); a resumed "
+        "run continues there")
+    trackio_project: str = arg("nanoforge", "trackio project", needs=with_set("trackio_log"))
+    trackio_run_name: str = arg("", "trackio run name (none: the name of out_dir with four digits)",
+        needs=with_set("trackio_log"))
     tensorboard_log: bool = arg(False, "log to out_dir/tensorboard (needs tensorboard)")
 
 
@@ -764,7 +769,7 @@ HINTS = {
     "per_device_train_batch_size": "use --batch_size; --batch_size x --gradient_accumulation_steps is the global batch "
     "size, whatever the number of ranks",
     "precompute_ref_log_probs": "use --reference=cache",
-    "report_to": "use --wandb_log or --tensorboard_log",
+    "report_to": "use --wandb_log, --trackio_log or --tensorboard_log",
     "reward_weights": "write the weights in --reward, as in correct:1,format:0.5",
     "run_name": "use --wandb_run_name",
     "save_strategy": "use --checkpoint_interval, in steps, with --no-checkpoint_at_eval or --no-always_save_checkpoint",
@@ -908,7 +913,7 @@ def run_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
     if args.task_name and args.task_name != Path(args.task_name).name:
         yield f"--task_name={args.task_name}: must be a plain name, not a path"
     if args.eval_only:
-        for flag in ("overwrite", "plot_loss", "wandb_log", "tensorboard_log", "auto_find_batch_size"):
+        for flag in ("overwrite", "plot_loss", "wandb_log", "trackio_log", "tensorboard_log", "auto_find_batch_size"):
             if source[flag] == configurator.COMMAND_LINE and getattr(args, flag):
                 yield f"--{flag}: has no effect with --eval_only, which writes nothing"
 
@@ -1169,7 +1174,9 @@ def optimizer_errors(args: TrainArgs, source: dict[str, str]) -> Iterator[str]:
 
 def system_errors(args: TrainArgs) -> Iterator[str]:
     """Errors of packages, precision and device."""
-    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("plot_loss", "matplotlib")):
+    packages = {"wandb_log": "wandb", "trackio_log": "trackio"}
+    packages |= {"tensorboard_log": "tensorboard", "plot_loss": "matplotlib"}
+    for flag, package in packages.items():
         if getattr(args, flag) and find_spec(package) is None:
             yield f"--{flag}: requires a package: pip install {package}"
     if args.quantize_base != "none" and find_spec("bitsandbytes") is None:

@@ -136,6 +136,39 @@ class ProgressBar:
             self.bar.close()
 
 
+class Curve:
+    """A curve of a number in a line of text: means of equally many values, from the first one to the newest."""
+
+    BLOCKS = "▁▂▃▄▅▆▇█"
+    WIDTH = 20
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+        self.per_mean = 1  # values
+        self.waiting: list[float] = []  # that make no whole mean yet
+
+    def add(self, value: float) -> None:
+        """Take up a value. Where the line is full, pairs of means become one."""
+        self.waiting.append(value)
+        if len(self.waiting) < self.per_mean:
+            return
+        self.means.append(sum(self.waiting) / len(self.waiting))
+        self.waiting = []
+        if len(self.means) == self.WIDTH:
+            self.means = [(a + b) / 2 for a, b in zip(self.means[::2], self.means[1::2], strict=True)]
+            self.per_mean *= 2
+
+    def draw(self, encoding: str = "utf-8") -> str:
+        """The means between their least and their largest; nothing where an encoding has no blocks."""
+        try:
+            self.BLOCKS.encode(encoding)
+        except (UnicodeEncodeError, LookupError):
+            return ""
+        low, high = min(self.means, default=0.0), max(self.means, default=0.0)
+        scale = (len(self.BLOCKS) - 1) / (high - low) if high > low else 0.0
+        return "".join(self.BLOCKS[round((mean - low) * scale)] for mean in self.means)
+
+
 def format_duration(seconds: float) -> str:
     """Seconds as 41s, 2m05s or 3h20m."""
     seconds = round(seconds)

@@ -25,7 +25,7 @@ Fingerprints = dict[str, dict[str, str]]  # dataset -> file -> hash of its conte
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.json"
 TRAIN_LOCK_FILE = ".lock"
-TRACKER_FILE = "wandb_id"
+TRACKER_FILES = ("wandb_id", "trackio_run")
 REPLACED_SUFFIX = ".old"  # of a checkpoint while another one takes its name
 DAMAGED_SUFFIX = ".damaged"  # of one that a resumed run has skipped
 NEEDED_SUFFIX = ".needed"  # of a file beside a checkpoint that lists the runs whose base it is
@@ -36,7 +36,7 @@ RUN_FILES = (
     "tokenizer.json",
     BEST_FILE,
     "loss.png",
-    TRACKER_FILE,
+    *TRACKER_FILES,
     "checkpoints",
     "tensorboard",
     "evaluation.json",
@@ -151,7 +151,8 @@ def holds_run(folder: Path, run_id: str) -> bool:
 def forget_trackers(out_dir: Path, record: RunRecord) -> None:
     """Forget the tracker's run of a folder that is a copy of another run's: what follows is not that run's."""
     if RunRecord.load(out_dir).run.get("id", record.run["id"]) != record.run["id"]:
-        (out_dir / TRACKER_FILE).unlink(missing_ok=True)
+        for name in TRACKER_FILES:
+            (out_dir / name).unlink(missing_ok=True)
 
 
 def describe_software(repository: Path, packages: dict[str, str]) -> dict[str, str]:

@@ -393,17 +393,25 @@ def to_log_interval(value: Any, experiment: Experiment) -> Arguments:
     return {"log_interval": experiment.interval_of(value, "logging_steps", never=at_the_end)}
 
 
+TRACKERS = ("wandb", "trackio", "tensorboard")
+
+
 def to_trackers(value: Any, experiment: Experiment) -> Arguments:
     names = value if isinstance(value, list) else [value]
-    unknown = [str(name) for name in names if name not in ("wandb", "tensorboard", "none")]
+    unknown = [str(name) for name in names if name not in (*TRACKERS, "none")]
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: must be wandb, tensorboard or none")
-    return {f"{name}_log": True for name in ("wandb", "tensorboard") if name in names}
+        raise UserError(f"{', '.join(unknown)}: must be {', '.join(TRACKERS)} or none")
+    return {f"{name}_log": True for name in TRACKERS if name in names}
 
 
 def to_run_name(value: Any, experiment: Experiment) -> Arguments:
     trackers = to_trackers(experiment.keys["report_to"], experiment)
-    return {"wandb_run_name": value} if "wandb_log" in trackers else {}
+    return {f"{name}_run_name": value for name in ("wandb", "trackio") if f"{name}_log" in trackers}
+
+
+def to_project(value: Any, experiment: Experiment) -> Arguments:
+    trackers = to_trackers(experiment.keys["report_to"], experiment)
+    return {"trackio_project": value} if "trackio_log" in trackers else {}
 
 
 def to_loss(value: Any, experiment: Experiment) -> Arguments:
@@ -533,8 +541,9 @@ KEYS: dict[str, Key] = {
     "save_total_limit": renamed("keep_last"),
     "logging_strategy": Key("log_interval", to_log_interval),
     "logging_steps": ignored("log_interval, with logging_strategy=steps; below 1 a fraction of all steps"),
-    "report_to": Key("wandb_log, tensorboard_log", to_trackers),
-    "run_name": Key("wandb_run_name, with report_to=wandb", to_run_name),
+    "report_to": Key("wandb_log, trackio_log, tensorboard_log", to_trackers),
+    "run_name": Key("wandb_run_name with report_to=wandb, trackio_run_name with trackio", to_run_name),
+    "project": Key("trackio_project, with report_to=trackio; for wandb WANDB_PROJECT is read", to_project),
     # objectives
     "beta": renamed("beta", WITH_REFERENCE),
     "loss_type": Key("dpo_loss in DPO, loss_type in GRPO; SFT has nll only, KTO kto only", to_loss),

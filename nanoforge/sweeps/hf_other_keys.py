@@ -7,6 +7,7 @@ SAME_RESULT = "it does not change what is learned"
 EVALUATES_ALL = "evaluation reads each row once, in batches of its own"
 ROLLOUTS = "the trainer generates the rollouts itself"
 ONLY_WITH = "it has an effect only with a key that is not supported"
+TRACKIO_PLACE = "trackio reads TRACKIO_SPACE_ID and its relatives of the environment"
 NO_UPLOAD = "nothing is uploaded; use export.py hf"
 
 # key -> why nothing follows from it
@@ -44,10 +45,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     "log_unique_prompts": SAME_RESULT,
     "wandb_log_unique_prompts": SAME_RESULT,
     "log_completions_hub_repo": NO_UPLOAD,
-    "project": "it is trackio's; WANDB_PROJECT of the environment is read",
-    "trackio_space_id": "there is no trackio",
-    "trackio_bucket_id": "there is no trackio",
-    "trackio_static_space_id": "there is no trackio",
+    "trackio_space_id": TRACKIO_PLACE,
+    "trackio_bucket_id": TRACKIO_PLACE,
+    "trackio_static_space_id": TRACKIO_PLACE,
     "load_best_model_at_end": "the best checkpoint is kept, and best.json names it",
     "greater_is_better": "best is the lowest val_loss, in GRPO the highest reward",
     "save_only_model": "a checkpoint always has what resuming needs",

@@ -1,38 +1,34 @@
-"""Logs of a run: console, metrics.jsonl, and if asked wandb, tensorboard and a picture of the loss.
+"""Logs of a run: console, metrics.jsonl, and if asked trackers (trackers.py) and a picture of the loss.
 
 `RunLogger` writes events, on the main rank; on other ranks it is silent. `StepLogger` reads a training step's metrics
-back from the device and logs them. wandb, tensorboard and matplotlib are imported only when they are asked for, and
-what happens to them ends no run.
+back from the device and logs them. Trackers and matplotlib are imported only when they are asked for, and what happens
+to them ends no run.
 """
 
 import contextlib
 import gc
-import importlib
-import itertools
 import json
 import math
 import os
-import secrets
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoforge.console import format_duration, print_line
+from nanoforge.console import Curve, format_duration, print_line
 from nanoforge.device import peak_memory_mb
 from nanoforge.distributed import Ranks
-from nanoforge.errors import UserError
 from nanoforge.files import write_text
 from nanoforge.run_dir import METRICS_FILE
 from nanoforge.run_state import read_metrics
 from nanoforge.training.grad_guard import GradGuard
+from nanoforge.training.trackers import Tracker, numbers_of
 
 CONSOLE_METRICS = ("reward", "rewards/accuracies", "rewards/margins", "kl")  # printed, where an objective has them
 
@@ -58,89 +54,6 @@ def trim_metrics(path: Path, step: int, *, evaluated: bool) -> None:
     write_text(path, "".join(kept))
 
 
-class Tracker(NamedTuple):
-    """Where an event's numbers go besides metrics.jsonl."""
-
-    log: Callable[[dict[str, int | float], int], None]  # (numbers, step)
-    close: Callable[[], None]
-
-
-def check_import(module: str, flag: str) -> None:
-    """Raises UserError when the module of a flag can't be imported, though its package is there."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a broken package raises anything
-        raise UserError(f"{flag}: {module} can't be imported ({error}); reinstall it, or leave the flag out") from None
-
-
-def check_wandb() -> None:
-    """Raises UserError when nobody is logged in to Weights & Biases. Asks no server, and nothing when it is offline."""
-    check_import("wandb", "--wandb_log")
-    import wandb
-
-    try:
-        is_ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
-    except (AttributeError, TypeError):  # a version without these says it when the run starts
-        return
-    except Exception as error:
-        raise UserError(f"--wandb_log: {error}") from None
-    if not is_ready:
-        raise UserError("--wandb_log: nobody is logged in; run wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
-
-
-def start_wandb(out_dir: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
-    """Weights & Biases. A resumed run continues its wandb run."""
-    import wandb
-
-    id_path = out_dir / "wandb_id"
-    if not id_path.exists():
-        write_text(id_path, secrets.token_hex(4))
-    run = wandb.init(
-        project=project,
-        name=name,
-        id=id_path.read_text().strip(),
-        resume="allow",
-        config=config,
-        dir=str(out_dir),
-    )
-
-    # wandb drops metrics that come with an older step than its own, as a finished save does, and what a run logs
-    # again after a resume or a rollback. So its own step counts rows, and each row names the training step.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    n_lines = len((out_dir / METRICS_FILE).read_bytes().splitlines())
-    rows = itertools.count(max(run.step, n_lines))
-
-    def log(numbers: dict[str, int | float], step: int) -> None:
-        if numbers:
-            run.log({**numbers, "step": step}, step=next(rows))
-
-    def close() -> None:
-        try:
-            run.finish()
-        except Exception:  # its process is gone: it would be looked for again when this one ends
-            with contextlib.suppress(Exception):
-                wandb.teardown(exit_code=1)
-            raise
-
-    return Tracker(log=log, close=close)
-
-
-def start_tensorboard(folder: Path, start_step: int) -> Tracker:
-    """tensorboard, in a folder. It writes in a thread, whose errors it raises again at the next call."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    print_error = threading.excepthook
-    threading.excepthook = lambda error: None if "tensorboard" in type(error.thread).__module__ else print_error(error)
-    writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-
-    def log(numbers: dict[str, int | float], step: int) -> None:
-        for key, value in numbers.items():
-            writer.add_scalar(key, value, step)
-
-    return Tracker(log=log, close=writer.close)
-
-
 class RunLogger:
     """Logs events of a run. A silent one, on the ranks other than the main one, does nothing."""
 
@@ -155,6 +68,7 @@ class RunLogger:
         self.started_at = time.perf_counter() - seconds
         self.file: IO[bytes] | None = None
         self.bar: tqdm | None = None
+        self.curve = Curve()
         self.trackers: dict[str, Tracker] = {}
         self.failed: set[str] = set()  # what has been reported to fail
         self.line_is_torn = False  # the last line was written in part
@@ -213,15 +127,19 @@ class RunLogger:
                 values[key] = None  # JSON has no nan
         line = {"event": event, "step": step, "seconds": round(self.seconds, 3), **values}
         self.write(json.dumps(line, allow_nan=False))
-        numbers = {
-            f"{event}/{key}": value
-            for key, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        if event == "train":
+            self.show_curve(values.get("loss"))
+        numbers = numbers_of(event, values)
         self.last_step = step
         for name, tracker in list(self.trackers.items()):
             with self.without_failing(name):
                 tracker.log(numbers, step)
+
+    def show_curve(self, loss: float | None) -> None:
+        """Show the loss and its curve behind the progress bar, if there is one."""
+        if self.bar is not None and loss is not None:
+            self.curve.add(loss)
+            self.bar.set_postfix_str(f"loss {loss:.4f} {self.curve.draw(sys.stderr.encoding)}", refresh=False)
 
     def write(self, line: str) -> None:
         """Append a line to metrics.jsonl. A full disk loses the line, not the run."""

@@ -14,6 +14,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -1069,6 +1070,40 @@ def wandb_project(run, monkeypatch):
 @effect
 def wandb_run_name(run, monkeypatch):
     assert wandb_init_options(run, monkeypatch, "--wandb_run_name=me")["name"] == "me"
+
+
+def trackio_calls(run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[Any]:
+    """What trackio.init is called with, and what is logged, seen by a stand-in; a resumed run goes on by its name."""
+    calls: list[Any] = []
+    stand_in = types.ModuleType("trackio")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("trackio", None)
+    log = lambda numbers, step: calls.append((step, numbers))  # noqa: E731
+    stand_in.init = lambda **options: calls.append(options) or types.SimpleNamespace(log=log, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    run("--trackio_log", *flags, "--max_iters=1")
+    run("--init_from=resume", "--max_iters=2")
+    first, second = (call for call in calls if isinstance(call, dict))
+    assert (first["name"], first["resume"]) == (second["name"], "allow") and first["config"]["n_layer"] == 2
+    return calls
+
+
+@effect
+def trackio_log(run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = trackio_calls(run, monkeypatch)
+    assert re.fullmatch(r"run-[0-9a-f]{4}", calls[0]["name"]) and not [
+        key for key in calls[0]["config"] if key[0] == "_"
+    ]
+    assert [call[0] for call in calls if isinstance(call, tuple) and "train/loss" in call[1]] == [1, 2]
+
+
+@effect
+def trackio_project(run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trackio_calls(run, monkeypatch, "--trackio_project=theirs")[0]["project"] == "theirs"
+
+
+@effect
+def trackio_run_name(run: Callable[..., RunFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trackio_calls(run, monkeypatch, "--trackio_run_name=me")[0]["name"] == "me"
 
 
 @effect

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from nanoforge import console
+
 COMMAND = """
 import sys
 from pathlib import Path
@@ -48,3 +50,16 @@ def test_output_that_a_command_is_run_for_is_a_failure(tmp_path: Path):
     assert done.returncode == 1
     assert not Path(tmp_path / "reached").exists()
     assert done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+def test_a_curve_has_all_values_in_its_width() -> None:
+    """Means of equally many: a fall is a fall at any length."""
+    for count in (1, 2, 19, 20, 21, 1000, 12345):
+        curve = console.Curve()
+        for value in range(count, 0, -1):
+            curve.add(float(value))
+        text = curve.draw()
+        heights = [console.Curve.BLOCKS.index(block) for block in text]
+        assert len(text) <= console.Curve.WIDTH and heights == sorted(heights, reverse=True)
+        assert len(text) >= min(count, console.Curve.WIDTH // 2) and (count == 1 or (heights[0], heights[-1]) == (7, 0))
+    assert console.Curve().draw() == curve.draw("ascii") == ""

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from helpers import OperatorCounts, RunFiles, file_size_limit
 
 from nanoforge.distributed import Ranks
 from nanoforge.training import logger as logging
+from nanoforge.training import trackers
 from nanoforge.training.grad_guard import GradGuard
-from nanoforge.training.logger import RunLogger, Tracker
+from nanoforge.training.logger import RunLogger
+from nanoforge.training.trackers import Tracker
 
 
 @pytest.fixture
@@ -51,9 +54,22 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(logger: RunLogger, t
     assert all("gone" in note for note in notes(tmp_path))
 
 
+def test_a_terminal_shows_the_loss_and_its_curve_behind_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger = RunLogger(tmp_path, silent=False, start_step=0, evaluated=False, seconds=0.0, total_steps=3)
+    for step, loss in enumerate((4.0, None, 2.0), start=1):
+        logger.event("train", step, "", loss=loss)
+        logger.advance()
+    assert logger.bar is not None and logger.bar.postfix == "loss 2.0000 █▁"
+    logger.close()
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_tensorboard_on_a_full_disk(logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("tensorboard")
-    logger.track("tensorboard", lambda: logging.start_tensorboard(tmp_path / "tensorboard", 0))
+    logger.track("tensorboard", lambda: trackers.start_tensorboard(tmp_path / "tensorboard", 0))
     with file_size_limit(300):  # it writes in a thread, and the metrics find no room either
         for step in range(1, 1000):
             logger.event("train", step, "", loss=0.5)
@@ -72,7 +88,7 @@ def test_tensorboard_on_a_full_disk(logger: RunLogger, tmp_path: Path, capsys: p
 def test_wandb_whose_process_is_killed(logger: RunLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logger.track("wandb", lambda: logging.start_wandb(tmp_path, "project", "name", {}))
+    logger.track("wandb", lambda: trackers.start_wandb(tmp_path, "project", "name", {}))
     logger.event("train", 1, "", loss=0.5)
     assert notes(tmp_path) == []
     children = subprocess.run(["pgrep", "-f", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True)

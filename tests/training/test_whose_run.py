@@ -144,7 +144,7 @@ def resume(*flags: object) -> None:
 @pytest.mark.parametrize("origin_is_gone", ["", "gone"])
 def test_a_copied_folder_is_resumed_where_its_config_lies(run: Runner, tmp_path: Path, origin_is_gone: str):
     first = run("--max_iters=4", name="a")
-    (first.out_dir / run_dir.TRACKER_FILE).write_text("tracked")
+    (first.out_dir / run_dir.TRACKER_FILES[0]).write_text("tracked")
     copy = tmp_path / "b"
     shutil.copytree(first.out_dir, copy)
     if origin_is_gone:
@@ -159,7 +159,7 @@ def test_a_copied_folder_is_resumed_where_its_config_lies(run: Runner, tmp_path:
     record = run_dir.RunRecord.load(copy)
     assert record.args["out_dir"] == str(copy)
     assert ("parent" in record.run) == (not origin_is_gone), "a copy beside its original is another run"
-    assert (copy / run_dir.TRACKER_FILE).exists() == bool(origin_is_gone)
+    assert (copy / run_dir.TRACKER_FILES[0]).exists() == bool(origin_is_gone)
 
 
 @pytest.mark.slow
@@ -437,12 +437,12 @@ def test_a_finished_run_names_what_is_to_be_raised(run: Runner):
 @pytest.mark.slow
 def test_a_folder_reached_by_a_link_is_the_same_run(run: Runner, tmp_path: Path):
     first = run("--max_iters=2", name="a")
-    (first.out_dir / run_dir.TRACKER_FILE).write_text("tracked")
+    (first.out_dir / run_dir.TRACKER_FILES[0]).write_text("tracked")
     (tmp_path / "latest").symlink_to(first.out_dir)
     run_id = run_dir.RunRecord.load(first.out_dir).run["id"]
     assert run("--init_from=resume", "--max_iters=3", name="latest").steps == [2, 3]
     assert run_dir.RunRecord.load(first.out_dir).run["id"] == run_id
-    assert (first.out_dir / run_dir.TRACKER_FILE).exists()
+    assert (first.out_dir / run_dir.TRACKER_FILES[0]).exists()
 
 
 @pytest.mark.slow
