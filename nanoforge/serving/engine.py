@@ -293,7 +293,7 @@ class Engine:
         with self.changed:
             return {
                 name: {
-                    "running": len(batch.running),
+                    "running": sum(choice.request.is_active for _, choice in batch.running),
                     "waiting": len(batch.waiting),
                     "tokens_per_second": round(batch.tokens_per_second(), 1),
                 }

@@ -158,6 +158,7 @@ async function run(turn) {
   await Promise.all(turn.answers.map((_, number) => draw(turn, number, signal)));
   running = null;
   showRunning(false);
+  watchEngine();
   save();
   const facts = turn.answers.map((answer) => answer.error || `${answer.n} tokens`).join("; ");
   $("news").textContent = `Reply finished: ${facts}`;
@@ -261,6 +262,7 @@ function viewOf(turn, number) { return views.get(turn.answers[number]); }
 function showTurns() {
   views.clear();
   $("turns").replaceChildren(...state.turns.map(makeTurn));
+  for (const view of views.values()) { view.draw(); view.refresh(); } // on the page, where lines have a width
   $("turns").classList.toggle("wide", state.turns.some((turn) => turn.answers.length > 1));
   $("turns").scrollTop = $("turns").scrollHeight;
 }
@@ -295,8 +297,6 @@ class AnswerView {
     this.node = make("div", { cls: "answer" }, make("div", { cls: "name", text: this.answer.model }), this.remark, this.body, make("div", { cls: "foot" }, this.facts, code, again, copy));
     this.again = again;
     this.body.addEventListener("keydown", (event) => walkTokens(event, this.body));
-    this.draw();
-    this.refresh();
   }
 
   plainText() {
@@ -307,9 +307,16 @@ class AnswerView {
 
   draw() {
     this.block = null;
-    const before = this.turn.mode === "completion" && !this.answer.lanes && typeof this.turn.prompt === "string" ? [make("span", { cls: "prompt", text: this.turn.prompt })] : [];
-    this.body.replaceChildren(...before);
-    this.append(this.answer.lanes ? this.answer.lanes.columns : this.answer.pieces);
+    this.body.replaceChildren();
+    const { lanes, pieces } = this.answer;
+    if (this.turn.mode === "completion") this.drawPrompt(lanes);
+    this.append(lanes ? lanes.columns : pieces);
+  }
+
+  drawPrompt(lanes) {
+    const { prompt } = this.turn;
+    if (lanes) this.appendColumn(lanes.names.map((name) => [typeof prompt === "string" ? prompt : prompt[name]]), "prompt");
+    else if (typeof prompt === "string") this.body.append(make("span", { cls: "prompt", text: prompt }));
   }
 
   append(pieces) {
@@ -318,7 +325,7 @@ class AnswerView {
   }
 
   // A token of each context, below each other; a line ends where it is full, or where the first context's ends.
-  appendColumn(column) {
+  appendColumn(column, cls = "") {
     const width = Math.max(...column.map(([text]) => [...text.replaceAll("\n", "")].length));
     const labels = Math.min(14, Math.max(...this.answer.lanes.names.map((name) => name.length)));
     this.room ||= roomIn(this.body) - labels - 2;
@@ -333,7 +340,8 @@ class AnswerView {
     }
     column.forEach((token, lane) => {
       const shown = token[0].replaceAll("\n", "");
-      this.block.lines[lane].append(tokenSpan(shown, [token]), " ".repeat(width - [...shown].length));
+      const span = cls ? make("span", { cls, text: shown }) : tokenSpan(shown, [token]);
+      this.block.lines[lane].append(span, " ".repeat(width - [...shown].length));
     });
     this.block.width += width;
     if (column[0][0].includes("\n")) this.block = null;
@@ -519,6 +527,7 @@ function showInputs() {
   $("inputs").dataset.key = key;
   if (!contexts.length) {
     $("inputs").replaceChildren(inputLabel, makeArea("input"));
+    grow($("input"));
     return;
   }
   $("inputs").replaceChildren(...contexts.map((name, number) => {
@@ -526,6 +535,7 @@ function showInputs() {
     area.dataset.context = name;
     return make("div", { cls: "lane-input" }, make("label", { htmlFor: area.id, text: name }), area);
   }));
+  $("inputs").querySelectorAll("textarea").forEach(grow);
 }
 
 const inputLabel = $("input-label");
@@ -674,14 +684,17 @@ async function copyText(text, button) {
 // --------------------------------------------------------------------------------------------------------------------
 // the engine's state, and the start
 
+let watching = 0;
+
 async function watchEngine() {
+  clearTimeout(watching);
   if (document.visibilityState === "visible" && state.models.length) {
     try {
       const { models } = await (await ask("/state")).json();
       const sum = (name) => Object.values(models).reduce((total, model) => total + model[name], 0);
       const [busy, waiting, speed] = [sum("running"), sum("waiting"), sum("tokens_per_second")];
       const facts = [];
-      if (busy) facts.push(`${busy} running`, `${Math.round(speed)} tokens/s`);
+      if (busy) facts.push(`${Math.round(speed)} tokens/s`, `${busy} running`);
       if (waiting) facts.push(`${waiting} waiting`);
       $("engine").textContent = facts.join(" · ") || "ready";
       $("engine").className = busy ? "busy" : "";
@@ -690,7 +703,7 @@ async function watchEngine() {
       $("engine").className = "gone";
     }
   }
-  setTimeout(watchEngine, running ? 700 : 2000);
+  watching = setTimeout(watchEngine, running ? 700 : 2000);
 }
 
 async function load() {
@@ -745,6 +758,7 @@ function listen() {
     document.documentElement.style.setProperty("--header", `${document.querySelector("header").offsetHeight}px`);
     if (innerWidth === width || running) return;
     width = innerWidth;
+    $("inputs").querySelectorAll("textarea").forEach(grow);
     if (state.turns.some((turn) => turn.answers.some((answer) => answer.lanes))) showTurns();
   });
 }
