@@ -239,7 +239,7 @@ from nanoforge.rng import SAMPLE
 from nanoforge.run_dir import RunRecord
 from nanoforge.serving.requests import Defaults
 from nanoforge.serving.served_model import Lane, ServedModel
-from nanoforge.serving.server import ServerOptions, serve
+from nanoforge.serving.server import ModelServer, ServerOptions, listen, serve
 from nanoforge.training import checkpoint
 
 SEPARATOR = "---------------"
@@ -578,13 +578,14 @@ def open_contexts(args: SampleArgs, loaded: LoadedModel) -> list[ContextText]:
 
 def name_models(sources: Sequence[str]) -> list[str]:
     """What clients call the models: the last part of a path, or where several share it, the whole; a hub's name."""
-    last_parts = [Path(source).name if Path(source).exists() else source for source in sources]
+    last_parts = [Path(source).name.removesuffix(".gguf") if Path(source).exists() else source for source in sources]
     is_clear = len(set(last_parts)) == len(sources) and all(last_parts)
     return last_parts if is_clear else list(sources)
 
 
 def serve_models(args: SampleArgs) -> None:
     """Serve the runs, or the model of --init_from, until Ctrl-C. Raises UserError."""
+    listener = listen(args.host, args.port)
     sources = args.out_dir if args.init_from == "resume" else (args.init_from,)
     models = []
     for name, source in zip(name_models(sources), sources, strict=True):
@@ -606,7 +607,7 @@ def serve_models(args: SampleArgs) -> None:
         max_tokens=args.max_new_tokens,
     )
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
-    serve(models, defaults, ServerOptions(**options))
+    serve(ModelServer(models, defaults, ServerOptions(**options), listener), open_page=args.open)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanoforge.errors import UserError, did_you_mean
+from nanoforge.errors import did_you_mean
 from nanoforge.serving import requests
 from nanoforge.serving.engine import Engine, Job
 from nanoforge.serving.replies import Part, Replies
@@ -21,7 +21,6 @@ FILES = {  # path -> file beside this one, and its type
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-MISSING = "--serve: needs packages: pip install fastapi uvicorn"
 RETRY_AFTER = 5  # seconds
 QUEUE_INTERVAL = 0.5  # seconds between two reports of the place in the queue
 CLIENT_CLOSED = 499  # nginx's status for a client that went; nobody reads it
@@ -218,11 +217,9 @@ class Service:
 
 
 def build_app(service: Service) -> Any:
-    """The FastAPI app. Raises UserError without FastAPI."""
-    try:
-        from fastapi import FastAPI
-    except ModuleNotFoundError:
-        raise UserError(MISSING) from None
+    """The FastAPI app."""
+    from fastapi import FastAPI
+
     app = FastAPI(title="nanoforge", docs_url=None, redoc_url=None, openapi_url=None)
     add_api(app, service)
     add_files(app)

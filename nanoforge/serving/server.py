@@ -1,5 +1,6 @@
 """Runs the server: its socket, its token, its thread, and its end. Uvicorn is an optional package."""
 
+import importlib.util
 import ipaddress
 import secrets
 import socket
@@ -11,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from nanoforge.errors import UserError
-from nanoforge.serving.app import MISSING, Service, build_app
+from nanoforge.serving.app import Service, build_app
 from nanoforge.serving.engine import Engine
 from nanoforge.serving.guard import Guard
 from nanoforge.serving.requests import Defaults
@@ -30,11 +31,13 @@ class ServerOptions:
     max_body: int = 10**6  # bytes
     max_batch: int = 16
     max_queue: int = 64
-    open: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises UserError."""
+    """A socket that listens there, opened before models are loaded. Raises UserError, also without the packages."""
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--serve: needs a package: pip install {package}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -69,9 +72,11 @@ def page_url(listener: socket.socket, host: str, token: str) -> str:
 class ModelServer:
     """A server that listens; `run` answers, until `stop` or Ctrl-C."""
 
-    def __init__(self, models: Sequence[ServedModel], defaults: Defaults, options: ServerOptions):
-        """Raises UserError for an address that can't be had, or without FastAPI and uvicorn."""
-        self.listener = listen(options.host, options.port)
+    def __init__(
+        self, models: Sequence[ServedModel], defaults: Defaults, options: ServerOptions, listener: socket.socket
+    ):
+        """listener: of `listen`."""
+        self.listener = listener
         is_local = is_loopback(self.listener)
         self.token = options.token or ("" if is_local else secrets.token_urlsafe(24))
         self.url = page_url(self.listener, options.host, self.token)
@@ -98,11 +103,8 @@ class ModelServer:
 
 
 def make_uvicorn(app: Any, engine: Engine) -> Any:
-    """A uvicorn server that ends at once on Ctrl-C: the engine's jobs end with it. Raises UserError without uvicorn."""
-    try:
-        import uvicorn
-    except ModuleNotFoundError:
-        raise UserError(MISSING) from None
+    """A uvicorn server that ends at once on Ctrl-C: the engine's jobs end with it."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
@@ -123,11 +125,10 @@ def make_uvicorn(app: Any, engine: Engine) -> Any:
     return Server(config)
 
 
-def serve(models: Sequence[ServedModel], defaults: Defaults, options: ServerOptions) -> None:
-    """Serve the models until Ctrl-C. Raises UserError."""
-    server = ModelServer(models, defaults, options)
+def serve(server: ModelServer, *, open_page: bool) -> None:
+    """Serve until Ctrl-C."""
     api = f"{server.url.partition('#')[0]}v1"
     print(f"{', '.join(server.engine.models)}: {server.url} (the OpenAI API is at {api}); Ctrl-C stops it", flush=True)
-    if options.open:
+    if open_page:
         webbrowser.open(server.url)
     server.run()

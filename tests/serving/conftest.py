@@ -16,7 +16,7 @@ from nanoforge.data.tokenization import END_OF_TEXT, CharTokenizer, add_tokens
 from nanoforge.posttraining.example_rows import ROLES
 from nanoforge.serving.requests import Defaults
 from nanoforge.serving.served_model import Lane, ServedModel
-from nanoforge.serving.server import ModelServer, ServerOptions
+from nanoforge.serving.server import ModelServer, ServerOptions, listen
 
 TOKENIZER = add_tokens(
     CharTokenizer(string.ascii_letters + string.digits + " .,:;?!'\n()<>&/=|_"), [END_OF_TEXT, *ROLES.values()]
@@ -41,7 +41,7 @@ def make_pair() -> ServedModel:
 @contextmanager
 def running(models: Sequence[ServedModel], **options: Any) -> Iterator[ModelServer]:
     """A server in a thread of this process."""
-    server = ModelServer(models, Defaults(max_tokens=20), ServerOptions(port=0, **options))
+    server = ModelServer(models, Defaults(max_tokens=20), ServerOptions(**options), listen("127.0.0.1", 0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

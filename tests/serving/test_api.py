@@ -2,22 +2,27 @@
 
 import http.client
 import json
+import re
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CASES, LETTERS, TOKENIZER, make_served, running
+from helpers import ScriptProcess, run_script
 
 from nanoforge.errors import UserError
 from nanoforge.models.generation import SamplingParams, generate_batch, uniform_draws
 from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.rng import SAMPLE
+from nanoforge.serving.requests import Defaults
 from nanoforge.serving.server import ModelServer, ServerOptions, listen
 
 PROMPT = "to be or not"
@@ -436,15 +441,74 @@ def test_an_error_in_the_model_ends_its_requests_alone(
 
 
 def test_other_addresses_get_a_token() -> None:
-    from nanoforge.serving.requests import Defaults
-
-    server = ModelServer([], Defaults(), ServerOptions(host="0.0.0.0", port=0))
-    server.listener.close()
+    with listen("0.0.0.0", 0) as listener:
+        server = ModelServer([], Defaults(), ServerOptions(host="0.0.0.0"), listener)
     assert len(server.token) >= 32 and server.url.endswith(f"/#token={server.token}")
 
 
-def test_a_port_in_use_is_named(server: ModelServer) -> None:
-    with pytest.raises(UserError, match=f"--port={server.port}"):
-        listen("127.0.0.1", server.port)
+def test_a_host_that_is_not_is_named() -> None:
     with pytest.raises(UserError, match="--host"):
         listen("no.such.host.invalid", 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_at_once(base: Path) -> None:
+    """Also while a reply is streamed. Meanwhile its port is taken."""
+    flags = ["--serve", f"--out_dir={base.parents[1]}", "--device=cpu", "--dtype=float32"]
+    process = ScriptProcess(*flags, "--port=0", script="sample.py")
+    line = process.stdout.readline()
+    port = int(re.search(r"http://127.0.0.1:(\d+)/", line)[1])
+    taken = run_script(*flags, f"--port={port}", script="sample.py", check=False)
+    assert taken.returncode == 2 and f"--port={port}" in taken.stderr
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        body = json.dumps({"prompt": "1+1=", "stream": True, **ENDLESS})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        assert process.wait() == 130
+        assert time.monotonic() - sent < 3
+        assert b"the server is stopping" in response.read()
+    assert process.stderr.read() == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--serve", "--start=a", "--seed=1", "--num_samples=2"], ["--start", "--seed", "--num_samples"]),
+        (["--serve", "--engine=llama.cpp", "--logprobs=2", "--compile"], ["--engine", "--logprobs", "--compile"]),
+        (["--serve", "--prompt_dir=p"], ["--prompt_dir"]),
+        (["--port=80", "--token=a"], ["--port", "--token"]),
+        (["--out_dir", "a", "b"], ["--out_dir"]),
+        (["--serve", "--port=70000"], ["--port=70000"]),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    flags: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import configurator
+    import sample
+
+    with pytest.raises(SystemExit):
+        configurator.parse(sample.SampleArgs, flags, "", configurator.Rules(check=sample.check))
+    errors = capsys.readouterr().err
+    assert all(re.search(rf"^ *(\S+: )?{name}\b", errors, re.MULTILINE) for name in named), errors
+
+
+def test_several_runs_are_named(tmp_path: Path) -> None:
+    import sample
+
+    runs = [str(tmp_path / name) for name in ("a", "b/a", "c")]
+    for run in runs:
+        Path(run).mkdir(parents=True)
+    assert sample.spread_out_dir([f"--out_dir={runs[0]}", runs[2], "--serve"]) == [
+        "--out_dir",
+        runs[0],
+        runs[2],
+        "--serve",
+    ]
+    assert sample.spread_out_dir([f"--out_dir={runs[0]}", "x.py"]) == [f"--out_dir={runs[0]}", "x.py"]
+    assert sample.name_models([runs[0], runs[2]]) == ["a", "c"]
+    assert sample.name_models(runs) == runs
+    assert sample.name_models(["org/name"]) == ["org/name"]

@@ -146,7 +146,7 @@ def test_contexts_stand_below_each_other(page: Page) -> None:
     page.press("Enter")
     page.wait_for(DONE)
     lanes = page.evaluate(
-        "[...document.querySelectorAll('.lanes:first-child .lane span:not(.t)')].map((node) => node.textContent.length)"
+        "[...document.querySelectorAll('.lanes:first-child .lane > span')].map((node) => node.textContent.length)"
     )
     assert len(lanes) == 2 and lanes[0] == lanes[1] > 0
 
