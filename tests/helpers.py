@@ -258,10 +258,11 @@ def run_script(
     env: dict[str, str] | None = None,
     input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end: one of the root in a forked process, any other in a new one."""
+    """Run a script to its end: one of the root or of data/ in a forked process; any other, and one that finds other
+    packages on its path, in a new one."""
     command = [*script_command(script), *map(str, argv)]
     environment = os.environ | (env or {})
-    if Path(script).parent == Path("."):
+    if Path(script).parts[0] in (Path(script).name, "data") and "PYTHONPATH" not in (env or {}):
         done = fork_to_end(run_python, command, cwd=cwd, env=environment, text=input)
     else:
         command = [sys.executable, *command]
