@@ -55,6 +55,8 @@ class FrozenProduct(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """A linear layer of the base, whose weight may be quantized."""
 
+    streamed: nn.Module | None = None  # the same layer for decoding, without gradients
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight: Any = linear.weight
@@ -62,7 +64,13 @@ class FrozenLinear(nn.Module):
         self.bias = linear.bias
         self.unpack = weight.format.unpack if isinstance(weight, QuantizedWeight) else cast
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.unpack is not cast
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if self.streamed is not None:
+            return self.streamed(x)
         stored = (self.weight, None) if self.unpack is cast else (self.weight.packed, self.weight.scales)
         return FrozenProduct.apply(x, self.bias, self.unpack, *stored)
 

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from nanoforge import rng
 from nanoforge.device import varying_shapes
 from nanoforge.distributed import is_sharded
+from nanoforge.models.streamed_linear import streamed_copy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
@@ -93,7 +94,9 @@ def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
     For temperatures above 0.
     """
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
+    logits = logits.float() - logits.amax(-1, keepdim=True)
+    if sampling.temperature != 1:
+        logits = logits / max(sampling.temperature, 1e-6)
     if sampling.top_k:
         top = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values
         logits = logits.masked_fill(logits < top[:, -1:], float("-inf"))
@@ -409,7 +412,8 @@ def draw(model: nn.Module, logits: Tensor, state: DecodeState, groups: Sequence[
         state.seen.scatter_(1, state.ids, value=True)
     sampling = groups[0].sampling
     if sampling.logps:
-        logps = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+        tempered = logits if sampling.temperature in (0, 1) else logits / sampling.temperature
+        logps = tempered.log_softmax(-1)
         state.logps[state.at] = logps.gather(1, state.ids).T
 
 
@@ -527,9 +531,11 @@ class Decoder:
 
     def __init__(self, model: nn.Module, any_rank: Callable[[bool], bool] = bool, *, compiled: bool = False):
         """any_rank: whether something holds on this rank -> whether it holds on any, for sharded models."""
-        self.model = model if is_sharded(model) else decoding_copy(model)
-        self.any_rank, self.compiled = any_rank, compiled
         self.device = device_of(model)
+        self.model = model if is_sharded(model) else decoding_copy(model)
+        if self.device.type == "cpu" and not compiled and not is_sharded(model):
+            self.model = streamed_copy(self.model)
+        self.any_rank, self.compiled = any_rank, compiled
         self.is_static = self.device.type == "cuda" or compiled
         self.is_replayed = self.device.type == "cuda" and not is_sharded(model)  # no graph has collectives
         config: Any = model.config

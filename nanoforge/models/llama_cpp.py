@@ -238,12 +238,14 @@ class LlamaCpp:
         params.api_keys = [secrets.token_hex()]  # nobody else is to use its address on this machine
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self.library.Server(params)
+            server = self.library.Server(params)
         except RuntimeError as error:
             raise UserError(f"llama.cpp can't load {self.path} ({error})") from None
         finally:
             for number, handler in handlers.items():  # it has put its own in their places
                 signal.signal(number, handler)
+        server.handle_completions({"prompt": [0], "n_predict": 1})  # one that ends before its loop has begun hangs
+        return server
 
 
 def read_choice(choice: dict[str, Any], n_alternatives: int | None) -> LookedAt:

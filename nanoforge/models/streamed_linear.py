@@ -1,10 +1,12 @@
-"""Linear layers for decoding a few sequences on a CPU: they read their weights as fast as the memory gives them.
+"""Linear layers for decoding on a CPU: they read their weights as fast as the memory gives them.
 
 A decoding step reads every weight once, so the bytes of the weights over the memory's bandwidth are the least time that
-it can take. PyTorch's product of one row reaches a part of that. Here it is a few lines of C, streamed_linear.c, which
-the machine's own compiler builds at the first use and a cache folder keeps. Without a compiler all stays PyTorch's.
+it can take. PyTorch's product of one row reaches a part of that, and its product of 16 rows half of what the processor
+can compute. Here they are a few lines of C, streamed_linear.c, which the machine's own compiler builds at the first use
+and a cache folder keeps. Without a compiler all stays PyTorch's.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -21,8 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_ROWS = 4  # of x; more are PyTorch's, whose products of many rows compute faster
-MAX_VALUES = 2**16  # of x, which each thread keeps on its stack
+from nanoforge.models.adapters import FrozenLinear
+
+MAX_STREAMED = 4  # rows of x for which the memory is the limit; more are computed in tiles
+MAX_VALUES = 2**16  # of these rows, which each thread keeps on its stack
+TILE_WIDTH = 16  # rows of x
+MAX_ROWS = 64  # of x; more are PyTorch's
 
 SOURCE = Path(__file__).with_suffix(".c")
 # not -ffast-math: loading such a library makes the whole process flush small numbers to zero
@@ -76,12 +82,12 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
-def find_function(weight_dtype: torch.dtype, dtype: torch.dtype) -> Callable[..., None]:
-    """The library's function for these dtypes of the weight and of x."""
+def find_function(kind: str, weight_dtype: torch.dtype, dtype: torch.dtype) -> Callable[..., None]:
+    """The library's function, linear or tiled, for these dtypes of the weight and of x."""
     library = load_library()
     assert library is not None
-    function = getattr(library, f"linear_{NAMES[weight_dtype]}_{NAMES[dtype]}")
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+    function = getattr(library, f"{kind}_{NAMES[weight_dtype]}_{NAMES[dtype]}")
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * (kind == "tiled")
     function.restype = None
     return function
 
@@ -101,13 +107,17 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.numel() // self.cols
-        if not 0 < batch <= MAX_ROWS or batch * self.cols > MAX_VALUES:
+        if not 0 < batch <= MAX_ROWS:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.rows)
-        function = find_function(self.weight.dtype, x.dtype)
-        function(self.weight.data_ptr(), x.data_ptr(), y.data_ptr(), self.rows, self.cols, batch)
+        places = (self.weight.data_ptr(), x.data_ptr(), y.data_ptr(), self.rows, self.cols, batch)
+        if batch <= MAX_STREAMED and x.numel() <= MAX_VALUES:
+            find_function("linear", self.weight.dtype, x.dtype)(*places)
+        else:
+            tiles = x.new_empty(-(-batch // TILE_WIDTH) * TILE_WIDTH * self.cols, dtype=torch.float32)
+            find_function("tiled", self.weight.dtype, x.dtype)(*places, tiles.data_ptr())
         return y if self.bias is None else y + self.bias
 
 
@@ -121,13 +131,37 @@ def stream_linears(model: nn.Module) -> None:
 
     Weights whose values bfloat16 has are kept in it, which changes no product and halves their bytes.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+    def halve(weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16) if is_exact_in_bfloat16(weight) else weight
+
+    if can_stream(model):
+        replace_linears(model, halve)
+
+
+def streamed_copy(model: nn.Module) -> nn.Module:
+    """The model with streamed linear layers, where a library can be built; all tensors are shared. For decoding with a
+    model that is trained, on a CPU."""
+    linears = (nn.Linear, FrozenLinear)
+    if not can_stream(model) or not any(isinstance(module, linears) for module in model.modules()):
+        return model
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    replace_linears(copied, lambda weight: weight)
+    return copied
+
+
+def can_stream(model: nn.Module) -> bool:
     dtype: Any = model.compute_dtype
-    if dtype not in NAMES or load_library() is None:
-        return
-    for name, linear in linears.items():
-        weight = linear.weight.detach()
-        if is_exact_in_bfloat16(weight):
-            weight = weight.to(torch.bfloat16)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, StreamedLinear(weight, linear.bias))
+    return dtype in NAMES and load_library() is not None
+
+
+def replace_linears(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Replace linear layers, and the products of frozen ones, unless these are quantized."""
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.Linear):
+            parent, _, attribute = name.rpartition(".")
+            streamed = StreamedLinear(convert(module.weight.detach()), module.bias)
+            setattr(model.get_submodule(parent), attribute, streamed)
+        elif isinstance(module, FrozenLinear) and not module.is_quantized:
+            module.streamed = StreamedLinear(convert(module.weight.detach()), module.bias)

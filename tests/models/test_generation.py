@@ -490,6 +490,7 @@ class CUDADecoder(Decoder):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.model = generation.decoding_copy(args[0])  # whose products are PyTorch's
         self.is_static = self.is_replayed = True
 
 
