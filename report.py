@@ -11,6 +11,7 @@ by plots.py. Imports no torch.
 
 import os
 import sys
+import time
 
 import configurator
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
@@ -120,8 +121,23 @@ def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     print(f"{plural(len(runs), 'run')}: {page_path} ({len(html) / 1e6:.1f} MB), {names}")
 
 
+def wait_for_runs(paths: list[str], seconds: float) -> None:
+    """Return once there is a run: whoever watches may come before the run does."""
+    waits = False
+    while True:
+        try:
+            find_runs(paths)
+            return
+        except UserError as error:
+            if not waits:
+                print(f"{error}; waiting for a run there, Ctrl-C stops it", flush=True)
+            waits = True
+            time.sleep(seconds)
+
+
 def serve_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Serve the page until Ctrl-C."""
+    wait_for_runs(reader.paths, args.refresh)
     with PageServer(args.port, reader, by=args.by, title=title, refresh_seconds=args.refresh) as server:
         page.render(server.payload(), title)  # raises its UserErrors before anything is served
         print(

@@ -27,7 +27,7 @@ from nanoforge.report.server import PageServer
 
 
 @pytest.mark.slow
-def test_the_command_writes_page_and_figures(write_run, tmp_path: Path):
+def test_the_command_writes_page_and_figures(write_run: Callable[..., Path], tmp_path: Path):
     pytest.importorskip("plotly")
     write_run("a")
     write_run("b", learning_rate=1e-2)
@@ -140,6 +140,17 @@ def test_a_running_run_is_not_sent(write_run: Callable[..., Path], monkeypatch: 
             report.main(([str(folder)], args))
 
 
+def test_who_watches_may_come_before_the_run(
+    write_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: waited.append(seconds) or write_run("a"))
+    report.wait_for_runs([str(tmp_path / "out")], 2.0)
+    assert waited == [2.0] and "waiting" in capsys.readouterr().out
+    report.wait_for_runs([str(tmp_path / "out")], 2.0)
+    assert len(waited) == 1
+
+
 def test_reports_need_no_torch():
     heavy = ["torch", "plotly", "matplotlib", "scipy"]
     code = f"import sys, report; print([name in sys.modules for name in {heavy}])"
@@ -148,7 +159,7 @@ def test_reports_need_no_torch():
 
 
 @pytest.fixture
-def served(write_run, tmp_path: Path):
+def served(write_run: Callable[..., Path], tmp_path: Path):
     """A server that follows out/, its reader, and get(path, **headers): (status, headers, body)."""
     pytest.importorskip("plotly")
     write_run("a")
@@ -170,7 +181,7 @@ def served(write_run, tmp_path: Path):
     server.server_close()
 
 
-def test_watching_follows_runs(served, write_run):
+def test_watching_follows_runs(served: Any, write_run: Callable[..., Path]):
     def shown_states() -> list[str]:
         return [run["state"] for run in json.loads(served.get("/data.json")[2])["runs"]]
 
@@ -194,7 +205,7 @@ def test_watching_follows_runs(served, write_run):
         assert served.reader.cache[path][1] is run, "what has not changed is not read again"
 
 
-def test_watching_answers_this_machine_alone(served):
+def test_watching_answers_this_machine_alone(served: Any):
     status, _, body = served.get("/")
     assert status == 200
     assert b"connect-src 'self'" in body
