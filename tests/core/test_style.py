@@ -23,7 +23,7 @@ PRODUCT = sorted(
     for path in ROOT.glob(pattern)
 )
 # Findings of ruff's ANN001, FBT, PLR0913, PLR0915 and C901 in tests: a ratchet, which may only fall.
-MOST_FINDINGS_IN_TESTS = {"ANN001": 717, "FBT001": 2, "FBT002": 0, "FBT003": 5, "PLR0913": 0, "PLR0915": 0, "C901": 0}
+MOST_FINDINGS_IN_TESTS = {"ANN001": 717, "FBT001": 1, "FBT002": 0, "FBT003": 5, "PLR0913": 0, "PLR0915": 0, "C901": 0}
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:

@@ -130,8 +130,9 @@ def test_a_wrong_answer_never_gets_as_much_as_a_right_one(format_weight, length_
     except UserError:
         return
 
-    def total(answer: int, in_format: bool, n_tokens: int, ended: bool) -> float:
+    def total(answer: int, drawn: tuple[bool, int, bool]) -> float:
+        in_format, n_tokens, ended = drawn
         completion = SOLUTION.format(answer) if in_format else str(answer)
         return total_reward(rewards, sample(completion, n_tokens, ended=ended))[0]
 
-    assert total(76, *wrong) < total(75, *right)
+    assert total(76, wrong) < total(75, right)
