@@ -4,6 +4,7 @@ import gc
 
 import helpers
 import torch._dynamo
+import torch.distributed.checkpoint
 
 import evaluate
 import export

@@ -510,7 +510,7 @@ def test_a_reward_that_fails_on_one_rank_ends_all(base: Path, data_dir: Path, tm
     flags += ["--reward=one_rank:reward", f"--out_dir={tmp_path / 'run'}"]
     log = tmp_path / "log"
     processes = start_ranks(flags, 2, log, functools.partial(site.addsitedir, str(tmp_path)))
-    assert [wait_for_exit(process) for process in processes] == [1, 1]
+    assert [wait_for_exit(process) for process in processes] == [2, 2]
     assert log.read_text().count("RewardError: --reward: one_rank:reward raised RuntimeError: only here") == 2
 
 
