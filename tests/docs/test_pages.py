@@ -1,9 +1,7 @@
 """The pages of docs/: what is generated is up to date, and every link leads somewhere."""
 
-import ast
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,23 +77,15 @@ def test_what_stands_beside_other_programs_names_is_there():
             assert (ROOT / path).is_file(), code
 
 
-def literals(tree: ast.AST) -> Iterator[str]:
-    """The texts of a module, with ... for what is filled in; those that are added to each other as one."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-        elif isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
-
-
 def test_every_error_that_is_explained_exists():
     paths = [*ROOT.glob("*.py"), *ROOT.glob("nanoforge/**/*.py"), *ROOT.glob("data/**/*.py")]
-    texts = "\n".join(text for path in paths for text in literals(ast.parse(path.read_text())))
+    source = "\n".join(path.read_text() for path in paths)
+    source = re.sub(r"\"\s*\n\s*f?\"", "", source)  # texts that follow each other are one
     messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
     assert len(messages) > 30
     for message in messages:
         parts = [re.escape(part) for part in message.strip(".").split("...")]
-        assert re.search(".*".join(parts), texts), message
+        assert re.search(".*".join(parts), source), message
 
 
 def fenced(page: str, language: str) -> list[tuple[str, str]]:
