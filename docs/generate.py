@@ -4,7 +4,7 @@
     python docs/generate.py --check    writes nothing; exit status 1 where a page is out of date
 
 arguments.md from the tables of arguments of every command, metrics.md from nanoforge/training/metrics.py,
-trl_arguments.md from the tables with which sweep.py translates an experiment file.
+trl_arguments.md from the tables with which sweep.py translates an experiment file, first_hour.ipynb from first_hour.md.
 """
 
 import dataclasses
@@ -103,11 +103,16 @@ def describe_type(spec: ArgSpec) -> str:
     return " ".join([name, ", ".join(bounds)]).strip()
 
 
+def describe_default(spec: ArgSpec) -> str:
+    """The default of an argument; a folder of this checkout by its path in it."""
+    return format_arg(spec.default).replace(f"{ROOT}/", "")
+
+
 def argument_row(spec: ArgSpec) -> list[str]:
     """A row of arguments.md."""
     names = [code(f"--{name}") for name in (spec.name, *spec.alias)]
     needs = spec.needs.description if spec.needs else ""
-    return [", ".join(names), describe_type(spec), code(format_arg(spec.default)), plain(spec.help), plain(needs)]
+    return [", ".join(names), describe_type(spec), code(describe_default(spec)), plain(spec.help), plain(needs)]
 
 
 def arguments() -> str:
@@ -185,6 +190,39 @@ def neutral_value(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the notebook
+
+NOT_IN_NOTEBOOK = ("    python3 -m venv ", "    source ")  # whose Python is that of its kernel
+NOTEBOOK_PARTS = re.compile(r"^```jsonl \w+\n((?:\{.*\n)+)```\n|((?:^    .*\n)+)", re.MULTILINE)
+
+
+def notebook(page: str) -> str:
+    """first_hour.md as a notebook: its commands behind !, its rows as the file chats.jsonl."""
+    cells = [cell("code", "%cd ..\n")]
+    end = 0
+    for part in NOTEBOOK_PARTS.finditer(page):
+        cells.append(cell("markdown", page[end : part.start()]))
+        end = part.end()
+        if part[1]:
+            cells.append(cell("code", f"%%writefile chats.jsonl\n{part[1]}"))
+            continue
+        lines = [line for line in part[2].splitlines() if not line.startswith(NOT_IN_NOTEBOOK)]
+        cells.append(cell("code", "".join(f"!{line.strip()}\n" for line in lines)))
+    cells.append(cell("markdown", page[end:]))
+    for number, item in enumerate(cells):
+        item["id"] = f"cell-{number}"
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+
+
+def cell(kind: str, text: str) -> dict[str, Any]:
+    """A cell of a notebook; its id comes later."""
+    item: dict[str, Any] = {"cell_type": kind, "metadata": {}, "source": text.strip("\n").splitlines(keepends=True)}
+    return item | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the pages
 
 PARTS = {
@@ -192,10 +230,13 @@ PARTS = {
     "metrics.md": (events, objectives),
     "trl_arguments.md": (translated, without_effect, not_supported),
 }
+NOTEBOOK, NOTEBOOK_PAGE = "first_hour.ipynb", "first_hour.md"
 
 
 def generate(name: str) -> str:
-    """A page with its generated parts made again."""
+    """A page with its generated parts made again; the notebook."""
+    if name == NOTEBOOK:
+        return notebook((ROOT / "docs" / NOTEBOOK_PAGE).read_text(encoding="utf-8"))
     makers = {maker.__name__: maker for maker in PARTS[name]}
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert {match[1] for match in MARK.findall(text)} == makers.keys(), f"docs/{name} lacks a mark"
@@ -205,7 +246,7 @@ def generate(name: str) -> str:
 def main(argv: list[str]) -> int:
     """Writes the pages, or says which are out of date."""
     stale = []
-    for name in PARTS:
+    for name in (*PARTS, NOTEBOOK):
         path, text = ROOT / "docs" / name, generate(name)
         if path.read_text(encoding="utf-8") != text:
             stale.append(f"docs/{name}")

@@ -34,6 +34,8 @@ OTHER_PROGRAMS = (
     r"\.venv/bin/(ruff|mypy|pre-commit) ?.*",
     r"\.venv/bin/python -m pytest( .*)?",
     r"git clone .*",
+    r"curl .*",
+    r"python clean\.py",  # of the page itself
     r"\(?cd .*",
     r"M=.*",  # a variable of the shell
 )

@@ -20,7 +20,7 @@ PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), RO
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-@pytest.mark.parametrize("name", list(generate.PARTS))
+@pytest.mark.parametrize("name", [*generate.PARTS, generate.NOTEBOOK])
 def test_generated_pages_are_up_to_date(name: str):
     page = (ROOT / "docs" / name).read_text()
     assert page == generate.generate(name), f"docs/{name} is out of date: run python docs/generate.py"

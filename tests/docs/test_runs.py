@@ -1,0 +1,78 @@
+"""Commands of pages that are run. The notebook's always; those of all pages with `pytest tests/docs --run-docs`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from page_commands import PAGES, Command, of_page
+from page_runs import Workplace
+
+NOT_IN_TEST = re.compile(
+    r"pip install|curl |HuggingFaceTB/|out/smol|--doctor"
+)  # a network; test_doctor.py has the last
+# What --run-docs only parses (test_commands.py), and why.
+ONLY_PARSED = {
+    r"--launcher=|--submit|--search=|--status|--collect": "many runs; tests/sweeps runs grids",
+    r"bench\.py|benchmarks": "minutes, or another program's checkout",
+    r"torchrun --nnodes": "several hosts",
+    r"--watch|--serve": "serves until it is stopped",
+    r"--lm_eval": "tasks of the hub",
+    r"hf:": "datasets of the hub",
+    r"openwebtext|fineweb|shakespeare|gsm8k|quick_test|out/quick_": "a download",
+    r"out/a/|out/a |out/a$|outputs/|out/large|scaling_laws": "checkpoints of the reader's runs",
+    r"salamandra|\.gguf|gemma": "a model that is not small",
+    r"alignment\.yaml|align\.yaml": "its models and data are the reader's",
+    r"--max_problems|reasoning_gym|math_verify": "a package",
+    r" \.\.\.$|\[": "stands for several commands",
+    r"--doctor|--completion|docs/generate": "has tests of its own",
+    r"depth\.py --depth=12": "a size for GPUs",
+}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path):
+    """Its cells in their order, but for what needs a network. A cell has commands behind !, or is a file to write."""
+    workplace = Workplace(tmp_path)
+    cells = json.loads((ROOT / "docs/first_hour.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sources[0] == "%cd .."
+    n_run = 0
+    for source in sources[1:]:
+        if source.startswith("%%writefile "):
+            name, _, text = source.removeprefix("%%writefile ").partition("\n")
+            (tmp_path / name).write_text(text)
+            continue
+        for line in source.splitlines():
+            if not NOT_IN_TEST.search(line):
+                workplace.run(Command("first_hour.ipynb", re.sub(r"\s#\s.*", "", line.removeprefix("!"))))
+                n_run += 1
+    assert n_run > 8
+    assert (tmp_path / "out/chat-f16.gguf").stat().st_size > 10_000
+    assert (tmp_path / "out/mine/loss.png").exists() and (tmp_path / "report/report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    workplace = Workplace(tmp_path_factory.mktemp("clone"))
+    workplace.furnish()
+    return workplace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, request: pytest.FixtureRequest):
+    if not request.config.getoption("--run-docs"):
+        pytest.skip("minutes: pytest tests/docs --run-docs")
+    workplace = request.getfixturevalue("furnished").copy(tmp_path)
+    failures = []
+    for command in of_page(page):
+        text = command.text.replace("$M", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        if command.script and not any(re.search(pattern, text) for pattern in ONLY_PARSED):
+            try:
+                workplace.run(Command(command.page, text))
+                print(f"ran {command}")
+            except AssertionError as error:
+                failures.append(str(error))
+    assert not failures, "\n\n".join(failures)
