@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -37,16 +38,22 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_functions_are_short_and_take_few_parameters(path):
-    for function in functions(ast.parse(path.read_text())):
+def test_code_is_plain(path: Path) -> None:
+    """Short functions of few parameters, and no crammed expressions."""
+    tree = ast.parse(path.read_text())
+    check_functions(path, tree)
+    check_expressions(path, tree)
+
+
+def check_functions(path: Path, tree: ast.AST) -> None:
+    for function in functions(tree):
         place = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
         assert function.end_lineno - function.lineno < 60, f"{place} has more than 60 lines"
         assert len(parameters(function)) <= 6, f"{place} has more than 6 parameters"
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_crammed_expressions(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def check_expressions(path: Path, tree: ast.AST) -> None:
+    for node in ast.walk(tree):
         place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.IfExp):
             inner = [part for part in ast.walk(node) if isinstance(part, ast.IfExp) and part is not node]

@@ -17,7 +17,7 @@ from nanoforge import device
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
 
-GLOBAL = ("--gradient_accumulation_steps=6", "--eval_iters=3")  # 24 sequences; of 12 evaluated rows
+GLOBAL = ("--gradient_accumulation_steps=6", "--eval_iters=3", "--max_iters=2")  # 24 sequences; of 12 evaluated rows
 
 
 def on_ranks(world_size: int, rank: int = 0) -> Ranks:
@@ -37,13 +37,13 @@ def test_a_run_that_chooses_is_the_run_of_what_it_chose(
     auto = run(*GLOBAL, "--auto_find_batch_size", name="auto")
     names = ("batch_size", "gradient_accumulation_steps", "eval_iters", "auto_find_batch_size")
     assert [auto.config[name] for name in names] == [6, 4, 2, False]
-    chosen = run("--batch_size=6", "--gradient_accumulation_steps=4", "--eval_iters=2", name="chosen")
+    chosen = run("--batch_size=6", "--gradient_accumulation_steps=4", "--eval_iters=2", "--max_iters=2", name="chosen")
     assert equal_tensors(auto.last.weights, chosen.last.weights) and auto.losses == chosen.losses
     plain = run(*GLOBAL, name="plain")
     assert auto.losses == pytest.approx(plain.losses, rel=1e-5)
     assert [line["val_loss"] for line in auto.evals] == pytest.approx([line["val_loss"] for line in plain.evals])
     monkeypatch.setattr(micro_batch, "decide", None)
-    assert run("--init_from=resume", "--max_iters=5", name="auto").config["batch_size"] == 6
+    assert run("--init_from=resume", "--max_iters=3", name="auto").config["batch_size"] == 6
 
 
 def test_auto_is_said_in_every_layer(tmp_path: Path) -> None:
