@@ -62,6 +62,11 @@ def test_the_index_has_every_page():
     assert not {name for name in names if f"]({name})" not in index}
 
 
+def test_the_map_has_every_script():
+    readme = (ROOT / "README.md").read_text()
+    assert not {path.name for path in ROOT.glob("*.py") if path.name not in readme}
+
+
 def test_what_stands_beside_other_programs_names_is_there():
     """In coming_from.md: the flags of the right column are arguments, its files exist."""
     modules = [generate.load_script(name) for name in generate.commands()]

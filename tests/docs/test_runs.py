@@ -60,12 +60,16 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The pages, if they are asked for."""
+    if "page" in metafunc.fixturenames:
+        pages = PAGES if metafunc.config.getoption("--run-docs") else []
+        metafunc.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, request: pytest.FixtureRequest):
-    if not request.config.getoption("--run-docs"):
-        pytest.skip("minutes: pytest tests/docs --run-docs")
-    workplace = request.getfixturevalue("furnished").copy(tmp_path)
+def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, furnished: Workplace):
+    workplace = furnished.copy(tmp_path)
     failures = []
     for command in of_page(page):
         text = command.text.replace("$M", "HuggingFaceTB/SmolLM2-135M-Instruct")
