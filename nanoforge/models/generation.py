@@ -307,9 +307,7 @@ class Request:
                 self.logps.append(tokens.logps[row][at])
             if sampling.logprobs is not None:
                 self._add_logprobs(tokens, row, at)
-            if not sampling.end_ids and sampling.is_complete is None and len(self.ids) < sampling.max_new_tokens:
-                continue
-            if any(token_id in sampling.end_ids for token_id in ids):
+            if not set(sampling.end_ids).isdisjoint(ids):
                 self.finish_reason = "end"
             elif sampling.is_complete is not None and sampling.is_complete(self.ids):
                 self.finish_reason = "stop"
