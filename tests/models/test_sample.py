@@ -1,6 +1,8 @@
 """sample.py as a user calls it: prompts of every kind, what is printed, and errors."""
 
+import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -46,8 +48,13 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
-def sample(*argv, **more) -> str:
-    return run_script(*argv, script="sample.py", **more).stdout
+def sample(*argv: str, stdin: str = "") -> str:
+    """What sample.py prints to standard output, in this process."""
+    args = configurator.parse(sample_script.SampleArgs, list(argv), "")
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        sample_script.main(args)
+    return output.getvalue()
 
 
 def refuse(*argv, **more) -> str:
@@ -137,9 +144,49 @@ def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path: Path):
     (tmp_path / "p.txt").write_text("five dozen")
     assert (
         sample(*flags, f"--start=FILE:{tmp_path / 'p.txt'}")
-        == sample(*flags, "--start=-", input="five dozen")
+        == sample(*flags, "--start=-", stdin="five dozen")
         == sample(*flags, "--start=five dozen")
     )
+
+
+GREEDY = ["--temperature=0", "--dtype=float32", "--device=cpu"]
+END = "\n---------------\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--stop_at_end"]], ids=str)
+def test_a_stop_string_ends_the_text_before_it(trained: Path, more: list[str]) -> None:
+    """At its first place in the completion, one in the prompt counts not."""
+    flags = [f"--out_dir={trained}/single", "--start=the ", "--num_samples=2", "--max_new_tokens=60", *GREEDY, *more]
+    text = sample(*flags).split(END)[0]
+    new = text.removeprefix("the ")
+    stop = new[20:23]
+    assert sample(*flags, "--stop", stop, "@") == f"the {new[: new.index(stop)]}{END}" * 2
+    assert sample(*flags, "--stop=the ") == f"the {new.split('the ')[0]}{END}" * 2
+    assert sample(*flags, "--stop=@") == sample(*flags)
+
+
+@pytest.mark.slow
+def test_tokens_are_printed_with_their_probabilities(trained: Path) -> None:
+    flags = [f"--out_dir={trained}/single", "--start=the ", "--num_samples=1", "--max_new_tokens=30", *GREEDY]
+    text, *lines = sample(*flags, "--logprobs=2").removesuffix(END).split("\n")
+    assert f"{text}{END}" == sample(*flags)
+    row = re.compile(r'("(?:[^"\\]|\\.)*") +([01]\.\d{4})')
+    tokens = [[(json.loads(token), float(p)) for token, p in row.findall(line)] for line in lines]
+    assert "the " + "".join(drawn for (drawn, _), *_ in tokens) == text
+    for drawn, first, second in tokens:
+        assert drawn == first and 1 >= first[1] >= second[1] and first[1] + second[1] <= 1.0001
+    contexts = [f"--out_dir={trained}/contexts", "--num_samples=1", "--max_new_tokens=5", "--start", "the ", "UUU."]
+    lines = sample(*contexts, "--logprobs=1", *GREEDY).removesuffix(END).split("\n")[-10:]
+    assert [line[:8] for line in lines] == ["a     | ", "upper | "] * 5
+    with pytest.raises(UserError, match="--stop"):
+        sample(*contexts, "--stop=x")
+
+
+@pytest.mark.slow
+def test_a_repetition_penalty_repeats_less(trained: Path) -> None:
+    flags = [f"--out_dir={trained}/single", "--start=the ", "--num_samples=1", "--max_new_tokens=20", *GREEDY]
+    assert len(set(sample(*flags, "--repetition_penalty=1000"))) > len(set(sample(*flags)))
 
 
 @pytest.mark.slow
@@ -195,6 +242,7 @@ def test_errors_are_one_line(trained, tmp_path: Path):
         f"--out_dir={trained}/single", "--device=gpu"
     ) and "did you mean gpt2-xl" in refuse("--init_from=gpt2-xxl")
     assert "--top_k: has an effect only with --temperature above 0" in refuse("--temperature=0", "--top_k=3")
+    assert "--stop: is empty" in refuse("--stop=", "--start=a")
 
 
 @pytest.mark.slow
@@ -205,9 +253,8 @@ def test_gpt2_of_a_local_folder(tmp_path: Path):
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path)
-    output = sample(
-        f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2", env=env
-    )
+    flags = [f"--init_from={tmp_path}", "--start=Hello<|endoftext|>", "--max_new_tokens=50", "--num_samples=2"]
+    output = run_script(*flags, script="sample.py", env=env).stdout
     assert output.count("Hello<|endoftext|>") == 2
 
 
