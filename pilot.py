@@ -27,7 +27,7 @@ from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
 FIRST_STEP_TOKENS = (2048, 256)
-PILOT_SHARES = (0.006, 0.024)  # of the budget
+PILOT_SHARES = (0.009, 0.045)  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
 PILOT_EVAL_TOKENS = 32768
@@ -35,7 +35,7 @@ SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
 LEAST_SHARE = 0.1  # of a time budget, for which a run is planned, however long measuring took
-MEASURING_SHARE = 0.05  # of a time budget: no further trial begins after it
+MEASURING_SHARE = 0.08  # of a time budget: no further trial begins after it
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
 

@@ -29,8 +29,8 @@ from nanoforge.training import depth
 SIZE_SCALE, SIZE_EXPONENT = 0.386, 0.162  # A, alpha
 DATA_SCALE, DATA_EXPONENT, DATA_START = 0.905, 0.204, 0.0091  # B, beta, D0
 CRITICAL_BATCH, CRITICAL_BATCH_LOSS, CRITICAL_BATCH_EXPONENT = 14_000, 1.46, 5.2
-MEASURED_SCALES = 0.68, 1.0  # k of Tiny Shakespeare, and of Python's standard library, for which the law is written
-TELLING_TOKENS = 4e5  # of a pilot that shows the scale of its text
+TYPICAL_SCALE = 0.95  # k, the mean of nine texts
+LEAST_SCALE, MOST_SCALE = 0.5, 1.4  # of nine texts: 0.61 to 1.24
 EPOCHS_WORTH = 5.0  # R: so many fresh epochs are endless repetitions of a text worth
 
 
@@ -86,16 +86,12 @@ class Calibration(NamedTuple):
 
 
 def calibrate(pilots: Sequence[Pilot]) -> Calibration:
-    """From two pilots, the longer one last: through it, with the scale that both have, as far as they are long enough.
-
-    Short ones learn what all texts have in common. What they leave open is taken from the texts of the law.
-    """
-    scale = sum(MEASURED_SCALES) / len(MEASURED_SCALES)
+    """Through the last pilot, with the scale that it has with the first one; with a single pilot a usual scale."""
     first, last = pilots[0], pilots[-1]
+    scale = TYPICAL_SCALE
     if first.law > last.law:
         measured = (first.val_loss - last.val_loss) / (first.law - last.law)
-        weight = min(1.0, last.tokens / TELLING_TOKENS)
-        scale += weight * (measured - scale)
+        scale = min(max(LEAST_SCALE, measured), MOST_SCALE)
     return Calibration(last.val_loss - scale * last.law, scale)
 
 

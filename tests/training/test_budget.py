@@ -133,13 +133,13 @@ def test_a_machine_that_starts_operations_slowly_takes_larger_steps():
 
 
 def test_pilots_calibrate_the_law_to_a_text():
-    """Long ones are believed, short ones are not: they show what all texts have in common."""
-    text = budget.Calibration(offset=0.9, scale=0.5)
-    pilots = [Pilot(tokens, law, text.loss(law)) for tokens, law in ((1_000_000, 1.9), (4_000_000, 1.6))]
+    text = budget.Calibration(offset=0.9, scale=0.7)
+    pilots = [Pilot(tokens, law, text.loss(law)) for tokens, law in ((20_000, 2.4), (100_000, 2.0))]
     assert budget.calibrate(pilots) == pytest.approx(text)
-    short = budget.calibrate([pilot._replace(tokens=pilot.tokens // 1000) for pilot in pilots])
     alone = budget.calibrate(pilots[1:])
-    assert short.scale == pytest.approx(alone.scale, rel=0.01) and alone.loss(1.6) == text.loss(1.6)
+    assert alone.loss(2.0) == pytest.approx(text.loss(2.0)) and alone.scale == budget.TYPICAL_SCALE
+    noise = [pilots[0]._replace(val_loss=9.0), pilots[1]]
+    assert budget.calibrate(noise).scale == budget.MOST_SCALE
 
 
 def test_a_tiny_text_gets_dropout_early_stopping_and_a_shorter_run():
