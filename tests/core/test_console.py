@@ -62,4 +62,8 @@ def test_a_curve_has_all_values_in_its_width() -> None:
         heights = [console.Curve.BLOCKS.index(block) for block in text]
         assert len(text) <= console.Curve.WIDTH and heights == sorted(heights, reverse=True)
         assert len(text) >= min(count, console.Curve.WIDTH // 2) and (count == 1 or (heights[0], heights[-1]) == (7, 0))
+    half = console.Curve()
+    for step in range(10_240):
+        half.add(float(step < 5_120))
+    assert half.draw().count("█") == half.draw().count("▁") == len(half.draw()) / 2  # each mean is of equally many
     assert console.Curve().draw() == curve.draw("ascii") == ""
