@@ -88,7 +88,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanoforge import files, run_state
-from nanoforge.console import plural
+from nanoforge.console import draw_to_files, plural
 from nanoforge.report import page
 from nanoforge.report.read_runs import RunReader, find_runs
 from nanoforge.report.server import HOST, PageServer
@@ -105,6 +105,7 @@ def default_title(paths: list[str]) -> str:
 
 def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     """Write the page and the figures to --out."""
+    draw_to_files()
     from nanoforge.report import plots  # matplotlib: half a second that --watch and errors don't need
 
     out_dir = Path(args.out)

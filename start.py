@@ -80,6 +80,7 @@ def check_start(args: TrainArgs, lock: run_dir.RunLock) -> None:
     if args.tensorboard_log:
         check_import("torch.utils.tensorboard", "--tensorboard_log")
     if args.plot_loss:
+        console.draw_to_files()
         check_import("matplotlib.figure", "--plot_loss")
 
 

@@ -15,6 +15,12 @@ SECONDS_BEFORE_BAR = 1.0  # what is over sooner has no bar
 T = TypeVar("T")
 
 
+def draw_to_files() -> None:
+    """For before matplotlib is imported: a command started from a notebook inherits the notebook's way to draw, which
+    this Python may lack, and draws to files only."""
+    os.environ.pop("MPLBACKEND", None)
+
+
 class ConsoleOutput(io.FileIO):
     """A standard stream's file. What can't be written there (a full disk, a closed pipe or terminal) is dropped.
 

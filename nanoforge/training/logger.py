@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoforge.console import Curve, format_duration, print_line
+from nanoforge.console import Curve, draw_to_files, format_duration, print_line
 from nanoforge.device import peak_memory_mb
 from nanoforge.distributed import Ranks
 from nanoforge.files import write_text
@@ -279,6 +279,7 @@ def format_train_line(step: int, metrics: Mapping[str, Any]) -> str:
 
 def draw_loss(metrics_path: Path, picture_path: Path) -> None:
     """Plot training and validation loss against steps, as a PNG."""
+    draw_to_files()
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics_path, warnings=[])

@@ -35,6 +35,7 @@ ONLY_PARSED = {
 def test_the_notebook_runs(tmp_path: Path):
     """Its cells in their order, but for what needs a network. A cell has commands behind !, or is a file to write."""
     workplace = Workplace(tmp_path)
+    workplace.env["MPLBACKEND"] = "module://of_the_notebook.only"
     cells = json.loads((ROOT / "docs/first_hour.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert sources[0] == "%cd .."
