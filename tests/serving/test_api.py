@@ -19,7 +19,7 @@ from conftest import CASES, LETTERS, TOKENIZER, make_served, running
 from helpers import ScriptProcess, run_script
 
 from nanoforge.errors import UserError
-from nanoforge.models.generation import SamplingParams, generate_batch, uniform_draws
+from nanoforge.models.generation import Decoder, SamplingParams, generate_batch, uniform_draws
 from nanoforge.posttraining.examples import ExampleEncoder
 from nanoforge.rng import SAMPLE
 from nanoforge.serving.requests import Defaults
@@ -425,14 +425,13 @@ def test_an_error_in_the_model_ends_its_requests_alone(
     import openai
 
     client = openai.OpenAI(base_url=f"{narrow.url.partition('#')[0]}v1", api_key="secret", max_retries=0)
-    model = narrow.engine.models["tiny"].model
     with monkeypatch.context() as patch:
-        patch.setattr(model, "embed", lambda *args: 1 / 0)
+        patch.setattr(Decoder, "advance", lambda *args, **options: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
             complete(client)
         with pytest.raises(openai.APIError):
             list(complete(client, stream=True))
-        patch.setattr(model, "embed", lambda *args: exec("raise MemoryError"))
+        patch.setattr(Decoder, "advance", lambda *args, **options: exec("raise MemoryError"))
         with pytest.raises(openai.InternalServerError) as error:
             complete(client)
         assert error.value.status_code == 503
