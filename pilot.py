@@ -35,7 +35,7 @@ SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
 LEAST_SHARE = 0.1  # of a time budget, for which a run is planned, however long measuring took
-MEASURING_SHARE = 0.08  # of a time budget: no further trial begins after it
+MEASURING_SHARE = 0.05  # of a time budget: no further trial begins after it
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
 
@@ -227,7 +227,14 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
         for first in dict.fromkeys(bench.plan_step(small, step_tokens) for step_tokens in FIRST_STEP_TOKENS):
             bench.measure_step(first)
 
-    # 2. The pilots: small runs say how hard the text is, and how much more tokens help.
+    # 2. The speed of the sizes that look best.
+    for _ in range(N_SIZES if amount.seconds else 0):
+        best = choose(bench, amount)
+        if best.shape in bench.measured or bench.is_out_of_time:
+            break
+        bench.measure_step(best)
+
+    # 3. The pilots: small runs say how hard the text is, and how much more tokens help.
     pilots = []
     for share in PILOT_SHARES:
         plan = bench.plan(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
@@ -235,13 +242,6 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
             plan = bench.plan(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
         if plan is not None and plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
             pilots.append(bench.train_pilot(plan))
-
-    # 3. The speed of the sizes that look best.
-    for _ in range(N_SIZES if amount.seconds else 0):
-        plan = choose(bench, amount)
-        if plan.shape in bench.measured or bench.is_out_of_time:
-            break
-        bench.measure_step(plan)
 
     # 4. The choice.
     return describe_decision(bench, choose(bench, amount), pilots)

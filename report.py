@@ -12,6 +12,7 @@ by plots.py. Imports no torch.
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import configurator
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
@@ -122,7 +123,7 @@ def write_report(args: ReportArgs, reader: RunReader, title: str) -> None:
     print(f"{plural(len(runs), 'run')}: {page_path} ({len(html) / 1e6:.1f} MB), {names}")
 
 
-def wait_for_runs(paths: list[str], seconds: float) -> None:
+def wait_for_runs(paths: Sequence[str], seconds: float) -> None:
     """Return once there is a run: whoever watches may come before the run does."""
     waits = False
     while True:

@@ -1,6 +1,7 @@
 """A run: all that train.py's loop needs, built from the arguments; new, or resumed from a checkpoint."""
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -308,6 +309,8 @@ def build(args: TrainArgs, ranks: distributed.Ranks, log: Callable[[str], None])
     fingerprints = builders.fingerprints(args)
     if resumed_from and not args.eval_only:
         resumed_from.check_data(fingerprints, allow_change=args.allow_data_change, log=log)
+    if args.time_budget:
+        importlib.import_module("torch._dynamo")  # the first optimizer would do it, in a second of the budget
     began = time.perf_counter() if args.time_budget else 0.0
     decision = resumed_from.budget if resumed_from else {}
     if args.budget_chooses:
