@@ -104,8 +104,8 @@ def describe_type(spec: ArgSpec) -> str:
 
 
 def describe_default(spec: ArgSpec) -> str:
-    """The default of an argument; a folder of this checkout by its path in it."""
-    return format_arg(spec.default).replace(f"{ROOT}/", "")
+    """The default of an argument, on one line; a folder of this checkout by its path in it."""
+    return format_arg(spec.default).replace(f"{ROOT}/", "").replace("\n", "\\n")
 
 
 def argument_row(spec: ArgSpec) -> list[str]:
@@ -192,7 +192,7 @@ def neutral_value(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # the notebook
 
-NOT_IN_NOTEBOOK = ("    python3 -m venv ", "    source ")  # whose Python is that of its kernel
+NOT_IN_NOTEBOOK = ("python3 -m venv ", "--serve ")  # its kernel has a Python; what serves would never end
 NOTEBOOK_PARTS = re.compile(r"^```jsonl \w+\n((?:\{.*\n)+)```\n|((?:^    .*\n)+)", re.MULTILINE)
 
 
@@ -206,7 +206,7 @@ def notebook(page: str) -> str:
         if part[1]:
             cells.append(cell("code", f"%%writefile chats.jsonl\n{part[1]}"))
             continue
-        lines = [line for line in part[2].splitlines() if not line.startswith(NOT_IN_NOTEBOOK)]
+        lines = [line for line in part[2].splitlines() if not any(text in line for text in NOT_IN_NOTEBOOK)]
         cells.append(cell("code", "".join(f"!{line.strip()}\n" for line in lines)))
     cells.append(cell("markdown", page[end:]))
     for number, item in enumerate(cells):
