@@ -1284,7 +1284,7 @@ def fsdp_options(monkeypatch, *flags: str) -> dict:
     """The options that FSDP2 gets for each module."""
     options_seen = {}
     monkeypatch.setattr(distributed, "init_device_mesh", lambda *shape: None)
-    monkeypatch.setattr(distributed, "fully_shard", lambda module, **options: options_seen.update(options))
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **options: options_seen.update(options))
     args = train_args.parse(["--parallel=fsdp", *flags])
     distributed.apply_fsdp(
         torch.nn.Linear(1, 1),
