@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_script, wait_for_line
+from helpers import ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_script, wait_for_line
 
 import bench
 import configurator
@@ -52,17 +52,13 @@ for i in range(int(options["max_iters"]) + 1):
 """
 
 
-def rehearse_bench(*argv: str, in_fork: bool = True) -> subprocess.CompletedProcess:
-    """bench.py, whose processes are forks: each saves the import of torch.
-
-    in_fork: bench.py is one too, with all modules of the root loaded, in which nothing is timed by the stopwatch.
-    """
+def rehearse_bench(*argv: str) -> subprocess.CompletedProcess:
+    """bench.py, whose processes are forks: each saves the import of torch."""
     code = (
         "import configurator, bench; from benchmarks import rehearsal; rehearsal.start();"
         f"configurator.run(bench.main, bench.parse({list(argv)}))"
     )
-    command = [sys.executable, "-c", code]
-    done = fork_to_end(exec, code) if in_fork else subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = fork_to_end(exec, code)
     assert not done.returncode, done.stderr
     return done
 
@@ -235,7 +231,7 @@ def test_training_in_turn_with_a_peer(peer: Path, tmp_path: Path):
 def test_sampling_in_turn_with_transformers(peer: Path, tmp_path: Path):
     pytest.importorskip("transformers")
     flags = ["--cases=tiny", "--pairs=1", "--device=cpu", f"--data_dir={peer}/data", f"--out={tmp_path}"]
-    rehearse_bench("sample", "--peer_kind=hf", *flags, in_fork=False)
+    rehearse_bench("sample", "--peer_kind=hf", *flags)
     section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
     assert section["batch of 16"]["ours"]["ratio"] > 0
     assert "peer" not in section["past the block"]
