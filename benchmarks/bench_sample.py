@@ -97,7 +97,7 @@ def sides_of(session: Session, case: Case, weights: Path, workload: Workload) ->
             time_function,
             folder=ROOT,
             module="nanoforge.models.generation",
-            function="generate_batch",
+            function="run",
             flags=[*common, *ours],
             tokens=workload.new_tokens * workload.num_samples,
         )

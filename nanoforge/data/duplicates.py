@@ -2,8 +2,8 @@
 
 Memory holds 8 bytes for each document that is kept, in a sorted array, and the newest ninth of them, or million, in a
 set of Python's. At the peak, when these are sorted in, that is about 32 bytes a document: 3 GB for a hundred million.
-Two different texts have the same hash once in 2^64 pairs: of a hundred million documents, one is dropped by mistake
-with a chance of 1 in 4,000.
+Two different texts have the same hash once in 2^64 pairs: of a hundred million documents, one is dropped though its
+text is new, with a chance of 1 in 4,000.
 """
 
 import hashlib
