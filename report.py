@@ -18,6 +18,7 @@ import configurator
 from configurator import OnlyWith, Rules, arg, arg_group, arg_table, with_set
 from nanoforge import config_files
 from nanoforge.errors import UserError
+from nanoforge.run_dir import RECORD_FILE
 
 WATCH = OnlyWith("--watch", lambda args: args.watch)
 WRITTEN = OnlyWith("a report that is written (not --watch, not --send)", lambda args: not (args.watch or args.send))
@@ -73,7 +74,8 @@ def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
     folders = []
     for path in paths:
         is_config = path.endswith(config_files.SUFFIXES) and os.path.isfile(path)
-        if not is_config:
+        is_of_run = os.path.isfile(os.path.join(os.path.dirname(path), RECORD_FILE))  # out/*, where out is a run too
+        if is_of_run or not is_config:
             folders.append(path)
     return folders, [text for text in argv if text not in folders]
 

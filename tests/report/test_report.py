@@ -63,6 +63,17 @@ def test_help_is_quick() -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_files_of_a_run_are_no_configs(tmp_path: Path):
+    """`report.py out/*`, where out holds runs and is one."""
+    for name in ("train_config.json", "best.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    config = tmp_path / "of_the_report"
+    config.mkdir()
+    (config / "report.json").write_text("{}")
+    paths = [str(path) for path in sorted(tmp_path.glob("*.json*"))]
+    assert report.split_folders([*paths, str(config / "report.json")]) == (paths, [str(config / "report.json")])
+
+
 def test_folders_stand_anywhere_on_the_command_line():
     folders, flags = report.split_folders(["--watch", "out/a", "--port", "8000", "out/b"])
     assert folders == ["out/a", "out/b"]
