@@ -125,7 +125,7 @@ def arguments() -> str:
         links = []
         for title, specs in arg_groups(tables_of(module)[0]).items():
             heading = f"{name}: {title}"
-            links.append(f"[{title}](#{slug(heading)})")
+            links.append(f"[{title.partition(' (')[0]}](#{slug(heading)})")
             rows = [argument_row(spec) for spec in specs]
             text += f"### {heading}\n\n"
             text += markdown_table(("argument", "type", "default", "meaning", "has an effect with"), rows) + "\n"
