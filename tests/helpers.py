@@ -436,7 +436,9 @@ class ScriptProcess:
         self.stdout, self.stderr = ((streams / name).open() for name in ("stdout", "stderr"))
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """As subprocess has it, one that has ended gets none."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.process.kill()
