@@ -35,7 +35,7 @@ def call(*args: Any, **kwargs: Any) -> Any:
 @functools.wraps(function)
 def timed(*args: Any, **kwargs: Any) -> Any:
     if not spent:
-        call(args[0], *copy.deepcopy(args[1:]), **kwargs)
+        call(*args[:1], *copy.deepcopy(args[1:]), **kwargs)
     start = time.perf_counter()
     result = call(*args, **kwargs)
     spent.append(time.perf_counter() - start)
