@@ -88,11 +88,6 @@ def run(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
     return run
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """--run-docs: also run the commands of all pages of docs/."""
-    parser.addoption("--run-docs", action="store_true", help="run the commands of docs/, which takes minutes")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The test of a real Slurm spends most of its time waiting, so it starts first."""
     items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))

@@ -83,10 +83,10 @@ def refuse(param: str, problem: str, code: str | None = None) -> ApiError:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a request has that says nothing of it."""
+    """How completions are drawn that say nothing of it."""
 
     temperature: float = 0.8
-    top_k: int = 200
+    top_k: int = 200  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -94,15 +94,9 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Defaults):
     """How each completion of a request is drawn."""
 
-    temperature: float
-    top_k: int  # 0: all
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    max_tokens: int
     seed: int
 
 

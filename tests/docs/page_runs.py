@@ -10,15 +10,22 @@ import random
 import re
 import runpy
 import shutil
+import signal
+import string
 import sys
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
-from helpers import FORKSERVER, ROOT, SHARED, TEXT, cache_model, wait_for_exit
+from helpers import ROOT, SHARED, TEXT, cache_model, start_fork, wait_for_exit, write_char_dataset
 from page_commands import Command
 
 TINY_SHAPE = ["--n_layer=2", "--n_head=6", "--n_embd=48", "--block_size=64"]
 SHORT = ["--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--log_interval=1", "--device=cpu", "--dtype=float32"]
+LAST_STEP = "000002"  # of a short run: its only checkpoint, whatever a page says
+CHECKPOINT = re.compile(r"([^=]*?(?:checkpoints/|--checkpoint=)(\d+))")
 CHATS = [
     {"messages": [{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": f"Good day {i}."}]}
     for i in range(12)
@@ -45,15 +52,32 @@ def run_in_fork(script: str, argv: list[str], cwd: Path, log: Path, env: dict[st
 
 
 def run(script: str, argv: list[str], cwd: Path, env: dict[str, str] | None = None) -> str:
-    """The output of a command; fails where it ends with another status than 0."""
+    """The output of a command; fails where it ends with another status than 0. One that serves is asked for its page,
+    then interrupted."""
     log = cwd / "log.txt"
     log.unlink(missing_ok=True)
-    process = FORKSERVER.Process(target=run_in_fork, args=(script, argv, cwd, log, env or {}))
-    process.start()
+    process = start_fork(run_in_fork, script, argv, cwd, log, env or {})
+    expected = 0
+    if {"--serve", "--watch"} & {*argv}:
+        ask_for_page(process, log)
+        os.kill(process.pid, signal.SIGINT)
+        expected = 128 + signal.SIGINT
     status = wait_for_exit(process, 120)
     output = log.read_text()
-    assert status == 0, f"{script} {' '.join(argv)}: status {status}\n{output[-3000:]}"
+    assert status == expected, f"{script} {' '.join(argv)}: status {status}\n{output[-3000:]}"
     return output
+
+
+def ask_for_page(process: Any, log: Path) -> None:
+    """Wait until a process prints its address, and read the page there."""
+    started = time.monotonic()
+    while process.is_alive() and time.monotonic() - started < 60:
+        address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")
+        if address is not None:
+            with urllib.request.urlopen(address[0], timeout=60) as answer:
+                assert b"<html" in answer.read()
+            return
+        time.sleep(0.05)
 
 
 def shorten(script: str, argv: list[str]) -> list[str]:
@@ -61,6 +85,12 @@ def shorten(script: str, argv: list[str]) -> list[str]:
     text = " ".join(argv)
     if script == "train.py" and not {"--print_config", "--help"} & {*argv}:
         return shorten_training(argv, text)
+    if script == "sweep.py":  # the runs are printed; tests/sweeps starts some
+        return [word for word in argv if word not in ("--launcher=local", "-j", "2")]
+    if script == "data/gsm8k/prepare.py":
+        return [*argv, "--input=gsm8k", "--overwrite"]
+    if {"--serve", "--watch"} & {*argv}:
+        return [*(word for word in argv if word != "--open"), "--port=0"]
     if script == "sample.py":
         one = ["--num_samples=1"] if "--start" in text or "--chat" not in argv else []
         return [*argv, "--max_new_tokens=4", *one]
@@ -75,14 +105,14 @@ def shorten_training(argv: list[str], text: str) -> list[str]:
     """As `shorten`, of train.py."""
     argv = [word for word in argv if "_budget=" not in word]  # seconds at least; tests/training/test_budget.py has them
     if "--init_from=resume" in text or "--resume" in text:
-        return argv
+        return [*(word for word in argv if not word.startswith("--max_iters=")), *SHORT[1:]]
     loads_weights = "--init_from=" in text or any(name in text for name in ("quick_test", "gsm8k_grpo", "tasks/"))
-    extra = [*SHORT, "--batch_size=4", *([] if loads_weights else TINY_SHAPE)]
+    short = SHORT[1:] if "--steps" in argv else SHORT
+    extra = [*short, "--batch_size=4", *([] if loads_weights else TINY_SHAPE)]
     if "grpo" in text or "quick_test" in text:
-        extra += ["--num_generations=2", "--max_new_tokens=4"]
-    if loads_weights and "--max_tokens" not in text:
+        extra += ["--num_generations=2", "--max_new_tokens=4", "--block_size=512"]
+    elif loads_weights and "--max_tokens" not in text:
         extra.append("--block_size=128")
-    argv = [re.sub(r"checkpoints/\d+", "checkpoints/000002", word) for word in argv]
     return [*argv, *extra, "--overwrite"]
 
 
@@ -108,7 +138,10 @@ class Workplace:
         """Run a command of a page, shortened."""
         argv: list[str] = []
         for word in shorten(command.script, command.argv):
-            if word.endswith("/*"):  # which a shell replaces
+            checkpoint = CHECKPOINT.search(word)
+            if checkpoint and not (self.folder / checkpoint[1]).exists():
+                argv.append(word.replace(checkpoint[2], LAST_STEP))
+            elif word.endswith("/*"):  # which a shell replaces
                 argv += sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(word))
             else:
                 argv.append(word)
@@ -132,21 +165,43 @@ class Workplace:
         self.write_rows(chats=CHATS, held_out=CHATS, pairs=PAIRS, pairs_val=PAIRS, rows=CHATS, train=PROBLEMS)
         texts = [{"text": TEXT}] * 12
         self.write_rows(val=PROBLEMS, passages=texts, passages_val=texts, more=texts)
+        self.write_rows(strings=[{"word": "ab", "answer": "ba"}] * 12)
         choices = [{"question": "What is red?", "choices": ["blood", "the sea"], "answer": 0}]
         self.write_rows(**{"data/questions": choices, "data/sums/train": CHATS, "data/sums/val": CHATS})
         (folder / "corpus").mkdir()
         (folder / "corpus/a.txt").write_text(TEXT * 50)
         (folder / "prompt.txt").write_text("the quick")
+        (reward,) = re.findall(
+            r"^```python\n(.*?)^```", (ROOT / "docs/rewards.md").read_text(), re.DOTALL | re.MULTILINE
+        )
+        (folder / "my_rewards.py").write_text(reward)
+        for name in ("shakespeare_char", "openwebtext", "stdlib_large"):
+            write_char_dataset(folder / "data" / name, TEXT * 50, sorted(string.printable))
+        self.write_rows(**{"gsm8k/train": PROBLEMS, "gsm8k/test": PROBLEMS})
+        run("data/gsm8k/prepare.py", ["--input=gsm8k", "--chat"], folder)
         for name, tokenizer in (("NAME", "bpe"), ("code", "byte"), ("tags", "byte")):
             size = ["--vocab_size=300"] if tokenizer == "bpe" else []
             run("data/prepare.py", ["--input", "book.txt", f"--name={name}", f"--tokenizer={tokenizer}", *size], folder)
         shape = ["configs/llama.py", "--n_layer=2", "--n_embd=36", "--block_size=512", "--batch_size=4", *SHORT]
         run("train.py", [*shape, "--dataset=NAME", "--checkpoint_interval=1", "--out_dir=out/base"], folder)
+        flags = [*SHORT, *TINY_SHAPE, "--batch_size=4"]
+        run("train.py", ["--dataset=shakespeare_char", *flags, "--out_dir=out/shakespeare"], folder)
         chat = ["--objective=sft", "--init_from=out/base", "--train_file=chats.jsonl", "--batch_size=4", *SHORT]
         run("train.py", [*chat, "--out_dir=out/chat"], folder)
         run("train.py", [*chat, "--adapter=lora", "--out_dir=out/lora"], folder)
-        shutil.copytree(folder / "out/base", folder / "out/run")
+        for name in ("run", "mine", "large", "a"):
+            shutil.copytree(folder / "out/base", folder / "out" / name)
+        for name in ("out/grpo", "out/scaling_laws/small", "out/scaling_laws/large"):
+            shutil.copytree(folder / "out/chat", folder / name)
+        prompt = ["--adapter=soft_prompt", "--prompt_format=<P*2>{word}>", "--target_field=answer", *SHORT]
+        rows = ["--train_file=strings.jsonl", "--validation_file=strings.jsonl", "--batch_size=4", "--block_size=64"]
+        run("train.py", ["--objective=sft", "--init_from=out/base", *rows, *prompt, "--out_dir=outputs/prompt"], folder)
+        for name in ("reverse/20260101_120000", "a/20260101_120000", "b/20260101_120500"):
+            shutil.copytree(folder / "outputs/prompt", folder / "outputs" / name)
         run("export.py", ["hf", "out/chat", "--to=models/chat"], folder)
+        run("export.py", ["gguf", "out/chat", "--to=SmolLM2-135M-Instruct.gguf"], folder)
+        shutil.copy(folder / "SmolLM2-135M-Instruct.gguf", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+        shutil.copytree(folder / "models/chat", folder / "models/salamandra-2b")
         for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B"):
             cache_model(folder / "hub", name, folder / "models/chat")
         for name in ("openai-community/gpt2", "openai-community/gpt2-xl", "google/gemma-3-1b-it"):

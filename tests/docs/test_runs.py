@@ -1,4 +1,4 @@
-"""Commands of pages that are run. The notebook's always; those of all pages with `pytest tests/docs --run-docs`."""
+"""The commands of the pages and of the notebook run, made short (page_runs.py), in a folder like the clone's."""
 
 import json
 import re
@@ -11,23 +11,19 @@ from page_runs import Workplace
 
 # What the notebook's test leaves out: what needs a network, and what has tests of its own.
 NOT_IN_TEST = re.compile(r"pip install|curl |HuggingFaceTB/|out/smol|--doctor|report\.py|show\.py")
-# What --run-docs only parses (test_commands.py), and why.
+# What is parsed only (test_commands.py), and why.
 ONLY_PARSED = {
-    r"--launcher=|--submit|--search=|--status|--collect": "many runs; tests/sweeps runs grids",
-    r"bench\.py|benchmarks": "minutes, or another program's checkout",
-    r"torchrun --nnodes": "several hosts",
-    r"--watch|--serve": "serves until it is stopped",
-    r"--lm_eval": "tasks of the hub",
-    r"hf:": "datasets of the hub",
-    r"openwebtext|fineweb|shakespeare|gsm8k|quick_test|out/quick_": "a download",
-    r"out/a/|out/a |out/a$|outputs/|out/large|scaling_laws": "checkpoints of the reader's runs",
-    r"salamandra|\.gguf|gemma": "a model that is not small",
-    r"alignment\.yaml|align\.yaml": "its models and data are the reader's",
-    r"reasoning_gym|math_verify|--send": "a package",
+    r"\bbench\.py|benchmarks": "needs a GPU, another checkout or a server; tests/core/test_bench.py",
+    r"\)$": "a script of nanoGPT's checkout",
+    r"depth\.py --depth=12 --dataset": "a size for GPUs",
+    r"--submit": "needs Slurm: tests/sweeps/test_slurm.py",
+    r"--lm_eval|reasoning_gym|--send=trackio": "needs a package that is not a requirement of the tests",
+    r"hf:": "needs datasets of the hub: tests/data/test_hub_datasets.py",
     r"--input clean": "made by the page's own script",
-    r" \.\.\.$|\[": "stands for several commands",
-    r"--doctor|--completion|docs/generate": "has tests of its own",
-    r"depth\.py --depth=12": "a size for GPUs",
+    r" \.\.\.$": "goes on with the reader's own arguments",
+    r"--doctor|--completion|docs/generate": "tests/core/test_doctor.py, test_completion.py, tests/docs/test_pages.py",
+    r"align(ment)?\.yaml": "grids over models and data of the reader: tests/sweeps",
+    r"--gpt2_type": "weights and tokens of GPT-2",
 }
 
 
@@ -61,23 +57,21 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The pages, if they are asked for."""
-    if "page" in metafunc.fixturenames:
-        pages = PAGES if metafunc.config.getoption("--run-docs") else []
-        metafunc.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+def runs_here(command: Command) -> bool:
+    return bool(command.script) and not any(re.search(pattern, command.text) for pattern in ONLY_PARSED)
+
+
+PAGES_THAT_RUN = [page for page in PAGES if any(map(runs_here, of_page(page)))]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, furnished: Workplace):
     workplace = furnished.copy(tmp_path)
     failures = []
-    for command in of_page(page):
-        text = command.text.replace("$M", "HuggingFaceTB/SmolLM2-135M-Instruct")
-        if command.script and not any(re.search(pattern, text) for pattern in ONLY_PARSED):
-            try:
-                workplace.run(Command(command.page, text))
-                print(f"ran {command}")
-            except AssertionError as error:
-                failures.append(str(error))
+    for command in filter(runs_here, of_page(page)):
+        try:
+            workplace.run(Command(command.page, command.text.replace("$M", "HuggingFaceTB/SmolLM2-135M-Instruct")))
+        except AssertionError as error:
+            failures.append(str(error))
     assert not failures, "\n\n".join(failures)
