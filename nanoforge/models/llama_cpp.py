@@ -91,7 +91,8 @@ def with_room(model: hf_export.HFModel) -> hf_export.HFModel:
     """The model with a context longer by one token: the server counts the last one that it draws, which is not read."""
     weights: Mapping[str, Tensor] = model.weights
     if model.shape["position"] == "learned":
-        weights = ChainMap({"position.weight": F.pad(weights["position.weight"], (0, 0, 0, 1))}, weights)  # type: ignore[arg-type]
+        positions = {"position.weight": F.pad(weights["position.weight"], (0, 0, 0, 1))}
+        weights = ChainMap(positions, weights)  # type: ignore[arg-type]
     return model._replace(shape={**model.shape, "block_size": model.shape["block_size"] + 1}, weights=weights)
 
 

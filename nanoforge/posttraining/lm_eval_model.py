@@ -59,7 +59,11 @@ class HarnessModel:
         config: Any = self.model.config
         return config.block_size
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,  # noqa: FBT001, FBT002
+    ) -> str:
         """The text of a chat, in which control tokens that a message spells are marked, so that they stay text.
 
         add_generation_prompt: it ends where the assistant begins to write, otherwise where the last message ends, which
