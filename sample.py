@@ -212,7 +212,7 @@ from nanoforge import files
 from nanoforge.console import print_to_stderr
 from nanoforge.data import tables
 from nanoforge.data.tokenization import END_OF_TEXT, Tokenizer
-from nanoforge.device import check_compiler, explain_out_of_memory
+from nanoforge.device import check_compiler, explain_out_of_memory, in_own_thread
 from nanoforge.errors import UserError
 from nanoforge.models import llama_cpp
 from nanoforge.models.context_text import ContextText, format_sample
@@ -258,7 +258,7 @@ def sample(args: SampleArgs) -> None:
     if args.prompt_dir:
         sample_soft_prompts(args)
         return
-    loaded = load(args, args.out_dir[0])
+    loaded = in_own_thread(load, args, args.out_dir[0])
     if args.chat:
         sample_replies(args, loaded)
     elif args.stop_at_end:
@@ -294,7 +294,8 @@ def open_llama_cpp(args: SampleArgs, loaded: LoadedModel) -> llama_cpp.LlamaCpp:
     """llama.cpp with the model, written as a file for it once. Raises UserError."""
     assert loaded.unread is not None
     config = loaded.model.config
-    path = llama_cpp.path_of(loaded.unread, dataclasses.asdict(config), LLAMA_CPP_TYPES[args.dtype])
+    shape, kind = dataclasses.asdict(config), LLAMA_CPP_TYPES[args.dtype]
+    path = in_own_thread(llama_cpp.path_of, loaded.unread, shape, kind)
     return llama_cpp.LlamaCpp(
         path=path,
         block_size=config.block_size,
@@ -586,6 +587,21 @@ def name_models(sources: Sequence[str]) -> list[str]:
 def serve_models(args: SampleArgs) -> None:
     """Serve the runs, or the model of --init_from, until Ctrl-C. Raises UserError."""
     listener = listen(args.host, args.port)
+    models = in_own_thread(open_models, args)
+    defaults = Defaults(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        max_tokens=args.max_new_tokens,
+    )
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
+    serve(ModelServer(models, defaults, ServerOptions(**options), listener), open_page=args.open)
+
+
+def open_models(args: SampleArgs) -> list[ServedModel]:
+    """The models to serve. Raises UserError."""
     sources = args.out_dir if args.init_from == "resume" else (args.init_from,)
     models = []
     for name, source in zip(name_models(sources), sources, strict=True):
@@ -598,16 +614,7 @@ def serve_models(args: SampleArgs) -> None:
         elif args.dataset:
             raise UserError(f"--dataset={args.dataset}: the contexts are continued together")
         models.append(ServedModel(name, loaded.model, lanes, loaded.source))
-    defaults = Defaults(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        max_tokens=args.max_new_tokens,
-    )
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ServerOptions)}
-    serve(ModelServer(models, defaults, ServerOptions(**options), listener), open_page=args.open)
+    return models
 
 
 if __name__ == "__main__":

@@ -230,9 +230,7 @@ class LlamaCpp:
         params = self.library.CommonParams()
         params.model.path = str(self.path)
         params.n_parallel, params.n_ctx = self.n_slots, self.n_slots * self.length
-        params.cpuparams_batch.n_threads = self.n_threads  # of prompts
-        # A core is left to Python, which takes each token: where it has to wait for one, all threads wait for it.
-        params.cpuparams.n_threads = max(1, self.n_threads - 1)
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.n_threads
         if self.exact:
             params.cache_type_k = params.cache_type_v = self.library.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = self.library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

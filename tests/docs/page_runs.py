@@ -130,7 +130,8 @@ class Workplace:
             shutil.copy(path, target)
         words = random.Random(1)
         (folder / "book.txt").write_text(" ".join("".join(words.sample(TEXT, 4)) for _ in range(12_000)))
-        self.env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
+        caches = {"HF_HUB_CACHE": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache")}
+        self.env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **caches}
         if SHARED.exists():
             self.env["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")
 
