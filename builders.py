@@ -33,7 +33,7 @@ from nanoforge.device import (
     get_device,
     missing_compiler,
 )
-from nanoforge.distributed import Ranks, apply_fsdp, has_process_group, is_sharded
+from nanoforge.distributed import Ranks, apply_fsdp, has_process_group
 from nanoforge.errors import UserError
 from nanoforge.models import adapters, pretrained, quantized
 from nanoforge.models.generation import SamplingParams
@@ -61,7 +61,7 @@ from nanoforge.posttraining.reference import ReferenceCache, ReferenceModel
 from nanoforge.posttraining.rewards import NEED_ANSWER, parse_rewards
 from nanoforge.posttraining.rollouts import RolloutConfig, RolloutSource, Sampler, Scorer
 from nanoforge.run_dir import RECORD_FILE, RunRecord
-from nanoforge.training import checkpoint, compilation, memory, schedules
+from nanoforge.training import checkpoint, memory, schedules
 from nanoforge.training.grad_guard import GradGuard
 from nanoforge.training.optimizers import OptimConfig, Optimizer
 from train_args import TrainArgs, load_args
@@ -929,8 +929,6 @@ def batch_widths(args: TrainArgs, device: torch.device) -> Widths:
 
 def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
     """The model's own completions of prompts."""
-    device = context.ranks.device
-    is_compiled = compilation.decide(args.compile, device, args.max_iters).is_on
     sampling = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -940,7 +938,6 @@ def build_sampler(args: TrainArgs, context: BuildContext) -> Sampler:
         end_ids=completion_end_ids(context.tokenizer),
         vocab_size=context.tokenizer.vocab_size,
         logps=True,
-        compiled=is_compiled and device.type == "cuda" and not is_sharded(context.model),
     )
     return Sampler(context.model, context.tokenizer, sampling, context.ranks)
 

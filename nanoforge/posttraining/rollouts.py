@@ -61,6 +61,8 @@ class Sampler:
         self, prompts: Sequence[Example], sampling: SamplingParams, draws: UniformDraws | None = None
     ) -> list[Completion]:
         """Generate in evaluation mode, and leave the model in the mode that it was in."""
+        # A token of a compiled model is decoded by a compiled step. On a CPU that gains nothing.
+        is_compiled = bool(self.model.compiled_parts) and self.ranks.device.type == "cuda"
         any_rank: Callable[[bool], bool] = bool
         if is_sharded(self.model):  # all ranks have to call it together
             any_rank = lambda holds: bool(self.ranks.all_reduce_max(holds))  # noqa: E731
@@ -68,7 +70,7 @@ class Sampler:
             return generate_batch(
                 self.model,
                 prompts=[prompt.sequences[0].ids.tolist() for prompt in prompts],
-                sampling=sampling,
+                sampling=dataclasses.replace(sampling, compiled=is_compiled and not is_sharded(self.model)),
                 uniform=draws,
                 any_rank=any_rank,
             )
