@@ -98,7 +98,7 @@ def to_batch(windows: np.ndarray, *, pin: bool, n_micro_batches: int = 1) -> Bat
     NumPy makes the copy: PyTorch would take OpenMP threads for it, which slow down those of training.
     """
     rows = windows if windows.shape[1] > 1 else windows[:, 0]
-    tokens = torch.from_numpy(rows).pin_memory() if pin else torch.from_numpy(rows.astype(np.int64))
+    tokens = torch.from_numpy(rows).pin_memory() if pin else torch.from_numpy(rows.astype(np.int64, copy=False))
     return Batch(tokens, n_micro_batches=n_micro_batches)
 
 
