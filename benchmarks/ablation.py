@@ -1,6 +1,6 @@
 """What each choice of configs/shakespeare_cpu.py is worth: the recipe with one thing changed, several seeds each.
 
-    python -m benchmarks.ablation --seeds=5                     about 20 seconds a run on two cores
+    python -m benchmarks.ablation --seeds=5                     about 15 seconds a run on two cores
     python -m benchmarks.ablation --seeds=5 --processes=2       two runs at a time; the losses are the same
 
 Evaluated on the last 100,000 characters of the *training* text, on which no variant trains; the validation text is not
@@ -27,19 +27,38 @@ from nanoforge.config_files import read_layers
 from nanoforge.files import write_json, write_text
 
 Changes = Mapping[str, object]  # argument -> value, where it is not the recipe's
-Losses = dict[str, dict[str, float]]  # changes as JSON -> seed -> loss
+
+
+class Result(NamedTuple):
+    """What a run ended with."""
+
+    loss: float
+    step_ms: float  # the median; of one core, where two runs share two
+
+
+Results = dict[str, dict[str, Result]]  # changes as JSON -> seed -> result
 
 RECIPE = "configs/shakespeare_cpu.py"
 
 BASE = "the recipe"
 VARIANTS: dict[str, Changes] = {
     BASE: {},
+    "nanoGPT's shape and a batch of 32": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "mlp_ratio": 4,
+        "batch_size": 32,
+    },
+    "width 96": {"n_embd": 96},
+    "MLP of 4 x the width": {"mlp_ratio": 4},
+    "batch of 48": {"batch_size": 48},
     "GELU": {"activation": "gelu"},
     "LayerNorm": {"norm": "layernorm"},
     "learned positions": {"position": "learned"},
     "no QK-norm": {"qk_norm": False},
     "no embedding norm": {"embedding_norm": False},
-    "no residual scalars": {"residual_scalars": False},
+    "with residual scalars": {"residual_scalars": True},
     "with value residual": {"value_residual": True},
     "with softcap 15": {"logit_softcap": 15},
     "tied head": {"tie_weights": True, "embedding_learning_rate": 0.004},
@@ -66,7 +85,7 @@ VARIANTS: dict[str, Changes] = {
     "windows at random": {"sampling_method": "random"},
 }
 HELD_OUT_CHARS = 100_000
-ROWS = 32  # of an evaluation batch; a variant may train with others
+BATCH_SIZE, BLOCK_SIZE = 80, 64  # of the recipe; a variant may train with other batches
 
 
 class Study(NamedTuple):
@@ -92,8 +111,8 @@ def write_dataset(folder: Path) -> None:
     (target / "meta.json").write_text(json.dumps(meta | {"files": {}}))
 
 
-def final_val_loss(study: Study, seed: int, changes: Changes) -> float:
-    """Train a variant; the validation loss at the end."""
+def train_variant(study: Study, seed: int, changes: Changes) -> Result:
+    """Train a variant to the end."""
     with tempfile.TemporaryDirectory(dir=study.folder) as out_dir:
         flags: dict[str, object] = {
             "data_dir": study.folder,
@@ -101,24 +120,27 @@ def final_val_loss(study: Study, seed: int, changes: Changes) -> float:
             "out_dir": Path(out_dir) / "run",
             "seed": seed,
             "eval_interval": 10**6,
-            "eval_iters": HELD_OUT_CHARS // (int(str(changes.get("batch_size", ROWS))) * 64),
+            "eval_iters": HELD_OUT_CHARS // (int(str(changes.get("batch_size", BATCH_SIZE))) * BLOCK_SIZE),
+            "log_interval": 1,
             "device": "cpu",
             "dtype": study.dtype,
             **changes,
         }
         run_process([sys.executable, "train.py", RECIPE, *to_flags(**flags)])
         lines = [json.loads(line) for line in (Path(out_dir) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["val_loss"] for line in lines if line["event"] == "eval"][-1]
+    losses = [line["val_loss"] for line in lines if line["event"] == "eval"]
+    return Result(losses[-1], statistics.median(line["step_ms"] for line in lines if line["event"] == "train"))
 
 
-def run_missing(study: Study) -> Losses:
-    """All losses: those of the results file, and of the runs that it lacks, each written as soon as it is known."""
+def run_missing(study: Study) -> Results:
+    """All results: those of the file, and of the runs that it lacks, each written as soon as it is known."""
     recipe = {name: value for _, values in read_layers(str(ROOT / RECIPE)) for name, value in values.items()}
     saved = json.loads(study.results.read_text()) if study.results.exists() else {}
-    losses: Losses = saved["losses"] if saved.get("recipe") == recipe else {}
+    saved_results = saved["results"] if saved.get("recipe") == recipe else {}
+    results = {key: {seed: Result(*pair) for seed, pair in seeds.items()} for key, seeds in saved_results.items()}
 
-    def run(name: str, seed: int) -> tuple[str, int, float]:
-        return name, seed, final_val_loss(study, seed, VARIANTS[name])
+    def run(name: str, seed: int) -> tuple[str, int, Result]:
+        return name, seed, train_variant(study, seed, VARIANTS[name])
 
     pool = ThreadPoolExecutor(study.processes)
     try:
@@ -126,43 +148,47 @@ def run_missing(study: Study) -> Losses:
             pool.submit(run, name, seed)
             for seed in study.seeds
             for name, changes in VARIANTS.items()
-            if str(seed) not in losses.get(json.dumps(changes), {})
+            if str(seed) not in results.get(json.dumps(changes), {})
         ]
         for done in as_completed(runs):
-            name, seed, loss = done.result()
-            losses.setdefault(json.dumps(VARIANTS[name]), {})[str(seed)] = loss
-            write_json(study.results, {"recipe": recipe, "losses": losses})
-            print(f"seed {seed}, {name}: {loss:.4f}", flush=True)
+            name, seed, result = done.result()
+            results.setdefault(json.dumps(VARIANTS[name]), {})[str(seed)] = result
+            write_json(study.results, {"recipe": recipe, "results": results})
+            print(f"seed {seed}, {name}: {result.loss:.4f}, {result.step_ms:.0f} ms a step", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-    return losses
+    return results
 
 
-def table_row(name: str, losses: Sequence[float], base_losses: Sequence[float]) -> str:
+def table_row(name: str, results: Sequence[Result], base_losses: Sequence[float]) -> str:
     difference = ""
+    losses = [result.loss for result in results]
     if name != BASE:
         differences = [loss - base for loss, base in zip(losses, base_losses, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
         difference = f"{statistics.mean(differences):+.4f} ± {error:.4f}"
-    cells = [name, f"{statistics.mean(losses):.4f}", difference, *(f"{loss:.4f}" for loss in losses)]
+    step_ms = f"{statistics.median(result.step_ms for result in results):.0f}"
+    cells = [name, f"{statistics.mean(losses):.4f}", difference, *(f"{loss:.4f}" for loss in losses), step_ms]
     return f"| {' | '.join(cells)} |"
 
 
-def format_table(losses: Losses, seeds: range) -> str:
-    columns = ["the recipe, but", "mean loss", "difference", *(f"seed {seed}" for seed in seeds)]
+def format_table(results: Results, seeds: range) -> str:
+    columns = ["the recipe, but", "mean loss", "difference", *(f"seed {seed}" for seed in seeds), "ms a step"]
     lines = [
         "# What each choice of configs/shakespeare_cpu.py is worth",
         "",
         f"Loss after the recipe's 200 steps on the last {HELD_OUT_CHARS:,} characters of the training text, on which "
         f"no run trained; {len(seeds)} seeds, the same ones for each row.",
         "Difference: from the recipe, seed by seed, with its standard error; above 0 the recipe is better.",
+        "The time of a step is that on one core, beside another run.",
         f"Made by `python -m benchmarks.ablation --seeds={len(seeds)}`.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    rows = {name: [losses[json.dumps(changes)][str(seed)] for seed in seeds] for name, changes in VARIANTS.items()}
-    lines += [table_row(name, values, rows[BASE]) for name, values in rows.items()]
+    rows = {name: [results[json.dumps(changes)][str(seed)] for seed in seeds] for name, changes in VARIANTS.items()}
+    base_losses = [result.loss for result in rows[BASE]]
+    lines += [table_row(name, row, base_losses) for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -178,8 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ablation") as data_dir:
         study = Study(Path(data_dir), folder / "ablation.json", range(args.seeds), args.processes, args.dtype)
         write_dataset(study.folder)
-        losses = run_missing(study)
-    write_text(folder / "ablation.md", format_table(losses, study.seeds))
+        results = run_missing(study)
+    write_text(folder / "ablation.md", format_table(results, study.seeds))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,16 @@ base = "modern_base.py"
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_cpu"
 
-n_layer = 4
-n_head = 4
-n_embd = 128
+n_layer = 2
+n_head = 2
+n_embd = 80
+mlp_ratio = 3
 block_size = 64
 embedding_norm = True
-residual_scalars = True
 zero_init = False
-init_std = 0.05  # PyTorch's default for this width, 1 / sqrt(3 x 128), as in modded-nanogpt
+init_std = 0.05  # between PyTorch's default for this width, 1 / sqrt(3 x 80), and what is usual
 
-batch_size = 32
+batch_size = 80
 sampling_method = "without_replacement"
 max_iters = 200
 muon_learning_rate = 0.06

@@ -260,8 +260,8 @@ def aspect(n_layer: int) -> int:
 
 
 def block_tokens(tokens: float) -> float:
-    """Context length from the training tokens: 64 at 0.4 M (configs/shakespeare_cpu.py), 128 at 3.3 M
-    (configs/depth.py), 1,024 at 1.2 G (configs/gpt2_124m_modern.py)."""
+    """Context length from the training tokens: 64 at 0.4 M, 128 at 3.3 M (configs/depth.py), 1,024 at 1.2 G
+    (configs/gpt2_124m_modern.py)."""
     return 128 * (tokens / depth.MEASURED_TOKENS) ** 0.353
 
 

@@ -43,7 +43,7 @@ PRESETS = {
     "modern": CUSTOM,
     "modern_base": CUSTOM,
     "quickstart": CUSTOM,
-    "shakespeare_cpu": CUSTOM,
+    "shakespeare_cpu": "NanoChatForCausalLM",
     "shakespeare_gpu": CUSTOM,
     "sliding": CUSTOM,
     "arithmetic_sft": CUSTOM,
@@ -123,7 +123,7 @@ def test_presets_give_our_logits(name: str, tmp_path: Path):
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "shakespeare_cpu"])
+@pytest.mark.parametrize("name", ["llama", "depth"])
 @torch.no_grad()
 def test_generation_is_ours(name: str, tmp_path: Path):
     """Greedy, alone and in a batch padded on the left; again after save_pretrained, in a pipeline, with a loss."""
@@ -162,7 +162,7 @@ def greedy(model: GPT, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m", "llama", "shakespeare_cpu", "sliding"])
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama", "depth", "sliding"])
 def test_an_export_is_read_again(name: str, tmp_path: Path):
     """By --init_from: the same weights, bit for bit; in several files, and of another dtype what that rounds to."""
     shape = preset_shape(name)

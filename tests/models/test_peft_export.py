@@ -77,7 +77,7 @@ def test_a_lora_of_every_family(pair: Any, case: str, tmp_path: Path):
 @torch.no_grad()
 def test_a_lora_on_an_exported_run(tmp_path: Path):
     """Whose base no family holds: the adapter fits what export.py hf writes."""
-    for name in ("shakespeare_cpu", "gpt2_124m"):
+    for name in ("depth", "gpt2_124m"):
         model = random_model(preset_shape(name))
         write(tmp_path / name, model)
         add_random_lora(model)
@@ -105,7 +105,7 @@ def test_a_base_of_the_hub_goes_by_name_and_revision(tmp_path: Path, monkeypatch
 @torch.no_grad()
 def test_a_soft_prompt_is_prompt_tuning(pair: Any, case: str, tmp_path: Path):
     if case == "custom":
-        ours, folder = random_model(preset_shape("shakespeare_cpu")), tmp_path / "base"
+        ours, folder = random_model(preset_shape("depth")), tmp_path / "base"
         write(folder, ours)
         base = load(folder)
     else:
