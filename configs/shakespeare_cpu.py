@@ -12,7 +12,7 @@ to those losses. What each choice is worth after 200 steps is in benchmarks/abla
   32 rows, ends with the same loss after twice the time. At these rates small batches are noisy.
 - Muon, its high rate and low momentum, the untied head, embedding norm, RoPE and the falling rate each lower the loss;
   QK-norm a little.
-- Squared ReLU instead of GELU, RMSNorm, initial weights of 0.05 and the average of the weights make no difference there
+- Squared ReLU instead of GELU, RMSNorm, projections not zero at first and the average of the weights make no difference
   that three seeds show. Nor do value residual, softcap, residual scalars, cautious weight decay and an embedding from
   N(0, 1), which are off. Weight decay and a momentum warm-up raise the loss.
 """
