@@ -248,8 +248,8 @@ def tune_malloc() -> None:
 def in_own_thread(function: Callable[..., T], *args: Any) -> T:
     """Call a function in a thread that ends with it, and with it the OpenMP threads that PyTorch keeps for each thread.
 
-    For what prepares the work of another thread. While a process has more OpenMP threads than cores, libgomp's all go
-    to sleep between products; a small model then takes twice as long for a token.
+    For what prepares the work of another thread. While a process has more OpenMP threads than cores, libgomp puts those
+    that wait to sleep at once; a small model then takes twice as long for a token.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(function, *args).result()
