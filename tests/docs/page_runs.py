@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from helpers import ROOT, SHARED, TEXT, cache_model, start_fork, wait_for_exit, write_char_dataset
 from page_commands import Command
@@ -108,7 +109,8 @@ def shorten_training(argv: list[str], text: str) -> list[str]:
         return [*(word for word in argv if not word.startswith("--max_iters=")), *SHORT[1:]]
     loads_weights = "--init_from=" in text or any(name in text for name in ("quick_test", "gsm8k_grpo", "tasks/"))
     short = SHORT[1:] if "--steps" in argv else SHORT
-    extra = [*short, "--batch_size=4", *([] if loads_weights else TINY_SHAPE)]
+    shape = ["--depth=2", "--block_size=64", "--warmup_iters=1"] if "--depth=" in text else TINY_SHAPE
+    extra = [*short, "--batch_size=4", *([] if loads_weights else shape)]
     if "grpo" in text or "quick_test" in text:
         extra += ["--num_generations=2", "--max_new_tokens=4", "--block_size=512"]
     elif loads_weights and "--max_tokens" not in text:
@@ -165,10 +167,16 @@ class Workplace:
         folder = self.folder
         self.write_rows(chats=CHATS, held_out=CHATS, pairs=PAIRS, pairs_val=PAIRS, rows=CHATS, train=PROBLEMS)
         texts = [{"text": TEXT}] * 12
-        self.write_rows(val=PROBLEMS, passages=texts, passages_val=texts, more=texts)
+        self.write_rows(
+            **{"val": PROBLEMS, "passages": texts, "passages_val": texts, "more": texts, "clean/00000": texts}
+        )
         self.write_rows(strings=[{"word": "ab", "answer": "ba"}] * 12)
+        abstracts = pyarrow.table({"title": ["Red", "Blue"] * 6, "abstract": ["a colour"] * 12})
+        for name in ("a.parquet", "b.parquet"):
+            pyarrow.parquet.write_table(abstracts, folder / name)
         choices = [{"question": "What is red?", "choices": ["blood", "the sea"], "answer": 0}]
         self.write_rows(**{"data/questions": choices, "data/sums/train": CHATS, "data/sums/val": CHATS})
+        self.write_rows(**{"data/preferences/train": PAIRS, "data/preferences/val": PAIRS})
         (folder / "corpus").mkdir()
         (folder / "corpus/a.txt").write_text(TEXT * 50)
         (folder / "prompt.txt").write_text("the quick")
@@ -176,6 +184,8 @@ class Workplace:
             r"^```python\n(.*?)^```", (ROOT / "docs/rewards.md").read_text(), re.DOTALL | re.MULTILINE
         )
         (folder / "my_rewards.py").write_text(reward)
+        (grid,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/smollm2.md").read_text(), re.DOTALL | re.MULTILINE)
+        (folder / "align.yaml").write_text(grid)
         for name in ("shakespeare_char", "openwebtext", "stdlib_large"):
             write_char_dataset(folder / "data" / name, TEXT * 50, sorted(string.printable))
         self.write_rows(**{"gsm8k/train": PROBLEMS, "gsm8k/test": PROBLEMS})
@@ -202,8 +212,14 @@ class Workplace:
         run("export.py", ["hf", "out/chat", "--to=models/chat"], folder)
         run("export.py", ["gguf", "out/chat", "--to=SmolLM2-135M-Instruct.gguf"], folder)
         shutil.copy(folder / "SmolLM2-135M-Instruct.gguf", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
-        shutil.copytree(folder / "models/chat", folder / "models/salamandra-2b")
+        for name in ("salamandra-2b", "SmolLM2-135M-Instruct"):
+            shutil.copytree(folder / "models/chat", folder / "models" / name)
         for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B"):
             cache_model(folder / "hub", name, folder / "models/chat")
-        for name in ("openai-community/gpt2", "openai-community/gpt2-xl", "google/gemma-3-1b-it"):
+        for name in (
+            "openai-community/gpt2",
+            "openai-community/gpt2-large",
+            "openai-community/gpt2-xl",
+            "google/gemma-3-1b-it",
+        ):
             cache_model(folder / "hub", name, folder / "models/chat")

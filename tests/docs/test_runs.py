@@ -13,16 +13,13 @@ from page_runs import Workplace
 NOT_IN_TEST = re.compile(r"pip install|curl |HuggingFaceTB/|out/smol|--doctor|report\.py|show\.py")
 # What is parsed only (test_commands.py), and why.
 ONLY_PARSED = {
-    r"\bbench\.py|benchmarks": "needs a GPU, another checkout or a server; tests/core/test_bench.py",
+    r"\bbench\.py|prepare_gpu|gpu\.py --(stage|rehearse)": "needs a GPU or another checkout: tests/core/test_bench.py",
+    r"benchmarks/serving": "needs a server at its address",
     r"\)$": "a script of nanoGPT's checkout",
-    r"depth\.py --depth=12 --dataset": "a size for GPUs",
     r"--submit": "needs Slurm: tests/sweeps/test_slurm.py",
     r"--lm_eval|reasoning_gym|--send=trackio": "needs a package that is not a requirement of the tests",
     r"hf:": "needs datasets of the hub: tests/data/test_hub_datasets.py",
-    r"--input clean": "made by the page's own script",
-    r" \.\.\.$": "goes on with the reader's own arguments",
     r"--doctor|--completion|docs/generate": "tests/core/test_doctor.py, test_completion.py, tests/docs/test_pages.py",
-    r"align(ment)?\.yaml": "grids over models and data of the reader: tests/sweeps",
     r"--gpt2_type": "weights and tokens of GPT-2",
 }
 
