@@ -146,6 +146,35 @@ def cache_model(cache: Path, name: str, folder: Path, commit: str = COMMIT) -> P
     return place / "snapshots" / commit
 
 
+def write_hub_folder(folder: Path, **splits: list[dict]) -> Path:
+    """A folder with a Parquet file for each split, named as those of the hub."""
+    import datasets
+
+    (folder / "data").mkdir(parents=True)
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    return folder
+
+
+def cache_dataset(cache: Path, name: str, commit: str = COMMIT, config: str = "default", **splits: list[dict]) -> None:
+    """What a cache of `datasets` holds of org/name after it was loaded once."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as made:
+        loaded = datasets.load_dataset(
+            str(write_hub_folder(Path(made) / "source", **splits)), cache_dir=f"{made}/cache"
+        )
+        source = Path(next(iter(loaded.values())).cache_files[0]["filename"]).parent
+        folder = cache / name.replace("/", "___") / config / "0.0.0" / commit
+        shutil.copytree(source, folder)
+    short_name = name.rpartition("/")[2]
+    for path in folder.glob("*.arrow"):
+        split = path.stem.rpartition("-")[2]
+        path.rename(folder / f"{short_name}-{split}.arrow")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"config_name": config, "dataset_name": short_name}))
+
+
 @contextlib.contextmanager
 def offline_cache(cache: Path) -> Iterator[Path]:
     """huggingface_hub reads this cache, and no network."""

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from helpers import ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_script, wait_for_line
+from helpers import TEXT, ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_script, wait_for_line
 
 import bench
 import configurator
@@ -27,6 +27,12 @@ from nanoforge.errors import UserError
 
 PEER = """
 import json, os, sys, torch
+
+
+
+def get_batch(split):
+    return torch.zeros(64, 1024), torch.zeros(64, 1024)
+
 
 options = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:])
 width = int(options["n_embd"])
@@ -50,6 +56,29 @@ for i in range(int(options["max_iters"]) + 1):
         save(i)
     print(f"iter {i}: loss 4.{i}, time {1000 if i < 3 else 80 + i}.50ms, mfu 1%")
 """
+PEER_MODEL = """
+import torch
+
+
+class GPTConfig:
+    def __init__(self, **shape):
+        self.shape = shape
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.vocab_size = config.shape["vocab_size"]
+
+    def generate(self, idx, new, temperature, top_k):
+        return torch.cat((idx, torch.randint(self.vocab_size, (1, new))), dim=1)
+"""
+PEER_SAMPLE = """
+import torch
+from model import GPT, GPTConfig
+
+GPT(GPTConfig(vocab_size=3)).generate(torch.zeros(1, 1, dtype=torch.int64), 8, 0.8, 200)
+"""
 
 
 def rehearse_bench(*argv: str) -> subprocess.CompletedProcess:
@@ -71,9 +100,11 @@ def peer(tmp_path: Path, data_dir: Path):
     dataset.mkdir(parents=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         (dataset / name).write_bytes((data_dir / "a" / name).read_bytes())
-    (dataset / "meta.pkl").touch()
-    (folder / "train.py").write_text(PEER)
-    (folder / "sample.py").touch()
+    for path in (dataset / "meta.pkl", dataset / "prepare.py", folder / "configurator.py", folder / "LICENSE"):
+        path.touch()
+    (dataset / "input.txt").write_text(TEXT)
+    for name, text in (("train.py", PEER), ("model.py", PEER_MODEL), ("sample.py", PEER_SAMPLE)):
+        (folder / name).write_text(text)
     return folder
 
 
@@ -202,12 +233,17 @@ def test_held_out_loss_reads_every_token_once(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_training_in_turn_with_a_peer(peer: Path, tmp_path: Path):
-    results_path = tmp_path / "results" / "cpu.json"
-    out = f"--out={tmp_path}/results"
-    flags = [f"--peer={peer}", "--cases=tiny", "--pairs=2", "--steps=8", "--device=cpu", out]
-    done = rehearse_bench("train", *flags)
-    section = json.loads(results_path.read_text())["train"]
+def test_all_sections_in_turn_with_a_peer(peer: Path, tmp_path: Path):
+    """The peer learns nothing: its weights are zeros, so its loss is log V; ours gets below that."""
+    config = tmp_path / "tiny.py"
+    config.write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 64\nmax_iters = 20\nlearning_rate = 1e-2\n")
+    flags = ["--cases=tiny", "--pairs=2", "--steps=8", "--text_mb=1", "--bin_tokens=100000", "--batches=100"]
+    flags += ["--seeds=1", "--peer_iters=4", f"--race_config={config}", "--device=cpu", f"--out={tmp_path}/results"]
+    done = rehearse_bench("all", f"--peer={peer}", *flags)
+    results = json.loads((tmp_path / "results/cpu.json").read_text())
+    assert results.keys() == {"device", *bench.SECTIONS}, done.stdout
+
+    section = results["train"]
     tiny = section["tiny"]
     assert tiny["ms"]["peer"]["median"] == 86.5, "the first four of nine are left out"
     ours = tiny["ms"]["ours float32"]
@@ -222,9 +258,21 @@ def test_training_in_turn_with_a_peer(peer: Path, tmp_path: Path):
     assert share["utilisation"] == pytest.approx(share["flops"] / share["measured_peak_flops"])
     assert section["about"]["torch"] == torch.__version__
 
-    flags = ["--pairs=1", "--device=cpu", f"--data_dir={peer}/data", out]
-    again = rehearse_bench("startup", *flags)
-    assert json.loads(results_path.read_text()).keys() == {"device", "train", "startup"}, again.stdout
+    for workload in ("inside the block", "past the block", "batch of 16"):
+        assert results["sample"][workload]["ours"]["ratio"] > 0
+    assert results["data"]["prepare"]["seconds"]["ours"]["ratio"] > 0
+    assert len(results["data"]["batches"]["resident_mb"]) == 10
+    assert results["startup"]["first step"]["ours"]["ratio"] > 0
+
+    race = results["race"]
+    vocab_size = json.loads((peer / "data/shakespeare_char/meta.json").read_text())["vocab_size"]
+    goal = race["goals"]["peer, lr 0.001"]
+    assert goal["goal"] == pytest.approx(math.log(vocab_size), rel=1e-6)
+    assert goal["peer"] == {"step": 4, "tokens": 4 * 12 * 64, "seconds": pytest.approx(4 * 1.0005)}
+    assert race["runs"]["ours"][0]["loss"] < goal["goal"]
+    assert goal["ours"][0]["loss"] <= goal["goal"]
+    assert [point["step"] for point in race["runs"]["ours"][0]["curve"]] == [0, 10, 20]
+    assert (tmp_path / "results/race_cpu.png").exists()
 
 
 @pytest.mark.slow
@@ -235,24 +283,6 @@ def test_sampling_in_turn_with_transformers(peer: Path, tmp_path: Path):
     section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
     assert section["batch of 16"]["ours"]["ratio"] > 0
     assert "peer" not in section["past the block"]
-
-
-@pytest.mark.slow
-def test_the_race_to_a_peer_that_learns_nothing(peer: Path, tmp_path: Path):
-    """Its weights are zeros, so its loss is log V; ours gets below that."""
-    vocab_size = json.loads((peer / "data" / "shakespeare_char" / "meta.json").read_text())["vocab_size"]
-    config = tmp_path / "tiny.py"
-    config.write_text("n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 64\nmax_iters = 20\nlearning_rate = 1e-2\n")
-    flags = ["--seeds=1", "--peer_iters=4", f"--race_config={config}", "--device=cpu", f"--out={tmp_path}/results"]
-    rehearse_bench("race", f"--peer={peer}", *flags)
-    race = json.loads((tmp_path / "results" / "cpu.json").read_text())["race"]
-    goal = race["goals"]["peer, lr 0.001"]
-    assert goal["goal"] == pytest.approx(math.log(vocab_size), rel=1e-6)
-    assert goal["peer"] == {"step": 4, "tokens": 4 * 12 * 64, "seconds": pytest.approx(4 * 1.0005)}
-    assert race["runs"]["ours"][0]["loss"] < goal["goal"]
-    assert goal["ours"][0]["loss"] <= goal["goal"]
-    assert [point["step"] for point in race["runs"]["ours"][0]["curve"]] == [0, 10, 20]
-    assert (tmp_path / "results" / "race_cpu.png").exists()
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -282,23 +312,6 @@ else:
         print(f"iter {i}: loss 4.{i}, time 9000.00ms, mfu 1%", flush=True)
         time.sleep(0.02)
 """
-PEER_MODEL = """
-import torch
-
-
-class GPTConfig:
-    def __init__(self, **shape):
-        self.shape = shape
-
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.vocab_size = config.shape["vocab_size"]
-
-    def generate(self, idx, new, temperature, top_k):
-        return torch.cat((idx, torch.randint(self.vocab_size, (1, new))), dim=1)
-"""
 
 
 def gpu_figures(out: Path) -> dict:
@@ -308,20 +321,21 @@ def gpu_figures(out: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a rehearsal forks")
 def test_all_of_the_gpus_measurements_are_rehearsed(peer: Path, tmp_path: Path):
-    """Every row with tiny shapes. The first run is killed after A1; the next one keeps its figures and goes on."""
+    """Every row with tiny shapes, stage by stage. The first run is killed after A1; the next one keeps its figures."""
     (peer / "train.py").rename(peer / "race.py")
     (peer / "train.py").write_text(SLOW_PEER)
-    (peer / "model.py").write_text(PEER_MODEL)
     out = tmp_path / "out"
     flags = ["--rehearse", f"--peer={peer}", f"--data_dir={tmp_path}/data", f"--out={out}"]
     script = "benchmarks/gpu.py"
-    process = ScriptProcess(*flags, script=script)
+    process = ScriptProcess("--stage=A", *flags, script=script)
     wait_for_line(process, "   A1:")
     process.kill()
     killed = gpu_figures(out)["figures"]
     assert {"data", "A0 copy", "A0 launch", "A1"} <= killed.keys()
     assert "A7 B1 eager" not in killed
 
+    for stage in "AB":
+        run_script(f"--stage={stage}", "--seconds=540", *flags, script=script)
     done = run_script(*flags, script=script)
     results = gpu_figures(out)
     figures = results["figures"]
@@ -411,8 +425,8 @@ def test_windows_leave_the_first_out(first_step: int):
     assert windows == pytest.approx([10, 10])
 
 
-def test_the_tokenizer_and_the_peer_are_gathered(peer: Path, tmp_path: Path):
-    """prepare_gpu copies nanoGPT's scripts and GPT-2's tokens; the dataset there has every tenth package apart."""
+def test_every_tenth_package_is_for_validation(tmp_path: Path):
+    """In the dataset that prepare_gpu makes of the installed packages."""
     packages = []
     for number in range(10):
         folder = tmp_path / "site" / f"package{number}"
@@ -428,14 +442,18 @@ def test_the_tokenizer_and_the_peer_are_gathered(peer: Path, tmp_path: Path):
     assert bytes(val_ids[val_ids != end].astype(np.uint8)) == b"x = 9\n"
 
 
-def test_gpt2s_tokens_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """tiktoken finds them in the folder that was filled."""
+def test_what_the_gpus_machine_needs_is_gathered(peer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """nanoGPT's scripts, its dataset and GPT-2's tokens, which tiktoken finds in the folder that was filled."""
     import tiktoken.load
 
     for name, value in gpt2_tokenizer_env().items():
         monkeypatch.setenv(name, value)
-    prepare_gpu.copy_tokenizer(tmp_path)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2e6
+    out = tmp_path / ".bench"
+    flags = [f"--peer={peer}", f"--text={peer}/data/shakespeare_char/input.txt", f"--out={out}"]
+    prepare_gpu.main(configurator.parse(prepare_gpu.PrepareGpuArgs, flags, "", Rules()))
+    assert all((out / "nanoGPT" / name).exists() for name in prepare_gpu.PEER_FILES)
+    assert (out / "nanoGPT/data/shakespeare_char/input.txt").read_text() == TEXT
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(out / "tiktoken"))
+    assert len(list((out / "tiktoken").iterdir())) == 2
+    assert sum(path.stat().st_size for path in out.rglob("*")) < 2e6
     tiktoken.load.read_file_cached("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe")

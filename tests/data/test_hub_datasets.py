@@ -1,11 +1,11 @@
 """Datasets of the hub: the rows are those of the `datasets` library, from its cache, a folder or save_to_disk."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import COMMIT, cache_dataset, write_hub_folder
 
 from nanoforge.data import hub_datasets, row_splits
 from nanoforge.data.hub_datasets import HubDataset
@@ -13,7 +13,6 @@ from nanoforge.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1), "id": i} for i in range(40)]
 
 
@@ -26,27 +25,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hub_datasets.load.cache_clear()
     hub_datasets.choose_hub_rows.cache_clear()
     return folder
-
-
-def write_folder(folder: Path, **splits: list[dict]) -> Path:
-    """A folder with a parquet file for each split, named as those of the hub."""
-    (folder / "data").mkdir(parents=True)
-    for split, rows in splits.items():
-        datasets.Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
-    return folder
-
-
-def write_cached(cache: Path, name: str, commit: str = COMMIT, config: str = "default", **splits: list[dict]) -> None:
-    """What the library's cache holds of a dataset of the hub that was loaded once."""
-    loaded = datasets.load_dataset(str(write_folder(cache.parent / f"src_{commit}_{config}", **splits)))
-    source = Path(next(iter(loaded.values())).cache_files[0]["filename"]).parent
-    folder = cache / name.replace("/", "___") / config / "0.0.0" / commit
-    shutil.copytree(source, folder)
-    short_name = name.rpartition("/")[2]
-    for path in folder.glob("*.arrow"):
-        path.rename(folder / f"{short_name}-{path.stem.rpartition('-')[2]}.arrow")
-    info = json.loads((folder / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"config_name": config, "dataset_name": short_name}))
 
 
 def rows_of(name: str, side: str = "train", val_fraction: float = 0.1) -> list[dict]:
@@ -74,13 +52,13 @@ def test_what_is_no_name_is_refused(text: str):
 
 def test_the_rows_are_those_of_the_library_in_its_order(tmp_path: Path, cache: Path):
     """From a folder of parquet files, from JSONL, from save_to_disk and from the cache; the witness is `datasets`."""
-    folder = write_folder(tmp_path / "folder", train=ROWS[:30], test=ROWS[30:])
+    folder = write_hub_folder(tmp_path / "folder", train=ROWS[:30], test=ROWS[30:])
     loaded = datasets.load_dataset(str(folder))
     loaded.save_to_disk(tmp_path / "saved")
     (tmp_path / "jsonl").mkdir()
     for split, rows in (("train", ROWS[:30]), ("test", ROWS[30:])):
         (tmp_path / f"jsonl/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_cached(cache, "org/name", train=ROWS[:30], test=ROWS[30:])
+    cache_dataset(cache, "org/name", train=ROWS[:30], test=ROWS[30:])
     names = [f"hf:{tmp_path / name}" for name in ("folder", "saved", "jsonl")] + ["hf:org/name"]
     for name in names:
         assert rows_of(name) == list(loaded["train"]) == ROWS[:30]
@@ -90,7 +68,7 @@ def test_the_rows_are_those_of_the_library_in_its_order(tmp_path: Path, cache: P
 
 
 def test_splits_are_named_as_in_the_library(tmp_path: Path, cache: Path):
-    folder = write_folder(tmp_path / "f", train_prefs=ROWS[:10], test_prefs=ROWS[10:20], train_sft=ROWS[20:])
+    folder = write_hub_folder(tmp_path / "f", train_prefs=ROWS[:10], test_prefs=ROWS[10:20], train_sft=ROWS[20:])
     loaded = datasets.load_dataset(str(folder))
     assert rows_of(f"hf:{folder}#train_prefs") == list(loaded["train_prefs"])
     assert rows_of(f"hf:{folder}#train_prefs", "val") == list(loaded["test_prefs"]), "its counterpart"
@@ -106,26 +84,26 @@ def test_splits_are_named_as_in_the_library(tmp_path: Path, cache: Path):
 def test_without_a_split_for_validation_a_share_of_the_rows_is_put_aside(tmp_path: Path, cache: Path):
     """The two sides are all rows, in their order; equal rows are on one side; the order of rows decides nothing."""
     twice = ROWS + ROWS
-    folder = write_folder(tmp_path / "f", train=twice)
+    folder = write_hub_folder(tmp_path / "f", train=twice)
     train, val = (rows_of(f"hf:{folder}", side, 0.2) for side in ("train", "val"))
     assert 10 <= len(val) <= 18 and len(train) + len(val) == len(twice)
     assert [row for row in twice if row in val] == val and [row for row in twice if row not in val] == train
-    write_folder(tmp_path / "reversed", train=twice[::-1])
+    write_hub_folder(tmp_path / "reversed", train=twice[::-1])
     assert rows_of(f"hf:{tmp_path}/reversed", "val", 0.2) == val[::-1]
-    few = write_folder(tmp_path / "few", train=ROWS[:2])
+    few = write_hub_folder(tmp_path / "few", train=ROWS[:2])
     assert len(rows_of(f"hf:{few}")) == len(rows_of(f"hf:{few}", "val")) == 1
     for name, rows in (("most", ROWS[:1] * 9 + ROWS[1:2]), ("others", ROWS[1:2] * 9 + ROWS[:1])):
-        folder = write_folder(tmp_path / name, train=rows)
+        folder = write_hub_folder(tmp_path / name, train=rows)
         counts = sorted(len(rows_of(f"hf:{folder}", side, 0.5)) for side in ("train", "val"))
         assert counts == [1, 9], "equal rows stay together, whichever have the larger hash"
-    same = write_folder(tmp_path / "same", train=ROWS[:1] * 5)
+    same = write_hub_folder(tmp_path / "same", train=ROWS[:1] * 5)
     with pytest.raises(UserError, match="two different rows"):
         rows_of(f"hf:{same}")
 
 
 def test_a_file_without_another_for_validation_is_divided_as_a_dataset_is(tmp_path: Path, cache: Path):
     """The format does not matter; the numbers are those of the rows in the file."""
-    folder = write_folder(tmp_path / "f", train=ROWS)
+    folder = write_hub_folder(tmp_path / "f", train=ROWS)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for side in row_splits.SIDES:
         hub_side = hub_datasets.sides(f"hf:{folder}", 0.2)[side]
@@ -138,13 +116,13 @@ def test_a_file_without_another_for_validation_is_divided_as_a_dataset_is(tmp_pa
 
 def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path):
     """The library would give what it has, whatever revision is asked for."""
-    write_cached(cache, "org/name", train=ROWS)
+    cache_dataset(cache, "org/name", train=ROWS)
     assert datasets.load_dataset("org/name", revision="ffffffffff")["train"].num_rows == 40, "the reason for the check"
     assert rows_of("hf:org/name@0123456789", "val") == rows_of("hf:org/name", "val")
     for revision in ("ffffffffff", "v1.0"):
         with pytest.raises(UserError, match=f"^hf:org/name@{revision}: .*{COMMIT}"):
             rows_of(f"hf:org/name@{revision}")
-    write_cached(cache, "org/name", config="other", train=ROWS[:9])
+    cache_dataset(cache, "org/name", config="other", train=ROWS[:9])
     assert len(rows_of("hf:org/name:other#train/train")) == 9
     hub_datasets.load.cache_clear()
     with pytest.raises(UserError, match=r"^hf:org/name: .*configurations.*hf:NAME\[:CONFIG\]"):
@@ -157,7 +135,7 @@ def test_offline_another_revision_than_that_of_the_cache_is_refused(cache: Path)
 
 def test_a_corpus_and_examples_read_the_same_rows(tmp_path: Path, cache: Path):
     """Also of save_to_disk, which the library can't stream, and of a commit."""
-    write_cached(cache, "org/name", train=ROWS)
+    cache_dataset(cache, "org/name", train=ROWS)
     datasets.load_dataset("org/name").save_to_disk(tmp_path / "saved")
     for name in ("org/name", "org/name@0123456", f"{tmp_path}/saved"):
         assert list(hub_datasets.stream(HubDataset.parse(f"hf:{name}"), "train")) == ROWS

@@ -1,7 +1,8 @@
 """Runs the commands of pages: each in a forked process, in a folder like the clone's, made short by further flags.
 
 `Workplace` is that folder: the configs, the prepare.py of the datasets, the files that pages call yours, a tiny chat
-model under the names of the runs that pages go on from, and in a cache under the names of models of the hub.
+model under the names of the runs that pages go on from, and in a cache under the names of models of the hub. A few
+rows are in a cache under the names of datasets of the hub; `sbatch` answers as Slurm's.
 """
 
 import json
@@ -9,29 +10,55 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import string
+import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 import torch
-from helpers import ROOT, SHARED, TEXT, cache_model, start_fork, wait_for_exit, write_char_dataset
+from helpers import ROOT, SHARED, TEXT, cache_dataset, cache_model, start_fork, wait_for_exit, write_char_dataset
 from page_commands import Command
 
 TINY_SHAPE = ["--n_layer=2", "--n_head=6", "--n_embd=48", "--block_size=64"]
 SHORT = ["--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--log_interval=1", "--device=cpu", "--dtype=float32"]
 LAST_STEP = "000002"  # of a short run: its only checkpoint, whatever a page says
+SERVER = "http://127.0.0.1:8000"  # as pages name it
 CHECKPOINT = re.compile(r"([^=]*?(?:checkpoints/|--checkpoint=)(\d+))")
 CHATS = [
     {"messages": [{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": f"Good day {i}."}]}
     for i in range(12)
 ]
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i + 2}"} for i in range(12)]
+INSTRUCTIONS = [{"instruction": "Add.", "input": f"{i} + 1", "output": str(i + 1), "text": f"{i}"} for i in range(12)]
+PREFERENCES = [
+    {
+        "prompt": f"{i} + 1?",
+        "chosen": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}],
+        "rejected": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 2)}],
+        "score_chosen": 9.0,
+        "score_rejected": 3.0,
+    }
+    for i in range(12)
+]
+LM_EVAL_TASK = """
+task: my_task
+dataset_path: json
+dataset_kwargs: {data_files: {validation: tasks/my_task.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+fewshot_split: validation
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+"""
 PROBLEMS = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(12)]
 
 
@@ -55,30 +82,38 @@ def run_in_fork(script: str, argv: list[str], cwd: Path, log: Path, env: dict[st
 def run(script: str, argv: list[str], cwd: Path, env: dict[str, str] | None = None) -> str:
     """The output of a command; fails where it ends with another status than 0. One that serves is asked for its page,
     then interrupted."""
+    if {"--serve", "--watch"} & {*argv}:
+        with serving(script, argv, cwd, env) as address, urllib.request.urlopen(address, timeout=60) as answer:
+            page = answer.read().decode()
+            assert "<html" in page
+        return page
     log = cwd / "log.txt"
     log.unlink(missing_ok=True)
-    process = start_fork(run_in_fork, script, argv, cwd, log, env or {})
-    expected = 0
-    if {"--serve", "--watch"} & {*argv}:
-        ask_for_page(process, log)
-        os.kill(process.pid, signal.SIGINT)
-        expected = 128 + signal.SIGINT
-    status = wait_for_exit(process, 120)
+    status = wait_for_exit(start_fork(run_in_fork, script, argv, cwd, log, env or {}), 120)
     output = log.read_text()
-    assert status == expected, f"{script} {' '.join(argv)}: status {status}\n{output[-3000:]}"
+    assert status == 0, f"{script} {' '.join(argv)}: status {status}\n{output[-3000:]}"
     return output
 
 
-def ask_for_page(process: Any, log: Path) -> None:
-    """Wait until a process prints its address, and read the page there."""
+@contextmanager
+def serving(script: str, argv: list[str], cwd: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+    """The address that a command prints, while it serves; then it is interrupted."""
+    log = cwd / "server.txt"
+    log.unlink(missing_ok=True)
+    process = start_fork(run_in_fork, script, argv, cwd, log, env or {})
     started = time.monotonic()
-    while process.is_alive() and time.monotonic() - started < 60:
-        address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")
-        if address is not None:
-            with urllib.request.urlopen(address[0], timeout=60) as answer:
-                assert b"<html" in answer.read()
-            return
+    address = None
+    while address is None and process.is_alive() and time.monotonic() - started < 60:
         time.sleep(0.05)
+        address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")
+    try:
+        assert address is not None, f"{script} {' '.join(argv)}: {log.read_text()[-3000:]}"
+        yield address[0]
+    finally:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+        status = wait_for_exit(process, 120)
+    assert status == 128 + signal.SIGINT, log.read_text()[-3000:]
 
 
 def shorten(script: str, argv: list[str]) -> list[str]:
@@ -86,7 +121,11 @@ def shorten(script: str, argv: list[str]) -> list[str]:
     text = " ".join(argv)
     if script == "train.py" and not {"--print_config", "--help"} & {*argv}:
         return shorten_training(argv, text)
-    if script == "sweep.py":  # the runs are printed; tests/sweeps starts some
+    if script == "benchmarks/rollouts.py":
+        return [*argv, "--prompts=4", "--tokens=4", "--rounds=1"]
+    if script == "benchmarks/serving.py":
+        return [*argv, "--seconds=0.5", "--turns=1", "--max_tokens=4"]
+    if script == "sweep.py":  # the runs are printed, or given to sbatch; tests/sweeps starts some
         return [word for word in argv if word not in ("--launcher=local", "-j", "2")]
     if script == "data/gsm8k/prepare.py":
         return [*argv, "--input=gsm8k", "--overwrite"]
@@ -133,12 +172,18 @@ class Workplace:
         words = random.Random(1)
         (folder / "book.txt").write_text(" ".join("".join(words.sample(TEXT, 4)) for _ in range(12_000)))
         caches = {"HF_HUB_CACHE": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache")}
-        self.env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **caches}
+        caches |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "TRACKIO_DIR": str(folder / "trackio")}
+        path = f"{folder}/bin:{os.environ['PATH']}"
+        self.env = {"PYTHONPATH": str(ROOT), "PATH": path, "HF_HUB_OFFLINE": "1", **caches}
         if SHARED.exists():
             self.env["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")
 
     def run(self, command: Command) -> str:
-        """Run a command of a page, shortened."""
+        """Run a command of a page, shortened. One that asks a server gets one."""
+        if SERVER in command.text or command.script == "benchmarks/serving.py":
+            flags = ["--serve", "--out_dir=out/chat", "--port=0", "--device=cpu"]
+            with serving("sample.py", flags, self.folder, self.env) as address:
+                return self.ask(command, address)
         argv: list[str] = []
         for word in shorten(command.script, command.argv):
             checkpoint = CHECKPOINT.search(word)
@@ -149,6 +194,16 @@ class Workplace:
             else:
                 argv.append(word)
         return run(command.script, argv, self.folder, self.env)
+
+    def ask(self, command: Command, address: str) -> str:
+        """Run a command that asks a server at an address."""
+        if command.script:
+            argv = [*shorten(command.script, command.argv), f"--url={address}"]
+            return run(command.script, argv, self.folder, self.env)
+        argv = [word.replace(SERVER, address) for word in shlex.split(command.text)]
+        reply = subprocess.run([*argv, "-s"], capture_output=True, text=True, timeout=60, check=True).stdout
+        assert json.loads(reply)["choices"], reply
+        return reply
 
     def write_rows(self, **files: list[dict]) -> None:
         """Write files of rows: name without .jsonl -> rows."""
@@ -175,8 +230,14 @@ class Workplace:
         for name in ("a.parquet", "b.parquet"):
             pyarrow.parquet.write_table(abstracts, folder / name)
         choices = [{"question": "What is red?", "choices": ["blood", "the sea"], "answer": 0}]
+        self.write_rows(**{"tasks/my_task": choices * 8})
+        (folder / "tasks/my_task.yaml").write_text(LM_EVAL_TASK)
         self.write_rows(**{"data/questions": choices, "data/sums/train": CHATS, "data/sums/val": CHATS})
         self.write_rows(**{"data/preferences/train": PAIRS, "data/preferences/val": PAIRS})
+        (folder / "bin").mkdir()
+        for name, text in (("sbatch", "echo 5"), ("squeue", "true")):
+            (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / "bin" / name).chmod(0o755)
         (folder / "corpus").mkdir()
         (folder / "corpus/a.txt").write_text(TEXT * 50)
         (folder / "prompt.txt").write_text("the quick")
@@ -214,12 +275,33 @@ class Workplace:
         shutil.copy(folder / "SmolLM2-135M-Instruct.gguf", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
         for name in ("salamandra-2b", "SmolLM2-135M-Instruct"):
             shutil.copytree(folder / "models/chat", folder / "models" / name)
-        for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B"):
-            cache_model(folder / "hub", name, folder / "models/chat")
+        shutil.copytree(
+            folder / "data/NAME", folder / "data/shakespeare", dirs_exist_ok=True
+        )  # of the tokens that its models have
+        words = ["--input", "book.txt", "--name=shakespeare", "--tokenizer=models/chat", "--overwrite"]
+        run("data/prepare.py", words, folder)  # in the tokens of the models that are called gpt2
+        self.furnish_hub()
+
+    def furnish_hub(self) -> None:
+        """What is cached of the hub: a tiny chat model under the names of models, and rows of datasets."""
         for name in (
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "HuggingFaceTB/SmolLM2-135M",
+            "Qwen/Qwen3-0.6B",
             "openai-community/gpt2",
+            "openai-community/gpt2-medium",
             "openai-community/gpt2-large",
             "openai-community/gpt2-xl",
             "google/gemma-3-1b-it",
         ):
-            cache_model(folder / "hub", name, folder / "models/chat")
+            cache_model(self.folder / "hub", name, self.folder / "models/chat")
+        cache = self.folder / "datasets"
+        cache_dataset(cache, "tatsu-lab/alpaca", train=INSTRUCTIONS)
+        cache_dataset(cache, "HuggingFaceH4/ultrafeedback_binarized", train_prefs=PREFERENCES, test_prefs=PREFERENCES)
+        cache_dataset(cache, "org/name", train=CHATS)
+        endings = {"activity_label": "Running", "ctx_a": "He runs", "ctx_b": "and", "ctx": "He runs and", "ind": 1}
+        endings |= {"endings": ["stops.", "flies.", "melts.", "rusts."], "label": "0", "split": "val"}
+        cache_dataset(cache, "Rowan/hellaswag", **dict.fromkeys(("train", "validation", "test"), [endings] * 4))
+        choice = {"id": "1", "question": "What is red?", "choices": {"text": ["blood", "milk"], "label": ["A", "B"]}}
+        splits = dict.fromkeys(("train", "validation", "test"), [choice | {"answerKey": "A"}] * 4)
+        cache_dataset(cache, "allenai/ai2_arc", config="ARC-Easy", **splits)
