@@ -1,18 +1,21 @@
 """What --time_budget is worth: its run against 12 configurations chosen by hand, each given the same time.
 
     python -m benchmarks.budget --data_dir=data --datasets=stdlib_char,shakespeare_char --minutes=1,5,20
+    python -m benchmarks.budget --processes=2 --likely_sizes        two runs at a time, each on half of the cores
 
-One run after the other, so the machine has to be quiet: 13 runs for each dataset and time, 11 hours for three datasets
-of 1, 5 and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
+The machine has to be quiet: 13 runs for each dataset and time, one after the other 11 hours for three datasets of 1, 5
+and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
 those of evaluate.py on the same validation text. A configuration by hand fixes size, batch, context and dropout;
 steps, rates and the end of the schedule are those that the budget gives it, so it is given every chance.
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,10 @@ class BudgetBenchArgs:
     minutes: tuple[float, ...] = arg((1.0, 5.0, 20.0), "times that each run is given", above=0)
     device: str = arg("cpu", "device of all runs; names the file of results")
     dtype: str = arg("auto", "precision of all runs")
+    processes: int = arg(1, "runs at a time, which share the cores", low=1)
+    likely_sizes: bool = arg(
+        False, "by hand, train only the size that was best in the next shorter time, and the next larger one"
+    )
     eval_tokens: int = arg(200_000, "validation tokens on which losses are taken", low=1)
     out: str = arg("benchmarks", "folder of the results", path=True)
 
@@ -132,18 +139,38 @@ def describe(results: Figures) -> str:
     return "\n".join(lines) + "\n"
 
 
+def likely_sizes(results: Figures, dataset: str, minutes: float) -> set[str]:
+    """The size of the best run by hand in the next shorter time and the one after it in SIZES; all without one."""
+    shorter = [float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")]
+    shorter = [time for time in shorter if time < minutes]
+    if not shorter:
+        return set(SIZES)
+    runs = results[f"{dataset}, {max(shorter):g}"]
+    by_hand = [name for name in runs if name != CHOICE]
+    best = min(by_hand, key=lambda name: runs[name]["val_loss"]).partition(", ")[0]
+    number = list(SIZES).index(best)
+    return set(list(SIZES)[number : number + 2])
+
+
 def main(args: Args) -> None:
     """Run what is missing, and write the results after each run."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
     path = Path(args.out) / f"budget_{args.device}.json"
     results: Figures = json.loads(path.read_text()) if path.exists() else {}
+    pool = ThreadPoolExecutor(args.processes)
     for minutes in args.minutes:
         for dataset in args.datasets:
+            sizes = likely_sizes(results, dataset, minutes) if args.likely_sizes else set(SIZES)
             runs = results.setdefault(f"{dataset}, {minutes:g}", {})
-            for name, values in configurations():
-                if name in runs:
-                    continue
+            started = {
+                pool.submit(measure, args, dataset, minutes, values): name
+                for name, values in configurations()
+                if name not in runs and (name == CHOICE or name.partition(", ")[0] in sizes)
+            }
+            for done in as_completed(started):
+                name = started[done]
                 try:
-                    runs[name] = measure(args, dataset, minutes, values)
+                    runs[name] = done.result()
                 except UserError as error:  # a size of which the time allows no step
                     print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
                     continue
