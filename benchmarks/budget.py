@@ -143,10 +143,10 @@ def likely_sizes(results: Figures, dataset: str, minutes: float) -> set[str]:
     """The size of the best run by hand in the next shorter time and the one after it in SIZES; all without one."""
     shorter = [float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")]
     shorter = [time for time in shorter if time < minutes]
-    if not shorter:
-        return set(SIZES)
-    runs = results[f"{dataset}, {max(shorter):g}"]
+    runs = results[f"{dataset}, {max(shorter):g}"] if shorter else {}
     by_hand = [name for name in runs if name != CHOICE]
+    if not by_hand:
+        return set(SIZES)
     best = min(by_hand, key=lambda name: runs[name]["val_loss"]).partition(", ")[0]
     number = list(SIZES).index(best)
     return set(list(SIZES)[number : number + 2])
@@ -159,24 +159,24 @@ def main(args: Args) -> None:
     results: Figures = json.loads(path.read_text()) if path.exists() else {}
     pool = ThreadPoolExecutor(args.processes)
     for minutes in args.minutes:
+        started = {}
         for dataset in args.datasets:
             sizes = likely_sizes(results, dataset, minutes) if args.likely_sizes else set(SIZES)
             runs = results.setdefault(f"{dataset}, {minutes:g}", {})
-            started = {
-                pool.submit(measure, args, dataset, minutes, values): name
-                for name, values in configurations()
-                if name not in runs and (name == CHOICE or name.partition(", ")[0] in sizes)
-            }
-            for done in as_completed(started):
-                name = started[done]
-                try:
-                    runs[name] = done.result()
-                except UserError as error:  # a size of which the time allows no step
-                    print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
-                    continue
-                print(f"{dataset}, {minutes:g} minutes, {name}: {runs[name]['val_loss']:.4f}", flush=True)
-                write_json(path, results)
-                write_text(path.with_suffix(".md"), describe(results))
+            for name, values in configurations():
+                if name not in runs and (name == CHOICE or name.partition(", ")[0] in sizes):
+                    started[pool.submit(measure, args, dataset, minutes, values)] = (dataset, name)
+        for done in as_completed(started):
+            dataset, name = started[done]
+            try:
+                run = done.result()
+            except UserError as error:  # a size of which the time allows no step
+                print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
+                continue
+            print(f"{dataset}, {minutes:g} minutes, {name}: {run['val_loss']:.4f}", flush=True)
+            results[f"{dataset}, {minutes:g}"][name] = run
+            write_json(path, results)
+            write_text(path.with_suffix(".md"), describe(results))
     print(describe(results))
 
 
