@@ -157,6 +157,12 @@ def shorten_training(argv: list[str], text: str) -> list[str]:
     return [*argv, *extra, "--overwrite"]
 
 
+def only_block(page: str, language: str) -> str:
+    """The only block of code in a language that a page has."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+    return block
+
+
 class Workplace:
     """A folder in which the commands of the pages run."""
 
@@ -205,84 +211,111 @@ class Workplace:
         assert json.loads(reply)["choices"], reply
         return reply
 
-    def write_rows(self, **files: list[dict]) -> None:
-        """Write files of rows: name without .jsonl -> rows."""
-        for name, rows in files.items():
-            path = self.folder / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     def copy(self, folder: Path) -> "Workplace":
         """The same in another folder."""
         shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
         return Workplace(folder)
 
     def furnish(self) -> None:
-        """The files and runs that pages take for granted."""
+        """The files, datasets, runs and models that pages take for granted."""
+        self.write_files()
+        self.make_datasets()
+        self.make_runs()
+        self.fill_caches()
+
+    def write_files(self) -> None:
+        """What pages call the reader's: rows, texts, tables, a reward, a grid, tasks; and `sbatch`."""
         folder = self.folder
-        self.write_rows(chats=CHATS, held_out=CHATS, pairs=PAIRS, pairs_val=PAIRS, rows=CHATS, train=PROBLEMS)
         texts = [{"text": TEXT}] * 12
-        self.write_rows(
-            **{"val": PROBLEMS, "passages": texts, "passages_val": texts, "more": texts, "clean/00000": texts}
-        )
-        self.write_rows(strings=[{"word": "ab", "answer": "ba"}] * 12)
+        choices = [{"question": "What is red?", "choices": ["blood", "the sea"], "answer": 0}]
+        rows = {
+            "chats": CHATS,
+            "held_out": CHATS,
+            "rows": CHATS,
+            "data/sums/train": CHATS,
+            "data/sums/val": CHATS,
+            "pairs": PAIRS,
+            "pairs_val": PAIRS,
+            "data/preferences/train": PAIRS,
+            "data/preferences/val": PAIRS,
+            "train": PROBLEMS,
+            "val": PROBLEMS,
+            "gsm8k/train": PROBLEMS,
+            "gsm8k/test": PROBLEMS,
+            "passages": texts,
+            "passages_val": texts,
+            "more": texts,
+            "clean/00000": texts,
+            "strings": [{"word": "ab", "answer": "ba"}] * 12,
+            "data/questions": choices,
+            "tasks/my_task": choices * 8,
+        }
+        for name, file_rows in rows.items():
+            path = folder / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in file_rows))
         abstracts = pyarrow.table({"title": ["Red", "Blue"] * 6, "abstract": ["a colour"] * 12})
         for name in ("a.parquet", "b.parquet"):
             pyarrow.parquet.write_table(abstracts, folder / name)
-        choices = [{"question": "What is red?", "choices": ["blood", "the sea"], "answer": 0}]
-        self.write_rows(**{"tasks/my_task": choices * 8})
         (folder / "tasks/my_task.yaml").write_text(LM_EVAL_TASK)
-        self.write_rows(**{"data/questions": choices, "data/sums/train": CHATS, "data/sums/val": CHATS})
-        self.write_rows(**{"data/preferences/train": PAIRS, "data/preferences/val": PAIRS})
+        (folder / "corpus").mkdir()
+        (folder / "corpus/a.txt").write_text(TEXT * 50)
+        (folder / "prompt.txt").write_text("the quick")
+        (folder / "my_rewards.py").write_text(only_block("rewards.md", "python"))
+        (folder / "align.yaml").write_text(only_block("smollm2.md", "yaml"))
         (folder / "bin").mkdir()
         for name, text in (("sbatch", "echo 5"), ("squeue", "true")):
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
             (folder / "bin" / name).chmod(0o755)
-        (folder / "corpus").mkdir()
-        (folder / "corpus/a.txt").write_text(TEXT * 50)
-        (folder / "prompt.txt").write_text("the quick")
-        (reward,) = re.findall(
-            r"^```python\n(.*?)^```", (ROOT / "docs/rewards.md").read_text(), re.DOTALL | re.MULTILINE
-        )
-        (folder / "my_rewards.py").write_text(reward)
-        (grid,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/smollm2.md").read_text(), re.DOTALL | re.MULTILINE)
-        (folder / "align.yaml").write_text(grid)
+
+    def make_datasets(self) -> None:
+        """Token bins."""
         for name in ("shakespeare_char", "openwebtext", "stdlib_large"):
-            write_char_dataset(folder / "data" / name, TEXT * 50, sorted(string.printable))
-        self.write_rows(**{"gsm8k/train": PROBLEMS, "gsm8k/test": PROBLEMS})
-        run("data/gsm8k/prepare.py", ["--input=gsm8k", "--chat"], folder)
+            write_char_dataset(self.folder / "data" / name, TEXT * 50, sorted(string.printable))
+        self.python("data/gsm8k/prepare.py", "--input=gsm8k", "--chat")
         for name, tokenizer in (("NAME", "bpe"), ("code", "byte"), ("tags", "byte")):
             size = ["--vocab_size=300"] if tokenizer == "bpe" else []
-            run("data/prepare.py", ["--input", "book.txt", f"--name={name}", f"--tokenizer={tokenizer}", *size], folder)
+            self.python("data/prepare.py", "--input", "book.txt", f"--name={name}", f"--tokenizer={tokenizer}", *size)
+
+    def make_runs(self) -> None:
+        """Runs: pre-trained, a chat, a LoRA, a soft prompt; and the chat as a folder of transformers' and as GGUF."""
+        folder = self.folder
         shape = ["configs/llama.py", "--n_layer=2", "--n_embd=36", "--block_size=512", "--batch_size=4", *SHORT]
-        run("train.py", [*shape, "--dataset=NAME", "--checkpoint_interval=1", "--out_dir=out/base"], folder)
+        self.python("train.py", *shape, "--dataset=NAME", "--checkpoint_interval=1", "--out_dir=out/base")
         flags = [*SHORT, *TINY_SHAPE, "--batch_size=4"]
-        run("train.py", ["--dataset=shakespeare_char", *flags, "--out_dir=out/shakespeare"], folder)
+        self.python("train.py", "--dataset=shakespeare_char", *flags, "--out_dir=out/shakespeare")
         chat = ["--objective=sft", "--init_from=out/base", "--train_file=chats.jsonl", "--batch_size=4", *SHORT]
-        run("train.py", [*chat, "--out_dir=out/chat"], folder)
-        run("train.py", [*chat, "--adapter=lora", "--out_dir=out/lora"], folder)
-        for name in ("run", "mine", "large", "a"):
-            shutil.copytree(folder / "out/base", folder / "out" / name)
-        for name in ("out/grpo", "out/scaling_laws/small", "out/scaling_laws/large"):
-            shutil.copytree(folder / "out/chat", folder / name)
+        self.python("train.py", *chat, "--out_dir=out/chat")
+        self.python("train.py", *chat, "--adapter=lora", "--out_dir=out/lora")
         prompt = ["--adapter=soft_prompt", "--prompt_format=<P*2>{word}>", "--target_field=answer", *SHORT]
         rows = ["--train_file=strings.jsonl", "--validation_file=strings.jsonl", "--batch_size=4", "--block_size=64"]
-        run("train.py", ["--objective=sft", "--init_from=out/base", *rows, *prompt, "--out_dir=outputs/prompt"], folder)
-        for name in ("reverse/20260101_120000", "a/20260101_120000", "b/20260101_120500"):
-            shutil.copytree(folder / "outputs/prompt", folder / "outputs" / name)
-        run("export.py", ["hf", "out/chat", "--to=models/chat"], folder)
-        run("export.py", ["gguf", "out/chat", "--to=SmolLM2-135M-Instruct.gguf"], folder)
-        shutil.copy(folder / "SmolLM2-135M-Instruct.gguf", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
-        for name in ("salamandra-2b", "SmolLM2-135M-Instruct"):
-            shutil.copytree(folder / "models/chat", folder / "models" / name)
-        shutil.copytree(
-            folder / "data/NAME", folder / "data/shakespeare", dirs_exist_ok=True
-        )  # of the tokens that its models have
-        words = ["--input", "book.txt", "--name=shakespeare", "--tokenizer=models/chat", "--overwrite"]
-        run("data/prepare.py", words, folder)  # in the tokens of the models that are called gpt2
-        self.furnish_hub()
+        start = ["--objective=sft", "--init_from=out/base", "--out_dir=outputs/prompt"]
+        self.python("train.py", *start, *rows, *prompt)
+        self.python("export.py", "hf", "out/chat", "--to=models/chat")
+        self.python("export.py", "gguf", "out/chat", "--to=SmolLM2-135M-Instruct.gguf")
 
-    def furnish_hub(self) -> None:
+        copies = {
+            "out/base": ("out/run", "out/mine", "out/large", "out/a"),
+            "out/chat": ("out/grpo", "out/scaling_laws/small", "out/scaling_laws/large"),
+            "outputs/prompt": (
+                "outputs/reverse/20260101_120000",
+                "outputs/a/20260101_120000",
+                "outputs/b/20260101_120500",
+            ),
+            "models/chat": ("models/salamandra-2b", "models/SmolLM2-135M-Instruct"),
+        }
+        for source, targets in copies.items():
+            for target in targets:
+                shutil.copytree(folder / source, folder / target)
+        shutil.copy(folder / "SmolLM2-135M-Instruct.gguf", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+        words = ["--input", "book.txt", "--name=shakespeare", "--tokenizer=models/chat", "--overwrite"]
+        self.python("data/prepare.py", *words)  # in the tokens of the models that are called gpt2
+
+    def python(self, script: str, *argv: str) -> None:
+        """Run a script with these arguments."""
+        run(script, list(argv), self.folder)
+
+    def fill_caches(self) -> None:
         """What is cached of the hub: a tiny chat model under the names of models, and rows of datasets."""
         for name in (
             "HuggingFaceTB/SmolLM2-135M-Instruct",
