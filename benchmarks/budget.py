@@ -1,11 +1,12 @@
 """What --time_budget is worth: its run against 12 configurations chosen by hand, each given the same time.
 
     python -m benchmarks.budget --data_dir=data --datasets=stdlib_char,shakespeare_char --minutes=1,5,20
-    python -m benchmarks.budget --processes=2 --likely_sizes        two runs at a time, each on half of the cores
+    python -m benchmarks.budget --processes=2 --likely_only         two runs at a time, each on half of the cores
 
 The machine has to be quiet: 13 runs for each dataset and time, one after the other 11 hours for three datasets of 1, 5
 and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
-those of evaluate.py on the same validation text. A configuration by hand fixes size, batch, context and dropout;
+those of evaluate.py on the same validation text; a foretold loss is compared with the one that its run logged at the
+end, on random windows as the pilots'. A configuration by hand fixes size, batch, context and dropout;
 steps, rates and the end of the schedule are those that the budget gives it, so it is given every chance.
 """
 
@@ -56,9 +57,7 @@ class BudgetBenchArgs:
     device: str = arg("cpu", "device of all runs; names the file of results")
     dtype: str = arg("auto", "precision of all runs")
     processes: int = arg(1, "runs at a time, which share the cores", low=1)
-    likely_sizes: bool = arg(
-        False, "by hand, train only the size that was best in the next shorter time, and the next larger one"
-    )
+    likely_only: bool = arg(False, "of longer times, only what may be best by the next shorter one")
     eval_tokens: int = arg(200_000, "validation tokens on which losses are taken", low=1)
     out: str = arg("benchmarks", "folder of the results", path=True)
 
@@ -101,9 +100,13 @@ def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) ->
         losses = json.loads((out_dir / "evaluation.json").read_text())["losses"][dataset]
     finally:
         shutil.rmtree(out_dir.parent)
+    budget = config["_budget"]
     return {
         "val_loss": losses["val_loss"],
-        "foretold": config["_budget"]["foretold_val_loss"],
+        "logged_val_loss": [line["val_loss"] for line in lines if line["event"] == "eval"][-1],
+        "foretold": budget["foretold_val_loss"],
+        "law_loss": budget["law_loss"],
+        "pilots": budget["pilots"],
         "seconds": lines[-1]["seconds"],
         "steps": lines[-1]["step"],
         "shape": [config[name] for name in ("n_layer", "n_embd", "batch_size", "block_size", "dropout")],
@@ -132,24 +135,29 @@ def describe(results: Figures) -> str:
             f"{best['val_loss']:.4f}",
             f"{mine['val_loss'] / best['val_loss'] - 1:+.1%}",
             f"{foretold:.4f}" if foretold else "",
-            f"{foretold / mine['val_loss'] - 1:+.1%}" if foretold else "",
+            f"{foretold / mine['logged_val_loss'] - 1:+.1%}" if foretold else "",
             f"{mine['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def likely_sizes(results: Figures, dataset: str, minutes: float) -> set[str]:
-    """The size of the best run by hand in the next shorter time and the one after it in SIZES; all without one."""
+def likely_names(results: Figures, dataset: str, minutes: float) -> set[str]:
+    """The configurations by hand that may be the best: all, or by the next shorter time the best size and the one after
+    it in SIZES, but for batches that were over a tenth behind the best one of the size."""
     shorter = [float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")]
     shorter = [time for time in shorter if time < minutes]
     runs = results[f"{dataset}, {max(shorter):g}"] if shorter else {}
-    by_hand = [name for name in runs if name != CHOICE]
-    if not by_hand:
-        return set(SIZES)
-    best = min(by_hand, key=lambda name: runs[name]["val_loss"]).partition(", ")[0]
-    number = list(SIZES).index(best)
-    return set(list(SIZES)[number : number + 2])
+    losses = {name: run["val_loss"] for name, run in runs.items() if name != CHOICE}
+    if not losses:
+        return {name for name, _ in configurations()}
+    best_size = min(losses, key=lambda name: losses[name]).partition(", ")[0]
+    number = list(SIZES).index(best_size)
+    likely = set()
+    for size in list(SIZES)[number : number + 2]:
+        of_size = {name: loss for name, loss in losses.items() if name.startswith(f"{size}, ")}
+        likely |= {name for name, loss in of_size.items() if loss <= 1.1 * min(of_size.values())}
+    return likely
 
 
 def main(args: Args) -> None:
@@ -161,10 +169,10 @@ def main(args: Args) -> None:
     for minutes in args.minutes:
         started = {}
         for dataset in args.datasets:
-            sizes = likely_sizes(results, dataset, minutes) if args.likely_sizes else set(SIZES)
+            likely = likely_names(results, dataset, minutes)
             runs = results.setdefault(f"{dataset}, {minutes:g}", {})
             for name, values in configurations():
-                if name not in runs and (name == CHOICE or name.partition(", ")[0] in sizes):
+                if name not in runs and (name == CHOICE or name in likely or not args.likely_only):
                     started[pool.submit(measure, args, dataset, minutes, values)] = (dataset, name)
         for done in as_completed(started):
             dataset, name = started[done]
