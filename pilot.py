@@ -8,7 +8,7 @@ nanoforge/training/budget.py, and is in the run's record.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +27,17 @@ from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
 FIRST_STEP_TOKENS = (2048, 256)
-PILOT_SHARES = (0.009, 0.045)  # of the budget
+PILOT_SHARES = (0.02, 0.05)  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
+MIN_PILOT_STEPS = 75  # with fewer it is worse than the law says
+MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # which were their smallest steps
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
 PILOT_EVAL_TOKENS = 32768
-SPEED_SHARE = 0.005  # of the budget, for each size whose speed is measured
+SPEED_SHARE = 0.003  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
 LEAST_SHARE = 0.1  # of a time budget, for which a run is planned, however long measuring took
-MEASURING_SHARE = 0.05  # of a time budget: no further trial begins after it
+MEASURING_SHARE = 0.08  # of a time budget: no further trial begins after it
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
 
@@ -122,6 +124,7 @@ class Bench:
         self.text = read_text(args)
         fixed = [name for name in (*budget.CHOSEN, "n_kv_head") if name not in args.budget_chooses]
         self.fixed = {name: getattr(args, name) for name in fixed if name != "n_kv_head" or args.n_kv_head}
+        self.pilot_fixed = {name: value for name, value in self.fixed.items() if name not in budget.SIZES}
         self.step_times: list[StepTime] = []
         self.measured: set[Shape] = set()
         self.peak_flops = 0.0  # of this rank's device
@@ -147,10 +150,22 @@ class Bench:
         speed = self.speed if amount.seconds else None
         return budget.plan_run(shape, amount, speed, self.text, self.fixed, self.ranks.world_size)
 
+    def plan_pilot(self, shape: Shape, amount: Budget) -> Plan | None:
+        """A run of this size that spends so much, as those from which the law is: a whole schedule of small steps."""
+        block_size = budget.nearest(budget.contexts(self.text, {}), MIN_PILOT_CONTEXT)
+        speed = self.speed if amount.seconds else None
+        most_rows = max(MIN_PILOT_ROWS, budget.MAX_STEP_TOKENS // block_size)
+        plans = [
+            budget.spend(shape, amount, speed, self.text, block_size=block_size, rows=rows)
+            for rows in budget.batches({}, self.ranks.world_size, most_rows)
+            if rows >= MIN_PILOT_ROWS
+        ]
+        return budget.best_batch([plan for plan in plans if plan is not None and plan.steps >= MIN_PILOT_STEPS])
+
     def plan_step(self, shape: Shape, step_tokens: int) -> Plan:
         """A step of about so many tokens."""
-        block_size = budget.nearest(budget.contexts(self.text, self.fixed), 64)
-        rows = budget.nearest(budget.batches(self.fixed, self.ranks.world_size, step_tokens), step_tokens / block_size)
+        block_size = budget.nearest(budget.contexts(self.text, {}), MIN_PILOT_CONTEXT)
+        rows = budget.nearest(budget.batches({}, self.ranks.world_size, step_tokens), step_tokens / block_size)
         step = Budget(tokens=rows * block_size)
         return require_plan(budget.spend(shape, step, None, self.text, block_size=block_size, rows=rows), self.args)
 
@@ -161,9 +176,9 @@ class Bench:
         self.peak_flops = 1e12 / max(1, self.ranks.all_reduce_max(round(1e12 / flops * 1e6))) * 1e6
 
     @contextlib.contextmanager
-    def trial(self, plan: Plan) -> Iterator[Trial]:
+    def trial(self, plan: Plan, fixed: Mapping[str, Any]) -> Iterator[Trial]:
         """A trial of a plan. It ends before the next one begins: their weights need not be in memory together."""
-        values = budget.derive_args(plan, self.text, self.fixed)
+        values = budget.derive_args(plan, self.text, fixed)
         values |= {"eval_iters": max(1, PILOT_EVAL_TOKENS // (plan.rows * plan.block_size))}
         trial = Trial(dataclasses.replace(self.args, **values), self.ranks)
         try:
@@ -171,10 +186,10 @@ class Bench:
         finally:
             trial.close()
 
-    def measure_step(self, plan: Plan) -> None:
-        """Measure the time of a step: for a moment, after two steps that warm up."""
+    def measure_step(self, plan: Plan, fixed: Mapping[str, Any]) -> None:
+        """Measure the time of a step: for a moment, after two steps that warm up. fixed: arguments that stay."""
         limit = min(SPEED_SHARE * self.args.time_budget, MAX_SPEED_SECONDS)
-        with self.trial(plan) as trial:
+        with self.trial(plan, fixed) as trial:
             trial.train(range(WARM_UP_STEPS))
             step, n_steps, seconds = WARM_UP_STEPS, 1, 0.0
             while seconds < limit:
@@ -193,7 +208,7 @@ class Bench:
 
     def train_pilot(self, plan: Plan) -> Pilot:
         """Train a whole small run, with its schedule: what it reaches, and what the law foretells of it."""
-        with self.trial(plan) as trial:
+        with self.trial(plan, self.pilot_fixed) as trial:
             warm_up = min(WARM_UP_STEPS, plan.steps - 1)
             trial.train(range(warm_up))
             seconds = trial.train(range(warm_up, plan.steps))
@@ -221,25 +236,25 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
     assert amount is not None
 
     # 1. The first speeds, of a small model: steps of two sizes tell what starting operations takes.
-    small = min(budget.ladder(bench.text, bench.fixed), key=lambda shape: abs(shape.n_layer - PILOT_LAYERS))
+    small = min(budget.ladder(bench.text, bench.pilot_fixed), key=lambda shape: abs(shape.n_layer - PILOT_LAYERS))
     if amount.seconds:
         bench.measure_peak()
         for first in dict.fromkeys(bench.plan_step(small, step_tokens) for step_tokens in FIRST_STEP_TOKENS):
-            bench.measure_step(first)
+            bench.measure_step(first, bench.pilot_fixed)
 
     # 2. The speed of the sizes that look best.
     for _ in range(N_SIZES if amount.seconds else 0):
         best = choose(bench, amount)
         if best.shape in bench.measured or bench.is_out_of_time:
             break
-        bench.measure_step(best)
+        bench.measure_step(best, bench.fixed)
 
     # 3. The pilots: small runs say how hard the text is, and how much more tokens help.
     pilots = []
     for share in PILOT_SHARES:
-        plan = bench.plan(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
+        plan = bench.plan_pilot(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
         if plan is not None and plan.tokens > MAX_PILOT_TOKENS:
-            plan = bench.plan(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
+            plan = bench.plan_pilot(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
         if plan is not None and plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
             pilots.append(bench.train_pilot(plan))
 

@@ -188,6 +188,7 @@ CHOSEN = (
     "eval_iters",
     "log_interval",
 )
+SIZES = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps")
 MAX_DEPTH = 64
 MAX_STEP_TOKENS = 2**22
 SMALL_STEP = 32  # a step of this part of the critical batch is small

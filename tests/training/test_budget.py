@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TEXT, RunFiles, read_run, write_char_dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import pilot
 import train
 import train_args
+from nanoforge.distributed import Ranks
 from nanoforge.training import budget
 from nanoforge.training.budget import Budget, Pilot, Plan, Shape, Speed, StepTime, Text, Work
 from nanoforge.training.pace import Pace, TimedPace
@@ -325,6 +327,7 @@ def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunF
 
 def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pilot, "MIN_PILOT_TOKENS", 100)
+    monkeypatch.setattr(pilot, "MIN_PILOT_STEPS", 1)
     monkeypatch.setattr(pilot, "PILOT_EVAL_TOKENS", 256)
     write_char_dataset(tmp_path / "text", TEXT * 100)
     flags = ["--n_layer=1", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=1"]
@@ -332,6 +335,21 @@ def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monke
     assert done.config is not None and done.last is not None
     decision = done.config["_budget"]
     assert len(decision["pilots"]) == 2 and decision["foretold_val_loss"] > 0 and decision["speed"] == {}
+
+
+@pytest.mark.parametrize("amount", [{"tokens": 110_000}, {"flops": 1e11}, {"seconds": 4.0}])
+def test_a_pilot_is_a_small_run_whatever_is_fixed(tmp_path: Path, amount: dict[str, float]):
+    """With a schedule of many small steps, as the runs from which the law is; what else is fixed stays."""
+    write_char_dataset(tmp_path / "text", TEXT * 1000)
+    fixed = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=64", "--block_size=16", "--dropout=0.1"]
+    args = train_args.parse(["--time_budget=60", f"--data_dir={tmp_path}", "--dataset=text", *fixed])
+    bench = pilot.Bench(args, Ranks(0, 1, torch.device("cpu")))
+    bench.peak_flops = 50e9
+    plan = bench.plan_pilot(Shape(2, 64, 2), Budget(**amount))
+    assert plan is not None and plan.steps >= pilot.MIN_PILOT_STEPS
+    assert plan.block_size == 64 and plan.rows >= 4
+    assert bench.pilot_fixed == {"dropout": 0.1}
+    assert bench.plan_pilot(Shape(2, 64, 2), Budget(tokens=256 * (pilot.MIN_PILOT_STEPS - 1))) is None
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
