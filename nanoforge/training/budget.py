@@ -196,6 +196,7 @@ PRIOR_WEIGHT = 0.1  # of the assumed speed of matrix products, beside a measured
 FIT_ROUNDS = 300
 MAX_EPOCHS = 30.0  # beyond, a text has nothing more to give
 WEIGHTS_PER_TOKEN = 10  # of the text, at most: nanoGPT's model of Tiny Shakespeare, which overfits without dropout
+TOKENS_PER_WEIGHT = 50  # of training, at most, where a larger size is possible: the law is from runs of up to 40
 NEARLY = 0.002  # by so much of the lowest foretold loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
 N_EVALUATIONS = 10  # at most; twice as many where early stopping counts them
@@ -364,9 +365,10 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
 
 
 def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
-    """The smallest plan whose foretold loss is nearly the lowest; for a budget of tokens the size that they suit
-    best."""
+    """The smallest plan whose foretold loss is nearly the lowest, among those that the law may judge; for a budget of
+    tokens the size that they suit best. plans: the smallest size first."""
     if not budget.tokens:
+        plans = [plan for plan in plans if plan.tokens <= TOKENS_PER_WEIGHT * plan.shape.weights] or plans[-1:]
         lowest = min(plan.loss for plan in plans)
         return next(plan for plan in plans if plan.loss <= lowest * (1 + NEARLY))
     ideal = optimal_weights(budget.tokens, text.tokens)
@@ -430,8 +432,8 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
             f"{work.flops / plan.step_seconds / 1e9:,.3g} GFLOPs a second"
         )
     sentences.append(
-        f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: it has the lowest foretold "
-        f"loss; {plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
+        f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: the lowest foretold loss of sizes "
+        f"with up to {TOKENS_PER_WEIGHT} tokens a weight; {plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:
         worth = effective_tokens(plan.tokens, plan.unique) / 1e6
