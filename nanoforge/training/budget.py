@@ -433,7 +433,8 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
         )
     sentences.append(
         f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: the lowest foretold loss of sizes "
-        f"with up to {TOKENS_PER_WEIGHT} tokens a weight; {plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
+        f"with up to {TOKENS_PER_WEIGHT} tokens a weight; {plan.tokens / 1e6:.3g} M tokens are "
+        f"{plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:
         worth = effective_tokens(plan.tokens, plan.unique) / 1e6

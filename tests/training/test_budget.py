@@ -111,6 +111,17 @@ def test_the_budget_is_spent_and_no_more():
         assert 0.95 * limit < spent <= limit
 
 
+def test_no_size_reads_more_tokens_a_weight_than_those_of_the_law():
+    """Unless there is no other: the size is fixed."""
+    minute = Budget(seconds=60)
+    smaller = budget.plan_run(Shape(2, 64, 2), minute, LAPTOP, BOOK, {})
+    plan = best(minute)
+    assert smaller is not None and smaller.loss < plan.loss
+    assert plan.tokens <= budget.TOKENS_PER_WEIGHT * plan.shape.weights
+    assert smaller.tokens > budget.TOKENS_PER_WEIGHT * smaller.shape.weights
+    assert best(minute, n_layer=2, n_embd=64, n_head=2).shape == smaller.shape
+
+
 def test_tokens_get_the_size_that_they_suit():
     plan = best(Budget(tokens=1e9), LIBRARY)
     ideal = budget.optimal_weights(1e9, LIBRARY.tokens)
