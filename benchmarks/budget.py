@@ -143,20 +143,22 @@ def describe(results: Figures) -> str:
 
 
 def likely_names(results: Figures, dataset: str, minutes: float) -> set[str]:
-    """The configurations by hand that may be the best: all, or by the next shorter time the best size and the one after
-    it in SIZES, but for batches that were over a tenth behind the best one of the size."""
-    shorter = [float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")]
-    shorter = [time for time in shorter if time < minutes]
-    runs = results[f"{dataset}, {max(shorter):g}"] if shorter else {}
-    losses = {name: run["val_loss"] for name, run in runs.items() if name != CHOICE}
-    if not losses:
+    """The configurations by hand that may be the best: by the next shorter time the best size and the one after it in
+    SIZES, but for batches that were over a tenth behind the best one of their size; all without a shorter time."""
+    times = sorted(
+        (float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")), reverse=True
+    )
+    shorter = [results[f"{dataset}, {time:g}"] for time in times if time < minutes]  # the next one first
+    by_hand = [{name: run["val_loss"] for name, run in runs.items() if name != CHOICE} for runs in shorter]
+    if not any(by_hand):
         return {name for name, _ in configurations()}
-    best_size = min(losses, key=lambda name: losses[name]).partition(", ")[0]
-    number = list(SIZES).index(best_size)
+    losses = next(filter(None, by_hand))
+    number = list(SIZES).index(min(losses, key=lambda name: losses[name]).partition(", ")[0])
     likely = set()
     for size in list(SIZES)[number : number + 2]:
-        of_size = {name: loss for name, loss in losses.items() if name.startswith(f"{size}, ")}
-        likely |= {name for name, loss in of_size.items() if loss <= 1.1 * min(of_size.values())}
+        of_size = [{name: loss for name, loss in runs.items() if name.startswith(f"{size}, ")} for runs in by_hand]
+        newest = next(filter(None, of_size), {})
+        likely |= {name for name, loss in newest.items() if loss <= 1.1 * min(newest.values())}
     return likely
 
 
