@@ -250,13 +250,16 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
         bench.measure_step(best, bench.fixed)
 
     # 3. The pilots: small runs say how hard the text is, and how much more tokens help.
-    pilots = []
+    pilots: list[Pilot] = []  # one alone does not tell the scale
     for share in PILOT_SHARES:
         plan = bench.plan_pilot(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
         if plan is not None and plan.tokens > MAX_PILOT_TOKENS:
             plan = bench.plan_pilot(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
-        if plan is not None and plan.tokens >= MIN_PILOT_TOKENS and not bench.is_out_of_time:
-            pilots.append(bench.train_pilot(plan))
+        if plan is None or plan.tokens < MIN_PILOT_TOKENS or bench.is_out_of_time:
+            break
+        if pilots and plan.loss >= pilots[-1].law:  # the text has no more to give
+            break
+        pilots.append(bench.train_pilot(plan))
 
     # 4. The choice.
     return describe_decision(bench, choose(bench, amount), pilots)
@@ -289,7 +292,7 @@ def planned_seconds(bench: Bench, plan: Plan) -> float:
 def describe_decision(bench: Bench, plan: Plan, pilots: list[Pilot]) -> Decision:
     """The decision, for the run and for its record."""
     values = budget.derive_args(plan, bench.text, bench.fixed)
-    calibration = budget.calibrate(pilots) if pilots else None
+    calibration = budget.calibrate(*pilots) if len(pilots) == len(PILOT_SHARES) else None
     speed = bench.speed if bench.args.time_budget else None
     seconds = bench.seconds
     record = {

@@ -29,7 +29,6 @@ from nanoforge.training import depth
 SIZE_SCALE, SIZE_EXPONENT = 0.386, 0.162  # A, alpha
 DATA_SCALE, DATA_EXPONENT, DATA_START = 0.905, 0.204, 0.0091  # B, beta, D0
 CRITICAL_BATCH, CRITICAL_BATCH_LOSS, CRITICAL_BATCH_EXPONENT = 14_000, 1.46, 5.2
-TYPICAL_SCALE = 0.95  # k, the mean of nine texts
 LEAST_SCALE, MOST_SCALE = 0.5, 1.4  # of nine texts: 0.61 to 1.24
 EPOCHS_WORTH = 5.0  # R: so many fresh epochs are endless repetitions of a text worth
 
@@ -85,13 +84,11 @@ class Calibration(NamedTuple):
         return self.offset + self.scale * law
 
 
-def calibrate(pilots: Sequence[Pilot]) -> Calibration:
-    """Through the last pilot, with the scale that it has with the first one; with a single pilot a usual scale."""
-    first, last = pilots[0], pilots[-1]
-    scale = TYPICAL_SCALE
-    if first.law > last.law:
-        measured = (first.val_loss - last.val_loss) / (first.law - last.law)
-        scale = min(max(LEAST_SCALE, measured), MOST_SCALE)
+def calibrate(first: Pilot, last: Pilot) -> Calibration:
+    """Through the last pilot, with the scale that it has with the first one, within what texts have. By the law the
+    last one is better."""
+    scale = (first.val_loss - last.val_loss) / (first.law - last.law)
+    scale = min(max(LEAST_SCALE, scale), MOST_SCALE)
     return Calibration(last.val_loss - scale * last.law, scale)
 
 
@@ -432,8 +429,8 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
             f"{work.flops / plan.step_seconds / 1e9:,.3g} GFLOPs a second"
         )
     sentences.append(
-        f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: the lowest foretold loss of sizes "
-        f"with up to {TOKENS_PER_WEIGHT} tokens a weight; {plan.tokens / 1e6:.3g} M tokens are "
+        f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: the best size by the law; "
+        f"{plan.tokens / 1e6:.3g} M tokens are "
         f"{plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:
@@ -444,9 +441,9 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
         )
     if calibration:
         sentences.append(
-            f"foretold val_loss {calibration.loss(plan.loss):.3f}, by a pilot on this text: "
+            f"foretold val_loss {calibration.loss(plan.loss):.3f}, by two pilots on this text: "
             f"{calibration.offset:.2f} + {calibration.scale:.2f} x the law's {plan.loss:.3f}"
         )
     else:
-        sentences.append("foretold val_loss: none, since the budget is too small for a pilot")
+        sentences.append("foretold val_loss: none, since the budget is too small for two pilots")
     return [f"budget: {sentence}" for sentence in sentences]

@@ -148,12 +148,10 @@ def test_a_machine_that_starts_operations_slowly_takes_larger_steps():
 
 def test_pilots_calibrate_the_law_to_a_text():
     text = budget.Calibration(offset=0.9, scale=0.7)
-    pilots = [Pilot(tokens, law, text.loss(law)) for tokens, law in ((20_000, 2.4), (100_000, 2.0))]
-    assert budget.calibrate(pilots) == pytest.approx(text)
-    alone = budget.calibrate(pilots[1:])
-    assert alone.loss(2.0) == pytest.approx(text.loss(2.0)) and alone.scale == budget.TYPICAL_SCALE
-    noise = [pilots[0]._replace(val_loss=9.0), pilots[1]]
-    assert budget.calibrate(noise).scale == budget.MOST_SCALE
+    first, last = (Pilot(tokens, law, text.loss(law)) for tokens, law in ((20_000, 2.4), (100_000, 2.0)))
+    assert budget.calibrate(first, last) == pytest.approx(text)
+    noise = budget.calibrate(first._replace(val_loss=9.0), last)
+    assert noise.scale == budget.MOST_SCALE and noise.loss(2.0) == pytest.approx(text.loss(2.0))
 
 
 def test_a_tiny_text_gets_dropout_early_stopping_and_a_shorter_run():
