@@ -30,7 +30,7 @@ FIRST_STEP_TOKENS = (2048, 256)
 PILOT_SHARES = (0.02, 0.05)  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MIN_PILOT_STEPS = 75  # with fewer it is worse than the law says
-MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # which were their smallest steps
+MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # the smallest steps of the runs from which the law is
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
 PILOT_EVAL_TOKENS = 32768
 SPEED_SHARE = 0.003  # of the budget, for each size whose speed is measured
@@ -124,7 +124,8 @@ class Bench:
         self.text = read_text(args)
         fixed = [name for name in (*budget.CHOSEN, "n_kv_head") if name not in args.budget_chooses]
         self.fixed = {name: getattr(args, name) for name in fixed if name != "n_kv_head" or args.n_kv_head}
-        self.pilot_fixed = {name: value for name, value in self.fixed.items() if name not in budget.SIZES}
+        self.pilot_fixed = {name: value for name, value in self.fixed.items() if name not in budget.SIZE_AND_BATCH}
+        self.pilot_context = budget.nearest(budget.contexts(self.text, {}), MIN_PILOT_CONTEXT)
         self.step_times: list[StepTime] = []
         self.measured: set[Shape] = set()
         self.peak_flops = 0.0  # of this rank's device
@@ -152,11 +153,10 @@ class Bench:
 
     def plan_pilot(self, shape: Shape, amount: Budget) -> Plan | None:
         """A run of this size that spends so much, as those from which the law is: a whole schedule of small steps."""
-        block_size = budget.nearest(budget.contexts(self.text, {}), MIN_PILOT_CONTEXT)
         speed = self.speed if amount.seconds else None
-        most_rows = max(MIN_PILOT_ROWS, budget.MAX_STEP_TOKENS // block_size)
+        most_rows = max(MIN_PILOT_ROWS, budget.MAX_STEP_TOKENS // self.pilot_context)
         plans = [
-            budget.spend(shape, amount, speed, self.text, block_size=block_size, rows=rows)
+            budget.spend(shape, amount, speed, self.text, block_size=self.pilot_context, rows=rows)
             for rows in budget.batches({}, self.ranks.world_size, most_rows)
             if rows >= MIN_PILOT_ROWS
         ]
@@ -164,10 +164,10 @@ class Bench:
 
     def plan_step(self, shape: Shape, step_tokens: int) -> Plan:
         """A step of about so many tokens."""
-        block_size = budget.nearest(budget.contexts(self.text, {}), MIN_PILOT_CONTEXT)
-        rows = budget.nearest(budget.batches({}, self.ranks.world_size, step_tokens), step_tokens / block_size)
-        step = Budget(tokens=rows * block_size)
-        return require_plan(budget.spend(shape, step, None, self.text, block_size=block_size, rows=rows), self.args)
+        context = self.pilot_context
+        rows = budget.nearest(budget.batches({}, self.ranks.world_size, step_tokens), step_tokens / context)
+        step = Budget(tokens=rows * context)
+        return require_plan(budget.spend(shape, step, None, self.text, block_size=context, rows=rows), self.args)
 
     def measure_peak(self) -> None:
         """Measure matrix products, the slowest rank's."""
@@ -207,7 +207,7 @@ class Bench:
         )
 
     def train_pilot(self, plan: Plan) -> Pilot:
-        """Train a whole small run, with its schedule: what it reaches, and what the law foretells of it."""
+        """Train a whole small run, with its schedule: what it reaches, and what the law predicts of it."""
         with self.trial(plan, self.pilot_fixed) as trial:
             warm_up = min(WARM_UP_STEPS, plan.steps - 1)
             trial.train(range(warm_up))
@@ -302,7 +302,7 @@ def describe_decision(bench: Bench, plan: Plan, pilots: list[Pilot]) -> Decision
         "speed": dataclasses.asdict(speed) if speed else {},
         "pilots": [pilot._asdict() for pilot in pilots],
         "law_loss": plan.loss,
-        "foretold_val_loss": calibration.loss(plan.loss) if calibration else None,
+        "predicted_val_loss": calibration.loss(plan.loss) if calibration else None,
         "step_seconds": plan.step_seconds,
         "seconds": planned_seconds(bench, plan),
         "measuring_seconds": seconds,

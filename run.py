@@ -143,12 +143,12 @@ class Run:
             return f"{progress.worse_evaluations} evaluations without a better val_loss than {best:.4f}"
         return None
 
-    def describe_foretold(self) -> str:
-        """The best loss beside the one that the budget's choice foretold, if it did."""
-        foretold, reached = self.record.budget.get("foretold_val_loss"), self.progress.best_val_loss
-        if not foretold or self.progress.best_step < 0:
+    def describe_predicted(self) -> str:
+        """The best loss beside the one that the budget's choice predicted, if it did."""
+        predicted, reached = self.record.budget.get("predicted_val_loss"), self.progress.best_val_loss
+        if not predicted or self.progress.best_step < 0:
             return ""
-        return f", val_loss {reached:.4f}, foretold {foretold:.4f} ({reached / foretold - 1:+.1%})"
+        return f", val_loss {reached:.4f}, predicted {predicted:.4f} ({reached / predicted - 1:+.1%})"
 
     def summary(self) -> str:
         """What this run is, in a few lines."""

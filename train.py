@@ -123,7 +123,7 @@ def evaluate_save_stop(run: Run, logger: RunLogger, step_logger: StepLogger, sig
     if finished and not eval_is_due:
         run.checkpoints.finish(logger, progress.step)
         duration = console.format_duration(logger.seconds)
-        results = describe_peak_memory(ranks) + run.describe_foretold()
+        results = describe_peak_memory(ranks) + run.describe_predicted()
         logger.note(progress.step, f"finished: {finished} in {duration}{results}")
         print_closing(run, logger, "finished", finished)
         return True

@@ -11,7 +11,6 @@ what is new in VARIANTS; all of it where the recipe has changed. At last writes 
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import ROOT, run_process, to_flags
+from benchmarks.common import ROOT, run_process, share_cores, to_flags
 from nanoforge.config_files import read_layers
 from nanoforge.files import write_json, write_text
 
@@ -204,7 +203,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--dtype", default="auto", help="as train.py has it")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
+    share_cores(args.processes)
     folder = ROOT / "benchmarks"
     with tempfile.TemporaryDirectory(prefix="ablation") as data_dir:
         study = Study(Path(data_dir), folder / "ablation.json", range(args.seeds), args.processes, args.dtype)

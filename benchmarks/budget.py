@@ -5,13 +5,12 @@
 
 The machine has to be quiet: 13 runs for each dataset and time, one after the other 11 hours for three datasets of 1, 5
 and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
-those of evaluate.py on the same validation text; a foretold loss is compared with the one that its run logged at the
+those of evaluate.py on the same validation text; a predicted loss is compared with the one that its run logged at the
 end, on random windows as the pilots'. A configuration by hand fixes size, batch, context and dropout;
 steps, rates and the end of the schedule are those that the budget gives it, so it is given every chance.
 """
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from benchmarks.common import Figures, run_process, to_flags
+from benchmarks.common import Figures, run_process, share_cores, to_flags
 from configurator import arg, arg_group, arg_table
 from nanoforge.errors import UserError
 from nanoforge.files import write_json, write_text
@@ -40,7 +39,7 @@ COLUMNS = (
     "best by hand",
     "its val_loss",
     "difference",
-    "foretold",
+    "predicted",
     "off by",
     "seconds",
 )
@@ -104,7 +103,7 @@ def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) ->
     return {
         "val_loss": losses["val_loss"],
         "logged_val_loss": [line["val_loss"] for line in lines if line["event"] == "eval"][-1],
-        "foretold": budget["foretold_val_loss"],
+        "predicted": budget["predicted_val_loss"],
         "law_loss": budget["law_loss"],
         "pilots": budget["pilots"],
         "seconds": lines[-1]["seconds"],
@@ -114,7 +113,7 @@ def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) ->
 
 
 def describe(results: Figures) -> str:
-    """A table: for each dataset and time, what the budget reached beside the best of the others, and foretold."""
+    """A table: for each dataset and time, what the budget reached beside the best of the others, and predicted."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for case, runs in results.items():
         dataset, _, minutes = case.rpartition(", ")
@@ -125,7 +124,7 @@ def describe(results: Figures) -> str:
             ((name, run) for name, run in runs.items() if name != CHOICE), key=lambda pair: pair[1]["val_loss"]
         )
         n_layer, n_embd, batch_size, block_size, dropout = mine["shape"]
-        foretold = mine["foretold"]
+        predicted = mine["predicted"]
         cells = [
             dataset,
             minutes,
@@ -134,8 +133,8 @@ def describe(results: Figures) -> str:
             f"{name} (of {len(runs) - 1})",
             f"{best['val_loss']:.4f}",
             f"{mine['val_loss'] / best['val_loss'] - 1:+.1%}",
-            f"{foretold:.4f}" if foretold else "",
-            f"{foretold / mine['logged_val_loss'] - 1:+.1%}" if foretold else "",
+            f"{predicted:.4f}" if predicted else "",
+            f"{predicted / mine['logged_val_loss'] - 1:+.1%}" if predicted else "",
             f"{mine['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -162,31 +161,39 @@ def likely_names(results: Figures, dataset: str, minutes: float) -> set[str]:
     return likely
 
 
+def run_missing(args: Args, minutes: float, results: Figures, path: Path, pool: ThreadPoolExecutor) -> None:
+    """Run what the results lack of a time; write them after each run."""
+    started = {}
+    for dataset in args.datasets:
+        likely = likely_names(results, dataset, minutes)
+        runs = results.setdefault(f"{dataset}, {minutes:g}", {})
+        for name, values in configurations():
+            if name not in runs and (name == CHOICE or name in likely or not args.likely_only):
+                started[pool.submit(measure, args, dataset, minutes, values)] = (dataset, name)
+    for done in as_completed(started):
+        dataset, name = started[done]
+        try:
+            run = done.result()
+        except UserError as error:  # a size of which the time allows no step
+            print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
+            continue
+        print(f"{dataset}, {minutes:g} minutes, {name}: {run['val_loss']:.4f}", flush=True)
+        results[f"{dataset}, {minutes:g}"][name] = run
+        write_json(path, results)
+        write_text(path.with_suffix(".md"), describe(results))
+
+
 def main(args: Args) -> None:
-    """Run what is missing, and write the results after each run."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
+    """Run what is missing."""
+    share_cores(args.processes)
     path = Path(args.out) / f"budget_{args.device}.json"
     results: Figures = json.loads(path.read_text()) if path.exists() else {}
     pool = ThreadPoolExecutor(args.processes)
-    for minutes in args.minutes:
-        started = {}
-        for dataset in args.datasets:
-            likely = likely_names(results, dataset, minutes)
-            runs = results.setdefault(f"{dataset}, {minutes:g}", {})
-            for name, values in configurations():
-                if name not in runs and (name == CHOICE or name in likely or not args.likely_only):
-                    started[pool.submit(measure, args, dataset, minutes, values)] = (dataset, name)
-        for done in as_completed(started):
-            dataset, name = started[done]
-            try:
-                run = done.result()
-            except UserError as error:  # a size of which the time allows no step
-                print(f"{dataset}, {minutes:g} minutes, {name}: {error}", flush=True)
-                continue
-            print(f"{dataset}, {minutes:g} minutes, {name}: {run['val_loss']:.4f}", flush=True)
-            results[f"{dataset}, {minutes:g}"][name] = run
-            write_json(path, results)
-            write_text(path.with_suffix(".md"), describe(results))
+    try:
+        for minutes in args.minutes:
+            run_missing(args, minutes, results, path, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(describe(results))
 
 

@@ -79,6 +79,11 @@ def start_process(argv: Sequence[str], cwd: Path = ROOT, *, own_group: bool = Fa
     )
 
 
+def share_cores(processes: int) -> None:
+    """Give each process that is started from here on its share of the cores."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+
+
 def run_process(argv: Sequence[str], cwd: Path = ROOT, wait_for: str = "") -> ProcessResult:
     """Run a command and measure it. Raises UserError with the last lines of its output if it fails."""
     lines: list[str] = []

@@ -1,6 +1,6 @@
 """The best model for a budget: its size, batch, steps and rates, by a measured speed and a law. Imports no torch.
 
-The law foretells the validation loss, in nats per token, of a model with N weights in its blocks after D tokens of a
+The law predicts the validation loss, in nats per token, of a model with N weights in its blocks after D tokens of a
 text of U tokens in steps of B tokens (Hoffmann et al. 2022, equation 2):
 
     L = A (N / 1e6)^-alpha + B (D0 + D' / 1e6)^-beta
@@ -40,7 +40,7 @@ def effective_tokens(tokens: float, unique: float) -> float:
     return unique * (1 - EPOCHS_WORTH * math.expm1(-(tokens / unique - 1) / EPOCHS_WORTH))
 
 
-def foretold_loss(weights: float, tokens: float, unique: float, step_tokens: float = 0.0) -> float:
+def predicted_loss(weights: float, tokens: float, unique: float, step_tokens: float = 0.0) -> float:
     """The law's validation loss. weights: of the blocks; tokens: of the run; unique: of the text; step_tokens: of a
     step."""
     size_part = SIZE_SCALE * (weights / 1e6) ** -SIZE_EXPONENT
@@ -70,7 +70,7 @@ class Pilot(NamedTuple):
     """A small run of the text at hand."""
 
     tokens: int
-    law: float  # the loss that the law foretells
+    law: float  # the loss that the law predicts
     val_loss: float
 
 
@@ -185,7 +185,7 @@ CHOSEN = (
     "eval_iters",
     "log_interval",
 )
-SIZES = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps")
+SIZE_AND_BATCH = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps")
 MAX_DEPTH = 64
 MAX_STEP_TOKENS = 2**22
 SMALL_STEP = 32  # a step of this part of the critical batch is small
@@ -194,7 +194,7 @@ FIT_ROUNDS = 300
 MAX_EPOCHS = 30.0  # beyond, a text has nothing more to give
 WEIGHTS_PER_TOKEN = 10  # of the text, at most: nanoGPT's model of Tiny Shakespeare, which overfits without dropout
 TOKENS_PER_WEIGHT = 50  # of training, at most, where a larger size is possible: the law is from runs of up to 40
-NEARLY = 0.002  # by so much of the lowest foretold loss a smaller model may be worse
+NEARLY = 0.002  # by so much of the lowest predicted loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
 N_EVALUATIONS = 10  # at most; twice as many where early stopping counts them
 MIN_EVAL_TOKENS = 16384  # of an evaluation, unless that leaves no second one
@@ -348,7 +348,7 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
     steps = min(int(n_steps), most_steps)
     if steps < 1:
         return None
-    loss = foretold_loss(shape.weights, steps * rows * block_size, text.tokens, rows * block_size)
+    loss = predicted_loss(shape.weights, steps * rows * block_size, text.tokens, rows * block_size)
     return Plan(
         shape=shape,
         block_size=block_size,
@@ -362,7 +362,7 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
 
 
 def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
-    """The smallest plan whose foretold loss is nearly the lowest, among those that the law may judge; for a budget of
+    """The smallest plan whose predicted loss is nearly the lowest, among those that the law may judge; for a budget of
     tokens the size that they suit best. plans: the smallest size first."""
     if not budget.tokens:
         plans = [plan for plan in plans if plan.tokens <= TOKENS_PER_WEIGHT * plan.shape.weights] or plans[-1:]
@@ -430,8 +430,7 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
         )
     sentences.append(
         f"{plan.describe()}, {plan.shape.weights / 1e6:.2g} M weights in the blocks: the best size by the law; "
-        f"{plan.tokens / 1e6:.3g} M tokens are "
-        f"{plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
+        f"{plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:
         worth = effective_tokens(plan.tokens, plan.unique) / 1e6
@@ -441,9 +440,9 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
         )
     if calibration:
         sentences.append(
-            f"foretold val_loss {calibration.loss(plan.loss):.3f}, by two pilots on this text: "
+            f"predicted val_loss {calibration.loss(plan.loss):.3f}, by two pilots on this text: "
             f"{calibration.offset:.2f} + {calibration.scale:.2f} x the law's {plan.loss:.3f}"
         )
     else:
-        sentences.append("foretold val_loss: none, since the budget is too small for two pilots")
+        sentences.append("predicted val_loss: none, since the budget is too small for two pilots")
     return [f"budget: {sentence}" for sentence in sentences]

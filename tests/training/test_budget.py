@@ -48,11 +48,11 @@ def test_a_repeated_text_is_worth_less_than_a_fresh_one_and_never_more_than_the_
 
 @given(tokens=st.floats(1e5, 1e11))
 def test_the_optimal_size_is_where_compute_is_best_spent(tokens: float):
-    """At equal compute, N x D, a size on either side foretells a higher loss."""
+    """At equal compute, N x D, a size on either side predicts a higher loss."""
     weights = budget.optimal_weights(tokens, 1e15)
 
     def loss(factor: float) -> float:
-        return budget.foretold_loss(weights * factor, tokens / factor, 1e15)
+        return budget.predicted_loss(weights * factor, tokens / factor, 1e15)
 
     assert loss(1) <= min(loss(0.8), loss(1.25))
 
@@ -334,7 +334,7 @@ def test_the_record_of_a_run_is_a_config_that_measures_nothing(timed: tuple[RunF
     assert done.config is not None and args.max_iters == done.config["max_iters"]
 
 
-def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_budget_of_tokens_predicts_a_loss_by_its_pilots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pilot, "MIN_PILOT_TOKENS", 100)
     monkeypatch.setattr(pilot, "MIN_PILOT_STEPS", 1)
     monkeypatch.setattr(pilot, "PILOT_EVAL_TOKENS", 256)
@@ -343,7 +343,7 @@ def test_a_budget_of_tokens_foretells_a_loss_by_its_pilots(tmp_path: Path, monke
     done = train_budget(tmp_path, "--token_budget=30k", *flags)
     assert done.config is not None and done.last is not None
     decision = done.config["_budget"]
-    assert len(decision["pilots"]) == 2 and decision["foretold_val_loss"] > 0 and decision["speed"] == {}
+    assert len(decision["pilots"]) == 2 and decision["predicted_val_loss"] > 0 and decision["speed"] == {}
 
 
 @pytest.mark.parametrize("amount", [{"tokens": 110_000}, {"flops": 1e11}, {"seconds": 4.0}])
