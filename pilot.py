@@ -27,12 +27,14 @@ from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
 FIRST_STEP_TOKENS = (2048, 256)
-PILOT_SHARES = (0.02, 0.05)  # of the budget
+FIRST_PILOT_SHARE, LAST_PILOT_SHARE = 0.01, 0.08  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MIN_PILOT_STEPS = 75  # with fewer it is worse than the law says
 MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # the smallest steps of the runs from which the law is
+MIN_PILOT_RATIO = 3  # of their tokens: nearer ones do not tell the text's scale
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
-PILOT_EVAL_TOKENS = 32768
+MIN_PILOT_EVAL_TOKENS = 32768
+PILOT_EVAL_SHARE = 1 / 8  # of the last pilot's tokens, for the evaluation of each
 SPEED_SHARE = 0.003  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
@@ -151,12 +153,34 @@ class Bench:
         speed = self.speed if amount.seconds else None
         return budget.plan_run(shape, amount, speed, self.text, self.fixed, self.ranks.world_size)
 
+    def plan_pilots(self, shape: Shape, amount: Budget) -> list[Plan]:
+        """A short run of this size and one of many more tokens. None where budget or text are too small for both."""
+        last = self.plan_pilot(shape, amount.part(LAST_PILOT_SHARE))
+        if last is not None and last.tokens > MAX_PILOT_TOKENS:
+            last = self.plan_pilot(shape, Budget(tokens=MAX_PILOT_TOKENS))
+        if last is None:
+            return []
+        first_tokens = max(MIN_PILOT_TOKENS, last.tokens * FIRST_PILOT_SHARE / LAST_PILOT_SHARE)
+        first = self.plan_pilot(shape, Budget(tokens=first_tokens))
+        if first is None or last.tokens < MIN_PILOT_RATIO * first.tokens or last.loss >= first.loss:
+            return []
+        return [first, last]
+
     def plan_pilot(self, shape: Shape, amount: Budget) -> Plan | None:
-        """A run of this size that spends so much, as those from which the law is: a whole schedule of small steps."""
+        """A run of this size that spends so much, as those from which the law is: a whole schedule of small steps. Its
+        context is that of the rule, but none below the least."""
+        plan = self.plan_schedule(shape, amount, self.pilot_context)
+        if plan is None:
+            return None
+        context = budget.nearest(budget.contexts(self.text, {}), budget.block_tokens(plan.tokens))
+        return self.plan_schedule(shape, amount, context) if context > self.pilot_context else plan
+
+    def plan_schedule(self, shape: Shape, amount: Budget, context: int) -> Plan | None:
+        """The best pilot of this size and context that spends so much."""
         speed = self.speed if amount.seconds else None
-        most_rows = max(MIN_PILOT_ROWS, budget.MAX_STEP_TOKENS // self.pilot_context)
+        most_rows = max(MIN_PILOT_ROWS, budget.MAX_STEP_TOKENS // context)
         plans = [
-            budget.spend(shape, amount, speed, self.text, block_size=self.pilot_context, rows=rows)
+            budget.spend(shape, amount, speed, self.text, block_size=context, rows=rows)
             for rows in budget.batches({}, self.ranks.world_size, most_rows)
             if rows >= MIN_PILOT_ROWS
         ]
@@ -176,10 +200,10 @@ class Bench:
         self.peak_flops = 1e12 / max(1, self.ranks.all_reduce_max(round(1e12 / flops * 1e6))) * 1e6
 
     @contextlib.contextmanager
-    def trial(self, plan: Plan, fixed: Mapping[str, Any]) -> Iterator[Trial]:
+    def trial(self, plan: Plan, fixed: Mapping[str, Any], eval_tokens: int = 1) -> Iterator[Trial]:
         """A trial of a plan. It ends before the next one begins: their weights need not be in memory together."""
         values = budget.derive_args(plan, self.text, fixed)
-        values |= {"eval_iters": max(1, PILOT_EVAL_TOKENS // (plan.rows * plan.block_size))}
+        values |= {"eval_iters": -(-eval_tokens // (plan.rows * plan.block_size))}
         trial = Trial(dataclasses.replace(self.args, **values), self.ranks)
         try:
             yield trial
@@ -206,15 +230,15 @@ class Bench:
             StepTime(plan.shape.step_work(plan.rows, plan.block_size, self.text.vocab_size), seconds)
         )
 
-    def train_pilot(self, plan: Plan) -> Pilot:
+    def train_pilot(self, plan: Plan, eval_tokens: int) -> Pilot:
         """Train a whole small run, with its schedule: what it reaches, and what the law predicts of it."""
-        with self.trial(plan, self.pilot_fixed) as trial:
+        with self.trial(plan, self.pilot_fixed, eval_tokens) as trial:
             warm_up = min(WARM_UP_STEPS, plan.steps - 1)
             trial.train(range(warm_up))
             seconds = trial.train(range(warm_up, plan.steps))
             val_loss = trial.val_loss()
         self.note_step_time(plan, seconds / (plan.steps - warm_up))
-        return Pilot(plan.tokens, plan.loss, val_loss)
+        return Pilot(plan.tokens, plan.step_tokens, plan.loss, val_loss)
 
 
 def read_text(args: TrainArgs) -> Text:
@@ -250,16 +274,9 @@ def decide(args: TrainArgs, ranks: distributed.Ranks) -> Decision:
         bench.measure_step(best, bench.fixed)
 
     # 3. The pilots: small runs say how hard the text is, and how much more tokens help.
-    pilots: list[Pilot] = []  # one alone does not tell the scale
-    for share in PILOT_SHARES:
-        plan = bench.plan_pilot(small, Budget(*(share * value for value in dataclasses.astuple(amount))))
-        if plan is not None and plan.tokens > MAX_PILOT_TOKENS:
-            plan = bench.plan_pilot(small, Budget(tokens=MAX_PILOT_TOKENS * share / PILOT_SHARES[-1]))
-        if plan is None or plan.tokens < MIN_PILOT_TOKENS or bench.is_out_of_time:
-            break
-        if pilots and plan.loss >= pilots[-1].law:  # the text has no more to give
-            break
-        pilots.append(bench.train_pilot(plan))
+    plans = [] if bench.is_out_of_time else bench.plan_pilots(small, amount)
+    eval_tokens = max(MIN_PILOT_EVAL_TOKENS, round(PILOT_EVAL_SHARE * plans[-1].tokens)) if plans else 0
+    pilots = [bench.train_pilot(plan, min(eval_tokens, bench.text.val_tokens)) for plan in plans]
 
     # 4. The choice.
     return describe_decision(bench, choose(bench, amount), pilots)
@@ -292,7 +309,7 @@ def planned_seconds(bench: Bench, plan: Plan) -> float:
 def describe_decision(bench: Bench, plan: Plan, pilots: list[Pilot]) -> Decision:
     """The decision, for the run and for its record."""
     values = budget.derive_args(plan, bench.text, bench.fixed)
-    calibration = budget.calibrate(*pilots) if len(pilots) == len(PILOT_SHARES) else None
+    calibration = budget.calibrate(*pilots) if pilots else None
     speed = bench.speed if bench.args.time_budget else None
     seconds = bench.seconds
     record = {

@@ -5,9 +5,9 @@
 
 The machine has to be quiet: 13 runs for each dataset and time, one after the other 11 hours for three datasets of 1, 5
 and 20 minutes. It resumes: what is in benchmarks/budget_<device>.json already is not run again. All losses are
-those of evaluate.py on the same validation text; a predicted loss is compared with the one that its run logged at the
-end, on random windows as the pilots'. A configuration by hand fixes size, batch, context and dropout;
-steps, rates and the end of the schedule are those that the budget gives it, so it is given every chance.
+those of evaluate.py on the same validation text; a predicted loss is compared with that of the whole validation split.
+A configuration by hand fixes size, batch, context and dropout; steps, rates and the end of the schedule are those that
+the budget gives it, so it is given every chance.
 """
 
 import json
@@ -57,7 +57,7 @@ class BudgetBenchArgs:
     dtype: str = arg("auto", "precision of all runs")
     processes: int = arg(1, "runs at a time, which share the cores", low=1)
     likely_only: bool = arg(False, "of longer times, only what may be best by the next shorter one")
-    eval_tokens: int = arg(200_000, "validation tokens on which losses are taken", low=1)
+    eval_tokens: int = arg(200_000, "validation tokens on which runs are compared, the first ones", low=1)
     out: str = arg("benchmarks", "folder of the results", path=True)
 
 
@@ -93,21 +93,25 @@ def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) ->
     try:
         run_process([sys.executable, "train.py", *to_flags(**flags, **device, **values)])
         config = json.loads((out_dir / "train_config.json").read_text())
-        flags = {"out_dir": out_dir, "max_windows": max(1, args.eval_tokens // config["block_size"])}
-        run_process([sys.executable, "evaluate.py", *to_flags(**flags, **device)])
-        lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-        losses = json.loads((out_dir / "evaluation.json").read_text())["losses"][dataset]
+        losses = []
+        for max_windows in (max(1, args.eval_tokens // config["block_size"]), 0):  # 0: all
+            flags = {"out_dir": out_dir, "max_windows": max_windows}
+            run_process([sys.executable, "evaluate.py", *to_flags(**flags, **device)])
+            losses.append(json.loads((out_dir / "evaluation.json").read_text())["losses"][dataset]["val_loss"])
+        last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
     finally:
         shutil.rmtree(out_dir.parent)
     budget = config["_budget"]
     return {
-        "val_loss": losses["val_loss"],
-        "logged_val_loss": [line["val_loss"] for line in lines if line["event"] == "eval"][-1],
+        "val_loss": losses[0],
+        "eval_tokens": args.eval_tokens,
+        "whole_val_loss": losses[1],
         "predicted": budget["predicted_val_loss"],
         "law_loss": budget["law_loss"],
         "pilots": budget["pilots"],
-        "seconds": lines[-1]["seconds"],
-        "steps": lines[-1]["step"],
+        "measuring_seconds": budget["measuring_seconds"],
+        "seconds": last["seconds"],
+        "steps": last["step"],
         "shape": [config[name] for name in ("n_layer", "n_embd", "batch_size", "block_size", "dropout")],
     }
 
@@ -134,7 +138,7 @@ def describe(results: Figures) -> str:
             f"{best['val_loss']:.4f}",
             f"{mine['val_loss'] / best['val_loss'] - 1:+.1%}",
             f"{predicted:.4f}" if predicted else "",
-            f"{predicted / mine['logged_val_loss'] - 1:+.1%}" if predicted else "",
+            f"{predicted / mine['whole_val_loss'] - 1:+.1%}" if predicted else "",
             f"{mine['seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,17 +1,19 @@
 """The best model for a budget: its size, batch, steps and rates, by a measured speed and a law. Imports no torch.
 
 The law predicts the validation loss, in nats per token, of a model with N weights in its blocks after D tokens of a
-text of U tokens in steps of B tokens (Hoffmann et al. 2022, equation 2):
+text of U tokens in steps of B tokens. With N, D, D0 and D' in millions:
 
-    L = A (N / 1e6)^-alpha + B (D0 + D' / 1e6)^-beta
+    loss = e + k L,    L = sqrt((A N^-g)^2 + ((D0 + D')^-g)^2)
 
-D0 is what a model learns at once. D' are the fresh tokens in small steps that D are worth. Repeated ones are worth less
-(Muennighoff et al. 2023, equation 5): U + U R (1 - exp(-(D / U - 1) / R)) for D > U. Large steps make less of them
-(McCandlish et al. 2018; Kaplan et al. 2020, section 5.1): D / (1 + B / Bc), and Bc grows as the loss falls.
+As in Kaplan et al. (2020, equation 1.5) a model that is small for its tokens learns nothing more, and size and tokens
+have one exponent, nearly as in Hoffmann et al. (2022): the best size is proportional to the tokens. D0 is what a model
+learns at once. D' are the fresh tokens in small steps that D are worth. Repeated ones are worth less (Muennighoff et
+al. 2023, equation 5): U + U R (1 - exp(-(D / U - 1) / R)) for D > U. Large steps make less of them (McCandlish et al.
+2018): D / (1 + B / Bc), and Bc grows with the square root of the tokens (Zhang et al. 2024).
 
-Another text has another floor and another scale, e + k L, which `calibrate` finds by pilots. The best size and batch
-are the same for all e and k. The constants were measured with configs/depth.py on a CPU (docs/budget.md). A budget buys
-fewer tokens for a larger model, and more in larger steps: `plan_run` finds the batch for a size, `best_plan` the size.
+Each text has its own e and k, which `calibrate` finds by pilots. The best size and batch are the same for all e and k.
+The constants were measured with configs/depth.py on a CPU (docs/budget.md). A budget buys fewer tokens for a larger
+model, and more in larger steps: `plan_run` finds the batch for a size, `best_plan` the size.
 """
 
 import math
@@ -26,56 +28,60 @@ from nanoforge.training import depth
 # ---------------------------------------------------------------------------------------------------------------------
 # the law
 
-SIZE_SCALE, SIZE_EXPONENT = 0.386, 0.162  # A, alpha
-DATA_SCALE, DATA_EXPONENT, DATA_START = 0.905, 0.204, 0.0091  # B, beta, D0
-CRITICAL_BATCH, CRITICAL_BATCH_LOSS, CRITICAL_BATCH_EXPONENT = 14_000, 1.46, 5.2
-LEAST_SCALE, MOST_SCALE = 0.5, 1.4  # of nine texts: 0.61 to 1.24
-EPOCHS_WORTH = 5.0  # R: so many fresh epochs are endless repetitions of a text worth
+LEAST_SCALE, MOST_SCALE = 0.25, 1.2  # k over a pilot's loss; of ten texts 0.3 to 1.05
 
 
-def effective_tokens(tokens: float, unique: float) -> float:
-    """The fresh tokens that so many tokens of a text of `unique` tokens are worth."""
-    if tokens <= unique:
-        return tokens
-    return unique * (1 - EPOCHS_WORTH * math.expm1(-(tokens / unique - 1) / EPOCHS_WORTH))
+@dataclass(frozen=True)
+class Law:
+    """The constants of the law, and what it says."""
+
+    size_scale: float  # A
+    exponent: float  # g
+    start: float  # D0, in tokens
+    batch_scale: float  # Bc after a million tokens
+    epochs_worth: float  # R: so many fresh epochs are endless repetitions of a text worth
+
+    def worth(self, tokens: float, unique: float) -> float:
+        """The fresh tokens that so many tokens of a text of `unique` tokens are worth."""
+        if tokens <= unique:
+            return tokens
+        return unique * (1 - self.epochs_worth * math.expm1(-(tokens / unique - 1) / self.epochs_worth))
+
+    def critical_batch(self, worth: float) -> float:
+        """Tokens of a step, Bc, that need twice as many tokens in all as small steps do. worth: of the run's tokens."""
+        return self.batch_scale * math.sqrt(worth / 1e6)
+
+    def loss(self, weights: float, tokens: float, unique: float, step_tokens: float = 0.0) -> float:
+        """L. weights: of the blocks; tokens: of the run; unique: of the text; step_tokens: of a step."""
+        worth = self.worth(tokens, unique)
+        worth /= 1 + step_tokens / self.critical_batch(worth)
+        return math.hypot(self.size_scale * (weights / 1e6) ** -self.exponent, self.data_part(worth))
+
+    def data_part(self, worth: float) -> float:
+        """The part of L that falls with the tokens."""
+        return ((self.start + worth) / 1e6) ** -self.exponent
+
+    def optimal_weights(self, tokens: float, unique: float) -> float:
+        """The weights for which so many tokens are the best use of compute: there both parts of L fall alike."""
+        worth = self.worth(tokens, unique)
+        size_part = self.data_part(worth) * math.sqrt(worth / (self.start + worth))
+        return 1e6 * (size_part / self.size_scale) ** (-1 / self.exponent)
 
 
-def predicted_loss(weights: float, tokens: float, unique: float, step_tokens: float = 0.0) -> float:
-    """The law's validation loss. weights: of the blocks; tokens: of the run; unique: of the text; step_tokens: of a
-    step."""
-    size_part = SIZE_SCALE * (weights / 1e6) ** -SIZE_EXPONENT
-    worth = effective_tokens(tokens, unique)
-    loss = size_part + data_part(worth)
-    return size_part + data_part(worth / (1 + step_tokens / critical_batch(loss)))
-
-
-def data_part(tokens: float) -> float:
-    """The part of the law that falls with the tokens."""
-    return DATA_SCALE * (DATA_START + tokens / 1e6) ** -DATA_EXPONENT
-
-
-def critical_batch(loss: float) -> float:
-    """Tokens of a step that need twice as many tokens in all as small steps do, at a loss of the law."""
-    return CRITICAL_BATCH * (loss / CRITICAL_BATCH_LOSS) ** -CRITICAL_BATCH_EXPONENT
-
-
-def optimal_weights(tokens: float, unique: float) -> float:
-    """The weights for which so many tokens are the best use of compute: there both parts of the law fall alike."""
-    worth = effective_tokens(tokens, unique)
-    data_slope = DATA_EXPONENT * data_part(worth) * worth / (worth + 1e6 * DATA_START)
-    return 1e6 * (data_slope / (SIZE_EXPONENT * SIZE_SCALE)) ** (-1 / SIZE_EXPONENT)
+LAW = Law(size_scale=0.500, exponent=0.205, start=12_600, batch_scale=39_600, epochs_worth=5.2)
 
 
 class Pilot(NamedTuple):
     """A small run of the text at hand."""
 
     tokens: int
-    law: float  # the loss that the law predicts
+    step_tokens: int
+    law: float  # the law's L of it
     val_loss: float
 
 
 class Calibration(NamedTuple):
-    """The losses of a text: offset + scale x the law's."""
+    """The losses of a text: offset + scale x the law's L."""
 
     offset: float
     scale: float
@@ -88,7 +94,7 @@ def calibrate(first: Pilot, last: Pilot) -> Calibration:
     """Through the last pilot, with the scale that it has with the first one, within what texts have. By the law the
     last one is better."""
     scale = (first.val_loss - last.val_loss) / (first.law - last.law)
-    scale = min(max(LEAST_SCALE, scale), MOST_SCALE)
+    scale = last.val_loss * min(max(LEAST_SCALE, scale / last.val_loss), MOST_SCALE)
     return Calibration(last.val_loss - scale * last.law, scale)
 
 
@@ -193,7 +199,6 @@ PRIOR_WEIGHT = 0.1  # of the assumed speed of matrix products, beside a measured
 FIT_ROUNDS = 300
 MAX_EPOCHS = 30.0  # beyond, a text has nothing more to give
 WEIGHTS_PER_TOKEN = 10  # of the text, at most: nanoGPT's model of Tiny Shakespeare, which overfits without dropout
-TOKENS_PER_WEIGHT = 50  # of training, at most, where a larger size is possible: the law is from runs of up to 40
 NEARLY = 0.002  # by so much of the lowest predicted loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
 N_EVALUATIONS = 10  # at most; twice as many where early stopping counts them
@@ -216,6 +221,9 @@ class Budget:
     seconds: float = 0.0
     flops: float = 0.0
     tokens: float = 0.0
+
+    def part(self, share: float) -> "Budget":
+        return Budget(share * self.seconds, share * self.flops, share * self.tokens)
 
 
 @dataclass(frozen=True)
@@ -248,6 +256,11 @@ class Plan:
         """How much of the text the model may learn by heart: its epochs, less where it has fewer weights than the text
         has tokens."""
         return self.epochs * min(1.0, self.shape.weights / self.unique)
+
+    @property
+    def worth(self) -> float:
+        """The fresh tokens that its tokens are worth."""
+        return LAW.worth(self.tokens, self.unique)
 
     def describe(self) -> str:
         return f"{self.shape.n_layer} layers x {self.shape.n_embd}"
@@ -302,7 +315,7 @@ def plan_run(
 
 def best_batch(plans: list[Plan]) -> Plan | None:
     """The plan with the lowest loss, but no steps so small that larger ones would hardly need more tokens."""
-    large = [plan for plan in plans if plan.step_tokens >= critical_batch(plan.loss) / SMALL_STEP] or plans[-1:]
+    large = [plan for plan in plans if plan.step_tokens >= LAW.critical_batch(plan.worth) / SMALL_STEP] or plans[-1:]
     return min(large, key=lambda plan: plan.loss, default=None)
 
 
@@ -348,7 +361,7 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
     steps = min(int(n_steps), most_steps)
     if steps < 1:
         return None
-    loss = predicted_loss(shape.weights, steps * rows * block_size, text.tokens, rows * block_size)
+    loss = LAW.loss(shape.weights, steps * rows * block_size, text.tokens, rows * block_size)
     return Plan(
         shape=shape,
         block_size=block_size,
@@ -362,13 +375,12 @@ def spend(shape: Shape, budget: Budget, speed: Speed | None, text: Text, *, bloc
 
 
 def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
-    """The smallest plan whose predicted loss is nearly the lowest, among those that the law may judge; for a budget of
-    tokens the size that they suit best. plans: the smallest size first."""
+    """The smallest plan whose predicted loss is nearly the lowest; for a budget of tokens the size that they suit best.
+    plans: the smallest size first."""
     if not budget.tokens:
-        plans = [plan for plan in plans if plan.tokens <= TOKENS_PER_WEIGHT * plan.shape.weights] or plans[-1:]
         lowest = min(plan.loss for plan in plans)
         return next(plan for plan in plans if plan.loss <= lowest * (1 + NEARLY))
-    ideal = optimal_weights(budget.tokens, text.tokens)
+    ideal = LAW.optimal_weights(budget.tokens, text.tokens)
     return min(plans, key=lambda plan: abs(math.log(plan.shape.weights / ideal)))
 
 
@@ -433,9 +445,8 @@ def explain(plan: Plan, text: Text, speed: Speed | None, calibration: Calibratio
         f"{plan.tokens / 1e6:.3g} M tokens are {plural(plan.steps, 'step')} of {plan.rows} x {plan.block_size}"
     )
     if plan.epochs > 1:
-        worth = effective_tokens(plan.tokens, plan.unique) / 1e6
         sentences.append(
-            f"the text is read {plan.epochs:.1f} times, which is worth {worth:.3g} M fresh tokens; "
+            f"the text is read {plan.epochs:.1f} times, which is worth {plan.worth / 1e6:.3g} M fresh tokens; "
             f"dropout {dropout(plan):g}"
         )
     if calibration:
