@@ -105,6 +105,7 @@ def measure(args: Args, dataset: str, minutes: float, values: dict[str, Any]) ->
     return {
         "val_loss": losses[0],
         "eval_tokens": args.eval_tokens,
+        "unique": budget["text"]["tokens"],
         "whole_val_loss": losses[1],
         "predicted": budget["predicted_val_loss"],
         "law_loss": budget["law_loss"],

@@ -16,7 +16,6 @@ from benchmarks.common import ROOT
 from nanoforge.training.budget import LAW, Law, Pilot, Shape, calibrate
 from pilot import MIN_PILOT_STEPS
 
-UNIQUE = {"stdlib_char": 2_608_061, "shakespeare_char": 1_003_854, "book": 3_868_415}  # tokens of budget_cpu.json's
 PILOTS, RUN = (19_968, 109_568), 2_498_560  # tokens: two pilots of a text, and the run that they predict
 EVAL_TOKENS = 65_536  # of theirs
 NOISE = 0.01  # of a loss: larger errors count less
@@ -51,7 +50,7 @@ def read_runs() -> list[Run]:
             weights, step_tokens = Shape(n_layer, n_embd, 1).weights, batch_size * block_size
             tokens = row["steps"] * step_tokens
             if dropout == 0:
-                runs.append(Run(text, UNIQUE[text], row["eval_tokens"], weights, tokens, step_tokens, row["val_loss"]))
+                runs.append(Run(text, row["unique"], row["eval_tokens"], weights, tokens, step_tokens, row["val_loss"]))
     return [run for run in runs if run.tokens >= MIN_PILOT_STEPS * run.step_tokens]
 
 

@@ -25,7 +25,7 @@ PACKAGES = {r"--lm_eval": "lm_eval", r"reasoning_gym": "reasoning_gym", r"--send
 NOT_RUN = {
     r"python data/shakespeare_char/prepare\.py\)": "in (cd ../nanoGPT && ...): nanoGPT's own script",
     r"\.\./nanoGPT/config/": "a file of nanoGPT: tests/core/test_configurator.py reads those",
-    r"benchmarks\.(ablation|budget|growth)": "hours of measurements",
+    r"benchmarks\.(ablation|budget|growth)\b": "hours of measurements",
 }
 
 
