@@ -11,6 +11,7 @@ the budget gives it, so it is given every chance.
 """
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -44,6 +45,7 @@ COLUMNS = (
     "seconds",
 )
 CHOICE = "--time_budget"  # the run to which the others are compared
+NEARLY = 1.015  # times the best loss: a batch that may be the best in a longer time
 
 
 @arg_group
@@ -148,22 +150,21 @@ def describe(results: Figures) -> str:
 
 def likely_names(results: Figures, dataset: str, minutes: float) -> set[str]:
     """The configurations by hand that may be the best: by the next shorter time the best size and the one after it in
-    SIZES, but for batches that were over a tenth behind the best one of their size; all without a shorter time."""
-    times = sorted(
-        (float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")), reverse=True
-    )
-    shorter = [results[f"{dataset}, {time:g}"] for time in times if time < minutes]  # the next one first
-    by_hand = [{name: run["val_loss"] for name, run in runs.items() if name != CHOICE} for runs in shorter]
-    if not any(by_hand):
+    SIZES, with the batches that were nearly as good as the best one at the best size; all without a shorter time."""
+    times = [float(case.rpartition(", ")[2]) for case in results if case.startswith(f"{dataset}, ")]
+    for time in sorted((time for time in times if time < minutes), reverse=True):
+        runs = results[f"{dataset}, {time:g}"]
+        losses = {name: run["val_loss"] for name, run in runs.items() if name != CHOICE}
+        if losses:
+            break
+    else:
         return {name for name, _ in configurations()}
-    losses = next(filter(None, by_hand))
-    number = list(SIZES).index(min(losses, key=lambda name: losses[name]).partition(", ")[0])
-    likely = set()
-    for size in list(SIZES)[number : number + 2]:
-        of_size = [{name: loss for name, loss in runs.items() if name.startswith(f"{size}, ")} for runs in by_hand]
-        newest = next(filter(None, of_size), {})
-        likely |= {name for name, loss in newest.items() if loss <= 1.1 * min(newest.values())}
-    return likely
+    best_size = min(losses, key=lambda name: losses[name]).partition(", ")[0]
+    number = list(SIZES).index(best_size)
+    likely = {
+        batch for batch in BATCHES if losses.get(f"{best_size}, {batch}", math.inf) <= NEARLY * min(losses.values())
+    }
+    return {f"{size}, {batch}" for size in list(SIZES)[number : number + 2] for batch in likely}
 
 
 def run_missing(args: Args, minutes: float, results: Figures, path: Path, pool: ThreadPoolExecutor) -> None:
