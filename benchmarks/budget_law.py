@@ -13,11 +13,12 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from benchmarks.common import ROOT
-from nanoforge.training.budget import LAW, Law, Pilot, Shape, calibrate
-from pilot import MIN_PILOT_STEPS
+from nanoforge.training.budget import LAW, Law, Pilot, Shape, block_tokens, calibrate
+from pilot import MIN_PILOT_CONTEXT, MIN_PILOT_STEPS
 
 PILOTS, RUN = (19_968, 109_568), 2_498_560  # tokens: two pilots of a text, and the run that they predict
 EVAL_TOKENS = 65_536  # of theirs
+MOST_OFF = 1.6  # a context over the rule's, or under it
 NOISE = 0.01  # of a loss: larger errors count less
 
 
@@ -30,7 +31,15 @@ class Run(NamedTuple):
     weights: int
     tokens: int
     step_tokens: int
+    block_size: int
     val_loss: float
+
+    @property
+    def is_of_the_law(self) -> bool:
+        """Whether it has enough steps, and about the context that the budget's rule gives it."""
+        context = max(MIN_PILOT_CONTEXT, block_tokens(self.tokens))
+        has_context = max(context / self.block_size, self.block_size / context) <= MOST_OFF
+        return has_context and self.tokens >= MIN_PILOT_STEPS * self.step_tokens
 
     def predicted(self, law: Law) -> float:
         """L."""
@@ -38,7 +47,7 @@ class Run(NamedTuple):
 
 
 def read_runs() -> list[Run]:
-    """The measured runs without dropout and with enough steps."""
+    """The measured runs of the law, without dropout."""
     runs = []
     for line in (ROOT / "benchmarks" / "budget_law.jsonl").read_text().splitlines():
         row: dict[str, Any] = json.loads(line)
@@ -47,11 +56,12 @@ def read_runs() -> list[Run]:
         text = case.rpartition(", ")[0]
         for row in rows.values():
             n_layer, n_embd, batch_size, block_size, dropout = row["shape"]
-            weights, step_tokens = Shape(n_layer, n_embd, 1).weights, batch_size * block_size
-            tokens = row["steps"] * step_tokens
             if dropout == 0:
-                runs.append(Run(text, row["unique"], row["eval_tokens"], weights, tokens, step_tokens, row["val_loss"]))
-    return [run for run in runs if run.tokens >= MIN_PILOT_STEPS * run.step_tokens]
+                weights, step_tokens = Shape(n_layer, n_embd, 1).weights, batch_size * block_size
+                size = {"weights": weights, "tokens": row["steps"] * step_tokens, "step_tokens": step_tokens}
+                own = {name: row[name] for name in ("unique", "eval_tokens", "val_loss")}
+                runs.append(Run(text=text, block_size=block_size, **size, **own))
+    return [run for run in runs if run.is_of_the_law]
 
 
 def fit_texts(law: Law, runs: Sequence[Run]) -> tuple[np.ndarray, dict[str, float]]:

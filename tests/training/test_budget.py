@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import TEXT, RunFiles, read_run, write_char_dataset
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 import pilot
 import train
 import train_args
+from benchmarks import budget_law
 from nanoforge.distributed import Ranks
 from nanoforge.training import budget
 from nanoforge.training.budget import Budget, Pilot, Plan, Shape, Speed, StepTime, Text, Work
@@ -58,22 +58,15 @@ def test_the_optimal_size_is_where_compute_is_best_spent(tokens: float):
     assert loss(1) <= min(loss(0.8), loss(1.25))
 
 
-def test_the_law_is_near_the_measured_runs():
-    """Of three texts, sizes from 98 k to 2.7 M weights and 0.01 to 14 epochs: with the offset and the scale of each."""
-    results = json.loads((Path(__file__).parents[2] / "benchmarks" / "budget_cpu.json").read_text())
-    for name in ("stdlib_char", "shakespeare_char", "book"):
-        laws, losses = [], []
-        for run in (run for case in results if case.startswith(f"{name}, ") for run in results[case].values()):
-            n_layer, n_embd, batch_size, block_size, dropout = run["shape"]
-            step_tokens = batch_size * block_size
-            if dropout == 0 and run["steps"] >= pilot.MIN_PILOT_STEPS and run["eval_tokens"] == 200_000:
-                weights = Shape(n_layer, n_embd, 1).weights
-                laws.append(budget.LAW.loss(weights, run["steps"] * step_tokens, run["unique"], step_tokens))
-                losses.append(run["val_loss"])
-        scale, offset = np.polyfit(laws, losses, 1)
-        errors = (offset + scale * np.array(laws)) / losses - 1
-        assert 0.6 < scale < 1.4 and len(losses) > 10
-        assert np.sqrt(np.mean(errors**2)) < 0.02 and np.abs(errors).max() < 0.045
+def test_the_law_is_that_of_the_measured_runs():
+    """Of ten texts; and its constants are those that the runs give."""
+    runs = budget_law.read_runs()
+    errors, scales = budget_law.fit_texts(budget.LAW, runs)
+    assert len(runs) > 100 and len(scales) == 10
+    assert budget_law.root_mean_square(errors) < 0.015 and abs(errors).max() < 0.06
+    fitted = budget_law.fit_law(runs)
+    for run in runs:
+        assert run.predicted(fitted) == pytest.approx(run.predicted(budget.LAW), rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
