@@ -68,7 +68,7 @@ class Law:
         return 1e6 * (size_part / self.size_scale) ** (-1 / self.exponent)
 
 
-LAW = Law(size_scale=0.500, exponent=0.205, start=12_600, batch_scale=39_600, epochs_worth=5.2)
+LAW = Law(size_scale=0.512, exponent=0.200, start=11_800, batch_scale=29_700, epochs_worth=2.9)
 
 
 class Pilot(NamedTuple):
