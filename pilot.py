@@ -27,11 +27,11 @@ from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
 FIRST_STEP_TOKENS = (2048, 256)
-FIRST_PILOT_SHARE, LAST_PILOT_SHARE = 0.01, 0.08  # of the budget
+LAST_PILOT_SHARE = 0.08  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MIN_PILOT_STEPS = 75  # with fewer it is worse than the law says
 MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # the smallest steps of the runs from which the law is
-MIN_PILOT_RATIO = 3  # of their tokens: nearer ones do not tell the text's scale
+PILOT_RATIO, MIN_PILOT_RATIO = 8, 3  # of their tokens: nearer ones do not tell the text's scale
 MAX_PILOT_TOKENS = 4e6  # more say nothing new
 MIN_PILOT_EVAL_TOKENS = 32768
 PILOT_EVAL_SHARE = 1 / 8  # of the last pilot's tokens, for the evaluation of each
@@ -160,7 +160,7 @@ class Bench:
             last = self.plan_pilot(shape, Budget(tokens=MAX_PILOT_TOKENS))
         if last is None:
             return []
-        first_tokens = max(MIN_PILOT_TOKENS, last.tokens * FIRST_PILOT_SHARE / LAST_PILOT_SHARE)
+        first_tokens = max(MIN_PILOT_TOKENS, last.tokens / PILOT_RATIO)
         first = self.plan_pilot(shape, Budget(tokens=first_tokens))
         if first is None or last.tokens < MIN_PILOT_RATIO * first.tokens or last.loss >= first.loss:
             return []
