@@ -68,7 +68,7 @@ class Law:
         return 1e6 * (size_part / self.size_scale) ** (-1 / self.exponent)
 
 
-LAW = Law(size_scale=0.512, exponent=0.200, start=11_800, batch_scale=29_700, epochs_worth=2.9)
+LAW = Law(size_scale=0.512, exponent=0.203, start=12_200, batch_scale=31_300, epochs_worth=2.0)
 
 
 class Pilot(NamedTuple):
@@ -198,6 +198,7 @@ SMALL_STEP = 32  # a step of this part of the critical batch is small
 PRIOR_WEIGHT = 0.1  # of the assumed speed of matrix products, beside a measured step
 FIT_ROUNDS = 300
 MAX_EPOCHS = 30.0  # beyond, a text has nothing more to give
+OVERFITS = 10  # Plan.overfitting above which dropout helps: at 7.5 it did not
 WEIGHTS_PER_TOKEN = 10  # of the text, at most: nanoGPT's model of Tiny Shakespeare, which overfits without dropout
 NEARLY = 0.002  # by so much of the lowest predicted loss a smaller model may be worse
 EVAL_SHARE = 0.06  # of the budget, at most, for evaluations
@@ -390,9 +391,9 @@ def best_plan(plans: list[Plan], budget: Budget, text: Text) -> Plan:
 
 def dropout(plan: Plan) -> float:
     """Dropout for a plan that overfits its text."""
-    if plan.overfitting <= 2:
+    if plan.overfitting <= OVERFITS:
         return 0.0
-    return 0.1 if plan.overfitting <= 8 else 0.2
+    return 0.1 if plan.overfitting <= 2 * OVERFITS else 0.2
 
 
 def derive_args(plan: Plan, text: Text, fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,7 +414,7 @@ def derive_args(plan: Plan, text: Text, fixed: Mapping[str, Any]) -> dict[str, A
     values["muon_learning_rate"] = depth.round_to_digits(depth.muon_lr(plan.tokens))
 
     # 2. Against overfitting; evaluations.
-    overfits = plan.overfitting > 8
+    overfits = plan.overfitting > OVERFITS
     all_eval_tokens = EVAL_SHARE * plan.tokens * 3 / 2  # of a split: forward alone, of both splits
     n_evaluations = int(all_eval_tokens / MIN_EVAL_TOKENS) - 1  # besides the first one, of the initial weights
     n_evaluations = max(1, min(n_evaluations, 2 * N_EVALUATIONS if overfits else N_EVALUATIONS))
