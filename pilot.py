@@ -39,7 +39,7 @@ SPEED_SHARE = 0.003  # of the budget, for each size whose speed is measured
 MAX_SPEED_SECONDS = 3.0
 WARM_UP_STEPS = 2
 LEAST_SHARE = 0.1  # of a time budget, for which a run is planned, however long measuring took
-MEASURING_SHARE = 0.08  # of a time budget: no further trial begins after it
+MEASURING_SHARE = 0.08  # of a time budget: after it no other size is measured, and no pilots are begun
 N_SIZES = 2  # whose speed is measured, besides the pilot's
 
 
