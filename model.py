@@ -169,6 +169,9 @@ class RMSNormCPU(torch.autograd.Function):
         return (y * (projection * -scale)).addcmul_(grad, scale), None
 
 
+FEW_NUMBERS = 2**14  # for fewer, a CPU needs longer to start operations than to compute
+
+
 class PlainRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), without a learned gain (Zhang and Sennrich 2019)."""
 
@@ -178,7 +181,7 @@ class PlainRMSNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or x.numel() > FEW_NUMBERS):
             return RMSNormCPU.apply(x, self.eps)
         return F.rms_norm(x, (self.width,), eps=self.eps)
 

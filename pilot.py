@@ -27,7 +27,7 @@ from train_args import BUDGETS, TrainArgs
 
 PILOT_LAYERS = 2
 FIRST_STEP_TOKENS = (2048, 256)
-LAST_PILOT_SHARE = 0.08  # of the budget
+LAST_PILOT_SHARE = 0.045  # of the budget
 MIN_PILOT_TOKENS = 2e4  # with fewer it says nothing of the text
 MIN_PILOT_STEPS = 75  # with fewer it is worse than the law says
 MIN_PILOT_CONTEXT, MIN_PILOT_ROWS = 64, 4  # the smallest steps of the runs from which the law is

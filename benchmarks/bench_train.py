@@ -30,7 +30,7 @@ from nanoforge.run_dir import RunRecord
 from nanoforge.training import logger
 
 PROFILED_STEPS = 10
-MATMUL_SIZES = {"cpu": (512, 768, 1024, 2048), "cuda": (4096, 8192)}
+MATMUL_SIZES = {"cpu": (384, 512, 768, 1024, 2048), "cuda": (4096, 8192)}
 
 
 def measure(session: Session) -> Iterator[tuple[str, Figures]]:

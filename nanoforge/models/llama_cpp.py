@@ -150,7 +150,7 @@ class LlamaCpp:
             else:
                 groups.append([request])
         longest = max(len(self._context(request)) + request.sampling.max_new_tokens for request in requests)
-        self._make_room(max(map(len, groups)), longest)
+        self.make_room(max(map(len, groups)), longest)
         for group in groups:
             shown = on_token if group[0] is requests[0] else None
             self._draw(group, shown)
@@ -216,7 +216,7 @@ class LlamaCpp:
             **n_probs,
         }
 
-    def _make_room(self, n_slots: int, length: int) -> None:
+    def make_room(self, n_slots: int, length: int) -> None:
         """Start the server, unless it runs with room for so many sequences of this length."""
         length = min(length, self.block_size + 1)
         if self.server is not None and n_slots <= self.n_slots and length <= self.length:
