@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose modules have names of packages
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder, whose modules have names of packages
 
 import configurator
 from benchmarks import common

@@ -203,6 +203,7 @@ MEASURES: dict[str, Callable[[Args, str, list[str], Path], Iterator[tuple[str, F
 def main(args: Args) -> None:
     """Measure the sections, and write each figure as soon as it is there."""
     path = Path(args.out) / "open_model_cpu.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     results: Figures = json.loads(path.read_text()) if path.exists() else {}
     dtypes = ["float32", "bfloat16"] if find_bfloat16_units(torch.device("cpu")) else ["float32"]
     with tempfile.TemporaryDirectory(prefix="bench") as name:

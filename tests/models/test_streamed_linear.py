@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from helpers import tiny_model
 
 from nanoforge.models import adapters, streamed_linear
-from nanoforge.models.generation import SamplingParams, generate_batch, uniform_draws
+from nanoforge.models.generation import SamplingParams, decoding_copy, generate_batch, uniform_draws
 from nanoforge.models.streamed_linear import (
     MAX_ROWS,
     MAX_STREAMED,
     TILE_WIDTH,
+    PackedLinear,
     StreamedLinear,
+    can_pack,
+    load_library,
     stream_linears,
     streamed_copy,
 )
@@ -39,6 +42,43 @@ def test_products_are_pytorchs(weight_dtype: torch.dtype, dtype: torch.dtype, ro
         torch.testing.assert_close(layer(x), exact, atol=tolerance, rtol=1.6e-2)
     if dtype == weight_dtype:
         torch.testing.assert_close(layer(x[:2]), F.linear(x[:2], weight, bias), atol=1e-5, rtol=1.6e-2)
+
+
+needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no bfloat16 instructions")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("rows", "cols"), [(64, 32), (7, 33), (1, 1), (13, 600)])
+def test_packed_products_are_pytorchs(rows: int, cols: int):
+    weight, bias = (torch.randn(shape).to(torch.bfloat16) for shape in ((rows, cols), (rows,)))
+    with torch.inference_mode():
+        for layer_bias in (bias, None):
+            layer = PackedLinear(weight, layer_bias, one_row=None)
+            for batch in (1, 2, 16, 17, 200):
+                x = torch.randn(cols, batch).to(torch.bfloat16).T[:, None]  # not contiguous
+                torch.testing.assert_close(layer(x), F.linear(x, weight, layer_bias), atol=1e-2, rtol=1.6e-2)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("max_cached", [0, 10**6])
+@pytest.mark.parametrize("adapter", ["", "lora"])
+def test_a_packed_copy_computes_the_same(max_cached: int, adapter: str, monkeypatch: pytest.MonkeyPatch):
+    """With bfloat16 weights, tied or with a LoRA: one row is streamed where all weights stay in the cache."""
+    monkeypatch.setattr(streamed_linear, "MAX_CACHED", max_cached)
+    model = tiny_model(bias=True, tie_weights=True).eval()
+    model.compute_dtype = torch.bfloat16
+    if adapter:
+        adapters.add_lora(model, ["qkv"], rank=2, alpha=4.0, dropout=0.0)
+        adapters.freeze_base(model)
+        model.blocks[0].attn.qkv.lora_B.data.normal_()
+    copied = streamed_copy(decoding_copy(model))
+    packed = [module for module in copied.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 4 * 2 + 1
+    assert all((layer.one_row is not None) == (max_cached > 0 and load_library() is not None) for layer in packed)
+    with torch.inference_mode():
+        for shape in ((1, 1), (1, 3), (7, 1), (16, 12)):
+            idx = torch.randint(31, shape)
+            torch.testing.assert_close(copied(idx), model(idx), atol=3e-2, rtol=3e-2)
 
 
 @needs_compiler
