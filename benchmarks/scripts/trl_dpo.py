@@ -46,7 +46,6 @@ def main() -> None:
                 learning_rate=1e-5,
                 save_strategy="no",
                 report_to="none",
-                logging_steps=1,
                 disable_tqdm=True,
             ),
             train_dataset=datasets.load_dataset("json", data_files=pairs, split="train"),

@@ -101,7 +101,7 @@ class LoraLinear(FrozenLinear):
         if self.dropout:  # without any, a graph serves training and evaluation
             x = F.dropout(x, self.dropout, self.training)
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return y + update * self.scale
+        return torch.add(y, update, alpha=self.scale)
 
 
 def add_lora(model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:

@@ -99,7 +99,7 @@ def find_function(kind: str, weight_dtype: torch.dtype, dtype: torch.dtype) -> C
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the layer
+# the layers
 
 
 class StreamedLinear(nn.Module):
@@ -151,7 +151,7 @@ def is_exact_in_bfloat16(weight: Tensor) -> bool:
 
 
 def stream_linears(model: nn.Module) -> None:
-    """Replace the model's linear layers, where a library can be built: for a model that is only sampled from, on a CPU.
+    """Replace the model's linear layers, where this CPU has faster ones: for a model that is only sampled from.
 
     Weights whose values bfloat16 has are kept in it, which changes no product and halves their bytes.
     """
@@ -164,8 +164,8 @@ def stream_linears(model: nn.Module) -> None:
 
 
 def streamed_copy(model: nn.Module) -> nn.Module:
-    """The model with streamed linear layers, where a library can be built; all tensors are shared. For decoding with a
-    model that is trained, on a CPU."""
+    """The model with faster linear layers, where this CPU has them: for decoding with a model that is trained. All
+    tensors are shared, but for packed weights."""
     linears = (nn.Linear, FrozenLinear)
     if not can_stream(model) or not any(isinstance(module, linears) for module in model.modules()):
         return model
@@ -176,11 +176,13 @@ def streamed_copy(model: nn.Module) -> nn.Module:
 
 
 def can_stream(model: nn.Module) -> bool:
+    """Whether there are faster layers for the model's compute dtype."""
     dtype: Any = model.compute_dtype
     return can_pack(dtype) or (dtype in NAMES and load_library() is not None)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed products are faster."""
     return dtype == torch.bfloat16 and bool(find_bfloat16_units(torch.device("cpu")))
 
 

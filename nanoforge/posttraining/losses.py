@@ -42,10 +42,21 @@ def pair_sums(values: Tensor, is_rejected: Tensor) -> Tensor:
     return torch.stack(((values * ~is_rejected).sum(1), (values * is_rejected).sum(1)), dim=1)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution, in nats: (B, T) from logits (B, T, V)."""
-    logps = logits.log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
+CACHED_LOGITS = 2**20  # float32 numbers that stay in a CPU's cache from one operation to the next
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the next-token distribution, in nats, float32: (B, T) from logits (B, T, V).
+
+    On a CPU a few tokens at a time: whole logits would go through memory at each operation.
+    """
+    tokens = logits.flatten(0, -2)
+    n_tokens = max(1, CACHED_LOGITS // logits.size(-1)) if logits.device.type == "cpu" else len(tokens)
+    entropies = []
+    for some in tokens.split(n_tokens):
+        logps = (some.float() / temperature).log_softmax(-1)
+        entropies.append(-(logps.exp() * logps).sum(-1))
+    return torch.cat(entropies).view(logits.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,10 +48,10 @@ def token_metrics(model: nn.Module, batch: Batch, temperature: float = 1.0) -> M
 
     A forward pass of its own, so that logging changes nothing that is learned.
     """
-    logits = model(batch.idx, **position_kwargs(batch)).float() / temperature  # (B, T, V)
+    logits = model(batch.idx, **position_kwargs(batch))  # (B, T, V)
     loss_mask = batch.extras["loss_mask"]
     return {
-        "entropy": sum_and_count(losses.entropy(logits), loss_mask),
+        "entropy": sum_and_count(losses.entropy(logits, temperature), loss_mask),
         "mean_token_accuracy": sum_and_count(logits.argmax(-1) == batch.targets, loss_mask),
     }
 

@@ -16,7 +16,7 @@ from helpers import TEXT, ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_sc
 import bench
 import configurator
 from bench import parse
-from benchmarks import gpu, prepare_gpu
+from benchmarks import gpu, open_model, prepare_gpu
 from benchmarks.bench_race import held_out_loss, typical_first
 from benchmarks.common import CASES, SCRIPTS, ProcessResult, compare, run_process, take_turns
 from benchmarks.gpu_rows import ROWS, Row, RowFailedError, windows_of
@@ -283,6 +283,28 @@ def test_sampling_in_turn_with_transformers(peer: Path, tmp_path: Path):
     section = json.loads((tmp_path / "cpu.json").read_text())["sample (hf)"]
     assert section["batch of 16"]["ours"]["ratio"] > 0
     assert "peer" not in section["past the block"]
+
+
+@pytest.mark.slow
+def test_an_open_model_beside_other_programs(tmp_path: Path):
+    """All sections with a tiny model, in a process that other ones are forked from."""
+    for package in ("transformers", "trl", "peft", "xllamacpp", "gguf"):
+        pytest.importorskip(package)
+    model = tmp_path / "tiny"
+    open_model.write_random_gpt2(model, n_layer=1, n_embd=16, n_head=2)
+    flags = [f"--model={model}", "--pairs=1", "--steps=10", f"--out={tmp_path}/results"]
+    code = (
+        "import configurator; from benchmarks import open_model, rehearsal; rehearsal.start();"
+        f"configurator.run(open_model.main, configurator.parse(open_model.Args, {flags}, ''))"
+    )
+    done = fork_to_end(exec, code)
+    assert not done.returncode, done.stderr
+    results = json.loads((tmp_path / "results/open_model_cpu.json").read_text())
+    assert results.keys() == {f"{section}, tiny" for section in open_model.SECTIONS}
+    assert results["dpo, tiny"]["float32"]["ours"]["ratio"] > 0
+    assert results["rollouts, tiny"]["float32"]["ours"]["ratio"] > 0
+    for part in ("prefill", "decode"):
+        assert {"ours, float32", "--engine=llama.cpp, float16", "peer"} <= results["one, tiny"][part].keys()
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
