@@ -124,7 +124,7 @@ def describe_setup(script: str) -> dict[str, Any]:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = [re.sub(r"^(--(peer|data_dir|out)=).*/(.)", r"\1\3", arg) for arg in sys.argv[1:]]
+    command = [re.sub(r"^(--(peer|data_dir|out|model)=).*/(.)", r"\1\3", arg) for arg in sys.argv[1:]]
     return {
         "cores": cores,
         "python": platform.python_version(),

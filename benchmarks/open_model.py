@@ -77,7 +77,7 @@ def check(args: Args, source: dict[str, str]) -> Iterator[str]:
         if "dpo" in args.sections or "rollouts" in args.sections:
             yield f"--model={RANDOM_GPT2}: is for --sections=one"
     elif not (Path(args.model) / "config.json").exists():
-        yield f"--model={args.model}: no model in Hugging Face's layout; export.py hf writes one"
+        yield f"--model={args.model}: no such file: {args.model}/config.json; export.py hf writes such a folder"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from nanoforge.data.batches import Batch
 from nanoforge.data.tokenization import CharTokenizer
 from nanoforge.distributed import Ranks
 from nanoforge.errors import UserError
-from nanoforge.posttraining import reference
+from nanoforge.posttraining import losses, reference
 from nanoforge.posttraining.examples import (
     Collator,
     Example,
@@ -653,9 +653,13 @@ def test_grpo_equals_trls(loss_type, level, beta):
 # the metrics of a real model
 
 
+@pytest.mark.parametrize("cached_logits", [1, 70, 2**20])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_entropy_and_accuracy_are_those_of_the_distribution(temperature):
-    """torch.distributions is the witness."""
+def test_entropy_and_accuracy_are_those_of_the_distribution(
+    temperature: float, cached_logits: int, monkeypatch: pytest.MonkeyPatch
+):
+    """torch.distributions is the witness, whether one, some or all tokens are looked at together."""
+    monkeypatch.setattr(losses, "CACHED_LOGITS", cached_logits)
     model, batch = tiny_model().eval(), batch_of([3, 5, 2])
     batch.tokens[:, :2] = 30
     metrics = token_metrics(model, batch, temperature)
