@@ -103,8 +103,10 @@ def write_random_gpt2(folder: Path, n_layer: int = 6, n_embd: int = 384, n_head:
     import transformers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([(ROOT / "model.py").read_text()], vocab_size=512)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    end = "<|endoftext|>"
+    tokenizer.train_from_iterator([(ROOT / "model.py").read_text()], vocab_size=512, special_tokens=[end])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=end, pad_token=end)
+    wrapped.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "n_positions": 256, "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
     config = transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)  # type: ignore[arg-type]

@@ -104,7 +104,12 @@ def by_llama_cpp(model: str, dtype: str) -> tuple[Complete, int, int]:
     def complete(prompts: list[list[int]], n_new: int) -> None:
         body = {"prompt": prompts[0], "n_predict": n_new, "temperature": 0.0}
         replies: list[dict[str, Any]] = []
-        engine.server.handle_completions(body, lambda reply: replies.append(reply) or True)
+
+        def take(reply: dict[str, Any]) -> bool:
+            replies.append(reply)
+            return True
+
+        engine.server.handle_completions(body, take)
         assert replies[0]["usage"]["completion_tokens"] == n_new, replies
 
     return complete, config.block_size, sum(config.vocab_sizes)
