@@ -5,7 +5,7 @@
 
 - dpo: a LoRA of rank 8 on all linear layers; 4 pairs of a prompt of 40 words and completions of 60. Ours is the mean of
   the steps between the last two lines, TRL's the median after its first five.
-- rollouts: 4 completions of 64 tokens of each of 4 prompts, drawn at once.
+- rollouts: 4 completions of 65 tokens of each of 4 prompts, drawn at once.
 - one: one greedy sequence: tokens a second of reading a prompt of 256 and of decoding 64.
 
 The programs take turns, each in processes of its own, on the same rows and weights; a section's `peer` is the one that
@@ -60,7 +60,7 @@ class OpenModelArgs:
     model: str = arg("", f"folder of an open model, or {RANDOM_GPT2}", path=True)
     sections: tuple[str, ...] = arg(SECTIONS, "what to measure", choices=SECTIONS)
     pairs: int = arg(3, "times that each side runs, in turn", low=1)
-    steps: int = arg(2 * LOG_INTERVAL, "steps of DPO, a multiple of 10", low=LOG_INTERVAL)
+    steps: int = arg(LOG_INTERVAL, "steps of DPO, a multiple of 10", low=LOG_INTERVAL)
     out: str = arg("benchmarks", "folder of the results", path=True)
 
 

@@ -140,9 +140,9 @@ def main() -> None:
         return [torch.randint(vocab_size, (length,)).tolist() for length in lengths]
 
     complete(new_prompts(), N_DECODED)
-    read = statistics.median(seconds(complete, new_prompts(), 1) for _ in range(REPETITIONS))
     both = statistics.median(seconds(complete, new_prompts(), 1 + N_DECODED) for _ in range(REPETITIONS))
     if task == "one":
+        read = statistics.median(seconds(complete, new_prompts(), 1) for _ in range(REPETITIONS))
         figures = {"prefill": n_read / read, "decode": N_DECODED / (both - read)}
     else:
         figures = {"tokens_per_second": len(lengths) * N_COMPLETIONS * (1 + N_DECODED) / both}
