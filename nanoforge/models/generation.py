@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from nanoforge import rng
 from nanoforge.device import varying_shapes
 from nanoforge.distributed import is_sharded
-from nanoforge.models.streamed_linear import streamed_copy
+from nanoforge.models.streamed_linear import find_linears, replace_linears
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
@@ -154,16 +154,29 @@ def cast_weights(model: nn.Module) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def decoding_copy(model: nn.Module) -> nn.Module:
+def decoding_copy(model: nn.Module, *, streamed: bool = False) -> nn.Module:
     """A model that computes the same, with weights that are cast already, and whose blocks are not compiled: their
-    graphs are for training's shapes. All else is shared; without a difference it is the model itself."""
+    graphs are for training's shapes. All else is shared; without a difference it is the model itself.
+
+    streamed: with faster linear layers, where the CPU has them.
+    """
     dtype: Any = model.compute_dtype
-    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in castable_weights(model)}
+    linears = find_linears(model) if streamed else {}
+    replaced = set(linears.values())
+    read = {  # but for weights that faster layers are made of
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not (module in replaced and name == "weight")
+    }
+    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in castable_weights(model) if id(p) in read}
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if not (cast or is_compiled):
+    if not (cast or is_compiled or replaced):
         return model
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared | cast)
+    copied = copy.deepcopy(model, shared | cast)
+    replace_linears(copied, list(linears), lambda weight: weight.to(dtype))
+    return copied
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,9 +543,8 @@ class Decoder:
     def __init__(self, model: nn.Module, any_rank: Callable[[bool], bool] = bool, *, compiled: bool = False):
         """any_rank: whether something holds on this rank -> whether it holds on any, for sharded models."""
         self.device = device_of(model)
-        self.model = model if is_sharded(model) else decoding_copy(model)
-        if self.device.type == "cpu" and not compiled and not is_sharded(model):
-            self.model = streamed_copy(self.model)
+        streamed = self.device.type == "cpu" and not compiled
+        self.model = model if is_sharded(model) else decoding_copy(model, streamed=streamed)
         self.any_rank, self.compiled = any_rank, compiled
         self.is_static = self.device.type == "cuda" or compiled
         self.is_replayed = self.device.type == "cuda" and not is_sharded(model)  # no graph has collectives

@@ -9,7 +9,6 @@ A processor that multiplies bfloat16 matrices itself, as Intel's with AMX, is fa
 memory as it wants them: PyTorch moves them there at every product, `PackedLinear` once.
 """
 
-import copy
 import ctypes
 import functools
 import hashlib
@@ -18,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +104,8 @@ def find_function(kind: str, weight_dtype: torch.dtype, dtype: torch.dtype) -> C
 class StreamedLinear(nn.Module):
     """A linear layer, (..., in) -> (..., out), without gradients."""
 
+    needs_exact_weights = True  # they are read in the dtype that they have
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
@@ -159,26 +160,7 @@ def stream_linears(model: nn.Module) -> None:
     def halve(weight: Tensor) -> Tensor:
         return weight.to(torch.bfloat16) if is_exact_in_bfloat16(weight) else weight
 
-    if can_stream(model):
-        replace_linears(model, halve)
-
-
-def streamed_copy(model: nn.Module) -> nn.Module:
-    """The model with faster linear layers, where this CPU has them: for decoding with a model that is trained. All
-    tensors are shared, but for packed weights."""
-    linears = (nn.Linear, FrozenLinear)
-    if not can_stream(model) or not any(isinstance(module, linears) for module in model.modules()):
-        return model
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, shared)
-    replace_linears(copied, lambda weight: weight)
-    return copied
-
-
-def can_stream(model: nn.Module) -> bool:
-    """Whether there are faster layers for the model's compute dtype."""
-    dtype: Any = model.compute_dtype
-    return can_pack(dtype) or (dtype in NAMES and load_library() is not None)
+    replace_linears(model, list(find_linears(model)), halve)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -186,12 +168,21 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(find_bfloat16_units(torch.device("cpu")))
 
 
-def replace_linears(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Replace linear layers, and the products of frozen ones, unless these are quantized."""
-    linears: dict[str, nn.Linear | FrozenLinear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, FrozenLinear) and not module.is_quantized):
-            linears[name] = module
+def find_linears(model: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
+    """The linear layers, by name, that this CPU has faster ones for: not those that are quantized."""
+    dtype: Any = model.compute_dtype
+    if not (can_pack(dtype) or (dtype in NAMES and load_library() is not None)):
+        return {}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, FrozenLinear) and not module.is_quantized)
+    }
+
+
+def replace_linears(model: nn.Module, names: Sequence[str], convert: Callable[[Tensor], Tensor]) -> None:
+    """Put faster layers, of the converted weights, in the place of these linear layers and of frozen ones' products."""
+    linears: Any = {name: model.get_submodule(name) for name in names}
     dtype: Any = model.compute_dtype
     packs = can_pack(dtype)
     is_cached = sum(linear.weight.numel() for linear in linears.values()) <= MAX_CACHED

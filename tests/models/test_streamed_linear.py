@@ -20,7 +20,6 @@ from nanoforge.models.streamed_linear import (
     can_pack,
     load_library,
     stream_linears,
-    streamed_copy,
 )
 
 needs_compiler = pytest.mark.skipif(streamed_linear.load_library() is None, reason="no C compiler with OpenMP here")
@@ -71,7 +70,7 @@ def test_a_packed_copy_computes_the_same(max_cached: int, adapter: str, monkeypa
         adapters.add_lora(model, ["qkv"], rank=2, alpha=4.0, dropout=0.0)
         adapters.freeze_base(model)
         model.blocks[0].attn.qkv.lora_B.data.normal_()
-    copied = streamed_copy(decoding_copy(model))
+    copied = decoding_copy(model, streamed=True)
     packed = [module for module in copied.modules() if isinstance(module, PackedLinear)]
     assert len(packed) == 4 * 2 + 1
     assert all((layer.one_row is not None) == (max_cached > 0 and load_library() is not None) for layer in packed)
@@ -91,7 +90,8 @@ def test_a_model_samples_as_before(monkeypatch: pytest.MonkeyPatch):
             model.blocks[0].mlp.up.weight.copy_(model.blocks[0].mlp.up.weight.to(torch.bfloat16))
         streamed = copy.deepcopy(model)
         stream_linears(streamed)
-        assert streamed.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+        for kept in (streamed, decoding_copy(streamed, streamed=True)):
+            assert kept.blocks[0].mlp.up.weight.dtype == torch.bfloat16
         assert streamed.head.weight.dtype == streamed.wte.weight.dtype == torch.float32
         for prompts in ([[1, 2, 3]], [[1, 2], [3, 4, 5]] * 4):
             ours = generate_batch(streamed, prompts, sampling, uniform_draws(1))
@@ -110,7 +110,7 @@ def test_a_copy_shares_all_tensors_and_computes_the_same(adapter: str):
         adapters.add_lora(model, ["qkv"], rank=2, alpha=4.0, dropout=0.0)
         adapters.freeze_base(model)
         model.blocks[0].attn.qkv.lora_B.data.normal_()
-    copied = streamed_copy(model)
+    copied = decoding_copy(model, streamed=True)
     assert not any(isinstance(module, StreamedLinear) for module in model.modules())
     assert sum(isinstance(module, StreamedLinear) for module in copied.modules()) == 4 * 2 + 1
     places = {parameter.data_ptr() for parameter in model.parameters()}
