@@ -16,7 +16,7 @@ from helpers import TEXT, ScriptProcess, fork_to_end, gpt2_tokenizer_env, run_sc
 import bench
 import configurator
 from bench import parse
-from benchmarks import gpu, open_model, prepare_gpu
+from benchmarks import gpu, open_model, prepare_gpu, tokenization
 from benchmarks.bench_race import held_out_loss, typical_first
 from benchmarks.common import CASES, SCRIPTS, ProcessResult, compare, run_process, take_turns
 from benchmarks.gpu_rows import ROWS, Row, RowFailedError, windows_of
@@ -307,6 +307,40 @@ def test_an_open_model_beside_other_programs(tmp_path: Path):
     assert results["rollouts, tiny"]["float32"]["ours"]["ratio"] > 0
     for part in ("prefill", "decode"):
         assert {"ours, float32", "--engine=llama.cpp, float16", "peer"} <= results["one, tiny"][part].keys()
+
+
+TOKENIZES = """
+import datasets, os, sys, numpy, tiktoken
+
+encoding = tiktoken.get_encoding("gpt2")
+rows = datasets.load_dataset("openwebtext", num_proc=1)["train"]
+ids = [token for text in rows["text"] for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
+for name, part in (("train.bin", ids[5:]), ("val.bin", ids[:5])):
+    numpy.array(part, dtype=numpy.uint16).tofile(os.path.join(os.path.dirname(__file__), name))
+"""
+
+
+def test_tokenization_beside_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All sides count the same tokens; one that leaves a token out is not compared."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_tokenizer_env()["TIKTOKEN_CACHE_DIR"])
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.py").write_text(TEXT[100 * number :])
+    script = tokenization.nanogpt_script(str(tmp_path))
+    script.parent.mkdir(parents=True)
+    script.write_text(TOKENIZES)
+    flags = [f"--peer={tmp_path}", f"--input={tmp_path}/text", "--text_mb=1", "--pairs=1", f"--out={tmp_path}/results"]
+    tokenization.main(configurator.parse(tokenization.Args, flags, ""))
+    results = json.loads((tmp_path / "results" / "tokenization_cpu.json").read_text())
+    assert results["text_mb"] == 1 and results["rounds_of_the_files"] > 1 and results["tokens"] > 2e5
+    for side in ("a loop over tiktoken", "nanoGPT's script"):
+        assert results[side]["seconds"]["ours"]["ratio"] > 0 < results[side]["peak_mb"]["ours"]["ratio"]
+
+    loop = [str(SCRIPTS / "tokenize_text.py"), str(tmp_path / "rows.jsonl"), "FOLDER"]
+    tokenization.write_rows(tmp_path / "rows.jsonl", tmp_path / "text", 1)
+    with pytest.raises(UserError, match="another number of tokens"):
+        tokenization.measure(loop, tmp_path, {results["tokens"] - 1})
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ NEEDS_NETWORK = re.compile(r"pip install|curl |HuggingFaceTB/|out/smol")  # comm
 # Commands that tests of their own run: what is in the command -> the file of the tests.
 RUN_ELSEWHERE = {
     r"\bbench\.py|prepare_gpu|gpu\.py --(stage|rehearse)": "tests/core/test_bench.py",  # beside a stand-in for nanoGPT
-    r"benchmarks\.open_model": "tests/core/test_bench.py",
+    r"benchmarks\.(open_model|tokenization)": "tests/core/test_bench.py",
     r"--completion": "tests/core/test_completion.py",
     r"docs/generate": "tests/docs/test_pages.py",
 }
