@@ -377,21 +377,28 @@ def format_p(p: float) -> str:
 
 
 def describe_prediction(prediction: scaling.Prediction, key: str) -> str:
-    text = f"The predicted loss of the next size, {prediction.x:.3g} {UNITS[key]}, is {prediction.loss:.4f}"
+    return (
+        f"The predicted loss of the next size, {prediction.x:.3g} {UNITS[key]}, is {prediction.loss:.4f}"
+        f"{describe_interval(prediction)}."
+    )
+
+
+def describe_interval(prediction: scaling.Prediction) -> str:
     if prediction.low is None:
-        return f"{text}."
-    return f"{text} (95 % of runs: {prediction.low:.4f} to {prediction.high:.4f})."
+        return ""
+    return f" (95 % of runs: {prediction.low:.4f} to {prediction.high:.4f})"
 
 
 def describe_check(check: scaling.Check | None) -> list[str]:
     """A sentence about the largest size as the smaller ones predict it; none where there are too few."""
     if check is None:
         return []
-    error = format_percent(abs(check.predicted / check.reached - 1))
+    predicted = check.predicted
+    error = format_percent(abs(predicted.loss / check.reached - 1))
     floor = f"with a floor of {check.law.floor:.3f}" if check.law.floor else "without a floor"
     return [
-        f"Check: a law fitted to the {check.n_sizes} smaller sizes alone, {floor}, predicts {check.predicted:.4f} for "
-        f"the largest; its mean is {check.reached:.4f}, {error} off."
+        f"Check: a law fitted to the {check.n_sizes} smaller sizes alone, {floor}, predicts {predicted.loss:.4f}"
+        f"{describe_interval(predicted)} for the largest; its mean is {check.reached:.4f}, {error} off."
     ]
 
 

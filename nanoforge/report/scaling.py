@@ -177,17 +177,21 @@ class Prediction(NamedTuple):
     high: float | None
 
 
+def predict(law: PowerLaw, x: float) -> Prediction:
+    """The loss at x."""
+    loss = float(law.loss(x))
+    margin = law.margin(x)
+    if margin is None:
+        return Prediction(x, loss, None, None)
+    factor = float(np.exp(margin[0]))
+    return Prediction(x, loss, loss / factor, loss * factor)
+
+
 def predict_next_size(law: PowerLaw, x: Sequence[float]) -> Prediction:
     """The loss at the largest x times the (geometric) mean ratio of the sizes."""
     sizes = sorted(set(x))
     mean_ratio = (sizes[-1] / sizes[0]) ** (1 / (len(sizes) - 1))
-    following = sizes[-1] * mean_ratio
-    loss = float(law.loss(following))
-    margin = law.margin(following)
-    if margin is None:
-        return Prediction(following, loss, None, None)
-    factor = float(np.exp(margin[0]))
-    return Prediction(following, loss, loss / factor, loss * factor)
+    return predict(law, sizes[-1] * mean_ratio)
 
 
 class Check(NamedTuple):
@@ -195,7 +199,7 @@ class Check(NamedTuple):
 
     law: PowerLaw
     n_sizes: int  # that it was fitted to
-    predicted: float
+    predicted: Prediction
     reached: float  # the mean loss
 
 
@@ -209,4 +213,4 @@ def predict_largest(x: Sequence[float], losses: Sequence[float]) -> Check | None
     if law is None:
         return None
     reached = [losses[i] for i in range(len(x)) if x[i] == largest]
-    return Check(law, len(set(x)) - 1, predicted=float(law.loss(largest)), reached=float(np.mean(reached)))
+    return Check(law, len(set(x)) - 1, predicted=predict(law, largest), reached=float(np.mean(reached)))

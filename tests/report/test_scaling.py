@@ -34,7 +34,8 @@ def test_few_sizes_have_no_floor():
     assert law.floor == 0
     assert law.exponent == pytest.approx(0.154)
     check = scaling.predict_largest(x, losses)
-    assert (check.n_sizes, check.predicted, check.reached) == (3, pytest.approx(losses[3]), pytest.approx(losses[3]))
+    assert check.n_sizes == 3
+    assert (check.predicted.loss, check.reached) == pytest.approx((losses[3], losses[3]))
     assert scaling.predict_largest(x[:3], losses[:3]) is None
 
 
@@ -53,7 +54,8 @@ def test_seeds_are_no_sizes() -> None:
     assert law.degrees_of_freedom == 6
     check = scaling.predict_largest(x, losses)
     slope, height = np.polyfit(np.log(x[:6]), np.log(losses[:6]), 1)
-    assert check.predicted == pytest.approx(math.exp(height + slope * math.log(x[-1])))
+    assert check.predicted.loss == pytest.approx(math.exp(height + slope * math.log(x[-1])))
+    assert check.predicted.low < check.predicted.loss < check.predicted.high
     assert check.reached == pytest.approx(losses[6:].mean())
 
 
