@@ -12,9 +12,12 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
+
+N_PARTS = 1024  # total_batches of nanoGPT's script
 
 
 def run_loop(rows: Path, folder: Path) -> None:
@@ -27,13 +30,19 @@ def run_loop(rows: Path, folder: Path) -> None:
 
 
 def run_nanogpt(rows: Path, folder: Path, script: Path) -> None:
-    """The script writes beside itself. Only what it loads by the name "openwebtext" is another dataset."""
+    """The script writes beside itself. What it loads by the name "openwebtext" is another dataset, and its validation
+    split has at least a row for each of the parts in which it is written."""
     os.environ["HF_HOME"] = str(folder / "huggingface")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
 
-    load_dataset = datasets.load_dataset
+    load_dataset, split = datasets.load_dataset, datasets.Dataset.train_test_split
+
+    def split_off(dataset: datasets.Dataset, test_size: float, **options: Any) -> datasets.DatasetDict:
+        return split(dataset, max(test_size, min(0.5, N_PARTS / len(dataset))), **options)
+
     datasets.load_dataset = lambda name, **options: load_dataset("json", data_files=str(rows), **options)
+    datasets.Dataset.train_test_split = split_off
     runpy.run_path(shutil.copy(str(script), str(folder)), run_name="__main__")
 
 

@@ -313,8 +313,10 @@ TOKENIZES = """
 import datasets, os, sys, numpy, tiktoken
 
 encoding = tiktoken.get_encoding("gpt2")
-rows = datasets.load_dataset("openwebtext", num_proc=1)["train"]
-ids = [token for text in rows["text"] for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
+rows = datasets.load_dataset("openwebtext", num_proc=1)["train"].train_test_split(test_size=0.0005, seed=1)
+assert len(rows["test"]) >= 1024  # as many parts as it is written in
+texts = [text for part in rows.values() for text in part["text"]]
+ids = [token for text in texts for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
 for name, part in (("train.bin", ids[5:]), ("val.bin", ids[:5])):
     numpy.array(part, dtype=numpy.uint16).tofile(os.path.join(os.path.dirname(__file__), name))
 """
