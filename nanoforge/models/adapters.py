@@ -55,10 +55,11 @@ class FrozenProduct(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """A linear layer of the base, whose weight may be quantized."""
 
-    streamed: nn.Module | None = None  # the same layer for decoding, without gradients
+    streamed: nn.Module | None  # the same layer for decoding, without gradients
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.streamed = None  # of the instance: a module's attribute of the class would hide what is assigned later
         weight: Any = linear.weight
         self.weight = weight  # (out, in), or what stands in its place
         self.bias = linear.bias

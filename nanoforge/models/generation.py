@@ -161,8 +161,7 @@ def decoding_copy(model: nn.Module, *, streamed: bool = False) -> nn.Module:
     streamed: with faster linear layers, where the CPU has them.
     """
     dtype: Any = model.compute_dtype
-    linears = find_linears(model) if streamed else {}
-    replaced = set(linears.values())
+    replaced = set(find_linears(model).values()) if streamed else set()
     read = {  # but for weights that faster layers are made of
         id(parameter)
         for module in model.modules()
@@ -175,7 +174,8 @@ def decoding_copy(model: nn.Module, *, streamed: bool = False) -> nn.Module:
         return model
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared | cast)
-    replace_linears(copied, list(linears), lambda weight: weight.to(dtype))
+    if replaced:
+        replace_linears(copied, lambda weight: weight.to(dtype))
     return copied
 
 

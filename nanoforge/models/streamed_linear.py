@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def stream_linears(model: nn.Module) -> None:
     def halve(weight: Tensor) -> Tensor:
         return weight.to(torch.bfloat16) if is_exact_in_bfloat16(weight) else weight
 
-    replace_linears(model, list(find_linears(model)), halve)
+    replace_linears(model, halve)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -169,20 +169,21 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
-    """The linear layers, by name, that this CPU has faster ones for: not those that are quantized."""
+    """The linear layers, by name, that this CPU has faster ones for: not those that are quantized, or replaced."""
     dtype: Any = model.compute_dtype
     if not (can_pack(dtype) or (dtype in NAMES and load_library() is not None)):
         return {}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, FrozenLinear) and not module.is_quantized)
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, FrozenLinear) and not module.is_quantized and module.streamed is None)
     }
 
 
-def replace_linears(model: nn.Module, names: Sequence[str], convert: Callable[[Tensor], Tensor]) -> None:
-    """Put faster layers, of the converted weights, in the place of these linear layers and of frozen ones' products."""
-    linears: Any = {name: model.get_submodule(name) for name in names}
+def replace_linears(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Put faster layers, of the converted weights, in the place of linear layers and of frozen ones' products."""
+    linears = find_linears(model)
     dtype: Any = model.compute_dtype
     packs = can_pack(dtype)
     is_cached = sum(linear.weight.numel() for linear in linears.values()) <= MAX_CACHED

@@ -322,6 +322,7 @@ for name, part in (("train.bin", ids[5:]), ("val.bin", ids[:5])):
 """
 
 
+@pytest.mark.slow
 def test_tokenization_beside_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All sides count the same tokens; one that leaves a token out is not compared."""
     pytest.importorskip("datasets")

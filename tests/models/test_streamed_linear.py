@@ -113,6 +113,10 @@ def test_a_copy_shares_all_tensors_and_computes_the_same(adapter: str):
     copied = decoding_copy(model, streamed=True)
     assert not any(isinstance(module, StreamedLinear) for module in model.modules())
     assert sum(isinstance(module, StreamedLinear) for module in copied.modules()) == 4 * 2 + 1
+    used = []
+    for module in copied.modules():
+        if isinstance(module, StreamedLinear):
+            module.register_forward_hook(lambda module, *_: used.append(module))
     places = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in copied.parameters()} == places
     for update in (0.0, 0.1):  # the copy sees what the model has learned
@@ -122,7 +126,10 @@ def test_a_copy_shares_all_tensors_and_computes_the_same(adapter: str):
             for shape in ((1, 3), (7, 1), (5, 4), (16, 12)):
                 idx = torch.randint(31, shape)
                 torch.testing.assert_close(copied(idx), model(idx), atol=1e-4, rtol=1e-4)
+    assert len(set(used)) == 4 * 2 + 1
     model(idx, idx).mean().backward()
+    stream_linears(model)
+    assert decoding_copy(model, streamed=True) is model  # nothing is replaced twice
 
 
 @pytest.mark.parametrize("failure", [OSError("no compiler"), subprocess.CalledProcessError(1, "cc")])
