@@ -187,14 +187,14 @@ def describe_step(report: Report, args: TrainArgs, torch: Any) -> None:
     """Precision, compilers, one timed step, and what fits into memory. Raises what fails."""
     import start
     from nanoforge import device, distributed
-    from nanoforge.models import streamed_linear
+    from nanoforge.models import cpu_kernels
 
     with distributed.join_ranks(args.device, args.rank_timeout) as ranks, start.explain_failures(args, ranks):
         dtype, reason = device.choose_dtype(args.dtype, ranks.device)
         report.say("precision", f"{str(dtype).removeprefix('torch.')} on {ranks.device} ({reason})")
         missing = device.missing_compiler(ranks.device)
         report.say("compiler", f"--compile needs {missing}" if missing else "--compile can work here")
-        if ranks.device.type == "cpu" and not streamed_linear.load_library():
+        if ranks.device.type == "cpu" and not cpu_kernels.load_library():
             report.say("compiler", "no C compiler: sampling on this CPU is slower")
         if missing and args.compile == "true":
             report.problem("compiler", f"--compile: needs {missing}; install it, or leave --compile out")

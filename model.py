@@ -180,10 +180,17 @@ class PlainRMSNorm(nn.Module):
         self.width = width
         self.eps = config.norm_eps
 
+    def gain(self, dtype: torch.dtype) -> Tensor | None:
+        """(width,)"""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and (torch.is_grad_enabled() or x.numel() > FEW_NUMBERS):
-            return RMSNormCPU.apply(x, self.eps)
-        return F.rms_norm(x, (self.width,), eps=self.eps)
+            y = RMSNormCPU.apply(x, self.eps)
+        else:
+            y = F.rms_norm(x, (self.width,), eps=self.eps)
+        gain = self.gain(x.dtype)
+        return y if gain is None else y * gain
 
 
 class RMSNorm(PlainRMSNorm):
@@ -193,8 +200,8 @@ class RMSNorm(PlainRMSNorm):
         super().__init__(config, width)
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.weight.to(x.dtype)
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
 
 
 class OffsetRMSNorm(PlainRMSNorm):
@@ -206,8 +213,8 @@ class OffsetRMSNorm(PlainRMSNorm):
         super().__init__(config, width)
         self.offset = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1.0 + self.offset.float()).to(x.dtype)
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        return (1.0 + self.offset.float()).to(dtype)
 
 
 NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
@@ -549,18 +556,21 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).split(self.qkv_sizes, dim=-1)
         parts = (self.q_norm(q), self.k_norm(k), v)
         q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, heads, T, D)
-        q = reading.rotate(q)
-        k = reading.rotate(k)
         if self.first_values is not None:  # value residual (Zhou et al. 2024)
             assert v1 is not None
             v = torch.lerp(v, v1, self.first_values.to(v.dtype))
         if self.gives_values:
             v1 = v
+        y = self.proj(self.attend(q, k, v, reading).transpose(1, 2).flatten(2))
+        return apply_dropout(y, self.dropout, training=self.training), v1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Tensor:
+        """The mean of the values of the keys that each query sees, weighted: (B, H, T, D)."""
+        q = reading.rotate(q)
+        k = reading.rotate(k)
         if reading.cache is not None:
             k, v = reading.cache.update(self.layer, k, v, reading.positions)
-        y = reading.attend(q, k, v, self.scale, self.dropout if self.dropout and self.training else 0.0)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return apply_dropout(y, self.dropout, training=self.training), v1
+        return reading.attend(q, k, v, self.scale, self.dropout if self.dropout and self.training else 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

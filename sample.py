@@ -216,6 +216,7 @@ from nanoforge.device import check_compiler, explain_out_of_memory, in_own_threa
 from nanoforge.errors import UserError
 from nanoforge.models import llama_cpp
 from nanoforge.models.context_text import ContextText, format_sample
+from nanoforge.models.cpu_kernels import stream_layers
 from nanoforge.models.generation import (
     Engine,
     Request,
@@ -225,7 +226,6 @@ from nanoforge.models.generation import (
     make_requests,
     uniform_draws,
 )
-from nanoforge.models.streamed_linear import stream_linears
 from nanoforge.models.text_stream import TextStream
 from nanoforge.models.token_table import format_tokens
 from nanoforge.posttraining import prompt_format
@@ -312,7 +312,7 @@ def prepare_model(args: SampleArgs, loaded: LoadedModel) -> None:
         check_compiler(device)
     cast_weights(loaded.model)
     if device.type == "cpu" and not args.compile:
-        stream_linears(loaded.model)
+        stream_layers(loaded.model)
 
 
 def sampling_params(args: SampleArgs, **options: Any) -> SamplingParams:

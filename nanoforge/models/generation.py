@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from nanoforge import rng
 from nanoforge.device import varying_shapes
 from nanoforge.distributed import is_sharded
-from nanoforge.models.streamed_linear import find_linears, replace_linears
+from nanoforge.models.cpu_kernels import find_linears, replace_layers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
@@ -94,9 +94,9 @@ def logits_to_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
     For temperatures above 0.
     """
-    logits = logits.float() - logits.amax(-1, keepdim=True)
-    if sampling.temperature != 1:
-        logits = logits / max(sampling.temperature, 1e-6)
+    logits = logits.float()
+    if sampling.temperature != 1:  # below their largest, for a temperature near 0
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if sampling.top_k:
         top = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values
         logits = logits.masked_fill(logits < top[:, -1:], float("-inf"))
@@ -158,7 +158,7 @@ def decoding_copy(model: nn.Module, *, streamed: bool = False) -> nn.Module:
     """A model that computes the same, with weights that are cast already, and whose blocks are not compiled: their
     graphs are for training's shapes. All else is shared; without a difference it is the model itself.
 
-    streamed: with faster linear layers, where the CPU has them.
+    streamed: with faster layers, where the CPU has them.
     """
     dtype: Any = model.compute_dtype
     replaced = set(find_linears(model).values()) if streamed else set()
@@ -175,7 +175,7 @@ def decoding_copy(model: nn.Module, *, streamed: bool = False) -> nn.Module:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared | cast)
     if replaced:
-        replace_linears(copied, lambda weight: weight.to(dtype))
+        replace_layers(copied, lambda weight: weight.to(dtype))
     return copied
 
 
