@@ -245,32 +245,23 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
     }
 
 
-def find_norms(model: nn.Module) -> dict[str, PlainRMSNorm]:
-    """The norms, by name, that this CPU has faster ones for: not those that are replaced."""
-    if not has_kernels(model.compute_dtype):  # type: ignore[arg-type]
-        return {}
-    replaced = {module.norm for module in model.modules() if isinstance(module, StreamedRMSNorm)}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PlainRMSNorm) and module not in replaced
-    }
-
-
 def replace_layers(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Put faster layers in the place of norms, of linear layers and of frozen ones' products, whose weights are
+    """Put faster layers in the place of attention, norms, linear layers and frozen ones' products, whose weights are
     converted."""
-    for module in list(model.modules()):
-        if isinstance(module, Attention):
-            module.__class__ = StreamedAttention
-    for name, norm in find_norms(model).items():
-        replace_module(model, name, StreamedRMSNorm(norm))
+    if not has_kernels(model.compute_dtype):  # type: ignore[arg-type]
+        return
     for name, linear in find_linears(model).items():
         streamed = StreamedLinear(convert(linear.weight.detach()), linear.bias)
         if isinstance(linear, FrozenLinear):
             linear.streamed = streamed
         else:
             replace_module(model, name, streamed)
+    replaced = {module.norm for module in model.modules() if isinstance(module, StreamedRMSNorm)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PlainRMSNorm) and module not in replaced:
+            replace_module(model, name, StreamedRMSNorm(module))
+        elif isinstance(module, Attention):
+            module.__class__ = StreamedAttention  # the same weights, another `attend`
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

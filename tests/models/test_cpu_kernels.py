@@ -135,19 +135,37 @@ def test_a_model_samples_as_before(monkeypatch: pytest.MonkeyPatch):
                 assert completion.logps == pytest.approx(other.logps, abs=1e-5)
 
 
-@needs_compiler
-@pytest.mark.parametrize("adapter", ["", "lora"])
-def test_a_copy_shares_all_tensors_and_computes_the_same(adapter: str):
-    """Also of frozen layers and of those with a LoRA; the model itself stays as it is, and learns on."""
-    model = tiny_model(bias=True, tie_weights=True).eval()
+def small_model(adapter: str) -> Any:
+    model = tiny_model(bias=True, tie_weights=True, norm="rmsnorm").eval()
     if adapter:
         adapters.add_lora(model, ["qkv"], rank=2, alpha=4.0, dropout=0.0)
         adapters.freeze_base(model)
         model.blocks[0].attn.qkv.lora_B.data.normal_()
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("adapter", ["", "lora"])
+def test_a_copy_in_bfloat16_computes_the_same(adapter: str):
+    model = small_model(adapter)
+    model.compute_dtype = torch.bfloat16
     copied = decoding_copy(model, streamed=True)
-    assert not any(isinstance(module, StreamedLinear) for module in model.modules())
-    assert sum(isinstance(module, StreamedLinear) for module in copied.modules()) == 4 * 2 + 1
-    assert sum(isinstance(module, StreamedAttention) for module in copied.modules()) == 2
+    assert any(isinstance(module, StreamedLinear) for module in copied.modules()) == has_kernels(torch.bfloat16)
+    with torch.inference_mode():
+        for shape in ((1, 1), (1, 3), (7, 1), (16, 12)):
+            idx = torch.randint(31, shape)
+            torch.testing.assert_close(copied(idx), model(idx), atol=3e-2, rtol=3e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("adapter", ["", "lora"])
+def test_a_copy_shares_all_tensors_and_computes_the_same(adapter: str):
+    """Also of frozen layers and of those with a LoRA; the model itself stays as it is, and learns on."""
+    model = small_model(adapter)
+    copied = decoding_copy(model, streamed=True)
+    assert not any(type(module).__name__.startswith("Streamed") for module in model.modules())
+    for kind, n in ((StreamedLinear, 4 * 2 + 1), (StreamedAttention, 2), (StreamedRMSNorm, 2 * 2 + 1)):
+        assert sum(isinstance(module, kind) for module in copied.modules()) == n
     used = []
     for module in copied.modules():
         if isinstance(module, StreamedLinear):
@@ -175,9 +193,11 @@ def test_without_a_library_a_model_stays_as_it_is(failure: Exception, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_kernels, "build_library", fail)
     monkeypatch.setattr(cpu_kernels, "load_library", cpu_kernels.load_library.__wrapped__)
-    model = tiny_model()
+    model = tiny_model(norm="rmsnorm").eval()
+    layers = [type(module) for module in model.modules()]
     stream_layers(model)
-    assert not any(isinstance(module, StreamedLinear) for module in model.modules())
+    assert [type(module) for module in model.modules()] == layers
+    assert decoding_copy(model, streamed=True) is model
     assert not list(tmp_path.rglob("*.so"))
 
 
