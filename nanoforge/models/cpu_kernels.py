@@ -162,14 +162,8 @@ class StreamedRMSNorm(nn.Module):
         x = x.contiguous()
         y = torch.empty_like(x)
         gain = self.norm.gain(x.dtype)
-        find_function("rms_norm", x.dtype)(
-            x.data_ptr(),
-            None if gain is None else gain.data_ptr(),
-            y.data_ptr(),
-            x.numel() // self.norm.width,
-            self.norm.width,
-            self.norm.eps,
-        )
+        places = [None if tensor is None else tensor.data_ptr() for tensor in (x, gain, y)]
+        find_function("rms_norm", x.dtype)(*places, x.numel() // self.norm.width, self.norm.width, self.norm.eps)
         return y
 
 
@@ -188,27 +182,11 @@ class StreamedAttention(Attention):
         keys_and_values = cache.layers[self.layer]
         cos, sin = reading.angles or (None, None)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
-        find_function("attend", q.dtype)(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            None if cos is None else cos.data_ptr(),
-            None if sin is None else sin.data_ptr(),
-            positions.data_ptr(),
-            keys_and_values.data_ptr(),
-            y.data_ptr(),
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            0 if cos is None or len(cos) < B else cos.stride(0),
-            B,
-            self.n_head,
-            self.n_kv_head,
-            cache.size,
-            self.head_dim,
-            self.span,
-            self.scale,
-        )
+        tensors = (q, k, v, cos, sin, positions, keys_and_values, y)
+        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        strides = [0 if tensor is None or len(tensor) < B else tensor.stride(0) for tensor in (q, k, v, cos)]
+        sizes = (B, self.n_head, self.n_kv_head, cache.size, self.head_dim, self.span)
+        find_function("attend", q.dtype)(*places, *strides, *sizes, self.scale)
         return y
 
 
