@@ -175,21 +175,25 @@ FEW_NUMBERS = 2**14  # for fewer, a CPU needs longer to start operations than to
 class PlainRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), without a learned gain (Zhang and Sennrich 2019)."""
 
+    fused_norm: Callable[[Tensor, Tensor | None, float], Tensor] | None = None  # of x, gain, eps; without gradients
+
     def __init__(self, config: GPTConfig, width: int):
         super().__init__()
         self.width = width
         self.eps = config.norm_eps
 
     def gain(self, dtype: torch.dtype) -> Tensor | None:
-        """(width,)"""
+        """What the normalized values are multiplied by, (width,); None: by nothing."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain(x.dtype)
+        if self.fused_norm is not None:
+            return self.fused_norm(x, gain, self.eps)
         if x.device.type == "cpu" and (torch.is_grad_enabled() or x.numel() > FEW_NUMBERS):
             y = RMSNormCPU.apply(x, self.eps)
         else:
             y = F.rms_norm(x, (self.width,), eps=self.eps)
-        gain = self.gain(x.dtype)
         return y if gain is None else y * gain
 
 
@@ -525,6 +529,9 @@ class Reading:
 class Attention(nn.Module):
     """Causal self-attention with grouped heads."""
 
+    # As `attend`, for one token of each sequence after those in a cache; without gradients.
+    fused_attention: Callable[["Attention", Tensor, Tensor, Tensor, Reading], Tensor] | None = None
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -565,7 +572,9 @@ class Attention(nn.Module):
         return apply_dropout(y, self.dropout, training=self.training), v1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Tensor:
-        """The mean of the values of the keys that each query sees, weighted: (B, H, T, D)."""
+        """The weighted mean of the values that each query sees, (B, H, T, D)."""
+        if self.fused_attention is not None and reading.cache is not None and q.size(2) == 1:
+            return self.fused_attention(self, q, k, v, reading)
         q = reading.rotate(q)
         k = reading.rotate(k)
         if reading.cache is not None:

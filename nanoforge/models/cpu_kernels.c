@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef float float32;
@@ -327,7 +328,7 @@ ROTATE(bfloat16)
     static inline __attribute__((always_inline)) void attend_head_##X(                                                 \
         const float *queries, const X *keys, const X *values, X *y, int64_t group, int64_t n, int64_t size)            \
     {                                                                                                                  \
-        float scores[group][n], largest[group];                                                                        \
+        float(*scores)[n] = malloc(group * sizeof(*scores)), largest[group];                                           \
         for (int64_t r = 0; r < group; r++)                                                                            \
             largest[r] = -INFINITY;                                                                                    \
         for (int64_t j = 0; j < n; j++) {                                                                              \
@@ -355,7 +356,8 @@ ROTATE(bfloat16)
             for (int64_t i = 0; i < size; i++)                                                                         \
                 y[r * size + i] = write_##X(sums[i]);                                                                  \
         }                                                                                                              \
-    }                                                                                                                  \
+        free(scores);                                                                                                  \
+    }
 
 ATTEND_HEAD(float32)
 ATTEND_HEAD(bfloat16)
@@ -384,7 +386,7 @@ ATTEND_HEAD(bfloat16)
                 memcpy(values + position * size, v + b * v_stride + head * size, size * sizeof(X));                    \
                                                                                                                        \
                 /* 2. Rotate the queries that share them. */                                                           \
-                float queries[group][size];                                                         \
+                float queries[group][size];                                                                            \
                 for (int64_t r = 0; r < group; r++) {                                                                  \
                     X query[size];                                                                                     \
                     rotate_##X(q + b * q_stride + (head * group + r) * size, row_cos, row_sin, query, size);           \
@@ -392,7 +394,7 @@ ATTEND_HEAD(bfloat16)
                         queries[r][i] = read_##X(query[i]) * scale;                                                    \
                 }                                                                                                      \
                                                                                                                        \
-                /* 3. Attend to the keys that they see. */                                                             \
+                /* 3. Attend to the keys that they see. A size that the compiler knows is faster. */                   \
                 int64_t first = position < span ? 0 : position - span + 1, n = position + 1 - first;                   \
                 X *results = y + (b * n_head + head * group) * size;                                                   \
                 keys += first * size;                                                                                  \

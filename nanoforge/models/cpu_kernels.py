@@ -1,9 +1,10 @@
 """Layers for decoding on a CPU, written in C: they read their weights as fast as the memory gives them.
 
 A decoding step reads every weight once, so the bytes of the weights over the memory's bandwidth are the least time that
-it can take. PyTorch's product of one row reaches a part of that, and its product of 16 rows half of what the processor
-can compute; its RMSNorm passes over the memory several times. Here they are a few lines of C, cpu_kernels.c, which the
-machine's own compiler builds at the first use and a cache folder keeps. Without a compiler all stays PyTorch's.
+it can take. PyTorch's products of a few rows reach a part of that, its RMSNorm passes over the memory several times,
+and around the attention of one token it runs a dozen small operations. Here they are a few lines of C, cpu_kernels.c,
+which the machine's own compiler builds at the first use and a cache folder keeps. Without a compiler, and where they
+would be slower, all stays PyTorch's.
 """
 
 import ctypes
@@ -22,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, PlainRMSNorm, Reading
 from nanoforge.models.adapters import FrozenLinear
 
 MAX_STREAMED = 3  # rows of x for which the memory is the limit; more are computed in tiles
 MAX_VALUES = 2**16  # of these rows, which each thread keeps on its stack
 MAX_ROWS = 64  # of x; more are PyTorch's
-MAX_SCORES = 2**18  # of the queries that share a key: they are on a thread's stack
 TILE_ROWS = 16  # of x in a tile, and of W with AMX
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -151,43 +150,31 @@ class StreamedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class StreamedRMSNorm(nn.Module):
-    """An RMSNorm, without gradients: one pass over the memory."""
-
-    def __init__(self, norm: PlainRMSNorm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        gain = self.norm.gain(x.dtype)
-        places = [None if tensor is None else tensor.data_ptr() for tensor in (x, gain, y)]
-        find_function("rms_norm", x.dtype)(*places, x.numel() // self.norm.width, self.norm.width, self.norm.eps)
-        return y
+def fused_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, times a gain of the same dtype if there is one: one pass over the memory."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in (x, gain, y)]
+    width = x.size(-1)
+    find_function("rms_norm", x.dtype)(*places, x.numel() // width, width, eps)
+    return y
 
 
-class StreamedAttention(Attention):
-    """Attention, without gradients, that computes one token of each sequence in one pass."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Tensor:
-        cache: Any = reading.cache
-        if q.size(2) > 1 or cache is None or self.n_head // self.n_kv_head * cache.size > MAX_SCORES:
-            return super().attend(q, k, v, reading)
-        B = len(q)
-        positions = reading.positions
-        if isinstance(positions, slice):
-            positions = torch.tensor(positions.start)
-        positions = positions.expand(B, 1).contiguous()
-        keys_and_values = cache.layers[self.layer]
-        cos, sin = reading.angles or (None, None)
-        y = torch.empty_like(q, memory_format=torch.contiguous_format)
-        tensors = (q, k, v, cos, sin, positions, keys_and_values, y)
-        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        strides = [0 if tensor is None or len(tensor) < B else tensor.stride(0) for tensor in (q, k, v, cos)]
-        sizes = (B, self.n_head, self.n_kv_head, cache.size, self.head_dim, self.span)
-        find_function("attend", q.dtype)(*places, *strides, *sizes, self.scale)
-        return y
+def fused_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor, reading: Any) -> Tensor:
+    """`attend` of a model's attention, for one token of each sequence, with rotary embedding and the cache's update."""
+    B = len(q)
+    positions = reading.positions
+    if isinstance(positions, slice):
+        positions = torch.tensor(positions.start)
+    positions = positions.expand(B, 1).contiguous()
+    cos, sin = reading.angles or (None, None)
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tensors = (q, k, v, cos, sin, positions, reading.cache.layers[attention.layer], y)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    strides = [0 if tensor is None or len(tensor) < B else tensor.stride(0) for tensor in (q, k, v, cos)]
+    sizes = (B, attention.n_head, attention.n_kv_head, reading.cache.size, attention.head_dim, attention.span)
+    find_function("attend", q.dtype)(*places, *strides, *sizes, attention.scale)
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,8 +211,8 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
 
 
 def replace_layers(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Put faster layers in the place of attention, norms, linear layers and frozen ones' products, whose weights are
-    converted."""
+    """Put faster layers, of converted weights, in the place of linear layers and of frozen ones' products, and let norms
+    and attention be computed by the library."""
     if not has_kernels(model.compute_dtype):  # type: ignore[arg-type]
         return
     for name, linear in find_linears(model).items():
@@ -234,12 +221,12 @@ def replace_layers(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Non
             linear.streamed = streamed
         else:
             replace_module(model, name, streamed)
-    replaced = {module.norm for module in model.modules() if isinstance(module, StreamedRMSNorm)}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PlainRMSNorm) and module not in replaced:
-            replace_module(model, name, StreamedRMSNorm(module))
-        elif isinstance(module, Attention):
-            module.__class__ = StreamedAttention  # the same weights, another `attend`
+    modules: Any = model.modules()
+    for module in modules:
+        if hasattr(module, "fused_norm"):
+            module.fused_norm = fused_norm
+        if hasattr(module, "fused_attention"):
+            module.fused_attention = fused_attention
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
