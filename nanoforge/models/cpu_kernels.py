@@ -211,8 +211,8 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
 
 
 def replace_layers(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Put faster layers, of converted weights, in the place of linear layers and of frozen ones' products, and let norms
-    and attention be computed by the library."""
+    """Put faster layers, of converted weights, in the place of linear layers and of frozen ones' products. The library
+    computes norms and attention, too."""
     if not has_kernels(model.compute_dtype):  # type: ignore[arg-type]
         return
     for name, linear in find_linears(model).items():
